@@ -1,0 +1,110 @@
+"""The `torch.autograd.Function`s.
+
+First derivatives run on the backend that served the forward. A backward that is itself being
+differentiated (`create_graph=True`) runs on the composite formula of `backends/reference.py`,
+whose derivatives of every order are right.
+
+Neither function saves its output, so an in-place activation after the layer works, and neither
+saves `W`. They take `ctx` in `forward` because the `setup_context` form costs 40 µs more a call
+(it binds the arguments through `inspect`); `functional.py` sends `torch.func` transforms, which
+need that form, to the composite formula.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import ops
+from .backends import reference
+
+
+def _differentiable_grads(
+    composite: Callable[..., Tensor],
+    inputs: Sequence[Tensor | None],
+    needs: Sequence[bool],
+    grad: Tensor,
+) -> list[Tensor | None]:
+    """The composite's gradients with respect to `inputs`, as part of the graph."""
+    with torch.enable_grad():
+        # Aliases, because an input's own history may lead to another input.
+        aliases = [None if t is None else t.view_as(t) for t in inputs]
+        wanted = [t for t, need in zip(aliases, needs, strict=True) if need and t is not None]
+        grads = iter(torch.autograd.grad(composite(*aliases), wanted, grad, create_graph=True))
+    return [next(grads) if need else None for need in needs]
+
+
+class WeightNorm(torch.autograd.Function):
+    """`W = g · V / ‖V‖`, materialised."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        v: Tensor,
+        g: Tensor,
+        dim: int | None,
+        eps: float,
+        dtype: torch.dtype,
+        backend: str,
+    ) -> Tensor:
+        w, n = ops.weight_norm(v, g, dim, eps, dtype, backend)
+        ctx.save_for_backward(v, g, n)
+        ctx.options = dim, eps, dtype, backend
+        return w
+
+    @staticmethod
+    def backward(ctx: Any, dw: Tensor) -> tuple[Tensor | None, ...]:
+        v, g, n = ctx.saved_tensors
+        dim, eps, dtype, backend = ctx.options
+        needs = ctx.needs_input_grad[:2]
+        if torch.is_grad_enabled():
+            dv, dg = _differentiable_grads(
+                lambda v, g: reference.weight_norm(v, g, dim, eps, dtype), (v, g), needs, dw
+            )
+        else:
+            dv, dg = ops.weight_norm_backward(dw, v, g, n, dim, eps, backend)
+        return dv, dg, None, None, None, None
+
+
+class Linear(torch.autograd.Function):
+    """`y = x Wᵀ + b` with `W = g · V / ‖V‖`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        v: Tensor,
+        g: Tensor,
+        bias: Tensor | None,
+        dim: int | None,
+        eps: float,
+        backend: str,
+    ) -> Tensor:
+        needs = ctx.needs_input_grad
+        y, n, product = ops.linear(x, v, g, bias, dim, eps, backend, needs[1] or needs[2])
+        ctx.save_for_backward(x, v, g, bias, n, product)
+        ctx.options = dim, eps, backend
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, v, g, bias, n, product = ctx.saved_tensors
+        dim, eps, backend = ctx.options
+        needs = ctx.needs_input_grad[:4]
+        if torch.is_grad_enabled():
+            dx, dv, dg, db = _differentiable_grads(
+                lambda x, v, g, bias: reference.linear(x, v, g, bias, dim, eps),
+                (x, v, g, bias),
+                needs,
+                dy,
+            )
+        else:
+            dx, dv, dg, db = ops.linear_backward(
+                dy, x, v, g, n, product, dim, eps, backend, needs
+            )
+            if db is not None and db.dtype != bias.dtype:
+                db = db.to(bias.dtype)
+        return dx, dv, dg, db, None, None, None

@@ -1,0 +1,1 @@
+"""The implementations behind `ops.py`; `reference.py` defines what they compute."""

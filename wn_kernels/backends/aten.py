@@ -1,0 +1,267 @@
+"""The fast path from ATen operations: the CPU, and any device without Triton.
+
+Shared by every backend: `norm` has the shape of `g`, in float32 (float64 for float64), and is
+`+inf` for a slice of norm zero, so that its scale `s = g / n`, its `dg = a / n` and its `dV` come
+out as zero without a special case.
+
+Forward of a linear layer, in two variants:
+
+    scaled       y = (x Vᵀ) ⊙ s + b   (dim=0, None)        y = (x ⊙ s) Vᵀ + b   (dim=1)
+    materialize  W = s ⊙ V, then y = x Wᵀ + b
+
+and backward, with `a_j = ⟨dW_j, V_j⟩`, `dg = a / n` and `c = s · dg / n`:
+
+    dX = (dY ⊙ s) V,   dV = s ⊙ (dYᵀ X) - c ⊙ V
+
+`a` needs no pass over the weights where a smaller product already holds it:
+`a_j = Σ_m dY_mj (x Vᵀ)_mj` for dim=0, `a_k = Σ_m x_mk (dY V)_mk` for dim=1, its sum for `None`.
+`dV` then starts as `-c ⊙ V` and the matmul accumulates onto it: one write of `dV` in all.
+
+Scaling after the matmul is for float32 and float64 only: an unscaled float16 product can overflow
+where the scaled one does not, so the planner gives lower precisions to `materialize`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .reference import scale_dtype
+from .shapes import reduced_dims
+
+INF = float("inf")
+
+# Elements in a block of rows that two operations in a row visit while it is in cache (1 MiB of
+# float32).
+BLOCK = 1 << 18
+
+# torch's own single-pass kernel for (dV, dg) serves weights up to here; beyond, the page faults of
+# its fresh result cost more than its single pass saves.
+FUSED_GRAD_MAX = 1 << 16
+
+
+# --- norms and scaled weights ----------------------------------------------------------------
+
+
+def _blocks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """The tensors in step, in blocks of rows that fit in cache."""
+    first = tensors[0]
+    rows = max(1, BLOCK // max(1, first[0].numel())) if len(first) else 1
+    return zip(*(t.split(rows) for t in tensors), strict=True)
+
+
+def _slice_dots(a: Tensor, b: Tensor, dim: int | None, dtype: torch.dtype) -> Tensor:
+    """`⟨A_j, B_j⟩` for every slice, keeping dimensions, accumulated in `dtype`.
+
+    Reads each tensor once and writes no product of full size. Blocks are added in order.
+    """
+    if a.numel() == 0 or a.ndim == 0:
+        product = a.to(dtype) * b.to(dtype)
+        dims = reduced_dims(a.ndim, dim)
+        return product.sum(dims, keepdim=dim is not None) if dims else product
+    dims = reduced_dims(a.ndim, dim)
+    parts = []
+    for a_rows, b_rows in _blocks(a, b):
+        product = a_rows.to(dtype) * b_rows.to(dtype)
+        parts.append(product.sum(dims, keepdim=dim is not None) if dims else product)
+    if len(parts) == 1:
+        return parts[0]
+    return torch.cat(parts) if dim == 0 else torch.stack(parts).sum(0)
+
+
+def norms(v: Tensor, dim: int | None, eps: float) -> Tensor:
+    """`n`, with the shape of `g`; see the top of this file for a slice of norm zero."""
+    dtype = scale_dtype(v)
+    if v.ndim == 2 and dim == 0:
+        n = torch.linalg.vector_norm(v, 2, 1, True, dtype=None if v.dtype == dtype else dtype)
+    elif dim is None and v.is_contiguous() and v.ndim > 1 and v.numel():
+        # Rows first: one reduction over everything would keep to one accumulator.
+        rows = torch.linalg.vector_norm(v.flatten(1), 2, 1, dtype=dtype)
+        n = torch.linalg.vector_norm(rows)
+    else:
+        n = _slice_dots(v, v, dim, dtype).sqrt_()
+    return torch.threshold_(n, 0.0, INF) if eps == 0 else n.clamp_min_(eps)
+
+
+def weight_norm(
+    v: Tensor, g: Tensor, dim: int | None, eps: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """`(W, n)`, `W` in `dtype` and in `V`'s memory layout."""
+    n = norms(v, dim, eps)
+    return _scaled_weight(v, _scale(g, n), dtype), n
+
+
+def _scale(g: Tensor, n: Tensor) -> Tensor:
+    return g / n if g.dtype == n.dtype else g.to(n.dtype) / n
+
+
+def _scaled_weight(v: Tensor, s: Tensor, dtype: torch.dtype) -> Tensor:
+    w = v * s
+    if w.dtype != s.dtype:  # a 0-d scale does not promote: multiply where the scale is kept
+        w = v.to(s.dtype) * s
+    return w if w.dtype == dtype else w.to(dtype)
+
+
+def _dot_coefficient(s: Tensor, dg: Tensor, n: Tensor, eps: float) -> Tensor:
+    """`c = s · dg / n`, zero where `n` was clamped: there the norm is a constant."""
+    c = (s * dg).div_(n)
+    return c.masked_fill_(n <= eps, 0.0) if eps > 0 else c
+
+
+def weight_norm_backward(
+    dw: Tensor, v: Tensor, g: Tensor, n: Tensor, dim: int | None, eps: float
+) -> tuple[Tensor, Tensor]:
+    """`(dV, dg)` from `dW`, in `V`'s layout and in the dtypes of `V` and `g`."""
+    if dw.shape == v.shape and _fused_grad_serves(dw, v, g, dim, eps):
+        return torch.ops.aten._weight_norm_interface_backward(dw, v, g, n, dim)
+    dv = torch.empty_like(v, dtype=n.dtype).copy_(dw)
+    dg = _finish_weight_grad_(dv, v, g, n, dim, eps)
+    return dv.to(v.dtype), dg
+
+
+def _fused_grad_serves(dw: Tensor, v: Tensor, g: Tensor, dim: int | None, eps: float) -> bool:
+    return (
+        eps == 0
+        and v.numel() <= FUSED_GRAD_MAX
+        and v.dtype == g.dtype == dw.dtype
+        and v.dtype in (torch.float32, torch.float64)
+        and dim is not None
+        and dim in (0, v.ndim - 1)
+        and v.ndim > 1
+        and v.numel() > 0
+        and v.is_cpu
+        and v.is_contiguous()
+        and dw.is_contiguous()
+        and g.is_contiguous()
+    )
+
+
+def _finish_weight_grad_(
+    dw: Tensor, v: Tensor, g: Tensor, n: Tensor, dim: int | None, eps: float
+) -> Tensor:
+    """Turns `dW`, in place, into `dV = s ⊙ dW - c ⊙ V`; returns `dg`."""
+    s = _scale(g, n)
+    if dim == 0 and dw.numel():  # a slice is a row: its dot and its update meet in cache
+        dims = reduced_dims(v.ndim, 0)
+        dgs = []
+        for dw_rows, v_rows, s_rows, n_rows in _blocks(dw, v, s, n):
+            v_rows = v_rows.to(dw.dtype)
+            product = dw_rows * v_rows
+            a = product.sum(dims, keepdim=True) if dims else product
+            dg = a.div_(n_rows)
+            c = _dot_coefficient(s_rows, dg, n_rows, eps)
+            dw_rows.mul_(s_rows).addcmul_(v_rows, c, value=-1)
+            dgs.append(dg)
+        dg = torch.cat(dgs)
+    else:
+        dg = _slice_dots(dw, v, dim, n.dtype).div_(n)
+        c = _dot_coefficient(s, dg, n, eps)
+        if dw.ndim == 0 or not dw.numel():
+            dw.mul_(s).addcmul_(v.to(dw.dtype), c, value=-1)
+        else:
+            for dw_rows, v_rows in _blocks(dw, v):
+                dw_rows.mul_(s).addcmul_(v_rows.to(dw.dtype), c, value=-1)
+    return dg.to(g.dtype)
+
+
+# --- linear ------------------------------------------------------------------------------------
+
+
+def linear(
+    x: Tensor,
+    v: Tensor,
+    g: Tensor,
+    bias: Tensor | None,
+    dim: int | None,
+    eps: float,
+    variant: str,
+    keep_product: bool,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """`(y, n, product)` for `x` of shape `(M, K)`.
+
+    `product` is the unscaled `x Vᵀ` where `keep_product` asks for it and the variant forms it
+    (scaled, dim=0): `M·N` numbers that save the backward a pass over the weights.
+    """
+    n = norms(v, dim, eps)
+    s = _scale(g, n)
+    if bias is not None and bias.dtype != x.dtype:
+        bias = bias.to(x.dtype)
+    if variant == "materialize":
+        return F.linear(x, _scaled_weight(v, s, x.dtype), bias), n, None
+    if dim == 1:
+        return F.linear(x * s, v, bias), n, None
+
+    if dim == 0:
+        s = s.view(-1)
+    # From 8 rows on, the product with `V` on the left is the faster one in MKL and in oneDNN; the
+    # epilogue transposes it on its way out.
+    product = torch.mm(v, x.t()).t() if len(x) >= 8 else torch.mm(x, v.t())
+    kept = product if keep_product and dim == 0 else None
+    y = product if kept is None and product.is_contiguous() else x.new_empty(product.shape)
+    if bias is None:
+        torch.mul(product, s, out=y)
+    else:
+        torch.addcmul(bias, product, s, out=y)
+    return y, n, kept
+
+
+def linear_backward(
+    dy: Tensor,
+    x: Tensor,
+    v: Tensor,
+    g: Tensor,
+    n: Tensor,
+    product: Tensor | None,
+    dim: int | None,
+    eps: float,
+    variant: str,
+    needs: tuple[bool, bool, bool, bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """`(dX, dV, dg, db)`, `None` where `needs` says so; `dY` is `(M, N)`, `x` is `(M, K)`."""
+    needs_x, needs_v, needs_g, needs_bias = needs
+    needs_weight = needs_v or needs_g
+    dx = dv = dg = None
+    db = dy.sum(0) if needs_bias else None
+    s = _scale(g, n)
+
+    if variant == "materialize":
+        if needs_x:
+            dx = torch.mm(dy, _scaled_weight(v, s, x.dtype))
+    elif dim == 0:
+        scaled_dy = dy * s.view(-1)
+        if needs_x:
+            dx = torch.mm(scaled_dy, v)
+        if needs_weight and product is not None:
+            dg = (dy * product).sum(0).view_as(n).div_(n)
+            dv = _scaled_grad(scaled_dy, x, v, s, dg, n, eps) if needs_v else None
+    elif needs_x:
+        unscaled = torch.mm(dy, v)
+        if needs_weight:
+            a = x * unscaled
+            dg = (a.sum(0, keepdim=True) if dim == 1 else a.sum()).div_(n)
+            dv = _scaled_grad(dy, x * s, v, s, dg, n, eps) if needs_v else None
+        dx = unscaled.mul_(s)
+
+    if needs_weight and dg is None:
+        dw = torch.mm(dy.t(), x)
+        if _fused_grad_serves(dw, v, g, dim, eps):
+            dv, dg = torch.ops.aten._weight_norm_interface_backward(dw, v, g, n, dim)
+        else:
+            dv = dw.to(n.dtype)
+            dg = _finish_weight_grad_(dv, v, g, n, dim, eps)
+    if dv is not None and dv.dtype != v.dtype:
+        dv = dv.to(v.dtype)
+    if dg is not None and dg.dtype != g.dtype:
+        dg = dg.to(g.dtype)
+    return dx, dv, dg, db
+
+
+def _scaled_grad(
+    lhs: Tensor, rhs: Tensor, v: Tensor, s: Tensor, dg: Tensor, n: Tensor, eps: float
+) -> Tensor:
+    """`dV = lhsᵀ rhs - c ⊙ V`, where either factor carries the scale already."""
+    c = _dot_coefficient(s, dg, n, eps)
+    return torch.mul(v, c.neg_()).addmm_(lhs.t(), rhs)

@@ -1,0 +1,61 @@
+"""The definition: weight norm and the layers built on it, from differentiable ATen operations.
+
+    n_j = ‖V_j‖₂,  with eps > 0: max(‖V_j‖₂, eps)
+    s_j = g_j / n_j,  0 where n_j = 0
+    W   = s ⊙ V
+
+Norms and scales are computed and kept in float32, in float64 for a float64 `V`. The product runs
+in the input's dtype. Every derivative of every order is the composite's own, and finite on a slice
+of norm zero, whose direction is defined as zero. The other backends are tested against this file
+in float64; a double backward and `torch.func` transforms run on it.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .shapes import reduced_dims
+
+
+def scale_dtype(v: Tensor) -> torch.dtype:
+    """The dtype that norms and scales are kept in: float64 for float64, else float32."""
+    return torch.float64 if v.dtype == torch.float64 else torch.float32
+
+
+def narrows_range(x_dtype: torch.dtype, v_dtype: torch.dtype) -> bool:
+    """Whether unscaled elements of `V` may leave the range of the product's dtype: a float16
+    product of a wider `V`. Such a `V` has to be scaled before it is cast."""
+    return x_dtype == torch.float16 and v_dtype != torch.float16
+
+
+def slice_scale(v: Tensor, g: Tensor, dim: int | None, eps: float) -> Tensor:
+    """`s = g / n`, in `scale_dtype(v)`, with the shape of `g`."""
+    v = v.to(scale_dtype(v))
+    squares = v.square()
+    if dims := reduced_dims(v.ndim, dim):  # to `sum`, an empty list would mean every dimension
+        squares = squares.sum(dims, keepdim=dim is not None)
+    zero = squares == 0
+    # The inner `where` keeps the infinite slope of the root at zero out of the graph: a product of
+    # the outer mask's zero with it would be NaN.
+    n = torch.where(zero, 1.0, squares).sqrt()
+    if eps > 0:
+        n = torch.where(zero | (n <= eps), eps, n)
+        zero = torch.zeros_like(zero)
+    return torch.where(zero, 0.0, g.to(n.dtype) / n)
+
+
+def weight_norm(
+    v: Tensor, g: Tensor, dim: int | None, eps: float, dtype: torch.dtype | None = None
+) -> Tensor:
+    """`W = s ⊙ V` in `dtype` (`V`'s own by default)."""
+    return (v * slice_scale(v, g, dim, eps)).to(dtype or v.dtype)
+
+
+def linear(
+    x: Tensor, v: Tensor, g: Tensor, bias: Tensor | None, dim: int | None, eps: float
+) -> Tensor:
+    """`y = x Wᵀ + b` for `x` of shape `(*, K)` and `V` of shape `(N, K)`, in `x`'s dtype."""
+    w = weight_norm(v, g, dim, eps, x.dtype)
+    return F.linear(x, w, None if bias is None else bias.to(x.dtype))

@@ -1,0 +1,9 @@
+"""The Triton kernels and their launchers, one file per operation.
+
+Importing this package imports triton.
+"""
+
+from .linear import linear, linear_backward
+from .norm import slice_norms, weight_norm, weight_norm_backward
+
+__all__ = ["linear", "linear_backward", "slice_norms", "weight_norm", "weight_norm_backward"]

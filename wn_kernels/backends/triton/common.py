@@ -1,0 +1,26 @@
+"""Device functions that several kernels share."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def offsets(block, BLOCK: tl.constexpr, WIDE: tl.constexpr):
+    """The indices of a block, in 64 bits where a product with a stride may leave 32 (`WIDE`)."""
+    if WIDE:
+        block = block.to(tl.int64)
+    return block * BLOCK + tl.arange(0, BLOCK)
+
+
+@triton.jit
+def as_norm(squares, EPS: tl.constexpr):
+    """The norm from a sum of squares; `+inf` for zero, so that the scale `g / n` is zero."""
+    n = tl.sqrt(squares)
+    n = tl.where(n <= EPS, EPS, n)  # a NaN passes
+    return tl.where(n == 0, float("inf"), n)
+
+
+@triton.jit
+def dot_coefficient(g, n, dg, EPS: tl.constexpr):
+    """`c = s · dg / n` with `s = g / n`; zero where `n` was clamped: there it is a constant."""
+    return tl.where(n <= EPS, 0.0, g / n * (dg / n))

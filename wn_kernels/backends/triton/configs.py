@@ -1,0 +1,90 @@
+"""The pinned configurations: one per kernel and regime, no search.
+
+Blocks are powers of two and at least 16 wherever a side meets `tl.dot`. How each regime's numbers
+came about is in docs/performance.md; `make codegen` compiles them all.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class SliceConfig(NamedTuple):
+    """A tile of `BLOCK_N` slices by `BLOCK_R` reduced elements."""
+
+    BLOCK_N: int
+    BLOCK_R: int
+    num_warps: int
+    num_stages: int = 2
+
+
+class MatmulConfig(NamedTuple):
+    """A tile of `BLOCK_M` rows by `BLOCK_O` outputs, walked in steps of `BLOCK_R`."""
+
+    BLOCK_M: int
+    BLOCK_O: int
+    BLOCK_R: int
+    num_warps: int
+    num_stages: int
+
+
+class GradConfig(NamedTuple):
+    """A `(BLOCK_O, BLOCK_R)` tile of `dW`, summed over the batch in steps of `BLOCK_M`."""
+
+    BLOCK_M: int
+    BLOCK_O: int
+    BLOCK_R: int
+    num_warps: int
+    num_stages: int
+
+
+def _up_to(size: int, *blocks: int) -> int:
+    """The smallest block that covers `size`, or the largest."""
+    return next((b for b in blocks if size <= b), blocks[-1])
+
+
+def slices(n: int, n_is_fast: bool) -> SliceConfig:
+    """Wide along the axis that memory is contiguous in: `n` (a kept last dimension) or `r`."""
+    if n == 1:
+        return SliceConfig(1, 4096, 4)
+    return SliceConfig(128, 32, 4) if n_is_fast else SliceConfig(4, 1024, 4)
+
+
+def finish() -> SliceConfig:
+    """The second stage of a split reduction: partial sums of 32 slices, 128 splits a step."""
+    return SliceConfig(32, 128, 4, 1)
+
+
+def one_pass(m: int, o: int, itemsize: int) -> MatmulConfig:
+    """A single row tile over the batch: bound by the bytes of `V`, so deep in flight and narrow
+    enough in `O` to occupy the machine."""
+    block_m = _up_to(m, 16, 32, 64)
+    block_o = 32 if o <= 8192 else 64
+    return MatmulConfig(block_m, block_o, 256 // itemsize, 4, 4 if itemsize < 8 else 2)
+
+
+def matmul(m: int, itemsize: int) -> MatmulConfig:
+    """The scaled form, bound by the tensor cores as soon as the batch allows it."""
+    if itemsize == 8:
+        return MatmulConfig(32, 32, 16, 4, 2)
+    if m <= 64:
+        return MatmulConfig(_up_to(m, 16, 32, 64), 64, 256 // itemsize, 4, 4)
+    if itemsize == 4:
+        return MatmulConfig(64, 128, 32, 8, 3)
+    return MatmulConfig(128, 128, 64, 8, 3)
+
+
+def grad_one_pass(m: int, itemsize: int) -> GradConfig:
+    """The recompute form of `dV`: the whole batch in one tile, few rows a program."""
+    if itemsize == 8:
+        return GradConfig(_up_to(m, 16, 32, 64), 16, 32, 4, 1)
+    return GradConfig(_up_to(m, 16, 32, 64), 16, 128, 4, 2)
+
+
+def grad(itemsize: int) -> GradConfig:
+    """The two-phase form of `dV`: a matmul over the batch."""
+    if itemsize == 8:
+        return GradConfig(16, 32, 32, 4, 2)
+    if itemsize == 4:
+        return GradConfig(32, 64, 128, 8, 3)
+    return GradConfig(64, 128, 128, 8, 3)

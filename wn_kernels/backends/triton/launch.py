@@ -1,0 +1,113 @@
+"""What every launcher shares: the launch itself, index widths and layouts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..shapes import reduced_dims
+
+
+class Launch(NamedTuple):
+    """One kernel launch: what `recording` hands out in its place."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    arguments: dict[str, Any]
+    num_warps: int
+    num_stages: int
+
+
+_recorded: list[Launch] | None = None
+
+
+@contextmanager
+def recording() -> Iterator[list[Launch]]:
+    """Collects the launches made inside the block instead of making them.
+
+    The launchers run as they are, on tensors that need no memory behind them, so what is recorded
+    is what a GPU would be given: `bench/codegen.py` compiles it.
+    """
+    global _recorded
+    before, _recorded = _recorded, []
+    try:
+        yield _recorded
+    finally:
+        _recorded = before
+
+
+def launch(
+    kernel: Any, grid: tuple[int, ...], *, num_warps: int, num_stages: int, **arguments: Any
+) -> None:
+    """Launches `kernel`, unless the grid is empty."""
+    if _recorded is not None:
+        _recorded.append(Launch(kernel, grid, arguments, num_warps, num_stages))
+    elif math.prod(grid):
+        kernel[grid](**arguments, num_warps=num_warps, num_stages=num_stages)
+
+
+def is_wide(*tensors: Tensor | None) -> bool:
+    """Whether an element of these tensors lies beyond what a 32-bit offset reaches.
+
+    It is the strides that count: a small view of a large storage can reach as far.
+    """
+    for t in tensors:
+        if t is not None and t.numel():
+            reach = sum((n - 1) * abs(s) for n, s in zip(t.shape, t.stride(), strict=True))
+            if reach >= 2**31:
+                return True
+    return False
+
+
+def sm_count(device: torch.device) -> int:
+    """Multiprocessors of the device; those of an H100 where there is none to ask."""
+    if device.type == "cuda" and torch.cuda.is_available():
+        return torch.cuda.get_device_properties(device).multi_processor_count
+    return 132
+
+
+class Slices(NamedTuple):
+    """Tensors of one shape seen as `n` slices over at most two nested reduced loops.
+
+    Element `r` of slice `j` lies at `j·stride_n + (r // inner)·stride_outer + (r % inner)·stride`,
+    with `strides[i] = (stride_n, stride_outer, stride)` of tensor `i`.
+    """
+
+    n: int
+    outer: int
+    inner: int
+    strides: list[tuple[int, int, int]]
+
+
+def as_slices(tensors: Sequence[Tensor], dim: int | None) -> Slices | None:
+    """The common `Slices` of the tensors, or `None` where their layouts differ too much for one.
+
+    A norm does not care in which order its elements come, so the reduced dimensions are sorted by
+    stride and merged wherever every tensor allows it.
+    """
+    first = tensors[0]
+    dims = [d for d in reduced_dims(first.ndim, dim) if first.shape[d] != 1]
+    dims.sort(key=lambda d: (first.stride(d), -d), reverse=True)
+    groups: list[tuple[int, tuple[int, ...]]] = []  # (size, stride in each tensor)
+    for d in dims:
+        size, strides = first.shape[d], tuple(t.stride(d) for t in tensors)
+        if groups and all(
+            outer == size * inner for outer, inner in zip(groups[-1][1], strides, strict=True)
+        ):
+            size *= groups.pop()[0]
+        groups.append((size, strides))
+    if len(groups) > 2:
+        return None
+    none = (0,) * len(tensors)
+    groups = [(1, none)] * (2 - len(groups)) + groups
+    (outer, outer_strides), (inner, inner_strides) = groups
+    n = 1 if dim is None else first.shape[dim]
+    n_strides = none if dim is None else tuple(t.stride(dim) for t in tensors)
+    return Slices(
+        n, outer, inner, list(zip(n_strides, outer_strides, inner_strides, strict=True))
+    )

@@ -1,0 +1,555 @@
+"""The linear layer: `y = x Wᵀ + b` and its gradients, with `W = s ⊙ V`, `s = g / n`.
+
+Both products with `V` are one matmul, `C[m, o] = Σ_r A[m, r] · W[o, r]`:
+
+    forward   C = y    A = x    o = n (outputs)   r = k
+    dX        C = dX   A = dY   o = k (inputs)    r = n
+
+and the scale enters where its axis lies:
+
+    one_pass    s along o, taken in the loop: C = (Σ_r A V) / ‖V_o‖ · g, V read once, one launch
+    epilogue    s along o (or a scalar), norms ready: scaled in the float32 accumulator
+    prologue_r  s along r: V's tile is scaled, and is W's tile from then on
+    prologue_o  s along o, but V would leave the range of the product's dtype unscaled
+
+The weight gradient `dW[o, r] = Σ_m P[m, o] Q[m, r]` gives each program the slices `o` it owns:
+
+    dim=0   o = n, P = dY, Q = x          dim=1   o = k, P = x, Q = dY
+
+    a_o = Σ_r dW V,   dg = a / n,   dV = s ⊙ dW - c ⊙ V,   c = s · dg / n
+
+`grad_one_pass_kernel` walks r twice and recomputes the tile of dW instead of storing it.
+`grad_kernel` stores dW and partial dots; `norm.py` finishes in place. `db = Σ_m dY` rides along.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..reference import narrows_range, scale_dtype
+from . import configs, norm
+from .common import as_norm, dot_coefficient, offsets
+from .launch import is_wide, launch
+
+# --- kernels -----------------------------------------------------------------------------------
+
+
+@triton.jit
+def matmul_kernel(
+    A,
+    V,
+    G,
+    NORM,
+    BIAS,
+    C,
+    M,
+    O,
+    R,
+    stride_am,
+    stride_ar,
+    stride_vo,
+    stride_vr,
+    stride_s,
+    stride_bias,
+    stride_cm,
+    stride_co,
+    FORM: tl.constexpr,
+    EPS: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    EVEN_R: tl.constexpr,
+    WIDE: tl.constexpr,
+    ACC: tl.constexpr,
+    PRECISION: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_O: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """C = A Wᵀ + bias. `stride_s` is 0 for a scalar scale. one_pass stores the norms."""
+    # Programs in groups of GROUP row tiles, so that tiles of V are reused while in cache.
+    pid = tl.program_id(0)
+    tiles_m = tl.cdiv(M, BLOCK_M)
+    tiles_o = tl.cdiv(O, BLOCK_O)
+    group = pid // (GROUP * tiles_o)
+    group_size = min(tiles_m - group * GROUP, GROUP)
+    tile_m = group * GROUP + (pid % (GROUP * tiles_o)) % group_size
+    tile_o = (pid % (GROUP * tiles_o)) // group_size
+
+    offs_m = offsets(tile_m, BLOCK_M, WIDE)
+    offs_o = offsets(tile_o, BLOCK_O, WIDE)
+    mask_m = offs_m < M
+    mask_o = offs_o < O
+    norm_type = NORM.dtype.element_ty
+    acc = tl.zeros((BLOCK_M, BLOCK_O), ACC)
+    # Squares stay inside a thread until the loop is over: no shuffles in it.
+    squares = tl.zeros((BLOCK_O, BLOCK_R // 8), norm_type)
+    if FORM == "prologue_o":
+        n = tl.load(NORM + offs_o * stride_s, mask=mask_o, other=1.0)
+        scale_o = tl.load(G + offs_o * stride_s, mask=mask_o, other=0.0).to(norm_type) / n
+
+    for start in range(0, R, BLOCK_R):
+        offs_r = start + tl.arange(0, BLOCK_R)
+        if WIDE:
+            offs_r = offs_r.to(tl.int64)
+        a_at = A + offs_m[:, None] * stride_am + offs_r[None, :] * stride_ar
+        v_at = V + offs_o[:, None] * stride_vo + offs_r[None, :] * stride_vr
+        if EVEN_R:
+            a = tl.load(a_at, mask=mask_m[:, None], other=0.0)
+            v = tl.load(v_at, mask=mask_o[:, None], other=0.0)
+        else:
+            mask_r = offs_r < R
+            a = tl.load(a_at, mask=mask_m[:, None] & mask_r[None, :], other=0.0)
+            v = tl.load(v_at, mask=mask_o[:, None] & mask_r[None, :], other=0.0)
+        if FORM == "one_pass":
+            wide = v.to(norm_type)
+            squares += tl.sum(tl.reshape(wide * wide, (BLOCK_O, BLOCK_R // 8, 8)), axis=2)
+        if FORM == "prologue_o":
+            v = v.to(norm_type) * scale_o[:, None]
+        if FORM == "prologue_r":
+            n = tl.load(NORM + offs_r, mask=offs_r < R, other=1.0)
+            g = tl.load(G + offs_r, mask=offs_r < R, other=0.0).to(norm_type)
+            v = v.to(norm_type) * (g / n)[None, :]
+        acc = tl.dot(a, tl.trans(v.to(a.dtype)), acc, input_precision=PRECISION, out_dtype=ACC)
+
+    if FORM == "one_pass":
+        n = as_norm(tl.sum(squares, axis=1), EPS)
+        tl.store(NORM + offs_o, n, mask=mask_o & (tile_m == 0))
+    if FORM == "epilogue":
+        n = tl.load(NORM + offs_o * stride_s, mask=mask_o, other=1.0)
+    if FORM == "one_pass" or FORM == "epilogue":
+        g = tl.load(G + offs_o * stride_s, mask=mask_o, other=0.0).to(norm_type)
+        acc *= (g / n).to(ACC)[None, :]
+    if HAS_BIAS:
+        acc += tl.load(BIAS + offs_o * stride_bias, mask=mask_o, other=0.0).to(ACC)[None, :]
+    c_at = C + offs_m[:, None] * stride_cm + offs_o[None, :] * stride_co
+    tl.store(c_at, acc, mask=mask_m[:, None] & mask_o[None, :])
+
+
+@triton.jit
+def _grad_tile(
+    P,
+    Q,
+    DB,
+    offs_o,
+    offs_r,
+    M,
+    O,
+    R,
+    stride_pm,
+    stride_po,
+    stride_qm,
+    stride_qr,
+    with_owned,
+    with_walked,
+    BIAS: tl.constexpr,
+    WIDE: tl.constexpr,
+    ACC: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_O: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """A `(BLOCK_O, BLOCK_R)` tile of dW = Pᵀ Q.
+
+    `db` is the column sum of P (BIAS "owned") or of Q ("walked"); it is stored by the program for
+    which `with_owned` or `with_walked` holds.
+    """
+    acc = tl.zeros((BLOCK_O, BLOCK_R), ACC)
+    bias_o = tl.zeros((BLOCK_O,), ACC)
+    bias_r = tl.zeros((BLOCK_R,), ACC)
+    for start in range(0, M, BLOCK_M):
+        offs_m = start + tl.arange(0, BLOCK_M)
+        if WIDE:
+            offs_m = offs_m.to(tl.int64)
+        mask_m = (offs_m < M)[:, None]
+        p_at = P + offs_m[:, None] * stride_pm + offs_o[None, :] * stride_po
+        q_at = Q + offs_m[:, None] * stride_qm + offs_r[None, :] * stride_qr
+        p = tl.load(p_at, mask=mask_m & (offs_o < O)[None, :], other=0.0)
+        q = tl.load(q_at, mask=mask_m & (offs_r < R)[None, :], other=0.0)
+        acc = tl.dot(tl.trans(p), q, acc, input_precision=PRECISION, out_dtype=ACC)
+        if BIAS == "owned":
+            bias_o += tl.sum(p.to(ACC), axis=0)
+        if BIAS == "walked":
+            bias_r += tl.sum(q.to(ACC), axis=0)
+    if BIAS == "owned":
+        tl.store(DB + offs_o, bias_o, mask=(offs_o < O) & with_owned)
+    if BIAS == "walked":
+        tl.store(DB + offs_r, bias_r, mask=(offs_r < R) & with_walked)
+    return acc
+
+
+@triton.jit
+def grad_one_pass_kernel(
+    P,
+    Q,
+    V,
+    G,
+    NORM,
+    DV,
+    DG,
+    DB,
+    M,
+    O,
+    R,
+    stride_pm,
+    stride_po,
+    stride_qm,
+    stride_qr,
+    stride_vo,
+    stride_vr,
+    stride_do,
+    stride_dr,
+    EPS: tl.constexpr,
+    BIAS: tl.constexpr,
+    WIDE: tl.constexpr,
+    ACC: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_O: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """DV and DG for the slices this program owns, and DB; dW is recomputed, never stored."""
+    pid = tl.program_id(0)
+    offs_o = offsets(pid, BLOCK_O, WIDE)
+    mask_o = offs_o < O
+    norm_type = NORM.dtype.element_ty
+    n = tl.load(NORM + offs_o, mask=mask_o, other=1.0)
+    g = tl.load(G + offs_o, mask=mask_o, other=0.0).to(norm_type)
+
+    dots = tl.zeros((BLOCK_O, BLOCK_R), norm_type)
+    for start in range(0, R, BLOCK_R):
+        offs_r = start + tl.arange(0, BLOCK_R)
+        if WIDE:
+            offs_r = offs_r.to(tl.int64)
+        dw = _grad_tile(
+            P,
+            Q,
+            DB,
+            offs_o,
+            offs_r,
+            M,
+            O,
+            R,
+            stride_pm,
+            stride_po,
+            stride_qm,
+            stride_qr,
+            start == 0,
+            pid == 0,
+            BIAS,
+            WIDE,
+            ACC,
+            PRECISION,
+            BLOCK_M,
+            BLOCK_O,
+            BLOCK_R,
+        )
+        v_at = V + offs_o[:, None] * stride_vo + offs_r[None, :] * stride_vr
+        v = tl.load(v_at, mask=mask_o[:, None] & (offs_r < R)[None, :], other=0.0)
+        dots += dw.to(norm_type) * v.to(norm_type)
+    dg = tl.sum(dots, axis=1) / n
+    tl.store(DG + offs_o, dg, mask=mask_o)
+
+    scale = (g / n)[:, None]
+    coef = dot_coefficient(g, n, dg, EPS)[:, None]
+    for start in range(0, R, BLOCK_R):
+        offs_r = start + tl.arange(0, BLOCK_R)
+        if WIDE:
+            offs_r = offs_r.to(tl.int64)
+        dw = _grad_tile(
+            P,
+            Q,
+            DB,
+            offs_o,
+            offs_r,
+            M,
+            O,
+            R,
+            stride_pm,
+            stride_po,
+            stride_qm,
+            stride_qr,
+            False,
+            False,
+            "",
+            WIDE,
+            ACC,
+            PRECISION,
+            BLOCK_M,
+            BLOCK_O,
+            BLOCK_R,
+        )
+        mask = mask_o[:, None] & (offs_r < R)[None, :]
+        v_at = V + offs_o[:, None] * stride_vo + offs_r[None, :] * stride_vr
+        v = tl.load(v_at, mask=mask, other=0.0).to(norm_type)
+        d_at = DV + offs_o[:, None] * stride_do + offs_r[None, :] * stride_dr
+        tl.store(d_at, scale * dw - coef * v, mask=mask)
+
+
+@triton.jit
+def grad_kernel(
+    P,
+    Q,
+    V,
+    DW,
+    PARTIAL,
+    DB,
+    M,
+    O,
+    R,
+    stride_pm,
+    stride_po,
+    stride_qm,
+    stride_qr,
+    stride_vo,
+    stride_vr,
+    stride_do,
+    stride_dr,
+    BIAS: tl.constexpr,
+    WIDE: tl.constexpr,
+    ACC: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_O: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """A tile of DW, its share PARTIAL[tile_r, o] of the dots ⟨dW_o, V_o⟩, and DB."""
+    tile_o = tl.program_id(0)
+    tile_r = tl.program_id(1)
+    offs_o = offsets(tile_o, BLOCK_O, WIDE)
+    offs_r = offsets(tile_r, BLOCK_R, WIDE)
+    dw = _grad_tile(
+        P,
+        Q,
+        DB,
+        offs_o,
+        offs_r,
+        M,
+        O,
+        R,
+        stride_pm,
+        stride_po,
+        stride_qm,
+        stride_qr,
+        tile_r == 0,
+        tile_o == 0,
+        BIAS,
+        WIDE,
+        ACC,
+        PRECISION,
+        BLOCK_M,
+        BLOCK_O,
+        BLOCK_R,
+    )
+    mask = (offs_o < O)[:, None] & (offs_r < R)[None, :]
+    v_at = V + offs_o[:, None] * stride_vo + offs_r[None, :] * stride_vr
+    partial_type = PARTIAL.dtype.element_ty
+    v = tl.load(v_at, mask=mask, other=0.0).to(partial_type)
+    dots = tl.sum(dw.to(partial_type) * v, axis=1)
+    tl.store(PARTIAL + tile_r.to(tl.int64) * O + offs_o, dots, mask=offs_o < O)
+    d_at = DW + offs_o[:, None] * stride_do + offs_r[None, :] * stride_dr
+    tl.store(d_at, dw, mask=mask)
+
+
+# --- launchers ---------------------------------------------------------------------------------
+
+
+def _types(x: Tensor) -> dict[str, object]:
+    """The accumulator and the precision of a product of `x`'s dtype, as PyTorch is set."""
+    tf32 = x.dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest"
+    return {
+        "ACC": tl.float64 if x.dtype == torch.float64 else tl.float32,
+        "PRECISION": "tf32" if tf32 else "ieee",
+    }
+
+
+def _matmul(
+    a: Tensor,
+    v: Tensor,
+    g: Tensor,
+    n: Tensor,
+    bias: Tensor | None,
+    form: str,
+    eps: float,
+    config: configs.MatmulConfig | None,
+) -> Tensor:
+    """`C = A Wᵀ + bias` for `a` of shape `(M, R)` and `v` of shape `(O, R)`."""
+    (m, r), o = a.shape, v.shape[0]
+    if config is None:
+        size = a.element_size()
+        wide_v = v.element_size() > size  # V's tile is held in its own dtype
+        config = (
+            configs.one_pass(m, o, v.element_size() if wide_v else size)
+            if form == "one_pass"
+            else configs.matmul(m, v.element_size() if wide_v else size)
+        )
+    c = a.new_empty(m, o)
+    launch(
+        matmul_kernel,
+        (triton.cdiv(m, config.BLOCK_M) * triton.cdiv(o, config.BLOCK_O),),
+        A=a,
+        V=v,
+        G=g,
+        NORM=n,
+        BIAS=c if bias is None else bias,
+        C=c,
+        M=m,
+        O=o,
+        R=r,
+        EPS=eps,
+        stride_am=a.stride(0),
+        stride_ar=a.stride(1),
+        stride_vo=v.stride(0),
+        stride_vr=v.stride(1),
+        stride_s=0 if n.ndim == 0 else 1,
+        stride_bias=0 if bias is None else bias.stride(0),
+        stride_cm=c.stride(0),
+        stride_co=c.stride(1),
+        FORM=form,
+        HAS_BIAS=bias is not None,
+        EVEN_R=r % config.BLOCK_R == 0,
+        WIDE=is_wide(a, v, c),
+        GROUP=8,
+        **_types(a),
+        **config._asdict(),
+    )
+    return c
+
+
+def linear(
+    x: Tensor,
+    v: Tensor,
+    g: Tensor,
+    bias: Tensor | None,
+    dim: int | None,
+    eps: float,
+    variant: str,
+    *,
+    config: configs.MatmulConfig | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`(y, n)` for `x` of shape `(M, K)`; variants as in `plan.triton_linear`."""
+    g = g.contiguous()
+    if variant == "materialize":
+        w, n = norm.weight_norm(v, g, dim, eps, x.dtype)
+        return F.linear(x, w, None if bias is None else bias.to(x.dtype)), n
+    if variant == "one_pass":
+        if dim != 0:
+            raise ValueError(f"one_pass needs dim=0, got dim={dim}")
+        n = torch.empty(v.shape[0], 1, dtype=scale_dtype(v), device=v.device)
+        if x.shape[0] == 0:  # no program would run
+            n = norm.slice_norms(v, dim, eps)
+        form = "one_pass"
+    else:
+        n = norm.slice_norms(v, dim, eps)
+        if dim == 1:
+            form = "prologue_r"
+        elif narrows_range(x.dtype, v.dtype):
+            form = "prologue_o"
+        else:
+            form = "epilogue"
+    return _matmul(x, v, g, n, bias, form, eps, config), n
+
+
+def linear_backward(
+    dy: Tensor,
+    x: Tensor,
+    v: Tensor,
+    g: Tensor,
+    n: Tensor,
+    dim: int | None,
+    eps: float,
+    variant: str,
+    needs: tuple[bool, bool, bool, bool],
+    *,
+    matmul_config: configs.MatmulConfig | None = None,
+    grad_config: configs.GradConfig | None = None,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """`(dX, dV, dg, db)`, `None` where `needs` says so and no other output brings it along."""
+    g = g.contiguous()
+    needs_x, needs_v, needs_g, needs_bias = needs
+    dx = dv = dg = db = None
+    if variant == "materialize":
+        if needs_x:
+            dx = torch.mm(dy, norm.weight_norm(v, g, dim, eps, x.dtype)[0])
+        if needs_v or needs_g:
+            dv, dg = norm.weight_norm_backward(torch.mm(dy.t(), x), v, g, n, dim, eps)
+        if needs_bias:
+            db = dy.sum(0)
+        return dx, dv, dg, db
+    if needs_x:
+        if dim == 0:
+            form = "prologue_r"
+        elif narrows_range(x.dtype, v.dtype):
+            form = "prologue_o"
+        else:
+            form = "epilogue"
+        dx = _matmul(dy, v.t(), g, n, None, form, eps, matmul_config)
+    if needs_v or needs_g:
+        one_pass = variant == "one_pass"
+        dv, dg, db = _weight_grad(dy, x, v, g, n, dim, eps, one_pass, needs_bias, grad_config)
+    elif needs_bias:
+        db = dy.sum(0)
+    return dx, dv, dg, db
+
+
+def _weight_grad(
+    dy: Tensor,
+    x: Tensor,
+    v: Tensor,
+    g: Tensor,
+    n: Tensor,
+    dim: int | None,
+    eps: float,
+    one_pass: bool,
+    needs_bias: bool,
+    config: configs.GradConfig | None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """`(dV, dg, db)`."""
+    if one_pass and dim is None:
+        raise ValueError("one_pass needs slices that a program can own, got dim=None")
+    # Owned slices along the first axis: V, dV and the factors of dW change places for dim=1.
+    dv = torch.empty_like(v)
+    db = dy.new_empty(dy.shape[1]) if needs_bias else None
+    p, q, v_own, dv_own = (x, dy, v.t(), dv.t()) if dim == 1 else (dy, x, v, dv)
+    (m, o), r = p.shape, q.shape[1]
+    if config is None:
+        size = x.element_size()
+        config = configs.grad_one_pass(m, size) if one_pass else configs.grad(size)
+    common = {
+        "P": p,
+        "Q": q,
+        "V": v_own,
+        "DB": dv if db is None else db,
+        "M": m,
+        "O": o,
+        "R": r,
+        "stride_pm": p.stride(0),
+        "stride_po": p.stride(1),
+        "stride_qm": q.stride(0),
+        "stride_qr": q.stride(1),
+        "stride_vo": v_own.stride(0),
+        "stride_vr": v_own.stride(1),
+        "stride_do": dv_own.stride(0),
+        "stride_dr": dv_own.stride(1),
+        "BIAS": "" if db is None else ("walked" if dim == 1 else "owned"),
+        "WIDE": is_wide(p, q, v, dv),
+        **_types(x),
+        **config._asdict(),
+    }
+    tiles_o, tiles_r = triton.cdiv(o, config.BLOCK_O), triton.cdiv(r, config.BLOCK_R)
+    if o == 0 or r == 0:  # no tile would run
+        return dv, torch.zeros_like(g), None if db is None else dy.sum(0)
+    if one_pass:
+        dg = torch.empty_like(g)
+        launch(
+            grad_one_pass_kernel, (tiles_o,), G=g, NORM=n, DV=dv_own, DG=dg, EPS=eps, **common
+        )
+        return dv, dg, db
+    partial = n.new_empty(tiles_r, o)
+    launch(grad_kernel, (tiles_o, tiles_r), DW=dv_own, PARTIAL=partial, **common)
+    dg = norm.finish_weight_grad_(dv, partial, v, g, n, dim, eps)
+    return dv, dg, db

@@ -1,0 +1,5 @@
+"""Drop-in layers with a weight-normalised weight."""
+
+from .linear import WNLinear
+
+__all__ = ["WNLinear"]

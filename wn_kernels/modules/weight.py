@@ -1,0 +1,141 @@
+"""The weight-normalised weight as a mixin: parameters, `.weight`, initialisation, checkpoints."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import functional as WF
+from ..backends.shapes import canonical_dim, kept_shape
+
+
+class WeightNormMixin(nn.Module):
+    """What every weight-normalised layer shares.
+
+    The layer holds `weight_v` (the direction) and `weight_g` (the magnitude) instead of `weight`.
+    `.weight` reads the current weight `g · V / ‖V‖`, differentiable; assigning to it sets both.
+
+    State dicts load in all three forms in use: `weight_g` / `weight_v`, PyTorch's
+    `parametrizations.weight.original0` / `original1`, and a plain `weight`.
+    """
+
+    weight_v: nn.Parameter
+    weight_g: nn.Parameter
+    bias: nn.Parameter | None
+    dim: int | None
+    eps: float
+
+    def _make_parameters(
+        self,
+        shape: tuple[int, ...],
+        bias_size: int | None,
+        dim: int | None,
+        eps: float,
+        factory: dict[str, Any],
+    ) -> None:
+        self.dim = canonical_dim(dim, len(shape))
+        self.eps = eps
+        self.weight_v = nn.Parameter(torch.empty(shape, **factory))
+        self.weight_g = nn.Parameter(torch.empty(kept_shape(shape, self.dim), **factory))
+        if bias_size is None:
+            self.register_parameter("bias", None)
+        else:
+            self.bias = nn.Parameter(torch.empty(bias_size, **factory))
+
+    def reset_parameters(self) -> None:
+        """Initialises as the plain layer does: from the same seed, `.weight` starts equal."""
+        nn.init.kaiming_uniform_(self.weight_v, a=math.sqrt(5))
+        with torch.no_grad():
+            self.weight_g.copy_(WF.slice_norm(self.weight_v, dim=self.dim))
+        if self.bias is not None:
+            fan_in, _ = nn.init._calculate_fan_in_and_fan_out(self.weight_v)
+            bound = 1 / math.sqrt(fan_in) if fan_in > 0 else 0
+            nn.init.uniform_(self.bias, -bound, bound)
+
+    def _parameters_now(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """`(weight_v, weight_g, bias)`, past `nn.Module.__getattr__`, which costs 1 µs each."""
+        own = self._parameters
+        v, g = own.get("weight_v"), own.get("weight_g")
+        if v is None or g is None or "bias" not in own:  # parametrized or pruned by somebody
+            return self.weight_v, self.weight_g, self.bias
+        return v, g, own["bias"]
+
+    @property
+    def weight(self) -> Tensor:  # type: ignore[override]
+        """The weight `g · V / ‖V‖`, computed anew and differentiable."""
+        return WF.weight_norm(self.weight_v, self.weight_g, dim=self.dim, eps=self.eps)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # nn.Module would register a Parameter of this name before it looks at the property.
+        if name == "weight":
+            self._assign_weight(value)
+        else:
+            super().__setattr__(name, value)
+
+    def _assign_weight(self, weight: Tensor) -> None:
+        if not isinstance(weight, Tensor):
+            raise TypeError(f"weight must be a torch.Tensor, got {type(weight).__name__}")
+        if weight.shape != self.weight_v.shape:
+            raise ValueError(
+                f"weight has shape {tuple(weight.shape)}, expected {tuple(self.weight_v.shape)}"
+            )
+        with torch.no_grad():
+            g, v = self._split(weight.to(self.weight_v))
+            self.weight_g.copy_(g)
+            self.weight_v.copy_(v)
+
+    def _split(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """`(g, v)` of a plain weight.
+
+        A slice that is zero takes `g = 0` and keeps the direction it has, so that it can still
+        learn.
+        """
+        g = WF.slice_norm(weight, dim=self.dim)
+        old = self.weight_v.detach()
+        if old.shape != weight.shape or old.device != weight.device:
+            return g, weight
+        return g, torch.where(g == 0, old.to(weight.dtype), weight)
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        super()._load_from_state_dict(
+            self._as_own_form(state_dict, prefix),
+            prefix,
+            local_metadata,
+            strict,
+            missing_keys,
+            unexpected_keys,
+            error_msgs,
+        )
+
+    def _as_own_form(self, state_dict: dict[str, Any], prefix: str) -> dict[str, Any]:
+        """A copy of `state_dict` with this layer's weight as `weight_g` and `weight_v`."""
+        state_dict = dict(state_dict)
+        own_g, own_v = prefix + "weight_g", prefix + "weight_v"
+        for foreign, own in (("original0", own_g), ("original1", own_v)):
+            key = f"{prefix}parametrizations.weight.{foreign}"
+            if key in state_dict and own not in state_dict:
+                state_dict[own] = state_dict.pop(key)
+        plain = prefix + "weight"
+        if plain in state_dict and own_g not in state_dict and own_v not in state_dict:
+            weight = state_dict.pop(plain)
+            if weight.shape == self.weight_v.shape:
+                state_dict[own_g], state_dict[own_v] = self._split(weight)
+            else:  # for PyTorch's own report of the mismatch
+                state_dict[own_g], state_dict[own_v] = self.weight_g, weight
+        return state_dict
+
+    def extra_repr(self) -> str:
+        eps = f", eps={self.eps}" if self.eps else ""
+        return f"{super().extra_repr()}, dim={self.dim}{eps}"

@@ -1,0 +1,274 @@
+"""Which backend and which variant serves a call.
+
+The backend: a forced one (`use_backend`, or the environment variable `WN_KERNELS_BACKEND`) or, by
+default, Triton for tensors on a GPU and ATen for everything else. A forced backend that cannot
+serve a call raises and says why.
+
+The variant, by a cost model. Each candidate is described by the bytes it moves through memory, the
+floating-point operations it does and the operations it launches; its time is estimated as
+
+    launches · overhead + max(bytes / bandwidth, operations / rate)
+
+and the cheapest candidate is picked. The constants are those of a device class, not of one
+machine: they have to rank the candidates, not to predict the clock.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import math
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .backends.reference import narrows_range
+
+BACKENDS = ("triton", "aten", "reference")
+ENVIRONMENT_VARIABLE = "WN_KERNELS_BACKEND"
+
+
+# --- backend -----------------------------------------------------------------------------------
+
+
+def _backend_from_environment() -> str | None:
+    name = os.environ.get(ENVIRONMENT_VARIABLE, "").strip().lower()
+    if name in ("", "auto"):
+        return None
+    return _checked_backend(name, f"the environment variable {ENVIRONMENT_VARIABLE}")
+
+
+def _checked_backend(name: str, source: str) -> str:
+    if name not in BACKENDS:
+        raise ValueError(f"{source} names the backend {name!r}; expected one of {BACKENDS} or 'auto'")
+    return name
+
+
+_forced: str | None = _backend_from_environment()
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Forces a backend inside a `with` block, for every thread of the process.
+
+    Args:
+        name: `"triton"`, `"aten"`, `"reference"`, or `"auto"` for the planner's own choice. The
+            backward of a layer runs where its forward did, also outside the block.
+
+    Raises:
+        ValueError: the name is unknown. A call that the forced backend cannot serve raises
+            `RuntimeError` and says why; it never falls back in silence.
+    """
+    global _forced
+    before = _forced
+    _forced = None if name == "auto" else _checked_backend(name, "use_backend")
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+def is_forced() -> bool:
+    """Whether a backend is forced."""
+    return _forced is not None
+
+
+@functools.cache
+def triton_unavailable() -> str | None:
+    """Why Triton cannot be used in this process, or `None` if it can."""
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed"
+    try:
+        import triton
+    except Exception as error:  # a broken installation must not break the ATen path
+        return f"importing triton failed: {error!r}"
+    if triton.knobs.runtime.interpret:
+        return None
+    try:
+        triton.runtime.driver.active.get_current_target()
+    except RuntimeError as error:
+        return f"{error} (on a machine without a GPU, TRITON_INTERPRET=1 runs Triton's interpreter)"
+    return None
+
+
+def choose_backend(x: Tensor) -> str:
+    """The backend for tensors like `x`; `""` while a compiler traces and none is forced: the
+    operator then asks again when it runs.
+
+    Raises:
+        RuntimeError: a forced backend cannot serve the call.
+    """
+    if _forced is not None:
+        if _forced == "triton" and (reason := triton_unavailable()):
+            raise RuntimeError(f"backend 'triton' was forced but cannot serve this call: {reason}")
+        return _forced
+    if torch.compiler.is_compiling():
+        return ""
+    return "triton" if x.is_cuda and triton_unavailable() is None else "aten"
+
+
+# --- variant -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Device:
+    """The constants of a device class.
+
+    Attributes:
+        bandwidth: bytes per second from memory.
+        rate: floating-point operations per second of the vendor's matmul, by bytes per element.
+        overhead: seconds per launched operation.
+        efficiency: what our own matmul kernel reaches of the vendor's.
+        inline_norm: factor on the operations of a matmul whose loop also takes the norm.
+    """
+
+    bandwidth: float
+    rate: dict[int, float]
+    overhead: float
+    efficiency: float = 1.0
+    inline_norm: float = 1.0
+
+
+# Two cores of a current server: measured, docs/performance.md.
+CPU = Device(bandwidth=2e10, rate={2: 1e11, 4: 1e11, 8: 5e10}, overhead=3e-6)
+
+# Data sheet of an H100 SXM: 3.35 TB/s; dense, 989 TFLOP/s in bfloat16, 495 in TF32, 67 in float64.
+# The efficiency is an assumption; the factor of the inline norm is read from compiled code.
+GPU = Device(
+    bandwidth=3.35e12,
+    rate={2: 9.89e14, 4: 4.95e14, 8: 6.7e13},
+    overhead=4e-6,
+    efficiency=0.8,
+    inline_norm=2.4,
+)
+
+
+class Stage(NamedTuple):
+    """One launched operation of a candidate: what it moves and what it computes."""
+
+    bytes: float
+    operations: float = 0.0
+
+
+def seconds(stages: list[Stage], device: Device, itemsize: int) -> float:
+    """The estimated time of a candidate: its stages run one after the other."""
+    rate = device.rate[itemsize]
+    return sum(
+        device.overhead + max(s.bytes / device.bandwidth, s.operations / rate) for s in stages
+    )
+
+
+# The rows that one tile of the one-pass kernels holds.
+ONE_PASS_ROWS = 64
+
+
+class AtenLinear(NamedTuple):
+    """How the ATen path serves a linear layer: the variant of each direction, and whether the
+    forward saves `x Vᵀ` for the backward."""
+
+    forward: str
+    backward: str
+    keeps_product: bool
+
+
+@functools.lru_cache(maxsize=4096)
+def aten_linear(
+    x_shape: torch.Size,
+    v_shape: torch.Size,
+    x_dtype: torch.dtype,
+    v_dtype: torch.dtype,
+    dim: int | None,
+) -> AtenLinear:
+    """`scaled` or `materialize` on the ATen path, for `x` of shape `(*, K)`.
+
+    Both take the norms and do the same matmuls, so only what differs is counted. Scaling the
+    output (the input, for dim=1) reads and writes `M·N` (`M·K`) numbers, materialising `W` writes
+    and reads `N·K`: the batch decides. In the backward, scaling saves the pass that takes the dots
+    `⟨dW, V⟩` where the forward kept its product; materialising launches fewer operations, which
+    is what counts for small layers.
+
+    The product spares the backward that pass, and is kept where it is at most an eighth of `V`'s
+    size: the memory saved for backward stays that of the plain layer within 1/8 of its weight.
+    """
+    if x_dtype != v_dtype or x_dtype.itemsize < 4:
+        return AtenLinear("materialize", "materialize", False)
+    n, k = v_shape
+    m = math.prod(x_shape[:-1])
+    size = x_dtype.itemsize
+    weight = size * n * k
+    activation = size * m * (k if dim == 1 else n)
+
+    def cheaper(scaled: list[Stage], materialize: list[Stage]) -> str:
+        faster = seconds(scaled, CPU, size) <= seconds(materialize, CPU, size)
+        return "scaled" if faster else "materialize"
+
+    forward = cheaper([Stage(2 * activation), Stage(0)], [Stage(2 * weight)])
+    backward = cheaper(
+        [Stage(2 * activation)] * 3 + [Stage(3 * weight)] + [Stage(0)] * 5,
+        [Stage(2 * weight), Stage(5 * weight)],
+    )
+    return AtenLinear(forward, backward, forward == "scaled" and dim == 0 and 8 * m <= k)
+
+
+# The rows that one tile of the one-pass kernels holds.
+ONE_PASS_ROWS = 64
+
+
+class TritonLinear(NamedTuple):
+    """The variant of each direction of a linear layer on a GPU."""
+
+    forward: str
+    backward: str
+
+
+@functools.lru_cache(maxsize=4096)
+def triton_linear(
+    x_shape: torch.Size,
+    v_shape: torch.Size,
+    x_dtype: torch.dtype,
+    v_dtype: torch.dtype,
+    dim: int | None,
+) -> TritonLinear:
+    """`one_pass`, `scaled` or `materialize` on a GPU, for `x` of shape `(*, K)`.
+
+    Small batches are bound by the bytes of `V`: one pass reads it once and launches once. Larger
+    ones are bound by the tensor cores, where squares in the loop cost more than a norm kernel
+    beforehand; the largest by the matmul itself, where the vendor's own on a materialised `W` wins
+    as soon as its lead in efficiency pays for writing `W`.
+    """
+    n, k = v_shape
+    m = math.prod(x_shape[:-1])
+    x_size, v_size = x_dtype.itemsize, v_dtype.itemsize
+    x, y, v, w = x_size * m * k, x_size * m * n, v_size * n * k, x_size * n * k
+    matmul = 2.0 * m * n * k
+    own = matmul / GPU.efficiency
+
+    forward = {
+        "scaled": [Stage(v), Stage(x + v + y, own)],
+        "materialize": [Stage(v + w), Stage(x + w + y, matmul)],
+    }
+    if dim == 0 and m <= ONE_PASS_ROWS and not narrows_range(x_dtype, v_dtype):
+        forward["one_pass"] = [Stage(x + v + y, own * GPU.inline_norm)]
+
+    dx = Stage(y + v + x, own)
+    backward = {
+        "scaled": [dx, Stage(x + y + 2 * v, own), Stage(0), Stage(3 * v)],
+        "materialize": [
+            Stage(v + w),
+            Stage(y + w + x, matmul),
+            Stage(x + y + w, matmul),
+            Stage(w + 2 * v),
+        ],
+    }
+    if dim is not None and m <= ONE_PASS_ROWS:
+        backward["one_pass"] = [dx, Stage(x + y + 3 * v, 2 * own)]
+
+    def cheapest(candidates: dict[str, list[Stage]]) -> str:
+        return min(candidates, key=lambda name: seconds(candidates[name], GPU, x_size))
+
+    return TritonLinear(cheapest(forward), cheapest(backward))
