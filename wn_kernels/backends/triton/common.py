@@ -3,6 +3,18 @@
 import triton
 import triton.language as tl
 
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+
+
+@triton.jit
+def dot(a, b, acc, PRECISION: tl.constexpr):
+    """`acc + a b`. Triton's interpreter multiplies the bits of bfloat16 as integers; there the
+    factors are widened first, which changes no product."""
+    if INTERPRETED:
+        a = a.to(acc.dtype)
+        b = b.to(acc.dtype)
+    return tl.dot(a, b, acc, input_precision=PRECISION, out_dtype=acc.dtype)
+
 
 @triton.jit
 def offsets(block, BLOCK: tl.constexpr, WIDE: tl.constexpr):

@@ -32,7 +32,7 @@ from torch import Tensor
 
 from ..reference import narrows_range, scale_dtype
 from . import configs, norm
-from .common import as_norm, dot_coefficient, offsets
+from .common import as_norm, dot, dot_coefficient, offsets
 from .launch import is_wide, launch
 
 # --- kernels -----------------------------------------------------------------------------------
@@ -92,9 +92,7 @@ def matmul_kernel(
         scale_o = tl.load(G + offs_o * stride_s, mask=mask_o, other=0.0).to(norm_type) / n
 
     for start in range(0, R, BLOCK_R):
-        offs_r = start + tl.arange(0, BLOCK_R)
-        if WIDE:
-            offs_r = offs_r.to(tl.int64)
+        offs_r = offsets(start // BLOCK_R, BLOCK_R, WIDE)
         a_at = A + offs_m[:, None] * stride_am + offs_r[None, :] * stride_ar
         v_at = V + offs_o[:, None] * stride_vo + offs_r[None, :] * stride_vr
         if EVEN_R:
@@ -113,7 +111,7 @@ def matmul_kernel(
             n = tl.load(NORM + offs_r, mask=offs_r < R, other=1.0)
             g = tl.load(G + offs_r, mask=offs_r < R, other=0.0).to(norm_type)
             v = v.to(norm_type) * (g / n)[None, :]
-        acc = tl.dot(a, tl.trans(v.to(a.dtype)), acc, input_precision=PRECISION, out_dtype=ACC)
+        acc = dot(a, tl.trans(v.to(a.dtype)), acc, PRECISION)
 
     if FORM == "one_pass":
         n = as_norm(tl.sum(squares, axis=1), EPS)
@@ -130,56 +128,10 @@ def matmul_kernel(
 
 
 @triton.jit
-def _grad_tile(
-    P,
-    Q,
-    DB,
-    offs_o,
-    offs_r,
-    M,
-    O,
-    R,
-    stride_pm,
-    stride_po,
-    stride_qm,
-    stride_qr,
-    with_owned,
-    with_walked,
-    BIAS: tl.constexpr,
-    WIDE: tl.constexpr,
-    ACC: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_O: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-):
-    """A `(BLOCK_O, BLOCK_R)` tile of dW = Pᵀ Q.
-
-    `db` is the column sum of P (BIAS "owned") or of Q ("walked"); it is stored by the program for
-    which `with_owned` or `with_walked` holds.
-    """
-    acc = tl.zeros((BLOCK_O, BLOCK_R), ACC)
-    bias_o = tl.zeros((BLOCK_O,), ACC)
-    bias_r = tl.zeros((BLOCK_R,), ACC)
-    for start in range(0, M, BLOCK_M):
-        offs_m = start + tl.arange(0, BLOCK_M)
-        if WIDE:
-            offs_m = offs_m.to(tl.int64)
-        mask_m = (offs_m < M)[:, None]
-        p_at = P + offs_m[:, None] * stride_pm + offs_o[None, :] * stride_po
-        q_at = Q + offs_m[:, None] * stride_qm + offs_r[None, :] * stride_qr
-        p = tl.load(p_at, mask=mask_m & (offs_o < O)[None, :], other=0.0)
-        q = tl.load(q_at, mask=mask_m & (offs_r < R)[None, :], other=0.0)
-        acc = tl.dot(tl.trans(p), q, acc, input_precision=PRECISION, out_dtype=ACC)
-        if BIAS == "owned":
-            bias_o += tl.sum(p.to(ACC), axis=0)
-        if BIAS == "walked":
-            bias_r += tl.sum(q.to(ACC), axis=0)
-    if BIAS == "owned":
-        tl.store(DB + offs_o, bias_o, mask=(offs_o < O) & with_owned)
-    if BIAS == "walked":
-        tl.store(DB + offs_r, bias_r, mask=(offs_r < R) & with_walked)
-    return acc
+def _load_tile(X, offs_m, offs_c, M, N_C, stride_m, stride_c):
+    """Rows `offs_m` and columns `offs_c` of a factor of dW, zero outside `(M, N_C)`."""
+    at = X + offs_m[:, None] * stride_m + offs_c[None, :] * stride_c
+    return tl.load(at, mask=(offs_m < M)[:, None] & (offs_c < N_C)[None, :], other=0.0)
 
 
 @triton.jit
@@ -212,44 +164,30 @@ def grad_one_pass_kernel(
     BLOCK_O: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """DV and DG for the slices this program owns, and DB; dW is recomputed, never stored."""
+    """DV and DG for the slices this program owns; dW is recomputed, never stored. M ≤ BLOCK_M.
+
+    DB is the column sum of P (BIAS "owned") or of Q ("walked", by the first program).
+    """
     pid = tl.program_id(0)
+    offs_m = offsets(0 * pid, BLOCK_M, WIDE)
     offs_o = offsets(pid, BLOCK_O, WIDE)
     mask_o = offs_o < O
     norm_type = NORM.dtype.element_ty
     n = tl.load(NORM + offs_o, mask=mask_o, other=1.0)
     g = tl.load(G + offs_o, mask=mask_o, other=0.0).to(norm_type)
+    p = _load_tile(P, offs_m, offs_o, M, O, stride_pm, stride_po)
+    if BIAS == "owned":
+        tl.store(DB + offs_o, tl.sum(p.to(ACC), axis=0), mask=mask_o)
+    p = tl.trans(p)
 
     dots = tl.zeros((BLOCK_O, BLOCK_R), norm_type)
     for start in range(0, R, BLOCK_R):
-        offs_r = start + tl.arange(0, BLOCK_R)
-        if WIDE:
-            offs_r = offs_r.to(tl.int64)
-        dw = _grad_tile(
-            P,
-            Q,
-            DB,
-            offs_o,
-            offs_r,
-            M,
-            O,
-            R,
-            stride_pm,
-            stride_po,
-            stride_qm,
-            stride_qr,
-            start == 0,
-            pid == 0,
-            BIAS,
-            WIDE,
-            ACC,
-            PRECISION,
-            BLOCK_M,
-            BLOCK_O,
-            BLOCK_R,
-        )
-        v_at = V + offs_o[:, None] * stride_vo + offs_r[None, :] * stride_vr
-        v = tl.load(v_at, mask=mask_o[:, None] & (offs_r < R)[None, :], other=0.0)
+        offs_r = offsets(start // BLOCK_R, BLOCK_R, WIDE)
+        q = _load_tile(Q, offs_m, offs_r, M, R, stride_qm, stride_qr)
+        if BIAS == "walked":
+            tl.store(DB + offs_r, tl.sum(q.to(ACC), axis=0), mask=(offs_r < R) & (pid == 0))
+        dw = dot(p, q, tl.zeros((BLOCK_O, BLOCK_R), ACC), PRECISION)
+        v = _load_tile(V, offs_o, offs_r, O, R, stride_vo, stride_vr)
         dots += dw.to(norm_type) * v.to(norm_type)
     dg = tl.sum(dots, axis=1) / n
     tl.store(DG + offs_o, dg, mask=mask_o)
@@ -257,37 +195,13 @@ def grad_one_pass_kernel(
     scale = (g / n)[:, None]
     coef = dot_coefficient(g, n, dg, EPS)[:, None]
     for start in range(0, R, BLOCK_R):
-        offs_r = start + tl.arange(0, BLOCK_R)
-        if WIDE:
-            offs_r = offs_r.to(tl.int64)
-        dw = _grad_tile(
-            P,
-            Q,
-            DB,
-            offs_o,
-            offs_r,
-            M,
-            O,
-            R,
-            stride_pm,
-            stride_po,
-            stride_qm,
-            stride_qr,
-            False,
-            False,
-            "",
-            WIDE,
-            ACC,
-            PRECISION,
-            BLOCK_M,
-            BLOCK_O,
-            BLOCK_R,
-        )
+        offs_r = offsets(start // BLOCK_R, BLOCK_R, WIDE)
+        q = _load_tile(Q, offs_m, offs_r, M, R, stride_qm, stride_qr)
+        dw = dot(p, q, tl.zeros((BLOCK_O, BLOCK_R), ACC), PRECISION)
+        v = _load_tile(V, offs_o, offs_r, O, R, stride_vo, stride_vr)
+        at = DV + offs_o[:, None] * stride_do + offs_r[None, :] * stride_dr
         mask = mask_o[:, None] & (offs_r < R)[None, :]
-        v_at = V + offs_o[:, None] * stride_vo + offs_r[None, :] * stride_vr
-        v = tl.load(v_at, mask=mask, other=0.0).to(norm_type)
-        d_at = DV + offs_o[:, None] * stride_do + offs_r[None, :] * stride_dr
-        tl.store(d_at, scale * dw - coef * v, mask=mask)
+        tl.store(at, scale * dw.to(norm_type) - coef * v.to(norm_type), mask=mask)
 
 
 @triton.jit
@@ -317,42 +231,38 @@ def grad_kernel(
     BLOCK_O: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """A tile of DW, its share PARTIAL[tile_r, o] of the dots ⟨dW_o, V_o⟩, and DB."""
+    """A tile of DW and its share PARTIAL[tile_r, o] of the dots ⟨dW_o, V_o⟩.
+
+    DB is the column sum of P (BIAS "owned") or of Q ("walked"), by the first tiles along the
+    other axis.
+    """
     tile_o = tl.program_id(0)
     tile_r = tl.program_id(1)
     offs_o = offsets(tile_o, BLOCK_O, WIDE)
     offs_r = offsets(tile_r, BLOCK_R, WIDE)
-    dw = _grad_tile(
-        P,
-        Q,
-        DB,
-        offs_o,
-        offs_r,
-        M,
-        O,
-        R,
-        stride_pm,
-        stride_po,
-        stride_qm,
-        stride_qr,
-        tile_r == 0,
-        tile_o == 0,
-        BIAS,
-        WIDE,
-        ACC,
-        PRECISION,
-        BLOCK_M,
-        BLOCK_O,
-        BLOCK_R,
-    )
-    mask = (offs_o < O)[:, None] & (offs_r < R)[None, :]
-    v_at = V + offs_o[:, None] * stride_vo + offs_r[None, :] * stride_vr
+    acc = tl.zeros((BLOCK_O, BLOCK_R), ACC)
+    bias_o = tl.zeros((BLOCK_O,), ACC)
+    bias_r = tl.zeros((BLOCK_R,), ACC)
+    for start in range(0, M, BLOCK_M):
+        offs_m = offsets(start // BLOCK_M, BLOCK_M, WIDE)
+        p = _load_tile(P, offs_m, offs_o, M, O, stride_pm, stride_po)
+        q = _load_tile(Q, offs_m, offs_r, M, R, stride_qm, stride_qr)
+        acc = dot(tl.trans(p), q, acc, PRECISION)
+        if BIAS == "owned":
+            bias_o += tl.sum(p.to(ACC), axis=0)
+        if BIAS == "walked":
+            bias_r += tl.sum(q.to(ACC), axis=0)
+    if BIAS == "owned":
+        tl.store(DB + offs_o, bias_o, mask=(offs_o < O) & (tile_r == 0))
+    if BIAS == "walked":
+        tl.store(DB + offs_r, bias_r, mask=(offs_r < R) & (tile_o == 0))
+
     partial_type = PARTIAL.dtype.element_ty
-    v = tl.load(v_at, mask=mask, other=0.0).to(partial_type)
-    dots = tl.sum(dw.to(partial_type) * v, axis=1)
+    v = _load_tile(V, offs_o, offs_r, O, R, stride_vo, stride_vr)
+    dots = tl.sum(acc.to(partial_type) * v.to(partial_type), axis=1)
     tl.store(PARTIAL + tile_r.to(tl.int64) * O + offs_o, dots, mask=offs_o < O)
-    d_at = DW + offs_o[:, None] * stride_do + offs_r[None, :] * stride_dr
-    tl.store(d_at, dw, mask=mask)
+    at = DW + offs_o[:, None] * stride_do + offs_r[None, :] * stride_dr
+    tl.store(at, acc, mask=(offs_o < O)[:, None] & (offs_r < R)[None, :])
 
 
 # --- launchers ---------------------------------------------------------------------------------
@@ -540,6 +450,8 @@ def _weight_grad(
         **_types(x),
         **config._asdict(),
     }
+    if one_pass and m > config.BLOCK_M:
+        raise ValueError(f"one_pass holds {config.BLOCK_M} rows in its tile, got {m}")
     tiles_o, tiles_r = triton.cdiv(o, config.BLOCK_O), triton.cdiv(r, config.BLOCK_R)
     if o == 0 or r == 0:  # no tile would run
         return dv, torch.zeros_like(g), None if db is None else dy.sum(0)

@@ -1,0 +1,174 @@
+"""The one comparison of the suite, its tolerances, and the inputs that most tests share.
+
+Every numerical test goes through `assert_matches`, which itself fails when an all-zero result
+would have passed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from wn_kernels.backends.shapes import kept_shape
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+DIMS = (0, 1, None)
+
+
+class AcceptsZeros(AssertionError):
+    """The comparison could not have told the result from zeros."""
+
+
+def accumulator(dtype: torch.dtype) -> torch.dtype:
+    """What sums of this dtype are taken in."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def assert_matches(
+    actual: Tensor,
+    reference: Tensor,
+    dtype: torch.dtype,
+    length: int,
+    *,
+    roundings: int = 2,
+    scale: float = 0.0,
+    terms: float = 0.0,
+    what: str = "result",
+) -> None:
+    """`‖actual - reference‖` is within what `dtype` and the length of the sums account for:
+
+        roundings · eps(dtype) · scale  +  4 √length · eps(accumulator) · terms
+
+    The first term is for values rounded to `dtype` on the way, each worth a whole ulp (Triton's
+    interpreter truncates to bfloat16 where hardware rounds); the second for sums of `length`
+    numbers, whose error grows as the square root of their number. `scale` and `terms` are the
+    sizes those errors are relative to: by default `‖reference‖`, larger for a difference of large
+    terms. `reference` is float64.
+    """
+    assert reference.dtype == torch.float64, "the reference must be float64"
+    assert actual.shape == reference.shape, (
+        f"{what}: shape {tuple(actual.shape)}, expected {tuple(reference.shape)}"
+    )
+    if reference.numel() == 0:
+        return
+    expected = reference.detach().cpu()
+    size = expected.norm().item()
+    eps = torch.finfo(dtype).eps
+    accumulator_eps = torch.finfo(accumulator(dtype)).eps
+    bound = roundings * eps * max(size, scale)
+    bound += 4 * math.sqrt(max(length, 1)) * accumulator_eps * max(size, terms, scale)
+    if not size > 2 * bound:
+        raise AcceptsZeros(f"{what}: zeros would pass (‖reference‖ = {size:.3g}, {bound = :.3g})")
+    error = (actual.detach().double().cpu() - expected).norm().item()
+    assert error <= bound, f"{what}: relative error {error / size:.3g} > {bound / size:.3g}"
+
+
+def assert_same_bits(actual: Tensor, expected: Tensor, what: str = "result") -> None:
+    """Equality of every bit, of something that is not zero."""
+    if not bool((expected != 0).any()):
+        raise AcceptsZeros(f"{what}: zeros would pass")
+    assert actual.dtype == expected.dtype
+    assert torch.equal(actual, expected), f"{what}: bits differ"
+
+
+def assert_zero(actual: Tensor, what: str = "result") -> None:
+    """For what is zero by definition, such as the gradient of a dead slice."""
+    assert not bool((actual != 0).any()), f"{what}: expected zeros"
+
+
+def strided(t: Tensor, layout: str) -> Tensor:
+    """`t`'s values in another memory layout."""
+    if layout == "contiguous":
+        return t.contiguous()
+    if layout == "transposed":
+        return t.transpose(0, -1).contiguous().transpose(0, -1)
+    if layout == "sliced":
+        wide = t.new_zeros(*t.shape[:-1], 2 * t.shape[-1] + 1)
+        wide[..., 1::2] = t
+        return wide[..., 1::2]
+    if layout == "offset":
+        flat = t.new_zeros(t.numel() + 3)
+        flat[3:] = t.reshape(-1)
+        return flat[3:].view(t.shape)
+    raise ValueError(layout)
+
+
+LAYOUTS = ("contiguous", "transposed", "sliced", "offset")
+
+
+class Case:
+    """Random inputs of a linear layer, in the dtypes asked for, and their float64 reference."""
+
+    def __init__(
+        self,
+        m: int,
+        k: int,
+        n: int,
+        dim: int | None,
+        x_dtype: torch.dtype = torch.float32,
+        v_dtype: torch.dtype | None = None,
+        *,
+        eps: float = 0.0,
+        bias: bool = True,
+        layout: str = "contiguous",
+        device: torch.device | str = "cpu",
+        seed: int = 0,
+    ) -> None:
+        from wn_kernels.backends import reference
+
+        v_dtype = v_dtype or x_dtype
+        generator = torch.Generator().manual_seed(seed)
+
+        def random(*shape: int, dtype: torch.dtype) -> Tensor:
+            t = torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+            return t.to(device)
+
+        self.dim, self.eps, self.length = dim, eps, max(m, k, n)
+        self.x = strided(random(m, k, dtype=x_dtype), layout)
+        self.v = strided(random(n, k, dtype=v_dtype), layout)
+        self.g = random(*kept_shape((n, k), dim), dtype=v_dtype).abs() + 0.5
+        self.bias = random(n, dtype=v_dtype) if bias else None
+        self.dy = strided(random(m, n, dtype=x_dtype), layout)
+
+        inputs = [self.x, self.v, self.g, self.bias]
+        wide = [None if t is None else t.detach().double().requires_grad_() for t in inputs]
+        y = reference.linear(*wide, dim, eps)
+        given = [t for t in wide if t is not None]
+        grads = iter(torch.autograd.grad(y, given, self.dy.double()))
+        self.y = y.detach()
+        self.grads = [None if t is None else next(grads) for t in wide]
+        # dg sums products as large as dW; dV is a difference of terms as large as s ⊙ dW.
+        scale = reference.slice_scale(wide[1], wide[2], dim, eps).detach()
+        dw = self.dy.double().T @ self.x.double()
+        self.terms = {"dg": dw.norm().item(), "dv": (scale * dw).norm().item()}
+
+    def check_forward(self, y: Tensor) -> None:
+        assert y.dtype == self.x.dtype
+        assert_matches(y, self.y, self.x.dtype, self.length, roundings=3, what="y")
+
+    def check_backward(self, grads: Sequence[Tensor | None]) -> None:
+        names = ("dx", "dv", "dg", "db")
+        for name, grad, expected in zip(names, grads, self.grads, strict=True):
+            if expected is None:
+                assert grad is None, f"{name} for an input that is not there"
+                continue
+            assert grad is not None, f"{name} is missing"
+            terms = self.terms.get(name, 0.0)
+            if name == "dv" and expected.norm() < 1e-9 * terms:
+                # K = 1: a direction of one element has no gradient but rounding.
+                bound = 8 * torch.finfo(self.x.dtype).eps * terms
+                assert grad.double().norm().item() <= bound, "dv: larger than rounding"
+                continue
+            assert_matches(
+                grad,
+                expected,
+                max(self.x.dtype, grad.dtype, key=lambda dtype: torch.finfo(dtype).eps),
+                self.length,
+                roundings=4,
+                scale=terms if name == "dv" else 0.0,
+                terms=terms,
+                what=name,
+            )

@@ -1,0 +1,35 @@
+"""Settings of the whole suite.
+
+Without a GPU, Triton's kernels run on CPU tensors under its interpreter, which has to be chosen
+before triton is imported; under the launch checker (`make sanitize`) they are compiled instead.
+Fresh memory is filled with NaN, so an element that nobody wrote shows in the values.
+"""
+
+import os
+import sys
+
+import pytest
+import torch
+
+if not torch.cuda.is_available() and "ttsem" not in sys.modules:
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+from hypothesis import settings
+
+settings.register_profile("suite", deadline=None, derandomize=True, print_blob=True)
+settings.load_profile("suite")
+
+
+@pytest.fixture(autouse=True)
+def _poisoned_and_seeded():
+    torch.manual_seed(0)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(scope="session")
+def device() -> torch.device:
+    """Where Triton's kernels run in this session."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
