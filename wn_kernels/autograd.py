@@ -102,9 +102,7 @@ class Linear(torch.autograd.Function):
                 dy,
             )
         else:
-            dx, dv, dg, db = ops.linear_backward(
-                dy, x, v, g, n, product, dim, eps, backend, needs
-            )
+            dx, dv, dg, db = ops.linear_backward(dy, x, v, g, n, product, dim, eps, backend, needs)
             if db is not None and db.dtype != bias.dtype:
                 db = db.to(bias.dtype)
         return dx, dv, dg, db, None, None, None

@@ -59,7 +59,7 @@ def _dense(x: Tensor, v: Tensor, g: Tensor, bias: Tensor | None) -> bool:
 
 def _reject(**tensors: Tensor | None) -> NoReturn:
     """Raises the error that names why `_dense` is false for these arguments."""
-    given = {name: t for name, t in tensors.items() if t is not None}
+    given = {name: t for name, t in tensors.items() if t is not None or name != "bias"}
     for name, t in given.items():
         if not isinstance(t, Tensor):
             raise TypeError(f"{name} must be a torch.Tensor, got {type(t).__name__}")

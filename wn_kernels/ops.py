@@ -73,8 +73,8 @@ def weight_norm(
 _weight_norm_op = _register(
     "weight_norm(Tensor v, Tensor g, int? dim, float eps, ScalarType dtype, str backend)"
     " -> (Tensor, Tensor)",
-    lambda v, g, dim, eps, dtype, backend: (
-        _backend_of(backend, v).weight_norm(v, g, dim, eps, dtype)
+    lambda v, g, dim, eps, dtype, backend: _backend_of(backend, v).weight_norm(
+        v, g, dim, eps, dtype
     ),
     lambda v, g, dim, eps, dtype, backend: (
         torch.empty_like(v, dtype=dtype),
@@ -95,8 +95,8 @@ def weight_norm_backward(
 _weight_norm_backward_op = _register(
     "weight_norm_backward(Tensor dw, Tensor v, Tensor g, Tensor n, int? dim, float eps,"
     " str backend) -> (Tensor, Tensor)",
-    lambda dw, v, g, n, dim, eps, backend: (
-        _backend_of(backend, v).weight_norm_backward(dw, v, g, n, dim, eps)
+    lambda dw, v, g, n, dim, eps, backend: _backend_of(backend, v).weight_norm_backward(
+        dw, v, g, n, dim, eps
     ),
     lambda dw, v, g, n, dim, eps, backend: (
         torch.empty_like(v),
@@ -188,9 +188,7 @@ def linear_backward(
     if backend == "aten":
         return _aten_linear_backward(dy, x, v, g, n, product, dim, eps, needs)
     grads = _linear_backward_op(dy, x, v, g, n, dim, eps, backend, needs)
-    dx, dv, dg, db = (
-        grad if need else None for grad, need in zip(grads, needs, strict=True)
-    )
+    dx, dv, dg, db = (grad if need else None for grad, need in zip(grads, needs, strict=True))
     return dx, dv, dg, db
 
 
@@ -207,9 +205,7 @@ def _aten_linear_backward(
 ) -> Grads:
     rows = _rows(x)
     path = plan.aten_linear(x.shape, v.shape, x.dtype, v.dtype, dim)
-    grads = aten.linear_backward(
-        _rows(dy), rows, v, g, n, product, dim, eps, path.backward, needs
-    )
+    grads = aten.linear_backward(_rows(dy), rows, v, g, n, product, dim, eps, path.backward, needs)
     return grads if grads[0] is None or x.ndim == 2 else (grads[0].view_as(x), *grads[1:])
 
 

@@ -45,7 +45,8 @@ def _backend_from_environment() -> str | None:
 
 def _checked_backend(name: str, source: str) -> str:
     if name not in BACKENDS:
-        raise ValueError(f"{source} names the backend {name!r}; expected one of {BACKENDS} or 'auto'")
+        expected = f"one of {BACKENDS} or 'auto'"
+        raise ValueError(f"{source} names the backend {name!r}; expected {expected}")
     return name
 
 

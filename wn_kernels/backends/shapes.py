@@ -38,4 +38,3 @@ def kept_shape(shape: Sequence[int], dim: int | None) -> tuple[int, ...]:
 def reduced_dims(ndim: int, dim: int | None) -> list[int]:
     """The dimensions the norm sums over."""
     return [i for i in range(ndim) if i != dim]
-

@@ -11,7 +11,7 @@ from .. import functional as WF
 from .weight import WeightNormMixin
 
 
-class WNLinear(WeightNormMixin, nn.Linear):
+class WNLinear(WeightNormMixin, nn.Linear):  # type: ignore[override]
     """`torch.nn.Linear` with a weight-normalised weight: `y = x Wᵀ + b`, `W = g · V / ‖V‖`.
 
     Drop-in: it takes the same arguments, is an instance of `nn.Linear`, starts from the same

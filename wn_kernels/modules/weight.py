@@ -24,7 +24,7 @@ class WeightNormMixin(nn.Module):
 
     weight_v: nn.Parameter
     weight_g: nn.Parameter
-    bias: nn.Parameter | None
+    bias: Any  # an nn.Parameter or None; torch.nn declares it as one or the other
     dim: int | None
     eps: float
 
@@ -64,7 +64,7 @@ class WeightNormMixin(nn.Module):
         return v, g, own["bias"]
 
     @property
-    def weight(self) -> Tensor:  # type: ignore[override]
+    def weight(self) -> Tensor:
         """The weight `g · V / ‖V‖`, computed anew and differentiable."""
         return WF.weight_norm(self.weight_v, self.weight_g, dim=self.dim, eps=self.eps)
 

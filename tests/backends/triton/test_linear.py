@@ -6,9 +6,6 @@ import pytest
 import torch
 
 from tests.comparison import DIMS, LAYOUTS, Case, assert_matches, assert_same_bits
-
-triton = pytest.importorskip("triton")
-
 from wn_kernels.backends.triton import configs, linear, linear_backward, slice_norms
 
 FORWARD = {0: ("one_pass", "scaled"), 1: ("scaled",), None: ("scaled",)}
@@ -194,9 +191,7 @@ def test_dead_slice_and_nan(dim, device):
 
 @pytest.mark.parametrize(("dim", "form"), forms(BACKWARD))
 def test_deterministic(dim, form, device):
-    first, second = (
-        run(Case(15, 50, 41, dim, device=device), backward=form) for _ in range(2)
-    )
+    first, second = (run(Case(15, 50, 41, dim, device=device), backward=form) for _ in range(2))
     for a, b in zip(first, second, strict=True):
         assert_same_bits(a, b)
 

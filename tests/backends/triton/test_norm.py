@@ -10,9 +10,6 @@ from tests.comparison import (
 )
 from wn_kernels.backends import reference
 from wn_kernels.backends.shapes import kept_shape
-
-triton = pytest.importorskip("triton")
-
 from wn_kernels.backends.triton import configs, slice_norms, weight_norm, weight_norm_backward
 
 SMALL = configs.SliceConfig(4, 8, 4)

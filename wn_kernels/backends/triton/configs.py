@@ -1,4 +1,4 @@
-"""The pinned configurations: one per kernel and regime, no search.
+"""The pinned configurations: one per kernel, regime and vendor, no search.
 
 Blocks are powers of two and at least 16 wherever a side meets `tl.dot`. How each regime's numbers
 came about is in docs/performance.md; `make codegen` compiles them all.
@@ -6,7 +6,11 @@ came about is in docs/performance.md; `make codegen` compiles them all.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
+
+import torch
 
 
 class SliceConfig(NamedTuple):
@@ -55,12 +59,31 @@ def finish() -> SliceConfig:
     return SliceConfig(32, 128, 4, 1)
 
 
+_vendor = "hip" if torch.version.hip else "cuda"
+
+
+@contextmanager
+def vendor(name: str) -> Iterator[None]:
+    """Configurations for another vendor's GPUs, "cuda" or "hip", than those of this torch."""
+    global _vendor
+    before, _vendor = _vendor, name
+    try:
+        yield
+    finally:
+        _vendor = before
+
+
+def _stages(wanted: int) -> int:
+    """An AMD compute unit has 64 KiB of shared memory: two stages, never more."""
+    return min(wanted, 2) if _vendor == "hip" else wanted
+
+
 def one_pass(m: int, o: int, itemsize: int) -> MatmulConfig:
     """A single row tile over the batch: bound by the bytes of `V`, so deep in flight and narrow
     enough in `O` to occupy the machine."""
     block_m = _up_to(m, 16, 32, 64)
     block_o = 32 if o <= 8192 else 64
-    return MatmulConfig(block_m, block_o, 256 // itemsize, 4, 4 if itemsize < 8 else 2)
+    return MatmulConfig(block_m, block_o, 256 // itemsize, 4, _stages(4 if itemsize < 8 else 2))
 
 
 def matmul(m: int, itemsize: int) -> MatmulConfig:
@@ -68,16 +91,16 @@ def matmul(m: int, itemsize: int) -> MatmulConfig:
     if itemsize == 8:
         return MatmulConfig(32, 32, 16, 4, 2)
     if m <= 64:
-        return MatmulConfig(_up_to(m, 16, 32, 64), 64, 256 // itemsize, 4, 4)
+        return MatmulConfig(_up_to(m, 16, 32, 64), 64, 128 // itemsize, 4, _stages(4))
     if itemsize == 4:
-        return MatmulConfig(64, 128, 32, 8, 3)
-    return MatmulConfig(128, 128, 64, 8, 3)
+        return MatmulConfig(64, 128, 32, 8, _stages(3))
+    return MatmulConfig(128, 128, 64 if _vendor == "cuda" else 32, 8, _stages(3))
 
 
 def grad_one_pass(m: int, itemsize: int) -> GradConfig:
     """The recompute form of `dV`: the whole batch in one tile, few rows a program."""
     if itemsize == 8:
-        return GradConfig(_up_to(m, 16, 32, 64), 16, 32, 4, 1)
+        return GradConfig(_up_to(m, 16, 32, 64), 16, 16, 4, 1)
     return GradConfig(_up_to(m, 16, 32, 64), 16, 128, 4, 2)
 
 
@@ -86,5 +109,5 @@ def grad(itemsize: int) -> GradConfig:
     if itemsize == 8:
         return GradConfig(16, 32, 32, 4, 2)
     if itemsize == 4:
-        return GradConfig(32, 64, 128, 8, 3)
-    return GradConfig(64, 128, 128, 8, 3)
+        return GradConfig(32, 64, 128, 8, _stages(3))
+    return GradConfig(64, 128, 128, 8, _stages(3))

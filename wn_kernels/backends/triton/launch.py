@@ -108,6 +108,4 @@ def as_slices(tensors: Sequence[Tensor], dim: int | None) -> Slices | None:
     (outer, outer_strides), (inner, inner_strides) = groups
     n = 1 if dim is None else first.shape[dim]
     n_strides = none if dim is None else tuple(t.stride(dim) for t in tensors)
-    return Slices(
-        n, outer, inner, list(zip(n_strides, outer_strides, inner_strides, strict=True))
-    )
+    return Slices(n, outer, inner, list(zip(n_strides, outer_strides, inner_strides, strict=True)))

@@ -24,6 +24,8 @@ The weight gradient `dW[o, r] = Σ_m P[m, o] Q[m, r]` gives each program the sli
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 import triton
@@ -268,7 +270,7 @@ def grad_kernel(
 # --- launchers ---------------------------------------------------------------------------------
 
 
-def _types(x: Tensor) -> dict[str, object]:
+def _types(x: Tensor) -> dict[str, Any]:
     """The accumulator and the precision of a product of `x`'s dtype, as PyTorch is set."""
     tf32 = x.dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest"
     return {
@@ -457,9 +459,7 @@ def _weight_grad(
         return dv, torch.zeros_like(g), None if db is None else dy.sum(0)
     if one_pass:
         dg = torch.empty_like(g)
-        launch(
-            grad_one_pass_kernel, (tiles_o,), G=g, NORM=n, DV=dv_own, DG=dg, EPS=eps, **common
-        )
+        launch(grad_one_pass_kernel, (tiles_o,), G=g, NORM=n, DV=dv_own, DG=dg, EPS=eps, **common)
         return dv, dg, db
     partial = n.new_empty(tiles_r, o)
     launch(grad_kernel, (tiles_o, tiles_r), DW=dv_own, PARTIAL=partial, **common)

@@ -363,7 +363,12 @@ def acc_type(v: Tensor) -> tl.dtype:
 
 
 def slice_norms(
-    v: Tensor, dim: int | None, eps: float, *, config: configs.SliceConfig | None = None, splits: int | None = None
+    v: Tensor,
+    dim: int | None,
+    eps: float,
+    *,
+    config: configs.SliceConfig | None = None,
+    splits: int | None = None,
 ) -> Tensor:
     """`n` for every slice, in the kept shape."""
     slices = as_slices([v], dim)
@@ -428,9 +433,7 @@ def weight_norm(
     w = torch.empty_like(v, dtype=dtype)
     slices = as_slices([w, v], dim)
     if slices is None:
-        dense, norm = weight_norm(
-            v.contiguous(), g, dim, eps, dtype, config=config, splits=splits
-        )
+        dense, norm = weight_norm(v.contiguous(), g, dim, eps, dtype, config=config, splits=splits)
         return w.copy_(dense), norm
     walk = _Walk(slices, [w, v], config, splits)
     fused = walk.splits == 1

@@ -1,0 +1,1 @@
+"""Benchmarks and compiled-code checks: `python -m bench --help`."""

@@ -1,0 +1,411 @@
+"""Compiles every shipped kernel configuration for GPUs that are not there, and reads the result.
+
+The launchers run as they are, on tensors without memory, with their launches recorded; each
+recorded launch is compiled for each target as a GPU would have it compiled. A configuration fails
+that spills, that needs more shared memory than its target has, or whose float16 or bfloat16
+product uses no tensor cores.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, field
+from functools import cache
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+from torch import Tensor
+
+from wn_kernels.backends.shapes import kept_shape
+
+
+@dataclass(frozen=True)
+class Target:
+    """A GPU to compile for, and its limits for one multiprocessor (compute unit)."""
+
+    name: str
+    backend: str
+    arch: int | str
+    warp_size: int
+    shared_limit: int  # bytes a program may use
+    shared_total: int  # bytes a multiprocessor has
+    registers: int  # 32-bit registers a multiprocessor has
+    threads: int  # resident threads
+
+
+# CUDA C++ programming guide, "technical specifications per compute capability"; AMD CDNA3 white
+# paper: 64 KiB of LDS, 4 SIMDs of 512 vector registers for 64 lanes, 8 waves each.
+TARGETS = [
+    Target("cuda:80", "cuda", 80, 32, 163 * 1024, 164 * 1024, 65536, 2048),
+    Target("cuda:90", "cuda", 90, 32, 227 * 1024, 228 * 1024, 65536, 2048),
+    Target("cuda:100", "cuda", 100, 32, 227 * 1024, 228 * 1024, 65536, 2048),
+    Target("hip:gfx942", "hip", "gfx942", 64, 64 * 1024, 64 * 1024, 4 * 512 * 64, 2048),
+]
+
+TYPES = {
+    torch.float16: "fp16",
+    torch.bfloat16: "bf16",
+    torch.float32: "fp32",
+    torch.float64: "fp64",
+}
+
+# What counts as a tensor-core instruction, by the opcode's beginning.
+TENSOR_CORE = re.compile(r"^(HMMA|HGMMA|UTCHMMA|UTC\w*MMA|IMMA|DMMA|QGMMA|v_mfma|v_smfmac)")
+
+
+@dataclass
+class Record:
+    """One kernel, configuration and target."""
+
+    kernel: str
+    config: str
+    target: str
+    dtype: str
+    registers: int = 0
+    stack_bytes: int = 0
+    spill_bytes: int = 0
+    shared_bytes: int = 0
+    warps_per_sm: int = 0
+    loop_instructions: int = 0
+    tensor_core_instructions: int = 0
+    load_bits: int = 0
+    mix: dict[str, int] = field(default_factory=dict)
+    failures: list[str] = field(default_factory=list)
+
+
+# --- what ships ----------------------------------------------------------------------------------
+
+
+@dataclass
+class Compilation:
+    """A recorded launch, named."""
+
+    kernel: str
+    config: str
+    dtype: str
+    launch: object
+    product: bool  # whether it multiplies matrices
+
+
+@cache
+def shipped(vendor: str) -> list[Compilation]:
+    """Every kernel under every pinned configuration, form and dtype, for "cuda" or "hip"."""
+    from wn_kernels.backends import triton as backend
+    from wn_kernels.backends.triton import configs
+    from wn_kernels.backends.triton.launch import recording
+
+    def tensors(m: int, k: int, n: int, dim: int | None, x_dtype, v_dtype) -> tuple[Tensor, ...]:
+        x, dy = (torch.empty(m, size, dtype=x_dtype, device="meta") for size in (k, n))
+        v = torch.empty(n, k, dtype=v_dtype, device="meta")
+        g = torch.empty(kept_shape(v.shape, dim), dtype=v_dtype, device="meta")
+        norm_dtype = torch.float64 if v_dtype == torch.float64 else torch.float32
+        return x, v, g, g.to(norm_dtype), torch.empty(n, dtype=v_dtype, device="meta"), dy
+
+    dtypes = [(t, t) for t in TYPES] + [
+        (torch.bfloat16, torch.float32),
+        (torch.float16, torch.float32),
+    ]
+    found: dict[tuple, Compilation] = {}
+    for (x_dtype, v_dtype), dim in itertools.product(dtypes, (0, 1, None)):
+        for m, o in ((16, 4096), (32, 4096), (64, 65536), (512, 4096)):
+            x, v, g, n, bias, dy = tensors(m, 4096, o, dim, x_dtype, v_dtype)
+            needs = (True, True, True, True)
+            with configs.vendor(vendor), recording() as launches:
+                forms = ["scaled"]
+                if dim == 0 and m <= 64 and (x_dtype, v_dtype) != dtypes[-1]:
+                    forms.append("one_pass")
+                for form in forms:
+                    backend.linear(x, v, g, bias, dim, 0.0, form)
+                for form in ["scaled"] + (["one_pass"] if dim is not None and m <= 64 else []):
+                    backend.linear_backward(dy, x, v, g, n, dim, 0.0, form, needs)
+                w, _ = backend.weight_norm(v, g, dim, 0.0, x_dtype)
+                backend.weight_norm_backward(w, v, g, n, dim, 0.0)
+            for launch in launches:
+                flags = {
+                    name: value
+                    for name, value in launch.arguments.items()
+                    if name in ("FORM", "BIAS", "FUSED", "SQUARE", "AS_NORM", "GRAD")
+                    and (value is True or (isinstance(value, str) and value))
+                }
+                blocks = [
+                    str(launch.arguments[b])
+                    for b in ("BLOCK_M", "BLOCK_O", "BLOCK_N", "BLOCK_R")
+                    if b in launch.arguments
+                ]
+                words = ["x".join(blocks), f"w{launch.num_warps}", f"s{launch.num_stages}"]
+                words += [k if v is True else f"{k}={v}" for k, v in flags.items()]
+                label = " ".join(words + ["dim=1"] * (dim == 1))
+                dtype = TYPES[x_dtype] + ("" if x_dtype == v_dtype else f"·{TYPES[v_dtype]}")
+                name = launch.kernel.__name__
+                product = name in ("matmul_kernel", "grad_kernel", "grad_one_pass_kernel")
+                key = (name, label, dtype)
+                found.setdefault(key, Compilation(name, label, dtype, launch, product))
+    return list(found.values())
+
+
+# --- compiling -----------------------------------------------------------------------------------
+
+
+def compile_for(compilation: Compilation, target: Target):
+    """Triton's compiled kernel, specialised as its launcher would have it."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    launch = compilation.launch
+    signature, constants, attributes = {}, {}, {}
+    for i, parameter in enumerate(launch.kernel.params):
+        value = launch.arguments[parameter.name]
+        if parameter.is_constexpr or (isinstance(value, int) and value == 1):
+            signature[parameter.name] = "constexpr"
+            constants[(i,)] = value
+        elif isinstance(value, Tensor):
+            signature[parameter.name] = "*" + TYPES[value.dtype]
+            attributes[(i,)] = [["tt.divisibility", 16]]
+        else:
+            signature[parameter.name] = "i64" if abs(value) >= 2**31 else "i32"
+            if value % 16 == 0:
+                attributes[(i,)] = [["tt.divisibility", 16]]
+    return triton.compile(
+        ASTSource(launch.kernel, signature, constants, attributes),
+        target=GPUTarget(target.backend, target.arch, target.warp_size),
+        options={"num_warps": launch.num_warps, "num_stages": launch.num_stages},
+    )
+
+
+def inspect(compilation: Compilation, target: Target) -> Record:
+    """Compiles and reads registers, spills, shared memory and the main loop."""
+    record = Record(compilation.kernel, compilation.config, target.name, compilation.dtype)
+    try:
+        kernel = compile_for(compilation, target)
+    except Exception as error:  # a compiler's failure is this configuration's result
+        record.failures.append(f"does not compile: {str(error).splitlines()[-1][:200]}")
+        return record
+    record.shared_bytes = kernel.metadata.shared
+    if target.backend == "cuda":
+        instructions = _read_cubin(kernel.asm["cubin"], record)
+    else:
+        instructions = _read_amdgcn(kernel.asm["amdgcn"], record)
+    loop = _main_loop(instructions)
+    record.loop_instructions = len(loop)
+    record.mix = dict(_mix(loop))
+    record.tensor_core_instructions = sum(
+        1 for i in (loop or instructions) if TENSOR_CORE.match(i.opcode)
+    )
+    record.load_bits = max((_load_bits(i.opcode) for i in instructions), default=0)
+    record.warps_per_sm = _resident_warps(record, compilation.launch.num_warps, target)
+    if record.spill_bytes:
+        record.failures.append(f"spills {record.spill_bytes} bytes")
+    if record.shared_bytes > target.shared_limit:
+        record.failures.append(f"needs {record.shared_bytes} of {target.shared_limit} bytes shared")
+    half = compilation.dtype.split("·")[0] in ("fp16", "bf16")
+    if half and compilation.product and not record.tensor_core_instructions:
+        record.failures.append("uses no tensor cores")
+    return record
+
+
+def _resident_warps(record: Record, warps: int, target: Target) -> int:
+    """Warps that registers, shared memory and threads let a multiprocessor hold."""
+    threads = warps * target.warp_size
+    limits = [target.threads // threads]
+    if record.registers:
+        limits.append(target.registers // (record.registers * threads))
+    if record.shared_bytes:
+        limits.append(target.shared_total // record.shared_bytes)
+    return max(0, min(limits)) * warps
+
+
+# --- reading machine code ------------------------------------------------------------------------
+
+
+@dataclass
+class Instruction:
+    address: int
+    opcode: str
+    jump: int | None  # the address it may jump back to
+
+
+@cache
+def _tool(name: str) -> str:
+    import triton
+
+    path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
+    if not path.exists():
+        raise FileNotFoundError(f"{name} is not part of this triton installation ({path})")
+    return str(path)
+
+
+def _run(tool: str, *arguments: str) -> str:
+    return subprocess.run(
+        [_tool(tool), *arguments], capture_output=True, text=True, check=True
+    ).stdout
+
+
+def _read_cubin(cubin: bytes, record: Record) -> list[Instruction]:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        usage = _run("cuobjdump", "--dump-resource-usage", file.name)
+        sass = _run("cuobjdump", "-sass", file.name)
+    numbers = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", usage))
+    record.registers = int(numbers["REG"])
+    record.stack_bytes = int(numbers["STACK"])
+    instructions = []
+    for line in sass.splitlines():
+        m = re.match(r"\s+/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)(.*)", line)
+        if m:
+            address, opcode = int(m[1], 16), m[2]
+            to = re.search(r"0x([0-9a-f]+)", m[3]) if opcode.startswith("BRA") else None
+            instructions.append(Instruction(address, opcode, int(to[1], 16) if to else None))
+    # A stack without local stores holds no spill. Each STL writes up to 16 bytes a thread.
+    width = {"64": 8, "128": 16}
+    record.spill_bytes = sum(
+        next((width[part] for part in i.opcode.split(".") if part in width), 4)
+        for i in instructions
+        if i.opcode.startswith("STL")
+    )
+    return instructions
+
+
+def _read_amdgcn(text: str, record: Record) -> list[Instruction]:
+    def number(name: str) -> int:
+        m = re.search(rf"\.{name}:\s+(\d+)", text)
+        return int(m[1]) if m else 0
+
+    record.registers = number("vgpr_count") + number("agpr_count")
+    record.stack_bytes = number("private_segment_fixed_size")
+    record.spill_bytes = 4 * (number("vgpr_spill_count") + number("sgpr_spill_count"))
+    instructions, labels, pending = [], {}, []
+    for line in text.splitlines():
+        if m := re.match(r"(\.LBB\w+):", line):
+            labels[m[1]] = len(instructions)
+        elif m := re.match(r"\t([a-z]\w+)\s*(.*)", line):
+            opcode = m[1]
+            if opcode.startswith("s_cbranch") or opcode == "s_branch":
+                pending.append((len(instructions), m[2].split()[0]))
+            instructions.append(Instruction(len(instructions), opcode, None))
+    for at, label in pending:
+        instructions[at].jump = labels.get(label)
+    return instructions
+
+
+def _main_loop(instructions: list[Instruction]) -> list[Instruction]:
+    """The shortest of the loops with the most tensor-core instructions; where there are none, the
+    longest loop that contains no other."""
+    spans = [(i.jump, i.address) for i in instructions if i.jump is not None and i.jump < i.address]
+    loops = []
+    for start, end in spans:
+        body = [i for i in instructions if start <= i.address <= end]
+        tensor = sum(bool(TENSOR_CORE.match(i.opcode)) for i in body)
+        nested = any(s != (start, end) and start <= s[0] and s[1] <= end for s in spans)
+        loops.append((tensor, not nested, -len(body) if tensor else len(body), body))
+    return max(loops, key=lambda loop: loop[:3], default=(0, False, 0, []))[3]
+
+
+def _load_bits(opcode: str) -> int:
+    """The width of a global load, or of a copy from global to shared memory, per thread."""
+    if re.match(r"(LDG|LDGSTS)\b", opcode):
+        parts = opcode.split(".")
+        return next((int(p) for p in ("128", "64") if p in parts), 16 if "U16" in parts else 32)
+    if m := re.match(r"(?:global|buffer)_load_(?:dword|b|u|s|short|ubyte)?(\w*)", opcode):
+        if "dword" in opcode:
+            return 32 * int((re.search(r"dwordx(\d)", opcode) or [0, 1])[1])
+        return 16 if "short" in opcode or "u16" in opcode else int(m[1]) if m[1].isdigit() else 32
+    return 0
+
+
+def _mix(loop: list[Instruction]) -> Counter[str]:
+    """The loop's instructions by kind."""
+    kinds = {
+        "tensor core": TENSOR_CORE,
+        "global load": re.compile(r"^(LDG|LDGSTS|UTMALDG|global_load|buffer_load)"),
+        "shared memory": re.compile(r"^(LDS|STS|LDSM|STSM|ds_)"),
+        "shuffle": re.compile(r"^(SHFL|ds_bpermute|v_permlane|ds_swizzle)"),
+        "conversion": re.compile(r"^(F2F|F2FP|HADD2\.F32|I2F|F2I|PRMT|v_cvt|v_perm)"),
+        "fp32": re.compile(r"^(FADD|FMUL|FFMA|v_(pk_)?(add|mul|fma|fmac)_f32)"),
+        "fp64": re.compile(r"^(DADD|DMUL|DFMA|v_(add|mul|fma)_f64)"),
+        "barrier": re.compile(r"^(BAR|WARPSYNC|DEPBAR|LDGDEPBAR|SYNCS|s_barrier|s_waitcnt)"),
+    }
+    mix: Counter[str] = Counter()
+    for i in loop:
+        kind = next((kind for kind, pattern in kinds.items() if pattern.match(i.opcode)), "other")
+        mix[kind] += 1
+    return mix
+
+
+# --- command -------------------------------------------------------------------------------------
+
+
+def records(console: Console, only: str | None = None) -> Iterator[Record]:
+    """Compiles on every core."""
+    # By position: kernels cannot be pickled, and every process lists them in the same order.
+    work = [
+        (t, i)
+        for t, target in enumerate(TARGETS)
+        for i, c in enumerate(shipped(target.backend))
+        if only is None or only in f"{c.kernel} {c.config} {c.dtype} {target.name}"
+    ]
+    with (
+        Progress(console=console, transient=True) as progress,
+        ProcessPoolExecutor() as pool,
+    ):
+        task = progress.add_task("compiling", total=len(work))
+        for record in pool.map(_inspect, work, chunksize=4):
+            yield record
+            progress.advance(task)
+
+
+def _inspect(work: tuple[int, int]) -> Record:
+    target = TARGETS[work[0]]
+    return inspect(shipped(target.backend)[work[1]], target)
+
+
+def table(found: list[Record]) -> Table:
+    shown = Table(title="compiled code (read, not timed)")
+    for name in ("kernel", "configuration", "dtype", "target"):
+        shown.add_column(name, no_wrap=True)
+    for name in ("regs", "stack", "spill", "shared", "warps/SM", "loop", "tensor", "load bits"):
+        shown.add_column(name, justify="right")
+    shown.add_column("main loop")
+    for r in found:
+        mix = ", ".join(f"{count} {kind}" for kind, count in sorted(r.mix.items()))
+        numbers = (r.registers, r.stack_bytes, r.spill_bytes, r.shared_bytes, r.warps_per_sm)
+        numbers += (r.loop_instructions, r.tensor_core_instructions, r.load_bits)
+        shown.add_row(
+            r.kernel.removesuffix("_kernel"),
+            r.config,
+            r.dtype,
+            r.target,
+            *map(str, numbers),
+            mix,
+            style="red" if r.failures else "",
+        )
+    return shown
+
+
+def main(path: str | None, only: str | None) -> int:
+    """Prints the table, writes the records to `path`; 1 where a configuration fails."""
+    console = Console()
+    found = list(records(console, only))
+    wide = Console(width=240) if not console.is_terminal else console
+    wide.print(table(found))
+    if path:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        Path(path).write_text(json.dumps([asdict(r) for r in found], indent=1) + "\n")
+        console.print(f"{len(found)} records written to {path}")
+    failed = [r for r in found if r.failures]
+    for r in failed:
+        reasons = "; ".join(r.failures)
+        console.print(f"[red]FAILED[/] {r.kernel} {r.config} {r.dtype} {r.target}: {reasons}")
+    console.print(f"{len(found) - len(failed)} of {len(found)} configurations pass")
+    return 1 if failed or not found else 0

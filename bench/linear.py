@@ -1,0 +1,162 @@
+"""The suite `linear`: checked in float64, timed interleaved, reported as ratios."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import platform
+import subprocess
+from pathlib import Path
+from statistics import geometric_mean
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from bench.cases import LINEAR, PROVIDERS, LinearCase, Runner
+from bench.timing import interleaved, paired_ratio
+from wn_kernels import plan
+
+
+def run_case(case: LinearCase, device: torch.device, seconds: float) -> dict[str, Any]:
+    """Checks and times one case.
+
+    Raises:
+        AssertionError: a provider is wrong.
+    """
+    runners = {name: Runner(case, name, device) for name in PROVIDERS}
+    for runner in runners.values():
+        runner.check()
+    stats = interleaved(runners, device, seconds)
+    return {
+        "case": case._asdict(),
+        "seconds": {
+            name: {"median": s.median, "q1": s.q1, "q3": s.q3, "rounds": s.rounds}
+            for name, s in stats.items()
+        },
+        "ratios": {
+            f"ours/{name}": paired_ratio(stats["ours"], stats[name])
+            for name in PROVIDERS
+            if name != "ours"
+        },
+        "saved_bytes": {
+            name: runner.saved_bytes() for name, runner in runners.items() if case.mode == "train"
+        },
+    }
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """Where and on what the run was made."""
+
+    def git(*arguments: str) -> str:
+        done = subprocess.run(["git", *arguments], capture_output=True, text=True, check=False)
+        return done.stdout.strip()
+
+    cuda = device.type == "cuda"
+    try:
+        import triton
+
+        triton_version = triton.__version__
+    except ImportError:
+        triton_version = None
+    return {
+        "device": torch.cuda.get_device_name(device) if cuda else _processor(),
+        "backend": plan.choose_backend(torch.empty(0, device=device)),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "triton": triton_version,
+        "python": platform.python_version(),
+        "commit": git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--short") else ""),
+        "time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        model = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        model = platform.processor() or platform.machine()
+    return f"{model}, {torch.backends.cpu.get_cpu_capability()}"
+
+
+def geometric_means(results: list[dict[str, Any]]) -> dict[str, float]:
+    """Of ours/eager over all cases, and of ours/plain over those of 1024 and up."""
+    means = {}
+    for mode in ("infer", "train"):
+        cases = [r for r in results if r["case"]["mode"] == mode]
+        large = [r for r in cases if LinearCase(**r["case"]).is_large]
+        for ratio, chosen in (("ours/eager", cases), ("ours/plain", large)):
+            if chosen:
+                values = [r["ratios"][ratio]["median"] for r in chosen]
+                means[f"{mode} {ratio}"] = geometric_mean(values)
+    return means
+
+
+def table(results: list[dict[str, Any]], where: dict[str, Any]) -> Table:
+    backend, device, threads = where["backend"], where["device"], where["threads"]
+    shown = Table(
+        title=f"linear, float32, backend [bold]{backend}[/] on {device}, {threads} threads"
+    )
+    shown.add_column("M, K, N")
+    shown.add_column("mode")
+    for name in (*PROVIDERS, "ours/eager", "ours/plain", "saved: ours", "eager"):
+        shown.add_column(name, justify="right")
+    for r in results:
+        case = LinearCase(**r["case"])
+        times = [_time(r["seconds"][name]["median"]) for name in PROVIDERS]
+        ratios = [_ratio(r["ratios"][f"ours/{name}"]) for name in ("eager", "plain")]
+        saved = [_size(r["saved_bytes"].get(name)) for name in ("ours", "eager")]
+        slower = r["ratios"]["ours/eager"]["median"] > 1.05
+        shown.add_row(
+            case.label, case.mode, *times, *ratios, *saved, style="yellow" if slower else ""
+        )
+    return shown
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds * 1e3:.2f} ms" if seconds >= 1e-3 else f"{seconds * 1e6:.0f} µs"
+
+
+def _ratio(ratio: dict[str, float]) -> str:
+    return f"{ratio['median']:.2f} ({ratio['q1']:.2f}–{ratio['q3']:.2f})"
+
+
+def _size(size: int | None) -> str:
+    return "" if size is None else f"{size / 1024:.0f} KiB"
+
+
+def main(path: str, seconds: float) -> int:
+    """Runs the suite; what is done is kept on Ctrl-C. 1 where a provider is wrong."""
+    console = Console()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    where = environment(device)
+    results: list[dict[str, Any]] = []
+    wrong: list[str] = []
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    with Progress(*columns, TimeElapsedColumn(), console=console) as progress:
+        task = progress.add_task("linear", total=len(LINEAR))
+        try:
+            for case in LINEAR:
+                progress.update(task, description=f"linear {case.label} {case.mode}")
+                try:
+                    results.append(run_case(case, device, seconds))
+                except AssertionError as error:
+                    wrong.append(str(error))
+                progress.advance(task)
+        except KeyboardInterrupt:
+            console.print("interrupted: reporting what is done")
+    means = geometric_means(results)
+    (console if console.is_terminal else Console(width=160)).print(table(results, where))
+    for name, value in means.items():
+        over = "all shapes" if "eager" in name else "shapes of 1024 and up"
+        console.print(f"geometric mean {name} over {over}: {value:.3f}")
+    for message in wrong:
+        console.print(f"[red]WRONG[/] {message}")
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    report = {"suite": "linear", "environment": where, "results": results, "means": means}
+    Path(path).write_text(json.dumps(report | {"wrong": wrong}, indent=1) + "\n")
+    console.print(f"results written to {path}")
+    return 1 if wrong or not results else 0

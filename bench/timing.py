@@ -1,0 +1,54 @@
+"""Interleaved timing: every provider once a round, in rotating order, so that drift of the machine
+falls on all alike and ratios can be taken round by round."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+from pytest_benchmark.stats import Stats
+
+
+def interleaved(
+    runners: dict[str, Callable[[], None]], device: torch.device, seconds: float
+) -> dict[str, Stats]:
+    """Seconds per call of each runner, round by round, within about `seconds` in all.
+
+    A sample lasts at least a millisecond: short calls are repeated inside it.
+    """
+    repeats = {}
+    for name, run in runners.items():
+        for _ in range(3):  # warm-up: caches, allocator, Triton's compiler
+            run()
+        once = _sample(run, 1, device)
+        repeats[name] = max(1, int(1e-3 / once))
+    stats = {name: Stats() for name in runners}
+    order = list(runners)
+    start = time.perf_counter()
+    rounds = 0
+    while rounds < 5 or time.perf_counter() - start < seconds:
+        for name in order:
+            stats[name].update(_sample(runners[name], repeats[name], device) / repeats[name])
+        order = order[1:] + order[:1]
+        rounds += 1
+    return stats
+
+
+def _sample(run: Callable[[], None], repeats: int, device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    for _ in range(repeats):
+        run()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start
+
+
+def paired_ratio(ours: Stats, other: Stats) -> dict[str, float]:
+    """The median of the ratios of each round, and the quartiles around it."""
+    ratios = [a / b for a, b in zip(ours.data, other.data, strict=True)]
+    low, median, high = statistics.quantiles(ratios, n=4)
+    return {"median": median, "q1": low, "q3": high}

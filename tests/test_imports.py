@@ -1,0 +1,82 @@
+"""Imports run downward, and importing the package does not import triton."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import wn_kernels
+
+ROOT = Path(wn_kernels.__file__).parent
+
+# From the top down; a module may import from layers below its own.
+LAYERS = ["modules", "functional", "autograd", "ops", "plan", "backends"]
+
+
+def imports(path: Path) -> list[str]:
+    """The package's modules that a file imports, as dotted paths from the package's root."""
+    package = path.relative_to(ROOT.parent).with_suffix("").parts[:-1]
+    found = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else ()
+            module = (*base, *(node.module or "").split(".")) if node.module else base
+            for alias in node.names:
+                found.append(".".join((*module, alias.name)))
+        elif isinstance(node, ast.Import):
+            found += [alias.name for alias in node.names]
+    return found
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.rglob("*.py")), ids=lambda p: str(p.relative_to(ROOT)))
+def test_imports_run_downward(path):
+    own = path.relative_to(ROOT).with_suffix("").parts[0]
+    if own == "__init__":
+        return
+    for target in imports(path):
+        if not target.startswith("wn_kernels."):
+            continue
+        layer = target.split(".")[1]
+        assert LAYERS.index(layer) >= LAYERS.index(own), f"{path.name} imports {target}"
+        if own == layer and own not in ("modules", "backends"):
+            raise AssertionError(f"{path.name} imports itself")
+
+
+@pytest.mark.parametrize("name", ["reference.py", "aten.py", "shapes.py"])
+def test_no_triton_beside_the_kernels(name):
+    assert not [target for target in imports(ROOT / "backends" / name) if "triton" in target]
+
+
+def run(code: str) -> str:
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_importing_does_not_import_triton():
+    code = "import sys, wn_kernels, wn_kernels.ops; print('triton' in sys.modules)"
+    before = "import sys, torch; print('triton' in sys.modules)"
+    assert run(code) == run(before)
+
+
+def test_everything_works_without_triton():
+    """A process in which triton cannot be imported trains a layer on the ATen path."""
+    code = """
+import sys
+sys.modules["triton"] = None  # an import raises ImportError
+import importlib.util
+find = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *a: None if name == "triton" else find(name, *a)
+import torch, wn_kernels
+layer = wn_kernels.WNLinear(8, 4)
+layer(torch.randn(3, 8)).sum().backward()
+assert layer.weight_v.grad.abs().sum() > 0
+try:
+    with wn_kernels.use_backend("triton"):
+        layer(torch.randn(3, 8))
+except RuntimeError as error:
+    print(error)
+"""
+    assert "the package triton is not installed" in run(code)
