@@ -26,7 +26,9 @@ from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor
 
+from wn_kernels.backends.reference import narrows_range
 from wn_kernels.backends.shapes import kept_shape
+from wn_kernels.plan import one_pass_rows
 
 
 @dataclass(frozen=True)
@@ -111,23 +113,28 @@ def shipped(vendor: str) -> list[Compilation]:
         norm_dtype = torch.float64 if v_dtype == torch.float64 else torch.float32
         return x, v, g, g.to(norm_dtype), torch.empty(n, dtype=v_dtype, device="meta"), dy
 
-    dtypes = [(t, t) for t in TYPES] + [
-        (torch.bfloat16, torch.float32),
-        (torch.float16, torch.float32),
-    ]
+    def runs() -> Iterator[tuple[str, torch.dtype, torch.dtype]]:
+        yield from ((name, t, t) for t, name in TYPES.items())
+        yield "bf16·fp32", torch.bfloat16, torch.float32
+        yield "fp16·fp32", torch.float16, torch.float32
+        torch.set_float32_matmul_precision("high")
+        yield "tf32", torch.float32, torch.float32
+        torch.set_float32_matmul_precision("highest")
+
     found: dict[tuple, Compilation] = {}
-    for (x_dtype, v_dtype), dim in itertools.product(dtypes, (0, 1, None)):
-        for m, o in ((16, 4096), (32, 4096), (64, 65536), (512, 4096)):
+    for dtype, x_dtype, v_dtype in runs():
+        batches = ((16, 4096), (32, 4096), (64, 65536), (512, 4096))
+        for dim, (m, o) in itertools.product((0, 1, None), batches):
             x, v, g, n, bias, dy = tensors(m, 4096, o, dim, x_dtype, v_dtype)
             needs = (True, True, True, True)
             with configs.vendor(vendor), recording() as launches:
-                forms = ["scaled"]
-                if dim == 0 and m <= 64 and (x_dtype, v_dtype) != dtypes[-1]:
-                    forms.append("one_pass")
-                for form in forms:
-                    backend.linear(x, v, g, bias, dim, 0.0, form)
-                for form in ["scaled"] + (["one_pass"] if dim is not None and m <= 64 else []):
-                    backend.linear_backward(dy, x, v, g, n, dim, 0.0, form, needs)
+                fits = m <= one_pass_rows(max(x.element_size(), v.element_size()))
+                backend.linear(x, v, g, bias, dim, 0.0, "scaled")
+                backend.linear_backward(dy, x, v, g, n, dim, 0.0, "scaled", needs)
+                if fits and dim == 0 and not narrows_range(x_dtype, v_dtype):
+                    backend.linear(x, v, g, bias, dim, 0.0, "one_pass")
+                if fits and dim is not None:
+                    backend.linear_backward(dy, x, v, g, n, dim, 0.0, "one_pass", needs)
                 w, _ = backend.weight_norm(v, g, dim, 0.0, x_dtype)
                 backend.weight_norm_backward(w, v, g, n, dim, 0.0)
             for launch in launches:
@@ -145,9 +152,10 @@ def shipped(vendor: str) -> list[Compilation]:
                 words = ["x".join(blocks), f"w{launch.num_warps}", f"s{launch.num_stages}"]
                 words += [k if v is True else f"{k}={v}" for k, v in flags.items()]
                 label = " ".join(words + ["dim=1"] * (dim == 1))
-                dtype = TYPES[x_dtype] + ("" if x_dtype == v_dtype else f"·{TYPES[v_dtype]}")
                 name = launch.kernel.__name__
                 product = name in ("matmul_kernel", "grad_kernel", "grad_one_pass_kernel")
+                if dtype == "tf32" and not product:
+                    continue  # the same as fp32
                 key = (name, label, dtype)
                 found.setdefault(key, Compilation(name, label, dtype, launch, product))
     return list(found.values())
@@ -208,7 +216,7 @@ def inspect(compilation: Compilation, target: Target) -> Record:
         record.failures.append(f"spills {record.spill_bytes} bytes")
     if record.shared_bytes > target.shared_limit:
         record.failures.append(f"needs {record.shared_bytes} of {target.shared_limit} bytes shared")
-    half = compilation.dtype.split("·")[0] in ("fp16", "bf16")
+    half = compilation.dtype.split("·")[0] in ("fp16", "bf16", "tf32")
     if half and compilation.product and not record.tensor_core_instructions:
         record.failures.append("uses no tensor cores")
     return record
@@ -353,7 +361,7 @@ def records(console: Console, only: str | None = None) -> Iterator[Record]:
         (t, i)
         for t, target in enumerate(TARGETS)
         for i, c in enumerate(shipped(target.backend))
-        if only is None or only in f"{c.kernel} {c.config} {c.dtype} {target.name}"
+        if only is None or re.search(only, f"{c.kernel} {c.config} {c.dtype} {target.name}")
     ]
     with (
         Progress(console=console, transient=True) as progress,

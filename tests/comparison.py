@@ -134,7 +134,11 @@ class Case:
         self.v = strided(random(n, k, dtype=v_dtype), layout)
         self.g = random(*kept_shape((n, k), dim), dtype=v_dtype).abs() + 0.5
         self.bias = random(n, dtype=v_dtype) if bias else None
-        self.dy = strided(random(m, n, dtype=x_dtype), layout)
+        # Correlated with the output, so that no ⟨dW, V⟩ is small by chance.
+        product = self.x.double() @ self.v.double().T
+        spread = product.std().item() if product.numel() > 1 else 0.0
+        dy = random(m, n, dtype=torch.float64) + (product / spread if spread else 0.0)
+        self.dy = strided(dy.to(x_dtype), layout)
 
         inputs = [self.x, self.v, self.g, self.bias]
         wide = [None if t is None else t.detach().double().requires_grad_() for t in inputs]

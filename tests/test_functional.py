@@ -307,7 +307,7 @@ def test_bad_input_to_weight_norm(change, error, message):
 
 def test_nested_and_quantized():
     nested = torch.nested.nested_tensor([torch.randn(2, 5), torch.randn(1, 5)])
-    with pytest.raises(TypeError, match="input must be a dense.*nested"):
+    with pytest.raises(TypeError, match=r"input must be a dense.*nested"):
         WF.wn_linear(**(good() | {"input": nested}))
     quantized = torch.quantize_per_tensor(torch.randn(4, 5), 0.1, 0, torch.qint8)
     with pytest.raises(TypeError, match=r"v has dtype torch\.qint8"):

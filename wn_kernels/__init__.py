@@ -1,9 +1,9 @@
 """Fused weight normalisation for PyTorch: see README.md and docs/architecture.md."""
 
 from . import functional
-from .modules import WNLinear
+from .modules import WNLazyLinear, WNLinear
 from .plan import use_backend
 
 __version__ = "0.1.0"
 
-__all__ = ["WNLinear", "functional", "use_backend"]
+__all__ = ["WNLazyLinear", "WNLinear", "functional", "use_backend"]

@@ -22,7 +22,7 @@ from torch.autograd import forward_ad
 
 from . import autograd, ops, plan
 from .backends import reference
-from .backends.shapes import canonical_dim, kept_shape, reduced_dims
+from .backends.shapes import canonical_dim, canonical_eps, kept_shape, reduced_dims
 
 _DTYPES = frozenset((torch.float16, torch.bfloat16, torch.float32, torch.float64))
 
@@ -70,7 +70,7 @@ def _reject(**tensors: Tensor | None) -> NoReturn:
             raise TypeError(
                 f"{name} has dtype {t.dtype}; expected float16, bfloat16, float32 or float64"
             )
-    devices = ", ".join(f"{name} on {t.device}" for name, t in given.items())
+    devices = ", ".join(f"{name} on {t.device}" for name, t in given.items() if t is not None)
     raise ValueError(f"all tensors must be on one device, got {devices}")
 
 
@@ -90,16 +90,6 @@ def _memoised(check: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-def _check_eps(eps: float) -> float:
-    try:
-        value = float(eps)
-    except (TypeError, ValueError):
-        raise TypeError(f"eps must be a number, got {eps!r}") from None
-    if not 0.0 <= value < math.inf:
-        raise ValueError(f"eps must be finite and not negative, got {eps}")
-    return value
-
-
 @_memoised
 def _check_weight(
     v_shape: torch.Size, g_shape: torch.Size, dim: int | None, eps: float
@@ -113,7 +103,7 @@ def _check_weight(
             f"g has shape {tuple(g_shape)}, but v of shape {tuple(v_shape)} with dim={dim} needs "
             f"g of shape {shape} or ({length},)"
         )
-    return dim, _check_eps(eps), shape
+    return dim, canonical_eps(eps), shape
 
 
 @_memoised

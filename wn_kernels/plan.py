@@ -164,10 +164,6 @@ def seconds(stages: list[Stage], device: Device, itemsize: int) -> float:
     )
 
 
-# The rows that one tile of the one-pass kernels holds.
-ONE_PASS_ROWS = 64
-
-
 class AtenLinear(NamedTuple):
     """How the ATen path serves a linear layer: the variant of each direction, and whether the
     forward saves `x Vᵀ` for the backward."""
@@ -189,12 +185,13 @@ def aten_linear(
 
     Both take the norms and do the same matmuls, so only what differs is counted. Scaling the
     output (the input, for dim=1) reads and writes `M·N` (`M·K`) numbers, materialising `W` writes
-    and reads `N·K`: the batch decides. In the backward, scaling saves the pass that takes the dots
-    `⟨dW, V⟩` where the forward kept its product; materialising launches fewer operations, which
-    is what counts for small layers.
+    and reads `N·K`: the batch decides. In the backward, `dW` has to be read again beside `V` for
+    the dots `⟨dW, V⟩`, unless a smaller product holds them already: `dX` before its scale, for
+    dim=1 and None, or the forward's `x Vᵀ`. Materialising launches fewer operations, which is
+    what counts for small layers.
 
-    The product spares the backward that pass, and is kept where it is at most an eighth of `V`'s
-    size: the memory saved for backward stays that of the plain layer within 1/8 of its weight.
+    The product `x Vᵀ` is kept where it is at most an eighth of `V`'s size: the memory saved for
+    backward stays that of the plain layer within 1/8 of its weight.
     """
     if x_dtype != v_dtype or x_dtype.itemsize < 4:
         return AtenLinear("materialize", "materialize", False)
@@ -209,15 +206,18 @@ def aten_linear(
         return "scaled" if faster else "materialize"
 
     forward = cheaper([Stage(2 * activation), Stage(0)], [Stage(2 * weight)])
-    backward = cheaper(
-        [Stage(2 * activation)] * 3 + [Stage(3 * weight)] + [Stage(0)] * 5,
-        [Stage(2 * weight), Stage(5 * weight)],
-    )
-    return AtenLinear(forward, backward, forward == "scaled" and dim == 0 and 8 * m <= k)
+    keeps_product = forward == "scaled" and dim == 0 and 8 * m <= k
+    if keeps_product or dim != 0:
+        scaled = [Stage(2 * activation)] * 3 + [Stage(2 * weight)] + [Stage(0)] * 5
+    else:
+        scaled = [Stage(2 * activation), Stage(0), Stage(5 * weight)]
+    backward = cheaper(scaled, [Stage(2 * weight), Stage(5 * weight)])
+    return AtenLinear(forward, backward, keeps_product)
 
 
-# The rows that one tile of the one-pass kernels holds.
-ONE_PASS_ROWS = 64
+def one_pass_rows(itemsize: int) -> int:
+    """The rows that one tile of the one-pass kernels holds."""
+    return 32 if itemsize == 8 else 64
 
 
 class TritonLinear(NamedTuple):
@@ -253,7 +253,8 @@ def triton_linear(
         "scaled": [Stage(v), Stage(x + v + y, own)],
         "materialize": [Stage(v + w), Stage(x + w + y, matmul)],
     }
-    if dim == 0 and m <= ONE_PASS_ROWS and not narrows_range(x_dtype, v_dtype):
+    fits = m <= one_pass_rows(max(x_size, v_size))
+    if dim == 0 and fits and not narrows_range(x_dtype, v_dtype):
         forward["one_pass"] = [Stage(x + v + y, own * GPU.inline_norm)]
 
     dx = Stage(y + v + x, own)
@@ -266,7 +267,7 @@ def triton_linear(
             Stage(w + 2 * v),
         ],
     }
-    if dim is not None and m <= ONE_PASS_ROWS:
+    if dim is not None and fits:
         backward["one_pass"] = [dx, Stage(x + y + 3 * v, 2 * own)]
 
     def cheapest(candidates: dict[str, list[Stage]]) -> str:

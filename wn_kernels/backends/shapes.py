@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 
@@ -38,3 +39,19 @@ def kept_shape(shape: Sequence[int], dim: int | None) -> tuple[int, ...]:
 def reduced_dims(ndim: int, dim: int | None) -> list[int]:
     """The dimensions the norm sums over."""
     return [i for i in range(ndim) if i != dim]
+
+
+def canonical_eps(eps: float) -> float:
+    """`eps` as a float.
+
+    Raises:
+        TypeError: `eps` is not a number.
+        ValueError: `eps` is negative, infinite or NaN.
+    """
+    try:
+        value = float(eps)
+    except (TypeError, ValueError):
+        raise TypeError(f"eps must be a number, got {eps!r}") from None
+    if not 0.0 <= value < math.inf:
+        raise ValueError(f"eps must be finite and not negative, got {eps}")
+    return value

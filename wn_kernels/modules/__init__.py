@@ -1,5 +1,5 @@
 """Drop-in layers with a weight-normalised weight."""
 
-from .linear import WNLinear
+from .linear import WNLazyLinear, WNLinear
 
-__all__ = ["WNLinear"]
+__all__ = ["WNLazyLinear", "WNLinear"]

@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from .. import functional as WF
-from ..backends.shapes import canonical_dim, kept_shape
+from ..backends.shapes import canonical_dim, canonical_eps, kept_shape
 
 
 class WeightNormMixin(nn.Module):
@@ -37,7 +38,7 @@ class WeightNormMixin(nn.Module):
         factory: dict[str, Any],
     ) -> None:
         self.dim = canonical_dim(dim, len(shape))
-        self.eps = eps
+        self.eps = canonical_eps(eps)
         self.weight_v = nn.Parameter(torch.empty(shape, **factory))
         self.weight_g = nn.Parameter(torch.empty(kept_shape(shape, self.dim), **factory))
         if bias_size is None:
@@ -94,6 +95,8 @@ class WeightNormMixin(nn.Module):
         learn.
         """
         g = WF.slice_norm(weight, dim=self.dim)
+        if is_lazy(self.weight_v):
+            return g, weight
         old = self.weight_v.detach()
         if old.shape != weight.shape or old.device != weight.device:
             return g, weight
@@ -130,7 +133,7 @@ class WeightNormMixin(nn.Module):
         plain = prefix + "weight"
         if plain in state_dict and own_g not in state_dict and own_v not in state_dict:
             weight = state_dict.pop(plain)
-            if weight.shape == self.weight_v.shape:
+            if is_lazy(self.weight_v) or weight.shape == self.weight_v.shape:
                 state_dict[own_g], state_dict[own_v] = self._split(weight)
             else:  # for PyTorch's own report of the mismatch
                 state_dict[own_g], state_dict[own_v] = self.weight_g, weight

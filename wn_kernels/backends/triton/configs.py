@@ -54,9 +54,9 @@ def slices(n: int, n_is_fast: bool) -> SliceConfig:
     return SliceConfig(128, 32, 4) if n_is_fast else SliceConfig(4, 1024, 4)
 
 
-def finish() -> SliceConfig:
-    """The second stage of a split reduction: partial sums of 32 slices, 128 splits a step."""
-    return SliceConfig(32, 128, 4, 1)
+def finish(itemsize: int) -> SliceConfig:
+    """The second stage of a split reduction: partial sums of several slices, 128 splits a step."""
+    return SliceConfig(16 if itemsize == 8 else 32, 128, 4, 1)
 
 
 _vendor = "hip" if torch.version.hip else "cuda"
@@ -80,18 +80,25 @@ def _stages(wanted: int) -> int:
 
 def one_pass(m: int, o: int, itemsize: int) -> MatmulConfig:
     """A single row tile over the batch: bound by the bytes of `V`, so deep in flight and narrow
-    enough in `O` to occupy the machine."""
+    enough in `O` to occupy the machine. `itemsize` is the wider one of x's and V's."""
     block_m = _up_to(m, 16, 32, 64)
     block_o = 32 if o <= 8192 else 64
-    return MatmulConfig(block_m, block_o, 256 // itemsize, 4, _stages(4 if itemsize < 8 else 2))
+    block_r = 256 // itemsize if itemsize != 4 or block_m < 64 else 32
+    return MatmulConfig(block_m, block_o, block_r, 4, _stages(4 if itemsize < 8 else 2))
 
 
-def matmul(m: int, itemsize: int) -> MatmulConfig:
-    """The scaled form, bound by the tensor cores as soon as the batch allows it."""
+def matmul(m: int, itemsize: int, prologue: bool, ieee: bool) -> MatmulConfig:
+    """The scaled form, bound by the tensor cores as soon as the batch allows it.
+
+    A tile of V that is scaled in the loop lives in registers meanwhile, and so does all of an IEEE
+    float32 product: both take smaller tiles.
+    """
     if itemsize == 8:
         return MatmulConfig(32, 32, 16, 4, 2)
+    if ieee:
+        return MatmulConfig(_up_to(m, 16, 32), 64, 16 if prologue else 32, 4, _stages(3))
     if m <= 64:
-        return MatmulConfig(_up_to(m, 16, 32, 64), 64, 128 // itemsize, 4, _stages(4))
+        return MatmulConfig(_up_to(m, 16, 32, 64), 64, 128 // itemsize, 4, _stages(3))
     if itemsize == 4:
         return MatmulConfig(64, 128, 32, 8, _stages(3))
     return MatmulConfig(128, 128, 64 if _vendor == "cuda" else 32, 8, _stages(3))
@@ -100,8 +107,10 @@ def matmul(m: int, itemsize: int) -> MatmulConfig:
 def grad_one_pass(m: int, itemsize: int) -> GradConfig:
     """The recompute form of `dV`: the whole batch in one tile, few rows a program."""
     if itemsize == 8:
-        return GradConfig(_up_to(m, 16, 32, 64), 16, 16, 4, 1)
-    return GradConfig(_up_to(m, 16, 32, 64), 16, 128, 4, 2)
+        return GradConfig(_up_to(m, 16, 32), 16, 16, 4, 1)
+    block_m = _up_to(m, 16, 32, 64)
+    block_r = 128 if itemsize == 2 else {16: 128, 32: 64, 64: 32}[block_m]
+    return GradConfig(block_m, 16, block_r, 4, 2)
 
 
 def grad(itemsize: int) -> GradConfig:

@@ -291,14 +291,14 @@ def _matmul(
 ) -> Tensor:
     """`C = A Wᵀ + bias` for `a` of shape `(M, R)` and `v` of shape `(O, R)`."""
     (m, r), o = a.shape, v.shape[0]
+    types = _types(a)
     if config is None:
-        size = a.element_size()
-        wide_v = v.element_size() > size  # V's tile is held in its own dtype
-        config = (
-            configs.one_pass(m, o, v.element_size() if wide_v else size)
-            if form == "one_pass"
-            else configs.matmul(m, v.element_size() if wide_v else size)
-        )
+        size = max(a.element_size(), v.element_size())  # V's tile is held in its own dtype
+        if form == "one_pass":
+            config = configs.one_pass(m, o, size)
+        else:
+            ieee = a.dtype == torch.float32 and types["PRECISION"] == "ieee"
+            config = configs.matmul(m, size, form.startswith("prologue"), ieee)
     c = a.new_empty(m, o)
     launch(
         matmul_kernel,
@@ -326,7 +326,7 @@ def _matmul(
         EVEN_R=r % config.BLOCK_R == 0,
         WIDE=is_wide(a, v, c),
         GROUP=8,
-        **_types(a),
+        **types,
         **config._asdict(),
     )
     return c
@@ -429,7 +429,7 @@ def _weight_grad(
     p, q, v_own, dv_own = (x, dy, v.t(), dv.t()) if dim == 1 else (dy, x, v, dv)
     (m, o), r = p.shape, q.shape[1]
     if config is None:
-        size = x.element_size()
+        size = max(x.element_size(), v.element_size())
         config = configs.grad_one_pass(m, size) if one_pass else configs.grad(size)
     common = {
         "P": p,

@@ -400,7 +400,7 @@ def finish(
 ) -> None:
     """The second stage over `partial` of shape (splits, N): norms, or `dg` and `c`."""
     splits, n = partial.shape
-    config = configs.finish()
+    config = configs.finish(partial.element_size())
     launch(
         finish_kernel,
         (triton.cdiv(n, config.BLOCK_N),),

@@ -1,0 +1,32 @@
+"""The examples are tests: what they show holds."""
+
+import runpy
+from pathlib import Path
+
+import pytest
+
+digits = runpy.run_path(str(Path(__file__).parent.parent / "examples" / "digits.py"))
+
+
+@pytest.fixture(scope="module")
+def runs():
+    return digits["main"](steps=200)
+
+
+def test_digits_learns_as_pytorch_does(runs):
+    """The loss curves agree to 1e-4 relative at every one of 200 steps, in float32."""
+    ours, theirs = runs["wn_kernels"], runs["torch"]
+    assert len(ours.losses) == 200
+    for a, b in zip(ours.losses, theirs.losses, strict=True):
+        assert abs(a - b) <= 1e-4 * abs(b)
+
+
+def test_digits_learns(runs):
+    for run in runs.values():
+        assert run.losses[0] > 2
+        assert run.accuracies[-1] > 0.95
+
+
+def test_digits_is_drawn(runs, tmp_path):
+    digits["plot"](runs, str(tmp_path / "digits.png"))
+    assert (tmp_path / "digits.png").stat().st_size > 10_000

@@ -1,0 +1,48 @@
+"""Random shapes, strides, dtypes and options against the definition in float64."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import wn_kernels.functional as WF
+from tests.comparison import DIMS, FLOATS, LAYOUTS, Case
+from wn_kernels import use_backend
+
+cases = st.builds(
+    Case,
+    m=st.integers(1, 40),
+    k=st.integers(2, 70),
+    n=st.integers(2, 70),
+    dim=st.sampled_from(DIMS),
+    x_dtype=st.sampled_from(FLOATS),
+    v_dtype=st.sampled_from(FLOATS),
+    eps=st.sampled_from([0.0, 0.0, 6.0]),
+    bias=st.booleans(),
+    layout=st.sampled_from(LAYOUTS),
+    seed=st.integers(0, 2**31),
+)
+
+
+def run(case):
+    inputs = [case.x, case.v, case.g, case.bias]
+    leaves = [None if t is None else t.detach().requires_grad_() for t in inputs]
+    y = WF.wn_linear(*leaves, dim=case.dim, eps=case.eps)
+    case.check_forward(y)
+    given_leaves = [t for t in leaves if t is not None]
+    grads = iter(torch.autograd.grad(y, given_leaves, case.dy))
+    case.check_backward([None if t is None else next(grads) for t in leaves])
+
+
+@settings(max_examples=400)
+@given(case=cases)
+def test_aten(case):
+    run(case)
+
+
+@settings(max_examples=40)
+@given(case=cases)
+def test_triton(case):
+    pytest.importorskip("triton")
+    with use_backend("triton"):
+        run(case)

@@ -1,0 +1,128 @@
+"""Which backend and which variant serves a call."""
+
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+
+import wn_kernels.functional as WF
+from tests.comparison import Case
+from wn_kernels import plan, use_backend
+
+F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
+
+
+def aten(m, k, n, dim=0, x=F32, v=F32):
+    return plan.aten_linear(torch.Size((m, k)), torch.Size((n, k)), x, v, dim)
+
+
+def triton(m, k, n, dim=0, x=BF16, v=BF16):
+    return plan.triton_linear(torch.Size((m, k)), torch.Size((n, k)), x, v, dim)
+
+
+def test_aten_variants():
+    """Small layers materialise, for fewer operations; large ones scale, for fewer bytes, unless
+    the batch outweighs the weight."""
+    assert aten(32, 64, 64) == ("materialize", "materialize", False)
+    assert aten(16, 4096, 4096) == ("scaled", "scaled", True)
+    assert aten(8192, 1024, 1024) == ("materialize", "materialize", False)
+    assert aten(512, 1024, 4096).forward == "scaled"
+    assert not aten(512, 1024, 4096).keeps_product
+    assert not aten(16, 4096, 4096, dim=1).keeps_product
+    # Scaling after the matmul is for float32 and float64 alone.
+    for x, v in ((BF16, BF16), (F16, F16), (BF16, F32), (F32, BF16)):
+        assert aten(16, 4096, 4096, x=x, v=v) == ("materialize", "materialize", False)
+    assert aten(16, 4096, 4096, x=F64, v=F64).forward == "scaled"
+
+
+def test_triton_variants():
+    """Small batches take one pass; large ones the vendor's matmul, as soon as it leads."""
+    for m in (1, 16):
+        assert triton(m, 4096, 4096) == ("one_pass", "one_pass")
+    assert triton(16384, 8192, 8192) == ("materialize", "materialize")
+    assert triton(16, 4096, 4096, dim=1).forward == "scaled"
+    assert triton(16, 4096, 4096, dim=1).backward == "one_pass"
+    assert triton(16, 4096, 4096, dim=None).backward != "one_pass"
+    assert triton(16, 4096, 4096, x=F16, v=F32).forward == "scaled"
+    assert triton(plan.one_pass_rows(8) + 1, 4096, 4096, x=F64, v=F64).forward != "one_pass"
+
+
+def test_one_pass_never_exceeds_its_tile():
+    configs = pytest.importorskip("wn_kernels.backends.triton.configs")
+    for itemsize in (2, 4, 8):
+        rows = plan.one_pass_rows(itemsize)
+        for m in range(1, rows + 1):
+            assert m <= configs.grad_one_pass(m, itemsize).BLOCK_M
+            assert m <= configs.one_pass(m, 4096, itemsize).BLOCK_M
+
+
+def test_forcing(monkeypatch):
+    x = torch.randn(2, 3)
+    assert plan.choose_backend(x) == "aten"
+    with use_backend("reference"):
+        assert plan.choose_backend(x) == "reference"
+        with use_backend("auto"):
+            assert plan.choose_backend(x) == "aten"
+        assert plan.choose_backend(x) == "reference"
+    assert plan.choose_backend(x) == "aten"
+    with pytest.raises(ValueError, match=r"use_backend names the backend 'cuda'; expected one of"):
+        with use_backend("cuda"):
+            pass
+
+
+def test_a_forced_backend_does_not_fall_back(monkeypatch):
+    monkeypatch.setattr(plan, "triton_unavailable", lambda: "there is no GPU")
+    case = Case(2, 3, 4, 0)
+    with use_backend("triton"), pytest.raises(RuntimeError, match=r"forced.*there is no GPU"):
+        WF.wn_linear(case.x, case.v, case.g)
+
+
+def test_a_forced_backend_refuses_transforms():
+    pytest.importorskip("triton")
+    case = Case(2, 3, 4, 0)
+    with use_backend("triton"), pytest.raises(RuntimeError, match=r"forced.*torch\.func"):
+        torch.func.grad(lambda x: WF.wn_linear(x, case.v, case.g).sum())(case.x)
+
+
+@pytest.mark.parametrize("dim", [0, 1, None])
+def test_backward_runs_where_the_forward_did(dim, monkeypatch):
+    """Also when `backward` is called outside the block, and on another thread."""
+    launches = pytest.importorskip("wn_kernels.backends.triton")
+    calls = []
+    real = launches.linear_backward
+
+    def record(*arguments):
+        calls.append(threading.get_ident())
+        return real(*arguments)
+
+    monkeypatch.setattr(launches, "linear_backward", record)
+    case = Case(5, 12, 7, dim)
+    leaves = [t.requires_grad_() for t in (case.x, case.v, case.g, case.bias)]
+    with use_backend("triton"):
+        y = WF.wn_linear(*leaves, dim=dim)
+    worker = threading.Thread(target=lambda: y.backward(case.dy))
+    worker.start()
+    worker.join()
+    assert calls == [worker.ident]
+    case.check_forward(y)
+    case.check_backward([t.grad for t in leaves])
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [("reference", "reference"), ("", "aten"), ("auto", "aten"), ("nonsense", "ValueError")],
+)
+def test_environment(value, expected, monkeypatch):
+    monkeypatch.setenv(plan.ENVIRONMENT_VARIABLE, value)
+    code = """
+import torch
+try:
+    from wn_kernels import plan
+    print(plan.choose_backend(torch.empty(0)))
+except ValueError as error:
+    print("ValueError", error)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith(expected)
