@@ -123,7 +123,7 @@ def shipped(vendor: str) -> list[Compilation]:
 
     found: dict[tuple, Compilation] = {}
     for dtype, x_dtype, v_dtype in runs():
-        batches = ((16, 4096), (32, 4096), (64, 65536), (512, 4096))
+        batches = ((16, 4096), (32, 65536), (64, 65536), (512, 4096))
         for dim, (m, o) in itertools.product((0, 1, None), batches):
             x, v, g, n, bias, dy = tensors(m, 4096, o, dim, x_dtype, v_dtype)
             needs = (True, True, True, True)

@@ -216,8 +216,9 @@ def aten_linear(
 
 
 def one_pass_rows(itemsize: int) -> int:
-    """The rows that one tile of the one-pass kernels holds."""
-    return 32 if itemsize == 8 else 64
+    """The rows that one tile of the one-pass kernels holds, by the wider of x's and V's elements:
+    with more, it would not fit the registers."""
+    return 64 if itemsize == 2 else 32
 
 
 class TritonLinear(NamedTuple):

@@ -81,10 +81,9 @@ def _stages(wanted: int) -> int:
 def one_pass(m: int, o: int, itemsize: int) -> MatmulConfig:
     """A single row tile over the batch: bound by the bytes of `V`, so deep in flight and narrow
     enough in `O` to occupy the machine. `itemsize` is the wider one of x's and V's."""
-    block_m = _up_to(m, 16, 32, 64)
+    block_m = _up_to(m, 16, 32, 64) if itemsize == 2 else _up_to(m, 16, 32)
     block_o = 32 if o <= 8192 else 64
-    block_r = 256 // itemsize if itemsize != 4 or block_m < 64 else 32
-    return MatmulConfig(block_m, block_o, block_r, 4, _stages(4 if itemsize < 8 else 2))
+    return MatmulConfig(block_m, block_o, 256 // itemsize, 4, _stages(4 if itemsize < 8 else 2))
 
 
 def matmul(m: int, itemsize: int, prologue: bool, ieee: bool) -> MatmulConfig:
@@ -108,8 +107,8 @@ def grad_one_pass(m: int, itemsize: int) -> GradConfig:
     """The recompute form of `dV`: the whole batch in one tile, few rows a program."""
     if itemsize == 8:
         return GradConfig(_up_to(m, 16, 32), 16, 16, 4, 1)
-    block_m = _up_to(m, 16, 32, 64)
-    block_r = 128 if itemsize == 2 else {16: 128, 32: 64, 64: 32}[block_m]
+    block_m = _up_to(m, 16, 32, 64) if itemsize == 2 else _up_to(m, 16, 32)
+    block_r = 64 if itemsize == 4 and block_m == 32 else 128
     return GradConfig(block_m, 16, block_r, 4, 2)
 
 
