@@ -122,25 +122,14 @@ def linear(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """`(y, n, product)`: the output, the norms and, where `keep_product` allows it and the planner
     finds it worth its memory, `x Vᵀ` for the backward."""
-    if backend == "aten":
-        return _aten_linear(x, v, g, bias, dim, eps, keep_product)
-    return *_linear_op(x, v, g, bias, dim, eps, backend), None
-
-
-def _aten_linear(
-    x: Tensor,
-    v: Tensor,
-    g: Tensor,
-    bias: Tensor | None,
-    dim: int | None,
-    eps: float,
-    keep_product: bool,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    rows = _rows(x)
+    if backend != "aten":
+        return *_linear_op(x, v, g, bias, dim, eps, backend), None
     path = plan.aten_linear(x.shape, v.shape, x.dtype, v.dtype, dim)
     keep_product = keep_product and path.keeps_product
-    y, n, product = aten.linear(rows, v, g, bias, dim, eps, path.forward, keep_product)
-    return y if x.ndim == 2 else y.view(*x.shape[:-1], v.shape[0]), n, product
+    if x.ndim == 2:
+        return aten.linear(x, v, g, bias, dim, eps, path.forward, keep_product)
+    y, n, product = aten.linear(_rows(x), v, g, bias, dim, eps, path.forward, keep_product)
+    return y.view(*x.shape[:-1], v.shape[0]), n, product
 
 
 def _linear(
@@ -154,7 +143,7 @@ def _linear(
 ) -> tuple[Tensor, Tensor]:
     module = _backend_of(backend, x)
     if module is aten:
-        return _aten_linear(x, v, g, bias, dim, eps, False)[:2]
+        return linear(x, v, g, bias, dim, eps, "aten", False)[:2]
     rows = _rows(x)
     path = plan.triton_linear(x.shape, v.shape, x.dtype, v.dtype, dim)
     y, n = module.linear(rows, v, g, bias, dim, eps, path.forward)
@@ -185,28 +174,17 @@ def linear_backward(
     needs: tuple[bool, bool, bool, bool],
 ) -> Grads:
     """`(dX, dV, dg, db)`, `None` where `needs` is false."""
-    if backend == "aten":
-        return _aten_linear_backward(dy, x, v, g, n, product, dim, eps, needs)
-    grads = _linear_backward_op(dy, x, v, g, n, dim, eps, backend, needs)
-    dx, dv, dg, db = (grad if need else None for grad, need in zip(grads, needs, strict=True))
-    return dx, dv, dg, db
-
-
-def _aten_linear_backward(
-    dy: Tensor,
-    x: Tensor,
-    v: Tensor,
-    g: Tensor,
-    n: Tensor,
-    product: Tensor | None,
-    dim: int | None,
-    eps: float,
-    needs: tuple[bool, bool, bool, bool],
-) -> Grads:
-    rows = _rows(x)
-    path = plan.aten_linear(x.shape, v.shape, x.dtype, v.dtype, dim)
-    grads = aten.linear_backward(_rows(dy), rows, v, g, n, product, dim, eps, path.backward, needs)
-    return grads if grads[0] is None or x.ndim == 2 else (grads[0].view_as(x), *grads[1:])
+    if backend != "aten":
+        grads = _linear_backward_op(dy, x, v, g, n, dim, eps, backend, needs)
+        dx, dv, dg, db = (grad if need else None for grad, need in zip(grads, needs, strict=True))
+        return dx, dv, dg, db
+    variant = plan.aten_linear(x.shape, v.shape, x.dtype, v.dtype, dim).backward
+    if x.ndim == 2:
+        return aten.linear_backward(dy, x, v, g, n, product, dim, eps, variant, needs)
+    dx, dv, dg, db = aten.linear_backward(
+        _rows(dy), _rows(x), v, g, n, product, dim, eps, variant, needs
+    )
+    return dx if dx is None else dx.view(x.shape), dv, dg, db
 
 
 def _linear_backward(
@@ -223,7 +201,7 @@ def _linear_backward(
     module = _backend_of(backend, x)
     mask = (needs[0], needs[1], needs[2], needs[3])
     if module is aten:
-        dx, dv, dg, db = _aten_linear_backward(dy, x, v, g, n, None, dim, eps, mask)
+        dx, dv, dg, db = linear_backward(dy, x, v, g, n, None, dim, eps, "aten", mask)
     else:
         rows = _rows(x)
         path = plan.triton_linear(x.shape, v.shape, x.dtype, v.dtype, dim)
