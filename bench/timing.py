@@ -16,21 +16,21 @@ def interleaved(
 ) -> dict[str, Stats]:
     """Seconds per call of each runner, round by round, within about `seconds` in all.
 
-    A sample lasts at least a millisecond: short calls are repeated inside it.
+    A sample is as many calls in a row as the fastest runner makes in five milliseconds, the same
+    number for all: the first call after another runner finds cold caches, and that share must not
+    depend on a runner's speed.
     """
-    repeats = {}
-    for name, run in runners.items():
+    for run in runners.values():
         for _ in range(3):  # warm-up: caches, allocator, Triton's compiler
             run()
-        once = _sample(run, 1, device)
-        repeats[name] = max(1, int(1e-3 / once))
+    repeats = max(1, int(5e-3 / min(_sample(run, 1, device) for run in runners.values())))
     stats = {name: Stats() for name in runners}
     order = list(runners)
     start = time.perf_counter()
     rounds = 0
     while rounds < 5 or time.perf_counter() - start < seconds:
         for name in order:
-            stats[name].update(_sample(runners[name], repeats[name], device) / repeats[name])
+            stats[name].update(_sample(runners[name], repeats, device) / repeats)
         order = order[1:] + order[:1]
         rounds += 1
     return stats

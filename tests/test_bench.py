@@ -72,7 +72,7 @@ def test_rounds_are_interleaved():
     def runner(name):
         def run():
             order.append(name)
-            time.sleep(2e-3)  # long enough not to be repeated inside a sample
+            time.sleep(6e-3)  # long enough not to be repeated inside a sample
 
         return run
 
