@@ -19,12 +19,16 @@ def main(arguments: list[str] | None = None) -> int:
     codegen.add_argument("--json", default=None, help="where records go")
     codegen.add_argument("--only", default=None, help="kernels, configurations or targets with it")
 
+    codegen.add_argument(
+        "--norm-cost", action="store_true", help="instead: each form beside a plain matmul"
+    )
+
     chosen = parser.parse_args(arguments)
     if chosen.command == "codegen":
         os.environ.pop("TRITON_INTERPRET", None)  # compiles, so must not interpret
-        from bench import codegen
+        from bench import codegen as check
 
-        return codegen.main(chosen.json, chosen.only)
+        return check.norm_cost() if chosen.norm_cost else check.main(chosen.json, chosen.only)
 
     import torch
 

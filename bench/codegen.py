@@ -401,6 +401,39 @@ def table(found: list[Record]) -> Table:
     return shown
 
 
+# Tiles to compare forms on: small batches on the left, large ones on the right.
+TILES = [(16, 32, 128, 4, 4), (16, 128, 128, 4, 4), (64, 64, 128, 4, 4), (128, 128, 64, 8, 3)]
+
+
+def norm_cost() -> int:
+    """Prints what each form's loop costs beside a plain matmul of the same tile, in bfloat16."""
+    from wn_kernels.backends import triton as backend
+    from wn_kernels.backends.triton import configs
+    from wn_kernels.backends.triton.launch import recording
+
+    x = torch.empty(512, 4096, dtype=torch.bfloat16, device="meta")
+    v = torch.empty(4096, 4096, dtype=torch.bfloat16, device="meta")
+    g = torch.empty(4096, 1, dtype=torch.bfloat16, device="meta")
+    forms = ("plain", "epilogue", "one_pass", "prologue_r")
+    shown = Table(title="instructions in the main loop of matmul, bf16 (read, not timed)")
+    for name in ("target", "tile, warps, stages", *forms):
+        shown.add_column(name, justify="right" if name in forms else "left")
+    for target, tile in itertools.product(TARGETS, TILES):
+        with recording() as launches:
+            backend.linear(x, v, g, None, 0, 0.0, "one_pass", config=configs.MatmulConfig(*tile))
+        counts = []
+        for form in forms:  # a form that the kernel does not know is the bare matmul
+            launch = launches[0]._replace(arguments=launches[0].arguments | {"FORM": form})
+            compilation = Compilation("matmul_kernel", form, "bf16", launch, True)
+            record = inspect(compilation, target)
+            spilled = " (spills)" if record.spill_bytes else ""
+            counts.append(f"{record.loop_instructions}{spilled}")
+        blocks, rest = "×".join(map(str, tile[:3])), ", ".join(map(str, tile[3:]))
+        shown.add_row(target.name, f"{blocks}, {rest}", *counts)
+    Console(width=100).print(shown)
+    return 0
+
+
 def main(path: str | None, only: str | None) -> int:
     """Prints the table, writes the records to `path`; 1 where a configuration fails."""
     console = Console()

@@ -19,7 +19,7 @@ def aten(m, k, n, dim=0, x=F32, v=F32):
 
 
 def triton(m, k, n, dim=0, x=BF16, v=BF16):
-    return plan.triton_linear(torch.Size((m, k)), torch.Size((n, k)), x, v, dim)
+    return plan.triton_linear(torch.Size((m, k)), torch.Size((n, k)), x, v, dim, False)
 
 
 def test_aten_variants():
@@ -42,6 +42,11 @@ def test_triton_variants():
     for m in (1, 16):
         assert triton(m, 4096, 4096) == ("one_pass", "one_pass")
     assert triton(16384, 8192, 8192) == ("materialize", "materialize")
+    assert triton(128, 4096, 4096).forward == "scaled"
+    # A tile of V scaled in the loop is dear: large batches with the scale along the reduction
+    # materialise, which for dim=0 is the backward's dX.
+    assert triton(4096, 4096, 4096, dim=1).forward == "materialize"
+    assert triton(4096, 4096, 4096).backward == "materialize"
     assert triton(16, 4096, 4096, dim=1).forward == "scaled"
     assert triton(16, 4096, 4096, dim=1).backward == "one_pass"
     assert triton(16, 4096, 4096, dim=None).backward != "one_pass"

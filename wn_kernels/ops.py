@@ -49,6 +49,11 @@ def _backend_of(name: str, x: Tensor) -> Any:
     return aten
 
 
+def _tf32() -> bool:
+    """Whether PyTorch is set to take float32 products in TF32."""
+    return torch.get_float32_matmul_precision() != "highest"
+
+
 def _rows(x: Tensor) -> Tensor:
     """`(*, K)` as `(M, K)`."""
     return x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
@@ -145,7 +150,7 @@ def _linear(
     if module is aten:
         return linear(x, v, g, bias, dim, eps, "aten", False)[:2]
     rows = _rows(x)
-    path = plan.triton_linear(x.shape, v.shape, x.dtype, v.dtype, dim)
+    path = plan.triton_linear(x.shape, v.shape, x.dtype, v.dtype, dim, _tf32())
     y, n = module.linear(rows, v, g, bias, dim, eps, path.forward)
     return y.view(*x.shape[:-1], v.shape[0]), n
 
@@ -204,7 +209,7 @@ def _linear_backward(
         dx, dv, dg, db = linear_backward(dy, x, v, g, n, None, dim, eps, "aten", mask)
     else:
         rows = _rows(x)
-        path = plan.triton_linear(x.shape, v.shape, x.dtype, v.dtype, dim)
+        path = plan.triton_linear(x.shape, v.shape, x.dtype, v.dtype, dim, _tf32())
         dx, dv, dg, db = module.linear_backward(
             _rows(dy), rows, v, g, n, dim, eps, path.backward, mask
         )

@@ -126,6 +126,8 @@ class Device:
         overhead: seconds per launched operation.
         efficiency: what our own matmul kernel reaches of the vendor's.
         inline_norm: factor on the operations of a matmul whose loop also takes the norm.
+        prologue: factor on the operations of a matmul whose loop scales its tile of `V`.
+        tf32_rate: operations per second of a float32 matmul in TF32.
     """
 
     bandwidth: float
@@ -133,19 +135,24 @@ class Device:
     overhead: float
     efficiency: float = 1.0
     inline_norm: float = 1.0
+    prologue: float = 1.0
+    tf32_rate: float = 0.0
 
 
 # Two cores of a current server: measured, docs/performance.md.
 CPU = Device(bandwidth=2e10, rate={2: 1e11, 4: 1e11, 8: 5e10}, overhead=3e-6)
 
-# Data sheet of an H100 SXM: 3.35 TB/s; dense, 989 TFLOP/s in bfloat16, 495 in TF32, 67 in float64.
-# The efficiency is an assumption; the factor of the inline norm is read from compiled code.
+# Data sheet of an H100 SXM: 3.35 TB/s; dense, 989 TFLOP/s in bfloat16, 495 in TF32, 67 in float32
+# and float64. The efficiency is an assumption; the factors of the inline norm and of the prologue
+# are read from compiled code (docs/performance.md).
 GPU = Device(
     bandwidth=3.35e12,
-    rate={2: 9.89e14, 4: 4.95e14, 8: 6.7e13},
+    rate={2: 9.89e14, 4: 6.7e13, 8: 6.7e13},
     overhead=4e-6,
     efficiency=0.8,
-    inline_norm=2.4,
+    inline_norm=2.1,
+    prologue=3.8,
+    tf32_rate=4.95e14,
 )
 
 
@@ -156,9 +163,8 @@ class Stage(NamedTuple):
     operations: float = 0.0
 
 
-def seconds(stages: list[Stage], device: Device, itemsize: int) -> float:
+def seconds(stages: list[Stage], device: Device, rate: float) -> float:
     """The estimated time of a candidate: its stages run one after the other."""
-    rate = device.rate[itemsize]
     return sum(
         device.overhead + max(s.bytes / device.bandwidth, s.operations / rate) for s in stages
     )
@@ -202,7 +208,8 @@ def aten_linear(
     activation = size * m * (k if dim == 1 else n)
 
     def cheaper(scaled: list[Stage], materialize: list[Stage]) -> str:
-        faster = seconds(scaled, CPU, size) <= seconds(materialize, CPU, size)
+        rate = CPU.rate[size]
+        faster = seconds(scaled, CPU, rate) <= seconds(materialize, CPU, rate)
         return "scaled" if faster else "materialize"
 
     forward = cheaper([Stage(2 * activation), Stage(0)], [Stage(2 * weight)])
@@ -235,8 +242,10 @@ def triton_linear(
     x_dtype: torch.dtype,
     v_dtype: torch.dtype,
     dim: int | None,
+    tf32: bool,
 ) -> TritonLinear:
-    """`one_pass`, `scaled` or `materialize` on a GPU, for `x` of shape `(*, K)`.
+    """`one_pass`, `scaled` or `materialize` on a GPU, for `x` of shape `(*, K)`; `tf32` says how
+    float32 products are taken.
 
     Small batches are bound by the bytes of `V`: one pass reads it once and launches once. Larger
     ones are bound by the tensor cores, where squares in the loop cost more than a norm kernel
@@ -249,16 +258,18 @@ def triton_linear(
     x, y, v, w = x_size * m * k, x_size * m * n, v_size * n * k, x_size * n * k
     matmul = 2.0 * m * n * k
     own = matmul / GPU.efficiency
+    narrows = narrows_range(x_dtype, v_dtype)
 
+    prologue = GPU.prologue if dim == 1 or narrows else 1.0
     forward = {
-        "scaled": [Stage(v), Stage(x + v + y, own)],
+        "scaled": [Stage(v), Stage(x + v + y, own * prologue)],
         "materialize": [Stage(v + w), Stage(x + w + y, matmul)],
     }
     fits = m <= one_pass_rows(max(x_size, v_size))
-    if dim == 0 and fits and not narrows_range(x_dtype, v_dtype):
+    if dim == 0 and fits and not narrows:
         forward["one_pass"] = [Stage(x + v + y, own * GPU.inline_norm)]
 
-    dx = Stage(y + v + x, own)
+    dx = Stage(y + v + x, own * (GPU.prologue if dim == 0 or narrows else 1.0))
     backward = {
         "scaled": [dx, Stage(x + y + 2 * v, own), Stage(0), Stage(3 * v)],
         "materialize": [
@@ -272,6 +283,7 @@ def triton_linear(
         backward["one_pass"] = [dx, Stage(x + y + 3 * v, 2 * own)]
 
     def cheapest(candidates: dict[str, list[Stage]]) -> str:
-        return min(candidates, key=lambda name: seconds(candidates[name], GPU, x_size))
+        rate = GPU.tf32_rate if tf32 and x_size == 4 else GPU.rate[x_size]
+        return min(candidates, key=lambda name: seconds(candidates[name], GPU, rate))
 
     return TritonLinear(cheapest(forward), cheapest(backward))

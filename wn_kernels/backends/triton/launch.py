@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -64,6 +65,7 @@ def is_wide(*tensors: Tensor | None) -> bool:
     return False
 
 
+@functools.cache
 def sm_count(device: torch.device) -> int:
     """Multiprocessors of the device; those of an H100 where there is none to ask."""
     if device.type == "cuda" and torch.cuda.is_available():
