@@ -61,6 +61,9 @@ TYPES = {
     torch.float64: "fp64",
 }
 
+# The flags that tell a kernel's variants apart.
+FLAGS = ("FORM", "BIAS", "FUSED", "SQUARE", "AS_NORM", "GRAD", "WIDE")
+
 # What counts as a tensor-core instruction, by the opcode's beginning.
 TENSOR_CORE = re.compile(r"^(HMMA|HGMMA|UTCHMMA|UTC\w*MMA|IMMA|DMMA|QGMMA|v_mfma|v_smfmac)")
 
@@ -123,9 +126,11 @@ def shipped(vendor: str) -> list[Compilation]:
 
     found: dict[tuple, Compilation] = {}
     for dtype, x_dtype, v_dtype in runs():
-        batches = ((16, 4096), (32, 65536), (64, 65536), (512, 4096))
-        for dim, (m, o) in itertools.product((0, 1, None), batches):
-            x, v, g, n, bias, dy = tensors(m, 4096, o, dim, x_dtype, v_dtype)
+        sizes = [(16, 4096, 4096), (32, 4096, 65536), (64, 4096, 65536), (512, 4096, 4096)]
+        if dtype == "bf16":  # 64-bit offsets
+            sizes += [(16, 65536, 65536), (512, 65536, 65536)]
+        for dim, (m, k, o) in itertools.product((0, 1, None), sizes):
+            x, v, g, n, bias, dy = tensors(m, k, o, dim, x_dtype, v_dtype)
             needs = (True, True, True, True)
             with configs.vendor(vendor), recording() as launches:
                 fits = m <= one_pass_rows(max(x.element_size(), v.element_size()))
@@ -141,8 +146,7 @@ def shipped(vendor: str) -> list[Compilation]:
                 flags = {
                     name: value
                     for name, value in launch.arguments.items()
-                    if name in ("FORM", "BIAS", "FUSED", "SQUARE", "AS_NORM", "GRAD")
-                    and (value is True or (isinstance(value, str) and value))
+                    if name in FLAGS and (value is True or (isinstance(value, str) and value))
                 }
                 blocks = [
                     str(launch.arguments[b])

@@ -4,6 +4,7 @@ Importing this package imports triton.
 """
 
 from .linear import linear, linear_backward
-from .norm import slice_norms, weight_norm, weight_norm_backward
+from .norm import slice_norms
+from .weight import weight_norm, weight_norm_backward
 
 __all__ = ["linear", "linear_backward", "slice_norms", "weight_norm", "weight_norm_backward"]

@@ -19,9 +19,10 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
 @triton.jit
 def offsets(block, BLOCK: tl.constexpr, WIDE: tl.constexpr):
     """The indices of a block, in 64 bits where a product with a stride may leave 32 (`WIDE`)."""
+    first = block * BLOCK
     if WIDE:
-        block = block.to(tl.int64)
-    return block * BLOCK + tl.arange(0, BLOCK)
+        first = (block + tl.zeros((BLOCK,), tl.int64)) * BLOCK
+    return first + tl.arange(0, BLOCK)
 
 
 @triton.jit

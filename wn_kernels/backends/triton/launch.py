@@ -9,9 +9,12 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
+import triton.language as tl
 from torch import Tensor
+from triton import cdiv
 
 from ..shapes import reduced_dims
+from . import configs
 
 
 class Launch(NamedTuple):
@@ -111,3 +114,53 @@ def as_slices(tensors: Sequence[Tensor], dim: int | None) -> Slices | None:
     n = 1 if dim is None else first.shape[dim]
     n_strides = none if dim is None else tuple(t.stride(dim) for t in tensors)
     return Slices(n, outer, inner, list(zip(n_strides, outer_strides, inner_strides, strict=True)))
+
+
+# Programs a launch should have for every multiprocessor before slices are left unsplit.
+PROGRAMS_PER_SM = 2
+
+
+class Walk:
+    """How programs share the slices: the grid, and what every kernel above takes of it."""
+
+    def __init__(
+        self,
+        slices: Slices,
+        tensors: list[Tensor],
+        config: configs.SliceConfig | None,
+        splits: int | None,
+    ) -> None:
+        self.slices = slices
+        n, r = slices.n, slices.outer * slices.inner
+        self.config = config or configs.slices(n, n_is_fast=slices.strides[0][0] == 1)
+        blocks_n = cdiv(n, self.config.BLOCK_N)
+        blocks_r = cdiv(r, self.config.BLOCK_R)
+        if splits is None:
+            wanted = PROGRAMS_PER_SM * sm_count(tensors[0].device)
+            splits = max(1, min(blocks_r // 4, wanted // max(1, blocks_n)))
+        steps = cdiv(blocks_r, splits)
+        self.splits = max(1, cdiv(blocks_r, max(1, steps)))
+        self.grid = (blocks_n, self.splits)
+        self.arguments = {
+            "N": n,
+            "R": r,
+            "inner": slices.inner,
+            "steps": steps,
+            "NESTED": slices.outer > 1,
+            "WIDE": is_wide(*tensors) or r + self.config.BLOCK_R >= 2**31,
+            "ACC": acc_type(tensors[-1]),
+            **self.config._asdict(),
+        }
+
+    def strides(self, **names: int) -> dict[str, int]:
+        """Stride arguments: `strides(a=0)` are `stride_an`, `_ao` and `_ai`, those of tensor 0."""
+        return {
+            f"stride_{name}{axis}": stride
+            for name, i in names.items()
+            for axis, stride in zip("noi", self.slices.strides[i], strict=True)
+        }
+
+
+def acc_type(v: Tensor) -> tl.dtype:
+    """The accumulator that goes with `scale_dtype`."""
+    return tl.float64 if v.dtype == torch.float64 else tl.float32

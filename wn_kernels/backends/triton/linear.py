@@ -19,7 +19,7 @@ The weight gradient `dW[o, r] = Σ_m P[m, o] Q[m, r]` gives each program the sli
     a_o = Σ_r dW V,   dg = a / n,   dV = s ⊙ dW - c ⊙ V,   c = s · dg / n
 
 `grad_one_pass_kernel` walks r twice and recomputes the tile of dW instead of storing it.
-`grad_kernel` stores dW and partial dots; `norm.py` finishes in place. `db = Σ_m dY` rides along.
+`grad_kernel` stores dW and partial dots; `weight.py` finishes in place. `db = Σ_m dY` rides along.
 """
 
 from __future__ import annotations
@@ -33,9 +33,10 @@ import triton.language as tl
 from torch import Tensor
 
 from ..reference import narrows_range, scale_dtype
-from . import configs, norm
+from . import configs, weight
 from .common import as_norm, dot, dot_coefficient, offsets
 from .launch import is_wide, launch
+from .norm import slice_norms
 
 # --- kernels -----------------------------------------------------------------------------------
 
@@ -346,17 +347,17 @@ def linear(
     """`(y, n)` for `x` of shape `(M, K)`; variants as in `plan.triton_linear`."""
     g = g.contiguous()
     if variant == "materialize":
-        w, n = norm.weight_norm(v, g, dim, eps, x.dtype)
+        w, n = weight.weight_norm(v, g, dim, eps, x.dtype)
         return F.linear(x, w, None if bias is None else bias.to(x.dtype)), n
     if variant == "one_pass":
         if dim != 0:
             raise ValueError(f"one_pass needs dim=0, got dim={dim}")
         n = torch.empty(v.shape[0], 1, dtype=scale_dtype(v), device=v.device)
         if x.shape[0] == 0:  # no program would run
-            n = norm.slice_norms(v, dim, eps)
+            n = slice_norms(v, dim, eps)
         form = "one_pass"
     else:
-        n = norm.slice_norms(v, dim, eps)
+        n = slice_norms(v, dim, eps)
         if dim == 1:
             form = "prologue_r"
         elif narrows_range(x.dtype, v.dtype):
@@ -386,9 +387,9 @@ def linear_backward(
     dx = dv = dg = db = None
     if variant == "materialize":
         if needs_x:
-            dx = torch.mm(dy, norm.weight_norm(v, g, dim, eps, x.dtype)[0])
+            dx = torch.mm(dy, weight.weight_norm(v, g, dim, eps, x.dtype)[0])
         if needs_v or needs_g:
-            dv, dg = norm.weight_norm_backward(torch.mm(dy.t(), x), v, g, n, dim, eps)
+            dv, dg = weight.weight_norm_backward(torch.mm(dy.t(), x), v, g, n, dim, eps)
         if needs_bias:
             db = dy.sum(0)
         return dx, dv, dg, db
@@ -463,5 +464,5 @@ def _weight_grad(
         return dv, dg, db
     partial = n.new_empty(tiles_r, o)
     launch(grad_kernel, (tiles_o, tiles_r), DW=dv_own, PARTIAL=partial, **common)
-    dg = norm.finish_weight_grad_(dv, partial, v, g, n, dim, eps)
+    dg = weight.finish_weight_grad_(dv, partial, v, g, n, dim, eps)
     return dv, dg, db

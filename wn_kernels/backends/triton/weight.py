@@ -1,0 +1,312 @@
+"""Scaled weights and their gradients, for slices along any dimension.
+
+    W = s ⊙ V,   s_j = g_j / n_j
+    a_j = ⟨dW_j, V_j⟩,   dg_j = a_j / n_j,   c_j = s_j dg_j / n_j,   dV = s ⊙ dW - c ⊙ V
+
+A program walks its slices once for the sum and once more, out of cache, for the result. Where the
+sum is split (`norm.py`), it is taken beforehand and an element-wise pass follows.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..reference import scale_dtype
+from ..shapes import kept_shape
+from . import configs
+from .common import as_norm, dot_coefficient, offsets
+from .launch import Walk, as_slices, launch
+from .norm import finish, slice_norms, slice_offsets, slice_sum_kernel, slice_sums
+
+# --- kernels -----------------------------------------------------------------------------------
+
+
+@triton.jit
+def weight_kernel(
+    V,
+    G,
+    NORM,
+    W,
+    N,
+    R,
+    inner,
+    steps,
+    stride_vn,
+    stride_vo,
+    stride_vi,
+    stride_wn,
+    stride_wo,
+    stride_wi,
+    FUSED: tl.constexpr,
+    EPS: tl.constexpr,
+    NESTED: tl.constexpr,
+    WIDE: tl.constexpr,
+    ACC: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """W = g / n ⊙ V. FUSED takes the norms itself and stores them; otherwise they are ready."""
+    offs_n = offsets(tl.program_id(0), BLOCK_N, WIDE)
+    first = tl.program_id(1) * steps
+    mask_n = offs_n < N
+    if FUSED:
+        squares = slice_sums(
+            V,
+            V,
+            offs_n,
+            N,
+            R,
+            inner,
+            stride_vn,
+            stride_vo,
+            stride_vi,
+            stride_vn,
+            stride_vo,
+            stride_vi,
+            first,
+            steps,
+            True,
+            NESTED,
+            WIDE,
+            ACC,
+            BLOCK_N,
+            BLOCK_R,
+        )
+        n = as_norm(squares, EPS)
+        tl.store(NORM + offs_n, n, mask=mask_n)
+    else:
+        n = tl.load(NORM + offs_n, mask=mask_n, other=1.0)
+    scale = tl.load(G + offs_n, mask=mask_n, other=0.0).to(ACC) / n
+    for step in range(steps):
+        offs_r = offsets(first + step, BLOCK_R, WIDE)
+        mask = mask_n[:, None] & (offs_r < R)[None, :]
+        at = slice_offsets(offs_n, offs_r, inner, stride_vn, stride_vo, stride_vi, NESTED)
+        v = tl.load(V + at, mask=mask, other=0.0).to(ACC)
+        at = slice_offsets(offs_n, offs_r, inner, stride_wn, stride_wo, stride_wi, NESTED)
+        tl.store(W + at, v * scale[:, None], mask=mask)
+
+
+@triton.jit
+def weight_grad_kernel(
+    DW,
+    V,
+    G,
+    NORM,
+    DG,
+    COEF,
+    DV,
+    N,
+    R,
+    inner,
+    steps,
+    stride_wn,
+    stride_wo,
+    stride_wi,
+    stride_vn,
+    stride_vo,
+    stride_vi,
+    stride_dn,
+    stride_do,
+    stride_di,
+    FUSED: tl.constexpr,
+    EPS: tl.constexpr,
+    NESTED: tl.constexpr,
+    WIDE: tl.constexpr,
+    ACC: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """DV = g / n ⊙ DW - c ⊙ V; DV may be DW. FUSED takes the dots itself and stores DG;
+    otherwise COEF is ready."""
+    offs_n = offsets(tl.program_id(0), BLOCK_N, WIDE)
+    first = tl.program_id(1) * steps
+    mask_n = offs_n < N
+    n = tl.load(NORM + offs_n, mask=mask_n, other=1.0)
+    g = tl.load(G + offs_n, mask=mask_n, other=0.0).to(ACC)
+    if FUSED:
+        dots = slice_sums(
+            DW,
+            V,
+            offs_n,
+            N,
+            R,
+            inner,
+            stride_wn,
+            stride_wo,
+            stride_wi,
+            stride_vn,
+            stride_vo,
+            stride_vi,
+            first,
+            steps,
+            False,
+            NESTED,
+            WIDE,
+            ACC,
+            BLOCK_N,
+            BLOCK_R,
+        )
+        dg = dots / n
+        coef = dot_coefficient(g, n, dg, EPS)
+        tl.store(DG + offs_n, dg, mask=mask_n)
+    else:
+        coef = tl.load(COEF + offs_n, mask=mask_n, other=0.0)
+    scale = g / n
+    for step in range(steps):
+        offs_r = offsets(first + step, BLOCK_R, WIDE)
+        mask = mask_n[:, None] & (offs_r < R)[None, :]
+        at = slice_offsets(offs_n, offs_r, inner, stride_wn, stride_wo, stride_wi, NESTED)
+        dw = tl.load(DW + at, mask=mask, other=0.0).to(ACC)
+        at = slice_offsets(offs_n, offs_r, inner, stride_vn, stride_vo, stride_vi, NESTED)
+        v = tl.load(V + at, mask=mask, other=0.0).to(ACC)
+        at = slice_offsets(offs_n, offs_r, inner, stride_dn, stride_do, stride_di, NESTED)
+        tl.store(DV + at, scale[:, None] * dw - coef[:, None] * v, mask=mask)
+
+
+# --- launchers ---------------------------------------------------------------------------------
+
+
+def weight_norm(
+    v: Tensor,
+    g: Tensor,
+    dim: int | None,
+    eps: float,
+    dtype: torch.dtype,
+    *,
+    config: configs.SliceConfig | None = None,
+    splits: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`(W, n)`, `W` in `dtype` and in `V`'s memory layout."""
+    g = g.contiguous()
+    w = torch.empty_like(v, dtype=dtype)
+    slices = as_slices([w, v], dim)
+    if slices is None:
+        dense, norm = weight_norm(v.contiguous(), g, dim, eps, dtype, config=config, splits=splits)
+        return w.copy_(dense), norm
+    walk = Walk(slices, [w, v], config, splits)
+    fused = walk.splits == 1
+    if fused:
+        norm = torch.empty(kept_shape(v.shape, dim), dtype=scale_dtype(v), device=v.device)
+    else:
+        norm = slice_norms(v, dim, eps, config=config, splits=splits)
+    launch(
+        weight_kernel,
+        walk.grid,
+        V=v,
+        G=g,
+        NORM=norm,
+        W=w,
+        EPS=eps,
+        FUSED=fused,
+        **walk.strides(v=1, w=0),
+        **walk.arguments,
+    )
+    return w, norm
+
+
+def weight_norm_backward(
+    dw: Tensor,
+    v: Tensor,
+    g: Tensor,
+    norm: Tensor,
+    dim: int | None,
+    eps: float,
+    *,
+    config: configs.SliceConfig | None = None,
+    splits: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`(dV, dg)` from `dW`."""
+    g = g.contiguous()
+    dv = torch.empty_like(v)
+    slices = as_slices([dv, dw, v], dim)
+    if slices is None:
+        dense, dg = weight_norm_backward(
+            dw.contiguous(), v.contiguous(), g, norm, dim, eps, config=config, splits=splits
+        )
+        return dv.copy_(dense), dg
+    walk = Walk(slices, [dv, dw, v], config, splits)
+    if walk.splits == 1:
+        dg = torch.empty_like(g)
+        _launch_weight_grad(walk, dw, v, g, norm, dg, norm, dv, eps, fused=True)
+        return dv, dg
+    partial = norm.new_empty(walk.splits, walk.slices.n)
+    launch(
+        slice_sum_kernel,
+        walk.grid,
+        A=dw,
+        B=v,
+        OUT=partial,
+        SQUARE=False,
+        AS_NORM=False,
+        EPS=eps,
+        **walk.strides(a=1, b=2),
+        **walk.arguments,
+    )
+    return dv, _finish_weight_grad(walk, partial, dw, v, g, norm, dv, eps)
+
+
+def finish_weight_grad_(
+    dw: Tensor, partial: Tensor, v: Tensor, g: Tensor, norm: Tensor, dim: int | None, eps: float
+) -> Tensor:
+    """Turns the matrix `dW`, in place, into `dV`, given partial dots; returns `dg`.
+
+    `partial` is `(splits, N)`; for `dim=None` all of it belongs to the one slice.
+    """
+    slices = as_slices([dw, dw, v], dim)
+    assert slices is not None  # two dimensions always have a common walk
+    if dim is None:
+        partial = partial.view(-1, 1)
+    walk = Walk(slices, [dw, dw, v], None, None)
+    return _finish_weight_grad(walk, partial, dw, v, g, norm, dw, eps)
+
+
+def _finish_weight_grad(
+    walk: Walk,
+    partial: Tensor,
+    dw: Tensor,
+    v: Tensor,
+    g: Tensor,
+    norm: Tensor,
+    dv: Tensor,
+    eps: float,
+) -> Tensor:
+    """Sums the dots, then writes `dV`; returns `dg`."""
+    dg = torch.empty_like(g)
+    coef = torch.empty_like(norm)
+    finish(partial, g, norm, dg, coef, eps, grad=True)
+    _launch_weight_grad(walk, dw, v, g, norm, dg, coef, dv, eps, fused=False)
+    return dg
+
+
+def _launch_weight_grad(
+    walk: Walk,
+    dw: Tensor,
+    v: Tensor,
+    g: Tensor,
+    norm: Tensor,
+    dg: Tensor,
+    coef: Tensor,
+    dv: Tensor,
+    eps: float,
+    *,
+    fused: bool,
+) -> None:
+    """The walk is over (dV, dW, V)."""
+    launch(
+        weight_grad_kernel,
+        walk.grid,
+        DW=dw,
+        V=v,
+        G=g,
+        NORM=norm,
+        DG=dg,
+        COEF=coef,
+        DV=dv,
+        FUSED=fused,
+        EPS=eps,
+        **walk.strides(w=1, v=2, d=0),
+        **walk.arguments,
+    )
