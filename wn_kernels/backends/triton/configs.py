@@ -51,7 +51,7 @@ def slices(n: int, n_is_fast: bool) -> SliceConfig:
     """Wide along the axis that memory is contiguous in: `n` (a kept last dimension) or `r`."""
     if n == 1:
         return SliceConfig(1, 4096, 4)
-    return SliceConfig(128, 32, 4) if n_is_fast else SliceConfig(4, 1024, 4)
+    return SliceConfig(128, 16, 4) if n_is_fast else SliceConfig(4, 1024, 4)
 
 
 def finish(itemsize: int) -> SliceConfig:
