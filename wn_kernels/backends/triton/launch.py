@@ -121,7 +121,7 @@ PROGRAMS_PER_SM = 2
 
 
 class Walk:
-    """How programs share the slices: the grid, and what every kernel above takes of it."""
+    """How programs share the slices: the grid, and what the kernels of slices take of it."""
 
     def __init__(
         self,
