@@ -2,54 +2,126 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable
-from typing import NamedTuple
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from wn_kernels import WNLinear
+import wn_kernels
 from wn_kernels.backends import reference
 
-
-class LinearCase(NamedTuple):
-    """One linear layer: `x` is `(m, k)`, the weight `(n, k)`."""
-
-    m: int
-    k: int
-    n: int
-    mode: str  # "train": forward and backward of every gradient; "infer": forward, no_grad
-
-    @property
-    def label(self) -> str:
-        return f"{self.m}, {self.k}, {self.n}"
-
-    @property
-    def is_large(self) -> bool:
-        return min(self.k, self.n) >= 1024
-
-
-SHAPES = [
-    (32, 64, 64),
-    (1, 1024, 1024),
-    (8, 1024, 1024),
-    (64, 1024, 1024),
-    (1, 4096, 4096),
-    (16, 4096, 4096),
-    (128, 4096, 4096),
-    (512, 1024, 4096),
-]
 MODES = ("infer", "train")
-LINEAR = [LinearCase(*shape, mode) for mode in MODES for shape in SHAPES]
 
-PROVIDERS: dict[str, Callable[[nn.Linear], nn.Module]] = {}
+
+@dataclass(frozen=True)
+class Case:
+    """One layer: its class in `torch.nn`, what that takes, and the shape of the input."""
+
+    label: str
+    kind: str
+    arguments: tuple[Any, ...]
+    x_shape: tuple[int, ...]
+    mode: str  # "train": forward and backward of every gradient; "infer": forward, no_grad
+    options: dict[str, Any] = field(default_factory=dict)
+    dim: int = 0
+    is_large: bool = True  # whether its ratio to the plain layer counts in the suite's mean
+
+    def layer(self, device: torch.device) -> nn.Module:
+        """The plain layer."""
+        return getattr(nn, self.kind)(*self.arguments, **self.options, device=device)
+
+    def record(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def _linear(m: int, k: int, n: int) -> list[Case]:
+    return [
+        Case(f"{m}, {k}, {n}", "Linear", (k, n), (m, k), mode, is_large=min(k, n) >= 1024)
+        for mode in MODES
+    ]
+
+
+def _conv(
+    label: str, kind: str, arguments: tuple, x_shape: tuple, dim: int = 0, **options: Any
+) -> list[Case]:
+    return [Case(label, kind, arguments, x_shape, mode, options, dim) for mode in MODES]
+
+
+LINEAR = [
+    *_linear(32, 64, 64),
+    *_linear(1, 1024, 1024),
+    *_linear(8, 1024, 1024),
+    *_linear(64, 1024, 1024),
+    *_linear(1, 4096, 4096),
+    *_linear(16, 4096, 4096),
+    *_linear(128, 4096, 4096),
+    *_linear(512, 1024, 4096),
+]
+
+# Vocoders and codecs, speech encoders, discriminators, temporal networks, super-resolution.
+CONV = [
+    *_conv("1d 80→512 k7, 32", "Conv1d", (80, 512, 7), (1, 80, 32), padding=3),
+    *_conv("up 512→256 k16 s8, 32", "ConvTranspose1d", (512, 256, 16, 8), (1, 512, 32), padding=4),
+    *_conv(
+        "up 1024→512 k16 s8, 16", "ConvTranspose1d", (1024, 512, 16, 8), (1, 1024, 16), padding=4
+    ),
+    *_conv("up 256→128 k8 s4, 256", "ConvTranspose1d", (256, 128, 8, 4), (1, 256, 256), padding=2),
+    *_conv("up 128→64 k4 s2, 512", "ConvTranspose1d", (128, 64, 4, 2), (1, 128, 512), padding=1),
+    *_conv("1d 256→256 k3, 256", "Conv1d", (256, 256, 3), (1, 256, 256), padding=1),
+    *_conv(
+        "1d 128→128 k11 d5, 512", "Conv1d", (128, 128, 11), (1, 128, 512), padding=25, dilation=5
+    ),
+    *_conv("1d 64→64 k3 d27, 1024", "Conv1d", (64, 64, 3), (1, 64, 1024), padding=27, dilation=27),
+    *_conv(
+        "1d 32→1 k7 reflect, 2048",
+        "Conv1d",
+        (32, 1, 7),
+        (1, 32, 2048),
+        padding=3,
+        padding_mode="reflect",
+    ),
+    *_conv("depthwise 768 k7, 128", "Conv1d", (768, 768, 7), (1, 768, 128), padding=3, groups=768),
+    *_conv(
+        "positions 768 k128 g16, 49",
+        "Conv1d",
+        (768, 768, 128),
+        (1, 768, 49),
+        dim=2,
+        padding=64,
+        groups=16,
+    ),
+    *_conv(
+        "2d 32→128 (5,1) s(3,1)",
+        "Conv2d",
+        (32, 128, (5, 1), (3, 1)),
+        (2, 32, 256, 3),
+        padding=(2, 0),
+    ),
+    *_conv(
+        "2d 32→32 (3,9) s(1,2)",
+        "Conv2d",
+        (32, 32, (3, 9), (1, 2)),
+        (1, 32, 32, 129),
+        padding=(1, 4),
+    ),
+    *_conv("1d 64→64 k3 d8, 4×416", "Conv1d", (64, 64, 3), (4, 64, 416), dilation=8),
+    *_conv("2d 32→128 3×3, 4×48²", "Conv2d", (32, 128, 3), (4, 32, 48, 48), padding=1),
+    *_conv("2d 3→48 5×5, 4×48²", "Conv2d", (3, 48, 5), (4, 3, 48, 48), padding=2),
+]
+
+SUITES = {"linear": LINEAR, "conv": CONV}
+
+PROVIDERS: dict[str, Callable[[Case, nn.Module], nn.Module]] = {}
 
 
 def provider(name: str) -> Callable:
-    """Registers a function that turns a plain layer into the competitor of that name."""
+    """Registers a function that turns a case's plain layer into the competitor of that name."""
 
-    def register(make: Callable[[nn.Linear], nn.Module]) -> Callable:
+    def register(make: Callable[[Case, nn.Module], nn.Module]) -> Callable:
         PROVIDERS[name] = make
         return make
 
@@ -57,31 +129,30 @@ def provider(name: str) -> Callable:
 
 
 @provider("plain")
-def _plain(layer: nn.Linear) -> nn.Module:
+def _plain(case: Case, layer: nn.Module) -> nn.Module:
     """The floor: the layer without weight norm."""
     return layer
 
 
 @provider("eager")
-def _eager(layer: nn.Linear) -> nn.Module:
+def _eager(case: Case, layer: nn.Module) -> nn.Module:
     """PyTorch's parametrization, the baseline."""
-    return torch.nn.utils.parametrizations.weight_norm(layer)
+    return torch.nn.utils.parametrizations.weight_norm(layer, dim=case.dim)
 
 
 @provider("legacy")
-def _legacy(layer: nn.Linear) -> nn.Module:
+def _legacy(case: Case, layer: nn.Module) -> nn.Module:
     """PyTorch's older forward hook."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
-        return torch.nn.utils.weight_norm(layer)
+        return torch.nn.utils.weight_norm(layer, dim=case.dim)
 
 
 @provider("ours")
-def _ours(layer: nn.Linear) -> nn.Module:
-    weight = layer.weight
-    fused = WNLinear(
-        layer.in_features, layer.out_features, device=weight.device, dtype=weight.dtype
-    )
+def _ours(case: Case, layer: nn.Module) -> nn.Module:
+    kind = getattr(wn_kernels, f"WN{case.kind}")
+    device = next(layer.parameters()).device
+    fused = kind(*case.arguments, **case.options, dim=case.dim, device=device)
     fused.load_state_dict(layer.state_dict())
     return fused
 
@@ -89,14 +160,15 @@ def _ours(layer: nn.Linear) -> nn.Module:
 class Runner:
     """One provider set up for one case: call it to run the case once."""
 
-    def __init__(self, case: LinearCase, name: str, device: torch.device) -> None:
+    def __init__(self, case: Case, name: str, device: torch.device) -> None:
         self.case, self.name = case, name
         torch.manual_seed(0)
-        layer = nn.Linear(case.k, case.n, device=device)
-        self.module = PROVIDERS[name](layer)
-        train = case.mode == "train"
-        self.x = torch.randn(case.m, case.k, device=device, requires_grad=train)
-        self.dy = torch.randn(case.m, case.n, device=device)
+        layer = case.layer(device)
+        self.plain = copy.deepcopy(layer).double()
+        self.x = torch.randn(case.x_shape, device=device, requires_grad=case.mode == "train")
+        with torch.no_grad():
+            self.dy = torch.randn_like(layer(self.x))
+        self.module = PROVIDERS[name](case, layer)
         self.leaves = [self.x, *self.module.parameters()]
 
     def __call__(self) -> None:
@@ -121,10 +193,14 @@ class Runner:
         leaves = [x.requires_grad_(), b.requires_grad_()]
         wide = [p.detach().double().requires_grad_() for _, p in weights]
         if self.name == "plain":
-            y = torch.nn.functional.linear(x, wide[0], b)
+            w = wide[0]
         else:
-            y = reference.linear(x, wide[1], wide[0], b, 0, 0.0)
-        self._compare("output", self.module(self.x), y)
+            w = reference.weight_norm(wide[1], wide[0], self.case.dim, 0.0)
+        y = torch.func.functional_call(self.plain, {"weight": w, "bias": b}, (x,))
+        # The sums of the output, of the input's gradient and of the weight's.
+        shape = w.shape
+        length = max(w.numel() // min(shape[:2]), y.numel() // len(b))
+        self._compare("output", self.module(self.x), y, length)
         if self.case.mode == "infer":
             return
         expected = torch.autograd.grad(y, leaves + wide, dy)
@@ -132,11 +208,10 @@ class Runner:
         grads = torch.autograd.grad(self.module(self.x), actual, self.dy)
         names = ["input", "bias", *(name for name, _ in weights)]
         for name, grad, right in zip(names, grads, expected, strict=True):
-            self._compare(f"gradient of {name}", grad, right)
+            self._compare(f"gradient of {name}", grad, right, length)
 
-    def _compare(self, what: str, actual: Tensor, expected: Tensor) -> None:
+    def _compare(self, what: str, actual: Tensor, expected: Tensor, length: int) -> None:
         eps = torch.finfo(actual.dtype).eps
-        length = max(self.case[:3])
         error = ((actual.double() - expected).norm() / expected.norm()).item()
         bound = eps * (4 + 4 * length**0.5)
         if not error <= bound < 0.5:

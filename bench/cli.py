@@ -1,19 +1,23 @@
-"""The command line of `python -m bench`."""
+"""The command line of `python -m bench`; without a command, every suite of layers."""
 
 from __future__ import annotations
 
 import argparse
 import os
 
+SUITES = {"linear": "linear layers", "conv": "convolutions"}
+SECONDS = 4.0  # a case, so that all of them take five minutes on two cores
+
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     commands = parser.add_subparsers(dest="command")
 
-    linear = commands.add_parser("linear", help="check and time linear layers (the default)")
-    linear.add_argument("--json", default="results/linear.json", help="where results go")
-    linear.add_argument("--seconds", type=float, default=12.0, help="timing of each case")
-    linear.add_argument("--threads", type=int, default=2, help="of torch on a CPU")
+    for suite in SUITES:
+        layers = commands.add_parser(suite, help=f"check and time {SUITES[suite]}")
+        layers.add_argument("--json", default=f"results/{suite}.json", help="where results go")
+        layers.add_argument("--seconds", type=float, default=SECONDS, help="timing of each case")
+        layers.add_argument("--threads", type=int, default=2, help="of torch on a CPU")
 
     codegen = commands.add_parser("codegen", help="compile every kernel for GPUs not present")
     codegen.add_argument("--json", default=None, help="where records go")
@@ -32,8 +36,10 @@ def main(arguments: list[str] | None = None) -> int:
 
     import torch
 
-    from bench import linear as suite
+    from bench import suite as layers
 
-    chosen = linear.parse_args([]) if chosen.command is None else chosen
-    torch.set_num_threads(chosen.threads)
-    return suite.main(chosen.json, chosen.seconds)
+    torch.set_num_threads(getattr(chosen, "threads", 2))
+    if chosen.command is not None:
+        return layers.main(chosen.command, chosen.json, chosen.seconds)
+    # Every suite; the worst of their answers.
+    return max(layers.main(suite, f"results/{suite}.json", SECONDS) for suite in SUITES)

@@ -1,9 +1,8 @@
 """Compiles every shipped kernel configuration for GPUs that are not there, and reads the result.
 
-The launchers run as they are, on tensors without memory, with their launches recorded; each
-recorded launch is compiled for each target as a GPU would have it compiled. A configuration fails
-that spills, that needs more shared memory than its target has, or whose float16 or bfloat16
-product uses no tensor cores.
+Each launch that `shipped.py` records is compiled for each target as a GPU would have it compiled. A
+configuration fails that spills, that needs more shared memory than its target has, or whose float16
+or bfloat16 product uses no tensor cores.
 """
 
 from __future__ import annotations
@@ -26,9 +25,7 @@ from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor
 
-from wn_kernels.backends.reference import narrows_range
-from wn_kernels.backends.shapes import kept_shape
-from wn_kernels.plan import one_pass_rows
+from bench.shipped import TYPES, Compilation, shipped
 
 
 @dataclass(frozen=True)
@@ -54,16 +51,6 @@ TARGETS = [
     Target("hip:gfx942", "hip", "gfx942", 64, 64 * 1024, 64 * 1024, 4 * 512 * 64, 2048),
 ]
 
-TYPES = {
-    torch.float16: "fp16",
-    torch.bfloat16: "bf16",
-    torch.float32: "fp32",
-    torch.float64: "fp64",
-}
-
-# The flags that tell a kernel's variants apart.
-FLAGS = ("FORM", "BIAS", "FUSED", "SQUARE", "AS_NORM", "GRAD", "WIDE")
-
 # What counts as a tensor-core instruction, by the opcode's beginning.
 TENSOR_CORE = re.compile(r"^(HMMA|HGMMA|UTCHMMA|UTC\w*MMA|IMMA|DMMA|QGMMA|v_mfma|v_smfmac)")
 
@@ -88,83 +75,6 @@ class Record:
     failures: list[str] = field(default_factory=list)
 
 
-# --- what ships ----------------------------------------------------------------------------------
-
-
-@dataclass
-class Compilation:
-    """A recorded launch, named."""
-
-    kernel: str
-    config: str
-    dtype: str
-    launch: object
-    product: bool  # whether it multiplies matrices
-
-
-@cache
-def shipped(vendor: str) -> list[Compilation]:
-    """Every kernel under every pinned configuration, form and dtype, for "cuda" or "hip"."""
-    from wn_kernels.backends import triton as backend
-    from wn_kernels.backends.triton import configs
-    from wn_kernels.backends.triton.launch import recording
-
-    def tensors(m: int, k: int, n: int, dim: int | None, x_dtype, v_dtype) -> tuple[Tensor, ...]:
-        x, dy = (torch.empty(m, size, dtype=x_dtype, device="meta") for size in (k, n))
-        v = torch.empty(n, k, dtype=v_dtype, device="meta")
-        g = torch.empty(kept_shape(v.shape, dim), dtype=v_dtype, device="meta")
-        norm_dtype = torch.float64 if v_dtype == torch.float64 else torch.float32
-        return x, v, g, g.to(norm_dtype), torch.empty(n, dtype=v_dtype, device="meta"), dy
-
-    def runs() -> Iterator[tuple[str, torch.dtype, torch.dtype]]:
-        yield from ((name, t, t) for t, name in TYPES.items())
-        yield "bf16·fp32", torch.bfloat16, torch.float32
-        yield "fp16·fp32", torch.float16, torch.float32
-        torch.set_float32_matmul_precision("high")
-        yield "tf32", torch.float32, torch.float32
-        torch.set_float32_matmul_precision("highest")
-
-    found: dict[tuple, Compilation] = {}
-    for dtype, x_dtype, v_dtype in runs():
-        sizes = [(16, 4096, 4096), (32, 4096, 65536), (64, 4096, 65536), (512, 4096, 4096)]
-        if dtype == "bf16":  # 64-bit offsets
-            sizes += [(16, 65536, 65536), (512, 65536, 65536)]
-        for dim, (m, k, o) in itertools.product((0, 1, None), sizes):
-            x, v, g, n, bias, dy = tensors(m, k, o, dim, x_dtype, v_dtype)
-            needs = (True, True, True, True)
-            with configs.vendor(vendor), recording() as launches:
-                fits = m <= one_pass_rows(max(x.element_size(), v.element_size()))
-                backend.linear(x, v, g, bias, dim, 0.0, "scaled")
-                backend.linear_backward(dy, x, v, g, n, dim, 0.0, "scaled", needs)
-                if fits and dim == 0 and not narrows_range(x_dtype, v_dtype):
-                    backend.linear(x, v, g, bias, dim, 0.0, "one_pass")
-                if fits and dim is not None:
-                    backend.linear_backward(dy, x, v, g, n, dim, 0.0, "one_pass", needs)
-                w, _ = backend.weight_norm(v, g, dim, 0.0, x_dtype)
-                backend.weight_norm_backward(w, v, g, n, dim, 0.0)
-            for launch in launches:
-                flags = {
-                    name: value
-                    for name, value in launch.arguments.items()
-                    if name in FLAGS and (value is True or (isinstance(value, str) and value))
-                }
-                blocks = [
-                    str(launch.arguments[b])
-                    for b in ("BLOCK_M", "BLOCK_O", "BLOCK_N", "BLOCK_R")
-                    if b in launch.arguments
-                ]
-                words = ["x".join(blocks), f"w{launch.num_warps}", f"s{launch.num_stages}"]
-                words += [k if v is True else f"{k}={v}" for k, v in flags.items()]
-                label = " ".join(words + ["dim=1"] * (dim == 1))
-                name = launch.kernel.__name__
-                product = name in ("matmul_kernel", "grad_kernel", "grad_one_pass_kernel")
-                if dtype == "tf32" and not product:
-                    continue  # the same as fp32
-                key = (name, label, dtype)
-                found.setdefault(key, Compilation(name, label, dtype, launch, product))
-    return list(found.values())
-
-
 # --- compiling -----------------------------------------------------------------------------------
 
 
@@ -176,18 +86,23 @@ def compile_for(compilation: Compilation, target: Target):
 
     launch = compilation.launch
     signature, constants, attributes = {}, {}, {}
+
+    def specialise(path: tuple[int, ...], value: object, is_constant: bool) -> object:
+        """The argument's type; what is known of its value goes to its path."""
+        if is_constant or (isinstance(value, int) and value == 1):
+            constants[path] = value
+            return "constexpr"
+        if isinstance(value, tuple):
+            return tuple(specialise((*path, i), v, False) for i, v in enumerate(value))
+        if isinstance(value, Tensor) or value % 16 == 0:
+            attributes[path] = [["tt.divisibility", 16]]
+        if isinstance(value, Tensor):
+            return "*" + TYPES[value.dtype]
+        return "i64" if abs(value) >= 2**31 else "i32"
+
     for i, parameter in enumerate(launch.kernel.params):
         value = launch.arguments[parameter.name]
-        if parameter.is_constexpr or (isinstance(value, int) and value == 1):
-            signature[parameter.name] = "constexpr"
-            constants[(i,)] = value
-        elif isinstance(value, Tensor):
-            signature[parameter.name] = "*" + TYPES[value.dtype]
-            attributes[(i,)] = [["tt.divisibility", 16]]
-        else:
-            signature[parameter.name] = "i64" if abs(value) >= 2**31 else "i32"
-            if value % 16 == 0:
-                attributes[(i,)] = [["tt.divisibility", 16]]
+        signature[parameter.name] = specialise((i,), value, parameter.is_constexpr)
     return triton.compile(
         ASTSource(launch.kernel, signature, constants, attributes),
         target=GPUTarget(target.backend, target.arch, target.warp_size),
@@ -221,6 +136,11 @@ def inspect(compilation: Compilation, target: Target) -> Record:
     if record.shared_bytes > target.shared_limit:
         record.failures.append(f"needs {record.shared_bytes} of {target.shared_limit} bytes shared")
     half = compilation.dtype.split("·")[0] in ("fp16", "bf16", "tf32")
+    # With channels last, all loads of activations and of packed weights are as wide as they come.
+    packed = compilation.launch.arguments.get("FORM") == "packed"
+    flat = compilation.launch.arguments.get("FLAT")
+    if compilation.kernel == "conv_kernel" and packed and not flat and record.load_bits < 128:
+        record.failures.append(f"loads {record.load_bits} bits, not 128")
     if half and compilation.product and not record.tensor_core_instructions:
         record.failures.append("uses no tensor cores")
     return record
@@ -267,13 +187,12 @@ def _read_cubin(cubin: bytes, record: Record) -> list[Instruction]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        usage = _run("cuobjdump", "--dump-resource-usage", file.name)
-        sass = _run("cuobjdump", "-sass", file.name)
-    numbers = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", usage))
+        dump = _run("cuobjdump", "--dump-resource-usage", "--dump-sass", file.name)
+    numbers = dict(re.findall(r"(REG|STACK):(\d+)", dump))
     record.registers = int(numbers["REG"])
     record.stack_bytes = int(numbers["STACK"])
     instructions = []
-    for line in sass.splitlines():
+    for line in dump.splitlines():
         m = re.match(r"\s+/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)(.*)", line)
         if m:
             address, opcode = int(m[1], 16), m[2]

@@ -7,12 +7,16 @@ would have passed.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from wn_kernels.backends.shapes import kept_shape
+import wn_kernels
+from wn_kernels.backends.shapes import Geometry, kept_shape
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 DIMS = (0, 1, None)
@@ -85,6 +89,8 @@ def strided(t: Tensor, layout: str) -> Tensor:
         return t.contiguous()
     if layout == "transposed":
         return t.transpose(0, -1).contiguous().transpose(0, -1)
+    if layout == "channels-last":
+        return t.movedim(1, -1).contiguous().movedim(-1, 1)
     if layout == "sliced":
         wide = t.new_zeros(*t.shape[:-1], 2 * t.shape[-1] + 1)
         wide[..., 1::2] = t
@@ -99,23 +105,26 @@ def strided(t: Tensor, layout: str) -> Tensor:
 LAYOUTS = ("contiguous", "transposed", "sliced", "offset")
 
 
-class Case:
-    """Random inputs of a linear layer, in the dtypes asked for, and their float64 reference."""
+class LayerCase(ABC):
+    """Random inputs of a layer, in the dtypes asked for, and their float64 reference.
+
+    A subclass says what the layer is: `plain(x, w, bias)`, differentiable.
+    """
 
     def __init__(
         self,
-        m: int,
-        k: int,
-        n: int,
+        x_shape: Sequence[int],
+        v_shape: Sequence[int],
+        outputs: int,
         dim: int | None,
-        x_dtype: torch.dtype = torch.float32,
-        v_dtype: torch.dtype | None = None,
+        x_dtype: torch.dtype,
+        v_dtype: torch.dtype | None,
         *,
-        eps: float = 0.0,
-        bias: bool = True,
-        layout: str = "contiguous",
-        device: torch.device | str = "cpu",
-        seed: int = 0,
+        eps: float,
+        bias: bool,
+        layout: str,
+        device: torch.device | str,
+        seed: int,
     ) -> None:
         from wn_kernels.backends import reference
 
@@ -126,31 +135,55 @@ class Case:
             t = torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
             return t.to(device)
 
-        self.dim, self.eps, self.length = dim, eps, max(m, k, n)
+        self.dim, self.eps = dim, eps
         # The norms of anything narrower than float64 are float32, whatever x is.
         mixed = x_dtype == torch.float64 and v_dtype != torch.float64
         self.dtype = torch.float32 if mixed else x_dtype
-        self.x = strided(random(m, k, dtype=x_dtype), layout)
-        self.v = strided(random(n, k, dtype=v_dtype), layout)
-        self.g = random(*kept_shape((n, k), dim), dtype=v_dtype).abs() + 0.5
-        self.bias = random(n, dtype=v_dtype) if bias else None
+        self.x = strided(random(*x_shape, dtype=x_dtype), layout)
+        self.v = strided(random(*v_shape, dtype=v_dtype), layout)
+        self.g = random(*kept_shape(v_shape, dim), dtype=v_dtype).abs() + 0.5
+        self.bias = random(outputs, dtype=v_dtype) if bias else None
         # Correlated with the output, so that no ⟨dW, V⟩ is small by chance.
-        product = self.x.double() @ self.v.double().T
+        product = self.plain(self.x.double(), self.v.double(), None)
         spread = product.std().item() if product.numel() > 1 else 0.0
-        dy = random(m, n, dtype=torch.float64) + (product / spread if spread else 0.0)
+        dy = random(*product.shape, dtype=torch.float64) + (product / spread if spread else 0.0)
         self.dy = strided(dy.to(x_dtype), layout)
 
         inputs = [self.x, self.v, self.g, self.bias]
         wide = [None if t is None else t.detach().double().requires_grad_() for t in inputs]
-        y = reference.linear(*wide, dim, eps)
+        scale = reference.slice_scale(wide[1], wide[2], dim, eps)
+        w = wide[1] * scale
+        y = self.plain(wide[0], w, wide[3])
         given = [t for t in wide if t is not None]
-        grads = iter(torch.autograd.grad(y, given, self.dy.double()))
+        dw, *rest = torch.autograd.grad(y, [w, *given], self.dy.double())
+        grads = iter(rest)
         self.y = y.detach()
         self.grads = [None if t is None else next(grads) for t in wide]
+        # No sum is longer.
+        self.length = max(t.numel() for t in (self.x, self.v, self.y))
         # dg sums products as large as dW; dV is a difference of terms as large as s ⊙ dW.
-        scale = reference.slice_scale(wide[1], wide[2], dim, eps).detach()
-        dw = self.dy.double().T @ self.x.double()
         self.terms = {"dg": dw.norm().item(), "dv": (scale * dw).norm().item()}
+
+    @abstractmethod
+    def plain(self, x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
+        """The layer without weight norm."""
+
+    def leaves(self) -> list[Tensor | None]:
+        """`x, v, g, bias`, each a leaf that wants its gradient."""
+        inputs = (self.x, self.v, self.g, self.bias)
+        return [None if t is None else t.detach().requires_grad_() for t in inputs]
+
+    def check(self, layer: Callable[..., Tensor]) -> tuple[Tensor, list[Tensor | None]]:
+        """Checks `layer(x, v, g, bias)` and its gradients, and returns them."""
+        leaves = self.leaves()
+        y = layer(*leaves)
+        self.check_forward(y)
+        grads = iter(torch.autograd.grad(y, [t for t in leaves if t is not None], self.dy))
+        found = [None if t is None else next(grads) for t in leaves]
+        self.check_backward(found)
+        with torch.no_grad():
+            self.check_forward(layer(*leaves))
+        return y, found
 
     def check_forward(self, y: Tensor) -> None:
         assert y.dtype == self.x.dtype
@@ -179,3 +212,125 @@ class Case:
                 terms=terms,
                 what=name,
             )
+
+
+class Case(LayerCase):
+    """A linear layer: `x` is `(m, k)`, the weight `(n, k)`."""
+
+    def __init__(
+        self,
+        m: int,
+        k: int,
+        n: int,
+        dim: int | None,
+        x_dtype: torch.dtype = torch.float32,
+        v_dtype: torch.dtype | None = None,
+        *,
+        eps: float = 0.0,
+        bias: bool = True,
+        layout: str = "contiguous",
+        device: torch.device | str = "cpu",
+        seed: int = 0,
+    ) -> None:
+        super().__init__(
+            (m, k),
+            (n, k),
+            n,
+            dim,
+            x_dtype,
+            v_dtype,
+            eps=eps,
+            bias=bias,
+            layout=layout,
+            device=device,
+            seed=seed,
+        )
+        self.length = max(m, k, n)
+
+    def plain(self, x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
+        return F.linear(x, w, bias)
+
+
+class ConvCase(LayerCase):
+    """A convolution: `sizes` are the input's, `taps` the kernel's; options as in `torch.nn`."""
+
+    def __init__(
+        self,
+        batch: int,
+        inputs: int,
+        outputs: int,
+        sizes: tuple[int, ...],
+        taps: tuple[int, ...],
+        dim: int | None = 0,
+        x_dtype: torch.dtype = torch.float32,
+        v_dtype: torch.dtype | None = None,
+        *,
+        transposed: bool = False,
+        groups: int = 1,
+        eps: float = 0.0,
+        bias: bool = True,
+        layout: str = "contiguous",
+        device: torch.device | str = "cpu",
+        seed: int = 0,
+        **options: Any,
+    ) -> None:
+        self.rank, self.transposed = len(sizes), transposed
+        self.inputs, self.outputs, self.taps = inputs, outputs, taps
+        self.options = {"groups": groups, **options}
+        self.suffix = f"_transpose{self.rank}d" if transposed else f"{self.rank}d"
+        first, second = (inputs, outputs) if transposed else (outputs, inputs)
+        super().__init__(
+            (batch, inputs, *sizes),
+            (first, second // groups, *taps),
+            outputs,
+            dim,
+            x_dtype,
+            v_dtype,
+            eps=eps,
+            bias=bias,
+            layout=layout,
+            device=device,
+            seed=seed,
+        )
+
+        # The sums of the output, of the gradients of the input, of the weight and of the bias.
+        sums = [self.v[0].numel(), self.v[:, :1].numel(), self.y.numel() // outputs]
+        self.length = max(sums)
+
+    def plain(self, x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
+        options = dict(self.options)
+        mode = options.pop("padding_mode", "zeros")
+        if mode != "zeros":
+            padding = self.geometry().padding
+            both_sides = [p for size in reversed(padding) for p in (size, size)]
+            x = F.pad(x, both_sides, mode=mode)
+            options["padding"] = 0
+        return getattr(F, f"conv{self.suffix}")(x, w, bias, **options)
+
+    def layer(self, x: Tensor, v: Tensor, g: Tensor, bias: Tensor | None) -> Tensor:
+        """Ours, by its module."""
+        kind = getattr(wn_kernels, "WNConv" + self.suffix.replace("_t", "T"))
+        sizes = (self.inputs, self.outputs, self.taps)
+        options = {**self.options, "dim": self.dim, "eps": self.eps, "bias": bias is not None}
+        module = kind(*sizes, **options, device="meta")
+        parameters = {"weight_v": v, "weight_g": g, "bias": bias}
+        return torch.func.functional_call(module, parameters, (x,))
+
+    def geometry(self) -> Geometry:
+        """As the backends take it; numbers alone for options."""
+
+        def each(name: str, default: int) -> tuple[int, ...]:
+            value = self.options.get(name, default)
+            if isinstance(value, str):  # padding="same", of odd kernels, or "valid"
+                reach = [d * (t - 1) for d, t in zip(each("dilation", 1), self.taps, strict=True)]
+                return tuple(r // 2 if value == "same" else 0 for r in reach)
+            return value if isinstance(value, tuple) else (value,) * self.rank
+
+        return Geometry(
+            each("stride", 1),
+            each("padding", 0),
+            each("dilation", 1),
+            self.transposed,
+            each("output_padding", 0),
+            self.options["groups"],
+        )

@@ -14,6 +14,9 @@ import torch
 if not torch.cuda.is_available() and "ttsem" not in sys.modules:
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # as many workers as cores, so one thread each
+    torch.set_num_threads(1)
+
 from hypothesis import settings
 
 settings.register_profile("suite", deadline=None, derandomize=True, print_blob=True)

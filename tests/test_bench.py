@@ -11,16 +11,20 @@ import torch
 
 pytest.importorskip("rich")
 
-from bench import cases, linear
-from bench.cases import LinearCase, Runner
+from bench import cases, cli, suite
+from bench.cases import Case, Runner
 from bench.timing import interleaved, paired_ratio
 from wn_kernels import WNLinear
 
 CPU = torch.device("cpu")
-TINY = [LinearCase(4, 24, 16, mode) for mode in ("infer", "train")]
+TINY = [Case("4, 24, 16", "Linear", (24, 16), (4, 24), mode) for mode in cases.MODES]
+CONV = [
+    Case("up", "ConvTranspose1d", (4, 3, 5), (2, 4, 9), mode, {"stride": 2}, dim=1)
+    for mode in cases.MODES
+]
 
 
-@pytest.mark.parametrize("case", TINY)
+@pytest.mark.parametrize("case", TINY + CONV)
 @pytest.mark.parametrize("name", cases.PROVIDERS)
 def test_providers_are_right(case, name):
     Runner(case, name, CPU).check()
@@ -32,25 +36,25 @@ def test_a_wrong_provider_is_not_timed(case, monkeypatch, tmp_path):
         def forward(self, input):
             return 1.01 * super().forward(input)
 
-    def make(layer):
+    def make(case, layer):
         wrong = Wrong(layer.in_features, layer.out_features)
         wrong.load_state_dict(layer.state_dict())
         return wrong
 
     monkeypatch.setitem(cases.PROVIDERS, "ours", make)
     with pytest.raises(AssertionError, match="ours is wrong"):
-        linear.run_case(case, CPU, 0.01)
-    monkeypatch.setattr(linear, "LINEAR", [case])
-    assert linear.main(str(tmp_path / "r.json"), 0.01) == 1
+        suite.run_case(case, CPU, 0.01)
+    monkeypatch.setitem(cases.SUITES, "linear", [case])
+    assert suite.main("linear", str(tmp_path / "r.json"), 0.01) == 1
     report = json.loads((tmp_path / "r.json").read_text())
     assert not report["results"]
     assert "ours is wrong" in report["wrong"][0]
 
 
 def test_report(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(linear, "LINEAR", TINY)
+    monkeypatch.setitem(cases.SUITES, "linear", TINY)
     path = tmp_path / "new" / "r.json"
-    assert linear.main(str(path), 0.02) == 0
+    assert suite.main("linear", str(path), 0.02) == 0
     report = json.loads(path.read_text())
     assert report["environment"]["backend"] == "aten"
     assert len(report["results"]) == 2
@@ -63,6 +67,10 @@ def test_report(monkeypatch, tmp_path, capsys):
     assert saved["eager"] >= weight > saved["ours"]
     assert saved["plain"] == 0
     assert "backend aten" in " ".join(capsys.readouterr().out.split())
+
+
+def test_every_suite_has_its_command():
+    assert list(cli.SUITES) == list(cases.SUITES)
 
 
 def test_rounds_are_interleaved():

@@ -1,10 +1,13 @@
 """The registered operators: schemas and fakes, and the layer under a compiler."""
 
+import functools
+
 import pytest
 import torch
 
-from tests.comparison import DIMS, FLOATS, LAYOUTS, Case
-from wn_kernels import WNLinear, ops  # noqa: F401  (registers the operators)
+import wn_kernels.functional as WF
+from tests.comparison import DIMS, FLOATS, LAYOUTS, Case, ConvCase
+from wn_kernels import WNLinear, ops, use_backend  # noqa: F401  (ops registers the operators)
 
 OPS = torch.ops.wn_kernels
 
@@ -61,3 +64,45 @@ def test_compile(dim):
     case.check_forward(y)
     y.backward(case.dy)
     case.check_backward([x.grad, layer.weight_v.grad, layer.weight_g.grad, layer.bias.grad])
+
+
+# --- convolution ---------------------------------------------------------------------------------
+
+CONVOLUTIONS = [
+    ConvCase(2, 6, 8, (9,), (3,), stride=2, padding=1),
+    ConvCase(2, 6, 8, (9,), (3,), dim=None, groups=2, bias=False),
+    ConvCase(2, 4, 6, (7, 5), (3, 3), dim=1, layout="channels-last"),
+    ConvCase(2, 4, 6, (7, 5), (3, 3), dim=2, x_dtype=torch.bfloat16, v_dtype=torch.float32),
+    ConvCase(2, 6, 4, (5,), (4,), transposed=True, stride=2, output_padding=1),
+    ConvCase(1, 3, 4, (3, 4, 2), (2, 2, 2), transposed=True, x_dtype=torch.float64),
+]
+
+
+@pytest.mark.parametrize("case", CONVOLUTIONS)
+@pytest.mark.parametrize("backend", ["aten", "triton"])
+def test_opcheck_convolution(case, backend):
+    if backend == "triton":
+        pytest.importorskip("triton")
+    rest = (*case.geometry(), case.dim, 0.0, backend)
+    for x in (case.x, case.x[:0]):
+        check(OPS.convolution, x, case.v, case.g, case.bias, *rest)
+    y, n = OPS.convolution(case.x, case.v, case.g, case.bias, *rest)
+    case.check_forward(y)
+    arguments = (case.dy, case.x, case.v, case.g, n, *rest)
+    for mask in ([True] * 4, [True, False, False, False], [False, True, True, False]):
+        check(OPS.convolution_backward, *arguments, mask)
+    needs = [True, True, True, case.bias is not None]
+    grads = OPS.convolution_backward(*arguments, needs)
+    case.check_backward([grad if need else None for grad, need in zip(grads, needs, strict=True)])
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("case", CONVOLUTIONS[:5])
+@pytest.mark.parametrize("forced", [None, "aten"])
+def test_compile_convolution(case, forced):
+    """One graph, forward and backward, whoever chose the backend."""
+    torch.compiler.reset()
+    function = functools.partial(getattr(WF, f"wn_conv{case.suffix}"), **case.options, dim=case.dim)
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    with use_backend(forced or "auto"):
+        case.check(compiled)

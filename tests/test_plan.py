@@ -10,6 +10,7 @@ import torch
 import wn_kernels.functional as WF
 from tests.comparison import Case
 from wn_kernels import plan, use_backend
+from wn_kernels.backends.shapes import Geometry
 
 F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
 
@@ -131,3 +132,46 @@ except ValueError as error:
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.startswith(expected)
+
+
+# --- convolutions --------------------------------------------------------------------------------
+
+
+def conv1d(batch, inputs, outputs, length, taps, dim=0, *, up=0, x=F32, v=F32, backend="aten"):
+    """The plan of a 1-d convolution, or with `up`, of a transposed one with that stride."""
+    conv = Geometry((up or 1,), (taps // 2,), (1,), bool(up), (0,), 1)
+    v_shape = (inputs, outputs, taps) if up else (outputs, inputs, taps)
+    shapes = torch.Size((batch, inputs, length)), torch.Size(v_shape)
+    if backend == "aten":
+        return plan.aten_convolution(*shapes, x, v, conv, dim)
+    last = backend == "triton, channels last"
+    return plan.triton_convolution(*shapes, x, v, conv, dim, last, False)
+
+
+def test_aten_convolutions():
+    """Long signals materialise; wide layers over few pixels scale the side the scale belongs to."""
+    assert conv1d(1, 64, 64, 4096, 3) == ("materialize", "materialize", True)
+    assert not conv1d(1, 256, 256, 64, 3).keeps_weight
+    assert conv1d(1, 1024, 512, 16, 16, up=8)[:2] == ("input", "input")
+    assert conv1d(1, 1024, 512, 16, 16, dim=1, up=8).forward == "output"
+    assert conv1d(1, 1024, 1024, 16, 16).forward == "output"
+    assert conv1d(1, 1024, 1024, 16, 16, dim=1)[:2] == ("input", "input")
+    assert conv1d(1, 1024, 256, 16, 16, dim=None).forward == "output"  # the smaller side
+    # A scale along taps belongs to neither side; half precision scales before the product.
+    assert conv1d(1, 1024, 1024, 16, 16, dim=2) == ("materialize", "materialize", False)
+    assert conv1d(1, 1024, 1024, 16, 16, x=BF16).forward == "materialize"
+
+
+def test_triton_convolutions():
+    half = {"x": BF16, "v": BF16}
+    last = {**half, "backend": "triton, channels last"}
+    first = {**half, "backend": "triton, channels first"}
+    # Few pixels: one launch. Many: a loop without norms.
+    assert conv1d(1, 256, 256, 32, 3, **last).forward == "one_pass"
+    assert conv1d(16, 256, 256, 65536, 3, **last).forward != "one_pass"
+    # A program of a strided transposed convolution does not see every tap.
+    assert conv1d(1, 512, 256, 32, 16, dim=1, up=8, **last).forward != "one_pass"
+    # With many pixels, the scale in every tile costs more than W.
+    assert conv1d(16, 256, 256, 65536, 3, dim=1, **last).forward != "scaled"
+    # Channels first: repacking is not worth it.
+    assert conv1d(16, 256, 256, 65536, 3, **first) == ("materialize", "materialize")

@@ -4,10 +4,11 @@ First derivatives run on the backend that served the forward. A backward that is
 differentiated (`create_graph=True`) runs on the composite formula of `backends/reference.py`,
 whose derivatives of every order are right.
 
-Neither function saves its output, so an in-place activation after the layer works, and neither
-saves `W`. They take `ctx` in `forward` because the `setup_context` form costs 40 µs more a call
-(it binds the arguments through `inspect`); `functional.py` sends `torch.func` transforms, which
-need that form, to the composite formula.
+None of them saves its output, so an in-place activation after the layer works, and none saves `W`,
+but for a convolution whose weight is small beside its input.
+They take `ctx` in `forward` because the `setup_context` form costs 40 µs more a call (it binds the
+arguments through `inspect`); `functional.py` sends `torch.func` transforms, which need that form,
+to the composite formula.
 """
 
 from __future__ import annotations
@@ -18,8 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import ops
+from . import ops, plan
 from .backends import reference
+from .backends.shapes import Geometry
 
 
 def _differentiable_grads(
@@ -106,3 +108,45 @@ class Linear(torch.autograd.Function):
             if db is not None and db.dtype != bias.dtype:
                 db = db.to(bias.dtype)
         return dx, dv, dg, db, None, None, None
+
+
+class Convolution(torch.autograd.Function):
+    """The convolution of `x` with `W = g · V / ‖V‖`, plus the bias."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        v: Tensor,
+        g: Tensor,
+        bias: Tensor | None,
+        conv: Geometry,
+        dim: int | None,
+        eps: float,
+        backend: str,
+        path: plan.AtenConvolution | None,
+    ) -> Tensor:
+        y, n, w = ops.convolution(x, v, g, bias, conv, dim, eps, backend, path)
+        ctx.save_for_backward(x, v, g, bias, n, w)
+        ctx.options = conv, dim, eps, backend, path
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, v, g, bias, n, w = ctx.saved_tensors
+        conv, dim, eps, backend, path = ctx.options
+        needs = ctx.needs_input_grad[:4]
+        if torch.is_grad_enabled():
+            dx, dv, dg, db = _differentiable_grads(
+                lambda x, v, g, bias: reference.convolution(x, v, g, bias, conv, dim, eps),
+                (x, v, g, bias),
+                needs,
+                dy,
+            )
+        else:
+            dx, dv, dg, db = ops.convolution_backward(
+                dy, x, v, g, n, w, conv, dim, eps, backend, path, needs
+            )
+            if db is not None and db.dtype != bias.dtype:
+                db = db.to(bias.dtype)
+        return dx, dv, dg, db, None, None, None, None, None

@@ -2,8 +2,9 @@
 
     import wn_kernels.functional as WF
 
-    y = WF.wn_linear(x, v, g, bias)      # x Wᵀ + b, with W = g · V / ‖V‖
-    w = WF.weight_norm(v, g)             # W itself, differentiable
+    y = WF.wn_linear(x, v, g, bias)                # x Wᵀ + b, with W = g · V / ‖V‖
+    y = WF.wn_conv1d(x, v, g, bias, padding=1)     # and 2d, 3d, and the transposed ones
+    w = WF.weight_norm(v, g)                       # W itself, differentiable
 
 Weight normalisation is Salimans & Kingma, *Weight Normalization: A Simple Reparameterization to
 Accelerate Training of Deep Neural Networks*, 2016, equation (2).
@@ -11,128 +12,18 @@ Accelerate Training of Deep Neural Networks*, 2016, equation (2).
 
 from __future__ import annotations
 
-import functools
-import math
-from collections.abc import Callable
-from typing import Any, NoReturn
+from collections.abc import Sequence
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 
 from . import autograd, ops, plan
 from .backends import reference
-from .backends.shapes import canonical_dim, canonical_eps, kept_shape, reduced_dims
-
-_DTYPES = frozenset((torch.float16, torch.bfloat16, torch.float32, torch.float64))
-
-
-# --- checks --------------------------------------------------------------------------------------
-
-
-def _dense(x: Tensor, v: Tensor, g: Tensor, bias: Tensor | None) -> bool:
-    """Whether all are dense, real floating-point tensors on one device.
-
-    Written out because it runs in every call; `_reject` names what a failure was.
-    """
-    try:
-        return (
-            x.dtype in _DTYPES
-            and v.dtype in _DTYPES
-            and g.dtype in _DTYPES
-            and x.layout is v.layout is g.layout is torch.strided
-            and x.device == v.device == g.device
-            and not (x.is_nested or v.is_nested or g.is_nested)
-            and (
-                bias is None
-                or (
-                    bias.dtype in _DTYPES
-                    and bias.layout is torch.strided
-                    and bias.device == v.device
-                    and not bias.is_nested
-                )
-            )
-        )
-    except AttributeError:
-        return False
-
-
-def _reject(**tensors: Tensor | None) -> NoReturn:
-    """Raises the error that names why `_dense` is false for these arguments."""
-    given = {name: t for name, t in tensors.items() if t is not None or name != "bias"}
-    for name, t in given.items():
-        if not isinstance(t, Tensor):
-            raise TypeError(f"{name} must be a torch.Tensor, got {type(t).__name__}")
-        if t.layout is not torch.strided or t.is_nested:
-            kind = "a nested tensor" if t.is_nested else f"layout {t.layout}"
-            raise TypeError(f"{name} must be a dense (strided) tensor, got {kind}")
-        if t.dtype not in _DTYPES:
-            raise TypeError(
-                f"{name} has dtype {t.dtype}; expected float16, bfloat16, float32 or float64"
-            )
-    devices = ", ".join(f"{name} on {t.device}" for name, t in given.items() if t is not None)
-    raise ValueError(f"all tensors must be on one device, got {devices}")
-
-
-def _memoised(check: Callable[..., Any]) -> Callable[..., Any]:
-    """Remembers the answers of a check that depends on shapes and options alone."""
-    cached = functools.lru_cache(maxsize=4096, typed=True)(check)
-
-    @functools.wraps(check)
-    def call(*args: Any) -> Any:
-        if torch.compiler.is_compiling():
-            return check(*args)
-        try:
-            return cached(*args)
-        except TypeError:  # an argument that cannot be hashed, or the check's own error
-            return check(*args)
-
-    return call
-
-
-@_memoised
-def _check_weight(
-    v_shape: torch.Size, g_shape: torch.Size, dim: int | None, eps: float
-) -> tuple[int | None, float, tuple[int, ...]]:
-    """`dim` and `eps` in canonical form, and the shape that `g` has to be viewed in."""
-    dim = canonical_dim(dim, len(v_shape))
-    shape = kept_shape(v_shape, dim)
-    length = math.prod(shape)
-    if g_shape != shape and g_shape != (length,):
-        raise ValueError(
-            f"g has shape {tuple(g_shape)}, but v of shape {tuple(v_shape)} with dim={dim} needs "
-            f"g of shape {shape} or ({length},)"
-        )
-    return dim, canonical_eps(eps), shape
-
-
-@_memoised
-def _check_linear(
-    x_shape: torch.Size,
-    v_shape: torch.Size,
-    g_shape: torch.Size,
-    bias_shape: torch.Size | None,
-    dim: int | None,
-    eps: float,
-) -> tuple[int | None, float, tuple[int, ...]]:
-    """As `_check_weight`, for a linear layer."""
-    if len(v_shape) != 2:
-        raise ValueError(f"v must be 2-d, (out_features, in_features), got shape {tuple(v_shape)}")
-    n, k = v_shape
-    if len(x_shape) == 0 or x_shape[-1] != k:
-        raise ValueError(
-            f"input of shape {tuple(x_shape)} does not fit v of shape {tuple(v_shape)}: the last "
-            f"dimension of input must be {k}"
-        )
-    if bias_shape is not None and bias_shape != (n,):
-        raise ValueError(
-            f"bias has shape {tuple(bias_shape)}, but v of shape {tuple(v_shape)} needs bias of "
-            f"shape ({n},)"
-        )
-    return _check_weight(v_shape, g_shape, dim, eps)
-
-
-# --- functions -----------------------------------------------------------------------------------
+from .backends.shapes import canonical_dim, reduced_dims
+from .checks import are_dense, check_convolution, check_linear, check_weight, reject
 
 
 def _composite(backend: str) -> bool:
@@ -162,6 +53,15 @@ def _autocast(input: Tensor) -> Tensor:
     return input
 
 
+def _needs_grad(input: Tensor, v: Tensor, g: Tensor, bias: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and (
+        input.requires_grad
+        or v.requires_grad
+        or g.requires_grad
+        or (bias is not None and bias.requires_grad)
+    )
+
+
 def slice_norm(v: Tensor, *, dim: int | None = 0) -> Tensor:
     """The norms `‖V_j‖₂` of every slice along `dim`, in the shape of `g` and in `v`'s dtype.
 
@@ -170,8 +70,8 @@ def slice_norm(v: Tensor, *, dim: int | None = 0) -> Tensor:
     Raises:
         TypeError, ValueError: as `weight_norm`.
     """
-    if not _dense(v, v, v, None):
-        _reject(v=v)
+    if not are_dense(v, v, v, None):
+        reject(v=v)
     dim = canonical_dim(dim, v.ndim)
     dims = reduced_dims(v.ndim, dim)
     if not dims:
@@ -204,9 +104,9 @@ def weight_norm(v: Tensor, g: Tensor, *, dim: int | None = 0, eps: float = 0.0) 
         ValueError: the shape of `g` does not fit, `dim` or `eps` is out of range, or the tensors
             are on different devices.
     """
-    if not _dense(v, v, g, None):
-        _reject(v=v, g=g)
-    dim, eps, shape = _check_weight(v.shape, g.shape, dim, eps)
+    if not are_dense(v, v, g, None):
+        reject(v=v, g=g)
+    dim, eps, shape = check_weight(v.shape, g.shape, dim, eps)
     if g.ndim != len(shape):
         g = g.view(shape)
     backend = plan.choose_backend(v)
@@ -251,10 +151,10 @@ def wn_linear(
         ValueError: shapes do not fit, `dim` or `eps` is out of range, or the tensors are on
             different devices.
     """
-    if not _dense(input, v, g, bias):
-        _reject(input=input, v=v, g=g, bias=bias)
+    if not are_dense(input, v, g, bias):
+        reject(input=input, v=v, g=g, bias=bias)
     bias_shape = None if bias is None else bias.shape
-    dim, eps, shape = _check_linear(input.shape, v.shape, g.shape, bias_shape, dim, eps)
+    dim, eps, shape = check_linear(input.shape, v.shape, g.shape, bias_shape, dim, eps)
     if g.ndim != len(shape):
         g = g.view(shape)
 
@@ -263,11 +163,252 @@ def wn_linear(
     backend = plan.choose_backend(input)
     if _composite(backend):
         return reference.linear(input, v, g, bias, dim, eps)
-    if torch.is_grad_enabled() and (
-        input.requires_grad
-        or v.requires_grad
-        or g.requires_grad
-        or (bias is not None and bias.requires_grad)
-    ):
+    if _needs_grad(input, v, g, bias):
         return autograd.Linear.apply(input, v, g, bias, dim, eps, backend)
     return ops.linear(input, v, g, bias, dim, eps, backend, False)[0]
+
+
+def _convolution(
+    rank: int,
+    input: Tensor,
+    v: Tensor,
+    g: Tensor,
+    bias: Tensor | None,
+    stride: Any,
+    padding: Any,
+    dilation: Any,
+    transposed: bool,
+    output_padding: Any,
+    groups: int,
+    dim: int | None,
+    eps: float,
+) -> Tensor:
+    if not are_dense(input, v, g, bias):
+        reject(input=input, v=v, g=g, bias=bias)
+    if torch._C._is_any_autocast_enabled():
+        input = _autocast(input)
+    call = check_convolution(
+        input.shape,
+        v.shape,
+        g.shape,
+        None if bias is None else bias.shape,
+        rank,
+        stride,
+        padding,
+        dilation,
+        transposed,
+        output_padding,
+        groups,
+        dim,
+        eps,
+        input.dtype,
+        v.dtype,
+    )
+    unbatched = False
+    if call.reshape:
+        g = g.view(call.g_shape)
+        unbatched = input.ndim == rank + 1
+        if unbatched:
+            input = input.unsqueeze(0)
+        if call.end is not None:
+            input = F.pad(input, call.end)
+
+    backend = plan.choose_backend(input)
+    conv, dim, eps, path = call[:4]
+    if _composite(backend):
+        y = reference.convolution(input, v, g, bias, conv, dim, eps)
+    elif _needs_grad(input, v, g, bias):
+        y = autograd.Convolution.apply(input, v, g, bias, conv, dim, eps, backend, path)
+    else:
+        y = ops.convolution(input, v, g, bias, conv, dim, eps, backend, path)[0]
+    return y.squeeze(0) if unbatched else y
+
+
+def wn_conv1d(
+    input: Tensor,
+    v: Tensor,
+    g: Tensor,
+    bias: Tensor | None = None,
+    stride: int | Sequence[int] = 1,
+    padding: str | int | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+    *,
+    dim: int | None = 0,
+    eps: float = 0.0,
+) -> Tensor:
+    """A 1-d convolution with a weight-normalised weight.
+
+    Equal to `torch.nn.functional.conv1d(input, weight_norm(v, g, dim=dim, eps=eps), bias, ...)`.
+    Dtypes may differ: the product runs in the dtype of `input` (under autocast, in autocast's),
+    norms and scales in float32 or wider.
+
+    Args:
+        input: `x`, of shape `(B, C, L)` or, unbatched, `(C, L)`.
+        v: the direction, of shape `(N, C / groups, k)`.
+        g: the magnitude: `v`'s shape with every dimension but `dim` set to 1 (0-d for `dim=None`),
+            or 1-d of the same length.
+        bias: of shape `(N,)`, or `None`.
+        stride: as in `torch.nn.functional.conv1d`.
+        padding: zeros on both sides, or `"same"` or `"valid"`.
+        dilation: the distance between taps.
+        groups: the number of groups that channels are divided into.
+        dim: the dimension of `v` whose slices are normalised: 0 (each output channel), 1 (each
+            input channel of a group), a kernel dimension (each of its positions), or `None` / `-1`
+            (one norm over the whole of `v`).
+        eps: the smallest norm; see `weight_norm`.
+
+    Returns:
+        A tensor of shape `(B, N, L_out)` or `(N, L_out)`, in the dtype of the product:
+        that of `input`, or autocast's.
+
+    Raises:
+        TypeError: an argument has the wrong type, dtype or layout.
+        ValueError: shapes or options do not fit, the output would be empty, `dim` or `eps` is out
+            of range, or the tensors are on different devices.
+    """
+    return _convolution(1, input, v, g, bias, stride, padding, dilation, False, 0, groups, dim, eps)
+
+
+def wn_conv2d(
+    input: Tensor,
+    v: Tensor,
+    g: Tensor,
+    bias: Tensor | None = None,
+    stride: int | Sequence[int] = 1,
+    padding: str | int | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+    *,
+    dim: int | None = 0,
+    eps: float = 0.0,
+) -> Tensor:
+    """A 2-d convolution with a weight-normalised weight.
+
+    Equal to `torch.nn.functional.conv2d(input, weight_norm(v, g, dim=dim, eps=eps), bias, ...)`.
+
+    Args, result and errors as in `wn_conv1d`, with spatial dimensions `(H, W)` and a kernel of
+    `(kh, kw)`.
+    """
+    return _convolution(2, input, v, g, bias, stride, padding, dilation, False, 0, groups, dim, eps)
+
+
+def wn_conv3d(
+    input: Tensor,
+    v: Tensor,
+    g: Tensor,
+    bias: Tensor | None = None,
+    stride: int | Sequence[int] = 1,
+    padding: str | int | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+    *,
+    dim: int | None = 0,
+    eps: float = 0.0,
+) -> Tensor:
+    """A 3-d convolution with a weight-normalised weight.
+
+    Equal to `torch.nn.functional.conv3d(input, weight_norm(v, g, dim=dim, eps=eps), bias, ...)`.
+
+    Args, result and errors as in `wn_conv1d`, with spatial dimensions `(D, H, W)` and a kernel of
+    `(kd, kh, kw)`.
+    """
+    return _convolution(3, input, v, g, bias, stride, padding, dilation, False, 0, groups, dim, eps)
+
+
+def wn_conv_transpose1d(
+    input: Tensor,
+    v: Tensor,
+    g: Tensor,
+    bias: Tensor | None = None,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] = 0,
+    output_padding: int | Sequence[int] = 0,
+    groups: int = 1,
+    dilation: int | Sequence[int] = 1,
+    *,
+    dim: int | None = 0,
+    eps: float = 0.0,
+) -> Tensor:
+    """A 1-d transposed convolution with a weight-normalised weight.
+
+    Equal to `torch.nn.functional.conv_transpose1d(input, weight_norm(v, g, dim=dim, eps=eps),
+    bias, ...)`.
+
+    Args:
+        input: `x`, of shape `(B, C, L)` or, unbatched, `(C, L)`.
+        v: the direction, of shape `(C, N / groups, k)`.
+        g: the magnitude, as in `wn_conv1d`.
+        bias: of shape `(N,)`, or `None`.
+        stride: as in `torch.nn.functional.conv_transpose1d`.
+        padding: what is cut off both sides of the output.
+        output_padding: what is added to one side of the output's size.
+        groups: the number of groups that channels are divided into.
+        dilation: the distance between taps.
+        dim: the dimension of `v` whose slices are normalised: 0 (each input channel, PyTorch's
+            default), 1 (each output channel of a group), a kernel dimension, or `None` / `-1`.
+        eps: the smallest norm; see `weight_norm`.
+
+    Returns:
+        A tensor of shape `(B, N, L_out)` or `(N, L_out)`.
+
+    Raises:
+        TypeError, ValueError: as `wn_conv1d`.
+    """
+    return _convolution(
+        1, input, v, g, bias, stride, padding, dilation, True, output_padding, groups, dim, eps
+    )
+
+
+def wn_conv_transpose2d(
+    input: Tensor,
+    v: Tensor,
+    g: Tensor,
+    bias: Tensor | None = None,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] = 0,
+    output_padding: int | Sequence[int] = 0,
+    groups: int = 1,
+    dilation: int | Sequence[int] = 1,
+    *,
+    dim: int | None = 0,
+    eps: float = 0.0,
+) -> Tensor:
+    """A 2-d transposed convolution with a weight-normalised weight.
+
+    Equal to `torch.nn.functional.conv_transpose2d(input, weight_norm(v, g, dim=dim, eps=eps),
+    bias, ...)`.
+
+    Args, result and errors as in `wn_conv_transpose1d`, with spatial dimensions `(H, W)` and a
+    kernel of `(kh, kw)`.
+    """
+    return _convolution(
+        2, input, v, g, bias, stride, padding, dilation, True, output_padding, groups, dim, eps
+    )
+
+
+def wn_conv_transpose3d(
+    input: Tensor,
+    v: Tensor,
+    g: Tensor,
+    bias: Tensor | None = None,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] = 0,
+    output_padding: int | Sequence[int] = 0,
+    groups: int = 1,
+    dilation: int | Sequence[int] = 1,
+    *,
+    dim: int | None = 0,
+    eps: float = 0.0,
+) -> Tensor:
+    """A 3-d transposed convolution with a weight-normalised weight.
+
+    Equal to `torch.nn.functional.conv_transpose3d(input, weight_norm(v, g, dim=dim, eps=eps),
+    bias, ...)`.
+
+    Args, result and errors as in `wn_conv_transpose1d`, with spatial dimensions `(D, H, W)` and a
+    kernel of `(kd, kh, kw)`.
+    """
+    return _convolution(
+        3, input, v, g, bias, stride, padding, dilation, True, output_padding, groups, dim, eps
+    )

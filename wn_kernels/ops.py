@@ -5,20 +5,23 @@ backend.
     weight_norm_backward  (dW, v, g, n)    -> (dV, dg)
     linear                (x, v, g, bias)  -> (y, n)
     linear_backward       (dY, x, v, g, n) -> (dX, dV, dg, db)
+    convolution           (x, v, g, bias)  -> (y, n)
+    convolution_backward  (dY, x, v, g, n) -> (dX, dV, dg, db)
 
-`dim` is canonical (`None` or in `[0, ndim)`), `g` and `n` have the kept shape, `x` is `(*, K)`.
+`dim` is canonical (`None` or in `[0, ndim)`), `g` and `n` have the kept shape. `x` is
+`(*, K)` for `linear`, `(B, C, *sizes)` for `convolution`, whose geometry follows it as
+`torch.convolution` takes it.
 A gradient that `needs` does not ask for is an empty tensor. `backend` names the backend, `""`
 leaves the choice to `plan`. No operator is differentiable by itself: `autograd.py` is.
 
 The functions of the same names are what `functional.py` and `autograd.py` call. They go through
 the registered operator where something has to see it, a compiler or a Triton kernel that must not
-be launched on fake tensors, and straight to the ATen path otherwise: its operations are visible to
-everything by themselves, and a call is 3 µs shorter.
+be launched on fake tensors, and straight to the ATen path otherwise: a call is 3 µs shorter.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -26,8 +29,8 @@ from torch import Tensor
 
 from . import plan
 from .backends import aten
-from .backends.reference import scale_dtype
-from .backends.shapes import kept_shape
+from .backends.reference import scale_dtype, takes_tf32
+from .backends.shapes import Geometry, kept_shape
 
 _library = torch.library.Library("wn_kernels", "DEF")
 
@@ -49,11 +52,6 @@ def _backend_of(name: str, x: Tensor) -> Any:
     return aten
 
 
-def _tf32() -> bool:
-    """Whether PyTorch is set to take float32 products in TF32."""
-    return torch.get_float32_matmul_precision() != "highest"
-
-
 def _rows(x: Tensor) -> Tensor:
     """`(*, K)` as `(M, K)`."""
     return x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
@@ -70,7 +68,7 @@ def weight_norm(
     v: Tensor, g: Tensor, dim: int | None, eps: float, dtype: torch.dtype, backend: str
 ) -> tuple[Tensor, Tensor]:
     """`(W, n)`: the weight in `dtype` and in `V`'s memory layout, and the norms."""
-    if backend == "aten":
+    if plan.goes_to_aten(backend):
         return aten.weight_norm(v, g, dim, eps, dtype)
     return _weight_norm_op(v, g, dim, eps, dtype, backend)
 
@@ -92,7 +90,7 @@ def weight_norm_backward(
     dw: Tensor, v: Tensor, g: Tensor, n: Tensor, dim: int | None, eps: float, backend: str
 ) -> tuple[Tensor, Tensor]:
     """`(dV, dg)` from `dW`."""
-    if backend == "aten":
+    if plan.goes_to_aten(backend):
         return aten.weight_norm_backward(dw, v, g, n, dim, eps)
     return _weight_norm_backward_op(dw, v, g, n, dim, eps, backend)
 
@@ -110,9 +108,27 @@ _weight_norm_backward_op = _register(
 )
 
 
-# --- linear ------------------------------------------------------------------------------------
-
 Grads = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+Needs = tuple[bool, bool, bool, bool]
+
+
+def _all_tensors(
+    grads: Grads, likes: tuple[Tensor, ...], needs: Sequence[bool]
+) -> tuple[Tensor, ...]:
+    """The gradients as an operator returns them: an empty tensor for one not asked for."""
+    return tuple(
+        grad if need and grad is not None else like.new_empty(0)
+        for grad, like, need in zip(grads, likes, needs, strict=True)
+    )
+
+
+def _only_needed(grads: Sequence[Tensor], needs: Needs) -> Grads:
+    """The reverse: `None` for one not asked for."""
+    dx, dv, dg, db = (grad if need else None for grad, need in zip(grads, needs, strict=True))
+    return dx, dv, dg, db
+
+
+# --- linear ------------------------------------------------------------------------------------
 
 
 def linear(
@@ -127,8 +143,20 @@ def linear(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """`(y, n, product)`: the output, the norms and, where `keep_product` allows it and the planner
     finds it worth its memory, `x Vᵀ` for the backward."""
-    if backend != "aten":
+    if not plan.goes_to_aten(backend):
         return *_linear_op(x, v, g, bias, dim, eps, backend), None
+    return _aten_linear(x, v, g, bias, dim, eps, keep_product)
+
+
+def _aten_linear(
+    x: Tensor,
+    v: Tensor,
+    g: Tensor,
+    bias: Tensor | None,
+    dim: int | None,
+    eps: float,
+    keep_product: bool,
+) -> tuple[Tensor, Tensor, Tensor | None]:
     path = plan.aten_linear(x.shape, v.shape, x.dtype, v.dtype, dim)
     keep_product = keep_product and path.keeps_product
     if x.ndim == 2:
@@ -148,9 +176,9 @@ def _linear(
 ) -> tuple[Tensor, Tensor]:
     module = _backend_of(backend, x)
     if module is aten:
-        return linear(x, v, g, bias, dim, eps, "aten", False)[:2]
+        return _aten_linear(x, v, g, bias, dim, eps, False)[:2]
     rows = _rows(x)
-    path = plan.triton_linear(x.shape, v.shape, x.dtype, v.dtype, dim, _tf32())
+    path = plan.triton_linear(x.shape, v.shape, x.dtype, v.dtype, dim, takes_tf32(x.dtype))
     y, n = module.linear(rows, v, g, bias, dim, eps, path.forward)
     return y.view(*x.shape[:-1], v.shape[0]), n
 
@@ -176,13 +204,26 @@ def linear_backward(
     dim: int | None,
     eps: float,
     backend: str,
-    needs: tuple[bool, bool, bool, bool],
+    needs: Needs,
 ) -> Grads:
     """`(dX, dV, dg, db)`, `None` where `needs` is false."""
-    if backend != "aten":
+    if not plan.goes_to_aten(backend):
         grads = _linear_backward_op(dy, x, v, g, n, dim, eps, backend, needs)
-        dx, dv, dg, db = (grad if need else None for grad, need in zip(grads, needs, strict=True))
-        return dx, dv, dg, db
+        return _only_needed(grads, needs)
+    return _aten_linear_backward(dy, x, v, g, n, product, dim, eps, needs)
+
+
+def _aten_linear_backward(
+    dy: Tensor,
+    x: Tensor,
+    v: Tensor,
+    g: Tensor,
+    n: Tensor,
+    product: Tensor | None,
+    dim: int | None,
+    eps: float,
+    needs: Needs,
+) -> Grads:
     variant = plan.aten_linear(x.shape, v.shape, x.dtype, v.dtype, dim).backward
     if x.ndim == 2:
         return aten.linear_backward(dy, x, v, g, n, product, dim, eps, variant, needs)
@@ -202,24 +243,19 @@ def _linear_backward(
     eps: float,
     backend: str,
     needs: list[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     module = _backend_of(backend, x)
     mask = (needs[0], needs[1], needs[2], needs[3])
     if module is aten:
-        dx, dv, dg, db = linear_backward(dy, x, v, g, n, None, dim, eps, "aten", mask)
+        dx, dv, dg, db = _aten_linear_backward(dy, x, v, g, n, None, dim, eps, mask)
     else:
         rows = _rows(x)
-        path = plan.triton_linear(x.shape, v.shape, x.dtype, v.dtype, dim, _tf32())
+        path = plan.triton_linear(x.shape, v.shape, x.dtype, v.dtype, dim, takes_tf32(x.dtype))
         dx, dv, dg, db = module.linear_backward(
             _rows(dy), rows, v, g, n, dim, eps, path.backward, mask
         )
         dx = dx if dx is None else dx.view(x.shape)
-    return (
-        dx if needs[0] and dx is not None else x.new_empty(0),
-        dv if needs[1] and dv is not None else v.new_empty(0),
-        dg if needs[2] and dg is not None else g.new_empty(0),
-        db if needs[3] and db is not None else dy.new_empty(0),
-    )
+    return _all_tensors((dx, dv, dg, db), (x, v, g, dy), needs)
 
 
 _linear_backward_op = _register(
@@ -231,5 +267,131 @@ _linear_backward_op = _register(
         torch.empty_like(v) if needs[1] else v.new_empty(0),
         g.new_empty(kept_shape(v.shape, dim) if needs[2] else 0),
         dy.new_empty(v.shape[0] if needs[3] else 0),
+    ),
+)
+
+
+# --- convolution -------------------------------------------------------------------------------
+
+_GEOMETRY = (
+    "int[] stride, int[] padding, int[] dilation, bool transposed, int[] output_padding, int groups"
+)
+
+
+def _geometry(arguments: Sequence[Any]) -> Geometry:
+    """The geometry as an operator gets it, with lists for tuples."""
+    stride, padding, dilation, transposed, output_padding, groups = arguments
+    return Geometry(
+        tuple(stride), tuple(padding), tuple(dilation), transposed, tuple(output_padding), groups
+    )
+
+
+def convolution(
+    x: Tensor,
+    v: Tensor,
+    g: Tensor,
+    bias: Tensor | None,
+    conv: Geometry,
+    dim: int | None,
+    eps: float,
+    backend: str,
+    path: plan.AtenConvolution | None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """`(y, n, w)`: the output, the norms and, where the ATen path's `path` says so, `W` for the
+    backward."""
+    if path is None or not plan.goes_to_aten(backend):
+        return *_convolution_op(x, v, g, bias, *conv, dim, eps, backend), None
+    y, n, w = aten.convolution(x, v, g, bias, conv, dim, eps, path.forward)
+    return y, n, w if path.keeps_weight else None
+
+
+def _triton_path(x: Tensor, v: Tensor, conv: Geometry, dim: int | None) -> plan.Path:
+    last = x.stride(1) == 1
+    return plan.triton_convolution(
+        x.shape, v.shape, x.dtype, v.dtype, conv, dim, last, takes_tf32(x.dtype)
+    )
+
+
+def _convolution(
+    x: Tensor, v: Tensor, g: Tensor, bias: Tensor | None, *rest: Any
+) -> tuple[Tensor, Tensor]:
+    *geometry, dim, eps, backend = rest
+    conv = _geometry(geometry)
+    module = _backend_of(backend, x)
+    path: plan.AtenConvolution | plan.Path
+    if module is aten:
+        path = plan.aten_convolution(x.shape, v.shape, x.dtype, v.dtype, conv, dim)
+    else:
+        path = _triton_path(x, v, conv, dim)
+    y, n, *_ = module.convolution(x, v, g, bias, conv, dim, eps, path.forward)
+    return y, n
+
+
+_convolution_op = _register(
+    f"convolution(Tensor x, Tensor v, Tensor g, Tensor? bias, {_GEOMETRY}, int? dim, float eps,"
+    " str backend) -> (Tensor, Tensor)",
+    _convolution,
+    lambda x, v, g, bias, *rest: (
+        torch.convolution(x, v.to(x.dtype), None, *rest[:6]),
+        _norm_like(v, rest[6]),
+    ),
+)
+
+
+def convolution_backward(
+    dy: Tensor,
+    x: Tensor,
+    v: Tensor,
+    g: Tensor,
+    n: Tensor,
+    w: Tensor | None,
+    conv: Geometry,
+    dim: int | None,
+    eps: float,
+    backend: str,
+    path: plan.AtenConvolution | None,
+    needs: Needs,
+) -> Grads:
+    """`(dX, dV, dg, db)`, `None` where `needs` is false; `path` is the ATen path's."""
+    if path is None or not plan.goes_to_aten(backend):
+        grads = _convolution_backward_op(dy, x, v, g, n, *conv, dim, eps, backend, needs)
+        return _only_needed(grads, needs)
+    return aten.convolution_backward(dy, x, v, g, n, w, conv, dim, eps, path.backward, needs)
+
+
+def _convolution_backward(
+    dy: Tensor, x: Tensor, v: Tensor, g: Tensor, n: Tensor, *rest: Any
+) -> tuple[Tensor, ...]:
+    *geometry, dim, eps, backend, needs = rest
+    conv = _geometry(geometry)
+    module = _backend_of(backend, x)
+    mask = (needs[0], needs[1], needs[2], needs[3])
+    if module is aten:
+        variant = plan.aten_convolution(x.shape, v.shape, x.dtype, v.dtype, conv, dim).backward
+        grads = aten.convolution_backward(dy, x, v, g, n, None, conv, dim, eps, variant, mask)
+    else:
+        variant = _triton_path(x, v, conv, dim).backward
+        grads = module.convolution_backward(dy, x, v, g, n, conv, dim, eps, variant, mask)
+    dx, dv, dg, db = grads
+    # As the fakes have it, whatever a vendor's library returned.
+    dx = dx if dx is None else _laid_out_like(dx, x)
+    dv = dv if dv is None else _laid_out_like(dv, v)
+    return _all_tensors((dx, dv, dg, db), (x, v, g, dy), needs)
+
+
+def _laid_out_like(t: Tensor, like: Tensor) -> Tensor:
+    """`t` in the strides that `torch.empty_like(like)` has."""
+    return t if t.stride() == like.stride() else torch.empty_like(like, dtype=t.dtype).copy_(t)
+
+
+_convolution_backward_op = _register(
+    f"convolution_backward(Tensor dy, Tensor x, Tensor v, Tensor g, Tensor n, {_GEOMETRY},"
+    " int? dim, float eps, str backend, bool[4] needs) -> (Tensor, Tensor, Tensor, Tensor)",
+    _convolution_backward,
+    lambda dy, x, v, g, n, *rest: (
+        torch.empty_like(x) if rest[-1][0] else x.new_empty(0),
+        torch.empty_like(v) if rest[-1][1] else v.new_empty(0),
+        g.new_empty(kept_shape(v.shape, rest[6]) if rest[-1][2] else 0),
+        dy.new_empty(dy.shape[1] if rest[-1][3] else 0),
     ),
 )

@@ -26,8 +26,10 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from .backends.reference import narrows_range
+from .backends.shapes import Geometry
 
 BACKENDS = ("triton", "aten", "reference")
 ENVIRONMENT_VARIABLE = "WN_KERNELS_BACKEND"
@@ -74,6 +76,11 @@ def use_backend(name: str) -> Iterator[None]:
         _forced = before
 
 
+def goes_to_aten(backend: str) -> bool:
+    """Whether the ATen path is called directly; a compiler gets the registered operator."""
+    return backend == "aten" and (_forced is None or not is_compiling())
+
+
 def is_forced() -> bool:
     """Whether a backend is forced."""
     return _forced is not None
@@ -108,7 +115,7 @@ def choose_backend(x: Tensor) -> str:
         if _forced == "triton" and (reason := triton_unavailable()):
             raise RuntimeError(f"backend 'triton' was forced but cannot serve this call: {reason}")
         return _forced
-    if torch.compiler.is_compiling():
+    if is_compiling():
         return ""
     return "triton" if x.is_cuda and triton_unavailable() is None else "aten"
 
@@ -140,7 +147,7 @@ class Device:
 
 
 # Two cores of a current server: measured, docs/performance.md.
-CPU = Device(bandwidth=2e10, rate={2: 1e11, 4: 1e11, 8: 5e10}, overhead=3e-6)
+CPU = Device(bandwidth=2e10, rate={2: 1e11, 4: 1e11, 8: 5e10}, overhead=8e-6)
 
 # Data sheet of an H100 SXM: 3.35 TB/s; dense, 989 TFLOP/s in bfloat16, 495 in TF32, 67 in float32
 # and float64. The efficiency is an assumption; the factors of the inline norm and of the prologue
@@ -168,6 +175,18 @@ def seconds(stages: list[Stage], device: Device, rate: float) -> float:
     return sum(
         device.overhead + max(s.bytes / device.bandwidth, s.operations / rate) for s in stages
     )
+
+
+class Path(NamedTuple):
+    """The variant of each direction of a layer."""
+
+    forward: str
+    backward: str
+
+
+def _cheapest(candidates: dict[str, list[Stage]], device: Device, rate: float) -> str:
+    """The first of the fastest."""
+    return min(candidates, key=lambda name: seconds(candidates[name], device, rate))
 
 
 class AtenLinear(NamedTuple):
@@ -208,9 +227,8 @@ def aten_linear(
     activation = size * m * (k if dim == 1 else n)
 
     def cheaper(scaled: list[Stage], materialize: list[Stage]) -> str:
-        rate = CPU.rate[size]
-        faster = seconds(scaled, CPU, rate) <= seconds(materialize, CPU, rate)
-        return "scaled" if faster else "materialize"
+        candidates = {"scaled": scaled, "materialize": materialize}
+        return _cheapest(candidates, CPU, CPU.rate[size])
 
     forward = cheaper([Stage(2 * activation), Stage(0)], [Stage(2 * weight)])
     keeps_product = forward == "scaled" and dim == 0 and 8 * m <= k
@@ -222,17 +240,68 @@ def aten_linear(
     return AtenLinear(forward, backward, keeps_product)
 
 
+class AtenConvolution(NamedTuple):
+    """How the ATen path serves a convolution: the variant of each direction, and whether the
+    forward saves `W` for the backward."""
+
+    forward: str
+    backward: str
+    keeps_weight: bool
+
+
+@functools.lru_cache(maxsize=4096)
+def aten_convolution(
+    x_shape: torch.Size,
+    v_shape: torch.Size,
+    x_dtype: torch.dtype,
+    v_dtype: torch.dtype,
+    conv: Geometry,
+    dim: int | None,
+) -> AtenConvolution:
+    """`output`, `input` or `materialize` on the ATen path.
+
+    All take the norms and run the same convolution, so only what differs is counted. Scaling a
+    side reads and writes its activations, materialising `W` writes and reads the weight: long
+    signals and large images materialise, wide layers over few pixels scale. A scale along taps
+    belongs to neither side, one over the whole weight to both, and then the smaller one is scaled.
+
+    In the backward, scaling the output takes one more convolution call, since `dX` wants the
+    scaled `dY` and `⟨dW, V⟩` the unscaled one. Scaling the input takes the dots from `x` and `dX`
+    instead of from the weight's gradient, and finishes `dV` in one pass over it.
+
+    A materialised `W` is kept for the backward where it is at most an eighth of the input's size:
+    the memory saved stays that of the plain layer within 1/8 of its input.
+    """
+    axis = conv.scale_axis(dim)
+    if x_dtype != v_dtype or x_dtype.itemsize < 4 or axis == "taps":
+        return AtenConvolution("materialize", "materialize", False)
+    size = x_dtype.itemsize
+    sizes = conv.output_sizes(x_shape[2:], v_shape[2:])
+    w = size * math.prod(v_shape)
+    input = size * math.prod(x_shape)
+    output = size * x_shape[0] * conv.out_channels(v_shape) * math.prod(sizes)
+
+    # A weight of a few MiB stays in cache between two operations.
+    weight = w / 4 if w <= 2**23 else w
+
+    forward = {"materialize": [Stage(2 * weight)]}
+    backward = {"materialize": [Stage(2 * weight), Stage(5 * weight)]}
+    if axis in ("output", "whole"):
+        forward["output"] = [Stage(2 * output), *[Stage(0)] * 4]
+        backward["output"] = [*[Stage(2 * output)] * 3, Stage(5 * weight), Stage(0)]
+    if axis in ("input", "whole"):
+        forward["input"] = [Stage(2 * input), *[Stage(0)] * 4]
+        backward["input"] = [*[Stage(2 * input)] * 4, Stage(3 * weight), *[Stage(0)] * 4]
+    rate = CPU.rate[size]
+    variants = _cheapest(forward, CPU, rate), _cheapest(backward, CPU, rate)
+    keeps_weight = variants == ("materialize", "materialize") and 8 * w <= input
+    return AtenConvolution(*variants, keeps_weight)
+
+
 def one_pass_rows(itemsize: int) -> int:
     """The rows that one tile of the one-pass kernels holds, by the wider of x's and V's elements:
     with more, it would not fit the registers."""
     return 64 if itemsize == 2 else 32
-
-
-class TritonLinear(NamedTuple):
-    """The variant of each direction of a linear layer on a GPU."""
-
-    forward: str
-    backward: str
 
 
 @functools.lru_cache(maxsize=4096)
@@ -243,7 +312,7 @@ def triton_linear(
     v_dtype: torch.dtype,
     dim: int | None,
     tf32: bool,
-) -> TritonLinear:
+) -> Path:
     """`one_pass`, `scaled` or `materialize` on a GPU, for `x` of shape `(*, K)`; `tf32` says how
     float32 products are taken.
 
@@ -282,8 +351,71 @@ def triton_linear(
     if dim is not None and fits:
         backward["one_pass"] = [dx, Stage(x + y + 3 * v, 2 * own)]
 
-    def cheapest(candidates: dict[str, list[Stage]]) -> str:
-        rate = GPU.tf32_rate if tf32 and x_size == 4 else GPU.rate[x_size]
-        return min(candidates, key=lambda name: seconds(candidates[name], GPU, rate))
+    rate = GPU.tf32_rate if tf32 else GPU.rate[x_size]
+    return Path(_cheapest(forward, GPU, rate), _cheapest(backward, GPU, rate))
 
-    return TritonLinear(cheapest(forward), cheapest(backward))
+
+@functools.lru_cache(maxsize=4096)
+def triton_convolution(
+    x_shape: torch.Size,
+    v_shape: torch.Size,
+    x_dtype: torch.dtype,
+    v_dtype: torch.dtype,
+    conv: Geometry,
+    dim: int | None,
+    channels_last: bool,
+    tf32: bool,
+) -> Path:
+    """`one_pass`, `scaled`, `packed` or `materialize` on a GPU.
+
+    Our kernels read channels-last activations. Given others, they pay for repacking the input and
+    the output, which the vendor's library does not: beyond a few pixels `materialize` wins there.
+
+    The forms differ in what they do with the weight, which is small beside the activations, and
+    in what the loop does with its tile. `one_pass` launches once and takes the norms beside the
+    product, again for every tile of pixels: it is for few pixels. `scaled` takes the norms first;
+    with the scale along the output it costs the loop nothing, elsewhere it is multiplied into
+    every tile. Both gather `V` as it lies, taps innermost. `packed` writes `W` once, in the
+    product's dtype and with channels innermost, and its loop is that of a plain convolution.
+
+    In the backward the weight's gradient is the same product over pixels in every form of ours.
+    Groups of a few channels are bound by the bytes of their activations whatever their form: one
+    pass where it applies, the scale in the loop otherwise.
+    """
+    x_size, v_size = x_dtype.itemsize, v_dtype.itemsize
+    sizes = conv.output_sizes(x_shape[2:], v_shape[2:])
+    channels = conv.out_channels(v_shape)
+    x = x_size * math.prod(x_shape)
+    y = x_size * x_shape[0] * channels * math.prod(sizes)
+    weight = math.prod(v_shape)
+    v, w = v_size * weight, x_size * weight
+    pixels = x_shape[0] * math.prod(x_shape[2:] if conv.transposed else sizes)
+    product = 2.0 * pixels * weight
+    own = product / GPU.efficiency
+    narrows = narrows_range(x_dtype, v_dtype)
+    axis = conv.scale_axis(dim)
+    repack = [] if channels_last else [Stage(2 * x), Stage(2 * y)]
+
+    def scaled(epilogue: bool) -> float:
+        return own * (1.0 if epilogue and not narrows else GPU.prologue)
+
+    forward = {
+        "packed": [*repack, Stage(v + w), Stage(x + w + y, own)],
+        "scaled": [*repack, Stage(v), Stage(x + v + y, scaled(axis in ("output", "whole")))],
+        "materialize": [Stage(v + w), Stage(x + w + y, product)],
+    }
+    if conv.owns_slices(dim) and not narrows:
+        forward["one_pass"] = [*repack, Stage(x + v + y, own * GPU.inline_norm)]
+    grad = [Stage(x + y + 4 * weight, own), Stage(4 * weight + 2 * v)]
+    backward = {
+        "packed": [*repack, Stage(v + w), Stage(y + w + x, own), *grad],
+        "scaled": [*repack, Stage(y + v + x, scaled(axis in ("input", "whole"))), *grad],
+        "materialize": [
+            Stage(v + w),
+            Stage(y + w + x, product),
+            Stage(x + y + w, product),
+            Stage(w + 2 * v),
+        ],
+    }
+    rate = GPU.tf32_rate if tf32 else GPU.rate[x_size]
+    return Path(_cheapest(forward, GPU, rate), _cheapest(backward, GPU, rate))

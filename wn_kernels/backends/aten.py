@@ -17,20 +17,26 @@ and backward, with `a_j = ⟨dW_j, V_j⟩`, `dg = a / n` and `c = s · dg / n`:
 `a_j = Σ_m dY_mj (x Vᵀ)_mj` for dim=0, `a_k = Σ_m x_mk (dY V)_mk` for dim=1, its sum for `None`.
 `dV` then starts as `-c ⊙ V` and the matmul accumulates onto it: one write of `dV` in all.
 
-Scaling after the matmul is for float32 and float64 only: an unscaled float16 product can overflow
+A convolution has the same variants: `output` scales the channels of its output, `input` those of
+its input, whichever the scale belongs to, and `materialize` forms `W`. With the input scaled, `a`
+comes from a smaller product again: `a_c = Σ x_c dX_c` over the batch and the pixels, with `dX`
+before its scale.
+
+Scaling after a product is for float32 and float64 only: an unscaled float16 product can overflow
 where the scaled one does not, so the planner gives lower precisions to `materialize`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .reference import scale_dtype
-from .shapes import reduced_dims
+from .shapes import Geometry, kept_shape, reduced_dims
 
 INF = float("inf")
 
@@ -41,9 +47,13 @@ BLOCK = 1 << 18
 # Rows of `x` for which `V xᵀ` beats `x Vᵀ` by more than transposing it costs.
 LEFT_ROWS = range(2, 256)
 
-# torch's own single-pass kernel for (dV, dg) serves weights up to here; beyond, the page faults of
-# its fresh result cost more than its single pass saves.
-FUSED_GRAD_MAX = 1 << 16
+# torch's own kernels, which take a norm and a scale (their gradients) in one operation, serve
+# weights up to here; beyond, the page faults of a fresh result cost more than they save.
+FUSED_MAX = 1 << 21
+_FUSED_DTYPES = frozenset((torch.float32, torch.float64))
+_PLAIN_TYPES = frozenset((Tensor, torch.nn.Parameter))
+_fused_weight = torch.ops.aten._weight_norm_interface.default
+_plain_backward = torch.ops.aten.convolution_backward.default
 _fused_grad = torch.ops.aten._weight_norm_interface_backward.default
 
 
@@ -76,6 +86,14 @@ def _slice_dots(a: Tensor, b: Tensor, dim: int | None, dtype: torch.dtype) -> Te
     return torch.cat(parts) if dim == 0 else torch.stack(parts).sum(0)
 
 
+def _dense_rows(v: Tensor) -> Tensor | None:
+    """`V` as a matrix of contiguous rows, for the layouts that convolutions use."""
+    if v.is_contiguous():
+        return v.flatten(1)
+    last = v.movedim(1, -1)
+    return last.flatten(1) if last.is_contiguous() else None
+
+
 def norms(v: Tensor, dim: int | None, eps: float) -> Tensor:
     """`n`, with the shape of `g`; see the top of this file for a slice of norm zero."""
     dtype = v.dtype
@@ -86,6 +104,8 @@ def norms(v: Tensor, dim: int | None, eps: float) -> Tensor:
             n = torch.linalg.vector_norm(v, 2, 1, True)
         else:
             n = torch.linalg.vector_norm(v, 2, 1, True, dtype=dtype)
+    elif dim == 0 and v.ndim > 2 and v.numel() and (rows := _dense_rows(v)) is not None:
+        n = torch.linalg.vector_norm(rows, 2, 1, dtype=dtype).view(kept_shape(v.shape, 0))
     elif dim is None and v.is_contiguous() and v.ndim > 1 and v.numel():
         # Rows first: one reduction over everything would keep to one accumulator.
         rows = torch.linalg.vector_norm(v.flatten(1), 2, 1, dtype=dtype)
@@ -99,8 +119,35 @@ def weight_norm(
     v: Tensor, g: Tensor, dim: int | None, eps: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """`(W, n)`, `W` in `dtype` and in `V`'s memory layout."""
+    if dtype is v.dtype and _fused_serves(v, g, dim, eps) and _is_readable(v):
+        w, n = _fused_weight(v, g, dim)
+        if n.all():  # of a slice of norm zero, that would be NaN
+            return w, n
     n = norms(v, dim, eps)
     return _scaled_weight(v, _scale(g, n), dtype), n
+
+
+def _fused_serves(v: Tensor, g: Tensor, dim: int | None, eps: float) -> bool:
+    return (
+        (dim == 0 or dim == v.ndim - 1)
+        and eps == 0
+        and v.dtype is g.dtype
+        and v.dtype in _FUSED_DTYPES
+        and v.is_cpu
+        and v.is_contiguous()
+        and g.is_contiguous()
+        and 0 < v.numel() <= FUSED_MAX
+        and v.ndim > 1
+    )
+
+
+def _is_readable(v: Tensor) -> bool:
+    """Whether a value on the CPU may be looked at: nobody traces the call."""
+    return (
+        type(v) in _PLAIN_TYPES
+        and not torch._C._len_torch_dispatch_stack()
+        and torch._C._get_tracing_state() is None
+    )
 
 
 def _scale(g: Tensor, n: Tensor) -> Tensor:
@@ -121,28 +168,21 @@ def _dot_coefficient(s: Tensor, dg: Tensor, n: Tensor, eps: float) -> Tensor:
 
 
 def weight_norm_backward(
-    dw: Tensor, v: Tensor, g: Tensor, n: Tensor, dim: int | None, eps: float
+    dw: Tensor,
+    v: Tensor,
+    g: Tensor,
+    n: Tensor,
+    dim: int | None,
+    eps: float,
+    overwrite: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """`(dV, dg)` from `dW`, in `V`'s layout and in the dtypes of `V` and `g`."""
-    if dw.shape == v.shape and _fused_grad_serves(dw, v, g, dim, eps):
+    """`(dV, dg)` from `dW`, in the dtypes of `V` and `g`; in `V`'s layout, unless `dW` may be
+    overwritten."""
+    if _fused_serves(v, g, dim, eps) and dw.dtype is v.dtype and dw.is_contiguous():
         return _fused_grad(dw, v, g, n, dim)
-    dv = torch.empty_like(v, dtype=n.dtype).copy_(dw)
+    dv = dw.to(n.dtype) if overwrite else torch.empty_like(v, dtype=n.dtype).copy_(dw)
     dg = _finish_weight_grad_(dv, v, g, n, dim, eps)
     return dv.to(v.dtype), dg
-
-
-def _fused_grad_serves(dw: Tensor, v: Tensor, g: Tensor, dim: int | None, eps: float) -> bool:
-    return (
-        0 < v.numel() <= FUSED_GRAD_MAX
-        and eps == 0
-        and v.dtype == g.dtype == dw.dtype == scale_dtype(v)
-        and v.ndim > 1
-        and (dim == 0 or dim == v.ndim - 1)
-        and v.is_cpu
-        and v.is_contiguous()
-        and dw.is_contiguous()
-        and g.is_contiguous()
-    )
 
 
 def _finish_weight_grad_(
@@ -191,12 +231,13 @@ def linear(
     `product` is the unscaled `x Vᵀ` where `keep_product` asks for it and the variant forms it
     (scaled, dim=0): `M·N` numbers that save the backward a pass over the weights.
     """
-    n = norms(v, dim, eps)
-    s = _scale(g, n)
     if bias is not None and bias.dtype != x.dtype:
         bias = bias.to(x.dtype)
     if variant == "materialize":
-        return F.linear(x, _scaled_weight(v, s, x.dtype), bias), n, None
+        w, n = weight_norm(v, g, dim, eps, x.dtype)
+        return F.linear(x, w, bias), n, None
+    n = norms(v, dim, eps)
+    s = _scale(g, n)
     if dim == 1:
         return F.linear(x * s, v, bias), n, None
 
@@ -252,12 +293,7 @@ def linear_backward(
         dx = unscaled.mul_(s)
 
     if needs_weight and dg is None:
-        dw = torch.mm(dy.t(), x)
-        if _fused_grad_serves(dw, v, g, dim, eps):
-            dv, dg = _fused_grad(dw, v, g, n, dim)
-        else:
-            dv = dw.to(n.dtype)
-            dg = _finish_weight_grad_(dv, v, g, n, dim, eps)
+        dv, dg = weight_norm_backward(torch.mm(dy.t(), x), v, g, n, dim, eps, overwrite=True)
     if dv is not None and dv.dtype != v.dtype:
         dv = dv.to(v.dtype)
     if dg is not None and dg.dtype != g.dtype:
@@ -271,3 +307,109 @@ def _scaled_grad(
     """`dV = lhsᵀ rhs - c ⊙ V`, where either factor carries the scale already."""
     dv = torch.mul(v, _dot_coefficient(s, dg, n, eps).neg_())
     return dv.addr_(lhs[0], rhs[0]) if len(lhs) == 1 else dv.addmm_(lhs.t(), rhs)
+
+
+# --- convolution -------------------------------------------------------------------------------
+
+
+def convolution(
+    x: Tensor,
+    v: Tensor,
+    g: Tensor,
+    bias: Tensor | None,
+    conv: Geometry,
+    dim: int | None,
+    eps: float,
+    variant: str,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """`(y, n, w)` for `x` of shape `(B, C, *sizes)`; `w` is `W` where the variant forms it."""
+    if bias is not None and bias.dtype != x.dtype:
+        bias = bias.to(x.dtype)
+    if variant == "materialize":
+        w, n = weight_norm(v, g, dim, eps, x.dtype)
+        return torch.convolution(x, w, bias, *conv), n, w
+    n = norms(v, dim, eps)
+    s = conv.per_channel(_scale(g, n), dim, x.ndim)
+    if variant == "input":
+        return torch.convolution(x * s, v, bias, *conv), n, None
+    y = torch.convolution(x, v, None, *conv)
+    if bias is None:
+        return y.mul_(s), n, None
+    return torch.addcmul(bias.view(-1, *[1] * (x.ndim - 2)), y, s, out=y), n, None
+
+
+def convolution_backward(
+    dy: Tensor,
+    x: Tensor,
+    v: Tensor,
+    g: Tensor,
+    n: Tensor,
+    w: Tensor | None,
+    conv: Geometry,
+    dim: int | None,
+    eps: float,
+    variant: str,
+    needs: tuple[bool, bool, bool, bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """`(dX, dV, dg, db)`, `None` where `needs` says so; `w` is the forward's, if it was kept."""
+    needs_x, needs_v, needs_g, needs_bias = needs
+    needs_weight = needs_v or needs_g
+
+    if variant == "materialize":
+        if not needs_x:  # only dX depends on the weight
+            w = v.to(x.dtype)
+        elif w is None:
+            w = _scaled_weight(v, _scale(g, n), x.dtype)
+        dx, dw, db = convolution_grads(dy, x, w, conv, needs_x, needs_weight, needs_bias)
+        return dx, *_finished(dw, v, g, n, dim, eps), db
+
+    s = _scale(g, n)
+    if variant == "output":
+        scaled_dy = dy * conv.per_channel(s, dim, x.ndim)
+        dx, _, _ = convolution_grads(scaled_dy, x, v, conv, needs_x, False, False)
+        _, dw, db = convolution_grads(dy, x, v, conv, False, needs_weight, needs_bias)
+    elif needs_x and needs_weight:
+        # With its input scaled, one call gives dX before its scale and s ⊙ dW.
+        s_x = conv.per_channel(s, dim, x.ndim)
+        dx, dv, db = convolution_grads(dy, x * s_x, v, conv, True, True, needs_bias)
+        dg = _channel_dots(x, dx, conv, dim).view_as(n).div_(n)
+        dv.addcmul_(v, _dot_coefficient(s, dg, n, eps), value=-1)
+        return dx.mul_(s_x), dv, dg.to(g.dtype), db
+    else:
+        dx, dw, db = convolution_grads(dy, x, v, conv, needs_x, needs_weight, needs_bias)
+        if dx is not None:
+            dx.mul_(conv.per_channel(s, dim, x.ndim))
+
+    return dx, *_finished(dw, v, g, n, dim, eps), db
+
+
+def _finished(
+    dw: Tensor | None, v: Tensor, g: Tensor, n: Tensor, dim: int | None, eps: float
+) -> tuple[Tensor | None, Tensor | None]:
+    """`(dV, dg)` from a fresh `dW`, if there is one."""
+    return (None, None) if dw is None else weight_norm_backward(dw, v, g, n, dim, eps, True)
+
+
+def convolution_grads(
+    dy: Tensor, x: Tensor, w: Tensor, conv: Geometry, *needs: bool
+) -> tuple[Any, Any, Any]:
+    """`(dX, dW, db)` of the plain convolution of `x` with `w`, `None` where `needs` says so."""
+    needs_x, needs_weight, needs_bias = needs
+    db = None
+    # Alone, ATen would compute the weight's gradient beside it; in float16, it sums in float16.
+    if needs_bias and (not needs_weight or dy.element_size() == 2):
+        db = dy.sum([i for i in range(dy.ndim) if i != 1])
+    if not (needs_x or needs_weight):
+        return None, None, db
+    mask = (needs_x, needs_weight, needs_bias and db is None)
+    dx, dw, bias_grad = _plain_backward(dy, x, w, [dy.shape[1]], *conv, mask)
+    return dx, dw, bias_grad if db is None else db
+
+
+def _channel_dots(x: Tensor, dx: Tensor, conv: Geometry, dim: int | None) -> Tensor:
+    """`a = ⟨dW, V⟩` of the slices along the input channels, from `dX` before its scale."""
+    dots = x * dx
+    if dim is None:
+        return dots.sum()
+    dots = dots.sum([i for i in range(x.ndim) if i != 1])
+    return dots.view(conv.groups, -1).sum(0) if dim == 1 else dots

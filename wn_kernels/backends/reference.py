@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .shapes import reduced_dims
+from .shapes import Geometry, reduced_dims
 
 
 def scale_dtype(v: Tensor) -> torch.dtype:
@@ -28,6 +28,11 @@ def narrows_range(x_dtype: torch.dtype, v_dtype: torch.dtype) -> bool:
     """Whether unscaled elements of `V` may leave the range of the product's dtype: a float16
     product of a wider `V`. Such a `V` has to be scaled before it is cast."""
     return x_dtype == torch.float16 and v_dtype != torch.float16
+
+
+def takes_tf32(dtype: torch.dtype) -> bool:
+    """Whether PyTorch is set to take products of this dtype in TF32."""
+    return dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest"
 
 
 def slice_scale(v: Tensor, g: Tensor, dim: int | None, eps: float) -> Tensor:
@@ -59,3 +64,17 @@ def linear(
     """`y = x Wᵀ + b` for `x` of shape `(*, K)` and `V` of shape `(N, K)`, in `x`'s dtype."""
     w = weight_norm(v, g, dim, eps, x.dtype)
     return F.linear(x, w, None if bias is None else bias.to(x.dtype))
+
+
+def convolution(
+    x: Tensor,
+    v: Tensor,
+    g: Tensor,
+    bias: Tensor | None,
+    conv: Geometry,
+    dim: int | None,
+    eps: float,
+) -> Tensor:
+    """The convolution of `x`, `(B, C, *sizes)`, with `W`, plus the bias, in `x`'s dtype."""
+    w = weight_norm(v, g, dim, eps, x.dtype)
+    return torch.convolution(x, w, None if bias is None else bias.to(x.dtype), *conv)

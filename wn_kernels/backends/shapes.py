@@ -1,9 +1,13 @@
-"""What `dim` means: which dimension of `V` is kept, and the shapes that follow from it."""
+"""What `dim` means: which dimension of `V` is kept, and the shapes that follow from it. What a
+convolution is: its geometry, and where its scale acts."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
+
+from torch import Tensor
 
 
 def canonical_dim(dim: int | None, ndim: int) -> int | None:
@@ -55,3 +59,58 @@ def canonical_eps(eps: float) -> float:
     if not 0.0 <= value < math.inf:
         raise ValueError(f"eps must be finite and not negative, got {eps}")
     return value
+
+
+class Geometry(NamedTuple):
+    """The geometry of a convolution: what `torch.convolution` takes after `bias`, in its order.
+
+    The weight is `(out, in / groups, *taps)`, of a transposed convolution
+    `(in, out / groups, *taps)`. Every tuple has one number for each spatial dimension.
+    """
+
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    transposed: bool
+    output_padding: tuple[int, ...]
+    groups: int
+
+    def out_channels(self, v_shape: Sequence[int]) -> int:
+        return v_shape[1] * self.groups if self.transposed else v_shape[0]
+
+    def output_sizes(self, x_sizes: Sequence[int], taps: Sequence[int]) -> list[int]:
+        """The spatial sizes of the output; `torch.nn.Conv3d` and `ConvTranspose3d` document the
+        formula."""
+        reach = [d * (t - 1) for d, t in zip(self.dilation, taps, strict=True)]
+        axes = zip(x_sizes, reach, self.stride, self.padding, self.output_padding, strict=True)
+        if self.transposed:
+            return [(x - 1) * s - 2 * p + r + extra + 1 for x, r, s, p, extra in axes]
+        return [(x + 2 * p - r - 1) // s + 1 for x, r, s, p, _ in axes]
+
+    def scale_axis(self, dim: int | None) -> str:
+        """What the scale along `dim` of the weight multiplies: whole channels of the "output" or
+        of the "input", "taps" of the kernel, or everything, "whole"."""
+        if dim is None:
+            return "whole"
+        if dim > 1:
+            return "taps"
+        return "output" if (dim == 1) == self.transposed else "input"
+
+    def owns_slices(self, dim: int | None) -> bool:
+        """Whether all of a slice goes into each pixel of one output channel.
+
+        That of a transposed convolution with a stride sees some of the taps only.
+        """
+        if self.transposed:
+            return dim == 1 and self.groups == 1 and set(self.stride) == {1}
+        return dim == 0
+
+    def per_channel(self, s: Tensor, dim: int | None, ndim: int) -> Tensor:
+        """The scale of kept shape, to multiply the input or the output of `ndim` dimensions.
+
+        Along the weight's second dimension every group has the same ones.
+        """
+        if dim is None:
+            return s
+        s = s.view(-1)
+        return (s.repeat(self.groups) if dim == 1 else s).view(-1, *[1] * (ndim - 2))

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
+from torch.nn.parameter import UninitializedParameter, is_lazy
 
 from .. import functional as WF
 from ..backends.shapes import canonical_dim, canonical_eps, kept_shape
@@ -28,26 +28,27 @@ class WeightNormMixin(nn.Module):
     bias: Any  # an nn.Parameter or None; torch.nn declares it as one or the other
     dim: int | None
     eps: float
+    weight_ndim: int  # of the class
 
-    def _make_parameters(
-        self,
-        shape: tuple[int, ...],
-        bias_size: int | None,
-        dim: int | None,
-        eps: float,
-        factory: dict[str, Any],
-    ) -> None:
-        self.dim = canonical_dim(dim, len(shape))
-        self.eps = canonical_eps(eps)
-        self.weight_v = nn.Parameter(torch.empty(shape, **factory))
-        self.weight_g = nn.Parameter(torch.empty(kept_shape(shape, self.dim), **factory))
-        if bias_size is None:
-            self.register_parameter("bias", None)
+    def __init__(self, *args: Any, dim: int | None = 0, eps: float = 0.0, **kwargs: Any) -> None:
+        # Before nn.Module's own, and so past its __setattr__: the plain layer's constructor, in
+        # the middle of which the weight is assigned, comes last.
+        self.__dict__["dim"] = canonical_dim(dim, self.weight_ndim)
+        self.__dict__["eps"] = canonical_eps(eps)
+        super().__init__(*args, **kwargs)
+
+    def _adopt(self, v: nn.Parameter) -> None:
+        """Takes what the plain layer's constructor made for its weight as the direction."""
+        self.weight_v = v
+        if is_lazy(v):
+            self.weight_g = UninitializedParameter(device=v.device, dtype=v.dtype)
         else:
-            self.bias = nn.Parameter(torch.empty(bias_size, **factory))
+            self.weight_g = nn.Parameter(v.new_empty(kept_shape(v.shape, self.dim)))
 
     def reset_parameters(self) -> None:
         """Initialises as the plain layer does: from the same seed, `.weight` starts equal."""
+        if is_lazy(self.weight_v) or not self.weight_v.numel():
+            return
         nn.init.kaiming_uniform_(self.weight_v, a=math.sqrt(5))
         with torch.no_grad():
             self.weight_g.copy_(WF.slice_norm(self.weight_v, dim=self.dim))
@@ -71,10 +72,12 @@ class WeightNormMixin(nn.Module):
 
     def __setattr__(self, name: str, value: Any) -> None:
         # nn.Module would register a Parameter of this name before it looks at the property.
-        if name == "weight":
-            self._assign_weight(value)
-        else:
+        if name != "weight":
             super().__setattr__(name, value)
+        elif is_lazy(value) or not hasattr(self, "weight_v"):
+            self._adopt(value)
+        else:
+            self._assign_weight(value)
 
     def _assign_weight(self, weight: Tensor) -> None:
         if not isinstance(weight, Tensor):

@@ -11,22 +11,23 @@ from wn_kernels.backends.triton.launch import as_slices, is_wide, recording
 
 
 @pytest.mark.parametrize(
-    ("shape", "dim", "n", "outer", "inner"),
+    ("shape", "dim", "n", "loops"),
     [
-        ((6, 5), 0, 6, 1, 5),
-        ((6, 5), 1, 5, 1, 6),
-        ((6, 5), None, 1, 1, 30),
-        ((6, 5, 4), 0, 6, 1, 20),
-        ((6, 5, 4), 1, 5, 6, 4),
-        ((6, 5, 4), 2, 4, 1, 30),
-        ((6, 1, 4), 1, 1, 1, 24),
-        ((2, 3, 4, 5), 1, 3, 2, 20),
-        ((7,), 0, 7, 1, 1),
+        ((6, 5), 0, 6, (1, 1, 5)),
+        ((6, 5), 1, 5, (1, 1, 6)),
+        ((6, 5), None, 1, (1, 1, 30)),
+        ((6, 5, 4), 0, 6, (1, 1, 20)),
+        ((6, 5, 4), 1, 5, (1, 6, 4)),
+        ((6, 5, 4), 2, 4, (1, 1, 30)),
+        ((6, 1, 4), 1, 1, (1, 1, 24)),
+        ((2, 3, 4, 5), 1, 3, (1, 2, 20)),
+        ((7,), 0, 7, (1, 1, 1)),
+        ((2, 3, 4, 5, 6), 2, 4, (1, 6, 30)),
     ],
 )
-def test_slices_of_contiguous_tensors(shape, dim, n, outer, inner):
+def test_slices_of_contiguous_tensors(shape, dim, n, loops):
     slices = as_slices([torch.empty(shape)], dim)
-    assert (slices.n, slices.outer, slices.inner) == (n, outer, inner)
+    assert (slices.n, slices.loops) == (n, loops)
 
 
 def test_every_element_is_visited_once():
@@ -38,20 +39,15 @@ def test_every_element_is_visited_once():
             slices = as_slices([t], dim)
             if slices is None:
                 continue
-            stride_n, stride_outer, stride_inner = slices.strides[0]
-            flat = torch.as_strided(
-                t,
-                (slices.n, slices.outer, slices.inner),
-                (stride_n, stride_outer, stride_inner),
-                t.storage_offset(),
-            )
+            sizes = (slices.n, *slices.loops)
+            flat = torch.as_strided(t, sizes, slices.strides[0], t.storage_offset())
             rows = t[None] if dim is None else t.movedim(dim, 0)
             assert flat.flatten(1).sort().values.tolist() == rows.flatten(1).sort().values.tolist()
 
 
 def test_layouts_without_a_common_walk():
-    """Three reduced groups that do not merge: computed on a contiguous copy."""
-    v = torch.randn(3, 4, 6, 8, 5)[:, ::2, ::2, ::2]
+    """Four reduced groups that do not merge: computed on a contiguous copy."""
+    v = torch.randn(3, 4, 6, 8, 10)[:, ::2, ::2, ::2, ::2]
     assert as_slices([v], 0) is None
     expected = v.double().flatten(1).norm(dim=1).view(3, 1, 1, 1, 1)
     assert_matches(slice_norms(v, 0, 0.0), expected, torch.float32, v.numel())

@@ -3,8 +3,17 @@
 Importing this package imports triton.
 """
 
+from .conv import convolution, convolution_backward
 from .linear import linear, linear_backward
 from .norm import slice_norms
 from .weight import weight_norm, weight_norm_backward
 
-__all__ = ["linear", "linear_backward", "slice_norms", "weight_norm", "weight_norm_backward"]
+__all__ = [
+    "convolution",
+    "convolution_backward",
+    "linear",
+    "linear_backward",
+    "slice_norms",
+    "weight_norm",
+    "weight_norm_backward",
+]

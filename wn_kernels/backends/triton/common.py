@@ -17,6 +17,15 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def cast(x, TYPE: tl.constexpr):
+    """`x` as TYPE. Triton's interpreter takes the wrong bits of a float64 for a bfloat16; float32
+    lies between the two anyway."""
+    if x.dtype == tl.float64 and tl.float64 != TYPE:
+        x = x.to(tl.float32)
+    return x.to(TYPE)
+
+
+@triton.jit
 def offsets(block, BLOCK: tl.constexpr, WIDE: tl.constexpr):
     """The indices of a block, in 64 bits where a product with a stride may leave 32 (`WIDE`)."""
     first = block * BLOCK

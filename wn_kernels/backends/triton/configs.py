@@ -42,16 +42,27 @@ class GradConfig(NamedTuple):
     num_stages: int
 
 
+class DirectConfig(NamedTuple):
+    """A tile of `BLOCK_M` pixels by `BLOCK_O` channels, without `tl.dot`."""
+
+    BLOCK_M: int
+    BLOCK_O: int
+    num_warps: int
+    num_stages: int
+
+
 def _up_to(size: int, *blocks: int) -> int:
     """The smallest block that covers `size`, or the largest."""
     return next((b for b in blocks if size <= b), blocks[-1])
 
 
-def slices(n: int, n_is_fast: bool) -> SliceConfig:
+def slices(n: int, r: int, n_is_fast: bool) -> SliceConfig:
     """Wide along the axis that memory is contiguous in: `n` (a kept last dimension) or `r`."""
     if n == 1:
         return SliceConfig(1, 4096, 4)
-    return SliceConfig(128, 16, 4) if n_is_fast else SliceConfig(4, 1024, 4)
+    if n_is_fast or r <= 16:
+        return SliceConfig(128, 16, 4)
+    return SliceConfig(8, 128, 4) if r <= 128 else SliceConfig(4, 1024, 4)
 
 
 def finish(itemsize: int) -> SliceConfig:
@@ -119,3 +130,37 @@ def grad(itemsize: int) -> GradConfig:
     if itemsize == 4:
         return GradConfig(32, 64, 128, 8, _stages(3))
     return GradConfig(64, 128, 128, 8, _stages(3))
+
+
+def conv(m: int, o: int, r: int, itemsize: int, form: str, ieee: bool) -> MatmulConfig:
+    """A product over `m` pixels, with `o` and `r` channels a group.
+
+    A tile of A takes registers for its addresses besides: half the steps of a matmul's. A tile of
+    V with taps innermost, and one that is scaled, pass through registers and take smaller tiles
+    than a packed one.
+    """
+    block_o, block_r = _up_to(o, 16, 32, 64), _up_to(r, 16, 32)
+    if itemsize == 8:
+        return MatmulConfig(_up_to(m, 16, 32), 16, 16, 4, 2)
+    if (
+        ieee
+    ):  # a wide load takes 16 bytes for each of the tile's threads, of which gfx942 has 64 a warp
+        warps = 2 if _vendor == "hip" else 4
+        return MatmulConfig(_up_to(m, 16, 32), min(block_o, 32), 16, warps, 2)
+    large = 128 if form == "packed" and itemsize == 2 else 64
+    return MatmulConfig(_up_to(m, 16, 32, 64, large), block_o, block_r, 4, _stages(3))
+
+
+def conv_grad(o: int, r: int, itemsize: int) -> GradConfig:
+    """The gradient of a convolution's weight: a product over pixels."""
+    if itemsize == 8:
+        return GradConfig(16, 16, 32, 4, 2)
+    block_o = _up_to(o, 16, 32, 64)
+    if r < 16:
+        return GradConfig(32, block_o, 32, 4, 2)
+    return GradConfig(64 if itemsize == 2 else 32, block_o, _up_to(r, 16, 32, 64), 4, 2)
+
+
+def direct(itemsize: int) -> DirectConfig:
+    """Groups of few channels, and the gradient of their weight: bound by activations' bytes."""
+    return DirectConfig(32, 64 if itemsize == 2 else 32, 4, 2)

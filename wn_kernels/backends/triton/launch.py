@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 from triton import cdiv
 
+from ..reference import takes_tf32
 from ..shapes import reduced_dims
 from . import configs
 
@@ -77,16 +78,15 @@ def sm_count(device: torch.device) -> int:
 
 
 class Slices(NamedTuple):
-    """Tensors of one shape seen as `n` slices over at most two nested reduced loops.
+    """Tensors of one shape seen as `n` slices over at most three nested reduced loops.
 
-    Element `r` of slice `j` lies at `j·stride_n + (r // inner)·stride_outer + (r % inner)·stride`,
-    with `strides[i] = (stride_n, stride_outer, stride)` of tensor `i`.
+    `loops` are their sizes, outermost first, and `strides[i]` the strides of tensor `i` along the
+    slices and along each loop.
     """
 
     n: int
-    outer: int
-    inner: int
-    strides: list[tuple[int, int, int]]
+    loops: tuple[int, int, int]
+    strides: list[tuple[int, int, int, int]]
 
 
 def as_slices(tensors: Sequence[Tensor], dim: int | None) -> Slices | None:
@@ -106,14 +106,13 @@ def as_slices(tensors: Sequence[Tensor], dim: int | None) -> Slices | None:
         ):
             size *= groups.pop()[0]
         groups.append((size, strides))
-    if len(groups) > 2:
+    if len(groups) > 3:
         return None
     none = (0,) * len(tensors)
-    groups = [(1, none)] * (2 - len(groups)) + groups
-    (outer, outer_strides), (inner, inner_strides) = groups
+    (outer, a), (middle, b), (inner, c) = [(1, none)] * (3 - len(groups)) + groups
     n = 1 if dim is None else first.shape[dim]
-    n_strides = none if dim is None else tuple(t.stride(dim) for t in tensors)
-    return Slices(n, outer, inner, list(zip(n_strides, outer_strides, inner_strides, strict=True)))
+    along = none if dim is None else tuple(t.stride(dim) for t in tensors)
+    return Slices(n, (outer, middle, inner), list(zip(along, a, b, c, strict=True)))
 
 
 # Programs a launch should have for every multiprocessor before slices are left unsplit.
@@ -131,8 +130,8 @@ class Walk:
         splits: int | None,
     ) -> None:
         self.slices = slices
-        n, r = slices.n, slices.outer * slices.inner
-        self.config = config or configs.slices(n, n_is_fast=slices.strides[0][0] == 1)
+        n, r = slices.n, math.prod(slices.loops)
+        self.config = config or configs.slices(n, r, n_is_fast=slices.strides[0][0] == 1)
         blocks_n = cdiv(n, self.config.BLOCK_N)
         blocks_r = cdiv(r, self.config.BLOCK_R)
         if splits is None:
@@ -144,23 +143,24 @@ class Walk:
         self.arguments = {
             "N": n,
             "R": r,
-            "inner": slices.inner,
+            "loops": slices.loops,
             "steps": steps,
-            "NESTED": slices.outer > 1,
+            "NESTED": sum(size > 1 for size in slices.loops[:2]),
             "WIDE": is_wide(*tensors) or r + self.config.BLOCK_R >= 2**31,
             "ACC": acc_type(tensors[-1]),
             **self.config._asdict(),
         }
 
-    def strides(self, **names: int) -> dict[str, int]:
-        """Stride arguments: `strides(a=0)` are `stride_an`, `_ao` and `_ai`, those of tensor 0."""
-        return {
-            f"stride_{name}{axis}": stride
-            for name, i in names.items()
-            for axis, stride in zip("noi", self.slices.strides[i], strict=True)
-        }
+    def strides(self, **names: int) -> dict[str, Any]:
+        """Stride arguments: `strides(v=0)` is `stride_v`, those of tensor 0."""
+        return {f"stride_{name}": self.slices.strides[i] for name, i in names.items()}
 
 
 def acc_type(v: Tensor) -> tl.dtype:
     """The accumulator that goes with `scale_dtype`."""
     return tl.float64 if v.dtype == torch.float64 else tl.float32
+
+
+def product_types(x: Tensor) -> dict[str, Any]:
+    """The accumulator and the precision of a product of `x`'s dtype, as PyTorch is set."""
+    return {"ACC": acc_type(x), "PRECISION": "tf32" if takes_tf32(x.dtype) else "ieee"}

@@ -24,8 +24,6 @@ The weight gradient `dW[o, r] = Σ_m P[m, o] Q[m, r]` gives each program the sli
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 import triton
@@ -34,8 +32,8 @@ from torch import Tensor
 
 from ..reference import narrows_range, scale_dtype
 from . import configs, weight
-from .common import as_norm, dot, dot_coefficient, offsets
-from .launch import is_wide, launch
+from .common import as_norm, cast, dot, dot_coefficient, offsets
+from .launch import is_wide, launch, product_types
 from .norm import slice_norms
 
 # --- kernels -----------------------------------------------------------------------------------
@@ -114,7 +112,7 @@ def matmul_kernel(
             n = tl.load(NORM + offs_r, mask=offs_r < R, other=1.0)
             g = tl.load(G + offs_r, mask=offs_r < R, other=0.0).to(norm_type)
             v = v.to(norm_type) * (g / n)[None, :]
-        acc = dot(a, tl.trans(v.to(a.dtype)), acc, PRECISION)
+        acc = dot(a, tl.trans(cast(v, a.dtype)), acc, PRECISION)
 
     if FORM == "one_pass":
         n = as_norm(tl.sum(squares, axis=1), EPS)
@@ -271,15 +269,6 @@ def grad_kernel(
 # --- launchers ---------------------------------------------------------------------------------
 
 
-def _types(x: Tensor) -> dict[str, Any]:
-    """The accumulator and the precision of a product of `x`'s dtype, as PyTorch is set."""
-    tf32 = x.dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest"
-    return {
-        "ACC": tl.float64 if x.dtype == torch.float64 else tl.float32,
-        "PRECISION": "tf32" if tf32 else "ieee",
-    }
-
-
 def _matmul(
     a: Tensor,
     v: Tensor,
@@ -292,7 +281,7 @@ def _matmul(
 ) -> Tensor:
     """`C = A Wᵀ + bias` for `a` of shape `(M, R)` and `v` of shape `(O, R)`."""
     (m, r), o = a.shape, v.shape[0]
-    types = _types(a)
+    types = product_types(a)
     if config is None:
         size = max(a.element_size(), v.element_size())  # V's tile is held in its own dtype
         if form == "one_pass":
@@ -450,7 +439,7 @@ def _weight_grad(
         "stride_dr": dv_own.stride(1),
         "BIAS": "" if db is None else ("walked" if dim == 1 else "owned"),
         "WIDE": is_wide(p, q, v, dv),
-        **_types(x),
+        **product_types(x),
         **config._asdict(),
     }
     if one_pass and m > config.BLOCK_M:

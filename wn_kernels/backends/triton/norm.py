@@ -1,9 +1,9 @@
 """Norms of slices along any dimension: `n_j = max(‖V_j‖₂, eps)`, `+inf` for zero.
 
-A slice is a row of `R = outer · inner` elements (`launch.Slices`), and `Σ A_j B_j` over it is what
-norms (A = B) and the gradient's dots have in common. One program owns `BLOCK_N` slices. Where the
-slices are too few to fill the machine, the sum is split: each program leaves a partial sum, and a
-second stage adds them in a fixed order.
+A slice is a row of `R` elements in up to three nested loops (`launch.Slices`), and `Σ A_j B_j` over
+it is what norms (A = B) and the gradient's dots have in common. One program owns `BLOCK_N` slices.
+Where the slices are too few to fill the machine, the sum is split: each program leaves a partial
+sum, and a second stage adds them in a fixed order.
 """
 
 from __future__ import annotations
@@ -23,15 +23,27 @@ from .launch import Walk, acc_type, as_slices, launch
 
 
 @triton.jit
-def slice_offsets(
-    offs_n, offs_r, inner, stride_n, stride_outer, stride_inner, NESTED: tl.constexpr
-):
-    """Offsets of a `(BLOCK_N, BLOCK_R)` tile."""
-    if NESTED:
-        along = (offs_r // inner) * stride_outer + (offs_r % inner) * stride_inner
+def slice_offsets(offs_n, offs_r, loops, stride, NESTED: tl.constexpr):
+    """Offsets of a `(BLOCK_N, BLOCK_R)` tile. NESTED counts the loops around the innermost."""
+    if NESTED == 0:
+        along = offs_r * stride[3]
+    elif NESTED == 1:
+        along = (offs_r // loops[2]) * stride[2] + (offs_r % loops[2]) * stride[3]
     else:
-        along = offs_r * stride_inner
-    return offs_n[:, None] * stride_n + along[None, :]
+        outer = offs_r // loops[2]
+        along = (outer // loops[1]) * stride[1] + (outer % loops[1]) * stride[2]
+        along += (offs_r % loops[2]) * stride[3]
+    return offs_n[:, None] * stride[0] + along[None, :]
+
+
+@triton.jit
+def load_sum(at, mask, PARTS, stride_part, ACC: tl.constexpr):
+    """The sum of the PARTS that a tensor was left in, in order."""
+    total = tl.load(at, mask=mask, other=0.0).to(ACC)
+    for _ in range(1, PARTS):
+        at += stride_part
+        total += tl.load(at, mask=mask, other=0.0).to(ACC)
+    return total
 
 
 @triton.jit
@@ -41,13 +53,11 @@ def slice_sums(
     offs_n,
     N,
     R,
-    inner,
-    stride_an,
-    stride_ao,
-    stride_ai,
-    stride_bn,
-    stride_bo,
-    stride_bi,
+    loops,
+    stride_a,
+    stride_b,
+    PARTS,
+    stride_part,
     first,
     steps,
     SQUARE: tl.constexpr,
@@ -57,7 +67,8 @@ def slice_sums(
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """`⟨A_j, B_j⟩` over the `steps` blocks that follow block `first`; `A` alone if SQUARE.
+    """`⟨A_j, B_j⟩` over the `steps` blocks that follow block `first`; `A` alone if SQUARE. `A` is
+    the sum of PARTS.
 
     The sum across lanes comes once, after the loop.
     """
@@ -65,13 +76,13 @@ def slice_sums(
     for step in range(steps):
         offs_r = offsets(first + step, BLOCK_R, WIDE)
         mask = (offs_n < N)[:, None] & (offs_r < R)[None, :]
-        at = slice_offsets(offs_n, offs_r, inner, stride_an, stride_ao, stride_ai, NESTED)
-        a = tl.load(A + at, mask=mask, other=0.0).to(ACC)
+        at = A + slice_offsets(offs_n, offs_r, loops, stride_a, NESTED)
+        a = load_sum(at, mask, PARTS, stride_part, ACC)
         if SQUARE:
             sums += a * a
         else:
-            at = slice_offsets(offs_n, offs_r, inner, stride_bn, stride_bo, stride_bi, NESTED)
-            sums += a * tl.load(B + at, mask=mask, other=0.0).to(ACC)
+            at = B + slice_offsets(offs_n, offs_r, loops, stride_b, NESTED)
+            sums += a * tl.load(at, mask=mask, other=0.0).to(ACC)
     return tl.sum(sums, axis=1)
 
 
@@ -82,14 +93,12 @@ def slice_sum_kernel(
     OUT,
     N,
     R,
-    inner,
+    loops,
     steps,
-    stride_an,
-    stride_ao,
-    stride_ai,
-    stride_bn,
-    stride_bo,
-    stride_bi,
+    stride_a,
+    stride_b,
+    PARTS,
+    stride_part,
     SQUARE: tl.constexpr,
     AS_NORM: tl.constexpr,
     EPS: tl.constexpr,
@@ -108,13 +117,11 @@ def slice_sum_kernel(
         offs_n,
         N,
         R,
-        inner,
-        stride_an,
-        stride_ao,
-        stride_ai,
-        stride_bn,
-        stride_bo,
-        stride_bi,
+        loops,
+        stride_a,
+        stride_b,
+        PARTS,
+        stride_part,
         split * steps,
         steps,
         SQUARE,
@@ -189,6 +196,8 @@ def slice_norms(
         A=v,
         B=v,
         OUT=out,
+        PARTS=1,
+        stride_part=0,
         EPS=eps,
         SQUARE=True,
         AS_NORM=not split,

@@ -17,9 +17,9 @@ from torch import Tensor
 from ..reference import scale_dtype
 from ..shapes import kept_shape
 from . import configs
-from .common import as_norm, dot_coefficient, offsets
+from .common import as_norm, cast, dot_coefficient, offsets
 from .launch import Walk, as_slices, launch
-from .norm import finish, slice_norms, slice_offsets, slice_sum_kernel, slice_sums
+from .norm import finish, load_sum, slice_norms, slice_offsets, slice_sum_kernel, slice_sums
 
 # --- kernels -----------------------------------------------------------------------------------
 
@@ -32,14 +32,10 @@ def weight_kernel(
     W,
     N,
     R,
-    inner,
+    loops,
     steps,
-    stride_vn,
-    stride_vo,
-    stride_vi,
-    stride_wn,
-    stride_wo,
-    stride_wi,
+    stride_v,
+    stride_w,
     FUSED: tl.constexpr,
     EPS: tl.constexpr,
     NESTED: tl.constexpr,
@@ -59,13 +55,11 @@ def weight_kernel(
             offs_n,
             N,
             R,
-            inner,
-            stride_vn,
-            stride_vo,
-            stride_vi,
-            stride_vn,
-            stride_vo,
-            stride_vi,
+            loops,
+            stride_v,
+            stride_v,
+            1,
+            0,
             first,
             steps,
             True,
@@ -83,10 +77,10 @@ def weight_kernel(
     for step in range(steps):
         offs_r = offsets(first + step, BLOCK_R, WIDE)
         mask = mask_n[:, None] & (offs_r < R)[None, :]
-        at = slice_offsets(offs_n, offs_r, inner, stride_vn, stride_vo, stride_vi, NESTED)
-        v = tl.load(V + at, mask=mask, other=0.0).to(ACC)
-        at = slice_offsets(offs_n, offs_r, inner, stride_wn, stride_wo, stride_wi, NESTED)
-        tl.store(W + at, v * scale[:, None], mask=mask)
+        at = V + slice_offsets(offs_n, offs_r, loops, stride_v, NESTED)
+        v = tl.load(at, mask=mask, other=0.0).to(ACC)
+        at = W + slice_offsets(offs_n, offs_r, loops, stride_w, NESTED)
+        tl.store(at, cast(v * scale[:, None], W.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -100,17 +94,13 @@ def weight_grad_kernel(
     DV,
     N,
     R,
-    inner,
+    loops,
     steps,
-    stride_wn,
-    stride_wo,
-    stride_wi,
-    stride_vn,
-    stride_vo,
-    stride_vi,
-    stride_dn,
-    stride_do,
-    stride_di,
+    stride_w,
+    stride_v,
+    stride_d,
+    PARTS,
+    stride_part,
     FUSED: tl.constexpr,
     EPS: tl.constexpr,
     NESTED: tl.constexpr,
@@ -119,8 +109,8 @@ def weight_grad_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """DV = g / n ⊙ DW - c ⊙ V; DV may be DW. FUSED takes the dots itself and stores DG;
-    otherwise COEF is ready."""
+    """DV = g / n ⊙ DW - c ⊙ V; DV may be DW, which is the sum of PARTS. FUSED takes the dots
+    itself and stores DG; otherwise COEF is ready."""
     offs_n = offsets(tl.program_id(0), BLOCK_N, WIDE)
     first = tl.program_id(1) * steps
     mask_n = offs_n < N
@@ -133,13 +123,11 @@ def weight_grad_kernel(
             offs_n,
             N,
             R,
-            inner,
-            stride_wn,
-            stride_wo,
-            stride_wi,
-            stride_vn,
-            stride_vo,
-            stride_vi,
+            loops,
+            stride_w,
+            stride_v,
+            PARTS,
+            stride_part,
             first,
             steps,
             False,
@@ -158,12 +146,12 @@ def weight_grad_kernel(
     for step in range(steps):
         offs_r = offsets(first + step, BLOCK_R, WIDE)
         mask = mask_n[:, None] & (offs_r < R)[None, :]
-        at = slice_offsets(offs_n, offs_r, inner, stride_wn, stride_wo, stride_wi, NESTED)
-        dw = tl.load(DW + at, mask=mask, other=0.0).to(ACC)
-        at = slice_offsets(offs_n, offs_r, inner, stride_vn, stride_vo, stride_vi, NESTED)
-        v = tl.load(V + at, mask=mask, other=0.0).to(ACC)
-        at = slice_offsets(offs_n, offs_r, inner, stride_dn, stride_do, stride_di, NESTED)
-        tl.store(DV + at, scale[:, None] * dw - coef[:, None] * v, mask=mask)
+        at = DW + slice_offsets(offs_n, offs_r, loops, stride_w, NESTED)
+        dw = load_sum(at, mask, PARTS, stride_part, ACC)
+        at = V + slice_offsets(offs_n, offs_r, loops, stride_v, NESTED)
+        v = tl.load(at, mask=mask, other=0.0).to(ACC)
+        at = DV + slice_offsets(offs_n, offs_r, loops, stride_d, NESTED)
+        tl.store(at, scale[:, None] * dw - coef[:, None] * v, mask=mask)
 
 
 # --- launchers ---------------------------------------------------------------------------------
@@ -176,12 +164,13 @@ def weight_norm(
     eps: float,
     dtype: torch.dtype,
     *,
+    out: Tensor | None = None,
     config: configs.SliceConfig | None = None,
     splits: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`(W, n)`, `W` in `dtype` and in `V`'s memory layout."""
+    """`(W, n)`, `W` in `dtype` and in `V`'s memory layout, or in `out`, which has its own."""
     g = g.contiguous()
-    w = torch.empty_like(v, dtype=dtype)
+    w = torch.empty_like(v, dtype=dtype) if out is None else out
     slices = as_slices([w, v], dim)
     if slices is None:
         dense, norm = weight_norm(v.contiguous(), g, dim, eps, dtype, config=config, splits=splits)
@@ -218,34 +207,44 @@ def weight_norm_backward(
     config: configs.SliceConfig | None = None,
     splits: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`(dV, dg)` from `dW`."""
+    """`(dV, dg)` from `dW`, or from parts of it, stacked, whose sum it is."""
     g = g.contiguous()
     dv = torch.empty_like(v)
-    slices = as_slices([dv, dw, v], dim)
+    parts = dw if dw.ndim > v.ndim else dw[None]
+    slices = as_slices([dv, parts[0], v], dim)
     if slices is None:
         dense, dg = weight_norm_backward(
-            dw.contiguous(), v.contiguous(), g, norm, dim, eps, config=config, splits=splits
+            parts.sum(0).contiguous(),
+            v.contiguous(),
+            g,
+            norm,
+            dim,
+            eps,
+            config=config,
+            splits=splits,
         )
         return dv.copy_(dense), dg
-    walk = Walk(slices, [dv, dw, v], config, splits)
+    walk = Walk(slices, [dv, parts, v], config, splits)
     if walk.splits == 1:
         dg = torch.empty_like(g)
-        _launch_weight_grad(walk, dw, v, g, norm, dg, norm, dv, eps, fused=True)
+        _launch_weight_grad(walk, parts, v, g, norm, dg, norm, dv, eps, fused=True)
         return dv, dg
     partial = norm.new_empty(walk.splits, walk.slices.n)
     launch(
         slice_sum_kernel,
         walk.grid,
-        A=dw,
+        A=parts,
         B=v,
         OUT=partial,
+        PARTS=len(parts),
+        stride_part=parts.stride(0),
         SQUARE=False,
         AS_NORM=False,
         EPS=eps,
         **walk.strides(a=1, b=2),
         **walk.arguments,
     )
-    return dv, _finish_weight_grad(walk, partial, dw, v, g, norm, dv, eps)
+    return dv, _finish_weight_grad(walk, partial, parts, v, g, norm, dv, eps)
 
 
 def finish_weight_grad_(
@@ -260,13 +259,13 @@ def finish_weight_grad_(
     if dim is None:
         partial = partial.view(-1, 1)
     walk = Walk(slices, [dw, dw, v], None, None)
-    return _finish_weight_grad(walk, partial, dw, v, g, norm, dw, eps)
+    return _finish_weight_grad(walk, partial, dw[None], v, g, norm, dw, eps)
 
 
 def _finish_weight_grad(
     walk: Walk,
     partial: Tensor,
-    dw: Tensor,
+    parts: Tensor,
     v: Tensor,
     g: Tensor,
     norm: Tensor,
@@ -277,13 +276,13 @@ def _finish_weight_grad(
     dg = torch.empty_like(g)
     coef = torch.empty_like(norm)
     finish(partial, g, norm, dg, coef, eps, grad=True)
-    _launch_weight_grad(walk, dw, v, g, norm, dg, coef, dv, eps, fused=False)
+    _launch_weight_grad(walk, parts, v, g, norm, dg, coef, dv, eps, fused=False)
     return dg
 
 
 def _launch_weight_grad(
     walk: Walk,
-    dw: Tensor,
+    parts: Tensor,
     v: Tensor,
     g: Tensor,
     norm: Tensor,
@@ -298,7 +297,9 @@ def _launch_weight_grad(
     launch(
         weight_grad_kernel,
         walk.grid,
-        DW=dw,
+        DW=parts,
+        PARTS=len(parts),
+        stride_part=parts.stride(0),
         V=v,
         G=g,
         NORM=norm,

@@ -1,4 +1,4 @@
-"""The suite `linear`: checked in float64, timed interleaved, reported as ratios."""
+"""The suites: checked in float64, timed interleaved, reported as ratios."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from bench.cases import LINEAR, PROVIDERS, LinearCase, Runner
+from bench.cases import PROVIDERS, SUITES, Case, Runner
 from bench.timing import interleaved, paired_ratio
 from wn_kernels import plan
 
 
-def run_case(case: LinearCase, device: torch.device, seconds: float) -> dict[str, Any]:
+def run_case(case: Case, device: torch.device, seconds: float) -> dict[str, Any]:
     """Checks and times one case.
 
     Raises:
@@ -31,7 +31,7 @@ def run_case(case: LinearCase, device: torch.device, seconds: float) -> dict[str
         runner.check()
     stats = interleaved(runners, device, seconds)
     return {
-        "case": case._asdict(),
+        "case": case.record(),
         "seconds": {
             name: {"median": s.median, "q1": s.q1, "q3": s.q3, "rounds": s.rounds}
             for name, s in stats.items()
@@ -83,11 +83,11 @@ def _processor() -> str:
 
 
 def geometric_means(results: list[dict[str, Any]]) -> dict[str, float]:
-    """Of ours/eager over all cases, and of ours/plain over those of 1024 and up."""
+    """Of ours/eager over all cases, and of ours/plain over those that count as large."""
     means = {}
     for mode in ("infer", "train"):
         cases = [r for r in results if r["case"]["mode"] == mode]
-        large = [r for r in cases if LinearCase(**r["case"]).is_large]
+        large = [r for r in cases if r["case"]["is_large"]]
         for ratio, chosen in (("ours/eager", cases), ("ours/plain", large)):
             if chosen:
                 values = [r["ratios"][ratio]["median"] for r in chosen]
@@ -95,23 +95,27 @@ def geometric_means(results: list[dict[str, Any]]) -> dict[str, float]:
     return means
 
 
-def table(results: list[dict[str, Any]], where: dict[str, Any]) -> Table:
+def table(suite: str, results: list[dict[str, Any]], where: dict[str, Any]) -> Table:
     backend, device, threads = where["backend"], where["device"], where["threads"]
     shown = Table(
-        title=f"linear, float32, backend [bold]{backend}[/] on {device}, {threads} threads"
+        title=f"{suite}, float32, backend [bold]{backend}[/] on {device}, {threads} threads"
     )
-    shown.add_column("M, K, N")
+    shown.add_column("M, K, N" if suite == "linear" else "layer, input")
     shown.add_column("mode")
     for name in (*PROVIDERS, "ours/eager", "ours/plain", "saved: ours", "eager"):
         shown.add_column(name, justify="right")
     for r in results:
-        case = LinearCase(**r["case"])
         times = [_time(r["seconds"][name]["median"]) for name in PROVIDERS]
         ratios = [_ratio(r["ratios"][f"ours/{name}"]) for name in ("eager", "plain")]
         saved = [_size(r["saved_bytes"].get(name)) for name in ("ours", "eager")]
         slower = r["ratios"]["ours/eager"]["median"] > 1.05
         shown.add_row(
-            case.label, case.mode, *times, *ratios, *saved, style="yellow" if slower else ""
+            r["case"]["label"],
+            r["case"]["mode"],
+            *times,
+            *ratios,
+            *saved,
+            style="yellow" if slower else "",
         )
     return shown
 
@@ -128,19 +132,20 @@ def _size(size: int | None) -> str:
     return "" if size is None else f"{size / 1024:.0f} KiB"
 
 
-def main(path: str, seconds: float) -> int:
-    """Runs the suite; what is done is kept on Ctrl-C. 1 where a provider is wrong."""
+def main(suite: str, path: str, seconds: float) -> int:
+    """Runs a suite; what is done is kept on Ctrl-C. 1 where a provider is wrong."""
     console = Console()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     where = environment(device)
+    cases = sorted(SUITES[suite], key=lambda case: case.mode)
     results: list[dict[str, Any]] = []
     wrong: list[str] = []
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     with Progress(*columns, TimeElapsedColumn(), console=console) as progress:
-        task = progress.add_task("linear", total=len(LINEAR))
+        task = progress.add_task(suite, total=len(cases))
         try:
-            for case in LINEAR:
-                progress.update(task, description=f"linear {case.label} {case.mode}")
+            for case in cases:
+                progress.update(task, description=f"{suite} {case.label} {case.mode}")
                 try:
                     results.append(run_case(case, device, seconds))
                 except AssertionError as error:
@@ -149,14 +154,15 @@ def main(path: str, seconds: float) -> int:
         except KeyboardInterrupt:
             console.print("interrupted: reporting what is done")
     means = geometric_means(results)
-    (console if console.is_terminal else Console(width=160)).print(table(results, where))
+    (console if console.is_terminal else Console(width=160)).print(table(suite, results, where))
     for name, value in means.items():
-        over = "all shapes" if "eager" in name else "shapes of 1024 and up"
+        large = suite == "linear" and "plain" in name
+        over = "shapes of 1024 and up" if large else "all cases"
         console.print(f"geometric mean {name} over {over}: {value:.3f}")
     for message in wrong:
         console.print(f"[red]WRONG[/] {message}")
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    report = {"suite": "linear", "environment": where, "results": results, "means": means}
+    report = {"suite": suite, "environment": where, "results": results, "means": means}
     Path(path).write_text(json.dumps(report | {"wrong": wrong}, indent=1) + "\n")
     console.print(f"results written to {path}")
     return 1 if wrong or not results else 0

@@ -3,17 +3,22 @@
 import pytest
 import torch
 
-from bench.cases import LINEAR, PROVIDERS, Runner
+from bench.cases import PROVIDERS, SUITES, Runner
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+CASES = [(suite, case) for suite, cases in SUITES.items() for case in cases]
+
+
 @pytest.mark.parametrize("name", PROVIDERS)
-@pytest.mark.parametrize("case", LINEAR, ids=lambda case: f"{case.mode}-{case.label}")
-def test_linear(benchmark, case, name):
+@pytest.mark.parametrize(
+    ("suite", "case"), CASES, ids=[f"{s}-{c.mode}-{c.label}" for s, c in CASES]
+)
+def test_layer(benchmark, suite, case, name):
     runner = Runner(case, name, DEVICE)
     runner.check()
-    benchmark.group = f"linear {case.label} {case.mode}"
+    benchmark.group = f"{suite} {case.label} {case.mode}"
     benchmark.extra_info["saved_bytes"] = runner.saved_bytes() if case.mode == "train" else 0
 
     def run():

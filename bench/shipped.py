@@ -1,0 +1,183 @@
+"""What ships: every kernel under every pinned configuration, form and dtype.
+
+The launchers run as they are, on tensors without memory, with their launches recorded.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from wn_kernels.backends.reference import narrows_range
+from wn_kernels.backends.shapes import Geometry, kept_shape
+from wn_kernels.plan import one_pass_rows
+
+if TYPE_CHECKING:
+    from wn_kernels.backends.triton.launch import Launch
+
+TYPES = {
+    torch.float16: "fp16",
+    torch.bfloat16: "bf16",
+    torch.float32: "fp32",
+    torch.float64: "fp64",
+}
+
+# The flags that tell a kernel's variants apart.
+FLAGS = ("FORM", "PHASED", "FLAT", "BIAS", "FUSED", "SQUARE", "AS_NORM", "GRAD", "WIDE")
+
+# Dtypes whose kernels without a product are those of another one, but for a conversion.
+AS_OTHERS = ("tf32", "fp16", "fp16·fp32")
+
+# The kernels that multiply matrices.
+PRODUCTS = (
+    "matmul_kernel",
+    "grad_kernel",
+    "grad_one_pass_kernel",
+    "conv_kernel",
+    "conv_grad_kernel",
+)
+
+
+@dataclass
+class Compilation:
+    """A recorded launch, named."""
+
+    kernel: str
+    config: str
+    dtype: str
+    launch: Launch
+    product: bool  # whether it multiplies matrices
+
+
+# Convolutions that between them take every form and tile: (rank, inputs, outputs, taps, stride,
+# transposed, groups). Fewer channels than a block are walked together with the taps.
+CONVOLUTIONS = [
+    (2, 256, 256, 3, 1, False, 1),
+    (2, 256, 256, 4, 2, True, 1),
+    (2, 3, 64, 5, 1, False, 1),
+    (2, 768, 768, 3, 1, False, 768),
+]
+
+
+@cache
+def shipped(vendor: str) -> list[Compilation]:
+    """Every kernel under every pinned configuration, form and dtype, for "cuda" or "hip"."""
+    from wn_kernels.backends.triton import configs
+    from wn_kernels.backends.triton.launch import recording
+
+    found: dict[tuple, Compilation] = {}
+    for dtype, x_dtype, v_dtype in _dtypes():
+        for run in (_linear_launches, _convolution_launches):
+            with configs.vendor(vendor), recording() as launches:
+                marks = [(len(launches), note) for note in run(dtype, x_dtype, v_dtype)]
+            start = 0
+            for end, note in marks:
+                for launch in launches[start:end]:
+                    compilation = _named(launch, dtype, note)
+                    if dtype in AS_OTHERS and not compilation.product:
+                        continue
+                    key = (compilation.kernel, compilation.config, dtype)
+                    found.setdefault(key, compilation)
+                start = end
+    return list(found.values())
+
+
+def _dtypes() -> Iterator[tuple[str, torch.dtype, torch.dtype]]:
+    """Name, and dtypes of the product and of V."""
+    yield from ((name, t, t) for t, name in TYPES.items())
+    yield "bf16·fp32", torch.bfloat16, torch.float32
+    yield "fp16·fp32", torch.float16, torch.float32
+    torch.set_float32_matmul_precision("high")
+    yield "tf32", torch.float32, torch.float32
+    torch.set_float32_matmul_precision("highest")
+
+
+def _scales(v: Tensor, dim: int | None) -> tuple[Tensor, Tensor]:
+    """`g` and the norms that go with `V`."""
+    g = torch.empty(kept_shape(v.shape, dim), dtype=v.dtype, device="meta")
+    return g, g.to(torch.float64 if v.dtype == torch.float64 else torch.float32)
+
+
+def _linear_launches(dtype: str, x_dtype: torch.dtype, v_dtype: torch.dtype) -> Iterator[str]:
+    """Launches every form; after each `dim`, what tells it apart."""
+    from wn_kernels.backends import triton as backend
+
+    needs = (True, True, True, True)
+    sizes = [(16, 4096, 4096), (32, 4096, 65536), (64, 4096, 65536), (512, 4096, 4096)]
+    if dtype == "bf16":  # 64-bit offsets
+        sizes += [(16, 65536, 65536), (512, 65536, 65536)]
+    for dim, (m, k, o) in itertools.product((0, 1, None), sizes):
+        x, dy = (torch.empty(m, size, dtype=x_dtype, device="meta") for size in (k, o))
+        v = torch.empty(o, k, dtype=v_dtype, device="meta")
+        bias = v.new_empty(o)
+        g, n = _scales(v, dim)
+        fits = m <= one_pass_rows(max(x.element_size(), v.element_size()))
+        backend.linear(x, v, g, bias, dim, 0.0, "scaled")
+        backend.linear_backward(dy, x, v, g, n, dim, 0.0, "scaled", needs)
+        if fits and dim == 0 and not narrows_range(x_dtype, v_dtype):
+            backend.linear(x, v, g, bias, dim, 0.0, "one_pass")
+        if fits and dim is not None:
+            backend.linear_backward(dy, x, v, g, n, dim, 0.0, "one_pass", needs)
+        w, _ = backend.weight_norm(v, g, dim, 0.0, x_dtype)
+        backend.weight_norm_backward(w, v, g, n, dim, 0.0)
+        yield "dim=1" if dim == 1 else ""
+
+
+def _convolution_launches(dtype: str, x_dtype: torch.dtype, v_dtype: torch.dtype) -> Iterator[str]:
+    """The same for convolutions, with channels last."""
+    from wn_kernels.backends import triton as backend
+
+    convolutions = list(CONVOLUTIONS)
+    if dtype == "bf16":  # the other ranks
+        convolutions += [(rank, *CONVOLUTIONS[0][1:]) for rank in (1, 3)]
+    # A scale along the other channels takes the same kernels in the other direction.
+    both = dtype in ("bf16", "bf16·fp32")
+    for rank, inputs, outputs, taps, stride, transposed, groups in convolutions:
+        for dim in (0, 1) if both and groups == 1 else (0,):
+            first, second = (inputs, outputs) if transposed else (outputs, inputs)
+            v = torch.empty(first, second // groups, *(taps,) * rank, dtype=v_dtype, device="meta")
+            each = (1,) * rank
+            conv = Geometry((stride,) * rank, each, each, transposed, (0,) * rank, groups)
+            x_sizes = (32,) * rank
+            y_sizes = conv.output_sizes(x_sizes, v.shape[2:])
+            x, dy = (
+                torch.empty(8, *sizes, channels, dtype=x_dtype, device="meta").movedim(-1, 1)
+                for sizes, channels in ((x_sizes, inputs), (y_sizes, outputs))
+            )
+            bias = v.new_empty(outputs)
+            g, n = _scales(v, dim)
+            forms = ["scaled", "packed"]
+            if conv.owns_slices(dim) and not narrows_range(x_dtype, v_dtype):
+                forms.append("one_pass")
+            for form in forms:
+                backend.convolution(x, v, g, bias, conv, dim, 0.0, form)
+            for form in ("scaled", "packed"):
+                needs = (True, True, True, True)
+                backend.convolution_backward(dy, x, v, g, n, conv, dim, 0.0, form, needs)
+            yield f"{rank}d"
+
+
+def _named(launch: Launch, dtype: str, note: str) -> Compilation:
+    """The recorded launch, under a name that tells it from the others."""
+    name = launch.kernel.__name__
+    flags = [
+        flag if value is True else f"{flag}={value}"
+        for flag, value in launch.arguments.items()
+        if flag in FLAGS and (value is True or (isinstance(value, str) and value))
+    ]
+    blocks = [
+        str(launch.arguments[block])
+        for block in ("BLOCK_M", "BLOCK_O", "BLOCK_N", "BLOCK_R")
+        if block in launch.arguments
+    ]
+    words = ["x".join(blocks), f"w{launch.num_warps}", f"s{launch.num_stages}", *flags]
+    if "d" not in note or "taps" in launch.arguments:  # a rank says nothing of a weight's kernels
+        words.append(note)
+    product = name in PRODUCTS
+    return Compilation(name, " ".join(words).strip(), dtype, launch, product)

@@ -1,0 +1,254 @@
+"""The gradient of a convolution's weight, before weight norm's own backward:
+
+    dW[k, c, t] = Σ_{b,y} P[b, y, k] · Q[b, y · stride - padding + t · dilation, c]
+
+with P on the smaller side and Q on the larger: P = dY and Q = x for a convolution, P = x and
+Q = dY for a transposed one. A product over pixels, `Pᵀ Q`, with Q's columns along taps and
+channels. Channels are often few and pixels many, so the sum is split over programs: each leaves
+its part of dW, and whoever reads dW adds the parts in order (`weight.py`). No atomics.
+
+`db = Σ P` rides along for a convolution; a transposed one sums dY, not all of which Q visits.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..reference import scale_dtype
+from ..shapes import Geometry
+from . import configs
+from .common import dot, offsets
+from .conv_product import is_direct
+from .launch import PROGRAMS_PER_SM, is_wide, launch, product_types, sm_count
+from .pixels import (
+    activation_strides,
+    channels_last,
+    gathered,
+    split_pixels,
+    split_taps,
+    three,
+    weight_strides,
+)
+
+# --- kernels -----------------------------------------------------------------------------------
+
+
+@triton.jit
+def conv_grad_kernel(
+    P,
+    Q,
+    DW,
+    DB,
+    M,
+    O,
+    R,
+    steps,
+    sizes_p,
+    sizes_q,
+    taps,
+    stride,
+    padding,
+    dilation,
+    stride_p,
+    stride_q,
+    stride_w,
+    stride_part,
+    FLAT: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    WIDE: tl.constexpr,
+    ACC: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_O: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """DW[part], a tile of O rows by R channels under one tap, over this part of the M pixels.
+
+    FLAT walks taps and channels as one axis. DB[part] is the column sum of P.
+    """
+    pid = tl.program_id(0)
+    part = tl.program_id(1)
+    group = tl.program_id(2)
+    tiles_o = tl.cdiv(O, BLOCK_O)
+    tile_o = pid % tiles_o
+    tile_r = pid // tiles_o
+    offs_o = offsets(tile_o, BLOCK_O, WIDE)
+    mask_o = offs_o < O
+    lanes = offsets(0 * pid, BLOCK_R, WIDE)
+    if FLAT:
+        flat = tile_r * BLOCK_R + lanes
+        tap = (flat // R)[None, :]
+        offs_r = flat % R
+        mask_r = flat < taps[0] * taps[1] * taps[2] * R
+    else:
+        blocks_r = tl.cdiv(R, BLOCK_R)
+        tap = tile_r // blocks_r
+        offs_r = (tile_r % blocks_r) * BLOCK_R + lanes
+        mask_r = offs_r < R
+    j = split_taps(tap, taps)
+    base = (-padding[0], -padding[1], -padding[2])
+    P += group.to(tl.int64) * O * stride_p[1]
+    Q += group.to(tl.int64) * R * stride_q[1]
+
+    acc = tl.zeros((BLOCK_O, BLOCK_R), ACC)
+    bias = tl.zeros((BLOCK_O,), ACC)
+    for i in range(steps):
+        offs_m = offsets(part * steps + i, BLOCK_M, WIDE)
+        mask_m = (offs_m < M)[:, None]
+        b, y = split_pixels(offs_m, sizes_p)
+        rows = (y[0][:, None], y[1][:, None], y[2][:, None])
+        p_at = rows[0] * stride_p[2] + rows[1] * stride_p[3] + rows[2] * stride_p[4]
+        p_at += b[:, None] * stride_p[0] + offs_o[None, :] * stride_p[1]
+        p = tl.load(P + p_at, mask=mask_m & mask_o[None, :], other=0.0)
+        pixels, inside = gathered(rows, j, stride, base, dilation, sizes_q, stride_q)
+        q_at = b[:, None] * stride_q[0] + pixels + offs_r[None, :] * stride_q[1]
+        q = tl.load(Q + q_at, mask=mask_m & inside & mask_r[None, :], other=0.0)
+        acc = dot(tl.trans(p), q, acc, PRECISION)
+        if HAS_BIAS:
+            bias += tl.sum(p.to(ACC), axis=0)
+
+    DW += part.to(tl.int64) * stride_part + group.to(tl.int64) * stride_w[0]
+    at = offs_o[:, None] * stride_w[1] + offs_r[None, :] * stride_w[2]
+    at += j[0] * stride_w[3] + j[1] * stride_w[4] + j[2] * stride_w[5]
+    tl.store(DW + at, acc, mask=mask_o[:, None] & mask_r[None, :])
+    if HAS_BIAS:
+        at = (part * tl.num_programs(2) + group) * O + offs_o
+        tl.store(DB + at, bias, mask=mask_o & (tile_r == 0))
+
+
+@triton.jit
+def direct_grad_kernel(
+    P,
+    Q,
+    DW,
+    DB,
+    M,
+    GROUPS,
+    O,
+    R,
+    steps,
+    sizes_p,
+    sizes_q,
+    taps,
+    stride,
+    padding,
+    dilation,
+    stride_p,
+    stride_q,
+    stride_w,
+    stride_part,
+    HAS_BIAS: tl.constexpr,
+    WIDE: tl.constexpr,
+    ACC: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_O: tl.constexpr,
+):
+    """As `conv_grad_kernel`, for O and R of a few channels: a program takes one input channel and
+    one tap of the outputs of many groups."""
+    part = tl.program_id(1)
+    r = tl.program_id(2) % R
+    j = split_taps(tl.program_id(2) // R, taps)
+    offs_o = offsets(tl.program_id(0), BLOCK_O, WIDE)
+    mask_o = offs_o < GROUPS * O
+    group = offs_o // O
+    base = (-padding[0], -padding[1], -padding[2])
+
+    acc = tl.zeros((BLOCK_M, BLOCK_O), ACC)
+    bias = tl.zeros((BLOCK_M, BLOCK_O), ACC)
+    for i in range(steps):
+        offs_m = offsets(part * steps + i, BLOCK_M, WIDE)
+        mask = (offs_m < M)[:, None] & mask_o[None, :]
+        b, y = split_pixels(offs_m, sizes_p)
+        rows = (y[0][:, None], y[1][:, None], y[2][:, None])
+        p_at = rows[0] * stride_p[2] + rows[1] * stride_p[3] + rows[2] * stride_p[4]
+        p_at += b[:, None] * stride_p[0] + offs_o[None, :] * stride_p[1]
+        p = tl.load(P + p_at, mask=mask, other=0.0).to(ACC)
+        pixels, inside = gathered(rows, j, stride, base, dilation, sizes_q, stride_q)
+        q_at = b[:, None] * stride_q[0] + pixels + (group * R + r)[None, :] * stride_q[1]
+        acc += p * tl.load(Q + q_at, mask=mask & inside, other=0.0).to(ACC)
+        if HAS_BIAS:
+            bias += p
+
+    at = group * stride_w[0] + (offs_o % O) * stride_w[1] + r * stride_w[2]
+    at += j[0] * stride_w[3] + j[1] * stride_w[4] + j[2] * stride_w[5]
+    tl.store(DW + part.to(tl.int64) * stride_part + at, tl.sum(acc, axis=0), mask=mask_o)
+    if HAS_BIAS:
+        mask = mask_o & (tl.program_id(2) == 0)
+        tl.store(DB + part * GROUPS * O + offs_o, tl.sum(bias, axis=0), mask=mask)
+
+
+# --- launcher ----------------------------------------------------------------------------------
+
+
+def weight_grad(
+    dy: Tensor,
+    x: Tensor,
+    v: Tensor,
+    conv: Geometry,
+    needs_bias: bool,
+    config: configs.GradConfig | configs.DirectConfig | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """`dW` in parts, `(parts, *V.shape)` in the dtype of the norms, and `db`, `None` where it is
+    not asked for or does not ride along."""
+    p, q = (x, dy) if conv.transposed else (dy, x)
+    p, q = channels_last(p), channels_last(q)
+    groups, (first, r, *taps) = conv.groups, v.shape
+    o = first // groups
+    sizes, count = three(p.shape[2:]), three(taps)
+    m = len(p) * sizes[0] * sizes[1] * sizes[2]
+    has_bias = needs_bias and not conv.transposed
+    types = product_types(x)
+    direct = is_direct(conv, v.shape)
+    itemsize = x.element_size()
+    if config is None:
+        config = configs.direct(itemsize) if direct else configs.conv_grad(o, r, itemsize)
+    flat = not direct and r < 16
+    all_taps = count[0] * count[1] * count[2]
+    if direct:
+        tiles = triton.cdiv(first, config.BLOCK_O)
+        grid_rest = all_taps * r
+    else:
+        assert isinstance(config, configs.GradConfig)
+        blocks_r = triton.cdiv(all_taps * r if flat else r, config.BLOCK_R)
+        tiles = triton.cdiv(o, config.BLOCK_O) * blocks_r * (1 if flat else all_taps)
+        grid_rest = groups
+    blocks_m = triton.cdiv(m, config.BLOCK_M)
+    wanted = PROGRAMS_PER_SM * sm_count(x.device) // max(1, tiles * grid_rest)
+    steps = triton.cdiv(blocks_m, max(1, min(blocks_m // 4, wanted)))
+    parts = max(1, triton.cdiv(blocks_m, max(1, steps)))
+    dw = v.new_empty(parts, first, *taps, r, dtype=scale_dtype(v)).movedim(-1, 2)
+    db = dy.new_empty(parts, first, dtype=dw.dtype) if has_bias else None
+    arguments: dict[str, Any] = {
+        "P": p,
+        "Q": q,
+        "DW": dw,
+        "DB": dw if db is None else db,
+        "M": m,
+        "O": o,
+        "R": r,
+        "steps": steps,
+        "sizes_p": sizes,
+        "sizes_q": three(q.shape[2:]),
+        "taps": count,
+        "stride": three(conv.stride),
+        "padding": three(conv.padding, 0),
+        "dilation": three(conv.dilation),
+        "stride_p": activation_strides(p),
+        "stride_q": activation_strides(q),
+        "stride_w": weight_strides(dw[0], o),
+        "stride_part": dw.stride(0),
+        "HAS_BIAS": has_bias,
+        "WIDE": is_wide(p, q, dw[0]),
+        "ACC": types["ACC"],
+        **config._asdict(),
+    }
+    if direct:
+        launch(direct_grad_kernel, (tiles, parts, grid_rest), GROUPS=groups, **arguments)
+    else:
+        arguments |= {"FLAT": flat, "PRECISION": types["PRECISION"]}
+        launch(conv_grad_kernel, (tiles, parts, grid_rest), **arguments)
+    return dw, None if db is None else db.sum(0).to(dy.dtype)

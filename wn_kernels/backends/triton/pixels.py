@@ -1,0 +1,81 @@
+"""Pixels and taps: how the kernels of a convolution find their elements.
+
+Every activation is `(B, C, *sizes)` with its channels contiguous, and has three spatial
+dimensions: those that a lower rank lacks have size 1, which folds away when a kernel is compiled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl  # noqa: F401  (the interpreter wants it in a kernel's module)
+from torch import Tensor
+
+# --- in a kernel -------------------------------------------------------------------------------
+
+
+@triton.jit
+def split_pixels(m, sizes):
+    """Pixel index `m` as its batch and its three positions in a grid of `sizes`."""
+    w = m % sizes[2]
+    m = m // sizes[2]
+    h = m % sizes[1]
+    m = m // sizes[1]
+    return m // sizes[0], (m % sizes[0], h, w)
+
+
+@triton.jit
+def split_taps(tap, sizes):
+    """Tap index as its three positions in a kernel of `sizes`."""
+    rest = tap // sizes[2]
+    return (rest // sizes[1], rest % sizes[1], tap % sizes[2])
+
+
+@triton.jit
+def gathered(q, j, factor, base, advance, sizes, stride):
+    """Offsets of `q · factor + base + j · advance` in an activation, and whether that is inside."""
+    d = q[0] * factor[0] + base[0] + j[0] * advance[0]
+    h = q[1] * factor[1] + base[1] + j[1] * advance[1]
+    w = q[2] * factor[2] + base[2] + j[2] * advance[2]
+    inside = (d >= 0) & (d < sizes[0]) & (h >= 0) & (h < sizes[1]) & (w >= 0) & (w < sizes[2])
+    return d * stride[2] + h * stride[3] + w * stride[4], inside
+
+
+# --- on the host -------------------------------------------------------------------------------
+
+
+def three(values: Sequence[int], fill: int = 1) -> tuple[int, ...]:
+    """Of three spatial dimensions; those that are missing come first."""
+    return (fill,) * (3 - len(values)) + tuple(values)
+
+
+def channels_last(x: Tensor) -> Tensor:
+    """`x` with its channels contiguous: itself if they are, or a copy."""
+    if x.stride(1) == 1 or x.shape[1] == 1:
+        return x
+    return x.movedim(1, -1).contiguous().movedim(-1, 1)
+
+
+def empty_channels_last(
+    like: Tensor,
+    batch: int,
+    channels: int,
+    sizes: Sequence[int],
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """`(batch, channels, *sizes)` on the device of `like`, and in its dtype by default."""
+    return like.new_empty(batch, *sizes, channels, dtype=dtype).movedim(-1, 1)
+
+
+def activation_strides(x: Tensor) -> tuple[int, ...]:
+    """Of (batch, channel, *sizes)."""
+    return (x.stride(0), x.stride(1), *three(x.stride()[2:], 0))
+
+
+def weight_strides(v: Tensor, k: int, phased: bool = False) -> tuple[int, ...]:
+    """Of (group, o, r, *taps), `k` rows a group; o and r change places in a phased product."""
+    first, second, *taps = v.stride()
+    pair = (second, first) if phased else (first, second)
+    return (k * first, *pair, *three(taps, 0))

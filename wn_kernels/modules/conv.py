@@ -1,0 +1,143 @@
+"""The convolutions and the transposed convolutions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .. import functional as WF
+from .weight import WeightNormMixin
+
+
+class _Convolution(WeightNormMixin):
+    """What the three convolutions share beyond the constructor, which is torch.nn's."""
+
+    _function: Callable[..., Tensor]  # staticmethod of the class
+
+    def forward(self: Any, input: Tensor) -> Tensor:
+        padding = self.padding
+        if self.padding_mode != "zeros":
+            input = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode)
+            padding = 0
+        return self._function(
+            input,
+            *self._parameters_now(),
+            self.stride,
+            padding,
+            self.dilation,
+            self.groups,
+            dim=self.dim,
+            eps=self.eps,
+        )
+
+
+class _ConvolutionTranspose(WeightNormMixin):
+    """What the three transposed convolutions share."""
+
+    _function: Callable[..., Tensor]
+
+    def forward(self: Any, input: Tensor, output_size: list[int] | None = None) -> Tensor:
+        output_padding = self.output_padding
+        if output_size is not None:
+            output_padding = self._output_padding(
+                input,
+                output_size,
+                self.stride,
+                self.padding,
+                self.kernel_size,
+                self.weight_ndim - 2,
+                self.dilation,
+            )
+        return self._function(
+            input,
+            *self._parameters_now(),
+            self.stride,
+            self.padding,
+            output_padding,
+            self.groups,
+            self.dilation,
+            dim=self.dim,
+            eps=self.eps,
+        )
+
+
+class WNConv1d(_Convolution, nn.Conv1d):  # type: ignore[override]
+    """`torch.nn.Conv1d` with a weight-normalised weight.
+
+    Drop-in: it takes the same arguments, is an instance of `nn.Conv1d`, starts from the same
+    weight for the same seed, and reads and assigns `.weight`.
+
+    Args:
+        *args: as in `torch.nn.Conv1d`: `in_channels, out_channels, kernel_size, stride, padding,
+            dilation, groups, bias, padding_mode, device, dtype`.
+        **kwargs: the same.
+        dim: the dimension of the weight whose slices are normalised: 0 (each output channel), 1
+            (each input channel of a group), 2 (each position of the kernel), or `None` / `-1` (one
+            norm over the whole weight).
+        eps: the smallest norm; see `wn_kernels.functional.weight_norm`.
+
+    Attributes:
+        weight_v: the direction, of shape `(out_channels, in_channels / groups, kernel_size)`.
+        weight_g: the magnitude: `weight_v`'s shape with every dimension but `dim` set to 1, 0-d
+            for `dim=None`.
+        bias: of shape `(out_channels,)`, or `None`.
+
+    Shape:
+        As `torch.nn.Conv1d`; channels-last inputs give channels-last outputs.
+
+    Raises:
+        ValueError: an option is out of range.
+    """
+
+    weight_ndim = 3
+    _function = staticmethod(WF.wn_conv1d)
+
+
+class WNConv2d(_Convolution, nn.Conv2d):  # type: ignore[override]
+    """`torch.nn.Conv2d` with a weight-normalised weight; see `WNConv1d`."""
+
+    weight_ndim = 4
+    _function = staticmethod(WF.wn_conv2d)
+
+
+class WNConv3d(_Convolution, nn.Conv3d):  # type: ignore[override]
+    """`torch.nn.Conv3d` with a weight-normalised weight; see `WNConv1d`."""
+
+    weight_ndim = 5
+    _function = staticmethod(WF.wn_conv3d)
+
+
+class WNConvTranspose1d(_ConvolutionTranspose, nn.ConvTranspose1d):  # type: ignore[override]
+    """`torch.nn.ConvTranspose1d` with a weight-normalised weight.
+
+    Drop-in, as `WNConv1d` is. Its weight is `(in_channels, out_channels / groups, kernel_size)`, so
+    `dim=0`, PyTorch's default here too, normalises each *input* channel, and `dim=1` each output
+    channel of a group.
+
+    Args:
+        *args: as in `torch.nn.ConvTranspose1d`: `in_channels, out_channels, kernel_size, stride,
+            padding, output_padding, groups, bias, dilation, padding_mode, device, dtype`.
+        **kwargs: the same.
+        dim: as in `WNConv1d`.
+        eps: as in `WNConv1d`.
+    """
+
+    weight_ndim = 3
+    _function = staticmethod(WF.wn_conv_transpose1d)
+
+
+class WNConvTranspose2d(_ConvolutionTranspose, nn.ConvTranspose2d):  # type: ignore[override]
+    """`torch.nn.ConvTranspose2d` with a weight-normalised weight; see `WNConvTranspose1d`."""
+
+    weight_ndim = 4
+    _function = staticmethod(WF.wn_conv_transpose2d)
+
+
+class WNConvTranspose3d(_ConvolutionTranspose, nn.ConvTranspose3d):  # type: ignore[override]
+    """`torch.nn.ConvTranspose3d` with a weight-normalised weight; see `WNConvTranspose1d`."""
+
+    weight_ndim = 5
+    _function = staticmethod(WF.wn_conv_transpose3d)
