@@ -26,10 +26,14 @@ from .conv_product import is_direct
 from .launch import PROGRAMS_PER_SM, is_wide, launch, product_types, sm_count
 from .pixels import (
     activation_strides,
+    as_rows,
+    block_of_taps,
     channels_last,
     gathered,
+    pixel_offset,
     split_pixels,
     split_taps,
+    tap_offset,
     three,
     weight_strides,
 )
@@ -68,7 +72,7 @@ def conv_grad_kernel(
 ):
     """DW[part], a tile of O rows by R channels under one tap, over this part of the M pixels.
 
-    FLAT walks taps and channels as one axis. DB[part] is the column sum of P.
+    FLAT as in `block_of_taps`. DB[part] is the column sum of P.
     """
     pid = tl.program_id(0)
     part = tl.program_id(1)
@@ -78,18 +82,7 @@ def conv_grad_kernel(
     tile_r = pid // tiles_o
     offs_o = offsets(tile_o, BLOCK_O, WIDE)
     mask_o = offs_o < O
-    lanes = offsets(0 * pid, BLOCK_R, WIDE)
-    if FLAT:
-        flat = tile_r * BLOCK_R + lanes
-        tap = (flat // R)[None, :]
-        offs_r = flat % R
-        mask_r = flat < taps[0] * taps[1] * taps[2] * R
-    else:
-        blocks_r = tl.cdiv(R, BLOCK_R)
-        tap = tile_r // blocks_r
-        offs_r = (tile_r % blocks_r) * BLOCK_R + lanes
-        mask_r = offs_r < R
-    j = split_taps(tap, taps)
+    j, offs_r, mask_r = block_of_taps(tile_r, taps, R, FLAT, WIDE, BLOCK_R)
     base = (-padding[0], -padding[1], -padding[2])
     P += group.to(tl.int64) * O * stride_p[1]
     Q += group.to(tl.int64) * R * stride_q[1]
@@ -100,9 +93,9 @@ def conv_grad_kernel(
         offs_m = offsets(part * steps + i, BLOCK_M, WIDE)
         mask_m = (offs_m < M)[:, None]
         b, y = split_pixels(offs_m, sizes_p)
-        rows = (y[0][:, None], y[1][:, None], y[2][:, None])
-        p_at = rows[0] * stride_p[2] + rows[1] * stride_p[3] + rows[2] * stride_p[4]
-        p_at += b[:, None] * stride_p[0] + offs_o[None, :] * stride_p[1]
+        rows = as_rows(y)
+        p_at = b[:, None] * stride_p[0] + pixel_offset(rows, stride_p)
+        p_at += offs_o[None, :] * stride_p[1]
         p = tl.load(P + p_at, mask=mask_m & mask_o[None, :], other=0.0)
         pixels, inside = gathered(rows, j, stride, base, dilation, sizes_q, stride_q)
         q_at = b[:, None] * stride_q[0] + pixels + offs_r[None, :] * stride_q[1]
@@ -113,7 +106,7 @@ def conv_grad_kernel(
 
     DW += part.to(tl.int64) * stride_part + group.to(tl.int64) * stride_w[0]
     at = offs_o[:, None] * stride_w[1] + offs_r[None, :] * stride_w[2]
-    at += j[0] * stride_w[3] + j[1] * stride_w[4] + j[2] * stride_w[5]
+    at += tap_offset(j, stride_w)
     tl.store(DW + at, acc, mask=mask_o[:, None] & mask_r[None, :])
     if HAS_BIAS:
         at = (part * tl.num_programs(2) + group) * O + offs_o
@@ -163,9 +156,9 @@ def direct_grad_kernel(
         offs_m = offsets(part * steps + i, BLOCK_M, WIDE)
         mask = (offs_m < M)[:, None] & mask_o[None, :]
         b, y = split_pixels(offs_m, sizes_p)
-        rows = (y[0][:, None], y[1][:, None], y[2][:, None])
-        p_at = rows[0] * stride_p[2] + rows[1] * stride_p[3] + rows[2] * stride_p[4]
-        p_at += b[:, None] * stride_p[0] + offs_o[None, :] * stride_p[1]
+        rows = as_rows(y)
+        p_at = b[:, None] * stride_p[0] + pixel_offset(rows, stride_p)
+        p_at += offs_o[None, :] * stride_p[1]
         p = tl.load(P + p_at, mask=mask, other=0.0).to(ACC)
         pixels, inside = gathered(rows, j, stride, base, dilation, sizes_q, stride_q)
         q_at = b[:, None] * stride_q[0] + pixels + (group * R + r)[None, :] * stride_q[1]
@@ -174,7 +167,7 @@ def direct_grad_kernel(
             bias += p
 
     at = group * stride_w[0] + (offs_o % O) * stride_w[1] + r * stride_w[2]
-    at += j[0] * stride_w[3] + j[1] * stride_w[4] + j[2] * stride_w[5]
+    at += tap_offset(j, stride_w)
     tl.store(DW + part.to(tl.int64) * stride_part + at, tl.sum(acc, axis=0), mask=mask_o)
     if HAS_BIAS:
         mask = mask_o & (tl.program_id(2) == 0)

@@ -44,24 +44,20 @@ from .common import as_norm, cast, dot, offsets
 from .launch import is_wide, launch, product_types
 from .pixels import (
     activation_strides,
+    as_rows,
+    block_of_taps,
     channels_last,
     empty_channels_last,
     gathered,
+    pixel_offset,
     split_pixels,
     split_taps,
+    tap_offset,
     three,
     weight_strides,
 )
 
 # --- kernels -----------------------------------------------------------------------------------
-
-
-@triton.jit
-def tap_offset(j, first, step, stride):
-    """Offset of the taps `first + j · step` in a weight or in a scale."""
-    d = (first[0] + j[0] * step[0]) * stride[3]
-    h = (first[1] + j[1] * step[1]) * stride[4]
-    return d + h + (first[2] + j[2] * step[2]) * stride[5]
 
 
 @triton.jit
@@ -98,6 +94,12 @@ def walk_of(phase, taps, stride, padding, dilation, common, inverse, PHASED: tl.
 
 
 @triton.jit
+def tap_of(j, first, step):
+    """The tap that is number `j` of a phase."""
+    return (first[0] + j[0] * step[0], first[1] + j[1] * step[1], first[2] + j[2] * step[2])
+
+
+@triton.jit
 def output_offsets(q, phase, stride, sizes, stride_c, PHASED: tl.constexpr):
     """Offsets of the output pixels, and whether they exist: the last of a phase may not."""
     if PHASED:
@@ -108,7 +110,7 @@ def output_offsets(q, phase, stride, sizes, stride_c, PHASED: tl.constexpr):
     else:
         d, h, w = q
         exists = w < sizes[2]
-    return d * stride_c[2] + h * stride_c[3] + w * stride_c[4], exists
+    return pixel_offset((d, h, w), stride_c), exists
 
 
 @triton.jit
@@ -150,8 +152,7 @@ def conv_kernel(
 ):
     """C = A Wᵀ + bias over the taps of each pixel; M pixels a phase, O and R channels a group.
 
-    `stride_v` and `stride_s` are those of (group, o, r, *taps). FLAT walks taps and channels as
-    one axis, for channels too few to fill a block.
+    `stride_v` and `stride_s` are those of (group, o, r, *taps); FLAT as in `block_of_taps`.
     """
     pid = tl.program_id(0)
     group = tl.program_id(2)
@@ -171,7 +172,7 @@ def conv_kernel(
     mask_m = offs_m < M
     mask_o = offs_o < O
     b, q = split_pixels(offs_m, sizes_m)
-    q_rows = (q[0][:, None], q[1][:, None], q[2][:, None])
+    q_rows = as_rows(q)
     A += group.to(tl.int64) * R * stride_a[1]
     V += group.to(tl.int64) * stride_v[0]
     s_o = group * stride_s[0] + offs_o * stride_s[1]
@@ -183,26 +184,16 @@ def conv_kernel(
         n = tl.load(NORM + s_o, mask=mask_o, other=1.0)
         scale_o = tl.load(G + s_o, mask=mask_o, other=0.0).to(norm_type) / n
 
-    lanes = offsets(0 * pid, BLOCK_R, WIDE)
     total = count[0] * count[1] * count[2]
-    blocks_r = tl.cdiv(R, BLOCK_R)
-    steps = tl.cdiv(total * R, BLOCK_R) if FLAT else total * blocks_r
+    steps = tl.cdiv(total * R, BLOCK_R) if FLAT else total * tl.cdiv(R, BLOCK_R)
     for i in range(steps):
-        if FLAT:
-            flat = i * BLOCK_R + lanes
-            tap = (flat // R)[None, :]
-            offs_r = flat % R
-            mask_r = flat < total * R
-        else:
-            tap = i // blocks_r
-            offs_r = (i % blocks_r) * BLOCK_R + lanes
-            mask_r = offs_r < R
-        j = split_taps(tap, count)
+        j, offs_r, mask_r = block_of_taps(i, count, R, FLAT, WIDE, BLOCK_R)
+        t = tap_of(j, first, step)
         pixels, inside = gathered(q_rows, j, factor, base, advance, sizes_a, stride_a)
         a_at = A + b[:, None] * stride_a[0] + pixels + offs_r[None, :] * stride_a[1]
         a = tl.load(a_at, mask=mask_m[:, None] & inside & mask_r[None, :], other=0.0)
         v_at = V + offs_o[:, None] * stride_v[1] + offs_r[None, :] * stride_v[2]
-        v_at += tap_offset(j, first, step, stride_v)
+        v_at += tap_offset(t, stride_v)
         v = tl.load(v_at, mask=mask_o[:, None] & mask_r[None, :], other=0.0)
         if FORM == "one_pass":
             wide = v.to(norm_type)
@@ -211,7 +202,7 @@ def conv_kernel(
             v = v.to(norm_type) * scale_o[:, None]
         if FORM == "prologue_r":
             s_at = group * stride_s[0] + offs_r[None, :] * stride_s[2]
-            s_at += tap_offset(j, first, step, stride_s)
+            s_at += tap_offset(t, stride_s)
             n = tl.load(NORM + s_at, mask=mask_r[None, :], other=1.0)
             g = tl.load(G + s_at, mask=mask_r[None, :], other=0.0).to(norm_type)
             v = v.to(norm_type) * (g / n)
@@ -279,7 +270,7 @@ def direct_kernel(
     group = offs_o // O
     own = offs_o % O
     b, q = split_pixels(offs_m, sizes_m)
-    q_rows = (q[0][:, None], q[1][:, None], q[2][:, None])
+    q_rows = as_rows(q)
     a_at = A + b[:, None] * stride_a[0] + (group * R)[None, :] * stride_a[1]
     v_at = V + group * stride_v[0] + own * stride_v[1]
     s_o = group * stride_s[0] + own * stride_s[1]
@@ -290,15 +281,16 @@ def direct_kernel(
     for i in range(count[0] * count[1] * count[2] * R):
         r = i % R
         j = split_taps(i // R, count)
+        t = tap_of(j, first, step)
         pixels, inside = gathered(q_rows, j, factor, base, advance, sizes_a, stride_a)
         mask = mask_m[:, None] & inside & mask_o[None, :]
         a = tl.load(a_at + pixels + r * stride_a[1], mask=mask, other=0.0)
-        at = r * stride_v[2] + tap_offset(j, first, step, stride_v)
+        at = r * stride_v[2] + tap_offset(t, stride_v)
         v = tl.load(v_at + at, mask=mask_o, other=0.0).to(norm_type)
         if FORM == "one_pass":
             squares += v * v
         if FORM == "scaled":
-            at = s_o + r * stride_s[2] + tap_offset(j, first, step, stride_s)
+            at = s_o + r * stride_s[2] + tap_offset(t, stride_s)
             n = tl.load(NORM + at, mask=mask_o, other=1.0)
             v *= tl.load(G + at, mask=mask_o, other=0.0).to(norm_type) / n
         acc += a.to(ACC) * v.to(ACC)[None, :]

@@ -10,8 +10,10 @@ from collections.abc import Sequence
 
 import torch
 import triton
-import triton.language as tl  # noqa: F401  (the interpreter wants it in a kernel's module)
+import triton.language as tl
 from torch import Tensor
+
+from .common import offsets
 
 # --- in a kernel -------------------------------------------------------------------------------
 
@@ -34,13 +36,51 @@ def split_taps(tap, sizes):
 
 
 @triton.jit
+def block_of_taps(block, taps, R, FLAT: tl.constexpr, WIDE: tl.constexpr, BLOCK_R: tl.constexpr):
+    """Positions of the tap, channels, and which of them exist, of a block along the reduced axis.
+
+    A block is BLOCK_R channels under one tap; FLAT walks taps and channels as one axis, for
+    channels too few to fill a block.
+    """
+    if FLAT:
+        flat = offsets(block, BLOCK_R, WIDE)
+        tap = (flat // R)[None, :]
+        offs_r = flat % R
+        exists = flat < taps[0] * taps[1] * taps[2] * R
+    else:
+        blocks = tl.cdiv(R, BLOCK_R)
+        tap = block // blocks
+        offs_r = offsets(block % blocks, BLOCK_R, WIDE)
+        exists = offs_r < R
+    return split_taps(tap, taps), offs_r, exists
+
+
+@triton.jit
+def as_rows(q):
+    """Positions of pixels, to broadcast over channels."""
+    return (q[0][:, None], q[1][:, None], q[2][:, None])
+
+
+@triton.jit
+def pixel_offset(q, stride):
+    """Offset of pixels in an activation; `stride` is that of (batch, channel, *sizes)."""
+    return q[0] * stride[2] + q[1] * stride[3] + q[2] * stride[4]
+
+
+@triton.jit
+def tap_offset(t, stride):
+    """Offset of taps in a weight or in a scale; `stride` is that of (group, o, r, *taps)."""
+    return t[0] * stride[3] + t[1] * stride[4] + t[2] * stride[5]
+
+
+@triton.jit
 def gathered(q, j, factor, base, advance, sizes, stride):
     """Offsets of `q · factor + base + j · advance` in an activation, and whether that is inside."""
     d = q[0] * factor[0] + base[0] + j[0] * advance[0]
     h = q[1] * factor[1] + base[1] + j[1] * advance[1]
     w = q[2] * factor[2] + base[2] + j[2] * advance[2]
     inside = (d >= 0) & (d < sizes[0]) & (h >= 0) & (h < sizes[1]) & (w >= 0) & (w < sizes[2])
-    return d * stride[2] + h * stride[3] + w * stride[4], inside
+    return pixel_offset((d, h, w), stride), inside
 
 
 # --- on the host -------------------------------------------------------------------------------
