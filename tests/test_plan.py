@@ -151,7 +151,9 @@ def conv1d(batch, inputs, outputs, length, taps, dim=0, *, up=0, x=F32, v=F32, b
 def test_aten_convolutions():
     """Long signals materialise; wide layers over few pixels scale the side the scale belongs to."""
     assert conv1d(1, 64, 64, 4096, 3) == ("materialize", "materialize", True)
-    assert not conv1d(1, 256, 256, 64, 3).keeps_weight
+    assert conv1d(1, 256, 256, 64, 3).keeps_weight  # too small to matter
+    assert not conv1d(1, 512, 512, 256, 3).keeps_weight
+    assert conv1d(16, 512, 512, 4096, 3).keeps_weight  # small beside the input
     assert conv1d(1, 1024, 512, 16, 16, up=8)[:2] == ("input", "input")
     assert conv1d(1, 1024, 512, 16, 16, dim=1, up=8).forward == "output"
     assert conv1d(1, 1024, 1024, 16, 16).forward == "output"

@@ -4,8 +4,9 @@ First derivatives run on the backend that served the forward. A backward that is
 differentiated (`create_graph=True`) runs on the composite formula of `backends/reference.py`,
 whose derivatives of every order are right.
 
-None of them saves its output, so an in-place activation after the layer works, and none saves `W`,
-but for a convolution whose weight is small beside its input.
+None of them saves its output, so an in-place activation after the layer works, and none saves `W`.
+Where the planner lets a convolution keep a small `W`, no Function of ours is needed: the weight is
+differentiable and PyTorch's own convolution does the rest, without Python in its backward.
 They take `ctx` in `forward` because the `setup_context` form costs 40 µs more a call (it binds the
 arguments through `inspect`); `functional.py` sends `torch.func` transforms, which need that form,
 to the composite formula.
@@ -13,6 +14,7 @@ to the composite formula.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -20,7 +22,7 @@ import torch
 from torch import Tensor
 
 from . import ops, plan
-from .backends import reference
+from .backends import aten, reference
 from .backends.shapes import Geometry
 
 
@@ -71,6 +73,40 @@ class WeightNorm(torch.autograd.Function):
         return dv, dg, None, None, None, None
 
 
+def weight_norm(
+    v: Tensor, g: Tensor, dim: int | None, eps: float, dtype: torch.dtype, backend: str
+) -> Tensor:
+    """`W`, differentiable: by torch's own kernel where that serves, or by `WeightNorm`."""
+    # The hook holds on to `V`, which is no matter for a leaf.
+    if v.is_leaf and plan.goes_to_aten(backend):
+        fused = aten.fused_weight_norm(v, g, dim, eps, dtype)
+        if fused is not None:
+            w = fused[0]
+            if w.grad_fn is not None:
+                w.grad_fn.register_hook(functools.partial(_right_second_order, v, g, dim))
+            return w
+    return WeightNorm.apply(v, g, dim, eps, dtype, backend)
+
+
+def _right_second_order(
+    v: Tensor,
+    g: Tensor,
+    dim: int | None,
+    grad_inputs: Sequence[Tensor | None],
+    grad_outputs: Sequence[Tensor],
+) -> tuple[Tensor | None, ...] | None:
+    """Takes the place of torch's own backward of `W` where that is itself differentiated: its
+    derivative takes the norm for a constant."""
+    if not torch.is_grad_enabled():
+        return None
+    needs = [grad is not None for grad in grad_inputs]
+    return tuple(
+        _differentiable_grads(
+            lambda v, g: reference.weight_norm(v, g, dim, 0.0), (v, g), needs, grad_outputs[0]
+        )
+    )
+
+
 class Linear(torch.autograd.Function):
     """`y = x Wᵀ + b` with `W = g · V / ‖V‖`."""
 
@@ -84,17 +120,19 @@ class Linear(torch.autograd.Function):
         dim: int | None,
         eps: float,
         backend: str,
+        path: plan.AtenLinear | None,
     ) -> Tensor:
         needs = ctx.needs_input_grad
-        y, n, product = ops.linear(x, v, g, bias, dim, eps, backend, needs[1] or needs[2])
+        keep = needs[1] or needs[2]
+        y, n, product = ops.linear(x, v, g, bias, dim, eps, backend, path, keep)
         ctx.save_for_backward(x, v, g, bias, n, product)
-        ctx.options = dim, eps, backend
+        ctx.options = dim, eps, backend, path
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, v, g, bias, n, product = ctx.saved_tensors
-        dim, eps, backend = ctx.options
+        dim, eps, backend, path = ctx.options
         needs = ctx.needs_input_grad[:4]
         if torch.is_grad_enabled():
             dx, dv, dg, db = _differentiable_grads(
@@ -104,10 +142,12 @@ class Linear(torch.autograd.Function):
                 dy,
             )
         else:
-            dx, dv, dg, db = ops.linear_backward(dy, x, v, g, n, product, dim, eps, backend, needs)
+            dx, dv, dg, db = ops.linear_backward(
+                dy, x, v, g, n, product, dim, eps, backend, path, needs
+            )
             if db is not None and db.dtype != bias.dtype:
                 db = db.to(bias.dtype)
-        return dx, dv, dg, db, None, None, None
+        return dx, dv, dg, db, None, None, None, None
 
 
 class Convolution(torch.autograd.Function):
@@ -126,14 +166,14 @@ class Convolution(torch.autograd.Function):
         backend: str,
         path: plan.AtenConvolution | None,
     ) -> Tensor:
-        y, n, w = ops.convolution(x, v, g, bias, conv, dim, eps, backend, path)
-        ctx.save_for_backward(x, v, g, bias, n, w)
+        y, n = ops.convolution(x, v, g, bias, conv, dim, eps, backend, path)
+        ctx.save_for_backward(x, v, g, bias, n)
         ctx.options = conv, dim, eps, backend, path
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, v, g, bias, n, w = ctx.saved_tensors
+        x, v, g, bias, n = ctx.saved_tensors
         conv, dim, eps, backend, path = ctx.options
         needs = ctx.needs_input_grad[:4]
         if torch.is_grad_enabled():
@@ -145,8 +185,28 @@ class Convolution(torch.autograd.Function):
             )
         else:
             dx, dv, dg, db = ops.convolution_backward(
-                dy, x, v, g, n, w, conv, dim, eps, backend, path, needs
+                dy, x, v, g, n, conv, dim, eps, backend, path, needs
             )
             if db is not None and db.dtype != bias.dtype:
                 db = db.to(bias.dtype)
         return dx, dv, dg, db, None, None, None, None, None
+
+
+def convolution(
+    x: Tensor,
+    v: Tensor,
+    g: Tensor,
+    bias: Tensor | None,
+    conv: Geometry,
+    dim: int | None,
+    eps: float,
+    backend: str,
+    path: plan.AtenConvolution | None,
+) -> Tensor:
+    """The convolution of `x` with `W`, differentiable."""
+    if path is None or not path.keeps_weight or not plan.goes_to_aten(backend):
+        return Convolution.apply(x, v, g, bias, conv, dim, eps, backend, path)
+    w = weight_norm(v, g, dim, eps, x.dtype, backend)
+    if bias is not None and bias.dtype != x.dtype:
+        bias = bias.to(x.dtype)
+    return torch.convolution(x, w, bias, *conv)

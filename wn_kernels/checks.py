@@ -96,6 +96,15 @@ def check_weight(
     return dim, canonical_eps(eps), shape
 
 
+class LinearCall(NamedTuple):
+    """What a linear layer's call is made with: as `ConvolutionCall`."""
+
+    dim: int | None
+    eps: float
+    path: plan.AtenLinear | None
+    g_shape: tuple[int, ...]
+
+
 @_memoised
 def check_linear(
     x_shape: torch.Size,
@@ -104,8 +113,10 @@ def check_linear(
     bias_shape: torch.Size | None,
     dim: int | None,
     eps: float,
-) -> tuple[int | None, float, tuple[int, ...]]:
-    """As `check_weight`, for a linear layer."""
+    x_dtype: torch.dtype,
+    v_dtype: torch.dtype,
+) -> LinearCall:
+    """Everything that a linear layer's call needs and that shapes, dtypes and options decide."""
     if len(v_shape) != 2:
         raise ValueError(f"v must be 2-d, (out_features, in_features), got shape {tuple(v_shape)}")
     n, k = v_shape
@@ -119,7 +130,11 @@ def check_linear(
             f"bias has shape {tuple(bias_shape)}, but v of shape {tuple(v_shape)} needs bias of "
             f"shape ({n},)"
         )
-    return check_weight(v_shape, g_shape, dim, eps)
+    dim, eps, shape = check_weight(v_shape, g_shape, dim, eps)
+    path = None
+    if not is_compiling():
+        path = plan.aten_linear(x_shape, v_shape, x_dtype, v_dtype, dim)
+    return LinearCall(dim, eps, path, shape)
 
 
 def _per_axis(name: str, value: Any, rank: int, least: int) -> tuple[int, ...]:

@@ -113,7 +113,7 @@ def weight_norm(v: Tensor, g: Tensor, *, dim: int | None = 0, eps: float = 0.0) 
     if _composite(backend):
         return reference.weight_norm(v, g, dim, eps)
     if torch.is_grad_enabled() and (v.requires_grad or g.requires_grad):
-        return autograd.WeightNorm.apply(v, g, dim, eps, v.dtype, backend)
+        return autograd.weight_norm(v, g, dim, eps, v.dtype, backend)
     return ops.weight_norm(v, g, dim, eps, v.dtype, backend)[0]
 
 
@@ -153,22 +153,29 @@ def wn_linear(
     """
     if not are_dense(input, v, g, bias):
         reject(input=input, v=v, g=g, bias=bias)
-    bias_shape = None if bias is None else bias.shape
-    dim, eps, shape = check_linear(input.shape, v.shape, g.shape, bias_shape, dim, eps)
-    if g.ndim != len(shape):
-        g = g.view(shape)
-
     if torch._C._is_any_autocast_enabled():
         input = _autocast(input)
+    dim, eps, path, g_shape = check_linear(
+        input.shape,
+        v.shape,
+        g.shape,
+        None if bias is None else bias.shape,
+        dim,
+        eps,
+        input.dtype,
+        v.dtype,
+    )
+    if g.ndim != len(g_shape):
+        g = g.view(g_shape)
     backend = plan.choose_backend(input)
     if _composite(backend):
         return reference.linear(input, v, g, bias, dim, eps)
     if _needs_grad(input, v, g, bias):
-        return autograd.Linear.apply(input, v, g, bias, dim, eps, backend)
-    return ops.linear(input, v, g, bias, dim, eps, backend, False)[0]
+        return autograd.Linear.apply(input, v, g, bias, dim, eps, backend, path)
+    return ops.linear(input, v, g, bias, dim, eps, backend, path, False)[0]
 
 
-def _convolution(
+def convolution(
     rank: int,
     input: Tensor,
     v: Tensor,
@@ -183,6 +190,7 @@ def _convolution(
     dim: int | None,
     eps: float,
 ) -> Tensor:
+    """What the six convolutions below call, with the number of their spatial dimensions first."""
     if not are_dense(input, v, g, bias):
         reject(input=input, v=v, g=g, bias=bias)
     if torch._C._is_any_autocast_enabled():
@@ -218,7 +226,7 @@ def _convolution(
     if _composite(backend):
         y = reference.convolution(input, v, g, bias, conv, dim, eps)
     elif _needs_grad(input, v, g, bias):
-        y = autograd.Convolution.apply(input, v, g, bias, conv, dim, eps, backend, path)
+        y = autograd.convolution(input, v, g, bias, conv, dim, eps, backend, path)
     else:
         y = ops.convolution(input, v, g, bias, conv, dim, eps, backend, path)[0]
     return y.squeeze(0) if unbatched else y
@@ -267,7 +275,7 @@ def wn_conv1d(
         ValueError: shapes or options do not fit, the output would be empty, `dim` or `eps` is out
             of range, or the tensors are on different devices.
     """
-    return _convolution(1, input, v, g, bias, stride, padding, dilation, False, 0, groups, dim, eps)
+    return convolution(1, input, v, g, bias, stride, padding, dilation, False, 0, groups, dim, eps)
 
 
 def wn_conv2d(
@@ -290,7 +298,7 @@ def wn_conv2d(
     Args, result and errors as in `wn_conv1d`, with spatial dimensions `(H, W)` and a kernel of
     `(kh, kw)`.
     """
-    return _convolution(2, input, v, g, bias, stride, padding, dilation, False, 0, groups, dim, eps)
+    return convolution(2, input, v, g, bias, stride, padding, dilation, False, 0, groups, dim, eps)
 
 
 def wn_conv3d(
@@ -313,7 +321,7 @@ def wn_conv3d(
     Args, result and errors as in `wn_conv1d`, with spatial dimensions `(D, H, W)` and a kernel of
     `(kd, kh, kw)`.
     """
-    return _convolution(3, input, v, g, bias, stride, padding, dilation, False, 0, groups, dim, eps)
+    return convolution(3, input, v, g, bias, stride, padding, dilation, False, 0, groups, dim, eps)
 
 
 def wn_conv_transpose1d(
@@ -355,7 +363,7 @@ def wn_conv_transpose1d(
     Raises:
         TypeError, ValueError: as `wn_conv1d`.
     """
-    return _convolution(
+    return convolution(
         1, input, v, g, bias, stride, padding, dilation, True, output_padding, groups, dim, eps
     )
 
@@ -382,7 +390,7 @@ def wn_conv_transpose2d(
     Args, result and errors as in `wn_conv_transpose1d`, with spatial dimensions `(H, W)` and a
     kernel of `(kh, kw)`.
     """
-    return _convolution(
+    return convolution(
         2, input, v, g, bias, stride, padding, dilation, True, output_padding, groups, dim, eps
     )
 
@@ -409,6 +417,6 @@ def wn_conv_transpose3d(
     Args, result and errors as in `wn_conv_transpose1d`, with spatial dimensions `(D, H, W)` and a
     kernel of `(kd, kh, kw)`.
     """
-    return _convolution(
+    return convolution(
         3, input, v, g, bias, stride, padding, dilation, True, output_padding, groups, dim, eps
     )

@@ -139,13 +139,14 @@ def linear(
     dim: int | None,
     eps: float,
     backend: str,
+    path: plan.AtenLinear | None,
     keep_product: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """`(y, n, product)`: the output, the norms and, where `keep_product` allows it and the planner
-    finds it worth its memory, `x Vᵀ` for the backward."""
-    if not plan.goes_to_aten(backend):
+    """`(y, n, product)`: the output, the norms and, where `keep_product` allows it and the ATen
+    path's `path` finds it worth its memory, `x Vᵀ` for the backward."""
+    if path is None or not plan.goes_to_aten(backend):
         return *_linear_op(x, v, g, bias, dim, eps, backend), None
-    return _aten_linear(x, v, g, bias, dim, eps, keep_product)
+    return _aten_linear(x, v, g, bias, dim, eps, path, keep_product)
 
 
 def _aten_linear(
@@ -155,9 +156,9 @@ def _aten_linear(
     bias: Tensor | None,
     dim: int | None,
     eps: float,
+    path: plan.AtenLinear,
     keep_product: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    path = plan.aten_linear(x.shape, v.shape, x.dtype, v.dtype, dim)
     keep_product = keep_product and path.keeps_product
     if x.ndim == 2:
         return aten.linear(x, v, g, bias, dim, eps, path.forward, keep_product)
@@ -176,7 +177,8 @@ def _linear(
 ) -> tuple[Tensor, Tensor]:
     module = _backend_of(backend, x)
     if module is aten:
-        return _aten_linear(x, v, g, bias, dim, eps, False)[:2]
+        aten_path = plan.aten_linear(x.shape, v.shape, x.dtype, v.dtype, dim)
+        return _aten_linear(x, v, g, bias, dim, eps, aten_path, False)[:2]
     rows = _rows(x)
     path = plan.triton_linear(x.shape, v.shape, x.dtype, v.dtype, dim, takes_tf32(x.dtype))
     y, n = module.linear(rows, v, g, bias, dim, eps, path.forward)
@@ -204,13 +206,14 @@ def linear_backward(
     dim: int | None,
     eps: float,
     backend: str,
+    path: plan.AtenLinear | None,
     needs: Needs,
 ) -> Grads:
-    """`(dX, dV, dg, db)`, `None` where `needs` is false."""
-    if not plan.goes_to_aten(backend):
+    """`(dX, dV, dg, db)`, `None` where `needs` is false; `path` is the ATen path's."""
+    if path is None or not plan.goes_to_aten(backend):
         grads = _linear_backward_op(dy, x, v, g, n, dim, eps, backend, needs)
         return _only_needed(grads, needs)
-    return _aten_linear_backward(dy, x, v, g, n, product, dim, eps, needs)
+    return _aten_linear_backward(dy, x, v, g, n, product, dim, eps, path.backward, needs)
 
 
 def _aten_linear_backward(
@@ -222,9 +225,9 @@ def _aten_linear_backward(
     product: Tensor | None,
     dim: int | None,
     eps: float,
+    variant: str,
     needs: Needs,
 ) -> Grads:
-    variant = plan.aten_linear(x.shape, v.shape, x.dtype, v.dtype, dim).backward
     if x.ndim == 2:
         return aten.linear_backward(dy, x, v, g, n, product, dim, eps, variant, needs)
     dx, dv, dg, db = aten.linear_backward(
@@ -247,7 +250,8 @@ def _linear_backward(
     module = _backend_of(backend, x)
     mask = (needs[0], needs[1], needs[2], needs[3])
     if module is aten:
-        dx, dv, dg, db = _aten_linear_backward(dy, x, v, g, n, None, dim, eps, mask)
+        variant = plan.aten_linear(x.shape, v.shape, x.dtype, v.dtype, dim).backward
+        dx, dv, dg, db = _aten_linear_backward(dy, x, v, g, n, None, dim, eps, variant, mask)
     else:
         rows = _rows(x)
         path = plan.triton_linear(x.shape, v.shape, x.dtype, v.dtype, dim, takes_tf32(x.dtype))
@@ -296,13 +300,11 @@ def convolution(
     eps: float,
     backend: str,
     path: plan.AtenConvolution | None,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """`(y, n, w)`: the output, the norms and, where the ATen path's `path` says so, `W` for the
-    backward."""
+) -> tuple[Tensor, Tensor]:
+    """`(y, n)`: the output and the norms; `path` is the ATen path's."""
     if path is None or not plan.goes_to_aten(backend):
-        return *_convolution_op(x, v, g, bias, *conv, dim, eps, backend), None
-    y, n, w = aten.convolution(x, v, g, bias, conv, dim, eps, path.forward)
-    return y, n, w if path.keeps_weight else None
+        return _convolution_op(x, v, g, bias, *conv, dim, eps, backend)
+    return aten.convolution(x, v, g, bias, conv, dim, eps, path.forward)
 
 
 def _triton_path(x: Tensor, v: Tensor, conv: Geometry, dim: int | None) -> plan.Path:
@@ -323,8 +325,7 @@ def _convolution(
         path = plan.aten_convolution(x.shape, v.shape, x.dtype, v.dtype, conv, dim)
     else:
         path = _triton_path(x, v, conv, dim)
-    y, n, *_ = module.convolution(x, v, g, bias, conv, dim, eps, path.forward)
-    return y, n
+    return module.convolution(x, v, g, bias, conv, dim, eps, path.forward)
 
 
 _convolution_op = _register(
@@ -344,7 +345,6 @@ def convolution_backward(
     v: Tensor,
     g: Tensor,
     n: Tensor,
-    w: Tensor | None,
     conv: Geometry,
     dim: int | None,
     eps: float,
@@ -356,7 +356,7 @@ def convolution_backward(
     if path is None or not plan.goes_to_aten(backend):
         grads = _convolution_backward_op(dy, x, v, g, n, *conv, dim, eps, backend, needs)
         return _only_needed(grads, needs)
-    return aten.convolution_backward(dy, x, v, g, n, w, conv, dim, eps, path.backward, needs)
+    return aten.convolution_backward(dy, x, v, g, n, conv, dim, eps, path.backward, needs)
 
 
 def _convolution_backward(
@@ -368,7 +368,7 @@ def _convolution_backward(
     mask = (needs[0], needs[1], needs[2], needs[3])
     if module is aten:
         variant = plan.aten_convolution(x.shape, v.shape, x.dtype, v.dtype, conv, dim).backward
-        grads = aten.convolution_backward(dy, x, v, g, n, None, conv, dim, eps, variant, mask)
+        grads = aten.convolution_backward(dy, x, v, g, n, conv, dim, eps, variant, mask)
     else:
         variant = _triton_path(x, v, conv, dim).backward
         grads = module.convolution_backward(dy, x, v, g, n, conv, dim, eps, variant, mask)

@@ -240,9 +240,13 @@ def aten_linear(
     return AtenLinear(forward, backward, keeps_product)
 
 
+# Bytes of a convolution's `W` that are kept for the backward whatever the input's size.
+KEPT_WEIGHT = 2**20
+
+
 class AtenConvolution(NamedTuple):
-    """How the ATen path serves a convolution: the variant of each direction, and whether the
-    forward saves `W` for the backward."""
+    """How the ATen path serves a convolution: the variant of each direction, and whether `W` is
+    materialised once for both."""
 
     forward: str
     backward: str
@@ -269,8 +273,9 @@ def aten_convolution(
     scaled `dY` and `⟨dW, V⟩` the unscaled one. Scaling the input takes the dots from `x` and `dX`
     instead of from the weight's gradient, and finishes `dV` in one pass over it.
 
-    A materialised `W` is kept for the backward where it is at most an eighth of the input's size:
-    the memory saved stays that of the plain layer within 1/8 of its input.
+    A materialised `W` is kept for the backward where it is at most an eighth of the input's size,
+    so that the memory saved stays that of the plain layer within 1/8 of its input, or at most
+    `KEPT_WEIGHT` bytes, where recomputing it is all overhead.
     """
     axis = conv.scale_axis(dim)
     if x_dtype != v_dtype or x_dtype.itemsize < 4 or axis == "taps":
@@ -294,7 +299,7 @@ def aten_convolution(
         backward["input"] = [*[Stage(2 * input)] * 4, Stage(3 * weight), *[Stage(0)] * 4]
     rate = CPU.rate[size]
     variants = _cheapest(forward, CPU, rate), _cheapest(backward, CPU, rate)
-    keeps_weight = variants == ("materialize", "materialize") and 8 * w <= input
+    keeps_weight = variants == ("materialize", "materialize") and w <= max(input / 8, KEPT_WEIGHT)
     return AtenConvolution(*variants, keeps_weight)
 
 

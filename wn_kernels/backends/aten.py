@@ -48,11 +48,11 @@ BLOCK = 1 << 18
 LEFT_ROWS = range(2, 256)
 
 # torch's own kernels, which take a norm and a scale (their gradients) in one operation, serve
-# weights up to here; beyond, the page faults of a fresh result cost more than they save.
-FUSED_MAX = 1 << 21
+# weights up to 32 MiB of float32; beyond, the allocator maps fresh pages for every result, whose
+# faults cost more than the operation saves.
+FUSED_MAX = 1 << 23
 _FUSED_DTYPES = frozenset((torch.float32, torch.float64))
 _PLAIN_TYPES = frozenset((Tensor, torch.nn.Parameter))
-_fused_weight = torch.ops.aten._weight_norm_interface.default
 _plain_backward = torch.ops.aten.convolution_backward.default
 _fused_grad = torch.ops.aten._weight_norm_interface_backward.default
 
@@ -119,12 +119,26 @@ def weight_norm(
     v: Tensor, g: Tensor, dim: int | None, eps: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """`(W, n)`, `W` in `dtype` and in `V`'s memory layout."""
-    if dtype is v.dtype and _fused_serves(v, g, dim, eps) and _is_readable(v):
-        w, n = _fused_weight(v, g, dim)
-        if n.all():  # of a slice of norm zero, that would be NaN
-            return w, n
+    fused = fused_weight_norm(v, g, dim, eps, dtype)
+    if fused is not None:
+        return fused
     n = norms(v, dim, eps)
     return _scaled_weight(v, _scale(g, n), dtype), n
+
+
+def fused_weight_norm(
+    v: Tensor, g: Tensor, dim: int | None, eps: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor] | None:
+    """`(W, n)` by torch's own kernel, where it serves: differentiable, but once only.
+
+    It makes NaN of a slice of norm zero, so the norms have to be looked at.
+    """
+    if dtype is v.dtype and _fused_serves(v, g, dim, eps) and _is_readable(v):
+        assert dim is not None
+        w, n = torch._weight_norm_interface(v, g, dim)
+        if n.min().item() > 0:  # false where one is NaN, too
+            return w, n
+    return None
 
 
 def _fused_serves(v: Tensor, g: Tensor, dim: int | None, eps: float) -> bool:
@@ -321,21 +335,21 @@ def convolution(
     dim: int | None,
     eps: float,
     variant: str,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """`(y, n, w)` for `x` of shape `(B, C, *sizes)`; `w` is `W` where the variant forms it."""
+) -> tuple[Tensor, Tensor]:
+    """`(y, n)` for `x` of shape `(B, C, *sizes)`."""
     if bias is not None and bias.dtype != x.dtype:
         bias = bias.to(x.dtype)
     if variant == "materialize":
         w, n = weight_norm(v, g, dim, eps, x.dtype)
-        return torch.convolution(x, w, bias, *conv), n, w
+        return torch.convolution(x, w, bias, *conv), n
     n = norms(v, dim, eps)
     s = conv.per_channel(_scale(g, n), dim, x.ndim)
     if variant == "input":
-        return torch.convolution(x * s, v, bias, *conv), n, None
+        return torch.convolution(x * s, v, bias, *conv), n
     y = torch.convolution(x, v, None, *conv)
     if bias is None:
-        return y.mul_(s), n, None
-    return torch.addcmul(bias.view(-1, *[1] * (x.ndim - 2)), y, s, out=y), n, None
+        return y.mul_(s), n
+    return torch.addcmul(bias.view(-1, *[1] * (x.ndim - 2)), y, s, out=y), n
 
 
 def convolution_backward(
@@ -344,22 +358,19 @@ def convolution_backward(
     v: Tensor,
     g: Tensor,
     n: Tensor,
-    w: Tensor | None,
     conv: Geometry,
     dim: int | None,
     eps: float,
     variant: str,
     needs: tuple[bool, bool, bool, bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """`(dX, dV, dg, db)`, `None` where `needs` says so; `w` is the forward's, if it was kept."""
+    """`(dX, dV, dg, db)`, `None` where `needs` says so."""
     needs_x, needs_v, needs_g, needs_bias = needs
     needs_weight = needs_v or needs_g
 
     if variant == "materialize":
-        if not needs_x:  # only dX depends on the weight
-            w = v.to(x.dtype)
-        elif w is None:
-            w = _scaled_weight(v, _scale(g, n), x.dtype)
+        # Only dX depends on the weight.
+        w = _scaled_weight(v, _scale(g, n), x.dtype) if needs_x else v.to(x.dtype)
         dx, dw, db = convolution_grads(dy, x, w, conv, needs_x, needs_weight, needs_bias)
         return dx, *_finished(dw, v, g, n, dim, eps), db
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch.nn.functional as F
@@ -15,29 +14,31 @@ from .weight import WeightNormMixin
 class _Convolution(WeightNormMixin):
     """What the three convolutions share beyond the constructor, which is torch.nn's."""
 
-    _function: Callable[..., Tensor]  # staticmethod of the class
-
     def forward(self: Any, input: Tensor) -> Tensor:
         padding = self.padding
         if self.padding_mode != "zeros":
             input = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode)
             padding = 0
-        return self._function(
+        v, g, bias = self._parameters_now()
+        return WF.convolution(
+            self.weight_ndim - 2,
             input,
-            *self._parameters_now(),
+            v,
+            g,
+            bias,
             self.stride,
             padding,
             self.dilation,
+            False,
+            0,
             self.groups,
-            dim=self.dim,
-            eps=self.eps,
+            self.dim,
+            self.eps,
         )
 
 
 class _ConvolutionTranspose(WeightNormMixin):
     """What the three transposed convolutions share."""
-
-    _function: Callable[..., Tensor]
 
     def forward(self: Any, input: Tensor, output_size: list[int] | None = None) -> Tensor:
         output_padding = self.output_padding
@@ -51,16 +52,21 @@ class _ConvolutionTranspose(WeightNormMixin):
                 self.weight_ndim - 2,
                 self.dilation,
             )
-        return self._function(
+        v, g, bias = self._parameters_now()
+        return WF.convolution(
+            self.weight_ndim - 2,
             input,
-            *self._parameters_now(),
+            v,
+            g,
+            bias,
             self.stride,
             self.padding,
+            self.dilation,
+            True,
             output_padding,
             self.groups,
-            self.dilation,
-            dim=self.dim,
-            eps=self.eps,
+            self.dim,
+            self.eps,
         )
 
 
@@ -93,21 +99,18 @@ class WNConv1d(_Convolution, nn.Conv1d):  # type: ignore[override]
     """
 
     weight_ndim = 3
-    _function = staticmethod(WF.wn_conv1d)
 
 
 class WNConv2d(_Convolution, nn.Conv2d):  # type: ignore[override]
     """`torch.nn.Conv2d` with a weight-normalised weight; see `WNConv1d`."""
 
     weight_ndim = 4
-    _function = staticmethod(WF.wn_conv2d)
 
 
 class WNConv3d(_Convolution, nn.Conv3d):  # type: ignore[override]
     """`torch.nn.Conv3d` with a weight-normalised weight; see `WNConv1d`."""
 
     weight_ndim = 5
-    _function = staticmethod(WF.wn_conv3d)
 
 
 class WNConvTranspose1d(_ConvolutionTranspose, nn.ConvTranspose1d):  # type: ignore[override]
@@ -126,18 +129,15 @@ class WNConvTranspose1d(_ConvolutionTranspose, nn.ConvTranspose1d):  # type: ign
     """
 
     weight_ndim = 3
-    _function = staticmethod(WF.wn_conv_transpose1d)
 
 
 class WNConvTranspose2d(_ConvolutionTranspose, nn.ConvTranspose2d):  # type: ignore[override]
     """`torch.nn.ConvTranspose2d` with a weight-normalised weight; see `WNConvTranspose1d`."""
 
     weight_ndim = 4
-    _function = staticmethod(WF.wn_conv_transpose2d)
 
 
 class WNConvTranspose3d(_ConvolutionTranspose, nn.ConvTranspose3d):  # type: ignore[override]
     """`torch.nn.ConvTranspose3d` with a weight-normalised weight; see `WNConvTranspose1d`."""
 
     weight_ndim = 5
-    _function = staticmethod(WF.wn_conv_transpose3d)
