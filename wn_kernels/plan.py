@@ -241,7 +241,7 @@ def aten_linear(
 
 
 # Bytes of a convolution's `W` that are kept for the backward whatever the input's size.
-KEPT_WEIGHT = 2**20
+KEPT_WEIGHT = 2**21
 
 
 class AtenConvolution(NamedTuple):

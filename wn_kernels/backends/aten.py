@@ -49,8 +49,10 @@ LEFT_ROWS = range(2, 256)
 
 # torch's own kernels, which take a norm and a scale (their gradients) in one operation, serve
 # weights up to 32 MiB of float32; beyond, the allocator maps fresh pages for every result, whose
-# faults cost more than the operation saves.
+# faults cost more than the operation saves. A gradient that may take the place of `dW` needs no
+# fresh result at all, which tells from 8 MiB on.
 FUSED_MAX = 1 << 23
+IN_PLACE_MIN = 1 << 21
 _FUSED_DTYPES = frozenset((torch.float32, torch.float64))
 _PLAIN_TYPES = frozenset((Tensor, torch.nn.Parameter))
 _plain_backward = torch.ops.aten.convolution_backward.default
@@ -192,7 +194,13 @@ def weight_norm_backward(
 ) -> tuple[Tensor, Tensor]:
     """`(dV, dg)` from `dW`, in the dtypes of `V` and `g`; in `V`'s layout, unless `dW` may be
     overwritten."""
-    if _fused_serves(v, g, dim, eps) and dw.dtype is v.dtype and dw.is_contiguous():
+    in_place = overwrite and v.numel() >= IN_PLACE_MIN
+    if (
+        not in_place
+        and _fused_serves(v, g, dim, eps)
+        and dw.dtype is v.dtype
+        and dw.is_contiguous()
+    ):
         return _fused_grad(dw, v, g, n, dim)
     dv = dw.to(n.dtype) if overwrite else torch.empty_like(v, dtype=n.dtype).copy_(dw)
     dg = _finish_weight_grad_(dv, v, g, n, dim, eps)
@@ -367,38 +375,32 @@ def convolution_backward(
     """`(dX, dV, dg, db)`, `None` where `needs` says so."""
     needs_x, needs_v, needs_g, needs_bias = needs
     needs_weight = needs_v or needs_g
-
-    if variant == "materialize":
-        # Only dX depends on the weight.
-        w = _scaled_weight(v, _scale(g, n), x.dtype) if needs_x else v.to(x.dtype)
-        dx, dw, db = convolution_grads(dy, x, w, conv, needs_x, needs_weight, needs_bias)
-        return dx, *_finished(dw, v, g, n, dim, eps), db
-
     s = _scale(g, n)
-    if variant == "output":
-        scaled_dy = dy * conv.per_channel(s, dim, x.ndim)
-        dx, _, _ = convolution_grads(scaled_dy, x, v, conv, needs_x, False, False)
-        _, dw, db = convolution_grads(dy, x, v, conv, False, needs_weight, needs_bias)
-    elif needs_x and needs_weight:
+    if variant == "input" and needs_x and needs_weight:
         # With its input scaled, one call gives dX before its scale and s ⊙ dW.
         s_x = conv.per_channel(s, dim, x.ndim)
         dx, dv, db = convolution_grads(dy, x * s_x, v, conv, True, True, needs_bias)
-        dg = _channel_dots(x, dx, conv, dim).view_as(n).div_(n)
-        dv.addcmul_(v, _dot_coefficient(s, dg, n, eps), value=-1)
-        return dx.mul_(s_x), dv, dg.to(g.dtype), db
-    else:
-        dx, dw, db = convolution_grads(dy, x, v, conv, needs_x, needs_weight, needs_bias)
-        if dx is not None:
+        wide_dg = _channel_dots(x, dx, conv, dim).view_as(n).div_(n)
+        dv.addcmul_(v, _dot_coefficient(s, wide_dg, n, eps), value=-1)
+        return dx.mul_(s_x), dv, wide_dg.to(g.dtype), db
+
+    dx = dv = None
+    dg: Tensor | None = None
+    if needs_x:
+        if variant == "materialize":  # W is gone before dW takes its memory
+            w = _scaled_weight(v, s, x.dtype)
+            dx, _, _ = convolution_grads(dy, x, w, conv, True, False, False)
+            del w
+        elif variant == "output":
+            scaled_dy = dy * conv.per_channel(s, dim, x.ndim)
+            dx, _, _ = convolution_grads(scaled_dy, x, v, conv, True, False, False)
+        else:
+            dx, _, _ = convolution_grads(dy, x, v, conv, True, False, False)
             dx.mul_(conv.per_channel(s, dim, x.ndim))
-
-    return dx, *_finished(dw, v, g, n, dim, eps), db
-
-
-def _finished(
-    dw: Tensor | None, v: Tensor, g: Tensor, n: Tensor, dim: int | None, eps: float
-) -> tuple[Tensor | None, Tensor | None]:
-    """`(dV, dg)` from a fresh `dW`, if there is one."""
-    return (None, None) if dw is None else weight_norm_backward(dw, v, g, n, dim, eps, True)
+    _, dw, db = convolution_grads(dy, x, v.to(x.dtype), conv, False, needs_weight, needs_bias)
+    if needs_weight:
+        dv, dg = weight_norm_backward(dw, v, g, n, dim, eps, overwrite=True)
+    return dx, dv, dg, db
 
 
 def convolution_grads(
