@@ -1,6 +1,7 @@
 """Fused weight normalisation for PyTorch: see README.md and docs/architecture.md."""
 
 from . import functional
+from .convert import fold, fuse, remove_weight_norm, state_dict, unfuse, weight_norm
 from .modules import (
     WNConv1d,
     WNConv2d,
@@ -24,6 +25,12 @@ __all__ = [
     "WNConvTranspose3d",
     "WNLazyLinear",
     "WNLinear",
+    "fold",
     "functional",
+    "fuse",
+    "remove_weight_norm",
+    "state_dict",
+    "unfuse",
     "use_backend",
+    "weight_norm",
 ]

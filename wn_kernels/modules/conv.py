@@ -19,9 +19,9 @@ class _Convolution(WeightNormMixin):
         if self.padding_mode != "zeros":
             input = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode)
             padding = 0
-        v, g, bias = self._parameters_now()
+        v, g, bias, dim, eps = self._operands()
         return WF.convolution(
-            self.weight_ndim - 2,
+            v.ndim - 2,
             input,
             v,
             g,
@@ -32,8 +32,8 @@ class _Convolution(WeightNormMixin):
             False,
             0,
             self.groups,
-            self.dim,
-            self.eps,
+            dim,
+            eps,
         )
 
 
@@ -49,12 +49,12 @@ class _ConvolutionTranspose(WeightNormMixin):
                 self.stride,
                 self.padding,
                 self.kernel_size,
-                self.weight_ndim - 2,
+                len(self.kernel_size),
                 self.dilation,
             )
-        v, g, bias = self._parameters_now()
+        v, g, bias, dim, eps = self._operands()
         return WF.convolution(
-            self.weight_ndim - 2,
+            v.ndim - 2,
             input,
             v,
             g,
@@ -65,8 +65,8 @@ class _ConvolutionTranspose(WeightNormMixin):
             True,
             output_padding,
             self.groups,
-            self.dim,
-            self.eps,
+            dim,
+            eps,
         )
 
 

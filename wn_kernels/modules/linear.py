@@ -41,7 +41,8 @@ class WNLinear(WeightNormMixin, nn.Linear):  # type: ignore[override]
     weight_ndim = 2
 
     def forward(self, input: Tensor) -> Tensor:
-        return WF.wn_linear(input, *self._parameters_now(), dim=self.dim, eps=self.eps)
+        v, g, bias, dim, eps = self._operands()
+        return WF.wn_linear(input, v, g, bias, dim=dim, eps=eps)
 
 
 class WNLazyLinear(WeightNormMixin, nn.LazyLinear):  # type: ignore[misc, override]

@@ -11,6 +11,10 @@ from torch.nn.parameter import UninitializedParameter, is_lazy
 
 from .. import functional as WF
 from ..backends.shapes import canonical_dim, canonical_eps, kept_shape
+from . import forms
+
+# (v, g, bias, dim, eps)
+Operands = tuple[Tensor, Tensor, Tensor | None, int | None, float]
 
 
 class WeightNormMixin(nn.Module):
@@ -57,13 +61,14 @@ class WeightNormMixin(nn.Module):
             bound = 1 / math.sqrt(fan_in) if fan_in > 0 else 0
             nn.init.uniform_(self.bias, -bound, bound)
 
-    def _parameters_now(self) -> tuple[Tensor, Tensor, Tensor | None]:
-        """`(weight_v, weight_g, bias)`, past `nn.Module.__getattr__`, which costs 1 µs each."""
+    def _operands(self) -> Operands:
+        """What `forward` computes with. It goes past `nn.Module.__getattr__`, which costs 1 µs a
+        parameter."""
         own = self._parameters
         v, g = own.get("weight_v"), own.get("weight_g")
         if v is None or g is None or "bias" not in own:  # parametrized or pruned by somebody
-            return self.weight_v, self.weight_g, self.bias
-        return v, g, own["bias"]
+            return self.weight_v, self.weight_g, self.bias, self.dim, self.eps
+        return v, g, own["bias"], self.dim, self.eps
 
     @property
     def weight(self) -> Tensor:
@@ -77,33 +82,11 @@ class WeightNormMixin(nn.Module):
         elif is_lazy(value) or not hasattr(self, "weight_v"):
             self._adopt(value)
         else:
-            self._assign_weight(value)
+            forms.assign(value, self.weight_g, self.weight_v, self.dim)
 
-    def _assign_weight(self, weight: Tensor) -> None:
-        if not isinstance(weight, Tensor):
-            raise TypeError(f"weight must be a torch.Tensor, got {type(weight).__name__}")
-        if weight.shape != self.weight_v.shape:
-            raise ValueError(
-                f"weight has shape {tuple(weight.shape)}, expected {tuple(self.weight_v.shape)}"
-            )
-        with torch.no_grad():
-            g, v = self._split(weight.to(self.weight_v))
-            self.weight_g.copy_(g)
-            self.weight_v.copy_(v)
-
-    def _split(self, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """`(g, v)` of a plain weight.
-
-        A slice that is zero takes `g = 0` and keeps the direction it has, so that it can still
-        learn.
-        """
-        g = WF.slice_norm(weight, dim=self.dim)
-        if is_lazy(self.weight_v):
-            return g, weight
-        old = self.weight_v.detach()
-        if old.shape != weight.shape or old.device != weight.device:
-            return g, weight
-        return g, torch.where(g == 0, old.to(weight.dtype), weight)
+    def _bring_into_form(self, state_dict: dict[str, Any], prefix: str) -> None:
+        v, g, bias = self.weight_v, self.weight_g, {"bias": self.bias}
+        forms.bring_into("weight_norm", state_dict, prefix, "weight", g, v, self.dim, bias)
 
     def _load_from_state_dict(
         self,
@@ -115,8 +98,9 @@ class WeightNormMixin(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
+        self._bring_into_form(state_dict, prefix)
         super()._load_from_state_dict(
-            self._as_own_form(state_dict, prefix),
+            state_dict,
             prefix,
             local_metadata,
             strict,
@@ -124,23 +108,6 @@ class WeightNormMixin(nn.Module):
             unexpected_keys,
             error_msgs,
         )
-
-    def _as_own_form(self, state_dict: dict[str, Any], prefix: str) -> dict[str, Any]:
-        """A copy of `state_dict` with this layer's weight as `weight_g` and `weight_v`."""
-        state_dict = dict(state_dict)
-        own_g, own_v = prefix + "weight_g", prefix + "weight_v"
-        for foreign, own in (("original0", own_g), ("original1", own_v)):
-            key = f"{prefix}parametrizations.weight.{foreign}"
-            if key in state_dict and own not in state_dict:
-                state_dict[own] = state_dict.pop(key)
-        plain = prefix + "weight"
-        if plain in state_dict and own_g not in state_dict and own_v not in state_dict:
-            weight = state_dict.pop(plain)
-            if is_lazy(self.weight_v) or weight.shape == self.weight_v.shape:
-                state_dict[own_g], state_dict[own_v] = self._split(weight)
-            else:  # for PyTorch's own report of the mismatch
-                state_dict[own_g], state_dict[own_v] = self.weight_g, weight
-        return state_dict
 
     def extra_repr(self) -> str:
         eps = f", eps={self.eps}" if self.eps else ""

@@ -1,0 +1,418 @@
+"""Conversion of whole models: `fuse`, `unfuse`, `fold`, and weight norm for one module.
+
+    import wn_kernels
+
+    print(wn_kernels.fuse(model))     # every weight-normed layer computes with this package
+    wn_kernels.fold(model)            # plain weights, for inference
+
+What happens to one module is in `modules/fused.py`.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import nn
+from torch.nn.parameter import is_lazy
+from torch.nn.utils import parametrize
+from torch.nn.utils.parametrizations import _WeightNorm
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
+
+from . import plan
+from .backends.shapes import Geometry, canonical_dim
+from .modules import forms, fused
+from .modules.weight import WeightNormMixin
+
+Module = TypeVar("Module", bound=nn.Module)
+
+# The input that a report plans for: rows of a linear layer, pixels of a convolution.
+NOMINAL = 1024
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A line of a report.
+
+    Attributes:
+        name: the module's name in the model and, where it is not `weight`, the tensor's.
+        kind: the module's class.
+        shape: that of the weight.
+        dim: the dimension whose slices are normalised, `None` for the whole.
+        path: the backend and the variants (forward/backward) that `plan` picks for a nominal input
+            of 1024 rows or pixels; `weight` where only the weight is computed by this package;
+            empty for what was left alone.
+        note: why something was left alone, or not fused in full.
+    """
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    dim: int | None
+    path: str
+    note: str = ""
+
+
+class Report(tuple[Layer, ...]):
+    """What `fuse` found, a line for each tensor; prints as a table."""
+
+    def __str__(self) -> str:
+        header = ("layer", "class", "shape", "dim", "path", "note")
+        rows = [header] + [
+            (x.name, x.kind, "×".join(map(str, x.shape)), str(x.dim), x.path or "-", x.note)
+            for x in self
+        ]
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
+        lines.insert(1, "  ".join("-" * width for width in widths))
+        done = sum(bool(x.path) for x in self)
+        lines.append(f"{done} fused, {len(self) - done} left alone")
+        return "\n".join(lines)
+
+    __repr__ = __str__
+
+
+# --- what there is -------------------------------------------------------------------------------
+
+
+class _Found(NamedTuple):
+    """A tensor of a module that PyTorch weight-normalised, and who computes it: torch's hook or
+    parametrization."""
+
+    tensor: str
+    form: str
+    computer: Any
+    obstacle: str  # why the module cannot have a class of its own
+
+
+def _found(module: nn.Module) -> list[_Found]:
+    hooks = [h for h in module._forward_pre_hooks.values() if isinstance(h, WeightNorm)]
+    lists = fused.parametrized(module)
+    normed = {name: p for name, items in lists.items() for p in items if isinstance(p, _WeightNorm)}
+    obstacle = ""
+    if isinstance(module, nn.RNNBase):
+        obstacle = "a recurrent layer keeps its weights in a list"
+    elif len(hooks) + len(normed) > 1:
+        obstacle = "several weight-normed tensors"
+    elif any(len(lists[name]) > 1 for name in normed):
+        obstacle = "a second parametrization of the tensor"
+    elif len(lists) > len(normed):
+        obstacle = "another tensor is parametrized"
+    found = [_Found(hook.name, "weight_norm", hook, obstacle) for hook in hooks]
+    found += [_Found(name, "parametrizations", p, obstacle) for name, p in normed.items()]
+    return found
+
+
+def _others(module: Any) -> Iterator[tuple[str, Any, str]]:
+    """Tensors that something else reparametrizes: name, original, and what it is."""
+    for name, items in fused.parametrized(module).items():
+        if not isinstance(items[0], _WeightNorm):
+            original = items.original if items.is_tensor else items.original0
+            yield name, original, ", ".join(type(p).__name__.strip("_") for p in items)
+    for hook in module._forward_pre_hooks.values():
+        if isinstance(hook, SpectralNorm):
+            yield hook.name, getattr(module, hook.name + "_orig"), type(hook).__name__
+
+
+def _path(module: Any, base: type[nn.Module], tensor: str, v: torch.Tensor, dim: Any) -> str:
+    """What `plan` picks for a nominal input."""
+    backend = plan.choose_backend(v)
+    if fused.known_layer(base, tensor) is None or backend == "reference":
+        return f"{backend}: weight"
+    path: Any
+    if v.ndim == 2:
+        x_shape = torch.Size((NOMINAL, v.shape[1]))
+        if backend == "aten":
+            path = plan.aten_linear(x_shape, v.shape, v.dtype, v.dtype, dim)
+        else:
+            path = plan.triton_linear(x_shape, v.shape, v.dtype, v.dtype, dim, False)
+    else:
+        rank = v.ndim - 2
+        conv = Geometry(
+            module.stride,
+            (0,) * rank,
+            module.dilation,
+            module.transposed,
+            module.output_padding,
+            module.groups,
+        )
+        reach = [d * (t - 1) for d, t in zip(conv.dilation, v.shape[2:], strict=True)]
+        size = round(NOMINAL ** (1 / rank))
+        x_shape = torch.Size((1, module.in_channels, *(size + r for r in reach)))
+        if backend == "aten":
+            path = plan.aten_convolution(x_shape, v.shape, v.dtype, v.dtype, conv, dim)
+        else:
+            path = plan.triton_convolution(
+                x_shape, v.shape, v.dtype, v.dtype, conv, dim, False, False
+            )
+    return f"{backend}: {path.forward}/{path.backward}"
+
+
+# --- whole models --------------------------------------------------------------------------------
+
+
+def fuse(model: nn.Module, dry_run: bool = False) -> Report:
+    """Makes every layer that PyTorch weight-normalised, with either of its APIs, compute with this
+    package, in place.
+
+    Parameters stay the same objects under the same names, so optimizers and checkpoints go on;
+    hooks, buffers, `requires_grad` and `isinstance` hold. docs/convert.md has the whole list.
+
+    Args:
+        model: any module; it may be weight-normed itself.
+        dry_run: only report.
+
+    Returns:
+        A report, which prints as a table.
+    """
+    lines = []
+    for prefix, module in model.named_modules():
+        lines += [_fuse(prefix, module, found, dry_run) for found in _found(module)]
+        if isinstance(module, WeightNormMixin):
+            note = "of this package"
+            lines.append(_line(prefix, module, "weight", module.weight_v, module.dim, "", note))
+        for tensor, original, what in _others(module):
+            lines.append(_line(prefix, module, tensor, original, None, "", what))
+    report = Report(lines)
+    if not dry_run and any(line.path for line in report) and not _load_hooks(model):
+        model.register_load_state_dict_pre_hook(_load_all_or_nothing)
+    return report
+
+
+def _load_all_or_nothing(model: Any, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    """A hook: where a checkpoint does not fit in shape, PyTorch's report comes before anything of
+    the model has changed."""
+    current: dict[str, torch.Tensor | None] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        start = prefix + name + "." if name else prefix
+        if isinstance(module, WeightNormMixin) or fused.is_fused(module):
+            module._bring_into_form(state_dict, start)
+        current |= {start + key: t for key, t in module._parameters.items()}
+        current |= {start + key: t for key, t in module._buffers.items()}
+    forms.all_or_nothing(state_dict, current)
+
+
+def _load_hooks(model: nn.Module) -> list[int]:
+    """The keys of that hook in a model."""
+    hooks = model._load_state_dict_pre_hooks.items()
+    return [key for key, hook in hooks if getattr(hook, "hook", hook) is _load_all_or_nothing]
+
+
+def _line(
+    prefix: str, module: nn.Module, tensor: str, weight: Any, dim: Any, path: str, note: str
+) -> Layer:
+    name = prefix if tensor == "weight" else f"{prefix}.{tensor}"
+    kind = type(module)
+    if parametrize.is_parametrized(module) and not fused.is_fused(module):
+        kind = kind.__bases__[0]
+    return Layer(name or "(root)", kind.__name__, tuple(weight.shape), dim, path, note)
+
+
+def _fuse(prefix: str, module: nn.Module, found: _Found, dry_run: bool) -> Layer:
+    tensor, form, computer, obstacle = found
+    base: Any = type(module)
+    if form == "weight_norm":
+        v = getattr(module, tensor + "_v")
+        ours: Any = fused.Hook
+    else:
+        v = fused.parametrized(module)[tensor].original1
+        ours = fused.Parametrization
+        base = base.__bases__[0]
+    dim = canonical_dim(computer.dim, v.ndim)
+    if isinstance(computer, ours):
+        return _line(prefix, module, tensor, v, dim, "", "fused already")
+    if isinstance(module, torch.jit.ScriptModule) or type(computer) not in (
+        WeightNorm,
+        _WeightNorm,
+    ):
+        return _line(prefix, module, tensor, v, dim, "", f"unknown: {type(computer).__name__}")
+    if obstacle:
+        path, note = f"{plan.choose_backend(v)}: weight", obstacle
+    else:
+        path = _path(module, base, tensor, v, dim)
+        note = "" if fused.known_layer(base, tensor) else "its own forward"
+    line = _line(prefix, module, tensor, v, dim, path, note)
+    if not dry_run:
+        computer.__class__ = ours
+        if not obstacle:
+            if form == "weight_norm":
+                computer.__class__ = fused.LayerHook
+            fused.fuse(module, tensor, dim, form)
+    return line
+
+
+def unfuse(model: nn.Module) -> list[str]:
+    """Gives every layer that `fuse` or `weight_norm` converted back to PyTorch's weight norm, in
+    place, with the parameters it has.
+
+    Returns:
+        The names of the layers.
+    """
+    names: list[str] = []
+    for name, module in model.named_modules():
+        before = len(names)
+        if fused.is_fused(module):
+            fused.unfuse(module)
+            names.append(name)
+        for found in _found(module):
+            if isinstance(found.computer, (fused.Hook, fused.Parametrization)):
+                back: Any = WeightNorm if found.form == "weight_norm" else _WeightNorm
+                found.computer.__class__ = back
+                names[before:] = [name]
+        for key in _load_hooks(module):
+            del module._load_state_dict_pre_hooks[key]
+    return names
+
+
+def fold(model: nn.Module) -> list[str]:
+    """Replaces every weight-normed weight by a plain one, in place, for inference: PyTorch's two
+    forms, fused or not, and the layers of this package.
+
+    A tensor that something else parametrizes as well is left alone. A weight is trainable where
+    its `g` or `v` was.
+
+    Returns:
+        The names of the folded layers; none are left to a second call.
+    """
+    names: list[str] = []
+    for name, module in list(model.named_modules()):
+        before = len(names)
+        if type(module) in fused.LAYERS.values():
+            fused.fold_own(module)
+            names.append(name)
+        elif fused.is_fused(module):
+            fused.fold(module)
+            names.append(name)
+        for found in _found(module):
+            if len(fused.parametrized(module).get(found.tensor, [None])) == 1:
+                _fold_tensor(module, found)
+                names[before:] = [name]
+        for key in _load_hooks(module):
+            del module._load_state_dict_pre_hooks[key]
+    return names
+
+
+def _fold_tensor(module: nn.Module, found: _Found) -> None:
+    if not found.obstacle and not isinstance(module, torch.jit.ScriptModule):
+        fused.fuse(module, found.tensor, found.computer.dim, found.form)
+        fused.fold(module)
+    elif found.form == "weight_norm":
+        torch.nn.utils.remove_weight_norm(module, found.tensor)
+    else:
+        parametrize.remove_parametrizations(module, found.tensor)
+
+
+# --- one module ----------------------------------------------------------------------------------
+
+
+def weight_norm(module: Module, name: str = "weight", dim: int | None = 0) -> Module:
+    """Weight-normalises a parameter of a module, in place: `torch.nn.utils.weight_norm`'s signature
+    and state dict (`weight_g`, `weight_v`), computed by this package.
+
+    Args:
+        module: the module; a linear layer or a convolution runs fused, any other gets its weight
+            from this package.
+        name: the parameter.
+        dim: the dimension whose slices are normalised, `None` or -1 for one norm over the whole.
+
+    Returns:
+        The module.
+
+    Raises:
+        AttributeError: the module has no such parameter.
+        RuntimeError: it is weight-normed already.
+        ValueError: the parameter has no shape yet, or `dim` is out of range.
+    """
+    if _is_weight_normed(module, name):
+        raise RuntimeError(f"{name} of {type(module).__name__} is weight-normed already")
+    weight = module._parameters.get(name)
+    if weight is None:
+        raise AttributeError(f"{type(module).__name__} has no parameter {name!r}")
+    if is_lazy(weight):
+        raise ValueError(f"{name} of {type(module).__name__} has no shape yet: run it once before")
+    dim = canonical_dim(dim, weight.ndim)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        torch.nn.utils.weight_norm(module, name, -1 if dim is None else dim)
+    _fuse("", module, next(found for found in _found(module) if found.tensor == name), False)
+    return module
+
+
+def remove_weight_norm(module: Module, name: str = "weight") -> Module:
+    """Bakes a weight-normed tensor of a module into a plain parameter, in place:
+    `torch.nn.utils.remove_weight_norm`'s signature, for both of PyTorch's forms and ours.
+
+    Returns:
+        The module.
+
+    Raises:
+        ValueError: the tensor is not weight-normed.
+    """
+    if not _is_weight_normed(module, name):
+        raise ValueError(f"{name} of {type(module).__name__} is not weight-normed")
+    if type(module) in fused.LAYERS.values():
+        fused.fold_own(module)
+    elif fused.is_fused(module):
+        fused.fold(module)
+    else:
+        _fold_tensor(module, next(f for f in _found(module) if f.tensor == name))
+    return module
+
+
+def _is_weight_normed(module: nn.Module, name: str) -> bool:
+    if isinstance(module, WeightNormMixin):
+        return name == "weight"
+    if fused.is_fused(module):
+        return fused.options(module)[0] == name
+    return any(found.tensor == name for found in _found(module))
+
+
+# --- checkpoints ---------------------------------------------------------------------------------
+
+
+def state_dict(model: nn.Module, form: str) -> dict[str, Any]:
+    """`model.state_dict()` with every weight-normed weight in one form, for whoever reads it.
+
+    Args:
+        model: the model: layers of this package, fused ones and PyTorch's own.
+        form: `"weight_norm"` (`weight_g`, `weight_v`), `"parametrizations"`
+            (`parametrizations.weight.original0`, `original1`) or `"plain"` (`weight`).
+
+    Raises:
+        ValueError: the form is unknown.
+    """
+    if form != "plain" and form not in forms.FORMS:
+        raise ValueError(f"form is {form!r}; expected one of {[*forms.FORMS, 'plain']}")
+    saved = model.state_dict()
+    renamed: dict[str, str] = {}
+    baked = {}
+    for prefix, module in model.named_modules():
+        prefix = prefix and prefix + "."
+        for tensor, own, weight in _stored(module):
+            old = forms.keys(own, tensor, prefix)
+            if form == "plain":
+                renamed |= dict.fromkeys(old, prefix + tensor)
+                baked[prefix + tensor] = weight.detach()
+            else:
+                renamed |= dict(zip(old, forms.keys(form, tensor, prefix), strict=True))
+    items = [(renamed.get(key, key), value) for key, value in saved.items()]
+    saved.clear()
+    saved.update((key, baked.get(key, value)) for key, value in items)
+    return saved
+
+
+def _stored(module: Any) -> Iterator[tuple[str, str, torch.Tensor]]:
+    """Tensor, form and weight of what a module holds weight-normed."""
+    if isinstance(module, WeightNormMixin):
+        yield "weight", "weight_norm", module.weight
+    for found in _found(module):
+        if len(fused.parametrized(module).get(found.tensor, [None])) > 1:
+            continue  # it is not the weight norm alone that makes the tensor
+        if found.form == "weight_norm":
+            yield found.tensor, found.form, found.computer.compute_weight(module)
+        else:
+            yield found.tensor, found.form, getattr(module, found.tensor)

@@ -1,0 +1,106 @@
+"""The forms that a weight-normalised weight takes in a state dict, and the way from one to another.
+
+weight_norm        weight_g, weight_v                          torch.nn.utils.weight_norm, and ours
+parametrizations   parametrizations.weight.original0, .original1    ...parametrizations.weight_norm
+plain              weight                                      no weight norm, or folded
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.parameter import is_lazy
+
+from .. import functional as WF
+
+# The names of g and v.
+FORMS = {
+    "weight_norm": ("{}_g", "{}_v"),
+    "parametrizations": ("parametrizations.{}.original0", "parametrizations.{}.original1"),
+}
+
+
+def keys(form: str, name: str, prefix: str = "") -> tuple[str, str]:
+    """The keys of `g` and `v` in a form, for the tensor `name` of a layer."""
+    g, v = FORMS[form]
+    return prefix + g.format(name), prefix + v.format(name)
+
+
+def split(weight: Tensor, v: Tensor, dim: int | None) -> tuple[Tensor, Tensor]:
+    """`(g, v)` of a plain weight that takes the place of `v`.
+
+    A slice that is zero takes `g = 0` and keeps the direction it has, so that it can still learn.
+    """
+    g = WF.slice_norm(weight, dim=dim)
+    if is_lazy(v) or v.shape != weight.shape or v.device != weight.device:
+        return g, weight
+    return g, torch.where(g == 0, v.detach().to(weight.dtype), weight)
+
+
+def assign(weight: Tensor, g: Tensor, v: Tensor, dim: int | None) -> None:
+    """Sets `g` and `v` so that the weight is `weight`.
+
+    Raises:
+        TypeError, ValueError: it is not a tensor of `v`'s shape.
+    """
+    if not isinstance(weight, Tensor):
+        raise TypeError(f"weight must be a torch.Tensor, got {type(weight).__name__}")
+    if weight.shape != v.shape:
+        raise ValueError(f"weight has shape {tuple(weight.shape)}, expected {tuple(v.shape)}")
+    with torch.no_grad():
+        new_g, new_v = split(weight.to(v), v, dim)
+        g.copy_(new_g)
+        v.copy_(new_v)
+
+
+def bring_into(
+    form: str,
+    state_dict: dict[str, Any],
+    prefix: str,
+    name: str,
+    g: Tensor,
+    v: Tensor,
+    dim: int | None,
+    others: Mapping[str, Tensor | None],
+) -> None:
+    """Brings a layer's entries of `state_dict`, in place, into the form it loads.
+
+    Where one of them does not fit in shape, PyTorch reports it and the layer stays as it is;
+    `others` are its further parameters by name.
+    """
+    own_g, own_v = keys(form, name, prefix)
+    for other in FORMS:
+        for foreign, own in zip(keys(other, name, prefix), (own_g, own_v), strict=True):
+            if foreign in state_dict and own not in state_dict:
+                state_dict[own] = state_dict.pop(foreign)
+    plain = prefix + name
+    if plain in state_dict and own_g not in state_dict and own_v not in state_dict:
+        weight = state_dict.pop(plain)
+        if is_lazy(v) or weight.shape == v.shape:
+            state_dict[own_g], state_dict[own_v] = split(weight, v, dim)
+        else:
+            state_dict[own_g], state_dict[own_v] = g, weight
+
+    current = {own_g: g, own_v: v} | {prefix + key: t for key, t in others.items()}
+    all_or_nothing(state_dict, current)
+
+
+def all_or_nothing(state_dict: dict[str, Any], current: Mapping[str, Tensor | None]) -> None:
+    """Where an entry does not fit what it is loaded into, `current` by key, puts what is there
+    already in the place of those that do."""
+    loaded = {
+        key: t
+        for key, t in current.items()
+        if isinstance(t, Tensor) and not is_lazy(t) and isinstance(state_dict.get(key), Tensor)
+    }
+    fitting = {key: t for key, t in loaded.items() if _fits(state_dict[key], t)}
+    if len(fitting) < len(loaded):
+        state_dict.update(fitting)
+
+
+def _fits(given: Tensor, current: Tensor) -> bool:
+    """Whether PyTorch loads it: one number may have a dimension."""
+    return given.shape == current.shape or (current.ndim == 0 and given.shape == (1,))
