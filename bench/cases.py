@@ -34,6 +34,14 @@ class Case:
         """The plain layer."""
         return getattr(nn, self.kind)(*self.arguments, **self.options, device=device)
 
+    @property
+    def providers(self) -> tuple[str, ...]:
+        return tuple(PROVIDERS)
+
+    def runner(self, name: str, device: torch.device) -> Runner:
+        """A provider, set up for this case."""
+        return Runner(self, name, device)
+
     def record(self) -> dict[str, Any]:
         return asdict(self)
 
@@ -221,17 +229,21 @@ class Runner:
             )
 
     def saved_bytes(self) -> int:
-        """Memory kept between forward and backward, beyond the input and the parameters."""
-        known = {t.untyped_storage().data_ptr() for t in self.leaves}
-        saved: dict[int, int] = {}
+        return saved_bytes(self.leaves, lambda: self.module(self.x))
 
-        def pack(t: Tensor) -> Tensor:
-            storage = t.untyped_storage()
-            if storage.data_ptr() not in known:
-                saved[storage.data_ptr()] = storage.nbytes()
-            return t
 
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-            y = self.module(self.x)
-        del y
-        return sum(saved.values())
+def saved_bytes(leaves: list[Tensor], forward: Callable[[], Tensor]) -> int:
+    """Memory kept between forward and backward, beyond the input and the parameters."""
+    known = {t.untyped_storage().data_ptr() for t in leaves}
+    saved: dict[int, int] = {}
+
+    def pack(t: Tensor) -> Tensor:
+        storage = t.untyped_storage()
+        if storage.data_ptr() not in known:
+            saved[storage.data_ptr()] = storage.nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        y = forward()
+    del y
+    return sum(saved.values())

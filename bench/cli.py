@@ -6,6 +6,7 @@ import argparse
 import os
 
 SUITES = {"linear": "linear layers", "conv": "convolutions"}
+MODELS = {"models": "whole models (needs the extra of that name)"}
 SECONDS = 4.0  # a case, so that all of them take five minutes on two cores
 
 
@@ -13,8 +14,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     commands = parser.add_subparsers(dest="command")
 
-    for suite in SUITES:
-        layers = commands.add_parser(suite, help=f"check and time {SUITES[suite]}")
+    for suite, what in (SUITES | MODELS).items():
+        layers = commands.add_parser(suite, help=f"check and time {what}")
         layers.add_argument("--json", default=f"results/{suite}.json", help="where results go")
         layers.add_argument("--seconds", type=float, default=SECONDS, help="timing of each case")
         layers.add_argument("--threads", type=int, default=2, help="of torch on a CPU")

@@ -8,25 +8,37 @@ import platform
 import subprocess
 from pathlib import Path
 from statistics import geometric_mean
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from bench.cases import PROVIDERS, SUITES, Case, Runner
+from bench.cases import PROVIDERS, SUITES, Case
 from bench.timing import interleaved, paired_ratio
 from wn_kernels import plan
 
+if TYPE_CHECKING:
+    from bench.models import ModelCase
 
-def run_case(case: Case, device: torch.device, seconds: float) -> dict[str, Any]:
+
+def cases_of(suite: str) -> list[Any]:
+    """The cases of a suite."""
+    if suite == "models":
+        from bench import models  # needs packages that the other suites do not
+
+        return models.CASES
+    return SUITES[suite]
+
+
+def run_case(case: Case | ModelCase, device: torch.device, seconds: float) -> dict[str, Any]:
     """Checks and times one case.
 
     Raises:
         AssertionError: a provider is wrong.
     """
-    runners = {name: Runner(case, name, device) for name in PROVIDERS}
+    runners = {name: case.runner(name, device) for name in case.providers}
     for runner in runners.values():
         runner.check()
     stats = interleaved(runners, device, seconds)
@@ -38,7 +50,7 @@ def run_case(case: Case, device: torch.device, seconds: float) -> dict[str, Any]
         },
         "ratios": {
             f"ours/{name}": paired_ratio(stats["ours"], stats[name])
-            for name in PROVIDERS
+            for name in case.providers
             if name != "ours"
         },
         "saved_bytes": {
@@ -100,12 +112,14 @@ def table(suite: str, results: list[dict[str, Any]], where: dict[str, Any]) -> T
     shown = Table(
         title=f"{suite}, float32, backend [bold]{backend}[/] on {device}, {threads} threads"
     )
-    shown.add_column("M, K, N" if suite == "linear" else "layer, input")
+    headers = {"linear": "M, K, N", "conv": "layer, input", "models": "model"}
+    shown.add_column(headers[suite])
     shown.add_column("mode")
     for name in (*PROVIDERS, "ours/eager", "ours/plain", "saved: ours", "eager"):
         shown.add_column(name, justify="right")
     for r in results:
-        times = [_time(r["seconds"][name]["median"]) for name in PROVIDERS]
+        seconds = r["seconds"]
+        times = [_time(seconds[name]["median"]) if name in seconds else "" for name in PROVIDERS]
         ratios = [_ratio(r["ratios"][f"ours/{name}"]) for name in ("eager", "plain")]
         saved = [_size(r["saved_bytes"].get(name)) for name in ("ours", "eager")]
         slower = r["ratios"]["ours/eager"]["median"] > 1.05
@@ -137,7 +151,7 @@ def main(suite: str, path: str, seconds: float) -> int:
     console = Console()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     where = environment(device)
-    cases = sorted(SUITES[suite], key=lambda case: case.mode)
+    cases = sorted(cases_of(suite), key=lambda case: case.mode)
     results: list[dict[str, Any]] = []
     wrong: list[str] = []
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())

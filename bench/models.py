@@ -1,0 +1,205 @@
+"""Real models in their default configuration, with random weights: whole networks to time, folded,
+as PyTorch runs them, and fused. Needs the extra `models`."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations
+
+import wn_kernels
+from bench.cases import MODES, saved_bytes
+
+
+class Model(NamedTuple):
+    """How to build a model, the shape of its input, and what makes one tensor of it."""
+
+    build: Callable[[], nn.Module]
+    x_shape: tuple[int, ...]
+    call: Callable[[Any, Tensor], Tensor]
+    layers: int  # those with weight norm
+
+
+def _hifigan() -> nn.Module:
+    from transformers import SpeechT5HifiGan, SpeechT5HifiGanConfig
+
+    model = SpeechT5HifiGan(SpeechT5HifiGanConfig())
+    model.apply_weight_norm()
+    return model
+
+
+def _encodec() -> nn.Module:
+    from transformers import EncodecConfig, EncodecModel
+
+    return EncodecModel(EncodecConfig())
+
+
+def _wav2vec2() -> nn.Module:
+    from transformers import Wav2Vec2Config, Wav2Vec2Model
+
+    return Wav2Vec2Model(Wav2Vec2Config())
+
+
+def _attention() -> nn.Module:
+    layer = nn.MultiheadAttention(256, 4, batch_first=True)
+    parametrizations.weight_norm(layer.out_proj)
+    return layer
+
+
+def _tcn() -> nn.Module:
+    from pytorch_tcn import TCN
+
+    return TCN(num_inputs=16, num_channels=[64, 64, 64, 64], kernel_size=4)
+
+
+def _critic() -> nn.Module:
+    """Of a Wasserstein GAN, for images of 28×28."""
+    layers = [
+        nn.Conv2d(1, 32, 4, 2, 1),
+        nn.Conv2d(32, 64, 4, 2, 1),
+        nn.Flatten(),
+        nn.Linear(64 * 49, 1),
+    ]
+    for layer in layers:
+        if not isinstance(layer, nn.Flatten):
+            parametrizations.weight_norm(layer)
+    first, second, flatten, last = layers
+    return nn.Sequential(first, nn.Softplus(2.0), second, nn.Softplus(2.0), flatten, last)
+
+
+MODELS = {
+    "hifigan": Model(_hifigan, (16, 80), lambda model, x: model(x), 78),
+    # The codes between the two are discrete: a rounding may turn into another code.
+    "encodec": Model(_encodec, (1, 1, 3200), lambda model, x: model.decoder(model.encoder(x)), 36),
+    "wav2vec2": Model(_wav2vec2, (1, 8000), lambda model, x: model(x).last_hidden_state, 1),
+    "attention": Model(_attention, (4, 64, 256), lambda model, x: model(x, x, x)[0], 1),
+    "tcn": Model(_tcn, (8, 16, 200), lambda model, x: model(x), 8),
+    "critic": Model(_critic, (16, 1, 28, 28), lambda model, x: model(x), 3),
+}
+
+
+def built(name: str) -> tuple[nn.Module, Tensor]:
+    """The model, without dropout, and an input. `g` is moved off the norm it starts from."""
+    torch.manual_seed(0)
+    model = MODELS[name].build().eval()
+    with torch.no_grad():
+        for key, p in model.named_parameters():
+            if key.endswith("original0"):
+                p.mul_(torch.rand_like(p) / 2 + 0.75)
+    return model, torch.randn(MODELS[name].x_shape)
+
+
+def assert_as_good(
+    ours: dict[str, Tensor], eager: dict[str, Tensor], right: dict[str, Tensor], dtype: torch.dtype
+) -> None:
+    """Each result's error against float64 is within twice eager's in the same dtype, which a deep
+    network's amplified rounding makes the yardstick, and eight ulps.
+
+    A few cancel, such as the gradient of an attention's key bias: where eager has no digit of one,
+    there is nothing to compare.
+
+    Raises:
+        AssertionError: one is wrong, or zeros would have passed for a tenth of them.
+    """
+    assert ours.keys() == eager.keys() == right.keys()
+    compared = 0
+    for key, reference in right.items():
+        size = reference.norm().item()
+        allowed = (eager[key].double() - reference).norm().item()
+        bound = 2 * allowed + 8 * torch.finfo(dtype).eps * size
+        if size <= bound:
+            continue
+        compared += 1
+        error = (ours[key].double() - reference).norm().item()
+        if not error <= bound:
+            raise AssertionError(
+                f"{key} is wrong: error {error / size:.3g}, eager's {allowed / size:.3g}"
+            )
+    if compared < 0.9 * len(right):
+        raise AssertionError(f"zeros would pass for {len(right) - compared} of {len(right)}")
+
+
+@dataclass(frozen=True)
+class ModelCase:
+    """One model in one mode. `plain` is the model with its weights folded."""
+
+    label: str
+    mode: str
+    is_large = True
+    providers = ("plain", "eager", "ours")
+
+    def runner(self, name: str, device: torch.device) -> ModelRunner:
+        return ModelRunner(self, name, device)
+
+    def record(self) -> dict[str, Any]:
+        return {
+            "label": self.label,
+            "mode": self.mode,
+            "is_large": True,
+            "x_shape": MODELS[self.label].x_shape,
+        }
+
+
+class ModelRunner:
+    """One provider set up for one model: call it to run the model once."""
+
+    def __init__(self, case: ModelCase, name: str, device: torch.device) -> None:
+        self.case, self.name = case, name
+        model, x = built(case.label)
+        self.eager, self.x = model.to(device), x.to(device)
+        self.model = copy.deepcopy(self.eager)
+        if name == "plain":
+            wn_kernels.fold(self.model)
+        if name == "ours":
+            wn_kernels.fuse(self.model)
+        self.parameters = list(self.model.parameters())
+
+    def __call__(self) -> None:
+        if self.case.mode == "infer":
+            with torch.no_grad():
+                self._output(self.model)
+            return
+        self._loss(self.model).backward()
+        for p in self.parameters:
+            p.grad = None
+
+    def _output(self, model: nn.Module) -> Tensor:
+        x = self.x.to(next(model.parameters()).dtype)
+        return MODELS[self.case.label].call(model, x)
+
+    def _loss(self, model: nn.Module) -> Tensor:
+        return self._output(model).square().mean()
+
+    def check(self) -> None:
+        """Compares with the model as PyTorch runs it, in float64.
+
+        Raises:
+            AssertionError: the provider is wrong; it must not be timed.
+        """
+        models = (self.model, self.eager, copy.deepcopy(self.eager).double())
+        with torch.no_grad():
+            found = [{"output": self._output(model)} for model in models]
+        if self.case.mode == "train" and self.name != "plain":
+            for model, results in zip(models, found, strict=True):
+                self._loss(model).backward()
+                named = model.named_parameters()
+                results |= {key: p.grad for key, p in named if p.grad is not None}
+                model.zero_grad()
+        try:
+            assert_as_good(*found, self.x.dtype)
+        except AssertionError as error:
+            raise AssertionError(
+                f"{self.name} is wrong for {self.case}: {error}; it is not timed"
+            ) from None
+        del self.eager
+
+    def saved_bytes(self) -> int:
+        return saved_bytes([self.x, *self.parameters], lambda: self._loss(self.model))
+
+
+CASES = [ModelCase(name, mode) for name in MODELS for mode in MODES]
