@@ -17,10 +17,11 @@ from bench.cases import MODES, saved_bytes
 
 
 class Model(NamedTuple):
-    """How to build a model, the shape of its input, and what makes one tensor of it."""
+    """How to build a model, the shapes of its input, and what makes one tensor of it."""
 
     build: Callable[[], nn.Module]
-    x_shape: tuple[int, ...]
+    small: tuple[int, ...]  # to check
+    x_shape: tuple[int, ...]  # to time: about a second of sound, a batch of images
     call: Callable[[Any, Tensor], Tensor]
     layers: int  # those with weight norm
 
@@ -73,25 +74,32 @@ def _critic() -> nn.Module:
 
 
 MODELS = {
-    "hifigan": Model(_hifigan, (16, 80), lambda model, x: model(x), 78),
+    "hifigan": Model(_hifigan, (8, 80), (64, 80), lambda model, x: model(x), 78),
     # The codes between the two are discrete: a rounding may turn into another code.
-    "encodec": Model(_encodec, (1, 1, 3200), lambda model, x: model.decoder(model.encoder(x)), 36),
-    "wav2vec2": Model(_wav2vec2, (1, 8000), lambda model, x: model(x).last_hidden_state, 1),
-    "attention": Model(_attention, (4, 64, 256), lambda model, x: model(x, x, x)[0], 1),
-    "tcn": Model(_tcn, (8, 16, 200), lambda model, x: model(x), 8),
-    "critic": Model(_critic, (16, 1, 28, 28), lambda model, x: model(x), 3),
+    "encodec": Model(
+        _encodec, (1, 1, 1280), (1, 1, 24000), lambda model, x: model.decoder(model.encoder(x)), 36
+    ),
+    "wav2vec2": Model(
+        _wav2vec2, (1, 4000), (1, 16000), lambda model, x: model(x).last_hidden_state, 1
+    ),
+    "attention": Model(
+        _attention, (2, 9, 256), (8, 128, 256), lambda model, x: model(x, x, x)[0], 1
+    ),
+    "tcn": Model(_tcn, (2, 16, 40), (16, 16, 400), lambda model, x: model(x), 8),
+    "critic": Model(_critic, (4, 1, 28, 28), (64, 1, 28, 28), lambda model, x: model(x), 3),
 }
 
 
-def built(name: str) -> tuple[nn.Module, Tensor]:
-    """The model, without dropout, and an input. `g` is moved off the norm it starts from."""
+def built(name: str, x_shape: tuple[int, ...] | None = None) -> tuple[nn.Module, Tensor]:
+    """The model, without dropout, and an input, small by default. `g` is moved off the norm it
+    starts from."""
     torch.manual_seed(0)
     model = MODELS[name].build().eval()
     with torch.no_grad():
         for key, p in model.named_parameters():
             if key.endswith("original0"):
                 p.mul_(torch.rand_like(p) / 2 + 0.75)
-    return model, torch.randn(MODELS[name].x_shape)
+    return model, torch.randn(x_shape or MODELS[name].small)
 
 
 def assert_as_good(
@@ -100,14 +108,16 @@ def assert_as_good(
     """Each result's error against float64 is within twice eager's in the same dtype, which a deep
     network's amplified rounding makes the yardstick, and eight ulps.
 
-    A few cancel, such as the gradient of an attention's key bias: where eager has no digit of one,
-    there is nothing to compare.
+    Some gradients cancel, such as that of an attention's key bias: where eager has no digit of one,
+    there is nothing to compare. And an activation within rounding of a kink may fall on either side
+    of it, for one as for the other, which shows in the gradients of its block: to 1 % there.
 
     Raises:
-        AssertionError: one is wrong, or zeros would have passed for a tenth of them.
+        AssertionError: one is wrong, or zeros would have passed for a tenth of them, or a tenth of
+            them is at a kink.
     """
     assert ours.keys() == eager.keys() == right.keys()
-    compared = 0
+    compared = kinked = 0
     for key, reference in right.items():
         size = reference.norm().item()
         allowed = (eager[key].double() - reference).norm().item()
@@ -116,12 +126,15 @@ def assert_as_good(
             continue
         compared += 1
         error = (ours[key].double() - reference).norm().item()
-        if not error <= bound:
+        kinked += error > bound
+        if not error <= max(bound, 0.01 * size * (key != "output")):
             raise AssertionError(
                 f"{key} is wrong: error {error / size:.3g}, eager's {allowed / size:.3g}"
             )
     if compared < 0.9 * len(right):
         raise AssertionError(f"zeros would pass for {len(right) - compared} of {len(right)}")
+    if kinked > 0.1 * len(right):
+        raise AssertionError(f"{kinked} of {len(right)} are off by more than rounding")
 
 
 @dataclass(frozen=True)
@@ -150,7 +163,7 @@ class ModelRunner:
 
     def __init__(self, case: ModelCase, name: str, device: torch.device) -> None:
         self.case, self.name = case, name
-        model, x = built(case.label)
+        model, x = built(case.label, MODELS[case.label].x_shape)
         self.eager, self.x = model.to(device), x.to(device)
         self.model = copy.deepcopy(self.eager)
         if name == "plain":
