@@ -30,3 +30,15 @@ def test_digits_learns(runs):
 def test_digits_is_drawn(runs, tmp_path):
     digits["plot"](runs, str(tmp_path / "digits.png"))
     assert (tmp_path / "digits.png").stat().st_size > 10_000
+
+
+def test_convert_hifigan():
+    """The losses agree to 1e-4 relative over four steps, and folding changes rounding alone."""
+    pytest.importorskip("transformers")
+    path = Path(__file__).parent.parent / "examples" / "convert_hifigan.py"
+    result = runpy.run_path(str(path))["main"](steps=4)
+    for a, b in zip(result.eager.losses, result.fused.losses, strict=True):
+        assert abs(a - b) <= 1e-4 * a
+    assert result.eager.losses[-1] < result.eager.losses[0]
+    assert len(result.folded) == 78
+    assert 0 < result.change < 1e-4

@@ -12,7 +12,10 @@ import wn_kernels
 ROOT = Path(wn_kernels.__file__).parent
 
 # From the top down; a module may import from layers below its own.
-LAYERS = ["convert", "modules", "functional", "checks", "autograd", "ops", "plan", "backends"]
+LAYERS = [
+    *("__main__", "convert", "modules", "functional", "checks", "autograd", "ops", "plan"),
+    "backends",
+]
 
 
 def imports(path: Path) -> list[str]:

@@ -1,0 +1,81 @@
+"""`python -m wn_kernels info`: what would serve each dtype on this machine, and why."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import platform
+from importlib.metadata import PackageNotFoundError, version
+
+import torch
+
+import wn_kernels
+
+from . import plan
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def info() -> str:
+    """Versions, devices, and the backend for each dtype on each of them."""
+    lines = [
+        f"wn_kernels  {wn_kernels.__version__}",
+        f"python      {platform.python_version()}",
+        f"torch       {torch.__version__}",
+        f"triton      {_triton()}",
+    ]
+    devices = [torch.device("cpu")]
+    if torch.cuda.is_available():
+        devices += [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
+    for device in devices:
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
+        lines += ["", f"{device}: {name}"]
+        for dtype in DTYPES:
+            kind = str(dtype).removeprefix("torch.")
+            lines.append(f"  {kind:10}{_backend(torch.empty(0, dtype=dtype, device=device))}")
+    lines.append("")
+    if not torch.cuda.is_available():
+        why = "this torch is built without it" if not _has_gpu_build() else "no device found"
+        lines.append(f"no GPU: {why}")
+    if reason := plan.triton_unavailable():
+        lines.append(f"triton cannot be used: {reason}")
+    if plan.is_forced():
+        lines.append(f"a backend is forced by {plan.ENVIRONMENT_VARIABLE}")
+    return "\n".join(lines).rstrip()
+
+
+def _triton() -> str:
+    if importlib.util.find_spec("triton") is None:
+        return "not installed"
+    try:
+        return version("triton")
+    except PackageNotFoundError:
+        return "installed, without metadata"
+
+
+def _has_gpu_build() -> bool:
+    return torch.version.cuda is not None or torch.version.hip is not None
+
+
+def _processor() -> str:
+    return f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"
+
+
+def _backend(x: torch.Tensor) -> str:
+    try:
+        return plan.choose_backend(x)
+    except RuntimeError as error:
+        return f"none: {error}"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m wn_kernels", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("info", help="the backend for each dtype, versions, devices")
+    parser.parse_args(arguments)
+    print(info())
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
