@@ -459,6 +459,10 @@ def test_what_cannot_be_folded():
     layer = stacked()
     assert wn_kernels.fold(layer) == []
     assert parametrize.is_parametrized(layer, "weight")
+    after = parametrizations.weight_norm(parametrizations.orthogonal(nn.Linear(3, 3)))
+    (line,) = wn_kernels.fuse(after)
+    assert (line.path, line.note) == ("", "Orthogonal, WeightNorm")
+    assert wn_kernels.fold(after) == []
     beside = parametrizations.weight_norm(nn.Linear(3, 3))
     parametrize.register_parametrization(beside, "bias", nn.Identity())
     right = beside.weight.detach()

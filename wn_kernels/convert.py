@@ -92,7 +92,7 @@ class _Found(NamedTuple):
 def _found(module: nn.Module) -> list[_Found]:
     hooks = [h for h in module._forward_pre_hooks.values() if isinstance(h, WeightNorm)]
     lists = fused.parametrized(module)
-    normed = {name: p for name, items in lists.items() for p in items if isinstance(p, _WeightNorm)}
+    normed = {name: items[0] for name, items in lists.items() if isinstance(items[0], _WeightNorm)}
     obstacle = ""
     if isinstance(module, nn.RNNBase):
         obstacle = "a recurrent layer keeps its weights in a list"
