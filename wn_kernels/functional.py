@@ -12,7 +12,7 @@ Accelerate Training of Deep Neural Networks*, 2016, equation (2).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -25,24 +25,34 @@ from .backends import reference
 from .backends.shapes import canonical_dim, reduced_dims
 from .checks import are_dense, check_convolution, check_linear, check_weight, reject
 
+# torch 2.6 has no such function; there, an exported program keeps this package's operators.
+_is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", lambda: False)
+
 
 def _composite(backend: str) -> bool:
     """Whether the differentiable composite serves the call: it was forced, or a `torch.func`
-    transform or forward-mode AD is active, which see through it to every order.
+    transform or forward-mode AD is active, which see through it to every order, or the call is
+    being exported or traced, to leave for where this package is not.
 
     Raises:
-        RuntimeError: Triton is forced, and a transform is active.
+        RuntimeError: Triton is forced, and one of these is the case.
     """
     if backend == "reference":
         return True
-    # No public query exists for either; both are stable across the supported releases.
-    transformed = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
-    if transformed and backend == "triton" and plan.is_forced():
+    # No public query exists for the first, the second and the last; all are stable across the
+    # supported releases.
+    seen_through = (
+        torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+        or _is_exporting()
+        or torch._C._get_tracing_state() is not None
+    )
+    if seen_through and backend == "triton" and plan.is_forced():
         raise RuntimeError(
             "backend 'triton' was forced but cannot serve this call: a torch.func transform or "
-            "forward-mode AD is active"
+            "forward-mode AD is active, or the call is being exported or traced"
         )
-    return transformed
+    return seen_through
 
 
 def _autocast(input: Tensor) -> Tensor:

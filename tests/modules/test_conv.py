@@ -1,6 +1,7 @@
 """The convolution layers as drop-ins for those of torch.nn."""
 
 import copy
+import inspect
 import pickle
 
 import pytest
@@ -112,3 +113,59 @@ def test_bad_construction():
         wn_kernels.WNConv1d(4, 6, 3, groups=3)
     with pytest.raises(ValueError, match='Only "zeros" padding mode is supported'):
         wn_kernels.WNConvTranspose1d(4, 6, 3, padding_mode="reflect")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dim", [0, 1, None])
+def test_lazy(kind, dim):
+    lazy = getattr(wn_kernels, f"WNLazy{kind}")
+    inputs, outputs, *rest = ARGUMENTS
+    layer = lazy(outputs, *rest, groups=2, dim=dim)
+    assert isinstance(layer, getattr(nn, kind))
+    x = torch.randn(2, inputs, *(7,) * rank_of(kind))
+    torch.manual_seed(3)
+    y = layer(x)
+    assert type(layer) is getattr(wn_kernels, f"WN{kind}")
+    _, right = pair(kind, *ARGUMENTS, groups=2, dim=dim)
+    assert_same_bits(layer.weight.detach(), right.weight.detach())
+    assert_same_bits(layer(x).detach(), y.detach())
+    assert y.shape == right(x).shape
+    loaded = lazy(outputs, *rest, groups=2, dim=dim)
+    loaded.load_state_dict(getattr(nn, kind)(*ARGUMENTS, groups=2).state_dict())
+    assert loaded.weight_v.shape == right.weight_v.shape
+    with pytest.raises(ValueError, match="groups=2 does not divide the input's 3 channels"):
+        lazy(outputs, *rest, groups=2)(x[:, :3])
+
+
+@pytest.mark.parametrize("kind", ["Linear", *KINDS])
+def test_constructs_as_torch_does(kind):
+    """Signatures, without initialisation, on no device, and filled in later."""
+    plain, own = getattr(nn, kind), getattr(wn_kernels, f"WN{kind}")
+    theirs, ours = (inspect.signature(cls).parameters for cls in (plain, own))
+    assert list(ours) == [*theirs, "dim", "eps"]
+    assert all(ours[name].default == theirs[name].default for name in theirs)
+    arguments = (4, 6) if kind == "Linear" else ARGUMENTS
+    skipped = nn.utils.skip_init(own, *arguments, dim=1)
+    assert skipped.weight_v.device.type == "cpu"
+    torch.manual_seed(0)
+    layer = own(*arguments, device="meta", dim=1).to_empty(device="cpu")
+    layer.reset_parameters()
+    torch.manual_seed(0)
+    right = own(*arguments, dim=1)
+    for (name, p), q in zip(layer.named_parameters(), right.parameters(), strict=True):
+        assert_same_bits(p.detach(), q.detach(), name)
+    count = sum(p.numel() for p in plain(*arguments).parameters())
+    assert sum(p.numel() for p in layer.parameters()) == count + layer.weight_g.numel()
+    weight = torch.empty(layer.weight.shape)
+    nn.init.orthogonal_(weight)
+    layer.weight = weight
+    assert_matches(layer.weight, weight.double(), torch.float32, weight.numel())
+
+
+def test_a_constructor_of_ones_own():
+    class Named(wn_kernels.WNLinear):
+        def __init__(self, name, *sizes):
+            super().__init__(*sizes)
+
+    assert list(inspect.signature(Named).parameters) == ["name", "sizes"]
+    assert Named("x", 3, 4).weight.shape == (4, 3)

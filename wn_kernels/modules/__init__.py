@@ -7,6 +7,12 @@ from .conv import (
     WNConvTranspose1d,
     WNConvTranspose2d,
     WNConvTranspose3d,
+    WNLazyConv1d,
+    WNLazyConv2d,
+    WNLazyConv3d,
+    WNLazyConvTranspose1d,
+    WNLazyConvTranspose2d,
+    WNLazyConvTranspose3d,
 )
 from .linear import WNLazyLinear, WNLinear
 
@@ -17,6 +23,12 @@ __all__ = [
     "WNConvTranspose1d",
     "WNConvTranspose2d",
     "WNConvTranspose3d",
+    "WNLazyConv1d",
+    "WNLazyConv2d",
+    "WNLazyConv3d",
+    "WNLazyConvTranspose1d",
+    "WNLazyConvTranspose2d",
+    "WNLazyConvTranspose3d",
     "WNLazyLinear",
     "WNLinear",
 ]

@@ -70,6 +70,26 @@ class _ConvolutionTranspose(WeightNormMixin):
         )
 
 
+class _Lazy(WeightNormMixin):
+    """What the lazy ones share: `in_channels` is taken from the first input."""
+
+    def initialize_parameters(self: Any, input: Tensor, *args: Any, **kwargs: Any) -> None:
+        """Gives the parameters their shapes and values, once the input's size is known."""
+        if not self.has_uninitialized_params():
+            return
+        channels = self._get_in_channels(input)
+        if channels % self.groups:
+            raise ValueError(
+                f"groups={self.groups} does not divide the input's {channels} channels"
+            )
+        self.in_channels = channels
+        first, second = self.out_channels, channels
+        if self.transposed:
+            first, second = second, first
+        shape = (first, second // self.groups, *self.kernel_size)
+        self._materialize(shape, self.out_channels)
+
+
 class WNConv1d(_Convolution, nn.Conv1d):  # type: ignore[override]
     """`torch.nn.Conv1d` with a weight-normalised weight.
 
@@ -141,3 +161,46 @@ class WNConvTranspose3d(_ConvolutionTranspose, nn.ConvTranspose3d):  # type: ign
     """`torch.nn.ConvTranspose3d` with a weight-normalised weight; see `WNConvTranspose1d`."""
 
     weight_ndim = 5
+
+
+class WNLazyConv1d(_Lazy, _Convolution, nn.LazyConv1d):  # type: ignore[misc, override]
+    """`torch.nn.LazyConv1d` with a weight-normalised weight: `in_channels` is taken from the first
+    input, whereupon the layer is a `WNConv1d`."""
+
+    weight_ndim = 3
+    cls_to_become = WNConv1d
+
+
+class WNLazyConv2d(_Lazy, _Convolution, nn.LazyConv2d):  # type: ignore[misc, override]
+    """`torch.nn.LazyConv2d`, weight-normalised; see `WNLazyConv1d`."""
+
+    weight_ndim = 4
+    cls_to_become = WNConv2d
+
+
+class WNLazyConv3d(_Lazy, _Convolution, nn.LazyConv3d):  # type: ignore[misc, override]
+    """`torch.nn.LazyConv3d`, weight-normalised; see `WNLazyConv1d`."""
+
+    weight_ndim = 5
+    cls_to_become = WNConv3d
+
+
+class WNLazyConvTranspose1d(_Lazy, _ConvolutionTranspose, nn.LazyConvTranspose1d):  # type: ignore[misc, override]
+    """`torch.nn.LazyConvTranspose1d`, weight-normalised; see `WNLazyConv1d`."""
+
+    weight_ndim = 3
+    cls_to_become = WNConvTranspose1d
+
+
+class WNLazyConvTranspose2d(_Lazy, _ConvolutionTranspose, nn.LazyConvTranspose2d):  # type: ignore[misc, override]
+    """`torch.nn.LazyConvTranspose2d`, weight-normalised; see `WNLazyConv1d`."""
+
+    weight_ndim = 4
+    cls_to_become = WNConvTranspose2d
+
+
+class WNLazyConvTranspose3d(_Lazy, _ConvolutionTranspose, nn.LazyConvTranspose3d):  # type: ignore[misc, override]
+    """`torch.nn.LazyConvTranspose3d`, weight-normalised; see `WNLazyConv1d`."""
+
+    weight_ndim = 5
+    cls_to_become = WNConvTranspose3d

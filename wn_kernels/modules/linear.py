@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-import torch
 from torch import Tensor, nn
 
 from .. import functional as WF
-from ..backends.shapes import kept_shape
 from .weight import WeightNormMixin
 
 
@@ -57,18 +53,10 @@ class WNLazyLinear(WeightNormMixin, nn.LazyLinear):  # type: ignore[misc, overri
     """
 
     weight_ndim = 2
-    weight_v: Any
-    weight_g: Any
     cls_to_become = WNLinear
 
     def initialize_parameters(self, input: Tensor) -> None:
         """Gives the parameters their shapes and values, once the input's size is known."""
         if self.has_uninitialized_params():
-            with torch.no_grad():
-                self.in_features = input.shape[-1]
-                shape = (self.out_features, self.in_features)
-                self.weight_v.materialize(shape)
-                self.weight_g.materialize(kept_shape(shape, self.dim))
-                if self.bias is not None:
-                    self.bias.materialize((self.out_features,))
-                self.reset_parameters()
+            self.in_features = input.shape[-1]
+            self._materialize((self.out_features, self.in_features), self.out_features)

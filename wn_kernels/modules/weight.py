@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from typing import Any
 
@@ -15,6 +16,17 @@ from . import forms
 
 # (v, g, bias, dim, eps)
 Operands = tuple[Tensor, Tensor, Tensor | None, int | None, float]
+
+
+def _without_self(cls: type) -> inspect.Signature:
+    _, *arguments = inspect.signature(cls.__init__).parameters.values()  # type: ignore[misc]
+    return inspect.Signature(arguments)
+
+
+_OPTIONS = [
+    inspect.Parameter("dim", inspect.Parameter.KEYWORD_ONLY, default=0, annotation="int | None"),
+    inspect.Parameter("eps", inspect.Parameter.KEYWORD_ONLY, default=0.0, annotation="float"),
+]
 
 
 class WeightNormMixin(nn.Module):
@@ -34,6 +46,18 @@ class WeightNormMixin(nn.Module):
     eps: float
     weight_ndim: int  # of the class
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Shows the plain layer's arguments, and our two, as the constructor's."""
+        super().__init_subclass__(**kwargs)
+        own = next(c for c in cls.__mro__ if "__init__" in vars(c))
+        if own is not WeightNormMixin:  # a constructor of somebody's own
+            cls.__signature__ = _without_self(own)  # type: ignore[attr-defined]
+            return
+        plain = [c for c in cls.__mro__ if not issubclass(c, WeightNormMixin)]
+        if plain[0] is not nn.Module:
+            arguments = [*_without_self(plain[0]).parameters.values(), *_OPTIONS]
+            cls.__signature__ = inspect.Signature(arguments)  # type: ignore[attr-defined]
+
     def __init__(self, *args: Any, dim: int | None = 0, eps: float = 0.0, **kwargs: Any) -> None:
         # Before nn.Module's own, and so past its __setattr__: the plain layer's constructor, in
         # the middle of which the weight is assigned, comes last.
@@ -48,6 +72,15 @@ class WeightNormMixin(nn.Module):
             self.weight_g = UninitializedParameter(device=v.device, dtype=v.dtype)
         else:
             self.weight_g = nn.Parameter(v.new_empty(kept_shape(v.shape, self.dim)))
+
+    def _materialize(self, shape: tuple[int, ...], outputs: int) -> None:
+        """Gives a lazy layer's parameters their shapes and values."""
+        with torch.no_grad():
+            self.weight_v.materialize(shape)  # type: ignore[attr-defined]
+            self.weight_g.materialize(kept_shape(shape, self.dim))  # type: ignore[attr-defined]
+            if self.bias is not None:
+                self.bias.materialize((outputs,))
+            self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Initialises as the plain layer does: from the same seed, `.weight` starts equal."""
