@@ -22,7 +22,7 @@ setup: $(VENV)/.ready
 $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) --constraint constraints.txt torch triton
-	$(PIP) --constraint constraints.txt --editable '.[dev,models]'
+	$(PIP) --constraint constraints.txt --editable '.[dev,export,models]'
 	touch $@
 
 # The launch checker declares a newer Python and torch than it needs.

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, NoReturn
 
@@ -64,6 +65,11 @@ def reject(**tensors: Tensor | None) -> NoReturn:
     raise ValueError(f"all tensors must be on one device, got {devices}")
 
 
+def _is_eager() -> bool:
+    """Whether sizes are numbers, which the planner can rank paths by: nobody traces the call."""
+    return not is_compiling() and torch._C._get_tracing_state() is None
+
+
 def _memoised(check: Callable[..., Any]) -> Callable[..., Any]:
     """Remembers the answers of a check that depends on shapes and options alone."""
     cached = functools.lru_cache(maxsize=4096, typed=True)(check)
@@ -72,6 +78,10 @@ def _memoised(check: Callable[..., Any]) -> Callable[..., Any]:
     def call(*args: Any) -> Any:
         if is_compiling():
             return check(*args)
+        if torch._C._get_tracing_state() is not None:
+            with warnings.catch_warnings():  # what is checked need not be in the trace
+                warnings.simplefilter("ignore", torch.jit.TracerWarning)
+                return check(*args)
         try:
             return cached(*args)
         except TypeError:  # an argument that cannot be hashed, or the check's own error
@@ -132,7 +142,7 @@ def check_linear(
         )
     dim, eps, shape = check_weight(v_shape, g_shape, dim, eps)
     path = None
-    if not is_compiling():
+    if _is_eager():
         path = plan.aten_linear(x_shape, v_shape, x_dtype, v_dtype, dim)
     return LinearCall(dim, eps, path, shape)
 
@@ -154,7 +164,8 @@ class ConvolutionCall(NamedTuple):
 
     Attributes:
         conv, dim, eps: in canonical form.
-        path: the ATen path's variants; `None` under a compiler, which must not trace the planner.
+        path: the ATen path's variants; `None` where the call is traced or compiled, which the
+            planner must not be.
         g_shape: the shape that `g` has to be viewed in.
         end: what has to be added to the end of each spatial dimension beforehand, in
             `torch.nn.functional.pad`'s order, or `None`.
@@ -253,7 +264,7 @@ def check_convolution(
     batch = x_shape[: -rank - 1] or (1,)
     padded = torch.Size((*batch, channels, *(n + e for n, e in zip(sizes, extra, strict=True))))
     path = None
-    if not is_compiling():
+    if _is_eager():
         path = plan.aten_convolution(padded, v_shape, x_dtype, v_dtype, conv, dim)
     reshape = g_shape != shape or end is not None or len(x_shape) == rank + 1
     return ConvolutionCall(conv, dim, eps, path, shape, end, reshape)
