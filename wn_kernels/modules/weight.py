@@ -18,9 +18,9 @@ from . import forms
 Operands = tuple[Tensor, Tensor, Tensor | None, int | None, float]
 
 
-def _without_self(cls: type) -> inspect.Signature:
-    _, *arguments = inspect.signature(cls.__init__).parameters.values()  # type: ignore[misc]
-    return inspect.Signature(arguments)
+def _arguments(cls: type) -> list[inspect.Parameter]:
+    """Of a class's constructor."""
+    return list(inspect.signature(cls.__init__).parameters.values())[1:]  # type: ignore[misc]
 
 
 _OPTIONS = [
@@ -49,14 +49,15 @@ class WeightNormMixin(nn.Module):
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Shows the plain layer's arguments, and our two, as the constructor's."""
         super().__init_subclass__(**kwargs)
-        own = next(c for c in cls.__mro__ if "__init__" in vars(c))
-        if own is not WeightNormMixin:  # a constructor of somebody's own
-            cls.__signature__ = _without_self(own)  # type: ignore[attr-defined]
+        constructors = [c for c in cls.__mro__ if "__init__" in vars(c)]
+        plain = constructors[constructors.index(WeightNormMixin) + 1]
+        if constructors[0] is not WeightNormMixin:  # somebody's own
+            arguments = _arguments(constructors[0])
+        elif plain is not nn.Module:
+            arguments = sorted([*_arguments(plain), *_OPTIONS], key=lambda p: p.kind)
+        else:  # another mixin
             return
-        plain = [c for c in cls.__mro__ if not issubclass(c, WeightNormMixin)]
-        if plain[0] is not nn.Module:
-            arguments = [*_without_self(plain[0]).parameters.values(), *_OPTIONS]
-            cls.__signature__ = inspect.Signature(arguments)  # type: ignore[attr-defined]
+        cls.__signature__ = inspect.Signature(arguments)  # type: ignore[attr-defined]
 
     def __init__(self, *args: Any, dim: int | None = 0, eps: float = 0.0, **kwargs: Any) -> None:
         # Before nn.Module's own, and so past its __setattr__: the plain layer's constructor, in
