@@ -455,6 +455,15 @@ def test_folded_weights_are_frozen_with_their_parts():
     assert model.new.weight.requires_grad
 
 
+def test_a_wrapped_layer_is_left_alone():
+    """`fully_shard` derives a class from the layer's."""
+    layer = made("linear", "parametrizations")[0]
+    wn_kernels.fuse(layer)
+    layer.__class__ = type("Sharded", (nn.Module, type(layer))[::-1], {})
+    assert wn_kernels.fold(layer) == wn_kernels.unfuse(layer) == []
+    assert type(layer).__name__ == "Sharded"
+
+
 def test_what_cannot_be_folded():
     layer = stacked()
     assert wn_kernels.fold(layer) == []

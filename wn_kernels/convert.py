@@ -255,6 +255,8 @@ def unfuse(model: nn.Module) -> list[str]:
     names: list[str] = []
     for name, module in model.named_modules():
         before = len(names)
+        if fused.is_wrapped(module):
+            continue
         if fused.is_fused(module):
             fused.unfuse(module)
             names.append(name)
@@ -272,8 +274,8 @@ def fold(model: nn.Module) -> list[str]:
     """Replaces every weight-normed weight by a plain one, in place, for inference: PyTorch's two
     forms, fused or not, and the layers of this package.
 
-    A tensor that something else parametrizes as well is left alone. A weight is trainable where
-    its `g` or `v` was.
+    A tensor that something else parametrizes as well is left alone, and so is a layer whose class
+    another tool has derived from (`fully_shard`). A weight is trainable where its `g` or `v` was.
 
     Returns:
         The names of the folded layers; none are left to a second call.
@@ -281,6 +283,8 @@ def fold(model: nn.Module) -> list[str]:
     names: list[str] = []
     for name, module in list(model.named_modules()):
         before = len(names)
+        if fused.is_wrapped(module):
+            continue
         if type(module) in fused.LAYERS.values():
             fused.fold_own(module)
             names.append(name)

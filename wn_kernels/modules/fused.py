@@ -160,6 +160,11 @@ def is_fused(module: nn.Module) -> bool:
     return hasattr(type(module), "_weight_norm_of")
 
 
+def is_wrapped(module: nn.Module) -> bool:
+    """Whether somebody has derived another class from a fused module's, as `fully_shard` does."""
+    return is_fused(module) and "_weight_norm_of" not in vars(type(module))
+
+
 def options(module: Any) -> tuple[str, int | None, str]:
     """`(name, dim, form)` of a fused module."""
     return type(module)._weight_norm_of
