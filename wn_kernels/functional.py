@@ -19,20 +19,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.compiler import is_compiling
 
 from . import autograd, ops, plan
 from .backends import reference
 from .backends.shapes import canonical_dim, reduced_dims
 from .checks import are_dense, check_convolution, check_linear, check_weight, reject
 
+_PLAIN_TYPES = frozenset((Tensor, torch.nn.Parameter))
+
 # torch 2.6 has no such function; there, an exported program keeps this package's operators.
 _is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", lambda: False)
 
 
-def _composite(backend: str) -> bool:
+def _composite(backend: str, v: Tensor) -> bool:
     """Whether the differentiable composite serves the call: it was forced, or a `torch.func`
     transform or forward-mode AD is active, which see through it to every order, or the call is
-    being exported or traced, to leave for where this package is not.
+    being exported or traced, to leave for where this package is not, or `v` is of a tensor class
+    with operators of its own, such as a `DTensor`.
 
     Raises:
         RuntimeError: Triton is forced, and one of these is the case.
@@ -46,11 +50,13 @@ def _composite(backend: str) -> bool:
         or forward_ad._current_level >= 0
         or _is_exporting()
         or torch._C._get_tracing_state() is not None
+        or (type(v) not in _PLAIN_TYPES and not is_compiling())
     )
     if seen_through and backend == "triton" and plan.is_forced():
         raise RuntimeError(
             "backend 'triton' was forced but cannot serve this call: a torch.func transform or "
-            "forward-mode AD is active, or the call is being exported or traced"
+            "forward-mode AD is active, the call is being exported or traced, or v is a "
+            f"{type(v).__name__}"
         )
     return seen_through
 
@@ -120,7 +126,7 @@ def weight_norm(v: Tensor, g: Tensor, *, dim: int | None = 0, eps: float = 0.0) 
     if g.ndim != len(shape):
         g = g.view(shape)
     backend = plan.choose_backend(v)
-    if _composite(backend):
+    if _composite(backend, v):
         return reference.weight_norm(v, g, dim, eps)
     if torch.is_grad_enabled() and (v.requires_grad or g.requires_grad):
         return autograd.weight_norm(v, g, dim, eps, v.dtype, backend)
@@ -178,7 +184,7 @@ def wn_linear(
     if g.ndim != len(g_shape):
         g = g.view(g_shape)
     backend = plan.choose_backend(input)
-    if _composite(backend):
+    if _composite(backend, v):
         return reference.linear(input, v, g, bias, dim, eps)
     if _needs_grad(input, v, g, bias):
         return autograd.Linear.apply(input, v, g, bias, dim, eps, backend, path)
@@ -233,7 +239,7 @@ def convolution(
 
     backend = plan.choose_backend(input)
     conv, dim, eps, path = call[:4]
-    if _composite(backend):
+    if _composite(backend, v):
         y = reference.convolution(input, v, g, bias, conv, dim, eps)
     elif _needs_grad(input, v, g, bias):
         y = autograd.convolution(input, v, g, bias, conv, dim, eps, backend, path)

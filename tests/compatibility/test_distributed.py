@@ -1,4 +1,4 @@
-"""Data-parallel training over gloo, in processes of its own: as one process does it."""
+"""Training over gloo, in processes of its own: as one process does it."""
 
 import copy
 
@@ -7,13 +7,18 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
+from torch.distributed import checkpoint
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor.debug import CommDebugMode
+from torch.distributed.tensor.parallel import parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parametrizations
 
 import wn_kernels
-from tests.comparison import assert_matches
+from tests.comparison import assert_matches, assert_same_bits
+from wn_kernels import parallel
 
 WORLD = 2
 
@@ -99,6 +104,55 @@ def fsdp(rank, dim, options):
     check(grads, dim, torch.bfloat16 if options else torch.float32)
 
 
+def tensor_parallel(rank, dim, options):
+    """Outputs, gradients, and how often processes talk: forward, then backward."""
+    layer = wn_kernels.WNLinear(8, 6, dim=dim)
+    if options["fused"]:
+        layer = parametrizations.weight_norm(nn.Linear(8, 6), dim=dim)
+        wn_kernels.fuse(layer)
+    torch.manual_seed(0)
+    for p in layer.parameters():
+        nn.init.uniform_(p, 0.5, 1.5)
+    twin = copy.deepcopy(layer).double()
+    columns = options["plan"] == "columns"
+    whole = {"output_layouts" if columns else "input_layouts": Replicate()}
+    plan = (parallel.ColwiseParallel if columns else parallel.RowwiseParallel)(**whole)
+    parallelize_module(layer, init_device_mesh("cpu", (WORLD,)), plan)
+    x, _ = data()
+    x = torch.cat([x, x[:, :2]], dim=1)
+    with CommDebugMode() as forward:
+        y = layer(x)
+    with CommDebugMode() as backward:
+        y.square().sum().backward()
+    with wn_kernels.use_backend("reference"):
+        right = twin(x.double())
+    right.square().sum().backward()
+    assert_matches(y, right, torch.float32, 8)
+    terms = twin.bias.grad.norm().item()
+    for (name, p), q in zip(layer.named_parameters(), twin.parameters(), strict=True):
+        assert_matches(p.grad.full_tensor(), q.grad, torch.float32, 64, terms=terms, what=name)
+        assert isinstance(p, DTensor)
+    if dim == (0 if columns else 1):  # the norms are at home
+        assert forward.get_total_counts() == 1
+        assert backward.get_total_counts() == 0
+    else:
+        assert forward.get_total_counts() == 3
+        assert backward.get_total_counts() == 1
+
+
+def saved(rank, dim, options):
+    """A sharded checkpoint, for the test to load in one process."""
+    net = network(dim)
+    mesh = init_device_mesh("cpu", (WORLD,))
+    for layer in net:
+        if list(layer.parameters()):
+            fully_shard(layer, mesh=mesh)
+    with torch.no_grad():
+        for p in net.parameters():
+            p.mul_(2)
+    checkpoint.save(net.state_dict(), checkpoint_id=options["path"])
+
+
 def worker(rank, file, run, dim, options):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", f"file://{file}", rank=rank, world_size=WORLD)
@@ -109,6 +163,10 @@ def worker(rank, file, run, dim, options):
 
 
 MIXED = {"mp_policy": MixedPrecisionPolicy(torch.bfloat16, torch.float32)}
+
+
+def spawn(tmp_path, run, dim, options):
+    mp.spawn(worker, (str(tmp_path / "rendezvous"), run, dim, options), nprocs=WORLD)
 
 
 @pytest.mark.parametrize("dim", [0, None])
@@ -125,4 +183,27 @@ MIXED = {"mp_policy": MixedPrecisionPolicy(torch.bfloat16, torch.float32)}
     ids=["ddp", "ddp-unused", "ddp-static", "ddp-accumulation", "fsdp", "fsdp-mixed"],
 )
 def test_as_one_process(run, options, dim, tmp_path):
-    mp.spawn(worker, (str(tmp_path / "rendezvous"), run, dim, options), nprocs=WORLD)
+    spawn(tmp_path, run, dim, options)
+
+
+@pytest.mark.parametrize("dim", [0, 1, None])
+@pytest.mark.parametrize("plan", ["columns", "rows"])
+def test_tensor_parallel(plan, dim, tmp_path):
+    spawn(tmp_path, tensor_parallel, dim, {"plan": plan, "fused": False})
+
+
+def test_tensor_parallel_of_a_fused_layer(tmp_path):
+    spawn(tmp_path, tensor_parallel, 0, {"plan": "rows", "fused": True})
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_reloads_at_another_world_size(tmp_path):
+    path = str(tmp_path / "checkpoint")
+    spawn(tmp_path, saved, 0, {"path": path})
+    net = network(0)
+    right = {key: 2 * t for key, t in net.state_dict().items()}
+    state = net.state_dict()
+    checkpoint.load(state, checkpoint_id=path, no_dist=True)
+    net.load_state_dict(state)
+    for key, t in net.state_dict().items():
+        assert_same_bits(t, right[key], key)
