@@ -13,17 +13,15 @@ ROOT = Path(wn_kernels.__file__).parent
 
 # From the top down; a module may import from layers below its own.
 LAYERS = [
-    *(
-        "__main__",
-        "parallel",
-        "convert",
-        "modules",
-        "functional",
-        "checks",
-        "autograd",
-        "ops",
-        "plan",
-    ),
+    "__main__",
+    "parallel",
+    "convert",
+    "modules",
+    "functional",
+    "checks",
+    "autograd",
+    "ops",
+    "plan",
     "backends",
 ]
 
