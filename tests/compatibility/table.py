@@ -154,6 +154,16 @@ def _export(normalise):
     assert_close(program.module()(x), right_of(layer, x)[0])
 
 
+@row("AOTInductor on the CPU")
+def _ahead_of_time(normalise):
+    layer, x = layer_of(normalise), data()
+    with tempfile.TemporaryDirectory() as folder:
+        package = torch._inductor.aoti_compile_and_package(
+            torch.export.export(layer, (x,)), package_path=f"{folder}/layer.pt2"
+        )
+        assert_close(torch._inductor.aoti_load_package(package)(x), right_of(layer, x)[0])
+
+
 @row("ONNX, run in onnxruntime")
 def _onnx(normalise):
     import onnxruntime
@@ -316,6 +326,18 @@ def _autocast(normalise):
         assert_close(y, right_of(layer, x)[0], 8 * torch.finfo(dtype).eps)
         y.float().square().sum().backward()
         assert all(p.grad.dtype == torch.float32 for p in layer.parameters())
+
+
+@row("`GradScaler`")
+def _scaler(normalise):
+    layer, x = layer_of(normalise), data()
+    _, right = right_of(layer, x)
+    scaler = torch.amp.GradScaler("cpu", init_scale=256.0)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=1.0)
+    before = parts(layer)[1].detach().clone()
+    scaler.scale(layer(x).square().sum()).backward()
+    scaler.step(optimizer)
+    assert_close(before - parts(layer)[1], right[2])
 
 
 @row("`v` in bfloat16 with `g` in float32")

@@ -12,15 +12,22 @@ from tests.compatibility.layers import LAYERS, gradients, made
 
 @pytest.mark.parametrize("name", LAYERS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_autocast(name, dtype):
-    """As close to float64 as a product in this dtype can be; parameters' gradients are float32."""
+@pytest.mark.parametrize("backend", ["auto", "triton"])
+def test_autocast(name, dtype, backend):
+    """As close to float64 as a product in this dtype can be; parameters' gradients are float32.
+
+    The kernels read `v` and `g` as they are, in float32, and only the input is cast: what they do
+    on a GPU.
+    """
+    if backend == "triton":
+        pytest.importorskip("triton")
     layer, x = made(name)
     wide, wide_x = copy.deepcopy(layer).double(), x.to(dtype).double()
 
     def loss(y):
         return y.float().square().mean()
 
-    with torch.autocast("cpu", dtype):
+    with torch.autocast("cpu", dtype), wn_kernels.use_backend(backend):
         y, grads = gradients(layer, x, loss)
     assert y.dtype == dtype
     assert {grad.dtype for grad in grads.values()} == {torch.float32}
