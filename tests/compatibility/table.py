@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import io
 import logging
+import os
 import pickle
 import tempfile
 import warnings
@@ -32,6 +33,7 @@ from torch.utils.checkpoint import checkpoint
 
 import wn_kernels
 import wn_kernels.parallel
+from tests.comparison import assert_matches
 from wn_kernels.backends import reference
 
 PAGE = Path(__file__).parents[2] / "docs" / "compatibility.md"
@@ -101,10 +103,8 @@ def right_of(layer, x, dim=0):
     return y.detach(), torch.autograd.grad(y.square().sum(), wide)
 
 
-def assert_close(found, right, tolerance=1e-5):
-    error = (found.detach().double() - right).norm() / right.norm()
-    assert error <= tolerance, f"wrong by {error:.1e}"
-    assert right.norm() > 0
+def assert_right(found, wanted, dtype=torch.float32):
+    assert_matches(found, wanted, dtype, 256, roundings=8)
 
 
 def assert_trains(layer, x, call=None):
@@ -112,12 +112,12 @@ def assert_trains(layer, x, call=None):
     x = x.detach().clone().requires_grad_()
     y, grads = right_of(layer, x)
     out = (layer if call is None else call)(x)
-    assert_close(out, y)
+    assert_right(out, y)
     g, v = parts(layer)
     for found, right in zip(
         torch.autograd.grad(out.square().sum(), (x, g, v, layer.bias)), grads, strict=True
     ):
-        assert_close(found, right)
+        assert_right(found, right)
 
 
 # --- compile and export --------------------------------------------------------------------------
@@ -151,7 +151,7 @@ def _export(normalise):
     program = torch.export.export(layer, (x,)).run_decompositions()
     names = {str(n.target) for n in program.graph.nodes if n.op == "call_function"}
     assert all(name.startswith(("aten.", "<built-in")) for name in names), names
-    assert_close(program.module()(x), right_of(layer, x)[0])
+    assert_right(program.module()(x), right_of(layer, x)[0])
 
 
 @row("AOTInductor on the CPU")
@@ -161,7 +161,7 @@ def _ahead_of_time(normalise):
         package = torch._inductor.aoti_compile_and_package(
             torch.export.export(layer, (x,)), package_path=f"{folder}/layer.pt2"
         )
-        assert_close(torch._inductor.aoti_load_package(package)(x), right_of(layer, x)[0])
+        assert_right(torch._inductor.aoti_load_package(package)(x), right_of(layer, x)[0])
 
 
 @row("ONNX, run in onnxruntime")
@@ -175,7 +175,7 @@ def _onnx(normalise):
         torch.onnx.export(layer, (x,), path, dynamo=True, verbose=False)
         session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
         (y,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
-    assert_close(torch.from_numpy(y), right_of(layer, x)[0])
+    assert_right(torch.from_numpy(y), right_of(layer, x)[0])
 
 
 @row("`torch.jit.trace`, saved and loaded")
@@ -184,7 +184,7 @@ def _trace(normalise):
     saved = io.BytesIO()
     torch.jit.save(torch.jit.trace(layer, (x,)), saved)
     saved.seek(0)
-    assert_close(torch.jit.load(saved)(x), right_of(layer, x)[0])
+    assert_right(torch.jit.load(saved)(x), right_of(layer, x)[0])
 
 
 # --- transforms ----------------------------------------------------------------------------------
@@ -201,10 +201,10 @@ def _grad(normalise):
     parameters, call = functional(layer)
     grads = torch.func.grad(lambda p: call(p, x).square().sum())(parameters)
     _, right = right_of(layer, x)
-    assert_close(grads["bias"], right[3])
+    assert_right(grads["bias"], right[3])
     values = sorted((t for k, t in grads.items() if k != "bias"), key=torch.numel)
     for found, wanted in zip(values, right[1:3], strict=True):
-        assert_close(found, wanted)
+        assert_right(found, wanted)
 
 
 @row("forward mode (`torch.func.jvp`) through the parameters")
@@ -213,7 +213,7 @@ def _jvp(normalise):
     parameters, call = functional(layer)
     _, moved = torch.func.jvp(lambda p: call(p, x), (parameters,), (parameters,))
     # y is linear in g and the bias, and does not change with the length of v.
-    assert_close(moved, right_of(layer, x)[0])
+    assert_right(moved, right_of(layer, x)[0])
 
 
 @row("`vmap` over inputs, per-sample gradients")
@@ -222,7 +222,7 @@ def _per_sample(normalise):
     parameters, call = functional(layer)
     each = torch.func.grad(lambda p, sample: call(p, sample[None]).square().sum())
     grads = torch.func.vmap(each, (None, 0))(parameters, x)
-    assert_close(grads["bias"].sum(0), right_of(layer, x)[1][3])
+    assert_right(grads["bias"].sum(0), right_of(layer, x)[1][3])
 
 
 @row("`vmap` over stacked parameters (`stack_module_state`)")
@@ -231,7 +231,7 @@ def _ensemble(normalise):
     parameters, buffers = torch.func.stack_module_state(layers)
     _, call = functional(layers[0])
     y = torch.func.vmap(lambda p, b: call((p, b), x))(parameters, buffers)
-    assert_close(y[1], right_of(layers[1], x)[0])
+    assert_right(y[1], right_of(layers[1], x)[0])
 
 
 @row("`torch.func.hessian` with respect to the parameters")
@@ -245,7 +245,7 @@ def _hessian(normalise):
     key = next(k for k, p in layer.named_parameters() if p is parts(layer)[1])
     parameters, call = functional(layer)
     found = torch.func.hessian(lambda v: call(parameters | {key: v}, x).square().sum())(v)
-    assert_close(found, torch.func.hessian(loss)(v).detach(), 1e-9)
+    assert_right(found, torch.func.hessian(loss)(v).detach(), torch.float64)
 
 
 @row("activation checkpointing, both modes")
@@ -255,7 +255,7 @@ def _checkpoint(normalise):
         _, right = right_of(layer, x)
         checkpoint(layer, x, use_reentrant=reentrant).square().sum().backward()
         for found, wanted in zip((x, *parts(layer)), right[:3], strict=True):
-            assert_close(found.grad, wanted)
+            assert_right(found.grad, wanted)
 
 
 @row("saved-tensor hooks, `save_on_cpu`")
@@ -291,7 +291,7 @@ def _second(normalise, loss):
 
     right = torch.autograd.grad(loss(plain, x, wide), wide[:2])
     for one, wanted in zip(found, right, strict=True):
-        assert_close(one, wanted, 1e-9)
+        assert_right(one, wanted, torch.float64)
 
 
 @row("a penalty on the gradient of the input (WGAN-GP, R1, eikonal)")
@@ -323,7 +323,7 @@ def _autocast(normalise):
         with torch.autocast("cpu", dtype):
             y = layer(x)
         assert y.dtype == dtype
-        assert_close(y, right_of(layer, x)[0], 8 * torch.finfo(dtype).eps)
+        assert_right(y, right_of(layer, x)[0], dtype)
         y.float().square().sum().backward()
         assert all(p.grad.dtype == torch.float32 for p in layer.parameters())
 
@@ -337,7 +337,7 @@ def _scaler(normalise):
     before = parts(layer)[1].detach().clone()
     scaler.scale(layer(x).square().sum()).backward()
     scaler.step(optimizer)
-    assert_close(before - parts(layer)[1], right[2])
+    assert_right(before - parts(layer)[1], right[2])
 
 
 @row("`v` in bfloat16 with `g` in float32")
@@ -345,7 +345,7 @@ def _mixed(normalise):
     layer, x = layer_of(normalise), data().bfloat16()
     parts(layer)[1].data = parts(layer)[1].data.bfloat16()
     layer.bias.data = layer.bias.data.bfloat16()
-    assert_close(layer(x), right_of(layer, x)[0], 8 * torch.finfo(torch.bfloat16).eps)
+    assert_right(layer(x), right_of(layer, x)[0], torch.bfloat16)
 
 
 @row("a slice of norm zero: finite output and gradients")
@@ -365,7 +365,7 @@ def _meta(normalise):
     layer = normalise(nn.Linear(6, 4, device="meta"), 0).to_empty(device="cpu")
     other, x = layer_of(normalise), data()
     layer.load_state_dict(other.state_dict())
-    assert_close(layer(x), right_of(other, x)[0])
+    assert_right(layer(x), right_of(other, x)[0])
 
 
 @row("a lazy layer")
@@ -373,7 +373,7 @@ def _lazy(normalise):
     x = data()
     layer = normalise(nn.LazyLinear(4), 0)
     layer(x)
-    assert_close(layer(x), right_of(layer, x)[0])
+    assert_right(layer(x), right_of(layer, x)[0])
 
 
 @row("assigning to `.weight`")
@@ -381,14 +381,14 @@ def _assign(normalise):
     layer, x = layer_of(normalise), data()
     weight = torch.randn(4, 6)
     layer.weight = weight
-    assert_close(layer(x), (x.double() @ weight.double().t() + layer.bias.double()).detach())
+    assert_right(layer(x), (x.double() @ weight.double().t() + layer.bias.double()).detach())
 
 
 @row("`copy.deepcopy` after a forward")
 def _deepcopy(normalise):
     layer, x = layer_of(normalise), data()
     layer(x)
-    assert_close(copy.deepcopy(layer)(x), right_of(layer, x)[0])
+    assert_right(copy.deepcopy(layer)(x), right_of(layer, x)[0])
 
 
 @row("`pickle`, `torch.save(model)`")
@@ -396,7 +396,7 @@ def _pickle(normalise):
     layer, x = layer_of(normalise), data()
     with torch.no_grad():
         layer(x)
-    assert_close(pickle.loads(pickle.dumps(layer))(x), right_of(layer, x)[0])
+    assert_right(pickle.loads(pickle.dumps(layer))(x), right_of(layer, x)[0])
 
 
 @row("EMA copies (`swa_utils.AveragedModel`)")
@@ -404,7 +404,7 @@ def _ema(normalise):
     layer, x = layer_of(normalise), data()
     average = torch.optim.swa_utils.AveragedModel(layer)
     average.update_parameters(layer)
-    assert_close(average(x), right_of(layer, x)[0])
+    assert_right(average(x), right_of(layer, x)[0])
 
 
 @row("`torch.use_deterministic_algorithms(True)`")
@@ -426,14 +426,19 @@ def _threads(normalise):
 # --- distributed ---------------------------------------------------------------------------------
 
 
+def leave():
+    """Ends a process that has done its part: gloo's threads may outlive their group, and then
+    abort an orderly end."""
+    dist.barrier()
+    os._exit(0)
+
+
 def _worker(rank, file, job, normalise):
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     dist.init_process_group("gloo", f"file://{file}", rank=rank, world_size=2)
-    try:
-        job(rank, normalise, Path(file).parent)
-    finally:
-        dist.destroy_process_group()
+    job(rank, normalise, Path(file).parent)
+    leave()
 
 
 def _spawn(job, normalise, folder=None):
@@ -452,7 +457,7 @@ def _ddp_job(rank, normalise, _):
     net = nn.parallel.DistributedDataParallel(layer)
     net(share).square().sum().backward()
     for p, wanted in zip(parts(layer), right[1][1:3], strict=True):
-        assert_close(p.grad, wanted / 2)
+        assert_right(p.grad, wanted / 2)
 
 
 @row("`DistributedDataParallel`")
@@ -468,9 +473,9 @@ def _fsdp_job(rank, normalise, _):
         options = {} if policy is None else {"mp_policy": policy}
         fully_shard(layer, mesh=init_device_mesh("cpu", (2,)), **options)
         layer(share).float().square().sum().backward()
-        tolerance = 1e-5 if policy is None else 0.05
+        dtype = torch.float32 if policy is None else torch.bfloat16
         for p, wanted in zip(parts(layer), right[1][1:3], strict=True):
-            assert_close(p.grad.full_tensor(), wanted / 2, tolerance)
+            assert_right(p.grad.full_tensor(), wanted / 2, dtype)
 
 
 @row("FSDP2 `fully_shard`, also in mixed precision")
@@ -490,10 +495,10 @@ def _tensor_parallel_job(rank, normalise, _):
         style = (plan if ours else theirs)(**{side: Replicate()})
         parallelize_module(layer, init_device_mesh("cpu", (2,)), style)
         y = layer(x)
-        assert_close(y, right[0])
+        assert_right(y, right[0])
         y.square().sum().backward()
         for p, wanted in zip(parts(layer), right[1][1:3], strict=True):
-            assert_close(p.grad.full_tensor(), wanted)
+            assert_right(p.grad.full_tensor(), wanted)
 
 
 @row("tensor parallelism, column-wise and row-wise")
@@ -519,7 +524,7 @@ def _sharded(normalise):
         _spawn(_checkpoint_job, normalise, folder)
         sharded.load(state, checkpoint_id=f"{folder}/checkpoint", no_dist=True)
     layer.load_state_dict(state)
-    assert_close(layer(x), right)
+    assert_right(layer(x), right)
 
 
 # --- the page ------------------------------------------------------------------------------------
@@ -534,7 +539,7 @@ def outcome(title: str, provider: str) -> str:
         except AssertionError:
             return "wrong"
         except Exception as error:
-            return "wrong" if "AssertionError: wrong by" in str(error) else "fails"
+            return "wrong" if "AssertionError: result: relative" in str(error) else "fails"
     return "yes"
 
 

@@ -18,6 +18,7 @@ from torch.nn.utils import parametrizations
 
 import wn_kernels
 from tests.comparison import assert_matches, assert_same_bits
+from tests.compatibility.table import leave
 from wn_kernels import parallel
 
 WORLD = 2
@@ -156,10 +157,8 @@ def saved(rank, dim, options):
 def worker(rank, file, run, dim, options):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", f"file://{file}", rank=rank, world_size=WORLD)
-    try:
-        run(rank, dim, options)
-    finally:
-        dist.destroy_process_group()
+    run(rank, dim, options)
+    leave()
 
 
 MIXED = {"mp_policy": MixedPrecisionPolicy(torch.bfloat16, torch.float32)}
