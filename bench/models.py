@@ -60,17 +60,15 @@ def _tcn() -> nn.Module:
 
 def _critic() -> nn.Module:
     """Of a Wasserstein GAN, for images of 28×28."""
-    layers = [
-        nn.Conv2d(1, 32, 4, 2, 1),
-        nn.Conv2d(32, 64, 4, 2, 1),
+    normed = parametrizations.weight_norm
+    return nn.Sequential(
+        normed(nn.Conv2d(1, 32, 4, 2, 1)),
+        nn.Softplus(2.0),
+        normed(nn.Conv2d(32, 64, 4, 2, 1)),
+        nn.Softplus(2.0),
         nn.Flatten(),
-        nn.Linear(64 * 49, 1),
-    ]
-    for layer in layers:
-        if not isinstance(layer, nn.Flatten):
-            parametrizations.weight_norm(layer)
-    first, second, flatten, last = layers
-    return nn.Sequential(first, nn.Softplus(2.0), second, nn.Softplus(2.0), flatten, last)
+        normed(nn.Linear(64 * 49, 1)),
+    )
 
 
 MODELS = {

@@ -202,28 +202,31 @@ def _load_hooks(model: nn.Module) -> list[int]:
     return [key for key, hook in hooks if getattr(hook, "hook", hook) is _load_all_or_nothing]
 
 
+def _drop_load_hook(model: nn.Module) -> None:
+    for key in _load_hooks(model):
+        del model._load_state_dict_pre_hooks[key]
+
+
 def _line(
     prefix: str, module: nn.Module, tensor: str, weight: Any, dim: Any, path: str, note: str
 ) -> Layer:
     name = prefix if tensor == "weight" else f"{prefix}.{tensor}"
     kind = type(module)
-    if parametrize.is_parametrized(module) and not fused.is_fused(module):
-        kind = kind.__bases__[0]
+    if not fused.is_fused(module):
+        kind = parametrize.type_before_parametrizations(module)
     return Layer(name or "(root)", kind.__name__, tuple(weight.shape), dim, path, note)
 
 
 def _fuse(prefix: str, module: nn.Module, found: _Found, dry_run: bool) -> Layer:
     tensor, form, computer, obstacle = found
-    base: Any = type(module)
     if form == "weight_norm":
         v = getattr(module, tensor + "_v")
-        ours: Any = fused.Hook
+        ours: Any = fused.Hook if obstacle else fused.LayerHook
     else:
         v = fused.parametrized(module)[tensor].original1
         ours = fused.Parametrization
-        base = base.__bases__[0]
     dim = canonical_dim(computer.dim, v.ndim)
-    if isinstance(computer, ours):
+    if isinstance(computer, (fused.Hook, fused.Parametrization)):
         return _line(prefix, module, tensor, v, dim, "", "fused already")
     if isinstance(module, torch.jit.ScriptModule) or type(computer) not in (
         WeightNorm,
@@ -233,14 +236,13 @@ def _fuse(prefix: str, module: nn.Module, found: _Found, dry_run: bool) -> Layer
     if obstacle:
         path, note = f"{plan.choose_backend(v)}: weight", obstacle
     else:
+        base = parametrize.type_before_parametrizations(module)
         path = _path(module, base, tensor, v, dim)
         note = "" if fused.known_layer(base, tensor) else "its own forward"
     line = _line(prefix, module, tensor, v, dim, path, note)
     if not dry_run:
         computer.__class__ = ours
         if not obstacle:
-            if form == "weight_norm":
-                computer.__class__ = fused.LayerHook
             fused.fuse(module, tensor, dim, form)
     return line
 
@@ -265,8 +267,7 @@ def unfuse(model: nn.Module) -> list[str]:
                 back: Any = WeightNorm if found.form == "weight_norm" else _WeightNorm
                 found.computer.__class__ = back
                 names[before:] = [name]
-        for key in _load_hooks(module):
-            del module._load_state_dict_pre_hooks[key]
+        _drop_load_hook(module)
     return names
 
 
@@ -295,8 +296,7 @@ def fold(model: nn.Module) -> list[str]:
             if len(fused.parametrized(module).get(found.tensor, [None])) == 1:
                 _fold_tensor(module, found)
                 names[before:] = [name]
-        for key in _load_hooks(module):
-            del module._load_state_dict_pre_hooks[key]
+        _drop_load_hook(module)
     return names
 
 

@@ -22,11 +22,9 @@ from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
 from . import autograd, ops, plan
-from .backends import reference
+from .backends import aten, reference
 from .backends.shapes import canonical_dim, reduced_dims
 from .checks import are_dense, check_convolution, check_linear, check_weight, reject
-
-_PLAIN_TYPES = frozenset((Tensor, torch.nn.Parameter))
 
 # torch 2.6 has no such function; there, an exported program keeps this package's operators.
 _is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", lambda: False)
@@ -50,7 +48,7 @@ def _composite(backend: str, v: Tensor) -> bool:
         or forward_ad._current_level >= 0
         or _is_exporting()
         or torch._C._get_tracing_state() is not None
-        or (type(v) not in _PLAIN_TYPES and not is_compiling())
+        or (type(v) not in aten.PLAIN_TYPES and not is_compiling())
     )
     if seen_through and backend == "triton" and plan.is_forced():
         raise RuntimeError(

@@ -36,14 +36,13 @@ def _split(module: nn.Module, mesh: DeviceMesh, side: int) -> None:
     _distribute(module, "bias", mesh, Shard(0) if side == 0 else Replicate())
 
 
-def _distribute(module: Any, key: str, mesh: DeviceMesh, placement: Any) -> None:
-    *path, key = key.split(".")
-    for part in path:
-        module = getattr(module, part)
-    p = getattr(module, key)
+def _distribute(module: nn.Module, key: str, mesh: DeviceMesh, placement: Any) -> None:
+    path, _, name = key.rpartition(".")
+    holder = module.get_submodule(path)
+    p = getattr(holder, name)
     if p is not None:
         shards = distribute_tensor(p.detach(), mesh, [placement])
-        setattr(module, key, nn.Parameter(shards, requires_grad=p.requires_grad))
+        setattr(holder, name, nn.Parameter(shards, requires_grad=p.requires_grad))
 
 
 class ColwiseParallel(_ColwiseParallel):

@@ -54,7 +54,10 @@ LEFT_ROWS = range(2, 256)
 FUSED_MAX = 1 << 23
 IN_PLACE_MIN = 1 << 21
 _FUSED_DTYPES = frozenset((torch.float32, torch.float64))
-_PLAIN_TYPES = frozenset((Tensor, torch.nn.Parameter))
+
+# Tensors whose operators are torch's own.
+PLAIN_TYPES = frozenset((Tensor, torch.nn.Parameter))
+
 _plain_backward = torch.ops.aten.convolution_backward.default
 _fused_grad = torch.ops.aten._weight_norm_interface_backward.default
 
@@ -160,7 +163,7 @@ def _fused_serves(v: Tensor, g: Tensor, dim: int | None, eps: float) -> bool:
 def _is_readable(v: Tensor) -> bool:
     """Whether a value on the CPU may be looked at: nobody traces the call."""
     return (
-        type(v) in _PLAIN_TYPES
+        type(v) in PLAIN_TYPES
         and not torch._C._len_torch_dispatch_stack()
         and torch._C._get_tracing_state() is None
     )

@@ -177,17 +177,15 @@ def tensors(module: Any) -> tuple[Tensor, Tensor]:
     return g, v
 
 
-def _attribute(module: Any, key: str) -> Any:
-    for part in key.split("."):
-        module = getattr(module, part)
-    return module
+def _attribute(module: nn.Module, key: str) -> Any:
+    path, _, name = key.rpartition(".")
+    return getattr(module.get_submodule(path), name)
 
 
 def fuse(module: nn.Module, name: str, dim: int | None, form: str) -> None:
     """Gives a module that holds `g` and `v` in this form a class of its own."""
-    base: Any = type(module)
+    base: Any = parametrize.type_before_parametrizations(module)
     if form == "parametrizations":
-        base = base.__bases__[0]
         _drop_load_hook(module)
     else:
         module.__dict__.pop(name, None)
