@@ -18,6 +18,7 @@ from rich.table import Table
 from bench.cases import PROVIDERS, SUITES, Case
 from bench.timing import interleaved, paired_ratio
 from wn_kernels import plan
+from wn_kernels import table as tuned
 
 if TYPE_CHECKING:
     from bench.models import ModelCase
@@ -74,7 +75,7 @@ def environment(device: torch.device) -> dict[str, Any]:
     except ImportError:
         triton_version = None
     return {
-        "device": torch.cuda.get_device_name(device) if cuda else _processor(),
+        "device": torch.cuda.get_device_name(device) if cuda else tuned.processor(),
         "backend": plan.choose_backend(torch.empty(0, device=device)),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
@@ -83,15 +84,6 @@ def environment(device: torch.device) -> dict[str, Any]:
         "commit": git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--short") else ""),
         "time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        model = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        model = platform.processor() or platform.machine()
-    return f"{model}, {torch.backends.cpu.get_cpu_capability()}"
 
 
 def geometric_means(results: list[dict[str, Any]]) -> dict[str, float]:

@@ -17,6 +17,9 @@ if not torch.cuda.is_available() and "ttsem" not in sys.modules:
 if "PYTEST_XDIST_WORKER" in os.environ:  # as many workers as cores, so one thread each
     torch.set_num_threads(1)
 
+# Nothing that was tuned on this machine.
+os.environ["WN_KERNELS_TABLE"] = os.path.join(os.path.dirname(__file__), "no-such-table.json")
+
 from hypothesis import settings
 
 settings.register_profile("suite", deadline=None, derandomize=True, print_blob=True)
@@ -36,3 +39,16 @@ def _poisoned_and_seeded():
 def device() -> torch.device:
     """Where Triton's kernels run in this session."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture
+def own_table(tmp_path, monkeypatch):
+    """The path of a tuned table of this test's, forgotten afterwards."""
+    from wn_kernels import table, tuning
+
+    path = tmp_path / "cache" / "tuned.json"
+    monkeypatch.setenv(table.VARIABLE, str(path))
+    tuning._forget()
+    yield path
+    monkeypatch.undo()
+    tuning._forget()

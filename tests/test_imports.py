@@ -16,12 +16,16 @@ LAYERS = [
     "__main__",
     "parallel",
     "convert",
+    "tuning",
     "modules",
     "functional",
     "checks",
     "autograd",
     "ops",
     "plan",
+    "costs",
+    "table",
+    "text",
     "backends",
 ]
 

@@ -1,4 +1,4 @@
-"""The command line: `python -m wn_kernels info`."""
+"""The command line: `python -m wn_kernels`."""
 
 import os
 import subprocess
@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import wn_kernels
+from wn_kernels.__main__ import main
 
 
 def info(**environment):
@@ -39,3 +40,18 @@ def test_info_of_a_forced_backend():
     assert "float32   triton" in info(WN_KERNELS_BACKEND="triton", TRITON_INTERPRET="1")
     if not torch.cuda.is_available():
         assert "float32   none: backend 'triton' was forced" in info(WN_KERNELS_BACKEND="triton")
+
+
+def test_tune(own_table, tmp_path, monkeypatch, capsys):
+    """Of a factory in the current directory."""
+    (tmp_path / "own_model.py").write_text(
+        "import torch, wn_kernels\n"
+        "def make():\n    return wn_kernels.WNLinear(4, 3), torch.ones(2, 4)\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    assert main(["tune", "own_model:make", "--seconds", "0.01"]) == 0
+    assert "linear 2×4·3×4" in capsys.readouterr().out
+    assert "linear 2×4·3×4" in own_table.read_text()
+    for wrong in ("own_model:nothing", "no_such_module:make", "", "own_model"):
+        with pytest.raises(SystemExit, match="names no function of a module"):
+            main(["tune", wrong])

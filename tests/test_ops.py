@@ -30,13 +30,19 @@ def test_opcheck(shape, dtype, dim):
         check(OPS.linear_backward, case.dy, case.x, case.v, case.g, n, dim, 0.0, "", mask)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS[1:])
-def test_opcheck_layouts(layout):
-    case = Case(6, 33, 20, 0, layout=layout)
-    check(OPS.weight_norm, case.v, case.g, 0, 0.0, torch.bfloat16, "")
-    check(OPS.linear, case.x, case.v, case.g, case.bias, 0, 0.0, "")
-    x = torch.randn(2, 3, 33)
-    check(OPS.linear, x, case.v, case.g, case.bias, 0, 0.0, "")
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("grad", [True, False])
+def test_opcheck_layouts(grad, dtype, layout):
+    """Every operator, with inputs that want gradients and with inputs that do not."""
+    case = Case(6, 33, 20, 0, dtype, layout=layout)
+    x, v, g, bias = case.leaves() if grad else (case.x, case.v, case.g, case.bias)
+    check(OPS.weight_norm, v, g, 0, 0.0, torch.bfloat16, "")
+    w, n = OPS.weight_norm(v.detach(), g.detach(), 0, 0.0, dtype, "")
+    check(OPS.weight_norm_backward, w, v, g, n, 0, 0.0, "")
+    for rows, dy in ((x, case.dy), (x.view_as(x)[None, :, None], case.dy[None, :, None])):
+        check(OPS.linear, rows, v, g, bias, 0, 0.0, "")
+        check(OPS.linear_backward, dy, rows, v, g, n, 0, 0.0, "", [True] * 4)
 
 
 def test_triton_backend_through_the_operator(device):
@@ -94,6 +100,20 @@ def test_opcheck_convolution(case, backend):
     needs = [True, True, True, case.bias is not None]
     grads = OPS.convolution_backward(*arguments, needs)
     case.check_backward([grad if need else None for grad, need in zip(grads, needs, strict=True)])
+
+
+@pytest.mark.parametrize("layout", [*LAYOUTS, "channels-last"])
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize("transposed", [True, False])
+def test_opcheck_convolution_layouts(transposed, grad, dtype, layout):
+    case = ConvCase(2, 4, 6, (7, 5), (3, 2), 1, dtype, transposed=transposed, layout=layout)
+    x, v, g, bias = case.leaves() if grad else (case.x, case.v, case.g, case.bias)
+    rest = (*case.geometry(), case.dim, 0.0, "aten")
+    for optional in (bias, None):
+        check(OPS.convolution, x, v, g, optional, *rest)
+    _, n = OPS.convolution(case.x, case.v, case.g, None, *rest)
+    check(OPS.convolution_backward, case.dy, x, v, g, n, *rest, [True] * 4)
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")

@@ -1,5 +1,6 @@
 """Which backend and which variant serves a call."""
 
+import dataclasses
 import subprocess
 import sys
 import threading
@@ -9,18 +10,19 @@ import torch
 
 import wn_kernels.functional as WF
 from tests.comparison import Case
-from wn_kernels import plan, use_backend
+from wn_kernels import costs, plan, use_backend
 from wn_kernels.backends.shapes import Geometry
+from wn_kernels.costs import Call
 
 F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
 
 
 def aten(m, k, n, dim=0, x=F32, v=F32):
-    return plan.aten_linear(torch.Size((m, k)), torch.Size((n, k)), x, v, dim)
+    return plan.choose(Call(torch.Size((m, k)), torch.Size((n, k)), x, v, dim), "aten")
 
 
 def triton(m, k, n, dim=0, x=BF16, v=BF16):
-    return plan.triton_linear(torch.Size((m, k)), torch.Size((n, k)), x, v, dim, False)
+    return plan.choose(Call(torch.Size((m, k)), torch.Size((n, k)), x, v, dim), "triton")
 
 
 def test_aten_variants():
@@ -52,13 +54,13 @@ def test_triton_variants():
     assert triton(16, 4096, 4096, dim=1).backward == "one_pass"
     assert triton(16, 4096, 4096, dim=None).backward != "one_pass"
     assert triton(16, 4096, 4096, x=F16, v=F32).forward == "scaled"
-    assert triton(plan.one_pass_rows(8) + 1, 4096, 4096, x=F64, v=F64).forward != "one_pass"
+    assert triton(costs.one_pass_rows(8) + 1, 4096, 4096, x=F64, v=F64).forward != "one_pass"
 
 
 def test_one_pass_never_exceeds_its_tile():
     configs = pytest.importorskip("wn_kernels.backends.triton.configs")
     for itemsize in (2, 4, 8):
-        rows = plan.one_pass_rows(itemsize)
+        rows = costs.one_pass_rows(itemsize)
         for m in range(1, rows + 1):
             assert m <= configs.grad_one_pass(m, itemsize).BLOCK_M
             assert m <= configs.one_pass(m, 4096, itemsize).BLOCK_M
@@ -142,10 +144,8 @@ def conv1d(batch, inputs, outputs, length, taps, dim=0, *, up=0, x=F32, v=F32, b
     conv = Geometry((up or 1,), (taps // 2,), (1,), bool(up), (0,), 1)
     v_shape = (inputs, outputs, taps) if up else (outputs, inputs, taps)
     shapes = torch.Size((batch, inputs, length)), torch.Size(v_shape)
-    if backend == "aten":
-        return plan.aten_convolution(*shapes, x, v, conv, dim)
     last = backend == "triton, channels last"
-    return plan.triton_convolution(*shapes, x, v, conv, dim, last, False)
+    return plan.choose(Call(*shapes, x, v, dim, conv, last), backend.partition(",")[0])
 
 
 def test_aten_convolutions():
@@ -177,3 +177,54 @@ def test_triton_convolutions():
     assert conv1d(16, 256, 256, 65536, 3, dim=1, **last).forward != "scaled"
     # Channels first: repacking is not worth it.
     assert conv1d(16, 256, 256, 65536, 3, **first) == ("materialize", "materialize")
+
+
+# --- every GPU whose constants there are ---------------------------------------------------------
+
+
+def linear_on(device, m, size=4096, dim=0, dtype=BF16):
+    """Forward and backward variant of an m × size × size layer."""
+    call = Call(torch.Size((m, size)), torch.Size((size, size)), dtype, dtype, dim)
+    return costs.costs(call, "triton", device).cheapest()
+
+
+@pytest.mark.parametrize("device", costs.GPUS.values(), ids=costs.GPUS)
+def test_gpus(device):
+    """The choices that follow from the kernels alone hold on every device."""
+    for m in (1, 16):
+        assert linear_on(device, m) == ("one_pass", "one_pass")
+        assert linear_on(device, m, dim=1)[0] == "scaled"
+    # The vendor's matmul wins as soon as its lead pays for writing W, and not without one.
+    assert linear_on(device, 16384, 8192) == ("materialize", "materialize")
+    even = dataclasses.replace(device, efficiency=1.0, prologue=1.0)
+    assert linear_on(even, 16384, 8192) == ("scaled", "scaled")
+    # A launch more costs more than the bytes of a small layer.
+    assert linear_on(device, 32, 64)[0] == "one_pass"
+    # Fewer bytes in a faster dtype, never slower.
+    call = Call(torch.Size((512, 4096)), torch.Size((4096, 4096)), F32, F32, 0)
+    wide = costs.costs(call, "triton", device)
+    tf32 = costs.costs(call._replace(tf32=True), "triton", device)
+    for name, stages in wide.forward.items():
+        assert tf32.seconds(stages) <= wide.seconds(stages), name
+
+
+@pytest.mark.parametrize("device", costs.GPUS.values(), ids=costs.GPUS)
+def test_gpus_of_data_sheets(device):
+    """Bandwidths and rates lie between the slowest and the fastest of the generations, and a
+    matmul of enough rows is bound by operations, one of few by bytes."""
+    assert 1.5e12 < device.bandwidth < 1e13
+    assert device.rates[0] > device.tf32_rate > device.rates[1] >= device.rates[2]
+    balance = device.rates[0] / device.bandwidth  # operations a byte
+    assert 100 < balance < 500
+
+
+def test_the_gpu_at_hand(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for name, expected in {
+        "NVIDIA A100-SXM4-80GB": "A100",
+        "NVIDIA B200": "B200",
+        "AMD Instinct MI300X": "MI300X",
+        "NVIDIA GeForce RTX 4090": "H100",
+    }.items():
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda name=name: name)
+        assert costs.gpu.__wrapped__().name == expected

@@ -19,6 +19,7 @@ from .modules import (
     WNLinear,
 )
 from .plan import use_backend
+from .tuning import explain, tune
 
 __version__ = "0.1.0"
 
@@ -37,11 +38,13 @@ __all__ = [
     "WNLazyConvTranspose3d",
     "WNLazyLinear",
     "WNLinear",
+    "explain",
     "fold",
     "functional",
     "fuse",
     "remove_weight_norm",
     "state_dict",
+    "tune",
     "unfuse",
     "use_backend",
     "weight_norm",

@@ -1,17 +1,23 @@
-"""`python -m wn_kernels info`: what would serve each dtype on this machine, and why."""
+"""The command line.
+
+python -m wn_kernels info                    what would serve each dtype here, and why
+python -m wn_kernels tune module:factory     times a model's calls and stores the fastest paths
+"""
 
 from __future__ import annotations
 
 import argparse
 import importlib.util
 import platform
+import sys
 from importlib.metadata import PackageNotFoundError, version
+from typing import Any
 
 import torch
 
 import wn_kernels
 
-from . import plan
+from . import plan, table
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -28,7 +34,7 @@ def info() -> str:
     if torch.cuda.is_available():
         devices += [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
     for device in devices:
-        name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else table.processor()
         lines += ["", f"{device}: {name}"]
         for dtype in DTYPES:
             kind = str(dtype).removeprefix("torch.")
@@ -57,10 +63,6 @@ def _has_gpu_build() -> bool:
     return torch.version.cuda is not None or torch.version.hip is not None
 
 
-def _processor() -> str:
-    return f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"
-
-
 def _backend(x: torch.Tensor) -> str:
     try:
         return plan.choose_backend(x)
@@ -72,9 +74,31 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m wn_kernels", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("info", help="the backend for each dtype, versions, devices")
-    parser.parse_args(arguments)
-    print(info())
+    tune = commands.add_parser("tune", help="time the paths of a model's calls, store the fastest")
+    tune.add_argument("factory", help="module:function that returns (model, sample input)")
+    tune.add_argument("--seconds", type=float, default=1.0, help="how long each call is timed")
+    chosen = parser.parse_args(arguments)
+    if chosen.command == "info":
+        print(info())
+        return 0
+    model, sample = _made(chosen.factory)
+    print(wn_kernels.tune(model, sample, seconds=chosen.seconds))
+    print(f"stored in {table.location()}")
     return 0
+
+
+def _made(factory: str) -> Any:
+    """What the function that `module:function` names returns.
+
+    Raises:
+        SystemExit: there is none.
+    """
+    module, _, name = factory.partition(":")
+    sys.path.insert(0, "")  # of the current directory, too
+    try:
+        return getattr(importlib.import_module(module), name)()
+    except (ImportError, AttributeError, ValueError) as error:
+        raise SystemExit(f"tune: {factory!r} names no function of a module: {error}") from error
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from torch.compiler import is_compiling
 
 from . import plan
 from .backends.shapes import Geometry, canonical_dim, canonical_eps, kept_shape
+from .costs import Call
 
 _DTYPES = frozenset((torch.float16, torch.bfloat16, torch.float32, torch.float64))
 
@@ -70,6 +71,9 @@ def _is_eager() -> bool:
     return not is_compiling() and torch._C._get_tracing_state() is None
 
 
+_memos: list[Callable[[], None]] = []
+
+
 def _memoised(check: Callable[..., Any]) -> Callable[..., Any]:
     """Remembers the answers of a check that depends on shapes and options alone."""
     cached = functools.lru_cache(maxsize=4096, typed=True)(check)
@@ -87,7 +91,14 @@ def _memoised(check: Callable[..., Any]) -> Callable[..., Any]:
         except TypeError:  # an argument that cannot be hashed, or the check's own error
             return check(*args)
 
+    _memos.append(cached.cache_clear)
     return call
+
+
+def forget() -> None:
+    """Has every call planned anew."""
+    for clear in _memos:
+        clear()
 
 
 @_memoised
@@ -143,7 +154,7 @@ def check_linear(
     dim, eps, shape = check_weight(v_shape, g_shape, dim, eps)
     path = None
     if _is_eager():
-        path = plan.aten_linear(x_shape, v_shape, x_dtype, v_dtype, dim)
+        path = plan.choose(Call(x_shape, v_shape, x_dtype, v_dtype, dim), "aten")
     return LinearCall(dim, eps, path, shape)
 
 
@@ -265,6 +276,6 @@ def check_convolution(
     padded = torch.Size((*batch, channels, *(n + e for n, e in zip(sizes, extra, strict=True))))
     path = None
     if _is_eager():
-        path = plan.aten_convolution(padded, v_shape, x_dtype, v_dtype, conv, dim)
+        path = plan.choose(Call(padded, v_shape, x_dtype, v_dtype, dim, conv), "aten")
     reshape = g_shape != shape or end is not None or len(x_shape) == rank + 1
     return ConvolutionCall(conv, dim, eps, path, shape, end, reshape)

@@ -23,10 +23,12 @@ from torch.nn.utils.parametrizations import _WeightNorm
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
-from . import plan
+from . import checks, plan
 from .backends.shapes import Geometry, canonical_dim
+from .costs import Call
 from .modules import forms, fused
 from .modules.weight import WeightNormMixin
+from .text import aligned
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -66,9 +68,7 @@ class Report(tuple[Layer, ...]):
             (x.name, x.kind, "×".join(map(str, x.shape)), str(x.dim), x.path or "-", x.note)
             for x in self
         ]
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
-        lines.insert(1, "  ".join("-" * width for width in widths))
+        lines = aligned(rows)
         done = sum(bool(x.path) for x in self)
         lines.append(f"{done} fused, {len(self) - done} left alone")
         return "\n".join(lines)
@@ -123,13 +123,8 @@ def _path(module: Any, base: type[nn.Module], tensor: str, v: torch.Tensor, dim:
     backend = plan.choose_backend(v)
     if fused.known_layer(base, tensor) is None or backend == "reference":
         return f"{backend}: weight"
-    path: Any
     if v.ndim == 2:
-        x_shape = torch.Size((NOMINAL, v.shape[1]))
-        if backend == "aten":
-            path = plan.aten_linear(x_shape, v.shape, v.dtype, v.dtype, dim)
-        else:
-            path = plan.triton_linear(x_shape, v.shape, v.dtype, v.dtype, dim, False)
+        call = Call(torch.Size((NOMINAL, v.shape[1])), v.shape, v.dtype, v.dtype, dim)
     else:
         rank = v.ndim - 2
         conv = Geometry(
@@ -143,16 +138,17 @@ def _path(module: Any, base: type[nn.Module], tensor: str, v: torch.Tensor, dim:
         reach = [d * (t - 1) for d, t in zip(conv.dilation, v.shape[2:], strict=True)]
         size = round(NOMINAL ** (1 / rank))
         x_shape = torch.Size((1, module.in_channels, *(size + r for r in reach)))
-        if backend == "aten":
-            path = plan.aten_convolution(x_shape, v.shape, v.dtype, v.dtype, conv, dim)
-        else:
-            path = plan.triton_convolution(
-                x_shape, v.shape, v.dtype, v.dtype, conv, dim, False, False
-            )
+        call = Call(x_shape, v.shape, v.dtype, v.dtype, dim, conv)
+    path = plan.choose(call, backend)
     return f"{backend}: {path.forward}/{path.backward}"
 
 
 # --- whole models --------------------------------------------------------------------------------
+
+
+def _check_module(name: str, module: Any) -> None:
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"{name} must be a torch.nn.Module, got {type(module).__name__}")
 
 
 def fuse(model: nn.Module, dry_run: bool = False) -> Report:
@@ -168,7 +164,11 @@ def fuse(model: nn.Module, dry_run: bool = False) -> Report:
 
     Returns:
         A report, which prints as a table.
+
+    Raises:
+        TypeError: `model` is no module.
     """
+    _check_module("model", model)
     lines = []
     for prefix, module in model.named_modules():
         lines += [_fuse(prefix, module, found, dry_run) for found in _found(module)]
@@ -253,7 +253,11 @@ def unfuse(model: nn.Module) -> list[str]:
 
     Returns:
         The names of the layers.
+
+    Raises:
+        TypeError: `model` is no module.
     """
+    _check_module("model", model)
     names: list[str] = []
     for name, module in model.named_modules():
         before = len(names)
@@ -280,7 +284,11 @@ def fold(model: nn.Module) -> list[str]:
 
     Returns:
         The names of the folded layers; none are left to a second call.
+
+    Raises:
+        TypeError: `model` is no module.
     """
+    _check_module("model", model)
     names: list[str] = []
     for name, module in list(model.named_modules()):
         before = len(names)
@@ -329,8 +337,10 @@ def weight_norm(module: Module, name: str = "weight", dim: int | None = 0) -> Mo
     Raises:
         AttributeError: the module has no such parameter.
         RuntimeError: it is weight-normed already.
+        TypeError: `module` is no module, or the parameter's dtype or layout is not served.
         ValueError: the parameter has no shape yet, or `dim` is out of range.
     """
+    _check_module("module", module)
     if _is_weight_normed(module, name):
         raise RuntimeError(f"{name} of {type(module).__name__} is weight-normed already")
     weight = module._parameters.get(name)
@@ -338,6 +348,8 @@ def weight_norm(module: Module, name: str = "weight", dim: int | None = 0) -> Mo
         raise AttributeError(f"{type(module).__name__} has no parameter {name!r}")
     if is_lazy(weight):
         raise ValueError(f"{name} of {type(module).__name__} has no shape yet: run it once before")
+    if not checks.are_dense(weight, weight, weight, None):
+        checks.reject(**{name: weight})
     dim = canonical_dim(dim, weight.ndim)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
@@ -354,8 +366,10 @@ def remove_weight_norm(module: Module, name: str = "weight") -> Module:
         The module.
 
     Raises:
+        TypeError: `module` is no module.
         ValueError: the tensor is not weight-normed.
     """
+    _check_module("module", module)
     if not _is_weight_normed(module, name):
         raise ValueError(f"{name} of {type(module).__name__} is not weight-normed")
     if type(module) in fused.LAYERS.values():
@@ -387,8 +401,10 @@ def state_dict(model: nn.Module, form: str) -> dict[str, Any]:
             (`parametrizations.weight.original0`, `original1`) or `"plain"` (`weight`).
 
     Raises:
+        TypeError: `model` is no module.
         ValueError: the form is unknown.
     """
+    _check_module("model", model)
     if form != "plain" and form not in forms.FORMS:
         raise ValueError(f"form is {form!r}; expected one of {[*forms.FORMS, 'plain']}")
     saved = model.state_dict()

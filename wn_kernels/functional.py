@@ -79,7 +79,8 @@ def _needs_grad(input: Tensor, v: Tensor, g: Tensor, bias: Tensor | None) -> boo
 def slice_norm(v: Tensor, *, dim: int | None = 0) -> Tensor:
     """The norms `‖V_j‖₂` of every slice along `dim`, in the shape of `g` and in `v`'s dtype.
 
-    What `torch.norm_except_dim` returns, accumulated in float32 or wider. Differentiable.
+    What `torch.norm_except_dim` returns, accumulated in float64 on a CPU and a CUDA device, in
+    float32 or wider elsewhere. Differentiable.
 
     Raises:
         TypeError, ValueError: as `weight_norm`.
@@ -90,7 +91,7 @@ def slice_norm(v: Tensor, *, dim: int | None = 0) -> Tensor:
     dims = reduced_dims(v.ndim, dim)
     if not dims:
         return v.abs()
-    dtype = reference.scale_dtype(v)
+    dtype = torch.float64 if v.is_cpu or v.is_cuda else reference.scale_dtype(v)
     n = torch.linalg.vector_norm(v, 2, dims, keepdim=dim is not None, dtype=dtype)
     return n.to(v.dtype)
 
@@ -101,6 +102,9 @@ def weight_norm(v: Tensor, g: Tensor, *, dim: int | None = 0, eps: float = 0.0) 
     The norm `‖V_j‖₂` of every slice along `dim` is accumulated and kept in float32 (float64 for a
     float64 `v`). With `eps > 0` it is `max(‖V_j‖₂, eps)`. A slice of norm zero has direction zero:
     its weight is zero and its gradients are finite.
+
+    On a CPU, norms whose squares float32 cannot hold are taken in float64. Nothing looks at them on
+    a GPU, or in a compiled program: there they should lie between 1e-10 and 1e10.
 
     Args:
         v: the direction, of any shape, in float16, bfloat16, float32 or float64.
@@ -126,9 +130,12 @@ def weight_norm(v: Tensor, g: Tensor, *, dim: int | None = 0, eps: float = 0.0) 
     backend = plan.choose_backend(v)
     if _composite(backend, v):
         return reference.weight_norm(v, g, dim, eps)
-    if torch.is_grad_enabled() and (v.requires_grad or g.requires_grad):
-        return autograd.weight_norm(v, g, dim, eps, v.dtype, backend)
-    return ops.weight_norm(v, g, dim, eps, v.dtype, backend)[0]
+    try:
+        if torch.is_grad_enabled() and (v.requires_grad or g.requires_grad):
+            return autograd.weight_norm(v, g, dim, eps, v.dtype, backend)
+        return ops.weight_norm(v, g, dim, eps, v.dtype, backend)[0]
+    except aten.OutOfRange:
+        return reference.in_float64(reference.weight_norm, v, g, dim, eps)
 
 
 def wn_linear(
@@ -184,9 +191,12 @@ def wn_linear(
     backend = plan.choose_backend(input)
     if _composite(backend, v):
         return reference.linear(input, v, g, bias, dim, eps)
-    if _needs_grad(input, v, g, bias):
-        return autograd.Linear.apply(input, v, g, bias, dim, eps, backend, path)
-    return ops.linear(input, v, g, bias, dim, eps, backend, path, False)[0]
+    try:
+        if _needs_grad(input, v, g, bias):
+            return autograd.Linear.apply(input, v, g, bias, dim, eps, backend, path)
+        return ops.linear(input, v, g, bias, dim, eps, backend, path, False)[0]
+    except aten.OutOfRange:
+        return reference.in_float64(reference.linear, input, v, g, bias, dim, eps)
 
 
 def convolution(
@@ -237,12 +247,15 @@ def convolution(
 
     backend = plan.choose_backend(input)
     conv, dim, eps, path = call[:4]
-    if _composite(backend, v):
-        y = reference.convolution(input, v, g, bias, conv, dim, eps)
-    elif _needs_grad(input, v, g, bias):
-        y = autograd.convolution(input, v, g, bias, conv, dim, eps, backend, path)
-    else:
-        y = ops.convolution(input, v, g, bias, conv, dim, eps, backend, path)[0]
+    try:
+        if _composite(backend, v):
+            y = reference.convolution(input, v, g, bias, conv, dim, eps)
+        elif _needs_grad(input, v, g, bias):
+            y = autograd.convolution(input, v, g, bias, conv, dim, eps, backend, path)
+        else:
+            y = ops.convolution(input, v, g, bias, conv, dim, eps, backend, path)[0]
+    except aten.OutOfRange:
+        y = reference.in_float64(reference.convolution, input, v, g, bias, conv, dim, eps)
     return y.squeeze(0) if unbatched else y
 
 

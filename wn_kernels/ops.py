@@ -16,7 +16,8 @@ leaves the choice to `plan`. No operator is differentiable by itself: `autograd.
 
 The functions of the same names are what `functional.py` and `autograd.py` call. They go through
 the registered operator where something has to see it, a compiler or a Triton kernel that must not
-be launched on fake tensors, and straight to the ATen path otherwise: a call is 3 µs shorter.
+be launched on fake tensors, and straight to the ATen path otherwise: a call is 3 µs shorter, and it
+may raise `aten.OutOfRange`.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from . import plan
 from .backends import aten
 from .backends.reference import scale_dtype, takes_tf32
 from .backends.shapes import Geometry, kept_shape
+from .costs import Call
 
 _library = torch.library.Library("wn_kernels", "DEF")
 
@@ -54,7 +56,20 @@ def _backend_of(name: str, x: Tensor) -> Any:
 
 def _rows(x: Tensor) -> Tensor:
     """`(*, K)` as `(M, K)`."""
-    return x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
+    if x.ndim == 2:
+        return x
+    return x.flatten(0, -2) if x.ndim > 2 else x.unsqueeze(0)
+
+
+def _chosen(
+    backend: Any, x: Tensor, v: Tensor, dim: int | None, conv: Geometry | None = None
+) -> Any:
+    """How the backend, a module, serves a call."""
+    call = Call(x.shape, v.shape, x.dtype, v.dtype, dim, conv)
+    if backend is aten:
+        return plan.choose(call, "aten")
+    last = conv is not None and x.stride(1) == 1
+    return plan.choose(call._replace(channels_last=last, tf32=takes_tf32(x.dtype)), "triton")
 
 
 def _norm_like(v: Tensor, dim: int | None) -> Tensor:
@@ -69,7 +84,7 @@ def weight_norm(
 ) -> tuple[Tensor, Tensor]:
     """`(W, n)`: the weight in `dtype` and in `V`'s memory layout, and the norms."""
     if plan.goes_to_aten(backend):
-        return aten.weight_norm(v, g, dim, eps, dtype)
+        return aten.weight_norm(v, g, dim, eps, dtype, look=True)
     return _weight_norm_op(v, g, dim, eps, dtype, backend)
 
 
@@ -146,7 +161,7 @@ def linear(
     path's `path` finds it worth its memory, `x Vᵀ` for the backward."""
     if path is None or not plan.goes_to_aten(backend):
         return *_linear_op(x, v, g, bias, dim, eps, backend), None
-    return _aten_linear(x, v, g, bias, dim, eps, path, keep_product)
+    return _aten_linear(x, v, g, bias, dim, eps, path, keep_product, look=True)
 
 
 def _aten_linear(
@@ -158,11 +173,12 @@ def _aten_linear(
     eps: float,
     path: plan.AtenLinear,
     keep_product: bool,
+    look: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     keep_product = keep_product and path.keeps_product
     if x.ndim == 2:
-        return aten.linear(x, v, g, bias, dim, eps, path.forward, keep_product)
-    y, n, product = aten.linear(_rows(x), v, g, bias, dim, eps, path.forward, keep_product)
+        return aten.linear(x, v, g, bias, dim, eps, path.forward, keep_product, look)
+    y, n, product = aten.linear(_rows(x), v, g, bias, dim, eps, path.forward, keep_product, look)
     return y.view(*x.shape[:-1], v.shape[0]), n, product
 
 
@@ -176,12 +192,10 @@ def _linear(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     module = _backend_of(backend, x)
+    path = _chosen(module, x, v, dim)
     if module is aten:
-        aten_path = plan.aten_linear(x.shape, v.shape, x.dtype, v.dtype, dim)
-        return _aten_linear(x, v, g, bias, dim, eps, aten_path, False)[:2]
-    rows = _rows(x)
-    path = plan.triton_linear(x.shape, v.shape, x.dtype, v.dtype, dim, takes_tf32(x.dtype))
-    y, n = module.linear(rows, v, g, bias, dim, eps, path.forward)
+        return _aten_linear(x, v, g, bias, dim, eps, path, False)[:2]
+    y, n = module.linear(_rows(x), v, g, bias, dim, eps, path.forward)
     return y.view(*x.shape[:-1], v.shape[0]), n
 
 
@@ -248,17 +262,17 @@ def _linear_backward(
     needs: list[bool],
 ) -> tuple[Tensor, ...]:
     module = _backend_of(backend, x)
+    variant = _chosen(module, x, v, dim).backward
     mask = (needs[0], needs[1], needs[2], needs[3])
     if module is aten:
-        variant = plan.aten_linear(x.shape, v.shape, x.dtype, v.dtype, dim).backward
         dx, dv, dg, db = _aten_linear_backward(dy, x, v, g, n, None, dim, eps, variant, mask)
     else:
-        rows = _rows(x)
-        path = plan.triton_linear(x.shape, v.shape, x.dtype, v.dtype, dim, takes_tf32(x.dtype))
         dx, dv, dg, db = module.linear_backward(
-            _rows(dy), rows, v, g, n, dim, eps, path.backward, mask
+            _rows(dy), _rows(x), v, g, n, dim, eps, variant, mask
         )
         dx = dx if dx is None else dx.view(x.shape)
+    # As the fake has it.
+    dv = dv if dv is None else _laid_out_like(dv, v)
     return _all_tensors((dx, dv, dg, db), (x, v, g, dy), needs)
 
 
@@ -304,14 +318,7 @@ def convolution(
     """`(y, n)`: the output and the norms; `path` is the ATen path's."""
     if path is None or not plan.goes_to_aten(backend):
         return _convolution_op(x, v, g, bias, *conv, dim, eps, backend)
-    return aten.convolution(x, v, g, bias, conv, dim, eps, path.forward)
-
-
-def _triton_path(x: Tensor, v: Tensor, conv: Geometry, dim: int | None) -> plan.Path:
-    last = x.stride(1) == 1
-    return plan.triton_convolution(
-        x.shape, v.shape, x.dtype, v.dtype, conv, dim, last, takes_tf32(x.dtype)
-    )
+    return aten.convolution(x, v, g, bias, conv, dim, eps, path.forward, look=True)
 
 
 def _convolution(
@@ -320,12 +327,8 @@ def _convolution(
     *geometry, dim, eps, backend = rest
     conv = _geometry(geometry)
     module = _backend_of(backend, x)
-    path: plan.AtenConvolution | plan.Path
-    if module is aten:
-        path = plan.aten_convolution(x.shape, v.shape, x.dtype, v.dtype, conv, dim)
-    else:
-        path = _triton_path(x, v, conv, dim)
-    return module.convolution(x, v, g, bias, conv, dim, eps, path.forward)
+    variant = _chosen(module, x, v, dim, conv).forward
+    return module.convolution(x, v, g, bias, conv, dim, eps, variant)
 
 
 _convolution_op = _register(
@@ -366,12 +369,8 @@ def _convolution_backward(
     conv = _geometry(geometry)
     module = _backend_of(backend, x)
     mask = (needs[0], needs[1], needs[2], needs[3])
-    if module is aten:
-        variant = plan.aten_convolution(x.shape, v.shape, x.dtype, v.dtype, conv, dim).backward
-        grads = aten.convolution_backward(dy, x, v, g, n, conv, dim, eps, variant, mask)
-    else:
-        variant = _triton_path(x, v, conv, dim).backward
-        grads = module.convolution_backward(dy, x, v, g, n, conv, dim, eps, variant, mask)
+    variant = _chosen(module, x, v, dim, conv).backward
+    grads = module.convolution_backward(dy, x, v, g, n, conv, dim, eps, variant, mask)
     dx, dv, dg, db = grads
     # As the fakes have it, whatever a vendor's library returned.
     dx = dx if dx is None else _laid_out_like(dx, x)

@@ -30,6 +30,7 @@ from torch.distributed.tensor import Replicate
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.utils import parametrizations
 from torch.utils.checkpoint import checkpoint
+from torch.utils.data import DataLoader, Dataset
 
 import wn_kernels
 import wn_kernels.parallel
@@ -357,6 +358,37 @@ def _dead(normalise):
     assert all(bool(p.grad.isfinite().all()) for p in layer.parameters())
 
 
+@row("`v` of size 1e-30 and 1e30, whose squares float32 cannot hold")
+def _extreme(normalise):
+    for size in (1e-30, 1e30):
+        layer, x = layer_of(normalise), data()
+        with torch.no_grad():
+            parts(layer)[1].mul_(size)
+        assert_trains(layer, x)
+
+
+@row("a `g` of the wrong shape is refused")
+def _wrong_g(normalise):
+    layer, x = layer_of(normalise), data()
+    assert_right(layer(x), right_of(layer, x)[0])
+    parts(layer)[0].data = torch.rand(1, 4)
+    try:
+        layer(x)
+    except (RuntimeError, ValueError):
+        return
+    raise AssertionError("it computed something")
+
+
+@row("no read of a tensor's values, as a CUDA graph requires (on tensors without any)")
+def _no_reads(normalise):
+    layer, x = layer_of(normalise), data()
+    assert_right(layer(x), right_of(layer, x)[0])
+    layer = normalise(nn.Linear(6, 4, device="meta"), 0)
+    x = torch.empty(5, 6, device="meta", requires_grad=True)
+    layer(x).square().sum().backward()
+    assert x.grad is not None
+
+
 # --- construction and copies ---------------------------------------------------------------------
 
 
@@ -364,6 +396,17 @@ def _dead(normalise):
 def _meta(normalise):
     layer = normalise(nn.Linear(6, 4, device="meta"), 0).to_empty(device="cpu")
     other, x = layer_of(normalise), data()
+    layer.load_state_dict(other.state_dict())
+    assert_right(layer(x), right_of(other, x)[0])
+
+
+@row("`torch.nn.utils.skip_init`, then a checkpoint")
+def _skip_init(normalise):
+    other, x = layer_of(normalise), data()
+    if normalise is _ours:
+        layer = nn.utils.skip_init(wn_kernels.WNLinear, 6, 4)
+    else:
+        layer = normalise(nn.utils.skip_init(nn.Linear, 6, 4), 0)
     layer.load_state_dict(other.state_dict())
     assert_right(layer(x), right_of(other, x)[0])
 
@@ -421,6 +464,28 @@ def _threads(normalise):
     layer, x = layer_of(normalise), data()
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(lambda _: assert_trains(layer, x), range(16)))
+
+
+class _Through(Dataset):
+    """A dataset whose worker runs the layer."""
+
+    def __init__(self, layer):
+        self.layer = layer
+
+    def __len__(self):
+        return 2
+
+    def __getitem__(self, index):
+        with torch.no_grad():
+            return self.layer(data())
+
+
+@row("a `DataLoader`'s forked workers")
+def _forked(normalise):
+    layer, x = layer_of(normalise), data()
+    layer(x)
+    for y in DataLoader(_Through(layer), num_workers=1, multiprocessing_context="fork"):
+        assert_right(y[0], right_of(layer, x)[0])
 
 
 # --- distributed ---------------------------------------------------------------------------------

@@ -63,16 +63,28 @@ def gradients_of(compiled, layer, x):
     return gradients(Named(), x)
 
 
-def test_functionals():
-    x, v, g = torch.randn(5, 6), torch.randn(4, 6), torch.rand(4, 1)
-    calls = [
-        (WF.wn_linear, (x, v, g)),
-        (WF.weight_norm, (v, g)),
-        (WF.slice_norm, (v,)),
-        (WF.wn_conv1d, (x, v[..., None], g[..., None])),
-    ]
-    for function, arguments in calls:
-        if function is WF.wn_conv1d:
-            arguments = (x[..., None], *arguments[1:])
-        compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
-        assert_same_bits(compiled(*arguments), function(*arguments))
+def _functionals():
+    """Every public function, with arguments."""
+    x, v, g = torch.randn(5, 6), torch.randn(4, 6), torch.rand(4, 1) + 0.5
+    yield WF.wn_linear, (x, v, g)
+    yield WF.weight_norm, (v, g)
+    yield WF.slice_norm, (v,)
+    for rank in (1, 2, 3):
+        # No batch that equals another size: the compiler would take them for the same.
+        x, v = torch.randn(5, 6, *(7,) * rank), torch.randn(4, 6, *(2,) * rank)
+        yield getattr(WF, f"wn_conv{rank}d"), (x, v, g.view(4, 1, *(1,) * rank))
+        v = v.transpose(0, 1).contiguous()
+        yield getattr(WF, f"wn_conv_transpose{rank}d"), (x, v, torch.rand(6))
+
+
+@pytest.mark.parametrize(("function", "arguments"), list(_functionals()))
+def test_functionals(function, arguments):
+    """One graph, and one compilation for every batch."""
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(function, fullgraph=True, dynamic=True, backend=counter)
+    assert_same_bits(compiled(*arguments), function(*arguments))
+    count = counter.frame_count
+    batch = torch.cat([arguments[0]] * 3)
+    if function not in (WF.weight_norm, WF.slice_norm):  # whose first argument is the weight
+        assert_same_bits(compiled(batch, *arguments[1:]), function(batch, *arguments[1:]))
+    assert counter.frame_count == count > 0

@@ -137,7 +137,7 @@ def tensor_parallel(rank, dim, options):
         assert forward.get_total_counts() == 1
         assert backward.get_total_counts() == 0
     else:
-        assert forward.get_total_counts() == 3
+        assert forward.get_total_counts() == 2
         assert backward.get_total_counts() == 1
 
 

@@ -24,6 +24,10 @@ before its scale.
 
 Scaling after a product is for float32 and float64 only: an unscaled float16 product can overflow
 where the scaled one does not, so the planner gives lower precisions to `materialize`.
+
+Norms far from one are not for these formulas either: their squares leave float32's range, and so
+may an unscaled product. A caller that asks for a `look` at them gets `OutOfRange`, and turns to the
+definition in float64.
 """
 
 from __future__ import annotations
@@ -54,6 +58,9 @@ LEFT_ROWS = range(2, 256)
 FUSED_MAX = 1 << 23
 IN_PLACE_MIN = 1 << 21
 _FUSED_DTYPES = frozenset((torch.float32, torch.float64))
+
+# Norms that may be squared, and divided by one another's squares, by the dtype they are kept in.
+_RANGE = {torch.float32: (1e-10, 1e10), torch.float64: (1e-80, 1e80)}
 
 # Tensors whose operators are torch's own.
 PLAIN_TYPES = frozenset((Tensor, torch.nn.Parameter))
@@ -99,8 +106,33 @@ def _dense_rows(v: Tensor) -> Tensor | None:
     return last.flatten(1) if last.is_contiguous() else None
 
 
-def norms(v: Tensor, dim: int | None, eps: float) -> Tensor:
-    """`n`, with the shape of `g`; see the top of this file for a slice of norm zero."""
+class OutOfRange(Exception):
+    """A norm is too large or too small for the formulas of this file."""
+
+
+def _is_in_range(n: Tensor) -> bool:
+    """Whether all norms are; false for NaN."""
+    least, most = _RANGE[n.dtype]
+    low, high = n.aminmax()
+    return low.item() >= least and high.item() <= most
+
+
+def _check_range(v: Tensor, n: Tensor) -> None:
+    """Raises `OutOfRange` where it has to; on the CPU alone, where a look costs no wait."""
+    if not v.is_cpu or not n.numel() or not _is_readable(v) or _is_in_range(n):
+        return
+    dead = n.isinf()  # of norm zero, or too large
+    live = n[~dead]
+    if (live.numel() and not _is_in_range(live)) or torch.where(dead, v, 0.0).any():
+        raise OutOfRange
+
+
+def norms(v: Tensor, dim: int | None, eps: float, look: bool = False) -> Tensor:
+    """`n`, with the shape of `g`; see the top of this file for a slice of norm zero.
+
+    Raises:
+        OutOfRange: `look` asks for it, and a norm is.
+    """
     dtype = v.dtype
     if dtype is not torch.float32:
         dtype = scale_dtype(v)
@@ -117,17 +149,20 @@ def norms(v: Tensor, dim: int | None, eps: float) -> Tensor:
         n = torch.linalg.vector_norm(rows)
     else:
         n = _slice_dots(v, v, dim, dtype).sqrt_()
-    return torch.threshold_(n, 0.0, INF) if eps == 0 else n.clamp_min_(eps)
+    n = torch.threshold_(n, 0.0, INF) if eps == 0 else n.clamp_min_(eps)
+    if look:
+        _check_range(v, n)
+    return n
 
 
 def weight_norm(
-    v: Tensor, g: Tensor, dim: int | None, eps: float, dtype: torch.dtype
+    v: Tensor, g: Tensor, dim: int | None, eps: float, dtype: torch.dtype, look: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """`(W, n)`, `W` in `dtype` and in `V`'s memory layout."""
+    """`(W, n)`, `W` in `dtype` and in `V`'s memory layout; `look` as for `norms`."""
     fused = fused_weight_norm(v, g, dim, eps, dtype)
     if fused is not None:
         return fused
-    n = norms(v, dim, eps)
+    n = norms(v, dim, eps, look)
     return _scaled_weight(v, _scale(g, n), dtype), n
 
 
@@ -136,12 +171,13 @@ def fused_weight_norm(
 ) -> tuple[Tensor, Tensor] | None:
     """`(W, n)` by torch's own kernel, where it serves: differentiable, but once only.
 
-    It makes NaN of a slice of norm zero, so the norms have to be looked at.
+    It makes NaN of a slice of norm zero, and its gradient divides by the norm's third power, so the
+    norms have to be looked at.
     """
     if dtype is v.dtype and _fused_serves(v, g, dim, eps) and _is_readable(v):
         assert dim is not None
         w, n = torch._weight_norm_interface(v, g, dim)
-        if n.min().item() > 0:  # false where one is NaN, too
+        if _is_in_range(n):
             return w, n
     return None
 
@@ -250,8 +286,9 @@ def linear(
     eps: float,
     variant: str,
     keep_product: bool,
+    look: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """`(y, n, product)` for `x` of shape `(M, K)`.
+    """`(y, n, product)` for `x` of shape `(M, K)`; `look` as for `norms`.
 
     `product` is the unscaled `x Vᵀ` where `keep_product` asks for it and the variant forms it
     (scaled, dim=0): `M·N` numbers that save the backward a pass over the weights.
@@ -259,9 +296,9 @@ def linear(
     if bias is not None and bias.dtype != x.dtype:
         bias = bias.to(x.dtype)
     if variant == "materialize":
-        w, n = weight_norm(v, g, dim, eps, x.dtype)
+        w, n = weight_norm(v, g, dim, eps, x.dtype, look)
         return F.linear(x, w, bias), n, None
-    n = norms(v, dim, eps)
+    n = norms(v, dim, eps, look)
     s = _scale(g, n)
     if dim == 1:
         return F.linear(x * s, v, bias), n, None
@@ -346,14 +383,15 @@ def convolution(
     dim: int | None,
     eps: float,
     variant: str,
+    look: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """`(y, n)` for `x` of shape `(B, C, *sizes)`."""
+    """`(y, n)` for `x` of shape `(B, C, *sizes)`; `look` as for `norms`."""
     if bias is not None and bias.dtype != x.dtype:
         bias = bias.to(x.dtype)
     if variant == "materialize":
-        w, n = weight_norm(v, g, dim, eps, x.dtype)
+        w, n = weight_norm(v, g, dim, eps, x.dtype, look)
         return torch.convolution(x, w, bias, *conv), n
-    n = norms(v, dim, eps)
+    n = norms(v, dim, eps, look)
     s = conv.per_channel(_scale(g, n), dim, x.ndim)
     if variant == "input":
         return torch.convolution(x * s, v, bias, *conv), n

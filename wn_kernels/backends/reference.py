@@ -12,6 +12,9 @@ in float64; a double backward and `torch.func` transforms run on it.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -40,7 +43,8 @@ def slice_scale(v: Tensor, g: Tensor, dim: int | None, eps: float) -> Tensor:
     v = v.to(scale_dtype(v))
     squares = v.square()
     if dims := reduced_dims(v.ndim, dim):  # to `sum`, an empty list would mean every dimension
-        squares = squares.sum(dims, keepdim=dim is not None)
+        # The addition has a DTensor's partial sums reduced here, once.
+        squares = squares.sum(dims, keepdim=dim is not None) + 0.0
     zero = squares == 0
     # The inner `where` keeps the infinite slope of the root at zero out of the graph: a product of
     # the outer mask's zero with it would be NaN.
@@ -78,3 +82,9 @@ def convolution(
     """The convolution of `x`, `(B, C, *sizes)`, with `W`, plus the bias, in `x`'s dtype."""
     w = weight_norm(v, g, dim, eps, x.dtype)
     return torch.convolution(x, w, None if bias is None else bias.to(x.dtype), *conv)
+
+
+def in_float64(function: Callable[..., Tensor], *arguments: Any) -> Tensor:
+    """A function of this file, computed in float64 and returned in its first argument's dtype."""
+    wide = (t.double() if isinstance(t, Tensor) else t for t in arguments)
+    return function(*wide).to(arguments[0].dtype)

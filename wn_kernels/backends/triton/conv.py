@@ -62,7 +62,7 @@ def convolution(
     *,
     config: configs.MatmulConfig | configs.DirectConfig | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`(y, n)` for `x` of shape `(B, C, *sizes)`; variants as in `plan.triton_convolution`."""
+    """`(y, n)` for `x` of shape `(B, C, *sizes)`; variants as in `costs.triton_convolution`."""
     g = g.contiguous()
     if variant == "materialize":
         w, n = weight.weight_norm(v, g, dim, eps, x.dtype)

@@ -333,7 +333,7 @@ def linear(
     *,
     config: configs.MatmulConfig | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`(y, n)` for `x` of shape `(M, K)`; variants as in `plan.triton_linear`."""
+    """`(y, n)` for `x` of shape `(M, K)`; variants as in `costs.triton_linear`."""
     g = g.contiguous()
     if variant == "materialize":
         w, n = weight.weight_norm(v, g, dim, eps, x.dtype)

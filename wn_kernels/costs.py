@@ -1,0 +1,314 @@
+"""What a call costs on each path: bytes, operations and launches, and an estimate of the time.
+
+A candidate is a list of stages that run one after the other; its time is estimated as
+
+    Σ overhead + max(bytes / bandwidth, operations / rate)
+
+over its stages. The constants are those of a device class, not of one machine: they have to rank
+the candidates, not to predict the clock. `plan.py` picks the cheapest.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from .backends.reference import narrows_range
+from .backends.shapes import Geometry
+
+
+@dataclass(frozen=True)
+class Device:
+    """The constants of a device class.
+
+    Attributes:
+        name: what it is called.
+        bandwidth: bytes per second from memory.
+        rates: floating-point operations per second of the vendor's matmul in 16, 32 and 64 bits.
+        overhead: seconds per launched operation.
+        efficiency: what our own matmul kernel reaches of the vendor's.
+        inline_norm: factor on the operations of a matmul whose loop also takes the norm.
+        prologue: factor on the operations of a matmul whose loop scales its tile of `V`.
+        tf32_rate: operations per second of a float32 matmul in TF32.
+    """
+
+    name: str
+    bandwidth: float
+    rates: tuple[float, float, float]
+    overhead: float
+    efficiency: float = 1.0
+    inline_norm: float = 1.0
+    prologue: float = 1.0
+    tf32_rate: float = 0.0
+
+    def rate(self, itemsize: int, tf32: bool = False) -> float:
+        """Operations per second for elements of that many bytes."""
+        return self.tf32_rate if tf32 else self.rates[itemsize.bit_length() - 2]
+
+
+# Two cores of a current server: measured, docs/performance.md.
+CPU = Device("CPU", bandwidth=2e10, rates=(1e11, 1e11, 5e10), overhead=8e-6)
+
+# Of the data sheets: the SXM or OAM part, dense, without sparsity; bfloat16, float32, float64 and
+# TF32. The efficiency is an assumption, and so is the overhead; the factors of the inline norm and
+# of the prologue are read from compiled code for that architecture at a tile of 128×128×64
+# (docs/performance.md).
+GPUS = {
+    device.name: device
+    for device in (
+        Device("A100", 2.04e12, (3.12e14, 1.95e13, 1.95e13), 4e-6, 0.8, 1.6, 3.9, 1.56e14),
+        Device("H100", 3.35e12, (9.89e14, 6.7e13, 6.7e13), 4e-6, 0.8, 2.1, 3.8, 4.95e14),
+        Device("H200", 4.8e12, (9.89e14, 6.7e13, 6.7e13), 4e-6, 0.8, 2.1, 3.8, 4.95e14),
+        Device("B200", 8.0e12, (2.25e15, 8.0e13, 4.0e13), 4e-6, 0.8, 1.6, 2.9, 1.1e15),
+        Device("MI300X", 5.3e12, (1.307e15, 1.634e14, 1.634e14), 4e-6, 0.8, 1.8, 9.6, 6.54e14),
+    )
+}
+
+
+@functools.cache
+def gpu() -> Device:
+    """The constants of the GPU at hand; those of an H100 where there is none, or an unknown one."""
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
+    return next((device for key, device in GPUS.items() if key in name), GPUS["H100"])
+
+
+class Stage(NamedTuple):
+    """One launched operation of a candidate: what it moves and what it computes."""
+
+    bytes: float
+    operations: float = 0.0
+
+
+class Costs(NamedTuple):
+    """The candidates of each direction, by variant, on a device that computes at `rate`."""
+
+    forward: dict[str, list[Stage]]
+    backward: dict[str, list[Stage]]
+    device: Device
+    rate: float
+
+    def seconds(self, stages: list[Stage]) -> float:
+        """The estimated time of a candidate."""
+        device = self.device
+        return sum(
+            device.overhead + max(s.bytes / device.bandwidth, s.operations / self.rate)
+            for s in stages
+        )
+
+    def cheapest(self) -> tuple[str, str]:
+        """The first of the fastest of each direction."""
+        forward, backward = (
+            min(candidates, key=lambda name: self.seconds(candidates[name]))
+            for candidates in (self.forward, self.backward)
+        )
+        return forward, backward
+
+
+class Call(NamedTuple):
+    """What a layer's call is planned by: an input of shape `(*, K)` for a linear layer,
+    `(B, C, *sizes)` for a convolution, whose geometry is `conv`."""
+
+    x_shape: torch.Size
+    v_shape: torch.Size
+    x_dtype: torch.dtype
+    v_dtype: torch.dtype
+    dim: int | None
+    conv: Geometry | None = None
+    channels_last: bool = False
+    tf32: bool = False
+
+
+def costs(call: Call, backend: str, device: Device | None = None) -> Costs:
+    """The candidates of `"aten"` or `"triton"` for a call, on the GPU at hand by default."""
+    if backend == "aten":
+        return aten_linear(call) if call.conv is None else aten_convolution(call, call.conv)
+    device = device or gpu()
+    if call.conv is None:
+        return triton_linear(call, device)
+    return triton_convolution(call, call.conv, device)
+
+
+# --- the ATen path -------------------------------------------------------------------------------
+
+
+def scales_late(call: Call) -> bool:
+    """Whether the ATen path may scale after a product: it must not in lower precision, whose range
+    an unscaled product may leave."""
+    return call.x_dtype == call.v_dtype and call.x_dtype.itemsize >= 4
+
+
+def keeps_product(call: Call) -> bool:
+    """Whether `x Vᵀ` is at most an eighth of `V`'s size: kept for the backward, it leaves the
+    memory saved that of the plain layer within 1/8 of its weight."""
+    return call.dim == 0 and 8 * math.prod(call.x_shape[:-1]) <= call.v_shape[1]
+
+
+def aten_linear(call: Call) -> Costs:
+    """`scaled` or `materialize` on the ATen path.
+
+    Both take the norms and do the same matmuls. Scaling the output (the input, for dim=1) reads and
+    writes `M·N` (`M·K`) numbers, materialising `W` writes and reads `N·K`: the batch decides. In
+    the backward, `dW` has to be read again beside `V` for the dots `⟨dW, V⟩`, unless a smaller
+    product holds them already: `dX` before its scale, for dim=1 and None, or the forward's `x Vᵀ`.
+    Materialising launches fewer operations, which is what counts for small layers.
+    """
+    n, k = call.v_shape
+    m = math.prod(call.x_shape[:-1])
+    size = call.x_dtype.itemsize
+    x, y, w = size * m * k, size * m * n, size * n * k
+    activation = x if call.dim == 1 else y
+    product = Stage(x + y + w, 2.0 * m * n * k)
+    forward = {"materialize": [Stage(3 * w), product]}
+    backward = {"materialize": [Stage(2 * w), product, product, Stage(5 * w)]}
+    if scales_late(call):
+        # In the order that breaks a tie.
+        forward = {"scaled": [Stage(w), Stage(2 * activation), product]} | forward
+        if keeps_product(call) or call.dim != 0:
+            finish = [*[Stage(2 * activation)] * 3, Stage(2 * w), *[Stage(0)] * 5]
+        else:
+            finish = [Stage(2 * activation), Stage(0), Stage(5 * w)]
+        backward = {"scaled": [product, product, *finish]} | backward
+    return Costs(forward, backward, CPU, CPU.rate(size))
+
+
+def aten_convolution(call: Call, conv: Geometry) -> Costs:
+    """`output`, `input` or `materialize` on the ATen path.
+
+    All take the norms and run the same convolution. Scaling a side reads and writes its
+    activations, materialising `W` writes and reads the weight: long signals and large images
+    materialise, wide layers over few pixels scale. A scale along taps belongs to neither side, one
+    over the whole weight to both, and then the smaller one is scaled.
+
+    In the backward, scaling the output takes one more convolution call, since `dX` wants the
+    scaled `dY` and `⟨dW, V⟩` the unscaled one. Scaling the input takes the dots from `x` and `dX`
+    instead of from the weight's gradient, and finishes `dV` in one pass over it.
+    """
+    size = call.x_dtype.itemsize
+    x, y, w, operations = _convolution_sizes(call, conv)
+    axis = conv.scale_axis(call.dim) if scales_late(call) else "none"
+    # A weight of a few MiB stays in cache between two operations.
+    weight = w / 4 if w <= 2**23 else w
+    product = Stage(x + y + weight, operations)
+    forward = {"materialize": [Stage(3 * weight), product]}
+    backward = {"materialize": [Stage(2 * weight), product, product, Stage(5 * weight)]}
+    if axis in ("output", "whole"):
+        forward["output"] = [Stage(weight), product, Stage(2 * y), *[Stage(0)] * 3]
+        rest = [*[Stage(2 * y)] * 3, Stage(5 * weight), Stage(0)]
+        backward["output"] = [product, product, *rest]
+    if axis in ("input", "whole"):
+        forward["input"] = [Stage(weight), product, Stage(2 * x), *[Stage(0)] * 3]
+        rest = [*[Stage(2 * x)] * 4, Stage(3 * weight), *[Stage(0)] * 4]
+        backward["input"] = [product, product, *rest]
+    return Costs(forward, backward, CPU, CPU.rate(size))
+
+
+def _convolution_sizes(call: Call, conv: Geometry) -> tuple[float, float, float, float]:
+    """Bytes of the input, of the output and of `W`, and the operations of the product."""
+    size = call.x_dtype.itemsize
+    sizes = conv.output_sizes(call.x_shape[2:], call.v_shape[2:])
+    batch, weight = call.x_shape[0], math.prod(call.v_shape)
+    pixels = batch * math.prod(call.x_shape[2:] if conv.transposed else sizes)
+    y = size * batch * conv.out_channels(call.v_shape) * math.prod(sizes)
+    return size * math.prod(call.x_shape), y, size * weight, 2.0 * pixels * weight
+
+
+# --- the Triton path -----------------------------------------------------------------------------
+
+
+def one_pass_rows(itemsize: int) -> int:
+    """The rows that one tile of the one-pass kernels holds, by the wider of x's and V's elements:
+    with more, it would not fit the registers."""
+    return 64 if itemsize == 2 else 32
+
+
+def triton_linear(call: Call, device: Device) -> Costs:
+    """`one_pass`, `scaled` or `materialize` on a GPU.
+
+    Small batches are bound by the bytes of `V`: one pass reads it once and launches once. Larger
+    ones are bound by the tensor cores, where squares in the loop cost more than a norm kernel
+    beforehand; the largest by the matmul itself, where the vendor's own on a materialised `W` wins
+    as soon as its lead in efficiency pays for writing `W`.
+    """
+    n, k = call.v_shape
+    m = math.prod(call.x_shape[:-1])
+    x_size, v_size = call.x_dtype.itemsize, call.v_dtype.itemsize
+    x, y, v, w = x_size * m * k, x_size * m * n, v_size * n * k, x_size * n * k
+    matmul = 2.0 * m * n * k
+    own = matmul / device.efficiency
+    dim, narrows = call.dim, narrows_range(call.x_dtype, call.v_dtype)
+
+    prologue = device.prologue if dim == 1 or narrows else 1.0
+    forward = {
+        "scaled": [Stage(v), Stage(x + v + y, own * prologue)],
+        "materialize": [Stage(v + w), Stage(x + w + y, matmul)],
+    }
+    fits = m <= one_pass_rows(max(x_size, v_size))
+    if dim == 0 and fits and not narrows:
+        forward["one_pass"] = [Stage(x + v + y, own * device.inline_norm)]
+
+    dx = Stage(y + v + x, own * (device.prologue if dim == 0 or narrows else 1.0))
+    backward = {
+        "scaled": [dx, Stage(x + y + 2 * v, own), Stage(0), Stage(3 * v)],
+        "materialize": [
+            Stage(v + w),
+            Stage(y + w + x, matmul),
+            Stage(x + y + w, matmul),
+            Stage(w + 2 * v),
+        ],
+    }
+    if dim is not None and fits:
+        backward["one_pass"] = [dx, Stage(x + y + 3 * v, 2 * own)]
+    return Costs(forward, backward, device, device.rate(x_size, call.tf32))
+
+
+def triton_convolution(call: Call, conv: Geometry, device: Device) -> Costs:
+    """`one_pass`, `scaled`, `packed` or `materialize` on a GPU.
+
+    Our kernels read channels-last activations. Given others, they pay for repacking the input and
+    the output, which the vendor's library does not: beyond a few pixels `materialize` wins there.
+
+    The forms differ in what they do with the weight, which is small beside the activations, and
+    in what the loop does with its tile. `one_pass` launches once and takes the norms beside the
+    product, again for every tile of pixels: it is for few pixels. `scaled` takes the norms first;
+    with the scale along the output it costs the loop nothing, elsewhere it is multiplied into
+    every tile. Both gather `V` as it lies, taps innermost. `packed` writes `W` once, in the
+    product's dtype and with channels innermost, and its loop is that of a plain convolution.
+
+    In the backward the weight's gradient is the same product over pixels in every form of ours.
+    Groups of a few channels are bound by the bytes of their activations whatever their form: one
+    pass where it applies, the scale in the loop otherwise.
+    """
+    x, y, w, product = _convolution_sizes(call, conv)
+    weight = w / call.x_dtype.itemsize
+    v = call.v_dtype.itemsize * weight
+    own = product / device.efficiency
+    narrows = narrows_range(call.x_dtype, call.v_dtype)
+    axis = conv.scale_axis(call.dim)
+    repack = [] if call.channels_last else [Stage(2 * x), Stage(2 * y)]
+
+    def scaled(epilogue: bool) -> float:
+        return own * (1.0 if epilogue and not narrows else device.prologue)
+
+    forward = {
+        "packed": [*repack, Stage(v + w), Stage(x + w + y, own)],
+        "scaled": [*repack, Stage(v), Stage(x + v + y, scaled(axis in ("output", "whole")))],
+        "materialize": [Stage(v + w), Stage(x + w + y, product)],
+    }
+    if conv.owns_slices(call.dim) and not narrows:
+        forward["one_pass"] = [*repack, Stage(x + v + y, own * device.inline_norm)]
+    grad = [Stage(x + y + 4 * weight, own), Stage(4 * weight + 2 * v)]
+    backward = {
+        "packed": [*repack, Stage(v + w), Stage(y + w + x, own), *grad],
+        "scaled": [*repack, Stage(y + v + x, scaled(axis in ("input", "whole"))), *grad],
+        "materialize": [
+            Stage(v + w),
+            Stage(y + w + x, product),
+            Stage(x + y + w, product),
+            Stage(w + 2 * v),
+        ],
+    }
+    return Costs(forward, backward, device, device.rate(call.x_dtype.itemsize, call.tf32))

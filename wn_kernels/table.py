@@ -1,0 +1,128 @@
+"""The tuned table: what was measured to be the fastest on this machine, in a JSON file.
+
+    {machine and versions: {call: {"forward": variant, "backward": variant, ...}}}
+
+`plan.py` asks it, `tuning.py` fills it. A file is written whole and then takes the old one's place,
+under a lock: processes that tune at the same time all keep what they found. One that cannot be read
+is ignored with a warning, and put aside by the next that is written.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import platform
+import tempfile
+import warnings
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock
+
+VARIABLE = "WN_KERNELS_TABLE"
+
+Entries = dict[str, dict[str, dict[str, Any]]]
+
+_entries: Entries | None = None
+
+
+def location() -> Path:
+    """The file: what the environment variable `WN_KERNELS_TABLE` names, or the user's cache."""
+    named = os.environ.get(VARIABLE)
+    if named:
+        return Path(named)
+    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(cache) / "wn_kernels" / "tuned.json"
+
+
+@functools.cache
+def processor() -> str:
+    """The name of the CPU, and the instructions that PyTorch uses of it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        name = platform.processor() or platform.machine()
+    return f"{name}, {torch.backends.cpu.get_cpu_capability()}"
+
+
+def machine(backend: str) -> str:
+    """What a measurement holds for: the device and the versions."""
+    if backend == "aten":
+        device = f"{processor()}, {torch.get_num_threads()} threads"
+    else:
+        cuda = torch.cuda.is_available()
+        device = torch.cuda.get_device_name() if cuda else "Triton's interpreter"
+    return "; ".join((backend, device, *(f"{name} {_version(name)}" for name in PACKAGES)))
+
+
+PACKAGES = ("torch", "triton", "wn_kernels")
+
+
+@functools.cache
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "none"
+
+
+def _read(path: Path) -> Entries | None:
+    """The file's contents, none where there is no file; `None` where it cannot be read."""
+    try:
+        entries = json.loads(path.read_text("utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        warnings.warn(f"the tuned table {path} is ignored: {error}", stacklevel=3)
+        return None
+    if not isinstance(entries, dict) or not all(
+        isinstance(calls, dict) and all(isinstance(choice, dict) for choice in calls.values())
+        for calls in entries.values()
+    ):
+        warnings.warn(f"the tuned table {path} is ignored: it is none", stacklevel=3)
+        return None
+    return entries
+
+
+def find(backend: str, call: str) -> dict[str, Any] | None:
+    """What is stored for a call on this machine. The file is read once in a process."""
+    global _entries
+    if _entries is None:
+        _entries = _read(location()) or {}
+    return _entries.get(machine(backend), {}).get(call) if _entries else None
+
+
+def store(backend: str, calls: dict[str, dict[str, Any]]) -> Path:
+    """Adds what was measured for some calls to the file, and returns its path.
+
+    Raises:
+        OSError: it cannot be written; what was there stays.
+    """
+    path = location()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(path.with_name(path.name + ".lock")):
+        entries = _read(path)
+        if entries is None:
+            os.replace(path, path.with_name(path.name + ".unreadable"))
+            entries = {}
+        entries.setdefault(machine(backend), {}).update(calls)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name)
+        try:
+            with os.fdopen(handle, "w", encoding="utf-8") as file:
+                json.dump(entries, file, indent=1, sort_keys=True, ensure_ascii=False)
+            os.replace(temporary, path)
+        except BaseException:
+            os.unlink(temporary)
+            raise
+    forget()
+    return path
+
+
+def forget() -> None:
+    """Has the file read anew."""
+    global _entries
+    _entries = None

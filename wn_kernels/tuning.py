@@ -1,0 +1,298 @@
+"""Measures what `plan.py` otherwise estimates, and shows what it estimates.
+
+    print(wn_kernels.tune(model, sample))            # times every candidate, stores the fastest
+    print(wn_kernels.explain(layer, input_shape))    # the candidates, and why one is picked
+
+What is tuned holds for calls of the same shapes, dtypes and options, on the same device with the
+same versions (`table.py`); `auto` uses it from then on, in this process and in others.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.benchmark import Timer
+
+from . import checks, costs, plan, table
+from . import functional as WF
+from .costs import Call
+from .text import aligned
+
+# A candidate has to beat the cost model's choice by this factor to take its place: what differs
+# by less from one process to the next.
+MARGIN = 0.97
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """One call that was tuned.
+
+    Attributes:
+        call: its name in the tuned table: shapes, dtypes and options.
+        backend: who serves it.
+        seconds: of a forward without gradients by variant, and of a training step by choice.
+        default: the cost model's choice.
+        choice: the fastest; the default, where no other is faster by 3 %.
+    """
+
+    call: str
+    backend: str
+    seconds: dict[Any, float]
+    default: Any
+    choice: Any
+
+
+class Tuning(tuple[Tuned, ...]):
+    """What `tune` found, a line for each call; prints as a table."""
+
+    def __str__(self) -> str:
+        rows = [("call", "backend", "default", "step", "choice", "step")]
+        for x in self:
+            times = (f"{x.seconds[choice] * 1e6:.0f} µs" for choice in (x.default, x.choice))
+            default, chosen = times
+            rows.append((x.call, x.backend, _name(x.default), default, _name(x.choice), chosen))
+        changed = sum(x.choice != x.default for x in self)
+        return "\n".join([*aligned(rows), f"{len(self)} tuned, {changed} not the default"])
+
+    __repr__ = __str__
+
+
+def _name(choice: Any) -> str:
+    name = f"{choice.forward}/{choice.backward}"
+    extra = [key for key, value in choice._asdict().items() if value is True]
+    return ", ".join([name, *extra])
+
+
+# --- what a model calls --------------------------------------------------------------------------
+
+
+def _calls(model: nn.Module, inputs: Sequence[Any]) -> list[tuple[Call, str]]:
+    """What `plan` is asked for when the model runs. Nothing of the model changes."""
+    training = {module: module.training for module in model.modules()}
+    checks.forget()
+    model.eval()
+    try:
+        with torch.no_grad(), plan.watching() as calls:
+            model(*inputs)
+    finally:
+        for module, flag in training.items():
+            module.training = flag
+    return calls
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next((p.device for p in model.parameters()), torch.device("cpu"))
+
+
+def _operands(call: Call, device: torch.device) -> list[Tensor]:
+    """Random `x, v, g` and bias for a call, each wanting its gradient."""
+    x = torch.randn(call.x_shape, dtype=call.x_dtype, device=device)
+    if call.channels_last:
+        x = x.movedim(1, -1).contiguous().movedim(-1, 1)
+    v = torch.randn(call.v_shape, dtype=call.v_dtype, device=device)
+    g = WF.slice_norm(v, dim=call.dim)
+    outputs = call.v_shape[0] if call.conv is None else call.conv.out_channels(call.v_shape)
+    bias = torch.randn(outputs, dtype=call.v_dtype, device=device)
+    return [t.detach().requires_grad_() for t in (x, v, g, bias)]
+
+
+def _run(call: Call, operands: Sequence[Tensor]) -> Tensor:
+    x, v, g, bias = operands
+    if call.conv is None:
+        return WF.wn_linear(x, v, g, bias, dim=call.dim)
+    return WF.convolution(x.ndim - 2, x, v, g, bias, *call.conv, call.dim, 0.0)
+
+
+# --- tune ----------------------------------------------------------------------------------------
+
+
+def tune(model: nn.Module, sample: Any, *, seconds: float = 1.0) -> Tuning:
+    """Times every path that can serve each call of a model, and stores the fastest.
+
+    The forward's variant is the fastest without gradients, the backward's the fastest in a training
+    step after that forward. Timed alternately, on random values.
+
+    Args:
+        model: any module that calls layers or functions of this package. It runs once, in
+            evaluation mode and without gradients.
+        sample: its input, or a tuple of its inputs, of the shapes that are to be tuned.
+        seconds: about how long each call is timed.
+
+    Returns:
+        What was found, which prints as a table. It is stored in `table.location()`, and `auto`
+        uses it from now on.
+
+    Raises:
+        TypeError: `model` is no module.
+        ValueError: `seconds` is not positive, or a backend is forced: nothing is left to choose.
+        OSError: the table cannot be written.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    if not seconds > 0:
+        raise ValueError(f"seconds must be positive, got {seconds}")
+    if plan.is_forced():
+        raise ValueError("a backend is forced, so there is nothing to tune")
+    inputs = sample if isinstance(sample, tuple) else (sample,)
+    device = _device(model)
+    found = [_tuned(*call, device, seconds) for call in _calls(model, inputs)]
+    for backend in {x.backend for x in found}:
+        chosen = {x.call: x.choice._asdict() for x in found if x.backend == backend}
+        table.store(backend, chosen)
+    _forget()
+    return Tuning(found)
+
+
+def _forget() -> None:
+    """Has every call planned anew, with what the table says now."""
+    table.forget()
+    plan.choose.cache_clear()
+    checks.forget()
+
+
+@contextmanager
+def _fixed(call: Call, backend: str, choice: Any) -> Iterator[None]:
+    checks.forget()
+    with plan.fixed(call, backend, choice):
+        yield
+    checks.forget()
+
+
+def _tuned(call: Call, backend: str, device: torch.device, seconds: float) -> Tuned:
+    candidates = plan.choices(call, backend)
+    default = plan.by_cost(call, backend)
+    operands = _operands(call, device)
+    with torch.no_grad():
+        dy = torch.randn_like(_run(call, operands))
+
+    def infer() -> None:
+        with torch.no_grad():
+            _run(call, operands)
+
+    def step() -> None:
+        torch.autograd.grad(_run(call, operands), operands, dy)
+
+    forwards = {choice.forward: choice for choice in reversed(candidates)}
+    times: dict[Any, float] = _interleaved(call, backend, infer, forwards, seconds / 2)
+    forward = _fastest(times, default.forward)
+    after = {choice: choice for choice in candidates if choice.forward == forward} | {
+        default: default
+    }
+    steps = _interleaved(call, backend, step, after, seconds / 2)
+    right = {choice: t for choice, t in steps.items() if choice.forward == forward}
+    choice = _fastest(right, default if default in right else min(right, key=right.__getitem__))
+    return Tuned(plan.key(call), backend, times | steps, default, choice)
+
+
+def _fastest(times: dict[Any, float], default: Any) -> Any:
+    best = min(times, key=times.__getitem__)
+    return best if times[best] < MARGIN * times[default] else default
+
+
+def _interleaved(
+    call: Call,
+    backend: str,
+    run: Callable[[], None],
+    candidates: dict[Any, Any],
+    seconds: float,
+) -> dict[Any, float]:
+    """Seconds of a run under each candidate: the median of rounds in which all take their turn."""
+    if len(candidates) == 1:
+        return dict.fromkeys(candidates, float("nan"))
+    timer = Timer("run()", globals={"run": run}, num_threads=torch.get_num_threads())
+    samples: dict[Any, list[float]] = {name: [] for name in candidates}
+    repeats = 1
+    start = time.perf_counter()
+    while len(samples[next(iter(samples))]) < 5 or time.perf_counter() - start < seconds:
+        for name, choice in candidates.items():
+            with _fixed(call, backend, choice):
+                run()  # plans anew
+                samples[name].append(timer.timeit(repeats).mean)
+        if repeats == 1:  # the first round only finds how often to run in the others
+            fastest = min(times[0] for times in samples.values())
+            repeats = max(2, int(seconds / (20 * len(candidates) * fastest)))
+            samples = {name: [] for name in candidates}
+    return {name: statistics.median(times) for name, times in samples.items()}
+
+
+# --- explain -------------------------------------------------------------------------------------
+
+
+class Explanation(str):
+    """Text that shows as it is."""
+
+    __repr__ = str.__str__
+
+
+def explain(
+    module: nn.Module,
+    input_shape: Sequence[int],
+    *,
+    dtype: torch.dtype | None = None,
+    device: str | None = None,
+) -> Explanation:
+    """The paths that can serve each call that a module makes: what they move, compute and launch,
+    the time that the cost model estimates for it, and which is picked.
+
+    Args:
+        module: a layer of this package, a fused one, or any module that holds some. It runs once,
+            in evaluation mode, on zeros.
+        input_shape: the shape of its input.
+        dtype: the input's; that of the module's first parameter by default.
+        device: the name of a GPU in `costs.GPUS` ("H100", ...), for what Triton's path would be
+            there. By default, what serves the module where it is.
+
+    Returns:
+        A table for each call, as text that prints as it is.
+
+    Raises:
+        TypeError: `module` is no module.
+        ValueError: the device is unknown, or the module calls nothing of this package.
+    """
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"module must be a torch.nn.Module, got {type(module).__name__}")
+    if device is not None and device not in costs.GPUS:
+        raise ValueError(f"device is {device!r}; expected one of {[*costs.GPUS]} or None")
+    dtype = dtype or next((p.dtype for p in module.parameters()), torch.get_default_dtype())
+    x = torch.zeros(tuple(input_shape), dtype=dtype, device=_device(module))
+    calls = _calls(module, (x,))
+    if not calls:
+        raise ValueError(f"{type(module).__name__} calls nothing of this package that is planned")
+    if device is not None:
+        calls = [(call, "triton") for call, _ in calls]
+    return Explanation("\n\n".join(_explained(*call, device) for call in dict.fromkeys(calls)))
+
+
+def _explained(call: Call, backend: str, device: str | None) -> str:
+    found = costs.costs(call, backend, costs.GPUS[device] if device else None)
+    source = "cost model"
+    if device:
+        picked: Any = plan.Path(*found.cheapest())
+    else:
+        picked = plan.choose(call, backend)
+        if table.find(backend, plan.key(call)) is not None:
+            source = "tuned table"
+    rows = [("direction", "variant", "bytes", "operations", "launches", "estimate", "")]
+    for direction, candidates in (("forward", found.forward), ("backward", found.backward)):
+        for name, stages in candidates.items():
+            rows.append(
+                (
+                    direction,
+                    name,
+                    f"{sum(s.bytes for s in stages):.3g}",
+                    f"{sum(s.operations for s in stages):.3g}",
+                    str(len(stages)),
+                    f"{found.seconds(stages) * 1e6:.1f} µs",
+                    "<- picked" if name == getattr(picked, direction) else "",
+                )
+            )
+    title = f"{plan.key(call)}\n{backend}, constants of {found.device.name}, picked by the {source}"
+    keeps = [key for key, value in picked._asdict().items() if value is True]
+    return "\n".join([title, *aligned(rows), *keeps])
