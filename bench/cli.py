@@ -28,7 +28,16 @@ def main(arguments: list[str] | None = None) -> int:
         "--norm-cost", action="store_true", help="instead: each form beside a plain matmul"
     )
 
+    traffic = commands.add_parser("traffic", help="count what Triton's kernels move, without a GPU")
+    traffic.add_argument("--kernels", action="store_true", help="list each path's kernels")
+    traffic.add_argument("--write", action="store_true", help="replace the committed baseline")
+
     chosen = parser.parse_args(arguments)
+    if chosen.command == "traffic":
+        os.environ["TRITON_INTERPRET"] = "1"
+        from bench import traffic as counts
+
+        return counts.main(chosen.write, chosen.kernels)
     if chosen.command == "codegen":
         os.environ.pop("TRITON_INTERPRET", None)  # compiles, so must not interpret
         from bench import codegen as check

@@ -131,7 +131,7 @@ def test_every_variant(kind, dim, variant, monkeypatch):
     elif variant not in ("materialize", axis) and axis != "whole":
         variant = axis
     path = plan.AtenConvolution(variant, variant, kept)
-    monkeypatch.setattr(plan, "aten_convolution", lambda *_: path)
+    monkeypatch.setattr(plan, "choose", lambda *_: path)
     # What the checks remember holds a path.
     monkeypatch.setattr(functional, "check_convolution", checks.check_convolution.__wrapped__)
     case.check(case.layer)

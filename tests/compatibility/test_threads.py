@@ -1,18 +1,13 @@
-"""Concurrent threads, forked workers, determinism, and no read of a GPU's data."""
+"""Concurrent threads and forked workers. Processes that tune at once are in test_tuning.py."""
 
-import ast
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-import wn_kernels
 from tests.comparison import assert_same_bits
 from tests.compatibility.layers import LAYERS, assert_right, gradients, made
-
-ROOT = Path(wn_kernels.__file__).parent
 
 
 @pytest.mark.parametrize("name", LAYERS)
@@ -45,37 +40,3 @@ def test_forked_workers():
     loader = DataLoader(Embedded(layer, x), num_workers=2, multiprocessing_context="fork")
     for index, y in enumerate(loader):
         assert_same_bits(y[0], right + index)
-
-
-@pytest.mark.parametrize("name", LAYERS)
-def test_deterministic(name):
-    layer, x = made(name)
-    torch.use_deterministic_algorithms(True)
-    try:
-        first, second = gradients(layer, x), gradients(layer, x)
-    finally:
-        torch.use_deterministic_algorithms(False)
-    assert_same_bits(first[0], second[0])
-    for key, grad in first[1].items():
-        assert_same_bits(grad, second[1][key], key)
-
-
-READS = {"item", "tolist", "cpu", "numpy", "synchronize", "is_nonzero"}
-
-# It looks at norms on the CPU alone: its callers ask for that.
-ALLOWED = {("backends/aten.py", "_is_in_range")}
-
-
-def test_no_call_reads_a_gpus_data():
-    """A read would wait for the GPU, and cannot be captured in a CUDA graph."""
-    found = set()
-    files = ["functional.py", "checks.py", "autograd.py", "ops.py", "plan.py"]
-    for path in [*(ROOT / name for name in files), *(ROOT / "backends").rglob("*.py")]:
-        for function in ast.walk(ast.parse(path.read_text())):
-            if not isinstance(function, ast.FunctionDef):
-                continue
-            for node in ast.walk(function):
-                called = node.func if isinstance(node, ast.Call) else None
-                if isinstance(called, ast.Attribute) and called.attr in READS:
-                    found.add((str(path.relative_to(ROOT)), function.name))
-    assert found == ALLOWED

@@ -1,0 +1,37 @@
+"""Figures that must not get worse: committed, and compared by continuous integration."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+FOLDER = Path(__file__).parent / "baselines"
+
+# What a figure may grow by. The figures are exact: a compiler's release may move them a little.
+TOLERANCE = 1.02
+
+Figures = dict[str, dict[str, float]]
+
+
+def write(name: str, found: Figures) -> Path:
+    """Replaces a baseline, a line for each record."""
+    path = FOLDER / f"{name}.json"
+    path.parent.mkdir(exist_ok=True)
+    lines = (f" {json.dumps(key, ensure_ascii=False)}: {json.dumps(found[key])}" for key in found)
+    path.write_text("{\n" + ",\n".join(lines) + "\n}\n", "utf-8")
+    return path
+
+
+def worse(name: str, found: Figures, complete: bool = True) -> list[str]:
+    """What grew beyond the baseline, or is missing from it or, where the run was `complete`, from
+    what was found; a message each."""
+    committed: Figures = json.loads((FOLDER / f"{name}.json").read_text("utf-8"))
+    messages = [f"{key} is not in the baseline" for key in found.keys() - committed.keys()]
+    if complete:
+        messages += [f"{key} is gone" for key in committed.keys() - found.keys()]
+    for key in found.keys() & committed.keys():
+        for figure, before in committed[key].items():
+            now = found[key].get(figure)
+            if now is None or now > TOLERANCE * before:
+                messages.append(f"{key}: {figure} is {now}, was {before}")
+    return sorted(messages)

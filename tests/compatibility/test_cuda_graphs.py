@@ -1,0 +1,57 @@
+"""What a CUDA graph cannot hold: no call reads a GPU's data, and none allocates past PyTorch."""
+
+import ast
+from pathlib import Path
+
+import pytest
+import torch
+
+import wn_kernels
+from tests.compatibility.layers import LAYERS, made
+
+ROOT = Path(wn_kernels.__file__).parent
+
+READS = {"item", "tolist", "cpu", "numpy", "synchronize", "is_nonzero"}
+
+# It looks at norms on the CPU alone: its callers ask for that.
+ALLOWED = {("backends/aten.py", "_is_in_range")}
+
+
+def test_no_call_reads_a_gpus_data():
+    """A read would wait for the GPU, and cannot be captured in a CUDA graph."""
+    found = set()
+    files = ["functional.py", "checks.py", "autograd.py", "ops.py", "plan.py"]
+    for path in [*(ROOT / name for name in files), *(ROOT / "backends").rglob("*.py")]:
+        for function in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(function, ast.FunctionDef):
+                continue
+            for node in ast.walk(function):
+                called = node.func if isinstance(node, ast.Call) else None
+                if isinstance(called, ast.Attribute) and called.attr in READS:
+                    found.add((str(path.relative_to(ROOT)), function.name))
+    assert found == ALLOWED
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_runs_on_tensors_without_values(name):
+    """Forward and backward on the meta device, where a read raises."""
+    layer, x = made(name)
+    layer, x = layer.to("meta"), x.to("meta").requires_grad_()
+    layer(x).square().sum().backward()
+    assert x.grad.shape == x.shape
+    with torch.no_grad():
+        layer(x)
+
+
+ALLOCATES = {"cudaMalloc", "cuMemAlloc", "hipMalloc", "malloc", "ctypes", "cupy", "numba"}
+
+
+def test_memory_is_pytorchs():
+    """Kernels get tensors, and nothing else allocates."""
+    for path in ROOT.rglob("*.py"):
+        names = {
+            node.id if isinstance(node, ast.Name) else node.attr
+            for node in ast.walk(ast.parse(path.read_text()))
+            if isinstance(node, (ast.Name, ast.Attribute))
+        }
+        assert not names & ALLOCATES, path
