@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test lint bench sanitize codegen docs clean
+.PHONY: help setup test lint bench sanitize codegen traffic gpu docs clean
 
 help:
 	@echo "make setup     create the environment"
@@ -14,6 +14,8 @@ help:
 	@echo "make bench     check and time the layers on this machine (5 minutes)"
 	@echo "make sanitize  the kernels under a launch checker: bounds and races, no GPU needed"
 	@echo "make codegen   compile every kernel for four GPU targets, no GPU needed"
+	@echo "make traffic   count what the kernels move through memory, no GPU needed"
+	@echo "make gpu       test, tune and time everything on a GPU (15 minutes)"
 	@echo "make docs      build the documentation into site/"
 
 setup: $(VENV)/.ready
@@ -50,6 +52,12 @@ sanitize: $(VENV)/.sanitize
 
 codegen: setup
 	$(BIN)/python -m bench codegen --json results/codegen.json
+
+traffic: setup
+	$(BIN)/python -m bench traffic
+
+gpu: setup
+	$(BIN)/python -m bench gpu
 
 docs: $(VENV)/.docs
 	$(BIN)/mkdocs build --strict

@@ -20,29 +20,61 @@ def main(arguments: list[str] | None = None) -> int:
         layers.add_argument("--seconds", type=float, default=SECONDS, help="timing of each case")
         layers.add_argument("--threads", type=int, default=2, help="of torch on a CPU")
 
+    commands.add_parser("gpu", help="test, tune and time everything on the GPU at hand")
+
+    compare = commands.add_parser("compare", help="what moved between two results of a suite")
+    compare.add_argument("before")
+    compare.add_argument("after")
+
+    report = commands.add_parser("report", help="one HTML page of results")
+    report.add_argument("results", nargs="+")
+    report.add_argument("--output", default="results/report.html")
+
+    readme = commands.add_parser("readme", help="write the README's table from results")
+    readme.add_argument("results", nargs="+")
+    readme.add_argument("--file", default="README.md")
+    readme.add_argument("--every-case", action="store_true", help="not the means alone")
+
     codegen = commands.add_parser("codegen", help="compile every kernel for GPUs not present")
     codegen.add_argument("--json", default=None, help="where records go")
     codegen.add_argument("--only", default=None, help="kernels, configurations or targets with it")
+    codegen.add_argument("--write", action="store_true", help="replace the committed baseline")
 
-    codegen.add_argument(
-        "--norm-cost", action="store_true", help="instead: each form beside a plain matmul"
-    )
+    commands.add_parser("bounds", help="what bounds each form of the matmul, by compiled code")
 
     traffic = commands.add_parser("traffic", help="count what Triton's kernels move, without a GPU")
     traffic.add_argument("--kernels", action="store_true", help="list each path's kernels")
     traffic.add_argument("--write", action="store_true", help="replace the committed baseline")
 
     chosen = parser.parse_args(arguments)
+    if chosen.command == "gpu":
+        from bench import gpu
+
+        return gpu.main()
+    if chosen.command == "compare":
+        from bench import compare as comparison
+
+        return comparison.main(chosen.before, chosen.after)
+    if chosen.command in ("report", "readme"):
+        from bench import report as pages
+
+        if chosen.command == "readme":
+            return pages.readme(chosen.results, chosen.file, chosen.every_case)
+        return pages.main(chosen.results, chosen.output)
     if chosen.command == "traffic":
         os.environ["TRITON_INTERPRET"] = "1"
         from bench import traffic as counts
 
         return counts.main(chosen.write, chosen.kernels)
-    if chosen.command == "codegen":
+    if chosen.command in ("codegen", "bounds"):
         os.environ.pop("TRITON_INTERPRET", None)  # compiles, so must not interpret
+        if chosen.command == "bounds":
+            from bench import bounds
+
+            return bounds.main()
         from bench import codegen as check
 
-        return check.norm_cost() if chosen.norm_cost else check.main(chosen.json, chosen.only)
+        return check.main(chosen.json, chosen.only, chosen.write)
 
     import torch
 

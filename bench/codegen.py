@@ -7,7 +7,6 @@ or bfloat16 product uses no tensor cores.
 
 from __future__ import annotations
 
-import itertools
 import json
 import re
 import subprocess
@@ -19,12 +18,12 @@ from dataclasses import asdict, dataclass, field
 from functools import cache
 from pathlib import Path
 
-import torch
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor
 
+from bench import baseline
 from bench.shipped import TYPES, Compilation, shipped
 
 
@@ -71,6 +70,7 @@ class Record:
     loop_instructions: int = 0
     tensor_core_instructions: int = 0
     load_bits: int = 0
+    shared_read_bytes: int = 0  # of one iteration of the main loop, all warps
     mix: dict[str, int] = field(default_factory=dict)
     failures: list[str] = field(default_factory=list)
 
@@ -129,6 +129,8 @@ def inspect(compilation: Compilation, target: Target) -> Record:
     record.tensor_core_instructions = sum(
         1 for i in (loop or instructions) if TENSOR_CORE.match(i.opcode)
     )
+    lanes = target.warp_size * compilation.launch.num_warps
+    record.shared_read_bytes = lanes * sum(_shared_read_bytes(i.opcode) for i in loop)
     record.load_bits = max((_load_bits(i.opcode) for i in instructions), default=0)
     record.warps_per_sm = _resident_warps(record, compilation.launch.num_warps, target)
     if record.spill_bytes:
@@ -255,6 +257,18 @@ def _load_bits(opcode: str) -> int:
     return 0
 
 
+def _shared_read_bytes(opcode: str) -> int:
+    """The bytes a lane reads of shared memory. What a tensor core reads of it by itself has no
+    instruction of its own."""
+    if opcode.startswith("LDSM"):  # matrices of 8×8 16-bit elements: 4 bytes a lane each
+        return 4 * next((int(part) for part in opcode.split(".") if part in ("2", "4")), 1)
+    if re.match(r"LDS\b", opcode):
+        return next((int(p) // 8 for p in ("128", "64") if p in opcode.split(".")), 4)
+    if m := re.match(r"ds_read(2?)(?:st64)?_b(\d+)", opcode):
+        return int(m[2]) // 8 * (2 if m[1] else 1)
+    return 0
+
+
 def _mix(loop: list[Instruction]) -> Counter[str]:
     """The loop's instructions by kind."""
     kinds = {
@@ -324,41 +338,21 @@ def table(found: list[Record]) -> Table:
     return shown
 
 
-# Tiles to compare forms on: small batches on the left, large ones on the right.
-TILES = [(16, 32, 128, 4, 4), (16, 128, 128, 4, 4), (64, 64, 128, 4, 4), (128, 128, 64, 8, 3)]
+def figures(found: list[Record]) -> baseline.Figures:
+    """What is held by the baseline."""
+    return {
+        f"{r.kernel} {r.config} {r.dtype} {r.target}": {
+            "loop_instructions": r.loop_instructions,
+            "registers": r.registers,
+            "shared_bytes": r.shared_bytes,
+        }
+        for r in found
+    }
 
 
-def norm_cost() -> int:
-    """Prints what each form's loop costs beside a plain matmul of the same tile, in bfloat16."""
-    from wn_kernels.backends import triton as backend
-    from wn_kernels.backends.triton import configs
-    from wn_kernels.backends.triton.launch import recording
-
-    x = torch.empty(512, 4096, dtype=torch.bfloat16, device="meta")
-    v = torch.empty(4096, 4096, dtype=torch.bfloat16, device="meta")
-    g = torch.empty(4096, 1, dtype=torch.bfloat16, device="meta")
-    forms = ("plain", "epilogue", "one_pass", "prologue_r")
-    shown = Table(title="instructions in the main loop of matmul, bf16 (read, not timed)")
-    for name in ("target", "tile, warps, stages", *forms):
-        shown.add_column(name, justify="right" if name in forms else "left")
-    for target, tile in itertools.product(TARGETS, TILES):
-        with recording() as launches:
-            backend.linear(x, v, g, None, 0, 0.0, "one_pass", config=configs.MatmulConfig(*tile))
-        counts = []
-        for form in forms:  # a form that the kernel does not know is the bare matmul
-            launch = launches[0]._replace(arguments=launches[0].arguments | {"FORM": form})
-            compilation = Compilation("matmul_kernel", form, "bf16", launch, True)
-            record = inspect(compilation, target)
-            spilled = " (spills)" if record.spill_bytes else ""
-            counts.append(f"{record.loop_instructions}{spilled}")
-        blocks, rest = "×".join(map(str, tile[:3])), ", ".join(map(str, tile[3:]))
-        shown.add_row(target.name, f"{blocks}, {rest}", *counts)
-    Console(width=100).print(shown)
-    return 0
-
-
-def main(path: str | None, only: str | None) -> int:
-    """Prints the table, writes the records to `path`; 1 where a configuration fails."""
+def main(path: str | None, only: str | None, write: bool) -> int:
+    """Prints the table, writes the records to `path`; 1 where a configuration fails, or is worse
+    than the baseline, which `write` replaces."""
     console = Console()
     found = list(records(console, only))
     wide = Console(width=240) if not console.is_terminal else console
@@ -372,4 +366,11 @@ def main(path: str | None, only: str | None) -> int:
         reasons = "; ".join(r.failures)
         console.print(f"[red]FAILED[/] {r.kernel} {r.config} {r.dtype} {r.target}: {reasons}")
     console.print(f"{len(found) - len(failed)} of {len(found)} configurations pass")
-    return 1 if failed or not found else 0
+    if write:
+        console.print(f"baseline written to {baseline.write('codegen', figures(found))}")
+        messages = []
+    else:
+        messages = baseline.worse("codegen", figures(found), complete=only is None)
+    for message in messages:
+        console.print(f"[red]WORSE[/] {message}")
+    return 1 if failed or messages or not found else 0

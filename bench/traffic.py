@@ -163,11 +163,11 @@ def _interpreter(counter: _Counter) -> Iterator[None]:
 
     def counted_load(ptrs: Any, mask: Any, *rest: Any) -> Any:
         result = load(ptrs, mask, *rest)
-        counter.touch(ptrs.data[mask.data], result.data.itemsize, False)
+        counter.touch(ptrs.data[mask.data.astype(bool)], result.data.itemsize, False)
         return result
 
     def counted_store(ptrs: Any, value: Any, mask: Any, *rest: Any) -> Any:
-        counter.touch(ptrs.data[mask.data], value.data.itemsize, True)
+        counter.touch(ptrs.data[mask.data.astype(bool)], value.data.itemsize, True)
         return store(ptrs, value, mask, *rest)
 
     def counted_dot(a: Any, b: Any, *rest: Any) -> Any:
@@ -279,7 +279,8 @@ class _Layer:
         inputs = sum(t.nbytes for t in (self.x, self.v, self.g))
         if direction == "forward":
             return inputs + sum(t.nbytes for t in (self.bias, self.y, self.n))
-        return 2 * inputs + sum(t.nbytes for t in (self.dy, self.n, self.bias))
+        db = self.bias.numel() * self.dy.element_size()
+        return 2 * inputs + self.dy.nbytes + self.n.nbytes + db
 
     def eager(self) -> dict[str, Traffic]:
         """PyTorch's parametrized layer, under autocast where dtypes differ."""

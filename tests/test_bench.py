@@ -2,18 +2,21 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
+from pytest_benchmark.stats import Stats
 
 pytest.importorskip("rich")
 
-from bench import cases, cli, suite
+from bench import cases, cli, gpu, report, suite
 from bench.cases import Case, Runner
-from bench.timing import interleaved, paired_ratio
+from bench.timing import interleaved, is_wide, paired_ratio
 from wn_kernels import WNLinear
 
 CPU = torch.device("cpu")
@@ -109,3 +112,188 @@ def test_codegen_records(tmp_path):
         assert record["loop_instructions"] > record["tensor_core_instructions"] > 0
         assert record["stack_bytes"] >= 0
         assert record["config"]
+
+
+def bounds_of(*arguments):
+    """Compiled in a process of its own: this one may be interpreting."""
+    code = f"""
+import json
+from bench import bounds
+found = bounds.bounds({", ".join(arguments)})
+print(json.dumps([[t.name, form, b.name, b.record.loop_instructions] for t, _, form, b in found]))
+"""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    return json.loads(done.stdout)
+
+
+def test_a_small_batch_is_bound_by_memory():
+    """On every target, in one pass: the norm in the loop hides behind the bytes of V."""
+    pytest.importorskip("triton")
+    found = bounds_of("[bounds.TILES[1]]", "('one_pass',)")
+    assert len(found) == 4
+    for target, _, name, instructions in found:
+        assert name == "memory", target
+        assert instructions > 0
+
+
+def test_ready_norms_cost_the_loop_nothing():
+    """The scaled form's loop is a plain matmul's, to 5 %, at the tile of large batches."""
+    pytest.importorskip("triton")
+    found = bounds_of("[bounds.TILES[3]]", "('plain', 'epilogue')")
+    counts = {(target, form): instructions for target, form, _, instructions in found}
+    for target in {target for target, _ in counts}:
+        assert counts[target, "epilogue"] <= 1.05 * counts[target, "plain"]
+
+
+# --- results -------------------------------------------------------------------------------------
+
+
+def result(label="a", mode="infer", eager=0.5, plain=1.1, spread=0.01, noisy=False):
+    ratios = {"ours/eager": eager, "ours/plain": plain}
+    return {
+        "case": {"label": label, "mode": mode, "is_large": True},
+        "seconds": {name: {"median": 1e-3} for name in ("plain", "eager", "ours")},
+        "ratios": {
+            name: {"median": r, "q1": r, "q3": r, "low": r - spread, "high": r + spread}
+            for name, r in ratios.items()
+        },
+        "noisy": noisy,
+        "saved_bytes": {},
+    }
+
+
+def results_of(path, *found):
+    where = {"device": "a <CPU>", "threads": 2, "torch": "2.13.0", "commit": "abc"}
+    means = suite.geometric_means(list(found))
+    report = {"suite": "linear", "environment": where, "results": found, "means": means}
+    path.write_text(json.dumps(report))
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("eager", "spread", "code", "said"),
+    [
+        (0.5, 0.01, 0, "0 ratios moved"),
+        (0.6, 0.01, 1, "1 of them to the worse"),
+        (0.6, 0.12, 0, "0 ratios moved"),  # the intervals overlap
+        (0.515, 0.001, 0, "0 ratios moved"),  # apart, but by less than runs differ
+        (0.4, 0.01, 0, "1 ratios moved, 0 of them to the worse"),
+    ],
+)
+def test_compare(eager, spread, code, said, tmp_path, capsys):
+    before = results_of(tmp_path / "a.json", result())
+    after = results_of(tmp_path / "b.json", result(eager=eager, spread=spread))
+    assert cli.main(["compare", before, after]) == code
+    assert said in capsys.readouterr().out
+
+
+def test_compare_misses_what_is_gone(tmp_path, capsys):
+    before = results_of(tmp_path / "a.json", result(), result("b"))
+    after = results_of(tmp_path / "b.json", result())
+    assert cli.main(["compare", before, after]) == 1
+    assert "gone: b infer" in capsys.readouterr().out
+
+
+def test_report_page(tmp_path):
+    """One file, with everything in it and the losing case marked."""
+    found = [
+        result(label, mode, eager)
+        for label, eager in (("wins", 0.5), ("loses", 1.2))
+        for mode in ("infer", "train")
+    ]
+    path = results_of(tmp_path / "a.json", *found, result("doubt", "train", 1.2, noisy=True))
+    output = tmp_path / "page.html"
+    assert cli.main(["report", path, "--output", str(output)]) == 0
+    page = output.read_text()
+    assert page.count("<svg") == 3
+    assert page.count("class=slower") == 3
+    assert "doubt (noisy)" in page
+    assert "a &lt;CPU&gt;" in page
+    assert "http" not in re.sub(
+        r'xmlns(:\w+)?="[^"]*"|<metadata>.*?</metadata>', "", page, flags=re.S
+    )
+
+
+def test_readme_table(tmp_path, capsys):
+    readme = tmp_path / "README.md"
+    start, end = report.MARKS
+    readme.write_text(f"before\n{start}\nold\n{end}\nafter\n")
+    path = results_of(tmp_path / "a.json", result("b", eager=0.25), result("c", eager=1.0))
+    assert cli.main(["readme", path, "--file", str(readme)]) == 0
+    text = readme.read_text()
+    assert text.startswith(f"before\n{start}\n")
+    assert text.endswith(f"{end}\nafter\n")
+    assert "old" not in text
+    assert "| linear | infer | 0.50 | 0.25 (b) | 1.00 (c) | 1.10 |" in text
+    assert cli.main(["readme", path, "--file", str(readme), "--every-case"]) == 0
+    assert "| c | infer |" in readme.read_text()
+    readme.write_text("no marks")
+    assert cli.main(["readme", path, "--file", str(readme)]) == 1
+    assert readme.read_text() == "no marks"
+
+
+@pytest.mark.parametrize(
+    ("file", "table"),
+    [("README.md", report.readme_table), ("docs/benchmarks.md", report.every_case)],
+)
+def test_the_tables_in_the_docs_were_written(file, table):
+    """From the committed results, by the command."""
+    root = Path(__file__).parents[1]
+    results = [root / "docs" / "results" / f"{name}.json" for name in ("linear", "conv")]
+    start, end = report.MARKS
+    written = (root / file).read_text().partition(start)[2].partition(end)[0]
+    assert written.strip() == table([json.loads(path.read_text()) for path in results])
+
+
+def test_interval_of_a_ratio():
+    """It holds the median, and shrinks with the rounds."""
+    stats = {name: Stats() for name in "ab"}
+    for i in range(8):
+        stats["a"].update(1.0 + 0.1 * (i % 2))
+        stats["b"].update(1.0)
+    few = paired_ratio(stats["a"], stats["b"])
+    assert few["low"] <= few["median"] <= few["high"]
+    assert is_wide({"low": 0.9, "high": 1.1, "median": 1.0})
+    assert not is_wide({"low": 0.98, "high": 1.02, "median": 1.0})
+
+
+# --- a GPU at hand -------------------------------------------------------------------------------
+
+
+def test_gpu_without_one(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert cli.main(["gpu"]) == 1
+    assert "there is no GPU here" in capsys.readouterr().out
+
+
+def test_gpu_says_what_failed(monkeypatch, capsys):
+    """Every step runs, whatever became of those before it."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    steps = [
+        gpu.Step("fails", ("-c", "raise SystemExit(3)"), 60),
+        gpu.Step("hangs", ("-c", "import time; time.sleep(60)"), 0.5),
+        gpu.Step("passes", ("-c", "pass"), 60),
+    ]
+    monkeypatch.setattr(gpu, "STEPS", steps)
+    assert gpu.main() == 1
+    out = " ".join(capsys.readouterr().out.split())
+    for said in ("exit code 3", "not done after 0 s", "passed"):
+        assert said in out
+    monkeypatch.setattr(gpu, "STEPS", steps[2:])
+    assert gpu.main() == 0
+    assert sum(step.limit for step in gpu.STEPS) <= 900
+
+
+def test_the_steps_of_a_gpu_are_commands():
+    """Each names a command that there is, and fifteen minutes hold them all."""
+    assert sum(step.limit for step in gpu.STEPS) <= 900
+    for step in gpu.STEPS:
+        if step.arguments[1] == "bench":
+            parsed = [*step.arguments[2:3], "--help"]
+            with pytest.raises(SystemExit, match="0"):
+                cli.main(parsed)
+    net, x = gpu.layers()
+    assert net(x).shape == (16, 1024)

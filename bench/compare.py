@@ -1,0 +1,64 @@
+"""What moved between two results of a suite, beyond noise.
+
+A ratio moved where its two 95 % intervals do not overlap and its medians differ by more than
+`MARGIN`: intervals know of one run, and from run to run there is more. Ratios are compared, not
+times, which belong to a machine and a minute.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+MARGIN = 0.05
+
+
+def moved(before: dict[str, Any], after: dict[str, Any]) -> list[tuple[str, str, float, float]]:
+    """`(case, ratio, before, after)` of what moved. Ratios of ours: more is worse."""
+    old = {_key(r): r for r in before["results"]}
+    found = []
+    for result in after["results"]:
+        for name, now in result["ratios"].items():
+            then = old.get(_key(result), {}).get("ratios", {}).get(name)
+            if then is None:
+                continue
+            apart = now["low"] > then["high"] or now["high"] < then["low"]
+            if apart and abs(now["median"] / then["median"] - 1) > MARGIN:
+                found.append((" ".join(_key(result)), name, then["median"], now["median"]))
+    return found
+
+
+def _key(result: dict[str, Any]) -> tuple[str, str]:
+    return result["case"]["label"], result["case"]["mode"]
+
+
+def main(before_path: str, after_path: str) -> int:
+    """Prints what moved; 1 where something got worse, or a case is gone."""
+    console = Console()
+    before, after = (json.loads(Path(p).read_text("utf-8")) for p in (before_path, after_path))
+    if before["suite"] != after["suite"]:
+        console.print(f"not one suite: {before['suite']!r} and {after['suite']!r}")
+        return 2
+    for setting in ("device", "threads", "torch"):
+        then, now = (results["environment"][setting] for results in (before, after))
+        if then != now:
+            console.print(f"[yellow]{setting} differs[/]: {then}, now {now}")
+    rows = moved(before, after)
+    shown = Table(title=f"{after['suite']}: what moved beyond noise")
+    for name in ("case", "ratio", "before", "after"):
+        shown.add_column(name)
+    for case, ratio, then, now in rows:
+        style = "red" if now > then else "green"
+        shown.add_row(case, ratio, f"{then:.2f}", f"{now:.2f}", style=style)
+    if rows:
+        console.print(shown)
+    gone = {_key(r) for r in before["results"]} - {_key(r) for r in after["results"]}
+    for case in sorted(gone):
+        console.print(f"[red]gone[/]: {' '.join(case)}")
+    worse = sum(now > then for _, _, then, now in rows)
+    console.print(f"{len(rows)} ratios moved, {worse} of them to the worse, {len(gone)} cases gone")
+    return 1 if worse or gone else 0

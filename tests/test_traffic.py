@@ -1,0 +1,99 @@
+"""What the Triton paths move, counted; and that a figure that gets worse is noticed."""
+
+import json
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from bench import baseline, traffic
+from bench.traffic import Case
+
+
+@pytest.fixture(scope="module")
+def found():
+    """Traffic by layer, direction and variant."""
+    cases = [
+        Case("half", (16, 256), (256, 256), ("one_pass", "scaled")),
+        Case("autocast", (16, 256), (256, 256), ("one_pass", "scaled"), v_dtype=torch.float32),
+        Case("conv", (1, 32, 6, 6), (32, 32, 3, 3), ("one_pass", "scaled"), conv=traffic._SAME),
+    ]
+    return {record[:3]: record[3] for record in traffic.records(cases)}
+
+
+def test_a_small_batch_reads_the_weight_once(found):
+    """One launch, no `W`: nothing but the inputs and the results crosses the bus."""
+    for layer in ("half", "autocast", "conv"):
+        forward = found[layer, "forward", "one_pass"]
+        assert forward.launches == 1
+        assert forward.minimum <= forward.distinct == forward.by_launch <= 1.02 * forward.minimum
+    layer = traffic._Layer(Case("", (16, 256), (256, 256), ("one_pass",)))
+    written = found["half", "forward", "one_pass"].written
+    assert written == layer.y.nbytes + layer.n.nbytes < layer.v.nbytes / 8
+
+
+def test_the_backward_of_a_small_batch_stores_no_gradient_of_w(found):
+    for layer in ("half", "autocast"):
+        backward = found[layer, "backward", "one_pass"]
+        assert backward.minimum <= backward.distinct <= 1.05 * backward.minimum
+        scaled = found[layer, "backward", "scaled"]
+        assert backward.launches < scaled.launches
+        assert backward.by_launch < scaled.by_launch
+
+
+def test_fewer_bytes_than_eager(found):
+    """Eager writes `W` and reads it, under autocast twice; its kernels at their best."""
+    for layer, saving in (("half", 2.5), ("autocast", 3.5)):
+        ours, eager = (found[layer, "forward", name] for name in ("one_pass", "eager"))
+        assert eager.by_launch > saving * ours.by_launch
+        assert eager.operations == ours.operations > 0
+
+
+def test_kernels_are_named(found):
+    assert found["half", "forward", "one_pass"].kernels == ["matmul_kernel"]
+    assert found["half", "forward", "eager"].kernels == ["_weight_norm_interface", "addmm"]
+
+
+def test_counts_of_a_product_alone():
+    """Of ATen's kernels: inputs and outputs, views and allocations for nothing."""
+    a, b = torch.randn(3, 8), torch.randn(5, 8)
+    t = traffic.count(lambda: torch.mm(a, b.t()).view(-1))
+    assert (t.launches, t.requested) == (1, 4 * (24 + 40 + 15))
+    assert t.distinct == t.by_launch == t.requested
+    assert (t.written, t.operations) == (4 * 15, 2 * 3 * 5 * 8)
+    twice = traffic.count(lambda: torch.mm(a, a.t()))
+    assert (twice.requested, twice.distinct) == (4 * (24 + 24 + 9), 4 * (24 + 9))
+
+
+# --- baselines -----------------------------------------------------------------------------------
+
+
+def test_the_baseline_holds_every_path():
+    committed = json.loads((baseline.FOLDER / "traffic.json").read_text("utf-8"))
+    expected = {
+        f"{case.label}, {direction}, {variant}"
+        for case in traffic.CASES
+        for direction in ("forward", "backward")
+        for variant in traffic._of(case, direction)
+    }
+    assert committed.keys() == expected
+
+
+def test_what_is_worse_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(baseline, "FOLDER", tmp_path)
+    before = {"a": {"bytes": 100, "launches": 1}, "b": {"bytes": 50, "launches": 2}}
+    baseline.write("x", before)
+    assert baseline.worse("x", before) == []
+    assert baseline.worse("x", {**before, "a": {"bytes": 102, "launches": 1}}) == []
+    assert baseline.worse("x", {**before, "a": {"bytes": 90, "launches": 1}}) == []
+    found = {"a": {"bytes": 103, "launches": 1}, "c": {"bytes": 1, "launches": 1}}
+    assert baseline.worse("x", found) == [
+        "a: bytes is 103, was 100",
+        "b is gone",
+        "c is not in the baseline",
+    ]
+    assert baseline.worse("x", found, complete=False) == [
+        "a: bytes is 103, was 100",
+        "c is not in the baseline",
+    ]
