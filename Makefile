@@ -37,7 +37,7 @@ $(VENV)/.docs: $(VENV)/.ready
 	touch $@
 
 test: setup
-	$(BIN)/python -m pytest --numprocesses 2
+	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal --durations 25
 
 lint: setup
 	$(BIN)/ruff check .

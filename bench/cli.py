@@ -20,6 +20,9 @@ def main(arguments: list[str] | None = None) -> int:
         layers.add_argument("--seconds", type=float, default=SECONDS, help="timing of each case")
         layers.add_argument("--threads", type=int, default=2, help="of torch on a CPU")
 
+    tuned = commands.add_parser("tuned", help="the cost model's choices beside the fastest")
+    tuned.add_argument("--seconds", type=float, default=SECONDS, help="timing of each case")
+
     commands.add_parser("gpu", help="test, tune and time everything on the GPU at hand")
 
     compare = commands.add_parser("compare", help="what moved between two results of a suite")
@@ -47,6 +50,10 @@ def main(arguments: list[str] | None = None) -> int:
     traffic.add_argument("--write", action="store_true", help="replace the committed baseline")
 
     chosen = parser.parse_args(arguments)
+    if chosen.command == "tuned":
+        from bench import tuned as choices
+
+        return choices.main(chosen.seconds)
     if chosen.command == "gpu":
         from bench import gpu
 

@@ -1,5 +1,6 @@
 """The benchmark's own promises: nothing wrong is timed, and the reports hold what they say."""
 
+import dataclasses
 import json
 import os
 import re
@@ -14,10 +15,11 @@ from pytest_benchmark.stats import Stats
 
 pytest.importorskip("rich")
 
-from bench import cases, cli, gpu, report, suite
+from bench import cases, cli, gpu, report, suite, tuned
 from bench.cases import Case, Runner
 from bench.timing import interleaved, is_wide, paired_ratio
-from wn_kernels import WNLinear
+from wn_kernels import WNLinear, plan
+from wn_kernels.tuning import Tuned
 
 CPU = torch.device("cpu")
 TINY = [Case("4, 24, 16", "Linear", (24, 16), (4, 24), mode) for mode in cases.MODES]
@@ -297,3 +299,25 @@ def test_the_steps_of_a_gpu_are_commands():
                 cli.main(parsed)
     net, x = gpu.layers()
     assert net(x).shape == (16, 1024)
+
+
+# --- the cost model ------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("own_table")
+def test_tuned(monkeypatch, tmp_path, capsys):
+    """It counts defaults that are close, and keeps away from the user's table."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(tuned, "SUITES", {"linear": TINY, "conv": CONV})
+    code = tuned.main(0.05)
+    out = capsys.readouterr().out
+    assert "of 2 defaults are within 10 % of the fastest" in out
+    assert code == (0 if "2 of 2 defaults" in out else 1)
+    assert (tmp_path / "results" / "tuned.json").exists()
+
+
+def test_loss_of_a_default():
+    steps = {plan.Path("a", "a"): 1.2, plan.Path("a", "b"): 1.0, "a": 0.1}
+    line = Tuned("call", "aten", steps, plan.Path("a", "a"), plan.Path("a", "b"))
+    assert tuned.loss(line) == 1.2
+    assert tuned.loss(dataclasses.replace(line, default=plan.Path("b", "b"))) == 1.0

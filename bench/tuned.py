@@ -1,0 +1,54 @@
+"""How good the cost model's choices are: every layer of the benchmark tuned, beside its default.
+
+The table goes to `results/tuned.json`, not to the user's.
+"""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+import wn_kernels
+from bench.cases import PROVIDERS, SUITES
+from wn_kernels import table
+from wn_kernels.tuning import Tuned
+
+# A default that takes longer than the fastest by more than this is a poor one.
+CLOSE = 1.10
+
+
+def loss(line: Tuned) -> float:
+    """What the default takes over the fastest of those that were timed in a training step."""
+    steps = {key: t for key, t in line.seconds.items() if isinstance(key, tuple)}
+    if line.default not in steps or steps[line.default] != steps[line.default]:
+        return 1.0  # there was nothing to choose from
+    return steps[line.default] / min(t for t in steps.values())
+
+
+def main(seconds: float) -> int:
+    """Prints a line for each call; 1 where fewer than 95 % of the defaults are close."""
+    os.environ[table.VARIABLE] = "results/tuned.json"
+    console = Console()
+    cases = [case for suite in SUITES.values() for case in suite if case.mode == "train"]
+    shown = Table(title="training steps: the cost model's choice beside the fastest")
+    for name in ("case", "default", "fastest", "default over fastest"):
+        shown.add_column(name)
+    losses = []
+    for case in track(cases, "tuning", console=console, transient=True):
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        layer = PROVIDERS["ours"](case, case.layer(device))
+        for line in wn_kernels.tune(
+            layer, torch.randn(case.x_shape, device=device), seconds=seconds
+        ):
+            losses.append(loss(line))
+            names = ["/".join(map(str, choice)) for choice in (line.default, line.choice)]
+            style = "yellow" if losses[-1] > CLOSE else ""
+            shown.add_row(case.label, *names, f"{losses[-1]:.2f}", style=style)
+    (console if console.is_terminal else Console(width=140)).print(shown)
+    close = sum(x <= CLOSE for x in losses)
+    console.print(f"{close} of {len(losses)} defaults are within 10 % of the fastest")
+    return 0 if close >= 0.95 * len(losses) else 1
