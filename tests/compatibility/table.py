@@ -11,17 +11,15 @@ from __future__ import annotations
 import copy
 import io
 import logging
-import os
 import pickle
 import tempfile
+import threading
 import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
 from torch.distributed import checkpoint as sharded
 from torch.distributed.device_mesh import init_device_mesh
@@ -35,6 +33,7 @@ from torch.utils.data import DataLoader, Dataset
 import wn_kernels
 import wn_kernels.parallel
 from tests.comparison import assert_matches
+from tests.compatibility import processes
 from wn_kernels.backends import reference
 
 PAGE = Path(__file__).parents[2] / "docs" / "compatibility.md"
@@ -461,9 +460,23 @@ def _deterministic(normalise):
 
 @row("forwards and backwards from several threads")
 def _threads(normalise):
+    """Two threads meet in the middle of their forwards, where a weight that the module holds for
+    one of them would be the other's."""
     layer, x = layer_of(normalise), data()
-    with ThreadPoolExecutor(4) as pool:
-        list(pool.map(lambda _: assert_trains(layer, x), range(16)))
+    y, grads = right_of(layer, x)
+    meeting = threading.Barrier(2, timeout=60)
+
+    def meet(module, inputs):
+        meeting.wait()
+
+    layer.register_forward_pre_hook(meet)
+    with ThreadPoolExecutor(2) as pool:
+        outputs = list(pool.map(layer, (x, x)))
+    for out in outputs:
+        assert_right(out, y)
+        found = torch.autograd.grad(out.square().sum(), (*parts(layer), layer.bias))
+        for grad, right in zip(found, grads[1:], strict=True):
+            assert_right(grad, right)
 
 
 class _Through(Dataset):
@@ -491,24 +504,9 @@ def _forked(normalise):
 # --- distributed ---------------------------------------------------------------------------------
 
 
-def leave():
-    """Ends a process that has done its part: gloo's threads may outlive their group, and then
-    abort an orderly end."""
-    dist.barrier()
-    os._exit(0)
-
-
-def _worker(rank, file, job, normalise):
-    warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", f"file://{file}", rank=rank, world_size=2)
-    job(rank, normalise, Path(file).parent)
-    leave()
-
-
 def _spawn(job, normalise, folder=None):
     with tempfile.TemporaryDirectory() as own:
-        mp.spawn(_worker, (f"{folder or own}/rendezvous", job, normalise), nprocs=2)
+        processes.run(folder or own, job, normalise, Path(folder or own))
 
 
 def _shares(rank):

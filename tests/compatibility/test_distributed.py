@@ -4,8 +4,6 @@ import copy
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
 from torch.distributed import checkpoint
 from torch.distributed.device_mesh import init_device_mesh
@@ -18,10 +16,9 @@ from torch.nn.utils import parametrizations
 
 import wn_kernels
 from tests.comparison import assert_matches, assert_same_bits
-from tests.compatibility.table import leave
+from tests.compatibility import processes
+from tests.compatibility.processes import WORLD
 from wn_kernels import parallel
-
-WORLD = 2
 
 
 def network(dim, unused=False):
@@ -154,18 +151,7 @@ def saved(rank, dim, options):
     checkpoint.save(net.state_dict(), checkpoint_id=options["path"])
 
 
-def worker(rank, file, run, dim, options):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", f"file://{file}", rank=rank, world_size=WORLD)
-    run(rank, dim, options)
-    leave()
-
-
 MIXED = {"mp_policy": MixedPrecisionPolicy(torch.bfloat16, torch.float32)}
-
-
-def spawn(tmp_path, run, dim, options):
-    mp.spawn(worker, (str(tmp_path / "rendezvous"), run, dim, options), nprocs=WORLD)
 
 
 @pytest.mark.parametrize("dim", [0, None])
@@ -182,23 +168,23 @@ def spawn(tmp_path, run, dim, options):
     ids=["ddp", "ddp-unused", "ddp-static", "ddp-accumulation", "fsdp", "fsdp-mixed"],
 )
 def test_as_one_process(run, options, dim, tmp_path):
-    spawn(tmp_path, run, dim, options)
+    processes.run(tmp_path, run, dim, options)
 
 
 @pytest.mark.parametrize("dim", [0, 1, None])
 @pytest.mark.parametrize("plan", ["columns", "rows"])
 def test_tensor_parallel(plan, dim, tmp_path):
-    spawn(tmp_path, tensor_parallel, dim, {"plan": plan, "fused": False})
+    processes.run(tmp_path, tensor_parallel, dim, {"plan": plan, "fused": False})
 
 
 def test_tensor_parallel_of_a_fused_layer(tmp_path):
-    spawn(tmp_path, tensor_parallel, 0, {"plan": "rows", "fused": True})
+    processes.run(tmp_path, tensor_parallel, 0, {"plan": "rows", "fused": True})
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_reloads_at_another_world_size(tmp_path):
     path = str(tmp_path / "checkpoint")
-    spawn(tmp_path, saved, 0, {"path": path})
+    processes.run(tmp_path, saved, 0, {"path": path})
     net = network(0)
     right = {key: 2 * t for key, t in net.state_dict().items()}
     state = net.state_dict()
