@@ -219,17 +219,25 @@ class Runner:
             self._compare(f"gradient of {name}", grad, right, length)
 
     def _compare(self, what: str, actual: Tensor, expected: Tensor, length: int) -> None:
-        eps = torch.finfo(actual.dtype).eps
-        error = ((actual.double() - expected).norm() / expected.norm()).item()
-        bound = eps * (4 + 4 * length**0.5)
-        if not error <= bound < 0.5:
-            raise AssertionError(
-                f"{self.name} is wrong for {self.case}: {what} has relative error {error:.2e}, "
-                f"allowed {bound:.2e}; it is not timed"
-            )
+        check_close(f"{self.name} is wrong for {self.case}: {what}", actual, expected, length)
 
     def saved_bytes(self) -> int:
         return saved_bytes(self.leaves, lambda: self.module(self.x))
+
+
+def check_close(what: str, actual: Tensor, expected: Tensor, length: int) -> None:
+    """Within what the dtype and sums of that length account for.
+
+    Raises:
+        AssertionError: it is not, or zeros would be.
+    """
+    eps = torch.finfo(actual.dtype).eps
+    error = ((actual.double() - expected).norm() / expected.norm()).item()
+    bound = eps * (4 + 4 * length**0.5)
+    if not error <= bound < 0.5:
+        raise AssertionError(
+            f"{what} has relative error {error:.2e}, allowed {bound:.2e}; it is not timed"
+        )
 
 
 def saved_bytes(leaves: list[Tensor], forward: Callable[[], Tensor]) -> int:

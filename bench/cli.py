@@ -6,7 +6,10 @@ import argparse
 import os
 
 SUITES = {"linear": "linear layers", "conv": "convolutions"}
-MODELS = {"models": "whole models (needs the extra of that name)"}
+MORE = {
+    "norm": "the operator alone",
+    "models": "whole models (needs the extra of that name)",
+}
 SECONDS = 4.0  # a case, so that all of them take five minutes on two cores
 
 
@@ -14,7 +17,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     commands = parser.add_subparsers(dest="command")
 
-    for suite, what in (SUITES | MODELS).items():
+    for suite, what in (SUITES | MORE).items():
         layers = commands.add_parser(suite, help=f"check and time {what}")
         layers.add_argument("--json", default=f"results/{suite}.json", help="where results go")
         layers.add_argument("--seconds", type=float, default=SECONDS, help="timing of each case")
@@ -26,8 +29,8 @@ def main(arguments: list[str] | None = None) -> int:
     commands.add_parser("gpu", help="test, tune and time everything on the GPU at hand")
 
     compare = commands.add_parser("compare", help="what moved between two results of a suite")
-    compare.add_argument("before")
-    compare.add_argument("after")
+    compare.add_argument("before", help="a result, or several runs with commas between")
+    compare.add_argument("after", help="the same")
 
     report = commands.add_parser("report", help="one HTML page of results")
     report.add_argument("results", nargs="+")

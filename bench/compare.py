@@ -1,13 +1,16 @@
 """What moved between two results of a suite, beyond noise.
 
-A ratio moved where its two 95 % intervals do not overlap and its medians differ by more than
-`MARGIN`: intervals know of one run, and from run to run there is more. Ratios are compared, not
-times, which belong to a machine and a minute.
+Each side is one result, or several runs of the same code: a ratio's interval then reaches from the
+lowest to the highest of the runs'. It moved where the two sides' intervals do not overlap and their
+medians differ by more than `MARGIN`. One run knows nothing of what changes from process to process:
+whether the allocator keeps a large block moves a layer of a few MiB by up to a half. Ratios are
+compared, not times, which belong to a machine and a minute.
 """
 
 from __future__ import annotations
 
 import json
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +35,26 @@ def moved(before: dict[str, Any], after: dict[str, Any]) -> list[tuple[str, str,
     return found
 
 
+def together(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """Several runs of a suite as one result: medians of medians, and intervals that hold all."""
+    found: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for run in runs:
+        for result in run["results"]:
+            found.setdefault(_key(result), []).append(result)
+    results = []
+    for same in found.values():
+        ratios = {}
+        for name in same[0]["ratios"]:
+            each = [r["ratios"][name] for r in same]
+            ratios[name] = {
+                "median": statistics.median(x["median"] for x in each),
+                "low": min(x["low"] for x in each),
+                "high": max(x["high"] for x in each),
+            }
+        results.append(same[0] | {"ratios": ratios})
+    return runs[0] | {"results": results}
+
+
 def _key(result: dict[str, Any]) -> tuple[str, str]:
     return result["case"]["label"], result["case"]["mode"]
 
@@ -39,7 +62,10 @@ def _key(result: dict[str, Any]) -> tuple[str, str]:
 def main(before_path: str, after_path: str) -> int:
     """Prints what moved; 1 where something got worse, or a case is gone."""
     console = Console()
-    before, after = (json.loads(Path(p).read_text("utf-8")) for p in (before_path, after_path))
+    before, after = (
+        together([json.loads(Path(p).read_text("utf-8")) for p in paths.split(",")])
+        for paths in (before_path, after_path)
+    )
     if before["suite"] != after["suite"]:
         console.print(f"not one suite: {before['suite']!r} and {after['suite']!r}")
         return 2

@@ -15,7 +15,7 @@ from pytest_benchmark.stats import Stats
 
 pytest.importorskip("rich")
 
-from bench import cases, cli, gpu, report, suite, tuned
+from bench import cases, cli, gpu, norms, report, suite, tuned
 from bench.cases import Case, Runner
 from bench.timing import interleaved, is_wide, paired_ratio
 from wn_kernels import WNLinear, plan
@@ -76,6 +76,26 @@ def test_report(monkeypatch, tmp_path, capsys):
 
 def test_every_suite_has_its_command():
     assert list(cli.SUITES) == list(cases.SUITES)
+    for name in cli.SUITES | cli.MORE:
+        assert suite.cases_of(name)
+
+
+NORMS = [
+    norms.NormCase(shape, dim, mode)
+    for shape, dim in [((6, 5), 0), ((6, 5), 1), ((3, 4, 5), 1), ((4, 6), None)]
+    for mode in cases.MODES
+]
+
+
+@pytest.mark.parametrize("case", NORMS)
+def test_norms_are_checked(case, monkeypatch):
+    for name in case.providers:
+        runner = case.runner(name, CPU)
+        runner.check()
+        runner()
+    monkeypatch.setitem(norms.PROVIDERS, "ours", lambda v, g, dim: 1.1 * v * g)
+    with pytest.raises(AssertionError, match="ours is wrong"):
+        case.runner("ours", CPU).check()
 
 
 def test_rounds_are_interleaved():
@@ -191,6 +211,17 @@ def test_compare(eager, spread, code, said, tmp_path, capsys):
     assert said in capsys.readouterr().out
 
 
+def test_compare_of_several_runs(tmp_path, capsys):
+    """Their intervals are joined: what differs between two of them is noise."""
+    runs = {
+        name: results_of(tmp_path / name, result(eager=e))
+        for name, e in zip("abc", (0.5, 0.6, 0.8), strict=True)
+    }
+    assert cli.main(["compare", f"{runs['a']},{runs['b']}", runs["b"]]) == 0
+    assert cli.main(["compare", f"{runs['a']},{runs['b']}", runs["c"]]) == 1
+    assert "0.55" in capsys.readouterr().out
+
+
 def test_compare_misses_what_is_gone(tmp_path, capsys):
     before = results_of(tmp_path / "a.json", result(), result("b"))
     after = results_of(tmp_path / "b.json", result())
@@ -237,13 +268,16 @@ def test_readme_table(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("file", "table"),
-    [("README.md", report.readme_table), ("docs/benchmarks.md", report.every_case)],
+    ("file", "table", "names"),
+    [
+        ("README.md", report.readme_table, ("linear", "conv")),
+        ("docs/benchmarks.md", report.every_case, ("linear", "conv", "norm")),
+    ],
 )
-def test_the_tables_in_the_docs_were_written(file, table):
+def test_the_tables_in_the_docs_were_written(file, table, names):
     """From the committed results, by the command."""
     root = Path(__file__).parents[1]
-    results = [root / "docs" / "results" / f"{name}.json" for name in ("linear", "conv")]
+    results = [root / "docs" / "results" / f"{name}.json" for name in names]
     start, end = report.MARKS
     written = (root / file).read_text().partition(start)[2].partition(end)[0]
     assert written.strip() == table([json.loads(path.read_text()) for path in results])

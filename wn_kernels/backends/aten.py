@@ -48,6 +48,9 @@ INF = float("inf")
 # float32).
 BLOCK = 1 << 18
 
+# Elements of a row from which its norm is taken where it lies.
+LONG_ROW = 32
+
 # Rows of `x` for which `V xᵀ` beats `x Vᵀ` by more than transposing it costs.
 LEFT_ROWS = range(2, 256)
 
@@ -147,12 +150,22 @@ def norms(v: Tensor, dim: int | None, eps: float, look: bool = False) -> Tensor:
         # Rows first: one reduction over everything would keep to one accumulator.
         rows = torch.linalg.vector_norm(v.flatten(1), 2, 1, dtype=dtype)
         n = torch.linalg.vector_norm(rows)
+    elif dim is not None and 0 < dim < v.ndim - 1 and v.numel() and v.is_contiguous():
+        n = _interior_norms(v, dim, dtype).view(kept_shape(v.shape, dim))
     else:
         n = _slice_dots(v, v, dim, dtype).sqrt_()
     n = torch.threshold_(n, 0.0, INF) if eps == 0 else n.clamp_min_(eps)
     if look:
         _check_range(v, n)
     return n
+
+
+def _interior_norms(v: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
+    """Of the rows behind `dim` first where they are long, else of a copy in which they are."""
+    if v.stride(dim) >= LONG_ROW:
+        rows = torch.linalg.vector_norm(v.flatten(dim + 1), 2, -1, dtype=dtype)
+        return torch.linalg.vector_norm(rows.flatten(0, dim - 1), 2, 0)
+    return torch.linalg.vector_norm(v.movedim(dim, 0).flatten(1), 2, 1, dtype=dtype)
 
 
 def weight_norm(
