@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from rich.console import Console
+
 FOLDER = Path(__file__).parent / "baselines"
 
 # What a figure may grow by. The figures are exact: a compiler's release may move them a little.
@@ -35,3 +37,17 @@ def worse(name: str, found: Figures, complete: bool = True) -> list[str]:
             if now is None or now > TOLERANCE * before:
                 messages.append(f"{key}: {figure} is {now}, was {before}")
     return sorted(messages)
+
+
+def settle(
+    console: Console, name: str, found: Figures, replace: bool, complete: bool = True
+) -> int:
+    """Replaces a baseline, or prints what is worse than it, and how much that is; returns that."""
+    if replace:
+        console.print(f"baseline written to {write(name, found)}")
+        return 0
+    messages = worse(name, found, complete)
+    for message in messages:
+        console.print(f"[red]WORSE[/] {message}")
+    console.print(f"{len(messages)} of {len(found)} worse than the baseline")
+    return len(messages)

@@ -366,11 +366,5 @@ def main(path: str | None, only: str | None, write: bool) -> int:
         reasons = "; ".join(r.failures)
         console.print(f"[red]FAILED[/] {r.kernel} {r.config} {r.dtype} {r.target}: {reasons}")
     console.print(f"{len(found) - len(failed)} of {len(found)} configurations pass")
-    if write:
-        console.print(f"baseline written to {baseline.write('codegen', figures(found))}")
-        messages = []
-    else:
-        messages = baseline.worse("codegen", figures(found), complete=only is None)
-    for message in messages:
-        console.print(f"[red]WORSE[/] {message}")
-    return 1 if failed or messages or not found else 0
+    worse = baseline.settle(console, "codegen", figures(found), write, complete=only is None)
+    return 1 if failed or worse or not found else 0

@@ -64,7 +64,7 @@ def _plot_ratios(results: list[dict[str, Any]], mode: str) -> str:
 
 
 def _plot_scaling(results: list[dict[str, Any]]) -> str:
-    """Time of each provider over the plain layer's, by the size of the weight and the batch."""
+    """Time of eager and of ours over the plain layer's, by the plain layer's own."""
     figure = Figure(figsize=(9, 4))
     for axes, mode in zip(figure.subplots(1, 2), ("infer", "train"), strict=True):
         cases = [r for r in results if r["case"]["mode"] == mode]

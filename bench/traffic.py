@@ -103,9 +103,8 @@ class _Counter:
     def __init__(self) -> None:
         self.traffic = Traffic()
         self.whole, self.launch, self.stored = _Touched(), _Touched(), _Touched()
-        self.interprets = (
-            False  # whether a kernel of Triton's runs, whose inner workings are NumPy's
-        )
+        # Whether a kernel of Triton's runs: what ATen does then is the interpreter's own.
+        self.interprets = False
 
     def begin(self, name: str) -> None:
         self.end()
@@ -381,11 +380,4 @@ def main(write: bool, kernels: bool) -> int:
     if kernels:
         for label, direction, variant, t in found:
             console.print(f"{label}, {direction}, {variant}: {', '.join(t.kernels)}")
-    if write:
-        console.print(f"baseline written to {baseline.write('traffic', figures(found))}")
-        return 0
-    messages = baseline.worse("traffic", figures(found))
-    for message in messages:
-        console.print(f"[red]WORSE[/] {message}")
-    console.print(f"{len(figures(found))} paths, {len(messages)} worse than the baseline")
-    return 1 if messages else 0
+    return 1 if baseline.settle(console, "traffic", figures(found), write) else 0

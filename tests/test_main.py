@@ -52,6 +52,10 @@ def test_tune(own_table, tmp_path, monkeypatch, capsys):
     assert main(["tune", "own_model:make", "--seconds", "0.01"]) == 0
     assert "linear 2×4·3×4" in capsys.readouterr().out
     assert "linear 2×4·3×4" in own_table.read_text()
+    (tmp_path / "own_model.py").write_text("def broken():\n    raise ValueError('its own')\n")
+    monkeypatch.delitem(sys.modules, "own_model")
+    with pytest.raises(ValueError, match="its own"):
+        main(["tune", "own_model:broken"])
     for wrong in ("own_model:nothing", "no_such_module:make", "", "own_model"):
         with pytest.raises(SystemExit, match="names no function of a module"):
             main(["tune", wrong])

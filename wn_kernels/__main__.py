@@ -96,9 +96,10 @@ def _made(factory: str) -> Any:
     module, _, name = factory.partition(":")
     sys.path.insert(0, "")  # of the current directory, too
     try:
-        return getattr(importlib.import_module(module), name)()
+        make = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:
         raise SystemExit(f"tune: {factory!r} names no function of a module: {error}") from error
+    return make()
 
 
 if __name__ == "__main__":

@@ -22,6 +22,12 @@ from .costs import Call
 _DTYPES = frozenset((torch.float16, torch.bfloat16, torch.float32, torch.float64))
 
 
+def check_module(name: str, module: Any) -> None:
+    """Raises a `TypeError` where an argument is no module."""
+    if not isinstance(module, torch.nn.Module):
+        raise TypeError(f"{name} must be a torch.nn.Module, got {type(module).__name__}")
+
+
 def are_dense(x: Tensor, v: Tensor, g: Tensor, bias: Tensor | None) -> bool:
     """Whether all are dense, real floating-point tensors on one device.
 

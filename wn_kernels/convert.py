@@ -146,11 +146,6 @@ def _path(module: Any, base: type[nn.Module], tensor: str, v: torch.Tensor, dim:
 # --- whole models --------------------------------------------------------------------------------
 
 
-def _check_module(name: str, module: Any) -> None:
-    if not isinstance(module, nn.Module):
-        raise TypeError(f"{name} must be a torch.nn.Module, got {type(module).__name__}")
-
-
 def fuse(model: nn.Module, dry_run: bool = False) -> Report:
     """Makes every layer that PyTorch weight-normalised, with either of its APIs, compute with this
     package, in place.
@@ -168,7 +163,7 @@ def fuse(model: nn.Module, dry_run: bool = False) -> Report:
     Raises:
         TypeError: `model` is no module.
     """
-    _check_module("model", model)
+    checks.check_module("model", model)
     lines = []
     for prefix, module in model.named_modules():
         lines += [_fuse(prefix, module, found, dry_run) for found in _found(module)]
@@ -257,7 +252,7 @@ def unfuse(model: nn.Module) -> list[str]:
     Raises:
         TypeError: `model` is no module.
     """
-    _check_module("model", model)
+    checks.check_module("model", model)
     names: list[str] = []
     for name, module in model.named_modules():
         before = len(names)
@@ -288,7 +283,7 @@ def fold(model: nn.Module) -> list[str]:
     Raises:
         TypeError: `model` is no module.
     """
-    _check_module("model", model)
+    checks.check_module("model", model)
     names: list[str] = []
     for name, module in list(model.named_modules()):
         before = len(names)
@@ -340,7 +335,7 @@ def weight_norm(module: Module, name: str = "weight", dim: int | None = 0) -> Mo
         TypeError: `module` is no module, or the parameter's dtype or layout is not served.
         ValueError: the parameter has no shape yet, or `dim` is out of range.
     """
-    _check_module("module", module)
+    checks.check_module("module", module)
     if _is_weight_normed(module, name):
         raise RuntimeError(f"{name} of {type(module).__name__} is weight-normed already")
     weight = module._parameters.get(name)
@@ -369,7 +364,7 @@ def remove_weight_norm(module: Module, name: str = "weight") -> Module:
         TypeError: `module` is no module.
         ValueError: the tensor is not weight-normed.
     """
-    _check_module("module", module)
+    checks.check_module("module", module)
     if not _is_weight_normed(module, name):
         raise ValueError(f"{name} of {type(module).__name__} is not weight-normed")
     if type(module) in fused.LAYERS.values():
@@ -404,7 +399,7 @@ def state_dict(model: nn.Module, form: str) -> dict[str, Any]:
         TypeError: `model` is no module.
         ValueError: the form is unknown.
     """
-    _check_module("model", model)
+    checks.check_module("model", model)
     if form != "plain" and form not in forms.FORMS:
         raise ValueError(f"form is {form!r}; expected one of {[*forms.FORMS, 'plain']}")
     saved = model.state_dict()

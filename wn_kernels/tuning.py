@@ -134,8 +134,7 @@ def tune(model: nn.Module, sample: Any, *, seconds: float = 1.0) -> Tuning:
         ValueError: `seconds` is not positive, or a backend is forced: nothing is left to choose.
         OSError: the table cannot be written.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    checks.check_module("model", model)
     if not seconds > 0:
         raise ValueError(f"seconds must be positive, got {seconds}")
     if plan.is_forced():
@@ -256,8 +255,7 @@ def explain(
         TypeError: `module` is no module.
         ValueError: the device is unknown, or the module calls nothing of this package.
     """
-    if not isinstance(module, nn.Module):
-        raise TypeError(f"module must be a torch.nn.Module, got {type(module).__name__}")
+    checks.check_module("module", module)
     if device is not None and device not in costs.GPUS:
         raise ValueError(f"device is {device!r}; expected one of {[*costs.GPUS]} or None")
     dtype = dtype or next((p.dtype for p in module.parameters()), torch.get_default_dtype())
