@@ -1,29 +1,33 @@
-"""What bounds the matmul's main loop, by its compiled code and by data sheets: nothing is timed.
+"""What bounds each kernel's main loop, by its compiled code and by data sheets: nothing is timed.
 
 Cycles of a multiprocessor for one iteration of one program's loop:
 
-    issue     instructions · warps / schedulers
+    issue     instructions of all warps / schedulers
     tensor    2 · BLOCK_M · BLOCK_O · BLOCK_R / operations a cycle
     shared    bytes into and out of shared memory / bytes a cycle
-    memory    bytes of V's tile / bytes a cycle from memory where one row tile holds the batch, and
-              V is read once; else bytes of both tiles / bytes a cycle from the L2 cache
+    l2        bytes from and to global memory / bytes a cycle of the L2 cache
+    memory    those of them that no other program reads / bytes a cycle from memory: all that a
+              kernel without a product moves, V's tile of a product that holds the batch in one
+              tile, nothing of other products, which find their tiles in the cache
 
-and the largest is the bound. Each form stands beside a plain matmul of the same tile.
+and the largest is the bound. Each product stands beside a plain matmul of the same tile.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from concurrent.futures import ProcessPoolExecutor
+from functools import cache
 from typing import NamedTuple
 
 import torch
 from rich.console import Console
+from rich.progress import track
 from rich.table import Table
 
 from bench.codegen import TARGETS, Record, Target, inspect
-from bench.shipped import Compilation
+from bench.shipped import Compilation, shipped
 
 
 class Multiprocessor(NamedTuple):
@@ -52,100 +56,201 @@ MULTIPROCESSORS = {
 }
 
 
-class Tile(NamedTuple):
-    """A configuration, and whether one row tile holds the whole batch."""
+class Bound(NamedTuple):
+    """Cycles of one iteration."""
 
-    blocks: tuple[int, int, int]
-    warps: int
-    stages: int
-    small: bool
-
-
-# Small batches first, large ones last.
-TILES = [
-    Tile((16, 32, 128), 4, 4, True),
-    Tile((16, 128, 128), 4, 4, True),
-    Tile((64, 64, 128), 4, 4, True),
-    Tile((128, 128, 64), 8, 3, False),
-]
-FORMS = ("plain", "epilogue", "one_pass", "prologue_r")
-
-
-@dataclass
-class Bound:
-    """Cycles of one iteration, and what was read of the code."""
-
-    record: Record
     issue: float
     tensor: float
     shared: float
+    l2: float
     memory: float
 
     @property
     def name(self) -> str:
         """What holds."""
-        cycles = {key: getattr(self, key) for key in ("issue", "tensor", "shared", "memory")}
-        return max(cycles, key=cycles.__getitem__)
+        return max(self._fields, key=lambda field: getattr(self, field))
 
 
-def bound(record: Record, tile: Tile, target: Target, itemsize: int = 2) -> Bound:
-    """From a compiled loop."""
+class Tile(NamedTuple):
+    """A product's tile, as that of a matmul: `m` rows by `o` outputs, in steps of `r`."""
+
+    m: int
+    o: int
+    r: int
+    warps: int
+    stages: int
+
+    def __str__(self) -> str:
+        return f"{self.m}×{self.o}×{self.r}, {self.warps}, {self.stages}"
+
+
+def _tile(compilation: Compilation) -> Tile:
+    """The gradient of a weight sums over the batch: its rows are the outputs of the layer."""
+    launch = compilation.launch
+    m, o, r = (launch.arguments[f"BLOCK_{name}"] for name in "MOR")
+    sides = (o, r, m) if "grad" in compilation.kernel else (m, o, r)
+    return Tile(*sides, launch.num_warps, launch.num_stages)
+
+
+def bound(compilation: Compilation, record: Record, target: Target) -> Bound:
+    """From a compiled loop, in bfloat16."""
     rates = MULTIPROCESSORS[target.name]
-    m, o, r = tile.blocks
-    a, v = m * r * itemsize, o * r * itemsize
-    memory = v / rates.memory if tile.small else (a + v) / rates.l2
+    operations, moved = 0.0, float(record.global_traffic)
+    own = moved
+    if compilation.product:
+        tile = _tile(compilation)
+        operations = 2.0 * tile.m * tile.o * tile.r
+        moved = 2.0 * (tile.m + tile.o) * tile.r
+        one_pass = compilation.launch.arguments.get("FORM") == "one_pass"
+        if compilation.kernel == "grad_one_pass_kernel":
+            own = 2.0 * tile.m * tile.o  # of V's own tile, which is dW's
+        elif one_pass or (compilation.kernel == "matmul_kernel" and tile.m <= 64):
+            own = 2.0 * tile.o * tile.r
+        else:
+            own = 0.0
     return Bound(
-        record,
-        issue=record.loop_instructions * tile.warps / rates.schedulers,
-        tensor=2 * m * o * r / rates.operations,
-        shared=(a + v + record.shared_read_bytes) / rates.shared,
-        memory=memory,
+        issue=record.issue_slots / rates.schedulers,
+        tensor=operations / rates.operations,
+        shared=record.shared_traffic / rates.shared,
+        l2=moved / rates.l2,
+        memory=own / rates.memory,
     )
 
 
-def bounds(
-    tiles: list[Tile] = TILES, forms: tuple[str, ...] = FORMS, targets: list[Target] = TARGETS
-) -> Iterator[tuple[Target, Tile, str, Bound]]:
-    """Of each form at each tile on each target, in bfloat16."""
+# --- the matmul's forms ----------------------------------------------------------------------
+
+# Small batches first, then larger ones.
+TILES = [
+    Tile(16, 32, 128, 4, 4),
+    Tile(16, 32, 128, 2, 4),
+    Tile(16, 64, 128, 2, 4),
+    Tile(64, 64, 128, 4, 4),
+    Tile(128, 128, 64, 8, 3),
+    Tile(128, 256, 64, 8, 3),
+    Tile(256, 128, 64, 8, 3),
+]
+FORMS = ("plain", "epilogue", "one_pass", "prologue_r")
+
+
+def ships(tile: Tile, form: str, target: Target) -> bool:
+    """Whether a form takes that tile there; the bare matmul takes every tile."""
+    from wn_kernels.backends.triton import configs
+
+    small, wide, large = tile.m <= 64, tile.o == 256, max(tile.m, tile.o) == 256
+    if large and target.name not in configs.COPYING:
+        return False
+    if tile.warps == 2 and target.name != "cuda:100":
+        return False
+    return {
+        "plain": True,
+        "epilogue": not large or wide,
+        "one_pass": small,
+        "prologue_r": not wide,
+    }[form]
+
+
+@cache
+def matmul(tile: Tile, form: str, architecture: str, loads: bool = True) -> Compilation:
+    """The matmul of that tile in a form, that of the prologue for `dX`; by pointers if not
+    `loads`."""
     from wn_kernels.backends import triton as backend
     from wn_kernels.backends.triton import configs
     from wn_kernels.backends.triton.launch import recording
 
-    x = torch.empty(512, 4096, dtype=torch.bfloat16, device="meta")
-    v = torch.empty(4096, 4096, dtype=torch.bfloat16, device="meta")
-    g = torch.empty(4096, 1, dtype=torch.bfloat16, device="meta")
-    for target, tile in itertools.product(targets, tiles):
-        config = configs.MatmulConfig(*tile.blocks, tile.warps, tile.stages)
-        with recording() as launches:
-            backend.linear(x, v, g, None, 0, 0.0, "one_pass", config=config)
-        for form in forms:  # a form that the kernel does not know is the bare matmul
-            launch = launches[0]._replace(arguments=launches[0].arguments | {"FORM": form})
-            record = inspect(Compilation("matmul_kernel", form, "bf16", launch, True), target)
-            yield target, tile, form, bound(record, tile, target)
+    x, v = (torch.empty(size, 4096, dtype=torch.bfloat16, device="meta") for size in (512, 4096))
+    g, config = v.new_empty(4096, 1), configs.MatmulConfig(*tile)
+    needs = (True, False, False, False)
+    with configs.architecture(architecture if loads else "cuda:80"), recording() as launches:
+        backend.linear(x, v, g, None, 0, 0.0, "one_pass", config=config)
+        backend.linear_backward(
+            *(x, x, v, g, g.float(), 0, 0.0, "scaled", needs), matmul_config=config
+        )
+    launch = launches[form == "prologue_r"]
+    # A form that the kernel does not know is the bare matmul.
+    launch = launch._replace(arguments=launch.arguments | {"FORM": form})
+    return Compilation("matmul_kernel", form, "bf16", launch, True)
 
 
-def main() -> int:
-    """Prints the table."""
-    shown = Table(title="cycles of an iteration of matmul, bf16 (read and calculated, not timed)")
-    for name in ("target", "tile, warps, stages", "form"):
+def forms(
+    tiles: list[Tile] = TILES, names: tuple[str, ...] = FORMS, targets: list[Target] = TARGETS
+) -> Iterator[tuple[Target, Tile, str, Record, Bound]]:
+    """Each form at each tile on each target; beside one that loads by descriptors, the same by
+    pointers."""
+    for target, tile, form in itertools.product(targets, tiles, names):
+        if not ships(tile, form, target):
+            continue
+        for loads in (True, False):
+            compilation = matmul(tile, form, target.name, loads)
+            found = compilation.launch.arguments["LOADS"]
+            if not loads and matmul(tile, form, target.name).launch.arguments["LOADS"] == found:
+                continue
+            record = inspect(compilation, target)
+            name = form if found == "pointers" else f"{form}, {found}"
+            yield target, tile, name, record, bound(compilation, record, target)
+
+
+# --- every kernel ----------------------------------------------------------------------------
+
+
+def _listed(target: Target) -> list[Compilation]:
+    """What ships in bfloat16, with 32-bit offsets."""
+    return [c for c in shipped(target.name) if c.dtype == "bf16" and "WIDE" not in c.config]
+
+
+def _bound_at(work: tuple[int, int]) -> tuple[str, str, Record, Bound, Bound | None]:
+    target, compilation = TARGETS[work[0]], _listed(TARGETS[work[0]])[work[1]]
+    record = inspect(compilation, target)
+    plain = None
+    if compilation.product:
+        bare = matmul(_tile(compilation), "plain", target.name)
+        plain = bound(bare, inspect(bare, target), target)
+    found = bound(compilation, record, target)
+    return compilation.kernel, compilation.config, record, found, plain
+
+
+def kernels() -> Iterator[tuple[str, str, Record, Bound, Bound | None]]:
+    """Each kernel and configuration on each target, and a plain matmul of a product's tile."""
+    # By position: kernels cannot be pickled, and every process lists them in the same order.
+    work = [(t, i) for t, target in enumerate(TARGETS) for i in range(len(_listed(target)))]
+    with ProcessPoolExecutor() as pool:
+        found = pool.map(_bound_at, work, chunksize=4)
+        yield from track(found, "compiling", total=len(work), transient=True)
+
+
+# --- command ---------------------------------------------------------------------------------
+
+
+def _table(title: str, *names: str) -> Table:
+    shown = Table(title=f"{title}, bf16 (read and calculated, not timed)")
+    for name in names:
         shown.add_column(name, no_wrap=True)
-    for name in ("instructions", "issue", "tensor", "shared", "memory"):
+    for name in Bound._fields:
         shown.add_column(name, justify="right")
-    shown.add_column("bound")
+    shown.add_column("bound", no_wrap=True)
+    return shown
+
+
+def _cells(found: Bound, record: Record) -> list[str]:
+    cycles = [f"{c:.0f}" if c else "" for c in found]
+    return [*cycles, found.name + (", spills" if record.spill_bytes else "")]
+
+
+def main(every: bool) -> int:
+    """Prints the table of the matmul's forms, or that of every kernel."""
+    if every:
+        shown = _table("cycles of an iteration", "target", "kernel", "configuration", "plain issue")
+        for kernel, config, record, found, plain in kernels():
+            name = kernel.removesuffix("_kernel")
+            issue = f"{plain.issue:.0f}" if plain else ""
+            shown.add_row(record.target, name, config, issue, *_cells(found, record))
+        Console(width=140).print(shown)
+        return 0
+    shown = _table("cycles of an iteration of matmul", "target", "tile, warps, stages", "form")
     before = None
-    for target, tile, form, b in bounds():
+    for target, tile, form, record, found in forms():
         if before not in (None, (target, tile)):
             shown.add_section()
         before = (target, tile)
-        blocks = "×".join(map(str, tile.blocks))
-        cycles = (b.issue, b.tensor, b.shared, b.memory)
-        shown.add_row(
-            target.name,
-            f"{blocks}, {tile.warps}, {tile.stages}",
-            form,
-            str(b.record.loop_instructions),
-            *(f"{c:.0f}" for c in cycles),
-            b.name + (", spills" if b.record.spill_bytes else ""),
-        )
-    Console(width=110).print(shown)
+        shown.add_row(target.name, str(tile), form, *_cells(found, record))
+    Console(width=120).print(shown)
     return 0

@@ -8,6 +8,7 @@ or bfloat16 product uses no tensor cores.
 from __future__ import annotations
 
 import json
+import math
 import re
 import subprocess
 import tempfile
@@ -70,7 +71,11 @@ class Record:
     loop_instructions: int = 0
     tensor_core_instructions: int = 0
     load_bits: int = 0
-    shared_read_bytes: int = 0  # of one iteration of the main loop, all warps
+    # Of one iteration of the main loop, all warps: instructions, and bytes by instructions that
+    # load or store them.
+    issue_slots: int = 0
+    shared_traffic: int = 0
+    global_traffic: int = 0
     mix: dict[str, int] = field(default_factory=dict)
     failures: list[str] = field(default_factory=list)
 
@@ -83,6 +88,7 @@ def compile_for(compilation: Compilation, target: Target):
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
+    from triton.tools.tensor_descriptor import TensorDescriptor
 
     launch = compilation.launch
     signature, constants, attributes = {}, {}, {}
@@ -94,6 +100,8 @@ def compile_for(compilation: Compilation, target: Target):
             return "constexpr"
         if isinstance(value, tuple):
             return tuple(specialise((*path, i), v, False) for i, v in enumerate(value))
+        if isinstance(value, TensorDescriptor):
+            return f"tensordesc<{TYPES[value.base.dtype]}{value.block_shape}>"
         if isinstance(value, Tensor) or value % 16 == 0:
             attributes[path] = [["tt.divisibility", 16]]
         if isinstance(value, Tensor):
@@ -123,16 +131,29 @@ def inspect(compilation: Compilation, target: Target) -> Record:
         instructions = _read_cubin(kernel.asm["cubin"], record)
     else:
         instructions = _read_amdgcn(kernel.asm["amdgcn"], record)
-    loop = _main_loop(instructions)
+    warps = compilation.launch.num_warps
+    loads = compilation.launch.arguments.get("LOADS", "pointers")
+    loops = [(_main_loop(instructions), warps)]
+    if loads == "specialized":
+        loops = _role_loops(instructions, warps)
+    loop = [i for body, _ in loops for i in body]
     record.loop_instructions = len(loop)
     record.mix = dict(_mix(loop))
     record.tensor_core_instructions = sum(
         1 for i in (loop or instructions) if TENSOR_CORE.match(i.opcode)
     )
-    lanes = target.warp_size * compilation.launch.num_warps
-    record.shared_read_bytes = lanes * sum(_shared_read_bytes(i.opcode) for i in loop)
+    for body, of in loops:
+        record.issue_slots += len(body) * of
+        lanes = target.warp_size * of
+        record.shared_traffic += lanes * sum(_shared_bytes(i.opcode) for i in body)
+        record.global_traffic += lanes * sum(_global_bytes(i.opcode) for i in body)
+    if loads != "pointers":  # copied by hardware, in no lane's registers
+        tiles = (compilation.launch.arguments[name] for name in ("A", "V"))
+        copied = sum(math.prod(t.block_shape) * t.base.element_size() for t in tiles)
+        record.shared_traffic += copied
+        record.global_traffic += copied
     record.load_bits = max((_load_bits(i.opcode) for i in instructions), default=0)
-    record.warps_per_sm = _resident_warps(record, compilation.launch.num_warps, target)
+    record.warps_per_sm = _resident_warps(record, kernel.metadata.num_warps, target)
     if record.spill_bytes:
         record.failures.append(f"spills {record.spill_bytes} bytes")
     if record.shared_bytes > target.shared_limit:
@@ -232,17 +253,52 @@ def _read_amdgcn(text: str, record: Record) -> list[Instruction]:
     return instructions
 
 
+def _loops(instructions: list[Instruction]) -> list[tuple[int, int]]:
+    """The first and the last address of each loop. A jump back across the program's end is none: it
+    leads from a wait, which lies behind the end, to what waited."""
+    ends = [i.address for i in instructions if i.opcode == "EXIT"]
+    jumps = [(i.jump, i.address) for i in instructions if i.jump is not None]
+    return sorted(
+        {(to, at) for to, at in jumps if to < at and not any(to < end < at for end in ends)}
+    )
+
+
+def _body(instructions: list[Instruction], loop: tuple[int, int]) -> list[Instruction]:
+    return [i for i in instructions if loop[0] <= i.address <= loop[1]]
+
+
 def _main_loop(instructions: list[Instruction]) -> list[Instruction]:
     """The shortest of the loops with the most tensor-core instructions; where there are none, the
     longest loop that contains no other."""
-    spans = [(i.jump, i.address) for i in instructions if i.jump is not None and i.jump < i.address]
+    spans = _loops(instructions)
     loops = []
     for start, end in spans:
-        body = [i for i in instructions if start <= i.address <= end]
+        body = _body(instructions, (start, end))
         tensor = sum(bool(TENSOR_CORE.match(i.opcode)) for i in body)
         nested = any(s != (start, end) and start <= s[0] and s[1] <= end for s in spans)
         loops.append((tensor, not nested, -len(body) if tensor else len(body), body))
     return max(loops, key=lambda loop: loop[:3], default=(0, False, 0, []))[3]
+
+
+def _role_loops(instructions: list[Instruction], warps: int) -> list[tuple[list[Instruction], int]]:
+    """The loops of a kernel whose warps have roles, and the warps that run each: one multiplies,
+    one loads, the others do the rest. Each is the shortest that does its work, which leaves out
+    those that enclose it, and waits."""
+    roles: dict[str, list[Instruction]] = {}
+    for loop in _loops(instructions):
+        body = _body(instructions, loop)
+        opcodes = {i.opcode.split(".")[0] for i in body}
+        if any(TENSOR_CORE.match(opcode) for opcode in opcodes):
+            role = "product"
+        elif "UTMALDG" in opcodes:
+            role = "load"
+        elif opcodes >= {"LDS", "STS"} and opcodes & {"FMUL", "FMUL2"}:
+            role = "rest"
+        else:
+            continue
+        if role not in roles or len(body) < len(roles[role]):
+            roles[role] = body
+    return [(body, warps if role == "rest" else 1) for role, body in roles.items()]
 
 
 def _load_bits(opcode: str) -> int:
@@ -257,23 +313,36 @@ def _load_bits(opcode: str) -> int:
     return 0
 
 
-def _shared_read_bytes(opcode: str) -> int:
-    """The bytes a lane reads of shared memory. What a tensor core reads of it by itself has no
-    instruction of its own."""
-    if opcode.startswith("LDSM"):  # matrices of 8×8 16-bit elements: 4 bytes a lane each
+def _width(opcode: str) -> int:
+    """The bytes a lane moves by an opcode of NVIDIA's that names its width in bits."""
+    return next((int(p) // 8 for p in ("128", "64") if p in opcode.split(".")), 4)
+
+
+def _shared_bytes(opcode: str) -> int:
+    """The bytes a lane moves into or out of shared memory. What a tensor core reads of it by itself
+    has no instruction of its own."""
+    if re.match(r"(LDSM|STSM)\b", opcode):  # matrices of 8×8 16-bit elements: 4 bytes a lane each
         return 4 * next((int(part) for part in opcode.split(".") if part in ("2", "4")), 1)
-    if re.match(r"LDS\b", opcode):
-        return next((int(p) // 8 for p in ("128", "64") if p in opcode.split(".")), 4)
-    if m := re.match(r"ds_read(2?)(?:st64)?_b(\d+)", opcode):
+    if re.match(r"(LDS|STS|LDGSTS)\b", opcode):
+        return _width(opcode)
+    if m := re.match(r"ds_(?:read|write)(2?)(?:st64)?_b(\d+)", opcode):
         return int(m[2]) // 8 * (2 if m[1] else 1)
     return 0
+
+
+def _global_bytes(opcode: str) -> int:
+    """The bytes a lane moves from or to global memory."""
+    if re.match(r"STG\b", opcode):
+        return _width(opcode)
+    return _load_bits(opcode.replace("_store_", "_load_")) // 8
 
 
 def _mix(loop: list[Instruction]) -> Counter[str]:
     """The loop's instructions by kind."""
     kinds = {
         "tensor core": TENSOR_CORE,
-        "global load": re.compile(r"^(LDG|LDGSTS|UTMALDG|global_load|buffer_load)"),
+        "tile copy": re.compile(r"^UTMALDG"),
+        "global load": re.compile(r"^(LDG|LDGSTS|global_load|buffer_load)"),
         "shared memory": re.compile(r"^(LDS|STS|LDSM|STSM|ds_)"),
         "shuffle": re.compile(r"^(SHFL|ds_bpermute|v_permlane|ds_swizzle)"),
         "conversion": re.compile(r"^(F2F|F2FP|HADD2\.F32|I2F|F2I|PRMT|v_cvt|v_perm)"),
@@ -297,7 +366,7 @@ def records(console: Console, only: str | None = None) -> Iterator[Record]:
     work = [
         (t, i)
         for t, target in enumerate(TARGETS)
-        for i, c in enumerate(shipped(target.backend))
+        for i, c in enumerate(shipped(target.name))
         if only is None or re.search(only, f"{c.kernel} {c.config} {c.dtype} {target.name}")
     ]
     with (
@@ -312,7 +381,7 @@ def records(console: Console, only: str | None = None) -> Iterator[Record]:
 
 def _inspect(work: tuple[int, int]) -> Record:
     target = TARGETS[work[0]]
-    return inspect(shipped(target.backend)[work[1]], target)
+    return inspect(shipped(target.name)[work[1]], target)
 
 
 def table(found: list[Record]) -> Table:

@@ -29,7 +29,13 @@ TYPES = {
 }
 
 # The flags that tell a kernel's variants apart.
-FLAGS = ("FORM", "PHASED", "FLAT", "BIAS", "FUSED", "SQUARE", "AS_NORM", "GRAD", "WIDE")
+FLAGS = (
+    *("FORM", "PHASED", "FLAT", "BIAS", "FUSED", "SQUARE", "AS_NORM", "GRAD", "WIDE"),
+    *("LOADS", "TURNED"),
+)
+
+# Their values that are not worth a word.
+DEFAULTS = ("", "pointers")
 
 # Dtypes whose kernels without a product are those of another one, but for a conversion.
 AS_OTHERS = ("tf32", "fp16", "fp16·fp32")
@@ -66,15 +72,15 @@ CONVOLUTIONS = [
 
 
 @cache
-def shipped(vendor: str) -> list[Compilation]:
-    """Every kernel under every pinned configuration, form and dtype, for "cuda" or "hip"."""
+def shipped(architecture: str) -> list[Compilation]:
+    """Every kernel under every pinned configuration, form and dtype, for a target by its name."""
     from wn_kernels.backends.triton import configs
     from wn_kernels.backends.triton.launch import recording
 
     found: dict[tuple, Compilation] = {}
     for dtype, x_dtype, v_dtype in _dtypes():
         for run in (_linear_launches, _convolution_launches):
-            with configs.vendor(vendor), recording() as launches:
+            with configs.architecture(architecture), recording() as launches:
                 marks = [(len(launches), note) for note in run(dtype, x_dtype, v_dtype)]
             start = 0
             for end, note in marks:
@@ -109,9 +115,11 @@ def _linear_launches(dtype: str, x_dtype: torch.dtype, v_dtype: torch.dtype) -> 
     from wn_kernels.backends import triton as backend
 
     needs = (True, True, True, True)
-    sizes = [(16, 4096, 4096), (32, 4096, 65536), (64, 4096, 65536), (512, 4096, 4096)]
+    sizes = [(16, 4096, 4096), (16, 4096, 8192), (32, 4096, 65536), (64, 4096, 65536)]
+    sizes += [(128, 4096, 4096), (4096, 4096, 4096)]
+    sizes += [(4096, 4095, 4095)]  # whose rows no descriptor reaches
     if dtype == "bf16":  # 64-bit offsets
-        sizes += [(16, 65536, 65536), (512, 65536, 65536)]
+        sizes += [(16, 65536, 65536), (128, 65536, 65536), (512, 65536, 65536)]
     for dim, (m, k, o) in itertools.product((0, 1, None), sizes):
         x, dy = (torch.empty(m, size, dtype=x_dtype, device="meta") for size in (k, o))
         v = torch.empty(o, k, dtype=v_dtype, device="meta")
@@ -169,7 +177,7 @@ def _named(launch: Launch, dtype: str, note: str) -> Compilation:
     flags = [
         flag if value is True else f"{flag}={value}"
         for flag, value in launch.arguments.items()
-        if flag in FLAGS and (value is True or (isinstance(value, str) and value))
+        if flag in FLAGS and (value is True or (isinstance(value, str) and value not in DEFAULTS))
     ]
     blocks = [
         str(launch.arguments[block])

@@ -54,17 +54,17 @@ class Device:
 CPU = Device("CPU", bandwidth=2e10, rates=(1e11, 1e11, 5e10), overhead=8e-6)
 
 # Of the data sheets: the SXM or OAM part, dense, without sparsity; bfloat16, float32, float64 and
-# TF32. The efficiency is an assumption, and so is the overhead; the factors of the inline norm and
-# of the prologue are read from compiled code for that architecture at a tile of 128×128×64
-# (docs/performance.md).
+# TF32. The efficiency is an assumption, and so is the overhead. The factors of the inline norm and
+# of the prologue take the issue cycles that they add to the loop of a large tile, by its compiled
+# code, for time lost beside what bounds a plain matmul there (docs/benchmarks.md).
 GPUS = {
     device.name: device
     for device in (
-        Device("A100", 2.04e12, (3.12e14, 1.95e13, 1.95e13), 4e-6, 0.8, 1.6, 3.9, 1.56e14),
-        Device("H100", 3.35e12, (9.89e14, 6.7e13, 6.7e13), 4e-6, 0.8, 2.1, 3.8, 4.95e14),
-        Device("H200", 4.8e12, (9.89e14, 6.7e13, 6.7e13), 4e-6, 0.8, 2.1, 3.8, 4.95e14),
-        Device("B200", 8.0e12, (2.25e15, 8.0e13, 4.0e13), 4e-6, 0.8, 1.6, 2.9, 1.1e15),
-        Device("MI300X", 5.3e12, (1.307e15, 1.634e14, 1.634e14), 4e-6, 0.8, 1.8, 9.6, 6.54e14),
+        Device("A100", 2.04e12, (3.12e14, 1.95e13, 1.95e13), 4e-6, 0.8, 1.2, 1.4, 1.56e14),
+        Device("H100", 3.35e12, (9.89e14, 6.7e13, 6.7e13), 4e-6, 0.8, 1.2, 1.3, 4.95e14),
+        Device("H200", 4.8e12, (9.89e14, 6.7e13, 6.7e13), 4e-6, 0.8, 1.2, 1.3, 4.95e14),
+        Device("B200", 8.0e12, (2.25e15, 8.0e13, 4.0e13), 4e-6, 0.8, 1.2, 1.4, 1.1e15),
+        Device("MI300X", 5.3e12, (1.307e15, 1.634e14, 1.634e14), 4e-6, 0.8, 1.1, 2.5, 6.54e14),
     )
 }
 

@@ -57,14 +57,15 @@ class Tuning(tuple[Tuned, ...]):
         for x in self:
             times = (f"{x.seconds[choice] * 1e6:.0f} µs" for choice in (x.default, x.choice))
             default, chosen = times
-            rows.append((x.call, x.backend, _name(x.default), default, _name(x.choice), chosen))
+            rows.append((x.call, x.backend, name_of(x.default), default, name_of(x.choice), chosen))
         changed = sum(x.choice != x.default for x in self)
         return "\n".join([*aligned(rows), f"{len(self)} tuned, {changed} not the default"])
 
     __repr__ = __str__
 
 
-def _name(choice: Any) -> str:
+def name_of(choice: Any) -> str:
+    """A choice in a few words."""
     name = f"{choice.forward}/{choice.backward}"
     extra = [key for key, value in choice._asdict().items() if value is True]
     return ", ".join([name, *extra])
@@ -73,7 +74,7 @@ def _name(choice: Any) -> str:
 # --- what a model calls --------------------------------------------------------------------------
 
 
-def _calls(model: nn.Module, inputs: Sequence[Any]) -> list[tuple[Call, str]]:
+def calls_of(model: nn.Module, inputs: Sequence[Any]) -> list[tuple[Call, str]]:
     """What `plan` is asked for when the model runs. Nothing of the model changes."""
     training = {module: module.training for module in model.modules()}
     checks.forget()
@@ -141,7 +142,7 @@ def tune(model: nn.Module, sample: Any, *, seconds: float = 1.0) -> Tuning:
         raise ValueError("a backend is forced, so there is nothing to tune")
     inputs = sample if isinstance(sample, tuple) else (sample,)
     device = _device(model)
-    found = [_tuned(*call, device, seconds) for call in _calls(model, inputs)]
+    found = [_tuned(*call, device, seconds) for call in calls_of(model, inputs)]
     for backend in {x.backend for x in found}:
         chosen = {x.call: x.choice._asdict() for x in found if x.backend == backend}
         table.store(backend, chosen)
@@ -157,7 +158,8 @@ def _forget() -> None:
 
 
 @contextmanager
-def _fixed(call: Call, backend: str, choice: Any) -> Iterator[None]:
+def fixed(call: Call, backend: str, choice: Any) -> Iterator[None]:
+    """Serves a call this way inside the block."""
     checks.forget()
     with plan.fixed(call, backend, choice):
         yield
@@ -211,7 +213,7 @@ def _interleaved(
     start = time.perf_counter()
     while len(samples[next(iter(samples))]) < 5 or time.perf_counter() - start < seconds:
         for name, choice in candidates.items():
-            with _fixed(call, backend, choice):
+            with fixed(call, backend, choice):
                 run()  # plans anew
                 samples[name].append(timer.timeit(repeats).mean)
         if repeats == 1:  # the first round only finds how often to run in the others
@@ -260,7 +262,7 @@ def explain(
         raise ValueError(f"device is {device!r}; expected one of {[*costs.GPUS]} or None")
     dtype = dtype or next((p.dtype for p in module.parameters()), torch.get_default_dtype())
     x = torch.zeros(tuple(input_shape), dtype=dtype, device=_device(module))
-    calls = _calls(module, (x,))
+    calls = calls_of(module, (x,))
     if not calls:
         raise ValueError(f"{type(module).__name__} calls nothing of this package that is planned")
     if device is not None:

@@ -4,9 +4,11 @@ import itertools
 
 import pytest
 import torch
+from torch import Tensor
 
 from tests.comparison import DIMS, LAYOUTS, Case, assert_matches, assert_same_bits
 from wn_kernels.backends.triton import configs, linear, linear_backward, slice_norms
+from wn_kernels.backends.triton.launch import recording
 from wn_kernels.costs import one_pass_rows
 
 FORWARD = {0: ("one_pass", "scaled"), 1: ("scaled",), None: ("scaled",)}
@@ -152,6 +154,45 @@ def test_pinned_configurations(regime, dim, dtype, device):
             run(case, backward=form, config=None, grad_config=None)
 
 
+@pytest.mark.sanitize
+@pytest.mark.parametrize("dim", DIMS)
+@pytest.mark.parametrize("architecture", ["cuda:90", "cuda:100"])
+def test_tiles_copied_by_hardware(architecture, dim, device):
+    """The tiles of large batches: scaled in the loop or not, of V as it lies and turned, over the
+    edges of every matrix."""
+    case = Case(260, 72, 264, dim, torch.bfloat16, device=device)
+    scaled = {0: "backward", 1: "forward"}.get(dim)
+    wide, tall = (configs.MatmulConfig(*tile, 64, 8, 3) for tile in ((128, 256), (256, 128)))
+    with configs.architecture(architecture):
+        run(case, forward="scaled", config=tall if scaled == "forward" else wide)
+        tile = tall if scaled == "backward" else wide
+        run(case, backward="scaled", config=tile, grad_config=None)
+
+
+def test_how_tiles_are_loaded(device):
+    """By descriptors where rows start at multiples of 16 bytes, on a GPU that has them, in the
+    tiles that would not fit otherwise."""
+
+    def loads(architecture, k, dim=0, dtype=torch.bfloat16):
+        x, v = (torch.empty(4096, k, dtype=dtype, device="meta") for _ in range(2))
+        g = v.new_empty([size if i == dim else 1 for i, size in enumerate(v.shape)])
+        with configs.architecture(architecture), recording() as launches:
+            linear(x, v, g, None, dim, 0.0, "scaled")
+        (launch,) = (x for x in launches if "LOADS" in x.arguments)
+        assert (launch.arguments["LOADS"] == "pointers") == isinstance(
+            launch.arguments["A"], Tensor
+        )
+        return launch.arguments["LOADS"]
+
+    assert loads("cuda:90", 4096) == loads("cuda:100", 4096) == "descriptors"
+    assert loads("cuda:90", 4096, dim=1) == "descriptors"
+    assert loads("cuda:100", 4096, dim=1) == "specialized"
+    assert (
+        loads("cuda:90", 4095) == loads("cuda:80", 4096) == loads("hip:gfx942", 4096) == "pointers"
+    )
+    assert loads("cuda:90", 4096, dtype=torch.float32) == "pointers"
+
+
 def test_range(device):
     """A float16 product scales before it can overflow or underflow."""
     case = Case(20, 48, 33, 0, torch.float16, torch.float32, device=device)
@@ -199,8 +240,6 @@ def test_deterministic(dim, form, device):
 
 def test_tf32_follows_pytorch(device):
     """The precision flag reaches the kernel; the interpreter computes both in float32."""
-    from wn_kernels.backends.triton.launch import recording
-
     case = Case(5, 16, 16, 0)
     before = torch.get_float32_matmul_precision()
     try:

@@ -1,4 +1,4 @@
-"""The pinned configurations: one per kernel, regime and vendor, no search.
+"""The pinned configurations: one per kernel, regime and architecture, no search.
 
 Blocks are powers of two and at least 16 wherever a side meets `tl.dot`. How each regime's numbers
 came about is in docs/performance.md; `make codegen` compiles them all.
@@ -6,11 +6,18 @@ came about is in docs/performance.md; `make codegen` compiles them all.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
+
+# Architectures whose hardware copies tiles, by tensor descriptors.
+COPYING = ("cuda:90", "cuda:100")
+
+# Programs that fill a GPU, or nearly: it has 108 to 148 multiprocessors.
+PROGRAMS = 128
 
 
 class SliceConfig(NamedTuple):
@@ -70,38 +77,73 @@ def finish(itemsize: int) -> SliceConfig:
     return SliceConfig(16 if itemsize == 8 else 32, 128, 4, 1)
 
 
-_vendor = "hip" if torch.version.hip else "cuda"
+_other: str | None = None
 
 
 @contextmanager
-def vendor(name: str) -> Iterator[None]:
-    """Configurations for another vendor's GPUs, "cuda" or "hip", than those of this torch."""
-    global _vendor
-    before, _vendor = _vendor, name
+def architecture(name: str) -> Iterator[None]:
+    """Configurations for another architecture than that of the GPU at hand: `"cuda:80"`,
+    `"cuda:90"`, `"cuda:100"` or `"hip:gfx942"`."""
+    global _other
+    before, _other = _other, name
     try:
         yield
     finally:
-        _vendor = before
+        _other = before
+
+
+@functools.cache
+def _present() -> str:
+    """The GPU at hand, the consumer's Blackwell (capability 12) being `"cuda:120"`; Hopper where
+    there is none to ask."""
+    if torch.version.hip:
+        return "hip:gfx942"
+    if not torch.cuda.is_available():
+        return "cuda:90"
+    return f"cuda:{torch.cuda.get_device_capability()[0] * 10}"
+
+
+def _architecture() -> str:
+    return _other or _present()
+
+
+def _is_amd() -> bool:
+    return _architecture().startswith("hip")
 
 
 def _stages(wanted: int) -> int:
     """An AMD compute unit has 64 KiB of shared memory: two stages, never more."""
-    return min(wanted, 2) if _vendor == "hip" else wanted
+    return min(wanted, 2) if _is_amd() else wanted
 
 
 def one_pass(m: int, o: int, itemsize: int) -> MatmulConfig:
     """A single row tile over the batch: bound by the bytes of `V`, so deep in flight and narrow
-    enough in `O` to occupy the machine. `itemsize` is the wider one of x's and V's."""
+    enough in `O` to occupy the machine. `itemsize` is the wider one of x's and V's.
+
+    Blackwell's memory outruns its shared memory there: two warps read the tile of `x` half as often
+    as four, and from 64 rows on its tensor cores read both tiles themselves.
+    """
+    if itemsize == 2 and _architecture() == "cuda:100":
+        block_o = 32 if o <= 4096 else 64
+        return (
+            MatmulConfig(16, block_o, 128, 2, 4)
+            if m <= 16
+            else MatmulConfig(64, block_o, 128, 4, 4)
+        )
     block_m = _up_to(m, 16, 32, 64) if itemsize == 2 else _up_to(m, 16, 32)
     block_o = 32 if o <= 8192 else 64
     return MatmulConfig(block_m, block_o, 256 // itemsize, 4, _stages(4 if itemsize < 8 else 2))
 
 
-def matmul(m: int, itemsize: int, prologue: bool, ieee: bool) -> MatmulConfig:
+def matmul(
+    m: int, o: int, itemsize: int, prologue: bool, ieee: bool, copies: bool = False
+) -> MatmulConfig:
     """The scaled form, bound by the tensor cores as soon as the batch allows it.
 
     A tile of V that is scaled in the loop lives in registers meanwhile, and so does all of an IEEE
-    float32 product: both take smaller tiles.
+    float32 product: both take smaller tiles. Hopper's and Blackwell's tensor cores outrun the L2
+    cache at 128×128: twice that, where enough programs are left and hardware `copies` tiles. V's
+    side is the short one where its tile is scaled, so that more rows share the scaling.
     """
     if itemsize == 8:
         return MatmulConfig(32, 32, 16, 4, 2)
@@ -111,7 +153,22 @@ def matmul(m: int, itemsize: int, prologue: bool, ieee: bool) -> MatmulConfig:
         return MatmulConfig(_up_to(m, 16, 32, 64), 64, 128 // itemsize, 4, _stages(3))
     if itemsize == 4:
         return MatmulConfig(64, 128, 32, 8, _stages(3))
-    return MatmulConfig(128, 128, 64 if _vendor == "cuda" else 32, 8, _stages(3))
+    fills = m > 128 and m * o >= PROGRAMS * 256 * 128
+    if copies and fills and _architecture() in COPYING:
+        return MatmulConfig(256, 128, 64, 8, 3) if prologue else MatmulConfig(128, 256, 64, 8, 3)
+    return MatmulConfig(128, 128, 32 if _is_amd() else 64, 8, _stages(3))
+
+
+def loads(config: MatmulConfig, form: str, itemsize: int) -> str:
+    """How a matmul's programs move their tiles. `"descriptors"`: by the hardware that copies tiles,
+    which takes fewer instructions and registers than `"pointers"`: by these the large tiles spill.
+    `"specialized"`: the same, by a warp of its own while another multiplies and the rest scale
+    V's."""
+    large = config.BLOCK_M * config.BLOCK_O >= 256 * 128
+    if itemsize != 2 or not large or _architecture() not in COPYING:
+        return "pointers"
+    scales = form.startswith("prologue") and _architecture() == "cuda:100"
+    return "specialized" if scales else "descriptors"
 
 
 def grad_one_pass(m: int, itemsize: int) -> GradConfig:
@@ -145,7 +202,7 @@ def conv(m: int, o: int, r: int, itemsize: int, form: str, ieee: bool) -> Matmul
     if (
         ieee
     ):  # a wide load takes 16 bytes for each of the tile's threads, of which gfx942 has 64 a warp
-        warps = 2 if _vendor == "hip" else 4
+        warps = 2 if _is_amd() else 4
         return MatmulConfig(_up_to(m, 16, 32), min(block_o, 32), 16, warps, 2)
     large = 128 if form == "packed" and itemsize == 2 else 64
     return MatmulConfig(_up_to(m, 16, 32, 64, large), block_o, block_r, 4, _stages(3))

@@ -12,6 +12,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 from triton import cdiv
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..reference import takes_tf32
 from ..shapes import reduced_dims
@@ -67,6 +68,24 @@ def is_wide(*tensors: Tensor | None) -> bool:
             if reach >= 2**31:
                 return True
     return False
+
+
+def is_describable(t: Tensor) -> bool:
+    """Whether hardware can copy tiles of a matrix: rows that start at multiples of 16 bytes."""
+    rows, columns = t.stride()
+    return (
+        columns == 1
+        and rows > 0
+        and rows * t.element_size() % 16 == 0
+        and t.data_ptr() % 16 == 0
+        and t.numel() > 0
+        and max(t.shape) < 2**31
+    )
+
+
+def described(t: Tensor, tile: tuple[int, int]) -> TensorDescriptor:
+    """What hardware copies tiles of a matrix by; what lies outside it loads as zero."""
+    return TensorDescriptor(t, [*t.shape], [*t.stride()], [*tile])
 
 
 @functools.cache

@@ -24,6 +24,8 @@ The weight gradient `dW[o, r] = Σ_m P[m, o] Q[m, r]` gives each program the sli
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 import triton
@@ -33,7 +35,7 @@ from torch import Tensor
 from ..reference import narrows_range, scale_dtype
 from . import configs, weight
 from .common import as_norm, cast, dot, dot_coefficient, offsets
-from .launch import is_wide, launch, product_types
+from .launch import described, is_describable, is_wide, launch, product_types
 from .norm import slice_norms
 
 # --- kernels -----------------------------------------------------------------------------------
@@ -65,12 +67,18 @@ def matmul_kernel(
     WIDE: tl.constexpr,
     ACC: tl.constexpr,
     PRECISION: tl.constexpr,
+    LOADS: tl.constexpr,
+    TURNED: tl.constexpr,
     GROUP: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_O: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """C = A Wᵀ + bias. `stride_s` is 0 for a scalar scale. one_pass stores the norms."""
+    """C = A Wᵀ + bias. `stride_s` is 0 for a scalar scale. one_pass stores the norms.
+
+    LOADS other than "pointers": A and V are tensor descriptors, V's of its transpose where it lies
+    so (TURNED). "specialized": loads and products have warps of their own.
+    """
     # Programs in groups of GROUP row tiles, so that tiles of V are reused while in cache.
     pid = tl.program_id(0)
     tiles_m = tl.cdiv(M, BLOCK_M)
@@ -92,17 +100,24 @@ def matmul_kernel(
         n = tl.load(NORM + offs_o * stride_s, mask=mask_o, other=1.0)
         scale_o = tl.load(G + offs_o * stride_s, mask=mask_o, other=0.0).to(norm_type) / n
 
-    for start in range(0, R, BLOCK_R):
+    for start in tl.range(0, R, BLOCK_R, warp_specialize=LOADS == "specialized"):
         offs_r = offsets(start // BLOCK_R, BLOCK_R, WIDE)
-        a_at = A + offs_m[:, None] * stride_am + offs_r[None, :] * stride_ar
-        v_at = V + offs_o[:, None] * stride_vo + offs_r[None, :] * stride_vr
-        if EVEN_R:
-            a = tl.load(a_at, mask=mask_m[:, None], other=0.0)
-            v = tl.load(v_at, mask=mask_o[:, None], other=0.0)
+        if LOADS != "pointers":
+            a = A.load([tile_m * BLOCK_M, start])
+            if TURNED:
+                v = tl.trans(V.load([start, tile_o * BLOCK_O]))
+            else:
+                v = V.load([tile_o * BLOCK_O, start])
         else:
-            mask_r = offs_r < R
-            a = tl.load(a_at, mask=mask_m[:, None] & mask_r[None, :], other=0.0)
-            v = tl.load(v_at, mask=mask_o[:, None] & mask_r[None, :], other=0.0)
+            a_at = A + offs_m[:, None] * stride_am + offs_r[None, :] * stride_ar
+            v_at = V + offs_o[:, None] * stride_vo + offs_r[None, :] * stride_vr
+            if EVEN_R:
+                a = tl.load(a_at, mask=mask_m[:, None], other=0.0)
+                v = tl.load(v_at, mask=mask_o[:, None], other=0.0)
+            else:
+                mask_r = offs_r < R
+                a = tl.load(a_at, mask=mask_m[:, None] & mask_r[None, :], other=0.0)
+                v = tl.load(v_at, mask=mask_o[:, None] & mask_r[None, :], other=0.0)
         if FORM == "one_pass":
             wide = v.to(norm_type)
             squares += tl.sum(tl.reshape(wide * wide, (BLOCK_O, BLOCK_R // 8, 8)), axis=2)
@@ -117,15 +132,26 @@ def matmul_kernel(
     if FORM == "one_pass":
         n = as_norm(tl.sum(squares, axis=1), EPS)
         tl.store(NORM + offs_o, n, mask=mask_o & (tile_m == 0))
-    if FORM == "epilogue":
-        n = tl.load(NORM + offs_o * stride_s, mask=mask_o, other=1.0)
-    if FORM == "one_pass" or FORM == "epilogue":
-        g = tl.load(G + offs_o * stride_s, mask=mask_o, other=0.0).to(norm_type)
+        g = tl.load(G + offs_o, mask=mask_o, other=0.0).to(norm_type)
         acc *= (g / n).to(ACC)[None, :]
-    if HAS_BIAS:
-        acc += tl.load(BIAS + offs_o * stride_bias, mask=mask_o, other=0.0).to(ACC)[None, :]
-    c_at = C + offs_m[:, None] * stride_cm + offs_o[None, :] * stride_co
-    tl.store(c_at, acc, mask=mask_m[:, None] & mask_o[None, :])
+    # A large tile in halves: scales, bias and addresses of all columns would not fit the registers.
+    PARTS: tl.constexpr = 1 if LOADS == "pointers" else 2
+    PART: tl.constexpr = BLOCK_O // PARTS
+    parts = (acc,)
+    if PARTS == 2:
+        parts = tl.split(tl.permute(tl.reshape(acc, (BLOCK_M, 2, PART)), (0, 2, 1)))
+    for i in tl.static_range(PARTS):
+        c = parts[i]
+        offs_o = offsets(tile_o * PARTS + i, PART, WIDE)
+        mask_o = offs_o < O
+        if FORM == "epilogue":
+            n = tl.load(NORM + offs_o * stride_s, mask=mask_o, other=1.0)
+            g = tl.load(G + offs_o * stride_s, mask=mask_o, other=0.0).to(norm_type)
+            c *= (g / n).to(ACC)[None, :]
+        if HAS_BIAS:
+            c += tl.load(BIAS + offs_o * stride_bias, mask=mask_o, other=0.0).to(ACC)[None, :]
+        c_at = C + offs_m[:, None] * stride_cm + offs_o[None, :] * stride_co
+        tl.store(c_at, c, mask=mask_m[:, None] & mask_o[None, :])
 
 
 @triton.jit
@@ -282,19 +308,27 @@ def _matmul(
     """`C = A Wᵀ + bias` for `a` of shape `(M, R)` and `v` of shape `(O, R)`."""
     (m, r), o = a.shape, v.shape[0]
     types = product_types(a)
-    if config is None:
-        size = max(a.element_size(), v.element_size())  # V's tile is held in its own dtype
-        if form == "one_pass":
-            config = configs.one_pass(m, o, size)
-        else:
-            ieee = a.dtype == torch.float32 and types["PRECISION"] == "ieee"
-            config = configs.matmul(m, size, form.startswith("prologue"), ieee)
     c = a.new_empty(m, o)
+    turned = v.stride(1) != 1
+    lying = v.t() if turned else v
+    size = max(a.element_size(), v.element_size())  # V's tile is held in its own dtype
+    copies = is_describable(a) and is_describable(lying)
+    if config is None and form == "one_pass":
+        config = configs.one_pass(m, o, size)
+    elif config is None:
+        ieee = a.dtype == torch.float32 and types["PRECISION"] == "ieee"
+        config = configs.matmul(m, o, size, form.startswith("prologue"), ieee, copies)
+    loads = configs.loads(config, form, size) if copies else "pointers"
+    tiles: tuple[Any, Any] = a, v
+    if loads != "pointers":
+        block_m, block_o, block_r = config[:3]
+        v_tile = (block_r, block_o) if turned else (block_o, block_r)
+        tiles = described(a, (block_m, block_r)), described(lying, v_tile)
     launch(
         matmul_kernel,
         (triton.cdiv(m, config.BLOCK_M) * triton.cdiv(o, config.BLOCK_O),),
-        A=a,
-        V=v,
+        A=tiles[0],
+        V=tiles[1],
         G=g,
         NORM=n,
         BIAS=c if bias is None else bias,
@@ -315,6 +349,8 @@ def _matmul(
         HAS_BIAS=bias is not None,
         EVEN_R=r % config.BLOCK_R == 0,
         WIDE=is_wide(a, v, c),
+        LOADS=loads,
+        TURNED=turned and loads != "pointers",
         GROUP=8,
         **types,
         **config._asdict(),
