@@ -1,17 +1,17 @@
-"""What is timed: cases, and the layers that compete in them."""
+"""What is timed: the cases of each suite, and a provider set up for one."""
 
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-import wn_kernels
+from bench.providers import Provider, providers_of
 from wn_kernels.backends import reference
 
 MODES = ("infer", "train")
@@ -29,21 +29,41 @@ class Case:
     options: dict[str, Any] = field(default_factory=dict)
     dim: int = 0
     is_large: bool = True  # whether its ratio to the plain layer counts in the suite's mean
+    dtype: str = "float32"
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return getattr(torch, self.dtype)
 
     def layer(self, device: torch.device) -> nn.Module:
         """The plain layer."""
-        return getattr(nn, self.kind)(*self.arguments, **self.options, device=device)
+        kind = getattr(nn, self.kind)
+        return kind(*self.arguments, **self.options, device=device, dtype=self.torch_dtype)
 
-    @property
-    def providers(self) -> tuple[str, ...]:
-        return tuple(PROVIDERS)
+    def competitors(self, device: torch.device, full: bool) -> dict[str, Callable[[], Runner]]:
+        """What sets each provider up for this case, by its name."""
+        found = providers_of(self, device, full)
+        return {name: partial(Runner, self, name, p, device) for name, p in found.items()}
 
-    def runner(self, name: str, device: torch.device) -> Runner:
-        """A provider, set up for this case."""
-        return Runner(self, name, device)
+    def work(self) -> tuple[float, float]:
+        """Operations, and the bytes that have to move: what is given is read, and what is asked for
+        is written, once."""
+        layer = self.layer(torch.device("meta"))
+        x = torch.empty(self.x_shape, dtype=self.torch_dtype, device="meta")
+        y, w = layer(x), layer.weight
+        # A product for every element of the output, or of the input where that is spread out.
+        pixels = x if "Transpose" in self.kind else y
+        operations = 2.0 * pixels.numel() * w[0].numel()
+        moved = float(sum(t.numel() * t.element_size() for t in (x, w, y)))
+        return (operations, moved) if self.mode == "infer" else (3 * operations, 3 * moved)
 
     def record(self) -> dict[str, Any]:
-        return asdict(self)
+        operations, moved = self.work()
+        return asdict(self) | {"operations": operations, "bytes": moved, "parameters": self.size()}
+
+    def size(self) -> int:
+        """Parameters of the plain layer."""
+        return sum(p.numel() for p in self.layer(torch.device("meta")).parameters())
 
 
 def _linear(m: int, k: int, n: int) -> list[Case]:
@@ -123,60 +143,20 @@ CONV = [
 
 SUITES = {"linear": LINEAR, "conv": CONV}
 
-PROVIDERS: dict[str, Callable[[Case, nn.Module], nn.Module]] = {}
-
-
-def provider(name: str) -> Callable:
-    """Registers a function that turns a case's plain layer into the competitor of that name."""
-
-    def register(make: Callable[[Case, nn.Module], nn.Module]) -> Callable:
-        PROVIDERS[name] = make
-        return make
-
-    return register
-
-
-@provider("plain")
-def _plain(case: Case, layer: nn.Module) -> nn.Module:
-    """The floor: the layer without weight norm."""
-    return layer
-
-
-@provider("eager")
-def _eager(case: Case, layer: nn.Module) -> nn.Module:
-    """PyTorch's parametrization, the baseline."""
-    return torch.nn.utils.parametrizations.weight_norm(layer, dim=case.dim)
-
-
-@provider("legacy")
-def _legacy(case: Case, layer: nn.Module) -> nn.Module:
-    """PyTorch's older forward hook."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)
-        return torch.nn.utils.weight_norm(layer, dim=case.dim)
-
-
-@provider("ours")
-def _ours(case: Case, layer: nn.Module) -> nn.Module:
-    kind = getattr(wn_kernels, f"WN{case.kind}")
-    device = next(layer.parameters()).device
-    fused = kind(*case.arguments, **case.options, dim=case.dim, device=device)
-    fused.load_state_dict(layer.state_dict())
-    return fused
-
 
 class Runner:
-    """One provider set up for one case: call it to run the case once."""
+    """One provider set up for one case: call it to run the case once, inside its `session`."""
 
-    def __init__(self, case: Case, name: str, device: torch.device) -> None:
-        self.case, self.name = case, name
+    def __init__(self, case: Case, name: str, provider: Provider, device: torch.device) -> None:
+        self.case, self.name, self.session = case, name, provider.session
         torch.manual_seed(0)
         layer = case.layer(device)
         self.plain = copy.deepcopy(layer).double()
-        self.x = torch.randn(case.x_shape, device=device, requires_grad=case.mode == "train")
+        self.x = torch.randn(case.x_shape, dtype=case.torch_dtype, device=device)
+        self.x.requires_grad_(case.mode == "train")
         with torch.no_grad():
             self.dy = torch.randn_like(layer(self.x))
-        self.module = PROVIDERS[name](case, layer)
+        self.module = provider.make(case, layer)
         self.leaves = [self.x, *self.module.parameters()]
 
     def __call__(self) -> None:
@@ -226,14 +206,15 @@ class Runner:
 
 
 def check_close(what: str, actual: Tensor, expected: Tensor, length: int) -> None:
-    """Within what the dtype and sums of that length account for.
+    """Within what the dtype accounts for, and sums of that length in float32 or wider.
 
     Raises:
         AssertionError: it is not, or zeros would be.
     """
     eps = torch.finfo(actual.dtype).eps
+    summed = min(eps, torch.finfo(torch.float32).eps)
     error = ((actual.double() - expected).norm() / expected.norm()).item()
-    bound = eps * (4 + 4 * length**0.5)
+    bound = 4 * eps + 4 * length**0.5 * summed
     if not error <= bound < 0.5:
         raise AssertionError(
             f"{what} has relative error {error:.2e}, allowed {bound:.2e}; it is not timed"

@@ -8,8 +8,10 @@ import os
 SUITES = {"linear": "linear layers", "conv": "convolutions"}
 MORE = {
     "norm": "the operator alone",
+    "overhead": "layers so small that only the calls count",
     "models": "whole models (needs the extra of that name)",
 }
+DTYPES = ("float32", "bfloat16", "float16")
 SECONDS = 4.0  # a case, so that all of them take five minutes on two cores
 
 
@@ -22,6 +24,13 @@ def main(arguments: list[str] | None = None) -> int:
         layers.add_argument("--json", default=f"results/{suite}.json", help="where results go")
         layers.add_argument("--seconds", type=float, default=SECONDS, help="timing of each case")
         layers.add_argument("--threads", type=int, default=2, help="of torch on a CPU")
+        layers.add_argument("--full", action="store_true", help="every provider, every condition")
+        if suite in SUITES:
+            layers.add_argument("--dtype", choices=DTYPES, default="float32", help="of the layers")
+
+    memory = commands.add_parser("memory", help="what training steps of the layers hold")
+    memory.add_argument("--json", default="results/memory.json", help="where results go")
+    memory.add_argument("--full", action="store_true", help="every provider")
 
     tuned = commands.add_parser("tuned", help="the cost model's choices beside the fastest")
     tuned.add_argument("--seconds", type=float, default=SECONDS, help="timing of each case")
@@ -46,7 +55,8 @@ def main(arguments: list[str] | None = None) -> int:
     codegen.add_argument("--only", default=None, help="kernels, configurations or targets with it")
     codegen.add_argument("--write", action="store_true", help="replace the committed baseline")
 
-    commands.add_parser("bounds", help="what bounds each form of the matmul, by compiled code")
+    bounds = commands.add_parser("bounds", help="what bounds the matmul's loop, by compiled code")
+    bounds.add_argument("--every-kernel", action="store_true", help="not the matmul alone")
 
     traffic = commands.add_parser("traffic", help="count what Triton's kernels move, without a GPU")
     traffic.add_argument("--kernels", action="store_true", help="list each path's kernels")
@@ -57,6 +67,10 @@ def main(arguments: list[str] | None = None) -> int:
         from bench import tuned as choices
 
         return choices.main(chosen.seconds)
+    if chosen.command == "memory":
+        from bench import memory as held
+
+        return held.main(chosen.json, chosen.full)
     if chosen.command == "gpu":
         from bench import gpu
 
@@ -79,9 +93,9 @@ def main(arguments: list[str] | None = None) -> int:
     if chosen.command in ("codegen", "bounds"):
         os.environ.pop("TRITON_INTERPRET", None)  # compiles, so must not interpret
         if chosen.command == "bounds":
-            from bench import bounds
+            from bench import bounds as cycles
 
-            return bounds.main()
+            return cycles.main(chosen.every_kernel)
         from bench import codegen as check
 
         return check.main(chosen.json, chosen.only, chosen.write)
@@ -92,6 +106,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     torch.set_num_threads(getattr(chosen, "threads", 2))
     if chosen.command is not None:
-        return layers.main(chosen.command, chosen.json, chosen.seconds)
+        dtype = getattr(chosen, "dtype", "float32")
+        return layers.main(chosen.command, chosen.json, chosen.seconds, chosen.full, dtype)
     # Every suite; the worst of their answers.
     return max(layers.main(suite, f"results/{suite}.json", SECONDS) for suite in SUITES)

@@ -27,12 +27,30 @@ class Step(NamedTuple):
     limit: float
 
 
+RESULTS = ("linear", "linear-bf16", "conv-bf16", "memory")
+FILES = tuple(f"results/{name}.json" for name in RESULTS)
+BF16 = ("--dtype", "bfloat16")
+
 STEPS = [
-    Step("tests", ("-m", "pytest", "--quiet", "tests"), 420),
-    Step("tune", ("-m", "wn_kernels", "tune", "bench.gpu:layers", "--seconds", "0.3"), 90),
-    Step("linear layers", ("-m", "bench", "linear", "--seconds", "2"), 120),
-    Step("convolutions", ("-m", "bench", "conv", "--seconds", "2"), 120),
-    Step("report", ("-m", "bench", "report", "results/linear.json", "results/conv.json"), 60),
+    Step("tests", ("-m", "pytest", "--quiet", "tests"), 390),
+    Step("tune", ("-m", "wn_kernels", "tune", "bench.gpu:layers", "--seconds", "0.3"), 60),
+    Step(
+        "linear layers, every provider",
+        ("-m", "bench", "linear", "--full", "--seconds", "1", "--json", FILES[0]),
+        210,
+    ),
+    Step(
+        "linear layers, bfloat16",
+        ("-m", "bench", "linear", *BF16, "--seconds", "1", "--json", FILES[1]),
+        60,
+    ),
+    Step(
+        "convolutions, bfloat16",
+        ("-m", "bench", "conv", *BF16, "--seconds", "1", "--json", FILES[2]),
+        100,
+    ),
+    Step("memory", ("-m", "bench", "memory", "--json", FILES[3]), 50),
+    Step("report", ("-m", "bench", "report", *FILES), 30),
 ]
 
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -142,10 +143,10 @@ class ModelCase:
     label: str
     mode: str
     is_large = True
-    providers = ("plain", "eager", "ours")
 
-    def runner(self, name: str, device: torch.device) -> ModelRunner:
-        return ModelRunner(self, name, device)
+    def competitors(self, device: torch.device, full: bool) -> dict[str, Callable[[], ModelRunner]]:
+        names = ("plain", "eager", "ours")
+        return {name: partial(ModelRunner, self, name, device) for name in names}
 
     def record(self) -> dict[str, Any]:
         return {
@@ -153,6 +154,7 @@ class ModelCase:
             "mode": self.mode,
             "is_large": True,
             "x_shape": MODELS[self.label].x_shape,
+            "parameters": sum(p.numel() for p in built(self.label)[0].parameters()),
         }
 
 

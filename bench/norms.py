@@ -3,8 +3,10 @@ reads and writes a weight once."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -30,17 +32,16 @@ class NormCase:
     dim: int | None
     mode: str
     is_large: bool = True
-    providers = tuple(PROVIDERS)
 
     @property
     def label(self) -> str:
         return f"{'×'.join(map(str, self.v_shape))}, dim={self.dim}"
 
-    def runner(self, name: str, device: torch.device) -> NormRunner:
-        return NormRunner(self, name, device)
+    def competitors(self, device: torch.device, full: bool) -> dict[str, Callable[[], NormRunner]]:
+        return {name: partial(NormRunner, self, name, device) for name in PROVIDERS}
 
     def record(self) -> dict[str, Any]:
-        return asdict(self) | {"label": self.label}
+        return asdict(self) | {"label": self.label, "parameters": math.prod(self.v_shape)}
 
 
 # Of a small layer, of linear layers and convolutions, of Wav2Vec2's positions, and few long slices.

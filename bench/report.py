@@ -4,19 +4,15 @@ measured. And the README's table, from the same files."""
 from __future__ import annotations
 
 import html
-import io
 import json
-import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-from matplotlib.figure import Figure
 from rich.console import Console
 
-from bench.suite import is_slower, rows
-
-matplotlib.use("svg")
+from bench import memory, plots
+from bench.suite import extra_rows, is_slower, rows
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2em auto; max-width: 70em; padding: 0 1em }
@@ -27,80 +23,36 @@ tr.slower { background: #fff3cd }
 """
 
 
-def _svg(figure: Figure) -> str:
-    buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", bbox_inches="tight")
-    return re.sub(r"^.*?(?=<svg)", "", buffer.getvalue(), flags=re.DOTALL)
-
-
-def _plot_ratios(results: list[dict[str, Any]], mode: str) -> str:
-    """Ours over eager and over the plain layer, with the 95 % interval of each."""
-    cases = [r for r in results if r["case"]["mode"] == mode]
-    figure = Figure(figsize=(9, 0.35 * len(cases) + 1.2))
-    axes = figure.subplots()
-    for offset, name, color in (
-        (-0.15, "ours/eager", "tab:blue"),
-        (0.15, "ours/plain", "tab:gray"),
-    ):
-        ratios = [r["ratios"][name] for r in cases]
-        medians = [x["median"] for x in ratios]
-        spread = [
-            [x["median"] - x["low"] for x in ratios],
-            [x["high"] - x["median"] for x in ratios],
-        ]
-        heights = [i + offset for i in range(len(cases))]
-        axes.errorbar(medians, heights, xerr=spread, fmt="o", ms=4, color=color, label=name)
-    axes.axvline(1, color="black", lw=0.8)
-    axes.set_xscale("log")
-    ticks = [0.2, 0.3, 0.5, 0.7, 1, 1.5, 2, 3]
-    axes.set_xticks(ticks, [str(t) for t in ticks])
-    axes.minorticks_off()
-    axes.set_yticks(range(len(cases)), [r["case"]["label"] for r in cases])
-    axes.invert_yaxis()
-    axes.set_xlabel("time over that of the other (1: the same)")
-    axes.set_title(mode)
-    axes.legend()
-    return _svg(figure)
-
-
-def _plot_scaling(results: list[dict[str, Any]]) -> str:
-    """Time of eager and of ours over the plain layer's, by the plain layer's own."""
-    figure = Figure(figsize=(9, 4))
-    for axes, mode in zip(figure.subplots(1, 2), ("infer", "train"), strict=True):
-        cases = [r for r in results if r["case"]["mode"] == mode]
-        cases.sort(key=lambda r: r["seconds"]["plain"]["median"])
-        floor = [r["seconds"]["plain"]["median"] for r in cases]
-        for name in ("eager", "ours"):
-            times = [r["seconds"][name]["median"] for r in cases]
-            axes.plot(
-                [1e3 * t for t in floor],
-                [t / f for t, f in zip(times, floor, strict=True)],
-                "o-",
-                ms=4,
-                label=name,
-            )
-        axes.axhline(1, color="black", lw=0.8)
-        axes.set_xscale("log")
-        axes.set_xlabel("time of the plain layer, ms")
-        axes.set_title(f"{mode}: time over the plain layer's")
-        axes.legend()
-    return _svg(figure)
+def _table(lines: list[list[str]], slower: Sequence[bool] = ()) -> str:
+    header, *lines = lines
+    cells = "".join(f"<th>{html.escape(cell)}</th>" for cell in header)
+    parts = [f"<table><tr>{cells}</tr>"]
+    for i, line in enumerate(lines):
+        cells = "".join(f"<td>{html.escape(cell)}</td>" for cell in line)
+        parts.append(f"<tr{' class=slower' if slower and slower[i] else ''}>{cells}</tr>")
+    return "\n".join([*parts, "</table>"])
 
 
 def _section(report: dict[str, Any]) -> str:
-    where, header, *lines = report["environment"], *rows(report["results"])
+    suite, results = report["suite"], report["results"]
+    where = report["environment"] | report["settings"] | report.get("ceilings", {})
     facts = ", ".join(f"{key} {value}" for key, value in where.items())
-    parts = [f"<h2>{html.escape(report['suite'])}</h2><p>{html.escape(facts)}</p>"]
+    parts = [f"<h2>{html.escape(suite)}</h2><p>{html.escape(facts)}</p>"]
+    if suite == "memory":
+        parts += ["<p>KiB beyond the input and the parameters.</p>", _table(memory.rows(results))]
+        return "\n".join(parts)
     means = "; ".join(f"{name} {value:.3f}" for name, value in report["means"].items())
     parts.append(f"<p>Geometric means: {html.escape(means)}</p>")
-    parts += [_plot_ratios(report["results"], mode) for mode in ("infer", "train")]
-    parts.append(_plot_scaling(report["results"]))
-    cells = "".join(f"<th>{html.escape(cell)}</th>" for cell in header)
-    parts.append(f"<table><tr>{cells}</tr>")
-    for line, result in zip(lines, report["results"], strict=True):
-        cells = "".join(f"<td>{html.escape(cell)}</td>" for cell in line)
-        parts.append(f"<tr{' class=slower' if is_slower(result) else ''}>{cells}</tr>")
-    parts.append("</table><p>Highlighted: slower than eager beyond noise.</p>")
+    parts += [plots.ratios(results, mode) for mode in ("infer", "train")]
+    if suite == "linear":
+        parts.append(plots.by_rows(results))
+    parts.append(plots.by_size(results))
+    if "operations" in results[0]["case"]:
+        parts.append(plots.roofline(results, report["ceilings"]))
+    parts.append(_table(rows(results), [is_slower(r) for r in results]))
+    parts.append("<p>Highlighted: slower than eager beyond noise.</p>")
+    for title, lines in extra_rows(results).items():
+        parts += [f"<h3>{html.escape(title)}</h3>", _table(lines)]
     return "\n".join(parts)
 
 
@@ -137,7 +89,8 @@ def readme_table(reports: list[dict[str, Any]]) -> str:
     """Geometric means of each suite, and its best and worst case, as Markdown."""
     where = reports[0]["environment"]
     lines = [
-        f"{where['device']}, {where['threads']} threads, torch {where['torch']}, float32. "
+        f"{where['device']}, {where['threads']} threads, torch {where['torch']}, "
+        f"{reports[0]['settings']['dtype']}. "
         "Geometric means: over eager of every case; over the plain layer of every convolution and "
         "of the linear layers of 1024 and up.",
         "",
@@ -169,7 +122,7 @@ def every_case(reports: list[dict[str, Any]]) -> str:
         means = "; ".join(f"{name} {value:.2f}" for name, value in report["means"].items())
         parts.append(
             f"### {report['suite']}\n\n{where['device']}, {where['threads']} threads, torch "
-            f"{where['torch']}, float32. Geometric means: {means}.\n"
+            f"{where['torch']}, {report['settings']['dtype']}. Geometric means: {means}.\n"
         )
         parts += [f"| {' | '.join(cells)} |" for cells in (header, ["---"] * len(header), *lines)]
         parts.append("")

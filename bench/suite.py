@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import datetime
 import json
+import os
 import platform
 import subprocess
 import time
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from statistics import geometric_mean
 from typing import TYPE_CHECKING, Any
@@ -18,13 +22,18 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from bench.cases import SUITES, Case
-from bench.timing import interleaved, is_wide, paired_ratio
+from bench.memory import peak_bytes
+from bench.timing import ceilings, cold, interleaved, is_wide, paired_ratio, replayed
 from wn_kernels import plan
 from wn_kernels import table as tuned
 
 if TYPE_CHECKING:
     from bench.models import ModelCase
+    from bench.norms import NormCase
 
+
+# How the names of ours by a path of its own begin.
+VARIANT = "ours: "
 
 # A ratio of two equal layers from one run to the next.
 NOISE = 1.05
@@ -39,6 +48,10 @@ def cases_of(suite: str) -> list[Any]:
         from bench import norms  # after `cases`, on which it builds
 
         return norms.CASES
+    if suite == "overhead":
+        from bench import overhead
+
+        return overhead.CASES
     if suite == "models":
         from bench import models  # needs packages that the other suites do not
 
@@ -47,33 +60,65 @@ def cases_of(suite: str) -> list[Any]:
 
 
 def run_case(
-    case: Case | ModelCase, device: torch.device, seconds: float, again: bool = True
+    case: Case | ModelCase | NormCase,
+    device: torch.device,
+    seconds: float,
+    again: bool = True,
+    full: bool = False,
 ) -> dict[str, Any]:
-    """Checks and times one case, `again` where its ratios are uncertain.
+    """Checks and times one case, `again` where its ratios are uncertain, `full` with every provider
+    and on a GPU under every condition.
 
     Raises:
         AssertionError: a provider is wrong.
     """
-    runners = {name: case.runner(name, device) for name in case.providers}
+    runners = {name: build() for name, build in case.competitors(device, full).items()}
     for runner in runners.values():
-        runner.check()
+        with getattr(runner, "session", nullcontext)():
+            runner.check()
     stats = interleaved(runners, device, seconds)
     ratios = _ratios(stats)
     if again and any(map(is_wide, ratios.values())):
         interleaved(runners, device, seconds, stats)
         ratios = _ratios(stats)
-    return {
+    result = {
         "case": case.record(),
-        "seconds": {
-            name: {"median": s.median, "q1": s.q1, "q3": s.q3, "rounds": s.rounds}
-            for name, s in stats.items()
-        },
+        "seconds": _medians(stats),
         "ratios": ratios,
         "noisy": any(map(is_wide, ratios.values())),
         "saved_bytes": {
             name: runner.saved_bytes() for name, runner in runners.items() if case.mode == "train"
         },
     }
+    if device.type == "cuda":
+        result["peak_bytes"] = {name: peak_bytes(run, device) for name, run in runners.items()}
+        if full:
+            result["conditions"] = {
+                "cold L2": _medians(interleaved(runners, device, seconds / 2, sample=cold)),
+                "CUDA graph": _replays(runners, device, seconds / 2),
+            }
+    return result
+
+
+def _medians(stats: dict[str, Stats]) -> dict[str, dict[str, float]]:
+    return {
+        name: {"median": s.median, "q1": s.q1, "q3": s.q3, "rounds": s.rounds}
+        for name, s in stats.items()
+    }
+
+
+def _replays(
+    runners: dict[str, Any], device: torch.device, seconds: float
+) -> dict[str, dict[str, float]]:
+    """Of the runners that a graph can hold."""
+    graphs = {}
+    for name, run in runners.items():
+        try:
+            with getattr(run, "session", nullcontext)():
+                graphs[name] = replayed(run)
+        except RuntimeError:  # it reads a value on the CPU
+            torch.cuda.synchronize(device)
+    return _medians(interleaved(graphs, device, seconds)) if graphs else {}
 
 
 def _ratios(stats: dict[str, Stats]) -> dict[str, dict[str, float]]:
@@ -100,6 +145,9 @@ def environment(device: torch.device) -> dict[str, Any]:
         "device": torch.cuda.get_device_name(device) if cuda else tuned.processor(),
         "backend": plan.choose_backend(torch.empty(0, device=device)),
         "threads": torch.get_num_threads(),
+        "cores": len(os.sched_getaffinity(0))
+        if hasattr(os, "sched_getaffinity")
+        else os.cpu_count(),
         "torch": torch.__version__,
         "triton": triton_version,
         "python": platform.python_version(),
@@ -123,7 +171,7 @@ def geometric_means(results: list[dict[str, Any]]) -> dict[str, float]:
 
 def rows(results: list[dict[str, Any]]) -> list[list[str]]:
     """A table's rows, the header first."""
-    providers = list(results[0]["seconds"])
+    providers = [name for name in results[0]["seconds"] if not name.startswith(VARIANT)]
     found = [["case", "mode", *providers, "ours/eager", "ours/plain", "saved, ours", "eager"]]
     for r in results:
         times = [_time(r["seconds"][name]["median"]) for name in providers]
@@ -131,6 +179,18 @@ def rows(results: list[dict[str, Any]]) -> list[list[str]]:
         saved = [_size(r["saved_bytes"].get(name)) for name in ("ours", "eager")]
         label = r["case"]["label"] + (" (noisy)" if r["noisy"] else "")
         found.append([label, r["case"]["mode"], *times, *ratios, *saved])
+    return found
+
+
+def variant_rows(results: list[dict[str, Any]]) -> list[list[str]]:
+    """The same of ours by every path, for the cases that were timed by more than the chosen one."""
+    found = [["case", "mode", "path", "time", "ours over it"]]
+    for r in results:
+        for name in r["seconds"]:
+            if name.startswith(VARIANT):
+                cells = _time(r["seconds"][name]["median"]), _ratio(r["ratios"][f"ours/{name}"])
+                path = name.removeprefix(VARIANT)
+                found.append([r["case"]["label"], r["case"]["mode"], path, *cells])
     return found
 
 
@@ -153,28 +213,102 @@ def is_slower(result: dict[str, Any]) -> bool:
     return ratio["low"] > 1 and ratio["median"] > NOISE
 
 
-def table(suite: str, results: list[dict[str, Any]], where: dict[str, Any]) -> Table:
-    backend, device, threads = where["backend"], where["device"], where["threads"]
-    shown = Table(
-        title=f"{suite}, float32, backend [bold]{backend}[/] on {device}, {threads} threads"
-    )
-    header, *lines = rows(results)
+def _printed(title: str, lines: list[list[str]], styles: Sequence[str] = ()) -> Table:
+    shown = Table(title=title)
+    header, *lines = lines
     for i, name in enumerate(header):
-        shown.add_column(name, justify="left" if i < 2 else "right")
-    for line, result in zip(lines, results, strict=True):
-        shown.add_row(*line, style="yellow" if is_slower(result) else "")
+        shown.add_column(name, justify="left" if i < 2 else "right", no_wrap=i == 0)
+    for i, line in enumerate(lines):
+        shown.add_row(*line, style=styles[i] if styles else "")
     return shown
 
 
-def main(suite: str, path: str, seconds: float) -> int:
+def tables(
+    suite: str, results: list[dict[str, Any]], where: dict[str, Any], dtype: str
+) -> list[Table]:
+    """The ratios, then what else was measured."""
+    backend, device, threads = where["backend"], where["device"], where["threads"]
+    title = f"{suite}, {dtype}, backend [bold]{backend}[/] on {device}, {threads} threads"
+    styles = ["yellow" if is_slower(r) else "" for r in results]
+    more = extra_rows(results).items()
+    return [_printed(title, rows(results), styles), *(_printed(*table) for table in more)]
+
+
+def extra_rows(results: list[dict[str, Any]]) -> dict[str, list[list[str]]]:
+    """The rows of what else was measured, by title."""
+    found = {}
+    if len(paths := variant_rows(results)) > 1:
+        found["ours by every path"] = paths
+    for condition in results[0].get("conditions", {}):
+        found[condition] = _condition_rows(results, condition)
+    if "peak_bytes" in results[0]:
+        found["peak memory of a call"] = _peak_rows(results)
+    if "microseconds" in results[0]:
+        from bench import overhead
+
+        title = "microseconds of a call by place (shares by cProfile, an estimate)"
+        found[title] = overhead.rows(results)
+    return found
+
+
+def _condition_rows(results: list[dict[str, Any]], condition: str) -> list[list[str]]:
+    names = [name for name in results[0]["seconds"] if not name.startswith(VARIANT)]
+    lines = [["case", "mode", *names]]
+    for r in results:
+        found = r["conditions"][condition]
+        times = (_time(found[name]["median"]) if name in found else "" for name in names)
+        lines.append([r["case"]["label"], r["case"]["mode"], *times])
+    return lines
+
+
+def _peak_rows(results: list[dict[str, Any]]) -> list[list[str]]:
+    names = [name for name in results[0]["peak_bytes"] if not name.startswith(VARIANT)]
+    lines = [["case", "mode", *names]]
+    for r in results:
+        sizes = (_size(r["peak_bytes"][name]) for name in names)
+        lines.append([r["case"]["label"], r["case"]["mode"], *sizes])
+    return lines
+
+
+def finish(
+    suite: str,
+    path: str,
+    device: torch.device,
+    settings: dict[str, Any],
+    results: list[dict[str, Any]],
+    wrong: list[str],
+    console: Console,
+    **more: Any,
+) -> int:
+    """Writes the results, and says what was wrong: 1 if anything, or if there is no result."""
+    for message in wrong:
+        console.print(f"[red]WRONG[/] {message}")
+    report = {
+        "suite": suite,
+        "environment": environment(device),
+        "settings": settings,
+        "results": results,
+        "wrong": wrong,
+    }
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    Path(path).write_text(json.dumps(report | more, indent=1) + "\n")
+    console.print(f"results written to {path}")
+    return 1 if wrong or not results else 0
+
+
+def main(suite: str, path: str, seconds: float, full: bool = False, dtype: str = "float32") -> int:
     """Runs a suite; what is done is kept on Ctrl-C. 1 where a provider is wrong."""
     console = Console()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    where = environment(device)
+    limits = ceilings(device)
     cases = sorted(cases_of(suite), key=lambda case: case.mode)
+    if suite in SUITES:
+        cases = [replace(case, dtype=dtype) for case in cases]
     results: list[dict[str, Any]] = []
     wrong: list[str] = []
     end = time.perf_counter() + BUDGET * seconds * len(cases)
+    if suite == "overhead":
+        from bench.overhead import add_profile
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     with Progress(*columns, TimeElapsedColumn(), console=console) as progress:
         task = progress.add_task(suite, total=len(cases))
@@ -183,7 +317,9 @@ def main(suite: str, path: str, seconds: float) -> int:
                 progress.update(task, description=f"{suite} {case.label} {case.mode}")
                 try:
                     again = time.perf_counter() < end
-                    results.append(run_case(case, device, seconds, again))
+                    results.append(run_case(case, device, seconds, again, full))
+                    if suite == "overhead":
+                        add_profile(case, results[-1], device)
                 except AssertionError as error:
                     wrong.append(str(error))
                 progress.advance(task)
@@ -191,21 +327,12 @@ def main(suite: str, path: str, seconds: float) -> int:
             console.print("interrupted: reporting what is done")
     means = geometric_means(results)
     if results:
-        (console if console.is_terminal else Console(width=160)).print(table(suite, results, where))
+        for shown in tables(suite, results, environment(device), dtype):
+            (console if console.is_terminal else Console(width=160)).print(shown)
     for name, value in means.items():
         large = suite == "linear" and "plain" in name
         over = "shapes of 1024 and up" if large else "all cases"
         console.print(f"geometric mean {name} over {over}: {value:.3f}")
-    for message in wrong:
-        console.print(f"[red]WRONG[/] {message}")
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    report = {
-        "suite": suite,
-        "environment": where,
-        "settings": {"seconds": seconds, "dtype": "float32"},
-        "results": results,
-        "means": means,
-    }
-    Path(path).write_text(json.dumps(report | {"wrong": wrong}, indent=1) + "\n")
-    console.print(f"results written to {path}")
-    return 1 if wrong or not results else 0
+    settings = {"seconds": seconds, "dtype": dtype, "full": full}
+    more = {"means": means, "ceilings": limits}
+    return finish(suite, path, device, settings, results, wrong, console, **more)

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from bench.cases import PROVIDERS, SUITES, Runner
+from bench.cases import SUITES
+from bench.providers import PROVIDERS
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -11,12 +12,15 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 CASES = [(suite, case) for suite, cases in SUITES.items() for case in cases]
 
 
-@pytest.mark.parametrize("name", PROVIDERS)
+NAMES = [name for name, provider in PROVIDERS.items() if provider.competes(DEVICE, full=False)]
+
+
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize(
     ("suite", "case"), CASES, ids=[f"{s}-{c.mode}-{c.label}" for s, c in CASES]
 )
 def test_layer(benchmark, suite, case, name):
-    runner = Runner(case, name, DEVICE)
+    runner = case.competitors(DEVICE, full=False)[name]()
     runner.check()
     benchmark.group = f"{suite} {case.label} {case.mode}"
     benchmark.extra_info["saved_bytes"] = runner.saved_bytes() if case.mode == "train" else 0

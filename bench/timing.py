@@ -6,6 +6,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import numpy as np
 import torch
@@ -16,44 +17,105 @@ from scipy.stats import bootstrap
 WIDE = 0.1
 
 
+Sample = Callable[[Callable[[], None], int, torch.device], float]
+
+
+def warm(run: Callable[[], None], repeats: int, device: torch.device) -> float:
+    """Seconds of so many calls in a row: by the clock, on a GPU by events on its stream."""
+    if device.type == "cuda":
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize(device)
+        start.record()
+        for _ in range(repeats):
+            run()
+        end.record()
+        torch.cuda.synchronize(device)
+        return start.elapsed_time(end) / 1e3
+    begin = time.perf_counter()
+    for _ in range(repeats):
+        run()
+    return time.perf_counter() - begin
+
+
+def cold(run: Callable[[], None], repeats: int, device: torch.device) -> float:
+    """The same on a GPU whose L2 cache holds nothing of the call's before each."""
+    l2 = torch.cuda.get_device_properties(device).L2_cache_size
+    other = torch.empty(2 * l2, dtype=torch.uint8, device=device)
+    total = 0.0
+    for _ in range(repeats):
+        other.zero_()
+        total += warm(run, 1, device)
+    return total
+
+
+def replayed(run: Callable[[], None]) -> Callable[[], None]:
+    """A run captured in a CUDA graph: without the CPU's part."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):  # what is set up once must not be captured
+            run()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return graph.replay
+
+
 def interleaved(
     runners: dict[str, Callable[[], None]],
     device: torch.device,
     seconds: float,
     stats: dict[str, Stats] | None = None,
+    sample: Sample = warm,
 ) -> dict[str, Stats]:
     """Seconds per call of each runner, round by round, within about `seconds` in all; added to
     `stats`, where there are some already.
 
     A sample is as many calls in a row as the fastest runner makes in five milliseconds, the same
     number for all: the first call after another runner finds cold caches, and that share must not
-    depend on a runner's speed.
+    depend on a runner's speed. A runner that has a `session` runs inside of one. Where any has, all
+    are called once more before each sample: what a session changes, they may have to find anew.
     """
+    sessions = {id(run): getattr(run, "session", nullcontext) for run in runners.values()}
+    plain = all(session is nullcontext for session in sessions.values())
+
+    def timed(run: Callable[[], None], repeats: int) -> float:
+        with sessions[id(run)]():
+            if not plain:
+                run()
+            return sample(run, repeats, device)
+
     for run in runners.values():
-        for _ in range(3):  # warm-up: caches, allocator, Triton's compiler
-            run()
-    repeats = max(1, int(5e-3 / min(_sample(run, 1, device) for run in runners.values())))
+        timed(run, 3)  # warm-up: caches, allocator, compilers
+    repeats = max(1, int(5e-3 / min(timed(run, 1) for run in runners.values())))
     stats = stats or {name: Stats() for name in runners}
     order = list(runners)
     start = time.perf_counter()
     rounds = 0
     while rounds < 5 or time.perf_counter() - start < seconds:
         for name in order:
-            stats[name].update(_sample(runners[name], repeats, device) / repeats)
+            stats[name].update(timed(runners[name], repeats) / repeats)
         order = order[1:] + order[:1]
         rounds += 1
     return stats
 
 
-def _sample(run: Callable[[], None], repeats: int, device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    start = time.perf_counter()
-    for _ in range(repeats):
-        run()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - start
+def ceilings(device: torch.device) -> dict[str, float]:
+    """What this device does at best: bytes per second of a copy, and float32 operations per second
+    of a matmul as PyTorch is set."""
+    elements, n = (1 << 28, 8192) if device.type == "cuda" else (1 << 24, 1024)
+    x, y, m = (torch.ones(s, device=device) for s in (elements, elements, n * n))
+    a = m.view(n, n)
+    b = a.clone()
+    best = {
+        name: min(warm(run, 1, device) for _ in range(7))
+        for name, run in {
+            "copy": lambda: y.copy_(x),
+            "matmul": lambda: torch.mm(a, a, out=b),
+        }.items()
+    }
+    return {"bandwidth": 8 * elements / best["copy"], "rate": 2.0 * n**3 / best["matmul"]}
 
 
 def paired_ratio(ours: Stats, other: Stats) -> dict[str, float]:

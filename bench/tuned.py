@@ -13,7 +13,8 @@ from rich.progress import track
 from rich.table import Table
 
 import wn_kernels
-from bench.cases import PROVIDERS, SUITES
+from bench.cases import SUITES
+from bench.providers import PROVIDERS
 from wn_kernels import table
 from wn_kernels.tuning import Tuned
 
@@ -40,7 +41,7 @@ def main(seconds: float) -> int:
     losses = []
     for case in track(cases, "tuning", console=console, transient=True):
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        layer = PROVIDERS["ours"](case, case.layer(device))
+        layer = PROVIDERS["ours"].make(case, case.layer(device))
         for line in wn_kernels.tune(
             layer, torch.randn(case.x_shape, device=device), seconds=seconds
         ):

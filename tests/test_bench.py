@@ -1,5 +1,6 @@
 """The benchmark's own promises: nothing wrong is timed, and the reports hold what they say."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -7,6 +8,7 @@ import re
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import pytest
@@ -15,10 +17,11 @@ from pytest_benchmark.stats import Stats
 
 pytest.importorskip("rich")
 
-from bench import cases, cli, gpu, norms, report, suite, tuned
-from bench.cases import Case, Runner
+from bench import cases, cli, gpu, memory, norms, overhead, report, suite, timing, tuned
+from bench.cases import Case
+from bench.providers import PROVIDERS, Provider, variants
 from bench.timing import interleaved, is_wide, paired_ratio
-from wn_kernels import WNLinear, plan
+from wn_kernels import WNLinear, plan, tuning
 from wn_kernels.tuning import Tuned
 
 CPU = torch.device("cpu")
@@ -29,10 +32,63 @@ CONV = [
 ]
 
 
+QUICK = [name for name, provider in PROVIDERS.items() if provider.competes(CPU, full=False)]
+
+
 @pytest.mark.parametrize("case", TINY + CONV)
-@pytest.mark.parametrize("name", cases.PROVIDERS)
+@pytest.mark.parametrize("name", QUICK)
 def test_providers_are_right(case, name):
-    Runner(case, name, CPU).check()
+    case.competitors(CPU, full=False)[name]().check()
+
+
+def test_the_compiled_baseline_is_right():
+    runner = TINY[0].competitors(CPU, full=True)["compiled"]()
+    runner.check()
+    assert runner.module._compiled_call_impl is not None
+
+
+@pytest.mark.parametrize("case", TINY + CONV)
+def test_every_path_is_right_and_taken(case):
+    """In its session each variant is served that way, and nothing is left of it afterwards."""
+    found = variants(case, CPU)
+    assert {"ours: reference", "ours: aten, materialize/materialize"} < set(found)
+    for name in found:
+        runner = case.competitors(CPU, full=True)[name]()
+        with runner.session():
+            runner.check()
+            if name != "ours: reference":
+                with plan.watching() as calls:
+                    runner()
+                served = {plan.choose(*call) for call in calls}
+                assert {f"ours: aten, {tuning.name_of(choice)}" for choice in served} <= {name}
+    assert not plan._fixed
+    assert not plan.is_forced()
+
+
+@pytest.mark.parametrize("dtype", cli.DTYPES)
+def test_dtypes(dtype):
+    """Checked by what the dtype accounts for; a thousandth too much is seen in float32 alone."""
+    case = dataclasses.replace(TINY[1], dtype=dtype)
+    runner = case.competitors(CPU, full=False)["ours"]()
+    assert runner.x.dtype == runner.module.weight_v.dtype == getattr(torch, dtype)
+    runner.check()
+    with torch.no_grad():
+        runner.module.weight_g.mul_(1.1)
+    runner.check()  # a layer of its own, right as well
+    runner.module.forward = lambda x, right=runner.module.forward: 1.1 * right(x)
+    with pytest.raises(AssertionError, match="ours is wrong"):
+        runner.check()
+
+
+def test_work():
+    """Operations and bytes, by hand: 4 × 24 × 16 products, and three times that with gradients."""
+    operations, moved = TINY[0].work()
+    assert operations == 2 * 4 * 24 * 16
+    assert moved == 4 * (4 * 24 + 24 * 16 + 4 * 16)
+    assert TINY[1].work() == (3 * operations, 3 * moved)
+    # Every input is spread over 3 × 5 outputs; (9 − 1) · 2 + 5 = 21 pixels come out.
+    assert CONV[0].work()[0] == 2 * (2 * 4 * 9) * 3 * 5
+    assert CONV[0].work()[1] == 4 * (2 * 4 * 9 + 4 * 3 * 5 + 2 * 3 * 21)
 
 
 @pytest.mark.parametrize("case", TINY)
@@ -46,7 +102,7 @@ def test_a_wrong_provider_is_not_timed(case, monkeypatch, tmp_path):
         wrong.load_state_dict(layer.state_dict())
         return wrong
 
-    monkeypatch.setitem(cases.PROVIDERS, "ours", make)
+    monkeypatch.setitem(PROVIDERS, "ours", Provider(make))
     with pytest.raises(AssertionError, match="ours is wrong"):
         suite.run_case(case, CPU, 0.01)
     monkeypatch.setitem(cases.SUITES, "linear", [case])
@@ -54,6 +110,10 @@ def test_a_wrong_provider_is_not_timed(case, monkeypatch, tmp_path):
     report = json.loads((tmp_path / "r.json").read_text())
     assert not report["results"]
     assert "ours is wrong" in report["wrong"][0]
+    if case.mode == "train":
+        monkeypatch.setattr(suite, "SUITES", {"linear": [case]})
+        assert memory.main(str(tmp_path / "m.json"), full=False) == 1
+        assert not json.loads((tmp_path / "m.json").read_text())["results"]
 
 
 def test_report(monkeypatch, tmp_path, capsys):
@@ -62,9 +122,11 @@ def test_report(monkeypatch, tmp_path, capsys):
     assert suite.main("linear", str(path), 0.02) == 0
     report = json.loads(path.read_text())
     assert report["environment"]["backend"] == "aten"
+    assert report["ceilings"]["bandwidth"] > 1e8
+    assert report["ceilings"]["rate"] > 1e8
     assert len(report["results"]) == 2
     for result in report["results"]:
-        assert set(result["seconds"]) == set(cases.PROVIDERS)
+        assert list(result["seconds"]) == QUICK
         assert all(s["median"] > 0 and s["rounds"] >= 5 for s in result["seconds"].values())
         assert result["ratios"]["ours/eager"]["median"] > 0
     saved = report["results"][1]["saved_bytes"]
@@ -72,6 +134,120 @@ def test_report(monkeypatch, tmp_path, capsys):
     assert saved["eager"] >= weight > saved["ours"]
     assert saved["plain"] == 0
     assert "backend aten" in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_full_run(monkeypatch, tmp_path, capsys):
+    """Every path of ours has its line, in the terminal and on the page."""
+    monkeypatch.setitem(cases.SUITES, "conv", CONV)
+    monkeypatch.setitem(
+        PROVIDERS, "compiled", dataclasses.replace(PROVIDERS["eager"], full=True)
+    )  # a compiler takes its time
+    path = tmp_path / "r.json"
+    assert suite.main("conv", str(path), 0.02, full=True) == 0
+    report = json.loads(path.read_text())
+    assert report["settings"]["full"]
+    seconds = report["results"][0]["seconds"]
+    assert {*QUICK, "compiled", "ours: aten, materialize/materialize"} < set(seconds)
+    assert "ours by every path" in capsys.readouterr().out
+    page = tmp_path / "page.html"
+    assert cli.main(["report", str(path), "--output", str(page)]) == 0
+    assert "<td>aten, materialize/materialize</td>" in page.read_text()
+
+
+def test_memory(monkeypatch, tmp_path):
+    """The most that a run holds at once, and the weight that eager holds and ours does not."""
+
+    def run():
+        first = torch.empty(1 << 20)
+        second = torch.empty(1 << 18)
+        del first
+        third = torch.empty(1 << 18)
+        del second, third
+
+    assert memory.peak_bytes(run, CPU) == 4 * (1 << 20) + 4 * (1 << 18)
+    large = [Case("8, 256, 256", "Linear", (256, 256), (8, 256), mode) for mode in cases.MODES]
+    monkeypatch.setattr(suite, "SUITES", {"linear": large})
+    path = tmp_path / "m.json"
+    assert memory.main(str(path), full=False) == 0
+    (found,) = json.loads(path.read_text())["results"]
+    weight = 4 * 256 * 256
+    saved, peak = found["saved_bytes"], found["peak_bytes"]
+    assert saved["plain"] == 0
+    assert saved["ours"] < weight < saved["eager"]
+    assert peak["plain"] + weight <= peak["eager"]
+    page = tmp_path / "page.html"
+    assert cli.main(["report", str(path), "--output", str(page)]) == 0
+    assert "<td>8, 256, 256</td>" in page.read_text()
+
+
+def test_overhead(monkeypatch, tmp_path):
+    """The places that a call passes through, and no more time than it takes."""
+    monkeypatch.setattr(overhead, "CASES", overhead.CASES[:2])
+    monkeypatch.setattr(overhead, "CALLS", 20)
+    path = tmp_path / "o.json"
+    assert suite.main("overhead", str(path), 0.02) == 0
+    for result in json.loads(path.read_text())["results"]:
+        for name, places in result["microseconds"].items():
+            total = 1e6 * result["seconds"][name]["median"]
+            assert sum(places.values()) == pytest.approx(total)
+            assert ("functional" in places) == (name == "ours")
+    page = tmp_path / "page.html"
+    assert cli.main(["report", str(path), "--output", str(page)]) == 0
+    assert "by place" in page.read_text()
+
+
+def test_a_gpu_is_timed_by_events(monkeypatch):
+    """Warm, with the cache cleared before each call, and replayed: on a stand-in for a GPU whose
+    clock ticks once an operation."""
+    clock, log = [0.0], []
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            self.time = clock[0]
+
+        def elapsed_time(self, end):
+            return end.time - self.time
+
+    class Graph:
+        def replay(self):
+            log.append("replay")
+
+    class Block(contextlib.nullcontext):
+        def wait_stream(self, other):
+            log.append("wait")
+
+    class Buffer:
+        def zero_(self):
+            log.append("clear")
+            clock[0] += 100
+
+    def run():
+        log.append("run")
+        clock[0] += 1
+
+    stand_in = types.SimpleNamespace(
+        Event=Event,
+        CUDAGraph=Graph,
+        Stream=Block,
+        stream=Block,
+        graph=Block,
+        current_stream=Block,
+        synchronize=lambda device: None,
+        get_device_properties=lambda device: types.SimpleNamespace(L2_cache_size=1 << 20),
+    )
+    monkeypatch.setattr(timing.torch, "cuda", stand_in)
+    monkeypatch.setattr(timing.torch, "empty", lambda *size, **options: Buffer())
+    device = torch.device("cuda")
+    assert timing.warm(run, 5, device) == pytest.approx(5e-3)
+    log.clear()
+    assert timing.cold(run, 3, device) == pytest.approx(3e-3)  # without the time of clearing
+    assert log == ["clear", "run"] * 3
+    log.clear()
+    timing.replayed(run)()
+    assert log == ["wait", "run", "run", "run", "wait", "run", "replay"]
 
 
 def test_every_suite_has_its_command():
@@ -89,13 +265,13 @@ NORMS = [
 
 @pytest.mark.parametrize("case", NORMS)
 def test_norms_are_checked(case, monkeypatch):
-    for name in case.providers:
-        runner = case.runner(name, CPU)
+    for build in case.competitors(CPU, full=False).values():
+        runner = build()
         runner.check()
         runner()
     monkeypatch.setitem(norms.PROVIDERS, "ours", lambda v, g, dim: 1.1 * v * g)
     with pytest.raises(AssertionError, match="ours is wrong"):
-        case.runner("ours", CPU).check()
+        case.competitors(CPU, full=False)["ours"]().check()
 
 
 def test_rounds_are_interleaved():
@@ -136,13 +312,27 @@ def test_codegen_records(tmp_path):
         assert record["config"]
 
 
-def bounds_of(*arguments):
-    """Compiled in a process of its own: this one may be interpreting."""
+def bounds_of(tiles, *names):
+    """By target, `(form, bound, issue cycles, record)`; compiled in a process of its own: this one
+    may be interpreting. `tiles` is an expression."""
     code = f"""
 import json
+from dataclasses import asdict
 from bench import bounds
-found = bounds.bounds({", ".join(arguments)})
-print(json.dumps([[t.name, form, b.name, b.record.loop_instructions] for t, _, form, b in found]))
+from wn_kernels.backends.triton import configs
+
+def shipped(function, *arguments):
+    return [bounds.Tile(*function(*arguments))]
+
+found = {{}}
+for target in bounds.TARGETS:
+    with configs.architecture(target.name):
+        tiles = {tiles}
+    found[target.name] = [
+        (form, bound.name, bound.issue, asdict(record))
+        for _, _, form, record, bound in bounds.forms(tiles, {names}, [target])
+    ]
+print(json.dumps(found))
 """
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     command = [sys.executable, "-c", code]
@@ -153,20 +343,41 @@ print(json.dumps([[t.name, form, b.name, b.record.loop_instructions] for t, _, f
 def test_a_small_batch_is_bound_by_memory():
     """On every target, in one pass: the norm in the loop hides behind the bytes of V."""
     pytest.importorskip("triton")
-    found = bounds_of("[bounds.TILES[1]]", "('one_pass',)")
+    found = bounds_of("shipped(configs.one_pass, 16, 8192, 2)", "one_pass")
     assert len(found) == 4
-    for target, _, name, instructions in found:
+    for target, ((_, name, _, record),) in found.items():
         assert name == "memory", target
-        assert instructions > 0
+        assert record["spill_bytes"] == 0
+        assert record["loop_instructions"] > 0
 
 
 def test_ready_norms_cost_the_loop_nothing():
     """The scaled form's loop is a plain matmul's, to 5 %, at the tile of large batches."""
     pytest.importorskip("triton")
-    found = bounds_of("[bounds.TILES[3]]", "('plain', 'epilogue')")
-    counts = {(target, form): instructions for target, form, _, instructions in found}
-    for target in {target for target, _ in counts}:
-        assert counts[target, "epilogue"] <= 1.05 * counts[target, "plain"]
+    tiles = "shipped(configs.matmul, 4096, 4096, 2, False, False, True)"
+    for target, found in bounds_of(tiles, "plain", "epilogue").items():
+        counts = {form: record["loop_instructions"] for form, _, _, record in found}
+        copies = target in ("cuda:90", "cuda:100")
+        assert ("epilogue, descriptors" in counts) == copies
+        for how in (", descriptors", "") if copies else ("",):
+            assert counts[f"epilogue{how}"] <= 1.05 * counts[f"plain{how}"], target
+
+
+def test_hardware_copies_the_tiles_of_large_batches():
+    """On Hopper and Blackwell: copies of tiles in the loop, beside tensor cores that read them from
+    shared memory, for fewer instructions than by pointers."""
+    pytest.importorskip("triton")
+    tiles = "shipped(configs.matmul, 4096, 4096, 2, True, False, True)"
+    found = bounds_of(tiles, "prologue_r")
+    for target, loads in (("cuda:90", "descriptors"), ("cuda:100", "specialized")):
+        forms = {form: (issue, record) for form, _, issue, record in found[target]}
+        issue, record = forms[f"prologue_r, {loads}"]
+        assert record["mix"]["tile copy"] == 2
+        assert record["tensor_core_instructions"] > 0
+        assert record["spill_bytes"] == 0
+        assert issue < forms["prologue_r"][0]
+    for target in ("cuda:80", "hip:gfx942"):
+        assert [form for form, *_ in found[target]] == ["prologue_r"]
 
 
 # --- results -------------------------------------------------------------------------------------
@@ -175,7 +386,7 @@ def test_ready_norms_cost_the_loop_nothing():
 def result(label="a", mode="infer", eager=0.5, plain=1.1, spread=0.01, noisy=False):
     ratios = {"ours/eager": eager, "ours/plain": plain}
     return {
-        "case": {"label": label, "mode": mode, "is_large": True},
+        "case": TINY[mode == "train"].record() | {"label": label},
         "seconds": {name: {"median": 1e-3} for name in ("plain", "eager", "ours")},
         "ratios": {
             name: {"median": r, "q1": r, "q3": r, "low": r - spread, "high": r + spread}
@@ -190,6 +401,7 @@ def results_of(path, *found):
     where = {"device": "a <CPU>", "threads": 2, "torch": "2.13.0", "commit": "abc"}
     means = suite.geometric_means(list(found))
     report = {"suite": "linear", "environment": where, "results": found, "means": means}
+    report |= {"settings": {"dtype": "float32"}, "ceilings": {"bandwidth": 1e10, "rate": 1e11}}
     path.write_text(json.dumps(report))
     return str(path)
 
@@ -240,7 +452,7 @@ def test_report_page(tmp_path):
     output = tmp_path / "page.html"
     assert cli.main(["report", path, "--output", str(output)]) == 0
     page = output.read_text()
-    assert page.count("<svg") == 3
+    assert page.count("<svg") == 5
     assert page.count("class=slower") == 3
     assert "doubt (noisy)" in page
     assert "a &lt;CPU&gt;" in page

@@ -43,7 +43,7 @@ def test_every_choice_is_right(case):
     assert every[0] == plan.by_cost(call, "aten") == plan.choose(call, "aten")
     assert len(set(every)) == len(every)
     for choice in every:
-        with tuning._fixed(call, "aten", choice):
+        with tuning.fixed(call, "aten", choice):
             case.check(lambda *inputs: tuning._run(call, inputs))
 
 
@@ -54,7 +54,7 @@ def test_every_choice_is_right_triton(case):
     call = call_of(case)._replace(channels_last=last)
     with wn_kernels.use_backend("triton"):
         for choice in plan.choices(call, "triton"):
-            with tuning._fixed(call, "triton", choice):
+            with tuning.fixed(call, "triton", choice):
                 case.check(lambda *inputs: tuning._run(call, inputs))
 
 

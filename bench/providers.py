@@ -1,0 +1,140 @@
+"""The layers that compete in a case: one decorator each.
+
+@provider("name")               in every run
+@provider("name", full=True)    in full runs alone
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import warnings
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+import wn_kernels
+from wn_kernels import plan, tuning
+
+if TYPE_CHECKING:
+    from bench.cases import Case
+
+Make = Callable[["Case", nn.Module], nn.Module]
+Session = Callable[[], AbstractContextManager[Any]]
+
+
+@dataclass(frozen=True)
+class Provider:
+    """A competitor.
+
+    Attributes:
+        make: turns a case's plain layer into it.
+        full: whether it competes in full runs alone.
+        needs_gpu: whether it competes on a GPU alone.
+        package: what has to be installed.
+        session: what it runs inside of.
+    """
+
+    make: Make
+    full: bool = False
+    needs_gpu: bool = False
+    package: str = "torch"
+    session: Session = nullcontext
+
+    def competes(self, device: torch.device, full: bool) -> bool:
+        """Whether it takes part in a run there."""
+        return (
+            (full or not self.full)
+            and (device.type == "cuda" or not self.needs_gpu)
+            and importlib.util.find_spec(self.package) is not None
+        )
+
+
+PROVIDERS: dict[str, Provider] = {}
+
+
+def provider(name: str, **options: Any) -> Callable[[Make], Make]:
+    """Registers a function that turns a case's plain layer into the competitor of that name."""
+
+    def register(make: Make) -> Make:
+        PROVIDERS[name] = Provider(make, **options)
+        return make
+
+    return register
+
+
+@provider("plain")
+def _plain(case: Case, layer: nn.Module) -> nn.Module:
+    """The floor: the layer without weight norm."""
+    return layer
+
+
+@provider("eager")
+def _eager(case: Case, layer: nn.Module) -> nn.Module:
+    """PyTorch's parametrization, the baseline."""
+    return torch.nn.utils.parametrizations.weight_norm(layer, dim=case.dim)
+
+
+@provider("legacy")
+def _legacy(case: Case, layer: nn.Module) -> nn.Module:
+    """PyTorch's older forward hook."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        return torch.nn.utils.weight_norm(layer, dim=case.dim)
+
+
+@provider("compiled", full=True)
+def _compiled(case: Case, layer: nn.Module) -> nn.Module:
+    """The baseline under `torch.compile`."""
+    torch.compiler.reset()
+    eager = _eager(case, layer)
+    eager.compile()
+    return eager
+
+
+def _gems() -> AbstractContextManager[Any]:
+    import flag_gems
+
+    return flag_gems.use_gems()
+
+
+@provider("FlagGems", full=True, needs_gpu=True, package="flag_gems", session=_gems)
+def _flag_gems(case: Case, layer: nn.Module) -> nn.Module:
+    """The baseline with FlagGems' kernels in the place of PyTorch's."""
+    return _eager(case, layer)
+
+
+@provider("ours")
+def _ours(case: Case, layer: nn.Module) -> nn.Module:
+    kind = getattr(wn_kernels, f"WN{case.kind}")
+    like = next(layer.parameters())
+    where = {"device": like.device, "dtype": like.dtype}
+    fused = kind(*case.arguments, **case.options, dim=case.dim, **where)
+    fused.load_state_dict(layer.state_dict())
+    return fused
+
+
+def variants(case: Case, device: torch.device) -> dict[str, Provider]:
+    """Ours by every other backend there is, and by every path of the one that serves it."""
+    layer = _ours(case, case.layer(device))
+    x = torch.zeros(case.x_shape, dtype=case.torch_dtype, device=device)
+    sessions: dict[str, Session] = {}
+    chosen = plan.choose_backend(x)
+    for backend in plan.BACKENDS:
+        if backend not in (chosen, "triton"):  # which serves a GPU anyway, and an interpreter here
+            sessions[backend] = partial(wn_kernels.use_backend, backend)
+    for call, backend in tuning.calls_of(layer, (x,)):
+        for choice in plan.choices(call, backend):
+            name = f"{backend}, {tuning.name_of(choice)}"
+            sessions[name] = partial(tuning.fixed, call, backend, choice)
+    return {f"ours: {name}": Provider(_ours, session=s) for name, s in sessions.items()}
+
+
+def providers_of(case: Case, device: torch.device, full: bool) -> dict[str, Provider]:
+    """Those that compete in a case, by name."""
+    found = {name: p for name, p in PROVIDERS.items() if p.competes(device, full)}
+    return found | variants(case, device) if full else found
