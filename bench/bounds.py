@@ -68,6 +68,8 @@ class Bound(NamedTuple):
     @property
     def name(self) -> str:
         """What holds."""
+        if not self.issue:
+            return "no loop"
         return max(self._fields, key=lambda field: getattr(self, field))
 
 
@@ -225,7 +227,7 @@ def _table(title: str, *names: str) -> Table:
     for name in names:
         shown.add_column(name, no_wrap=True)
     for name in Bound._fields:
-        shown.add_column(name, justify="right")
+        shown.add_column(name, justify="right", no_wrap=True)
     shown.add_column("bound", no_wrap=True)
     return shown
 
@@ -238,12 +240,14 @@ def _cells(found: Bound, record: Record) -> list[str]:
 def main(every: bool) -> int:
     """Prints the table of the matmul's forms, or that of every kernel."""
     if every:
-        shown = _table("cycles of an iteration", "target", "kernel", "configuration", "plain issue")
+        shown = _table("cycles of an iteration", "target", "kernel", "configuration", "plain")
         for kernel, config, record, found, plain in kernels():
             name = kernel.removesuffix("_kernel")
-            issue = f"{plain.issue:.0f}" if plain else ""
-            shown.add_row(record.target, name, config, issue, *_cells(found, record))
-        Console(width=140).print(shown)
+            bare = f"{plain.issue:.0f} {max(plain):.0f}" if plain else ""
+            shown.add_row(record.target, name, config, bare, *_cells(found, record))
+        console = Console(width=160)
+        console.print(shown)
+        console.print("plain: a plain matmul of the same tile, its issue slots and its bound")
         return 0
     shown = _table("cycles of an iteration of matmul", "target", "tile, warps, stages", "form")
     before = None

@@ -209,6 +209,22 @@ def test_gpus(device):
 
 
 @pytest.mark.parametrize("device", costs.GPUS.values(), ids=costs.GPUS)
+def test_convolutions_on_gpus(device):
+    """One launch for a few pixels; for many the vendor's product, and without its lead the form
+    whose loop is a plain convolution's."""
+
+    def forward(device, batch, pixels):
+        conv = Geometry((1, 1), (1, 1), (1, 1), False, (0, 0), 1)
+        x_shape, v_shape = torch.Size((batch, 256, pixels, pixels)), torch.Size((256, 256, 3, 3))
+        call = Call(x_shape, v_shape, BF16, BF16, 0, conv, channels_last=True)
+        return costs.costs(call, "triton", device).cheapest()[0]
+
+    assert forward(device, 1, 4) == "one_pass"
+    assert forward(device, 8, 64) == "materialize"
+    assert forward(dataclasses.replace(device, efficiency=1.0), 8, 64) == "packed"
+
+
+@pytest.mark.parametrize("device", costs.GPUS.values(), ids=costs.GPUS)
 def test_gpus_of_data_sheets(device):
     """Bandwidths and rates lie between the slowest and the fastest of the generations, and a
     matmul of enough rows is bound by operations, one of few by bytes."""

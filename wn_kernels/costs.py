@@ -34,6 +34,8 @@ class Device:
         inline_norm: factor on the operations of a matmul whose loop also takes the norm.
         prologue: factor on the operations of a matmul whose loop scales its tile of `V`.
         tf32_rate: operations per second of a float32 matmul in TF32.
+        gather: factor on the operations of a convolution whose loop reads `V` as it lies, taps
+            innermost.
     """
 
     name: str
@@ -44,6 +46,7 @@ class Device:
     inline_norm: float = 1.0
     prologue: float = 1.0
     tf32_rate: float = 0.0
+    gather: float = 1.0
 
     def rate(self, itemsize: int, tf32: bool = False) -> float:
         """Operations per second for elements of that many bytes."""
@@ -54,17 +57,18 @@ class Device:
 CPU = Device("CPU", bandwidth=2e10, rates=(1e11, 1e11, 5e10), overhead=8e-6)
 
 # Of the data sheets: the SXM or OAM part, dense, without sparsity; bfloat16, float32, float64 and
-# TF32. The efficiency is an assumption, and so is the overhead. The factors of the inline norm and
-# of the prologue take the issue cycles that they add to the loop of a large tile, by its compiled
-# code, for time lost beside what bounds a plain matmul there (docs/benchmarks.md).
+# TF32. The efficiency is an assumption, and so is the overhead. The factors are read from compiled
+# code (docs/benchmarks.md): those of the inline norm and of the prologue take the issue cycles that
+# they add to the loop of a large tile for time lost beside what bounds a plain matmul there; the
+# gather's is the bound of a convolution's loop over that of the packed form's, product for product.
 GPUS = {
     device.name: device
     for device in (
-        Device("A100", 2.04e12, (3.12e14, 1.95e13, 1.95e13), 4e-6, 0.8, 1.2, 1.4, 1.56e14),
-        Device("H100", 3.35e12, (9.89e14, 6.7e13, 6.7e13), 4e-6, 0.8, 1.2, 1.3, 4.95e14),
-        Device("H200", 4.8e12, (9.89e14, 6.7e13, 6.7e13), 4e-6, 0.8, 1.2, 1.3, 4.95e14),
-        Device("B200", 8.0e12, (2.25e15, 8.0e13, 4.0e13), 4e-6, 0.8, 1.2, 1.4, 1.1e15),
-        Device("MI300X", 5.3e12, (1.307e15, 1.634e14, 1.634e14), 4e-6, 0.8, 1.1, 2.5, 6.54e14),
+        Device("A100", 2.04e12, (3.12e14, 1.95e13, 1.95e13), 4e-6, 0.8, 1.2, 1.4, 1.56e14, 2.1),
+        Device("H100", 3.35e12, (9.89e14, 6.7e13, 6.7e13), 4e-6, 0.8, 1.2, 1.3, 4.95e14, 1.9),
+        Device("H200", 4.8e12, (9.89e14, 6.7e13, 6.7e13), 4e-6, 0.8, 1.2, 1.3, 4.95e14, 1.9),
+        Device("B200", 8.0e12, (2.25e15, 8.0e13, 4.0e13), 4e-6, 0.8, 1.2, 1.4, 1.1e15, 2.4),
+        Device("MI300X", 5.3e12, (1.307e15, 1.634e14, 1.634e14), 4e-6, 0.8, 1.1, 2.5, 6.54e14, 1.3),
     )
 }
 
@@ -275,8 +279,9 @@ def triton_convolution(call: Call, conv: Geometry, device: Device) -> Costs:
     in what the loop does with its tile. `one_pass` launches once and takes the norms beside the
     product, again for every tile of pixels: it is for few pixels. `scaled` takes the norms first;
     with the scale along the output it costs the loop nothing, elsewhere it is multiplied into
-    every tile. Both gather `V` as it lies, taps innermost. `packed` writes `W` once, in the
-    product's dtype and with channels innermost, and its loop is that of a plain convolution.
+    every tile. Both gather `V` as it lies, taps innermost, which bounds their loops by issue slots.
+    `packed` writes `W` once, in the product's dtype and with channels innermost, and its loop is
+    that of a plain convolution.
 
     In the backward the weight's gradient is the same product over pixels in every form of ours.
     Groups of a few channels are bound by the bytes of their activations whatever their form: one
@@ -291,7 +296,7 @@ def triton_convolution(call: Call, conv: Geometry, device: Device) -> Costs:
     repack = [] if call.channels_last else [Stage(2 * x), Stage(2 * y)]
 
     def scaled(epilogue: bool) -> float:
-        return own * (1.0 if epilogue and not narrows else device.prologue)
+        return own * device.gather * (1.0 if epilogue and not narrows else device.prologue)
 
     forward = {
         "packed": [*repack, Stage(v + w), Stage(x + w + y, own)],
@@ -299,7 +304,8 @@ def triton_convolution(call: Call, conv: Geometry, device: Device) -> Costs:
         "materialize": [Stage(v + w), Stage(x + w + y, product)],
     }
     if conv.owns_slices(call.dim) and not narrows:
-        forward["one_pass"] = [*repack, Stage(x + v + y, own * device.inline_norm)]
+        inline = own * device.gather * device.inline_norm
+        forward["one_pass"] = [*repack, Stage(x + v + y, inline)]
     grad = [Stage(x + y + 4 * weight, own), Stage(4 * weight + 2 * v)]
     backward = {
         "packed": [*repack, Stage(v + w), Stage(y + w + x, own), *grad],
