@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bench.allocation import saved_bytes
 from bench.providers import Provider, providers_of
 from wn_kernels.backends import reference
 
@@ -219,20 +220,3 @@ def check_close(what: str, actual: Tensor, expected: Tensor, length: int) -> Non
         raise AssertionError(
             f"{what} has relative error {error:.2e}, allowed {bound:.2e}; it is not timed"
         )
-
-
-def saved_bytes(leaves: list[Tensor], forward: Callable[[], Tensor]) -> int:
-    """Memory kept between forward and backward, beyond the input and the parameters."""
-    known = {t.untyped_storage().data_ptr() for t in leaves}
-    saved: dict[int, int] = {}
-
-    def pack(t: Tensor) -> Tensor:
-        storage = t.untyped_storage()
-        if storage.data_ptr() not in known:
-            saved[storage.data_ptr()] = storage.nbytes()
-        return t
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        y = forward()
-    del y
-    return sum(saved.values())

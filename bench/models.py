@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 import wn_kernels
-from bench.cases import MODES, saved_bytes
+from bench.allocation import saved_bytes
+from bench.cases import MODES
 
 
 class Model(NamedTuple):

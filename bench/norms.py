@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 import wn_kernels.functional as WF
-from bench.cases import MODES, check_close, saved_bytes
+from bench.allocation import saved_bytes
+from bench.cases import MODES, check_close
 from wn_kernels.backends import reference
 from wn_kernels.backends.shapes import kept_shape
 

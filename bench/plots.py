@@ -12,7 +12,7 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from bench.suite import VARIANT
+from bench.tables import VARIANT
 
 matplotlib.use("svg")
 

@@ -12,7 +12,7 @@ from typing import Any
 from rich.console import Console
 
 from bench import memory, plots
-from bench.suite import extra_rows, is_slower, rows
+from bench.tables import extra_rows, is_slower, rows
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2em auto; max-width: 70em; padding: 0 1em }

@@ -8,7 +8,6 @@ import os
 import platform
 import subprocess
 import time
-from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -19,24 +18,18 @@ import torch
 from pytest_benchmark.stats import Stats
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
 
+from bench import norms, overhead
+from bench.allocation import peak_bytes
 from bench.cases import SUITES, Case
-from bench.memory import peak_bytes
+from bench.tables import tables
 from bench.timing import ceilings, cold, interleaved, is_wide, paired_ratio, replayed
 from wn_kernels import plan
 from wn_kernels import table as tuned
 
 if TYPE_CHECKING:
     from bench.models import ModelCase
-    from bench.norms import NormCase
 
-
-# How the names of ours by a path of its own begin.
-VARIANT = "ours: "
-
-# A ratio of two equal layers from one run to the next.
-NOISE = 1.05
 
 # Uncertain cases are timed again while a suite has taken no longer than this share of its timing.
 BUDGET = 1.1
@@ -44,23 +37,15 @@ BUDGET = 1.1
 
 def cases_of(suite: str) -> list[Any]:
     """The cases of a suite."""
-    if suite == "norm":
-        from bench import norms  # after `cases`, on which it builds
-
-        return norms.CASES
-    if suite == "overhead":
-        from bench import overhead
-
-        return overhead.CASES
     if suite == "models":
         from bench import models  # needs packages that the other suites do not
 
         return models.CASES
-    return SUITES[suite]
+    return (SUITES | {"norm": norms.CASES, "overhead": overhead.CASES})[suite]
 
 
 def run_case(
-    case: Case | ModelCase | NormCase,
+    case: Case | ModelCase | norms.NormCase,
     device: torch.device,
     seconds: float,
     again: bool = True,
@@ -169,107 +154,6 @@ def geometric_means(results: list[dict[str, Any]]) -> dict[str, float]:
     return means
 
 
-def rows(results: list[dict[str, Any]]) -> list[list[str]]:
-    """A table's rows, the header first."""
-    providers = [name for name in results[0]["seconds"] if not name.startswith(VARIANT)]
-    found = [["case", "mode", *providers, "ours/eager", "ours/plain", "saved, ours", "eager"]]
-    for r in results:
-        times = [_time(r["seconds"][name]["median"]) for name in providers]
-        ratios = [_ratio(r["ratios"][f"ours/{name}"]) for name in ("eager", "plain")]
-        saved = [_size(r["saved_bytes"].get(name)) for name in ("ours", "eager")]
-        label = r["case"]["label"] + (" (noisy)" if r["noisy"] else "")
-        found.append([label, r["case"]["mode"], *times, *ratios, *saved])
-    return found
-
-
-def variant_rows(results: list[dict[str, Any]]) -> list[list[str]]:
-    """The same of ours by every path, for the cases that were timed by more than the chosen one."""
-    found = [["case", "mode", "path", "time", "ours over it"]]
-    for r in results:
-        for name in r["seconds"]:
-            if name.startswith(VARIANT):
-                cells = _time(r["seconds"][name]["median"]), _ratio(r["ratios"][f"ours/{name}"])
-                path = name.removeprefix(VARIANT)
-                found.append([r["case"]["label"], r["case"]["mode"], path, *cells])
-    return found
-
-
-def _time(seconds: float) -> str:
-    return f"{seconds * 1e3:.2f} ms" if seconds >= 1e-3 else f"{seconds * 1e6:.0f} µs"
-
-
-def _ratio(ratio: dict[str, float]) -> str:
-    """The median and its 95 % interval."""
-    return f"{ratio['median']:.2f} ({ratio['low']:.2f}–{ratio['high']:.2f})"
-
-
-def _size(size: int | None) -> str:
-    return "" if size is None else f"{size / 1024:.0f} KiB"
-
-
-def is_slower(result: dict[str, Any]) -> bool:
-    """Whether ours is slower than eager beyond noise."""
-    ratio = result["ratios"]["ours/eager"]
-    return ratio["low"] > 1 and ratio["median"] > NOISE
-
-
-def _printed(title: str, lines: list[list[str]], styles: Sequence[str] = ()) -> Table:
-    shown = Table(title=title)
-    header, *lines = lines
-    for i, name in enumerate(header):
-        shown.add_column(name, justify="left" if i < 2 else "right", no_wrap=i == 0)
-    for i, line in enumerate(lines):
-        shown.add_row(*line, style=styles[i] if styles else "")
-    return shown
-
-
-def tables(
-    suite: str, results: list[dict[str, Any]], where: dict[str, Any], dtype: str
-) -> list[Table]:
-    """The ratios, then what else was measured."""
-    backend, device, threads = where["backend"], where["device"], where["threads"]
-    title = f"{suite}, {dtype}, backend [bold]{backend}[/] on {device}, {threads} threads"
-    styles = ["yellow" if is_slower(r) else "" for r in results]
-    more = extra_rows(results).items()
-    return [_printed(title, rows(results), styles), *(_printed(*table) for table in more)]
-
-
-def extra_rows(results: list[dict[str, Any]]) -> dict[str, list[list[str]]]:
-    """The rows of what else was measured, by title."""
-    found = {}
-    if len(paths := variant_rows(results)) > 1:
-        found["ours by every path"] = paths
-    for condition in results[0].get("conditions", {}):
-        found[condition] = _condition_rows(results, condition)
-    if "peak_bytes" in results[0]:
-        found["peak memory of a call"] = _peak_rows(results)
-    if "microseconds" in results[0]:
-        from bench import overhead
-
-        title = "microseconds of a call by place (shares by cProfile, an estimate)"
-        found[title] = overhead.rows(results)
-    return found
-
-
-def _condition_rows(results: list[dict[str, Any]], condition: str) -> list[list[str]]:
-    names = [name for name in results[0]["seconds"] if not name.startswith(VARIANT)]
-    lines = [["case", "mode", *names]]
-    for r in results:
-        found = r["conditions"][condition]
-        times = (_time(found[name]["median"]) if name in found else "" for name in names)
-        lines.append([r["case"]["label"], r["case"]["mode"], *times])
-    return lines
-
-
-def _peak_rows(results: list[dict[str, Any]]) -> list[list[str]]:
-    names = [name for name in results[0]["peak_bytes"] if not name.startswith(VARIANT)]
-    lines = [["case", "mode", *names]]
-    for r in results:
-        sizes = (_size(r["peak_bytes"][name]) for name in names)
-        lines.append([r["case"]["label"], r["case"]["mode"], *sizes])
-    return lines
-
-
 def finish(
     suite: str,
     path: str,
@@ -307,8 +191,6 @@ def main(suite: str, path: str, seconds: float, full: bool = False, dtype: str =
     results: list[dict[str, Any]] = []
     wrong: list[str] = []
     end = time.perf_counter() + BUDGET * seconds * len(cases)
-    if suite == "overhead":
-        from bench.overhead import add_profile
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     with Progress(*columns, TimeElapsedColumn(), console=console) as progress:
         task = progress.add_task(suite, total=len(cases))
@@ -319,7 +201,7 @@ def main(suite: str, path: str, seconds: float, full: bool = False, dtype: str =
                     again = time.perf_counter() < end
                     results.append(run_case(case, device, seconds, again, full))
                     if suite == "overhead":
-                        add_profile(case, results[-1], device)
+                        overhead.add_profile(case, results[-1], device)
                 except AssertionError as error:
                     wrong.append(str(error))
                 progress.advance(task)

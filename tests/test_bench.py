@@ -17,7 +17,7 @@ from pytest_benchmark.stats import Stats
 
 pytest.importorskip("rich")
 
-from bench import cases, cli, gpu, memory, norms, overhead, report, suite, timing, tuned
+from bench import allocation, cases, cli, gpu, memory, norms, overhead, report, suite, timing, tuned
 from bench.cases import Case
 from bench.providers import PROVIDERS, Provider, variants
 from bench.timing import interleaved, is_wide, paired_ratio
@@ -111,7 +111,7 @@ def test_a_wrong_provider_is_not_timed(case, monkeypatch, tmp_path):
     assert not report["results"]
     assert "ours is wrong" in report["wrong"][0]
     if case.mode == "train":
-        monkeypatch.setattr(suite, "SUITES", {"linear": [case]})
+        monkeypatch.setattr(memory, "SUITES", {"linear": [case]})
         assert memory.main(str(tmp_path / "m.json"), full=False) == 1
         assert not json.loads((tmp_path / "m.json").read_text())["results"]
 
@@ -164,9 +164,9 @@ def test_memory(monkeypatch, tmp_path):
         third = torch.empty(1 << 18)
         del second, third
 
-    assert memory.peak_bytes(run, CPU) == 4 * (1 << 20) + 4 * (1 << 18)
+    assert allocation.peak_bytes(run, CPU) == 4 * (1 << 20) + 4 * (1 << 18)
     large = [Case("8, 256, 256", "Linear", (256, 256), (8, 256), mode) for mode in cases.MODES]
-    monkeypatch.setattr(suite, "SUITES", {"linear": large})
+    monkeypatch.setattr(memory, "SUITES", {"linear": large})
     path = tmp_path / "m.json"
     assert memory.main(str(path), full=False) == 0
     (found,) = json.loads(path.read_text())["results"]
