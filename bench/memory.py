@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.progress import track
-from rich.table import Table
 
 from bench import suite
 from bench.allocation import peak_bytes
 from bench.cases import SUITES, Case
+from bench.tables import VARIANT, printed
 
 
 def _measured(case: Case, device: torch.device, full: bool) -> dict[str, dict[str, int]]:
@@ -28,7 +28,7 @@ def _measured(case: Case, device: torch.device, full: bool) -> dict[str, dict[st
 
 def rows(results: list[dict[str, Any]]) -> list[list[str]]:
     """A table's rows, the header first: KiB saved, and KiB at most."""
-    names = [name for name in results[0]["saved_bytes"] if not name.startswith("ours:")]
+    names = [name for name in results[0]["saved_bytes"] if not name.startswith(VARIANT)]
     header = [f"{what}, {name}" for what in ("saved", "peak") for name in names]
     lines = [["case", *header]]
     for result in results:
@@ -41,6 +41,7 @@ def main(path: str, full: bool) -> int:
     """Checks every layer's providers and measures them; 1 where one is wrong."""
     console = Console()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    where = suite.environment(device)
     cases = [c for layers in SUITES.values() for c in layers if c.mode == "train"]
     results, wrong = [], []
     try:
@@ -52,11 +53,8 @@ def main(path: str, full: bool) -> int:
     except KeyboardInterrupt:
         console.print("interrupted: reporting what is done")
     if results:
-        shown = Table(title="KiB of a training step, beyond the input and the parameters")
-        header, *lines = rows(results)
-        for i, name in enumerate(header):
-            shown.add_column(name, justify="right" if i else "left")
-        for line in lines:
-            shown.add_row(*line)
+        shown = printed(
+            "KiB of a training step, beyond the input and the parameters", rows(results)
+        )
         (console if console.is_terminal else Console(width=160)).print(shown)
-    return suite.finish("memory", path, device, {"full": full}, results, wrong, console)
+    return suite.finish("memory", path, where, {"full": full}, results, wrong, console)

@@ -115,8 +115,8 @@ def _linear_launches(dtype: str, x_dtype: torch.dtype, v_dtype: torch.dtype) -> 
     from wn_kernels.backends import triton as backend
 
     needs = (True, True, True, True)
-    sizes = [(16, 4096, 4096), (16, 4096, 8192), (32, 4096, 65536), (64, 4096, 65536)]
-    sizes += [(128, 4096, 4096), (4096, 4096, 4096)]
+    few = [(m, 4096, o) for m in (16, 32, 64) for o in (4096, 8192, 65536)]
+    sizes = [*few, (128, 4096, 4096), (4096, 4096, 4096)]
     sizes += [(4096, 4095, 4095)]  # whose rows no descriptor reaches
     if dtype == "bf16":  # 64-bit offsets
         sizes += [(16, 65536, 65536), (128, 65536, 65536), (512, 65536, 65536)]

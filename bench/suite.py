@@ -130,9 +130,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "device": torch.cuda.get_device_name(device) if cuda else tuned.processor(),
         "backend": plan.choose_backend(torch.empty(0, device=device)),
         "threads": torch.get_num_threads(),
-        "cores": len(os.sched_getaffinity(0))
-        if hasattr(os, "sched_getaffinity")
-        else os.cpu_count(),
+        "cores": os.cpu_count(),
         "torch": torch.__version__,
         "triton": triton_version,
         "python": platform.python_version(),
@@ -157,7 +155,7 @@ def geometric_means(results: list[dict[str, Any]]) -> dict[str, float]:
 def finish(
     suite: str,
     path: str,
-    device: torch.device,
+    where: dict[str, Any],
     settings: dict[str, Any],
     results: list[dict[str, Any]],
     wrong: list[str],
@@ -169,7 +167,7 @@ def finish(
         console.print(f"[red]WRONG[/] {message}")
     report = {
         "suite": suite,
-        "environment": environment(device),
+        "environment": where,
         "settings": settings,
         "results": results,
         "wrong": wrong,
@@ -184,7 +182,7 @@ def main(suite: str, path: str, seconds: float, full: bool = False, dtype: str =
     """Runs a suite; what is done is kept on Ctrl-C. 1 where a provider is wrong."""
     console = Console()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    limits = ceilings(device)
+    where, limits = environment(device), ceilings(device)
     cases = sorted(cases_of(suite), key=lambda case: case.mode)
     if suite in SUITES:
         cases = [replace(case, dtype=dtype) for case in cases]
@@ -209,7 +207,7 @@ def main(suite: str, path: str, seconds: float, full: bool = False, dtype: str =
             console.print("interrupted: reporting what is done")
     means = geometric_means(results)
     if results:
-        for shown in tables(suite, results, environment(device), dtype):
+        for shown in tables(suite, results, where, dtype):
             (console if console.is_terminal else Console(width=160)).print(shown)
     for name, value in means.items():
         large = suite == "linear" and "plain" in name
@@ -217,4 +215,4 @@ def main(suite: str, path: str, seconds: float, full: bool = False, dtype: str =
         console.print(f"geometric mean {name} over {over}: {value:.3f}")
     settings = {"seconds": seconds, "dtype": dtype, "full": full}
     more = {"means": means, "ceilings": limits}
-    return finish(suite, path, device, settings, results, wrong, console, **more)
+    return finish(suite, path, where, settings, results, wrong, console, **more)

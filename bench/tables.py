@@ -60,7 +60,8 @@ def is_slower(result: dict[str, Any]) -> bool:
     return ratio["low"] > 1 and ratio["median"] > NOISE
 
 
-def _printed(title: str, lines: list[list[str]], styles: Sequence[str] = ()) -> Table:
+def printed(title: str, lines: list[list[str]], styles: Sequence[str] = ()) -> Table:
+    """Rows for the terminal, the header first."""
     shown = Table(title=title)
     header, *lines = lines
     for i, name in enumerate(header):
@@ -78,7 +79,7 @@ def tables(
     title = f"{suite}, {dtype}, backend [bold]{backend}[/] on {device}, {threads} threads"
     styles = ["yellow" if is_slower(r) else "" for r in results]
     more = extra_rows(results).items()
-    return [_printed(title, rows(results), styles), *(_printed(*table) for table in more)]
+    return [printed(title, rows(results), styles), *(printed(*table) for table in more)]
 
 
 def extra_rows(results: list[dict[str, Any]]) -> dict[str, list[list[str]]]:

@@ -60,7 +60,7 @@ LEFT_ROWS = range(2, 256)
 # fresh result at all, which tells from 8 MiB on.
 FUSED_MAX = 1 << 23
 IN_PLACE_MIN = 1 << 21
-_FUSED_DTYPES = frozenset((torch.float32, torch.float64))
+_FUSED_DTYPES = frozenset((torch.float32, torch.float64, torch.bfloat16, torch.float16))
 
 # Norms that may be squared, and divided by one another's squares, by the dtype they are kept in.
 _RANGE = {torch.float32: (1e-10, 1e10), torch.float64: (1e-80, 1e80)}

@@ -121,15 +121,12 @@ def one_pass(m: int, o: int, itemsize: int) -> MatmulConfig:
     enough in `O` to occupy the machine. `itemsize` is the wider one of x's and V's.
 
     Blackwell's memory outruns its shared memory there: two warps read the tile of `x` half as often
-    as four, and from 64 rows on its tensor cores read both tiles themselves.
+    as four, and in a tile of 64 rows its tensor cores read both factors themselves.
     """
     if itemsize == 2 and _architecture() == "cuda:100":
         block_o = 32 if o <= 4096 else 64
-        return (
-            MatmulConfig(16, block_o, 128, 2, 4)
-            if m <= 16
-            else MatmulConfig(64, block_o, 128, 4, 4)
-        )
+        block_m, warps = (16, 2) if m <= 16 else (64, 4)
+        return MatmulConfig(block_m, block_o, 128, warps, 4)
     block_m = _up_to(m, 16, 32, 64) if itemsize == 2 else _up_to(m, 16, 32)
     block_o = 32 if o <= 8192 else 64
     return MatmulConfig(block_m, block_o, 256 // itemsize, 4, _stages(4 if itemsize < 8 else 2))
