@@ -189,7 +189,7 @@ def test_overhead(monkeypatch, tmp_path):
     for result in json.loads(path.read_text())["results"]:
         for name, places in result["microseconds"].items():
             total = 1e6 * result["seconds"][name]["median"]
-            assert sum(places.values()) == pytest.approx(total)
+            assert round(sum(places.values()) / total, 6) == 1
             assert ("functional" in places) == (name == "ours")
     page = tmp_path / "page.html"
     assert cli.main(["report", str(path), "--output", str(page)]) == 0
@@ -241,9 +241,9 @@ def test_a_gpu_is_timed_by_events(monkeypatch):
     monkeypatch.setattr(timing.torch, "cuda", stand_in)
     monkeypatch.setattr(timing.torch, "empty", lambda *size, **options: Buffer())
     device = torch.device("cuda")
-    assert timing.warm(run, 5, device) == pytest.approx(5e-3)
+    assert round(timing.warm(run, 5, device), 6) == 5e-3
     log.clear()
-    assert timing.cold(run, 3, device) == pytest.approx(3e-3)  # without the time of clearing
+    assert round(timing.cold(run, 3, device), 6) == 3e-3  # without the time of clearing
     assert log == ["clear", "run"] * 3
     log.clear()
     timing.replayed(run)()
