@@ -57,4 +57,5 @@ def main(path: str, full: bool) -> int:
             "KiB of a training step, beyond the input and the parameters", rows(results)
         )
         (console if console.is_terminal else Console(width=160)).print(shown)
-    return suite.finish("memory", path, where, {"full": full}, results, wrong, console)
+    settings = {"dtype": "float32", "full": full}
+    return suite.finish("memory", path, where, settings, results, wrong, console)

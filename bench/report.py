@@ -113,20 +113,27 @@ def readme_table(reports: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def _markdown(lines: list[list[str]]) -> str:
+    header, *rest = lines
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (header, ["---"] * len(header), *rest))
+
+
 def every_case(reports: list[dict[str, Any]]) -> str:
-    """A table for each suite with all its cases, as Markdown."""
+    """The tables of each suite with all its cases, as Markdown."""
     parts = []
     for report in reports:
-        where = report["environment"]
-        header, *lines = rows(report["results"])
+        where, results = report["environment"], report["results"]
+        facts = f"{where['device']}, {where['threads']} threads, torch {where['torch']}"
+        facts = f"### {report['suite']}\n\n{facts}, {report['settings']['dtype']}."
+        if report["suite"] == "memory":
+            what = "KiB of a training step, beyond the input and the parameters."
+            parts += [f"{facts} {what}", _markdown(memory.rows(results))]
+            continue
         means = "; ".join(f"{name} {value:.2f}" for name, value in report["means"].items())
-        parts.append(
-            f"### {report['suite']}\n\n{where['device']}, {where['threads']} threads, torch "
-            f"{where['torch']}, {report['settings']['dtype']}. Geometric means: {means}.\n"
-        )
-        parts += [f"| {' | '.join(cells)} |" for cells in (header, ["---"] * len(header), *lines)]
-        parts.append("")
-    return "\n".join(parts).rstrip()
+        parts += [f"{facts} Geometric means: {means}.", _markdown(rows(results))]
+        for title, lines in extra_rows(results).items():
+            parts += [f"{title[0].upper()}{title[1:]}:", _markdown(lines)]
+    return "\n\n".join(parts)
 
 
 def readme(paths: list[str], target: str, every: bool) -> int:
