@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
 
 import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
+
+from bench.timing import session_of
 
 
 def saved_bytes(leaves: list[Tensor], forward: Callable[[], Tensor]) -> int:
@@ -29,7 +30,7 @@ def saved_bytes(leaves: list[Tensor], forward: Callable[[], Tensor]) -> int:
 
 def peak_bytes(run: Callable[[], None], device: torch.device) -> int:
     """The most that a run has allocated at once, over what there was before it."""
-    with getattr(run, "session", nullcontext)():
+    with session_of(run)():
         run()
         if device.type == "cuda":
             torch.cuda.synchronize(device)

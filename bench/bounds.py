@@ -152,9 +152,8 @@ def ships(tile: Tile, form: str, target: Target) -> bool:
 
 
 @cache
-def matmul(tile: Tile, form: str, architecture: str, loads: bool = True) -> Compilation:
-    """The matmul of that tile in a form, that of the prologue for `dX`; by pointers if not
-    `loads`."""
+def matmul(tile: Tile, form: str, architecture: str) -> Compilation:
+    """The matmul of that tile in a form, that of the prologue for `dX`, as it is launched there."""
     from wn_kernels.backends import triton as backend
     from wn_kernels.backends.triton import configs
     from wn_kernels.backends.triton.launch import recording
@@ -162,7 +161,7 @@ def matmul(tile: Tile, form: str, architecture: str, loads: bool = True) -> Comp
     x, v = (torch.empty(size, 4096, dtype=torch.bfloat16, device="meta") for size in (512, 4096))
     g, config = v.new_empty(4096, 1), configs.MatmulConfig(*tile)
     needs = (True, False, False, False)
-    with configs.architecture(architecture if loads else "cuda:80"), recording() as launches:
+    with configs.architecture(architecture), recording() as launches:
         backend.linear(x, v, g, None, 0, 0.0, "one_pass", config=config)
         backend.linear_backward(
             *(x, x, v, g, g.float(), 0, 0.0, "scaled", needs), matmul_config=config
@@ -181,13 +180,13 @@ def forms(
     for target, tile, form in itertools.product(targets, tiles, names):
         if not ships(tile, form, target):
             continue
-        for loads in (True, False):
-            compilation = matmul(tile, form, target.name, loads)
-            found = compilation.launch.arguments["LOADS"]
-            if not loads and matmul(tile, form, target.name).launch.arguments["LOADS"] == found:
-                continue
+        compilations = [matmul(tile, form, target.name)]
+        if compilations[0].launch.arguments["LOADS"] != "pointers":
+            compilations.append(matmul(tile, form, "cuda:80"))  # which has nothing else
+        for compilation in compilations:
+            loads = compilation.launch.arguments["LOADS"]
             record = inspect(compilation, target)
-            name = form if found == "pointers" else f"{form}, {found}"
+            name = form if loads == "pointers" else f"{form}, {loads}"
             yield target, tile, name, record, bound(compilation, record, target)
 
 

@@ -12,7 +12,7 @@ from rich.progress import track
 from bench import suite
 from bench.allocation import peak_bytes
 from bench.cases import SUITES, Case
-from bench.tables import VARIANT, printed
+from bench.tables import competing, printed
 
 
 def _measured(case: Case, device: torch.device, full: bool) -> dict[str, dict[str, int]]:
@@ -28,7 +28,7 @@ def _measured(case: Case, device: torch.device, full: bool) -> dict[str, dict[st
 
 def rows(results: list[dict[str, Any]]) -> list[list[str]]:
     """A table's rows, the header first: KiB saved, and KiB at most."""
-    names = [name for name in results[0]["saved_bytes"] if not name.startswith(VARIANT)]
+    names = competing(results[0]["saved_bytes"])
     header = [f"{what}, {name}" for what in ("saved", "peak") for name in names]
     lines = [["case", *header]]
     for result in results:

@@ -12,11 +12,10 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from bench.tables import VARIANT
+from bench.cases import MODES
+from bench.tables import competing
 
 matplotlib.use("svg")
-
-MODES = ("infer", "train")
 
 COLORS = {
     "plain": "tab:gray",
@@ -140,17 +139,11 @@ def roofline(results: list[dict[str, Any]], ceilings: dict[str, float]) -> str:
     figure, panels = _panels(results)
     for axes, mode, cases in panels:
         intensity = [r["case"]["operations"] / r["case"]["bytes"] for r in cases]
-        for name in cases[0]["seconds"]:
-            if name.startswith(VARIANT):
-                continue
+        for name in competing(cases[0]["seconds"]):
             rates = [r["case"]["operations"] / r["seconds"][name]["median"] for r in cases]
             axes.plot(intensity, rates, "o", ms=4, color=COLORS[name], label=name)
-        edges = [
-            min(intensity) / 1.5,
-            ceilings["rate"] / ceilings["bandwidth"],
-            max(intensity) * 1.5,
-        ]
-        edges = sorted(edges)
+        ridge = ceilings["rate"] / ceilings["bandwidth"]
+        edges = sorted((min(intensity) / 1.5, ridge, max(intensity) * 1.5))
         roof = [min(ceilings["rate"], x * ceilings["bandwidth"]) for x in edges]
         axes.plot(edges, roof, color="black", lw=0.8)
         axes.set_xscale("log")

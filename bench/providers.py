@@ -56,6 +56,9 @@ class Provider:
 
 PROVIDERS: dict[str, Provider] = {}
 
+# How the names of ours by a path of its own begin.
+VARIANT = "ours: "
+
 
 def provider(name: str, **options: Any) -> Callable[[Make], Make]:
     """Registers a function that turns a case's plain layer into the competitor of that name."""
@@ -131,7 +134,7 @@ def variants(case: Case, device: torch.device) -> dict[str, Provider]:
         for choice in plan.choices(call, backend):
             name = f"{backend}, {tuning.name_of(choice)}"
             sessions[name] = partial(tuning.fixed, call, backend, choice)
-    return {f"ours: {name}": Provider(_ours, session=s) for name, s in sessions.items()}
+    return {VARIANT + name: Provider(_ours, session=s) for name, s in sessions.items()}
 
 
 def providers_of(case: Case, device: torch.device, full: bool) -> dict[str, Provider]:

@@ -8,7 +8,6 @@ import os
 import platform
 import subprocess
 import time
-from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from statistics import geometric_mean
@@ -23,7 +22,15 @@ from bench import norms, overhead
 from bench.allocation import peak_bytes
 from bench.cases import SUITES, Case
 from bench.tables import tables
-from bench.timing import ceilings, cold, interleaved, is_wide, paired_ratio, replayed
+from bench.timing import (
+    ceilings,
+    cold,
+    interleaved,
+    is_wide,
+    paired_ratio,
+    replayed,
+    session_of,
+)
 from wn_kernels import plan
 from wn_kernels import table as tuned
 
@@ -59,7 +66,7 @@ def run_case(
     """
     runners = {name: build() for name, build in case.competitors(device, full).items()}
     for runner in runners.values():
-        with getattr(runner, "session", nullcontext)():
+        with session_of(runner)():
             runner.check()
     stats = interleaved(runners, device, seconds)
     ratios = _ratios(stats)
@@ -99,7 +106,7 @@ def _replays(
     graphs = {}
     for name, run in runners.items():
         try:
-            with getattr(run, "session", nullcontext)():
+            with session_of(run)():
                 graphs[name] = replayed(run)
         except RuntimeError:  # it reads a value on the CPU
             torch.cuda.synchronize(device)

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from rich.table import Table
 
 from bench import overhead
-
-# How the names of ours by a path of its own begin.
-VARIANT = "ours: "
+from bench.providers import VARIANT
 
 # A ratio of two equal layers from one run to the next.
 NOISE = 1.05
 
 
+def competing(found: Iterable[str]) -> list[str]:
+    """The names of providers, without those of ours by a path of its own."""
+    return [name for name in found if not name.startswith(VARIANT)]
+
+
 def rows(results: list[dict[str, Any]]) -> list[list[str]]:
     """A table's rows, the header first."""
-    providers = [name for name in results[0]["seconds"] if not name.startswith(VARIANT)]
+    providers = competing(results[0]["seconds"])
     found = [["case", "mode", *providers, "ours/eager", "ours/plain", "saved, ours", "eager"]]
     for r in results:
         times = [_time(r["seconds"][name]["median"]) for name in providers]
@@ -98,7 +101,7 @@ def extra_rows(results: list[dict[str, Any]]) -> dict[str, list[list[str]]]:
 
 
 def _condition_rows(results: list[dict[str, Any]], condition: str) -> list[list[str]]:
-    names = [name for name in results[0]["seconds"] if not name.startswith(VARIANT)]
+    names = competing(results[0]["seconds"])
     lines = [["case", "mode", *names]]
     for r in results:
         found = r["conditions"][condition]
@@ -108,7 +111,7 @@ def _condition_rows(results: list[dict[str, Any]], condition: str) -> list[list[
 
 
 def _peak_rows(results: list[dict[str, Any]]) -> list[list[str]]:
-    names = [name for name in results[0]["peak_bytes"] if not name.startswith(VARIANT)]
+    names = competing(results[0]["peak_bytes"])
     lines = [["case", "mode", *names]]
     for r in results:
         sizes = (_size(r["peak_bytes"][name]) for name in names)

@@ -6,7 +6,8 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,8 +17,12 @@ from scipy.stats import bootstrap
 # A ratio is uncertain while its interval is wider than this share of it.
 WIDE = 0.1
 
-
 Sample = Callable[[Callable[[], None], int, torch.device], float]
+
+
+def session_of(run: Callable[[], None]) -> Callable[[], AbstractContextManager[Any]]:
+    """What a run has to be inside of, if anything."""
+    return getattr(run, "session", nullcontext)
 
 
 def warm(run: Callable[[], None], repeats: int, device: torch.device) -> float:
@@ -77,11 +82,10 @@ def interleaved(
     depend on a runner's speed. A runner that has a `session` runs inside of one. Where any has, all
     are called once more before each sample: what a session changes, they may have to find anew.
     """
-    sessions = {id(run): getattr(run, "session", nullcontext) for run in runners.values()}
-    plain = all(session is nullcontext for session in sessions.values())
+    plain = all(session_of(run) is nullcontext for run in runners.values())
 
     def timed(run: Callable[[], None], repeats: int) -> float:
-        with sessions[id(run)]():
+        with session_of(run)():
             if not plain:
                 run()
             return sample(run, repeats, device)

@@ -161,9 +161,11 @@ def _forget() -> None:
 def fixed(call: Call, backend: str, choice: Any) -> Iterator[None]:
     """Serves a call this way inside the block."""
     checks.forget()
-    with plan.fixed(call, backend, choice):
-        yield
-    checks.forget()
+    try:
+        with plan.fixed(call, backend, choice):
+            yield
+    finally:
+        checks.forget()
 
 
 def _tuned(call: Call, backend: str, device: torch.device, seconds: float) -> Tuned:

@@ -150,19 +150,22 @@ def matmul(
         return MatmulConfig(_up_to(m, 16, 32, 64), 64, 128 // itemsize, 4, _stages(3))
     if itemsize == 4:
         return MatmulConfig(64, 128, 32, 8, _stages(3))
-    fills = m > 128 and m * o >= PROGRAMS * 256 * 128
-    if copies and fills and _architecture() in COPYING:
+    if copies and m * o >= PROGRAMS * 256 * 128:
         return MatmulConfig(256, 128, 64, 8, 3) if prologue else MatmulConfig(128, 256, 64, 8, 3)
     return MatmulConfig(128, 128, 32 if _is_amd() else 64, 8, _stages(3))
 
 
-def loads(config: MatmulConfig, form: str, itemsize: int) -> str:
-    """How a matmul's programs move their tiles. `"descriptors"`: by the hardware that copies tiles,
-    which takes fewer instructions and registers than `"pointers"`: by these the large tiles spill.
-    `"specialized"`: the same, by a warp of its own while another multiplies and the rest scale
-    V's."""
-    large = config.BLOCK_M * config.BLOCK_O >= 256 * 128
-    if itemsize != 2 or not large or _architecture() not in COPYING:
+def may_copy(m: int, itemsize: int) -> bool:
+    """Whether the tiles of a matmul may be copied by hardware, where their rows are aligned."""
+    return m > 128 and itemsize == 2 and _architecture() in COPYING
+
+
+def loads(config: MatmulConfig, form: str) -> str:
+    """How the programs of a matmul that `may_copy` move their tiles. `"descriptors"`: by the
+    hardware that copies tiles, which takes fewer instructions and registers than `"pointers"`: by
+    these the large tiles spill. `"specialized"`: the same, by a warp of its own while another
+    multiplies and the rest scale V's."""
+    if config.BLOCK_M * config.BLOCK_O < 256 * 128:
         return "pointers"
     scales = form.startswith("prologue") and _architecture() == "cuda:100"
     return "specialized" if scales else "descriptors"

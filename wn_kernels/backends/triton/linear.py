@@ -312,13 +312,13 @@ def _matmul(
     turned = v.stride(1) != 1
     lying = v.t() if turned else v
     size = max(a.element_size(), v.element_size())  # V's tile is held in its own dtype
-    copies = is_describable(a) and is_describable(lying)
+    copies = configs.may_copy(m, size) and is_describable(a) and is_describable(lying)
     if config is None and form == "one_pass":
         config = configs.one_pass(m, o, size)
     elif config is None:
         ieee = a.dtype == torch.float32 and types["PRECISION"] == "ieee"
         config = configs.matmul(m, o, size, form.startswith("prologue"), ieee, copies)
-    loads = configs.loads(config, form, size) if copies else "pointers"
+    loads = configs.loads(config, form) if copies else "pointers"
     tiles: tuple[Any, Any] = a, v
     if loads != "pointers":
         block_m, block_o, block_r = config[:3]
