@@ -11,7 +11,7 @@ from torch import nn
 
 import wn_kernels
 from tests.comparison import Case, ConvCase, assert_same_bits
-from wn_kernels import WNConv1d, WNConvTranspose1d, WNLinear, costs, plan, table, tuning
+from wn_kernels import WNConv1d, WNConvTranspose1d, WNLinear, checks, costs, plan, table, tuning
 from wn_kernels.costs import Call
 
 pytestmark = pytest.mark.usefixtures("own_table")
@@ -130,6 +130,24 @@ def test_a_failed_run_leaves_the_model_as_it_was():
 
 
 # --- the table -----------------------------------------------------------------------------------
+
+
+def test_nothing_is_left_of_a_fixed_choice():
+    """An error inside the block does not leave the checks with that choice."""
+    layer, x = WNLinear(64, 64), torch.randn(32, 64)
+    ((call, backend),) = tuning.calls_of(layer, (x,))
+    default, *others = plan.choices(call, backend)
+    shapes = (x.shape, layer.weight_v.shape, layer.weight_g.shape, layer.bias.shape)
+    arguments = (*shapes, call.dim, 0.0, x.dtype, x.dtype)
+
+    def fails():
+        with tuning.fixed(call, backend, others[0]):
+            assert checks.check_linear(*arguments).path == others[0]
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fails()
+    assert checks.check_linear(*arguments).path == default
 
 
 @pytest.mark.parametrize("contents", ["{", "[]", '{"a": 1}', '{"a": {"b": 2}}', "\x00"])
