@@ -5,10 +5,11 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test lint bench sanitize codegen traffic gpu docs clean
+.PHONY: help setup native test lint bench sanitize codegen traffic gpu docs clean
 
 help:
 	@echo "make setup     create the environment"
+	@echo "make native    build the CPU's library with this machine's C++ compiler"
 	@echo "make test      the test suite"
 	@echo "make lint      ruff and mypy"
 	@echo "make bench     check and time the layers on this machine (5 minutes)"
@@ -36,7 +37,10 @@ $(VENV)/.docs: $(VENV)/.ready
 	$(PIP) --constraint constraints.txt --editable '.[docs]'
 	touch $@
 
-test: setup
+native: setup
+	$(BIN)/python -m wn_kernels build
+
+test: native
 	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal --durations 25
 
 lint: setup
@@ -44,7 +48,7 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: setup
+bench: native
 	$(BIN)/python -m bench
 
 sanitize: $(VENV)/.sanitize
@@ -56,7 +60,7 @@ codegen: setup
 traffic: setup
 	$(BIN)/python -m bench traffic
 
-gpu: setup
+gpu: native
 	$(BIN)/python -m bench gpu
 
 docs: $(VENV)/.docs

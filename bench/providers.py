@@ -126,9 +126,9 @@ def variants(case: Case, device: torch.device) -> dict[str, Provider]:
     layer = _ours(case, case.layer(device))
     x = torch.zeros(case.x_shape, dtype=case.torch_dtype, device=device)
     sessions: dict[str, Session] = {}
-    chosen = plan.choose_backend(x)
+    served = (plan.serving(x), "triton", "native")  # each serves its own device, or none
     for backend in plan.BACKENDS:
-        if backend not in (chosen, "triton"):  # which serves a GPU anyway, and an interpreter here
+        if backend not in served:
             sessions[backend] = partial(wn_kernels.use_backend, backend)
     for call, backend in tuning.calls_of(layer, (x,)):
         for choice in plan.choices(call, backend):

@@ -135,7 +135,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         triton_version = None
     return {
         "device": torch.cuda.get_device_name(device) if cuda else tuned.processor(),
-        "backend": plan.choose_backend(torch.empty(0, device=device)),
+        "backend": plan.serving(torch.empty(0, device=device)),
         "threads": torch.get_num_threads(),
         "cores": os.cpu_count(),
         "torch": torch.__version__,

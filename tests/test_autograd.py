@@ -98,7 +98,7 @@ def test_no_function_without_grad():
     for parameter in layer.parameters():
         parameter.requires_grad_(False)
     assert layer(torch.randn(2, 8)).grad_fn is None
-    assert type(layer(torch.randn(2, 8, requires_grad=True)).grad_fn).__name__ == "LinearBackward"
+    assert "Linear" in layer(torch.randn(2, 8, requires_grad=True)).grad_fn.name()
 
 
 def test_forward_mode_and_transforms():

@@ -77,6 +77,12 @@ LAYERS = {
 }
 
 
+@pytest.fixture(autouse=True)
+def _aten():
+    with use_backend("aten"):
+        yield
+
+
 def case_of(table, kind, dim=0, *dtypes, **more):
     sizes, options = table[kind]
     return ConvCase(*sizes, dim, *dtypes, **options, **more)
@@ -311,7 +317,7 @@ def test_bad_transposed_input():
 
 
 @st.composite
-def cases(draw, rank, transposed, tiny=False):
+def cases(draw, rank, transposed, tiny=False, dims=None, dtypes=FLOATS):
     """Any combination of arguments whose output is not empty; `tiny` for the interpreter."""
     small = st.integers(1, 2 if tiny else 4)
     groups = draw(st.sampled_from([1, 1, 2, 3]))
@@ -353,9 +359,9 @@ def cases(draw, rank, transposed, tiny=False):
         outputs,
         sizes,
         taps,
-        draw(st.sampled_from([0, 0, 1, None, *range(2, 2 + rank)])),
-        draw(st.sampled_from(FLOATS)),
-        draw(st.sampled_from(FLOATS)),
+        draw(st.sampled_from(dims or [0, 0, 1, None, *range(2, 2 + rank)])),
+        draw(st.sampled_from(dtypes)),
+        draw(st.sampled_from(dtypes)),
         transposed=transposed,
         eps=draw(st.sampled_from([0.0, 0.0, 2.0])),
         bias=draw(st.booleans()),

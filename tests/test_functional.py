@@ -21,6 +21,12 @@ from wn_kernels.backends.shapes import kept_shape
 SHAPES = [(5, 37, 23), (32, 64, 64), (4, 512, 300), (300, 40, 200), (1, 1, 1), (3, 1, 7)]
 
 
+@pytest.fixture(autouse=True)
+def _aten():
+    with use_backend("aten"):
+        yield
+
+
 def call(case):
     """`wn_linear` with gradients, checked; returns the output and the gradients."""
     return case.check(lambda *inputs: WF.wn_linear(*inputs, dim=case.dim, eps=case.eps))

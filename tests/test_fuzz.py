@@ -30,7 +30,8 @@ def run(case):
 @settings(max_examples=400)
 @given(case=cases)
 def test_aten(case):
-    run(case)
+    with use_backend("aten"):
+        run(case)
 
 
 @settings(max_examples=40)

@@ -27,6 +27,7 @@ LAYERS = [
     "table",
     "text",
     "backends",
+    "cache",
 ]
 
 

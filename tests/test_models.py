@@ -38,6 +38,9 @@ def step(name, model, x):
 def test_trains_as_before(name, dtype):
     """Outputs, every gradient, and three steps of an optimizer made beforehand."""
     eager, x = built(name)
+    # With the first input, the vocoder has an activation within rounding of a kink at its very end,
+    # which the gradients of every layer pass: the composite's are off there, too.
+    x = torch.randn(x.shape, generator=torch.Generator().manual_seed(1))
     eager = eager.to(dtype)
     x = x.to(dtype)
     twin, ours = copy.deepcopy(eager).double(), copy.deepcopy(eager)

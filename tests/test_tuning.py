@@ -12,6 +12,7 @@ from torch import nn
 import wn_kernels
 from tests.comparison import Case, ConvCase, assert_same_bits
 from wn_kernels import WNConv1d, WNConvTranspose1d, WNLinear, checks, costs, plan, table, tuning
+from wn_kernels.backends import native
 from wn_kernels.costs import Call
 
 pytestmark = pytest.mark.usefixtures("own_table")
@@ -43,7 +44,18 @@ def test_every_choice_is_right(case):
     assert every[0] == plan.by_cost(call, "aten") == plan.choose(call, "aten")
     assert len(set(every)) == len(every)
     for choice in every:
-        with tuning.fixed(call, "aten", choice):
+        with tuning.fixed(call, "aten", choice), wn_kernels.use_backend("aten"):
+            case.check(lambda *inputs: tuning._run(call, inputs))
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if c.dim == 0 and c.dtype == torch.float32])
+def test_every_choice_is_right_native(case):
+    native.build()
+    call = call_of(case)
+    every = plan.choices(call, "native")
+    assert every[0] == plan.by_cost(call, "native") == plan.choose(call, "native")
+    for choice in every:
+        with tuning.fixed(call, "native", choice), wn_kernels.use_backend("native"):
             case.check(lambda *inputs: tuning._run(call, inputs))
 
 
@@ -84,11 +96,13 @@ def test_tune_stores_and_uses(own_table, monkeypatch):
             assert_same_bits(t, old)
     assert [x.call.split()[0] for x in found] == ["linear", "convolution"]
     assert len(set(clock)) == 2
-    stored = json.loads(own_table.read_text())[table.machine("aten")]
+    stored = json.loads(own_table.read_text())
+    first = plan.serving(x)
+    assert [line.backend for line in found] == [first, "aten"]  # the second has dim=None
     for line, call in zip(found, dict.fromkeys(clock), strict=True):
-        assert line.choice != line.default == plan.by_cost(call, "aten")
-        assert stored[line.call] == line.choice._asdict()
-        assert plan.choose(call, "aten") == line.choice
+        assert line.choice != line.default == plan.by_cost(call, line.backend)
+        assert stored[table.machine(line.backend)][line.call] == line.choice._asdict()
+        assert plan.choose(call, line.backend) == line.choice
         assert line.call in str(found)
     assert "2 tuned, 2 not the default" in str(found)
     assert "picked by the tuned table" in wn_kernels.explain(net, (5, 6))
@@ -97,7 +111,7 @@ import torch
 from wn_kernels import costs, plan
 torch.set_num_threads({torch.get_num_threads()})
 sizes = torch.Size((5, 6)), torch.Size((8, 6))
-print(plan.choose(costs.Call(*sizes, torch.float32, torch.float32, 0), "aten").forward)
+print(plan.choose(costs.Call(*sizes, torch.float32, torch.float32, 0), "{first}").forward)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == found[0].choice.forward
@@ -108,7 +122,7 @@ def test_tune_by_the_clock():
     found = wn_kernels.tune(WNLinear(96, 300), torch.randn(4, 96), seconds=0.1)
     (line,) = found
     assert all(0 < seconds < 1 for seconds in line.seconds.values())
-    assert line.choice in plan.choices(call_of(Case(4, 96, 300, 0)), "aten")
+    assert line.choice in plan.choices(call_of(Case(4, 96, 300, 0)), line.backend)
     fastest = min(seconds for key, seconds in line.seconds.items() if isinstance(key, tuple))
     assert line.seconds[line.choice] <= 1.5 * fastest or line.choice.forward != line.default.forward
 
@@ -138,7 +152,7 @@ def test_nothing_is_left_of_a_fixed_choice():
     ((call, backend),) = tuning.calls_of(layer, (x,))
     default, *others = plan.choices(call, backend)
     shapes = (x.shape, layer.weight_v.shape, layer.weight_g.shape, layer.bias.shape)
-    arguments = (*shapes, call.dim, 0.0, x.dtype, x.dtype)
+    arguments = (*shapes, call.dim, 0.0, x.dtype, x.dtype, backend)
 
     def fails():
         with tuning.fixed(call, backend, others[0]):
@@ -239,7 +253,9 @@ def test_explain():
     net = nn.Sequential(WNLinear(64, 32), nn.Unflatten(1, (32, 1)), WNConvTranspose1d(32, 8, 4, 2))
     text = wn_kernels.explain(net, (3, 64))
     linear, convolution = text.split("\n\n")
-    assert linear.startswith("linear 3×64·32×64 float32·float32 dim=0\naten, constants of CPU")
+    backend = plan.serving(torch.empty(0))
+    assert linear.startswith("linear 3×64·32×64 float32·float32 dim=0\n")
+    assert linear.splitlines()[1].startswith(f"{backend}, constants of CPU, picked by")
     assert convolution.startswith("convolution 3×32×1·32×8×4")
     for part in (linear, convolution):
         assert part.count("<- picked") == 2

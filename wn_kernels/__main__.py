@@ -1,6 +1,7 @@
 """The command line.
 
 python -m wn_kernels info                    what would serve each dtype here, and why
+python -m wn_kernels build                   builds the native library, which a CPU is faster with
 python -m wn_kernels tune module:factory     times a model's calls and stores the fastest paths
 """
 
@@ -18,6 +19,7 @@ import torch
 import wn_kernels
 
 from . import plan, table
+from .backends import native
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -45,6 +47,8 @@ def info() -> str:
         lines.append(f"no GPU: {why}")
     if reason := plan.triton_unavailable():
         lines.append(f"triton cannot be used: {reason}")
+    if reason := native.unavailable():
+        lines.append(f"the native library cannot be used: {reason}")
     if plan.is_forced():
         lines.append(f"a backend is forced by {plan.ENVIRONMENT_VARIABLE}")
     return "\n".join(lines).rstrip()
@@ -65,7 +69,7 @@ def _has_gpu_build() -> bool:
 
 def _backend(x: torch.Tensor) -> str:
     try:
-        return plan.choose_backend(x)
+        return plan.serving(x)
     except RuntimeError as error:
         return f"none: {error}"
 
@@ -74,12 +78,16 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m wn_kernels", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("info", help="the backend for each dtype, versions, devices")
+    commands.add_parser("build", help="build the native library with this machine's C++ compiler")
     tune = commands.add_parser("tune", help="time the paths of a model's calls, store the fastest")
     tune.add_argument("factory", help="module:function that returns (model, sample input)")
     tune.add_argument("--seconds", type=float, default=1.0, help="how long each call is timed")
     chosen = parser.parse_args(arguments)
     if chosen.command == "info":
         print(info())
+        return 0
+    if chosen.command == "build":
+        print(native.build())
         return 0
     model, sample = _made(chosen.factory)
     print(wn_kernels.tune(model, sample, seconds=chosen.seconds))

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from . import ops, plan
 from .backends import aten, reference
-from .backends.shapes import Geometry
+from .backends.shapes import Geometry, kept_shape
 
 
 def _differentiable_grads(
@@ -210,3 +210,26 @@ def convolution(
     if bias is not None and bias.dtype != x.dtype:
         bias = bias.to(x.dtype)
     return torch.convolution(x, w, bias, *conv)
+
+
+def second_order(
+    dy: Tensor,
+    x: Tensor | None,
+    v: Tensor,
+    g: Tensor,
+    conv: tuple | None,
+    eps: float,
+    needs: Sequence[bool],
+) -> list[Tensor | None]:
+    """The native library's `(dX, dV, dg)` as part of the graph: of a convolution where there is a
+    geometry, of `W` itself where there is no `x`, of a linear layer otherwise."""
+
+    def layer(x: Tensor | None, v: Tensor, g: Tensor) -> Tensor:
+        g = g.view(kept_shape(v.shape, 0))
+        if x is None:
+            return reference.weight_norm(v, g, 0, eps)
+        if conv is None:
+            return reference.linear(x, v, g, None, 0, eps)
+        return reference.convolution(x, v, g, None, Geometry(*conv), 0, eps)
+
+    return _differentiable_grads(layer, (x, v, g), needs, dy)

@@ -80,6 +80,11 @@ def _is_eager() -> bool:
 _memos: list[Callable[[], None]] = []
 
 
+def remembers(forget: Callable[[], None]) -> None:
+    """Tells of somebody else who remembers how calls are planned, and how to have it forgotten."""
+    _memos.append(forget)
+
+
 def _memoised(check: Callable[..., Any]) -> Callable[..., Any]:
     """Remembers the answers of a check that depends on shapes and options alone."""
     cached = functools.lru_cache(maxsize=4096, typed=True)(check)
@@ -142,6 +147,7 @@ def check_linear(
     eps: float,
     x_dtype: torch.dtype,
     v_dtype: torch.dtype,
+    backend: str = "aten",
 ) -> LinearCall:
     """Everything that a linear layer's call needs and that shapes, dtypes and options decide."""
     if len(v_shape) != 2:
@@ -160,7 +166,7 @@ def check_linear(
     dim, eps, shape = check_weight(v_shape, g_shape, dim, eps)
     path = None
     if _is_eager():
-        path = plan.choose(Call(x_shape, v_shape, x_dtype, v_dtype, dim), "aten")
+        path = plan.choose(Call(x_shape, v_shape, x_dtype, v_dtype, dim), backend)
     return LinearCall(dim, eps, path, shape)
 
 
@@ -181,8 +187,8 @@ class ConvolutionCall(NamedTuple):
 
     Attributes:
         conv, dim, eps: in canonical form.
-        path: the ATen path's variants; `None` where the call is traced or compiled, which the
-            planner must not be.
+        path: the variants of the ATen path, or of the native library; `None` where the call is
+            traced or compiled, which the planner must not be.
         g_shape: the shape that `g` has to be viewed in.
         end: what has to be added to the end of each spatial dimension beforehand, in
             `torch.nn.functional.pad`'s order, or `None`.
@@ -215,6 +221,7 @@ def check_convolution(
     eps: float,
     x_dtype: torch.dtype,
     v_dtype: torch.dtype,
+    backend: str = "aten",
 ) -> ConvolutionCall:
     """Everything that a convolution's call needs and that shapes, dtypes and options decide."""
     if len(v_shape) != rank + 2:
@@ -282,6 +289,6 @@ def check_convolution(
     padded = torch.Size((*batch, channels, *(n + e for n, e in zip(sizes, extra, strict=True))))
     path = None
     if _is_eager():
-        path = plan.choose(Call(padded, v_shape, x_dtype, v_dtype, dim, conv), "aten")
+        path = plan.choose(Call(padded, v_shape, x_dtype, v_dtype, dim, conv), backend)
     reshape = g_shape != shape or end is not None or len(x_shape) == rank + 1
     return ConvolutionCall(conv, dim, eps, path, shape, end, reshape)

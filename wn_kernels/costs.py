@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -55,6 +55,8 @@ class Device:
 
 # Two cores of a current server: measured, docs/performance.md.
 CPU = Device("CPU", bandwidth=2e10, rates=(1e11, 1e11, 5e10), overhead=8e-6)
+# The native library starts a pass without a dispatcher, and without Python.
+NATIVE = replace(CPU, overhead=1e-6)
 
 # Of the data sheets: the SXM or OAM part, dense, without sparsity; bfloat16, float32, float64 and
 # TF32. The efficiency is an assumption, and so is the overhead. The factors are read from compiled
@@ -127,9 +129,11 @@ class Call(NamedTuple):
 
 
 def costs(call: Call, backend: str, device: Device | None = None) -> Costs:
-    """The candidates of `"aten"` or `"triton"` for a call, on the GPU at hand by default."""
+    """The candidates of a backend for a call, on the GPU at hand by default."""
     if backend == "aten":
         return aten_linear(call) if call.conv is None else aten_convolution(call, call.conv)
+    if backend == "native":
+        return native_linear(call) if call.conv is None else native_convolution(call, call.conv)
     device = device or gpu()
     if call.conv is None:
         return triton_linear(call, device)
@@ -218,6 +222,52 @@ def _convolution_sizes(call: Call, conv: Geometry) -> tuple[float, float, float,
     pixels = batch * math.prod(call.x_shape[2:] if conv.transposed else sizes)
     y = size * batch * conv.out_channels(call.v_shape) * math.prod(sizes)
     return size * math.prod(call.x_shape), y, size * weight, 2.0 * pixels * weight
+
+
+# --- the native library --------------------------------------------------------------------------
+
+
+def native_linear(call: Call) -> Costs:
+    """`scaled` or `materialize` in the native library, for dim=0: as on the ATen path, one pass
+    where that takes several operations."""
+    n, k = call.v_shape
+    m = math.prod(call.x_shape[:-1])
+    size = call.x_dtype.itemsize
+    x, y, w = size * m * k, size * m * n, size * n * k
+    product = Stage(x + y + w, 2.0 * m * n * k)
+    # With one row, the norm is taken beside the product.
+    scaled = [product] if m == 1 else [Stage(w), product, Stage(2 * y)]
+    finish = Stage(2 * w if keeps_product(call) else 3 * w)
+    return Costs(
+        {"scaled": scaled, "materialize": [Stage(2 * w), product]},
+        {
+            "scaled": [Stage(2 * y), product, product, finish],
+            "materialize": [Stage(2 * w), product, product, Stage(3 * w)],
+        },
+        NATIVE,
+        NATIVE.rate(size),
+    )
+
+
+def native_convolution(call: Call, conv: Geometry) -> Costs:
+    """`output` or `input`, and `materialize`, in the native library, for dim=0.
+
+    As on the ATen path, with one pass where that takes several operations. A fresh `W` costs more
+    than its bytes: it lies in the caches of the threads that wrote it, and not of those that read.
+    """
+    size = call.x_dtype.itemsize
+    x, y, w, operations = _convolution_sizes(call, conv)
+    side, scaled = ("input", x) if conv.transposed else ("output", y)
+    product = Stage(x + y + w, operations)
+    return Costs(
+        {side: [Stage(w), product, Stage(2 * scaled)], "materialize": [Stage(4 * w), product]},
+        {
+            side: [Stage(2 * scaled), product, product, Stage(3 * w)],
+            "materialize": [Stage(4 * w), product, product, Stage(3 * w)],
+        },
+        NATIVE,
+        NATIVE.rate(size),
+    )
 
 
 # --- the Triton path -----------------------------------------------------------------------------

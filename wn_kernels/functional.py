@@ -12,6 +12,7 @@ Accelerate Training of Deep Neural Networks*, 2016, equation (2).
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -22,9 +23,16 @@ from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
 from . import autograd, ops, plan
-from .backends import aten, reference
+from .backends import aten, native, reference
 from .backends.shapes import canonical_dim, reduced_dims
-from .checks import are_dense, check_convolution, check_linear, check_weight, reject
+from .checks import (
+    are_dense,
+    check_convolution,
+    check_linear,
+    check_weight,
+    reject,
+    remembers,
+)
 
 # torch 2.6 has no such function; there, an exported program keeps this package's operators.
 _is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", lambda: False)
@@ -51,10 +59,10 @@ def _composite(backend: str, v: Tensor) -> bool:
         or (type(v) not in aten.PLAIN_TYPES and not is_compiling())
     )
     if seen_through and backend == "triton" and plan.is_forced():
-        raise RuntimeError(
-            "backend 'triton' was forced but cannot serve this call: a torch.func transform or "
-            "forward-mode AD is active, the call is being exported or traced, or v is a "
-            f"{type(v).__name__}"
+        raise plan.cannot_serve(
+            backend,
+            "a torch.func transform or forward-mode AD is active, the call is being exported or "
+            f"traced, or v is a {type(v).__name__}",
         )
     return seen_through
 
@@ -74,6 +82,59 @@ def _needs_grad(input: Tensor, v: Tensor, g: Tensor, bias: Tensor | None) -> boo
         or g.requires_grad
         or (bias is not None and bias.requires_grad)
     )
+
+
+# --- the native library --------------------------------------------------------------------------
+
+
+def _native() -> Any:
+    """The native library; `None` where it cannot be used. It answers a call with `None` where it
+    does not serve it, or where something is wrong with it."""
+    library = native.library()
+    if library is not None:
+        _introduce(library)
+    return library
+
+
+@functools.cache
+def _introduce(library: Any) -> None:
+    """Tells the library whom to ask."""
+    library.set_callbacks(_plan_linear, _plan_convolution, autograd.second_order)
+    remembers(library.forget)
+
+
+def _path(path: Any) -> tuple[bool, bool, bool]:
+    """Whether the scale comes late in the forward and in the backward, and what is kept."""
+    late, late_backward = (name != "materialize" for name in (path.forward, path.backward))
+    return late, late_backward, path[2]
+
+
+def _plan_linear(
+    x: Tensor, v: Tensor, g: Tensor, bias: Tensor | None, dim: Any, eps: Any
+) -> tuple | None:
+    """How the native library serves a linear layer's call; `None` where it does not."""
+    if dim not in (0, -v.ndim):
+        return None
+    shapes = x.shape, v.shape, g.shape, None if bias is None else bias.shape
+    path = check_linear(*shapes, dim, eps, x.dtype, v.dtype, "native").path
+    return None if path is None else _path(path)
+
+
+def _plan_convolution(
+    rank: int, x: Tensor, v: Tensor, g: Tensor, bias: Tensor | None, *options: Any
+) -> tuple | None:
+    """How the native library serves a convolution's call; `None` where it does not."""
+    *_, dim, _ = options
+    if dim not in (0, -v.ndim) or x.ndim != rank + 2:
+        return None
+    shapes = x.shape, v.shape, g.shape, None if bias is None else bias.shape
+    call = check_convolution(*shapes, rank, *options, x.dtype, v.dtype, "native")
+    if call.path is None or call.end is not None:
+        return None
+    return *call.conv, _path(call.path)
+
+
+# --- the functions -------------------------------------------------------------------------------
 
 
 def slice_norm(v: Tensor, *, dim: int | None = 0) -> Tensor:
@@ -122,6 +183,10 @@ def weight_norm(v: Tensor, g: Tensor, *, dim: int | None = 0, eps: float = 0.0) 
         ValueError: the shape of `g` does not fit, `dim` or `eps` is out of range, or the tensors
             are on different devices.
     """
+    if plan.asks_native() and (library := _native()):
+        w = library.weight_norm(v, g, dim, eps)
+        if w is not None:
+            return w
     if not are_dense(v, v, g, None):
         reject(v=v, g=g)
     dim, eps, shape = check_weight(v.shape, g.shape, dim, eps)
@@ -172,6 +237,10 @@ def wn_linear(
         ValueError: shapes do not fit, `dim` or `eps` is out of range, or the tensors are on
             different devices.
     """
+    if plan.asks_native() and (library := _native()):
+        y = library.linear(input, v, g, bias, dim, eps)
+        if y is not None:
+            return y
     if not are_dense(input, v, g, bias):
         reject(input=input, v=v, g=g, bias=bias)
     if torch._C._is_any_autocast_enabled():
@@ -215,6 +284,11 @@ def convolution(
     eps: float,
 ) -> Tensor:
     """What the six convolutions below call, with the number of their spatial dimensions first."""
+    options = stride, padding, dilation, transposed, output_padding, groups, dim, eps
+    if plan.asks_native() and (library := _native()):
+        y = library.convolution(rank, input, v, g, bias, *options)
+        if y is not None:
+            return y
     if not are_dense(input, v, g, bias):
         reject(input=input, v=v, g=g, bias=bias)
     if torch._C._is_any_autocast_enabled():
@@ -225,14 +299,7 @@ def convolution(
         g.shape,
         None if bias is None else bias.shape,
         rank,
-        stride,
-        padding,
-        dilation,
-        transposed,
-        output_padding,
-        groups,
-        dim,
-        eps,
+        *options,
         input.dtype,
         v.dtype,
     )

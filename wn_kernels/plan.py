@@ -1,8 +1,9 @@
 """Which backend and which variant serves a call.
 
 The backend: a forced one (`use_backend`, or the environment variable `WN_KERNELS_BACKEND`) or, by
-default, Triton for tensors on a GPU and ATen for everything else. A forced backend that cannot
-serve a call raises and says why.
+default, Triton for tensors on a GPU, the native library for those on a CPU where it was built and
+knows the call, and ATen for everything else. A forced backend that cannot serve a call raises and
+says why.
 
 The variant: the one that was measured to be the fastest on this machine, where `wn_kernels.tune`
 was run for such a call (`table.py`), and otherwise the cheapest by the cost model (`costs.py`).
@@ -19,14 +20,23 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
 from . import table
+from .backends import native
 from .costs import Call, costs, keeps_product, scales_late
 
-BACKENDS = ("triton", "aten", "reference")
+BACKENDS = ("triton", "native", "aten", "reference")
 ENVIRONMENT_VARIABLE = "WN_KERNELS_BACKEND"
+
+NATIVE_DTYPES = frozenset((torch.float32, torch.float64))
+NATIVE_SERVES = (
+    "the native library knows batches of float32 or float64 tensors on a CPU, all of one dtype and "
+    "none empty, norms along dim=0 of a weight whose slices are rows in memory, from 1e-10 to "
+    "1e10, in plain eager calls without autocast"
+)
 
 
 # --- backend -----------------------------------------------------------------------------------
@@ -54,8 +64,8 @@ def use_backend(name: str) -> Iterator[None]:
     """Forces a backend inside a `with` block, for every thread of the process.
 
     Args:
-        name: `"triton"`, `"aten"`, `"reference"`, or `"auto"` for the planner's own choice. The
-            backward of a layer runs where its forward did, also outside the block.
+        name: `"triton"`, `"native"`, `"aten"`, `"reference"`, or `"auto"` for the planner's own
+            choice. The backward of a layer runs where its forward did, also outside the block.
 
     Raises:
         ValueError: the name is unknown. A call that the forced backend cannot serve raises
@@ -99,19 +109,41 @@ def triton_unavailable() -> str | None:
 
 
 def choose_backend(x: Tensor) -> str:
-    """The backend for tensors like `x`; `""` while a compiler traces and none is forced: the
-    operator then asks again when it runs.
+    """The backend for tensors like `x`, where the native library does not serve the call; `""`
+    while a compiler traces and none is forced: the operator then asks again when it runs.
 
     Raises:
         RuntimeError: a forced backend cannot serve the call.
     """
     if _forced is not None:
         if _forced == "triton" and (reason := triton_unavailable()):
-            raise RuntimeError(f"backend 'triton' was forced but cannot serve this call: {reason}")
+            raise cannot_serve("triton", reason)
+        if _forced == "native":  # it has been asked
+            raise cannot_serve("native", native.unavailable() or NATIVE_SERVES)
         return _forced
     if is_compiling():
         return ""
     return "triton" if x.is_cuda and triton_unavailable() is None else "aten"
+
+
+def serving(x: Tensor) -> str:
+    """The backend for the plainest call with tensors like `x`.
+
+    Raises:
+        RuntimeError: a forced backend cannot serve it.
+    """
+    known = x.is_cpu and x.dtype in NATIVE_DTYPES
+    return "native" if asks_native() and known and native.library() else choose_backend(x)
+
+
+def cannot_serve(backend: str, reason: str) -> RuntimeError:
+    """The error for a call that a forced backend cannot serve."""
+    return RuntimeError(f"backend {backend!r} was forced but cannot serve this call: {reason}")
+
+
+def asks_native() -> bool:
+    """Whether the native library is asked first: it tells itself which calls it serves."""
+    return (_forced is None or _forced == "native") and not is_compiling()
 
 
 # --- variant -----------------------------------------------------------------------------------
@@ -191,8 +223,8 @@ def choices(call: Call, backend: str) -> list[Any]:
 
 @functools.lru_cache(maxsize=4096)
 def choose(call: Call, backend: str) -> Any:
-    """How `backend` serves a call: `AtenLinear` or `AtenConvolution` for `"aten"`, `Path` for
-    `"triton"`."""
+    """How `backend` serves a call: `AtenLinear` or `AtenConvolution` for `"aten"` and `"native"`,
+    `Path` for `"triton"`."""
     if _watched is not None:
         _watched.append((call, backend))
     if (call, backend) in _fixed:

@@ -22,6 +22,8 @@ from typing import Any
 import torch
 from filelock import FileLock
 
+from . import cache
+
 VARIABLE = "WN_KERNELS_TABLE"
 
 Entries = dict[str, dict[str, dict[str, Any]]]
@@ -34,8 +36,7 @@ def location() -> Path:
     named = os.environ.get(VARIABLE)
     if named:
         return Path(named)
-    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(cache) / "wn_kernels" / "tuned.json"
+    return cache.directory() / "tuned.json"
 
 
 @functools.cache
@@ -51,7 +52,7 @@ def processor() -> str:
 
 def machine(backend: str) -> str:
     """What a measurement holds for: the device and the versions."""
-    if backend == "aten":
+    if backend in ("aten", "native"):
         device = f"{processor()}, {torch.get_num_threads()} threads"
     else:
         cuda = torch.cuda.is_available()

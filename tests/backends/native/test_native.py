@@ -1,0 +1,471 @@
+"""The native library: every variant and order, what it serves and what it leaves alone."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from torch.autograd import gradcheck, gradgradcheck
+
+import wn_kernels.functional as WF
+from tests.comparison import Case, ConvCase, assert_matches, assert_same_bits, assert_zero
+from tests.test_convolution import KINDS, LAYERS, case_of, cases, check
+from wn_kernels import WNConv2d, WNLinear, checks, plan, use_backend
+from wn_kernels.backends import native, reference
+
+WIDE = [torch.float32, torch.float64]
+# Tiny, one row, few rows, many, and longer than a block.
+SHAPES = [(1, 1, 1), (1, 300, 70), (5, 37, 23), (4, 512, 300), (300, 40, 200), (2, 5000, 3)]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _built():
+    native.build()
+
+
+@pytest.fixture(autouse=True)
+def _forced():
+    """A call that the library leaves alone raises."""
+    with use_backend("native"):
+        yield
+
+
+def linear(case):
+    return lambda *inputs: WF.wn_linear(*inputs, eps=case.eps)
+
+
+def plan_with(monkeypatch, path):
+    """Has every call planned this way."""
+    monkeypatch.setattr(plan, "choose", lambda *_: path)
+    checks.forget()
+
+
+@pytest.fixture
+def _forgets():
+    yield
+    checks.forget()
+
+
+# --- values --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", WIDE)
+@pytest.mark.parametrize("eps", [0.0, 7.0])
+@pytest.mark.parametrize("bias", [True, False])
+def test_linear(shape, dtype, eps, bias):
+    case = Case(*shape, 0, dtype, eps=eps, bias=bias)
+    case.check(linear(case))
+
+
+@pytest.mark.parametrize("layout", ["transposed", "sliced", "offset"])
+@pytest.mark.parametrize("shape", [(1, 40, 30), (5, 37, 23), (4, 512, 300)])
+def test_strides_of_the_input(shape, layout):
+    case = Case(*shape, 0, layout=layout)
+    case.v = case.v.contiguous()
+    case.check(linear(case))
+
+
+@pytest.mark.usefixtures("_forgets")
+@pytest.mark.parametrize("forward", ["scaled", "materialize"])
+@pytest.mark.parametrize("backward", ["scaled", "materialize"])
+@pytest.mark.parametrize("keeps", [True, False])
+def test_every_variant_of_linear(forward, backward, keeps, monkeypatch):
+    keeps = keeps and forward == backward == "scaled"
+    plan_with(monkeypatch, plan.AtenLinear(forward, backward, keeps))
+    for m in (1, 3, 40, 300):
+        for eps in (0.0, 17.0):
+            case = Case(m, 300, 130, 0, eps=eps)
+            case.check(linear(case))
+            for mask in range(1, 16):
+                check_mask(case, linear(case), mask)
+
+
+def check_mask(case, layer, mask):
+    """Only the gradients asked for, and each as if all were."""
+    needs = [bool(mask >> i & 1) for i in range(4)]
+    inputs = (case.x, case.v, case.g, case.bias)
+    leaves = [t.detach().requires_grad_(n) for t, n in zip(inputs, needs, strict=True)]
+    layer(*leaves).backward(case.dy)
+    assert [leaf.grad is not None for leaf in leaves] == needs
+    every = case.grads
+    case.grads = [grad if need else None for grad, need in zip(every, needs, strict=True)]
+    case.check_backward([leaf.grad for leaf in leaves])
+    case.grads = every
+
+
+@pytest.mark.parametrize("leading", [(), (7,), (2, 3), (2, 1, 3)])
+def test_leading_dimensions(leading):
+    case = Case(7, 12, 5, 0)
+    x = torch.randn(*leading, 12, requires_grad=True)
+    y = WF.wn_linear(x, case.v, case.g, case.bias)
+    assert y.shape == (*leading, 5)
+    wide = [t.detach().double().requires_grad_() for t in (x, case.v, case.g, case.bias)]
+    right = reference.linear(*wide, 0, 0.0)
+    assert_matches(y, right, torch.float32, 12)
+    y.sum().backward()  # of an expanded gradient
+    right.sum().backward()
+    assert_matches(x.grad, wide[0].grad, torch.float32, 12)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("eps", "dtype"), [(0.0, torch.float32), (3.0, torch.float64)])
+def test_kinds(kind, eps, dtype):
+    if kind == "same":  # an even kernel: the input is padded first
+        return
+    case = case_of(KINDS, kind, 0, dtype, eps=eps, bias=eps == 0)
+    case.check(case.layer)
+
+
+@pytest.mark.usefixtures("_forgets")
+@pytest.mark.parametrize("kind", ["1d", "grouped", "depthwise", "2d", "3d", "up", "up grouped"])
+@pytest.mark.parametrize("forward", ["late", "materialize"])
+@pytest.mark.parametrize("backward", ["late", "materialize", "kept"])
+def test_every_variant_of_convolutions(kind, forward, backward, monkeypatch):
+    case = case_of(KINDS, kind)
+    axis = case.geometry().scale_axis(0)
+    kept = backward == "kept"
+    late = {"late": axis, "materialize": "materialize", "kept": "materialize"}
+    forward = "materialize" if kept else late[forward]
+    plan_with(monkeypatch, plan.AtenConvolution(forward, late[backward], kept))
+    case.check(case.layer)
+    for mask in range(1, 16):
+        check_mask(case, case.layer, mask)
+
+
+@pytest.mark.usefixtures("_forgets")
+@pytest.mark.parametrize("variant", ["output", "materialize"])
+@pytest.mark.parametrize("weight_too", [False, True])
+def test_channels_last(variant, weight_too, monkeypatch):
+    plan_with(monkeypatch, plan.AtenConvolution(variant, variant, False))
+    case = case_of(KINDS, "2d")
+    case.x = case.x.to(memory_format=torch.channels_last)
+    if weight_too:
+        case.v = case.v.to(memory_format=torch.channels_last)
+    y, grads = case.check(case.layer)
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    assert grads[1].stride() == case.v.stride()
+
+
+@pytest.mark.parametrize("name", [name for name in LAYERS if name != "positions"])
+def test_layers_of_models(name):
+    case = case_of(LAYERS, name)
+    case.check(case.layer)
+
+
+@pytest.mark.parametrize("shape", [(9,), (6, 5), (6, 5, 4), (3, 4, 5, 2), (3, 9000)])
+@pytest.mark.parametrize("dtype", WIDE)
+@pytest.mark.parametrize("flat", [False, True])
+def test_weight_norm(shape, dtype, flat):
+    v = torch.randn(shape, dtype=dtype).requires_grad_()
+    g_shape = (shape[0],) if flat else (shape[0], *[1] * (len(shape) - 1))
+    g = (torch.rand(g_shape, dtype=dtype) + 0.5).requires_grad_()
+    dw = torch.randn(shape, dtype=dtype)
+    w = WF.weight_norm(v, g)
+    wide = [t.detach().double().requires_grad_() for t in (v, g)]
+    expected = reference.weight_norm(wide[0], wide[1].view(-1, *[1] * (len(shape) - 1)), 0, 0.0)
+    assert_matches(w, expected, dtype, v.numel())
+    dv, dg = torch.autograd.grad(w, (v, g), dw)
+    right_dv, right_dg = torch.autograd.grad(expected, wide, dw.double())
+    terms = dw.double().norm().item()
+    assert_matches(dg, right_dg, dtype, v.numel(), terms=terms)
+    if len(shape) > 1:
+        assert_matches(dv, right_dv, dtype, v.numel(), roundings=3, scale=terms)
+
+
+def test_weight_norm_keeps_the_layout():
+    v = torch.randn(6, 5, 3, 4).contiguous(memory_format=torch.channels_last).requires_grad_()
+    w = WF.weight_norm(v, torch.ones(6, 1, 1, 1))
+    assert w.stride() == v.stride()
+    # A gradient that lies otherwise, and that somebody else may hold.
+    dw = torch.randn(w.shape)
+    before = dw.clone()
+    (dv,) = torch.autograd.grad(w, v, dw)
+    assert dv.stride() == v.stride()
+    assert_same_bits(dw, before)
+    wide = v.detach().double().requires_grad_()
+    right = torch.autograd.grad(
+        reference.weight_norm(wide, torch.ones(6, 1, 1, 1).double(), 0, 0.0), wide, dw.double()
+    )[0]
+    assert_matches(dv, right, torch.float32, 60, roundings=3, scale=dw.norm().item())
+
+
+@settings(max_examples=400)
+@given(
+    shape=st.tuples(st.integers(1, 300), st.integers(2, 140), st.integers(2, 140)),
+    dtype=st.sampled_from(WIDE),
+    eps=st.sampled_from([0.0, 6.0]),
+    bias=st.booleans(),
+    seed=st.integers(0, 2**31),
+)
+def test_fuzz_linear(shape, dtype, eps, bias, seed):
+    case = Case(*shape, 0, dtype, eps=eps, bias=bias, seed=seed)
+    case.check(linear(case))
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("rank", [1, 2, 3])
+def test_fuzz_convolution(rank, transposed):
+    served = st.sampled_from(WIDE).flatmap(
+        lambda dtype: cases(rank, transposed, dims=[0], dtypes=[dtype])
+    )
+
+    @settings(max_examples=150)
+    @given(case=served)
+    def run(case):
+        case.v = case.v.contiguous()
+        # "same" with an even kernel pads the input first.
+        assume(case.options.get("padding") != "same")
+        check(case)
+
+    run()
+
+
+# --- second derivatives --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("m", [1, 4])
+@pytest.mark.parametrize("eps", [0.0, 2.0])
+def test_derivatives_of_linear(m, eps):
+    case = Case(m, 6, 5, 0, torch.float64, eps=eps)
+    assert gradcheck(linear(case), case.leaves(), check_batched_grad=True)
+    assert gradgradcheck(linear(case), case.leaves())
+
+
+@pytest.mark.parametrize("kind", ["1d", "grouped", "up", "up grouped"])
+def test_derivatives_of_convolutions(kind):
+    (_, inputs, outputs, _, taps), options = KINDS[kind]
+    case = ConvCase(1, inputs, outputs, (4,), taps, 0, torch.float64, **options)
+    assert gradcheck(case.layer, case.leaves())
+    assert gradgradcheck(case.layer, case.leaves())
+
+
+def test_derivatives_of_weight_norm():
+    v = torch.randn(3, 4, 2, dtype=torch.float64, requires_grad=True)
+    for g in (torch.rand(3, 1, 1, dtype=torch.float64), torch.rand(3, dtype=torch.float64)):
+        g.requires_grad_()
+        assert gradcheck(WF.weight_norm, (v, g))
+        assert gradgradcheck(WF.weight_norm, (v, g))
+
+
+# --- numbers out of the ordinary -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(1, 20, 18), (9, 20, 18), (4, 512, 300)])
+def test_dead_slice(shape):
+    case = Case(*shape, 0)
+    case.v[3].zero_()
+    leaves = case.leaves()
+    y = WF.wn_linear(*leaves)
+    assert torch.isfinite(y).all()
+    assert_same_bits(y[:, 3], case.bias[3].expand(shape[0]))
+    grads = torch.autograd.grad(y, leaves, case.dy)
+    assert all(torch.isfinite(grad).all() for grad in grads)
+    assert_zero(grads[1][3])
+    assert_zero(grads[2][3])
+
+
+@pytest.mark.parametrize("factor", [1e-25, 1e-12, 1e12, 1e25, float("nan")])
+@pytest.mark.parametrize("m", [1, 6])
+def test_norms_out_of_range_are_left_alone(factor, m):
+    """Squares that leave float32, and those near it: by the definition in float64."""
+    case = Case(m, 30, 20, 0)
+    case.v[3] *= factor
+    with pytest.raises(RuntimeError, match="forced but cannot serve this call: the native library"):
+        WF.wn_linear(case.x, case.v, case.g)
+    with pytest.raises(RuntimeError, match="forced but cannot serve"):
+        WF.weight_norm(case.v, case.g)
+    with use_backend("auto"):
+        y = WF.wn_linear(case.x, case.v, case.g)
+    right = reference.linear(case.x.double(), case.v.double(), case.g.double(), None, 0, 0.0)
+    if factor == factor:
+        assert_matches(y, right, torch.float32, 30)
+    else:
+        assert torch.isnan(y[:, 3]).all()
+
+
+# --- what it serves ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"dim": 1, "g": torch.ones(1, 6)},
+        {"dim": None, "g": torch.tensor(1.0)},
+        {"input": torch.randn(2, 6, dtype=torch.float64)},
+        {"bias": torch.randn(4).double()},
+        {"v": torch.randn(6, 4).t()},
+        {"input": torch.empty(0, 6)},
+        {"input": torch.randn(2, 6).bfloat16()},
+    ],
+)
+def test_other_calls_are_left_alone(change):
+    arguments = {"input": torch.randn(2, 6), "v": torch.randn(4, 6), "g": torch.ones(4, 1)}
+    with pytest.raises(RuntimeError, match="'native' was forced but cannot serve"):
+        WF.wn_linear(**(arguments | change))
+    with use_backend("auto"):
+        assert WF.wn_linear(**(arguments | change)).shape[-1] == 4
+
+
+def test_wrong_calls_get_the_usual_errors():
+    x, v, g = torch.randn(2, 6), torch.randn(4, 6), torch.ones(4, 1)
+    with pytest.raises(ValueError, match=r"input of shape \(2, 5\) does not fit"):
+        WF.wn_linear(x[:, :5], v, g)
+    with pytest.raises(TypeError, match="groups must be an int"):
+        WF.wn_conv1d(x[None], v[..., None], g[..., None], groups=1.0)
+    with use_backend("auto"), pytest.raises(TypeError, match=r"v must be a torch\.Tensor"):
+        WF.wn_linear(x, [1.0], g)
+
+
+def test_what_sees_through_a_call_does():
+    """Transforms, forward-mode AD, autocast and modes meet operators that they know."""
+    case = Case(3, 6, 4, 0)
+    inputs = (case.x, case.v, case.g, case.bias)
+    with use_backend("auto"):
+        _, tangent = torch.func.jvp(lambda x: WF.wn_linear(x, *inputs[1:]), inputs[:1], inputs[:1])
+        assert_matches(tangent + case.bias, case.y, torch.float32, 6)
+        case.check_forward(torch.vmap(WF.wn_linear, (0, None, None, None))(*inputs))
+        with torch.autocast("cpu", torch.bfloat16):
+            assert WF.wn_linear(*inputs).dtype == torch.bfloat16
+
+        class Mode(torch.utils._python_dispatch.TorchDispatchMode):
+            seen = 0
+
+            def __torch_dispatch__(self, function, types, arguments=(), options=None):
+                self.seen += 1
+                return function(*arguments, **(options or {}))
+
+        with Mode() as mode:
+            WF.wn_linear(*inputs)
+        assert mode.seen
+
+
+def test_a_subclass_is_left_alone():
+    class Own(torch.Tensor):
+        pass
+
+    x = torch.randn(2, 6).as_subclass(Own)
+    with use_backend("auto"):
+        assert isinstance(WNLinear(6, 4)(x), Own)
+
+
+# --- as a node of the graph ----------------------------------------------------------------------
+
+
+def test_saved_memory():
+    """What the plain layer saves, the norms, and the product where it is small; no weight."""
+    for layer, x in [
+        (WNLinear(512, 300), torch.randn(4, 512, requires_grad=True)),
+        (WNLinear(64, 64), torch.randn(32, 64, requires_grad=True)),
+    ]:
+        saved = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):  # noqa: B023
+            layer(x)
+        owned = {t.data_ptr() for t in (x, *layer.parameters())}
+        extra = sum(t.numel() for t in saved if t.data_ptr() not in owned)
+        assert saved
+        assert extra <= layer.weight_g.numel() + x.shape[0] * layer.out_features
+
+
+def test_an_activation_in_place_and_a_checkpoint():
+    layer, x = WNConv2d(3, 4, 3), torch.randn(2, 3, 8, 8, requires_grad=True)
+    plain = torch.autograd.grad(layer(x).relu().sum(), layer.weight_v)[0]
+    again = torch.utils.checkpoint.checkpoint(
+        lambda x: torch.relu_(layer(x)), x, use_reentrant=False
+    )
+    assert_same_bits(torch.autograd.grad(again.sum(), layer.weight_v)[0], plain)
+
+
+def test_a_changed_weight_is_noticed():
+    layer = WNLinear(6, 4)
+    y = layer(torch.randn(2, 6))
+    with torch.no_grad():
+        layer.weight_v.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+def test_same_bits_whatever_the_threads():
+    v, g = torch.randn(700, 300), torch.rand(700, 1)
+    threads = torch.get_num_threads()
+    try:
+        for shape in [(1, 300), (0,)]:
+            found = []
+            for count in (1, 2):
+                torch.set_num_threads(count)
+                found.append(WF.wn_linear(v[:1], v, g) if shape[0] else WF.weight_norm(v, g))
+            assert_same_bits(*found)
+    finally:
+        torch.set_num_threads(threads)
+
+
+# --- planning ------------------------------------------------------------------------------------
+
+
+def test_a_call_is_planned_once(monkeypatch):
+    checks.forget()
+    asked = []
+    choose = plan.choose
+    monkeypatch.setattr(plan, "choose", lambda *call: asked.append(call) or choose(*call))
+    layer = WNConv2d(3, 4, 3)
+    for _ in range(3):
+        layer(torch.randn(2, 3, 8, 8))
+    assert [backend for _, backend in asked] == ["native"]
+    layer(torch.randn(2, 3, 8, 9))
+    assert len(asked) == 2
+    checks.forget()
+    layer(torch.randn(2, 3, 8, 9))
+    assert len(asked) == 3
+
+
+# --- building ------------------------------------------------------------------------------------
+
+
+def run(*command, **environment):
+    return subprocess.run(
+        [sys.executable, *command],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, **environment},
+    )
+
+
+def test_without_the_library(tmp_path):
+    code = """
+import torch, wn_kernels
+from wn_kernels import plan
+layer = wn_kernels.WNLinear(6, 4)
+layer(torch.randn(2, 6)).sum().backward()
+assert layer.weight_v.grad.abs().sum() > 0
+print(plan.serving(torch.empty(0)))
+with wn_kernels.use_backend("native"):
+    try:
+        layer(torch.randn(2, 6))
+    except RuntimeError as error:
+        print(error)
+"""
+    done = run("-c", code, XDG_CACHE_HOME=str(tmp_path))
+    assert done.stdout.startswith("aten\n"), done.stderr
+    assert "it was not built (python -m wn_kernels build does)" in done.stdout
+
+
+def test_a_broken_library_is_no_obstacle(tmp_path):
+    code = "from wn_kernels.backends import native; print(native.location())"
+    file = run("-c", code, XDG_CACHE_HOME=str(tmp_path)).stdout.strip()
+    os.makedirs(os.path.dirname(file))
+    with open(file, "w") as text:
+        text.write("no library")
+    done = run("-m", "wn_kernels", "info", XDG_CACHE_HOME=str(tmp_path))
+    assert "the native library cannot be used: loading" in done.stdout, done.stderr
+    assert "float32   aten" in done.stdout
+
+
+def test_a_compiler_that_is_not_there_is_named(tmp_path):
+    done = run("-m", "wn_kernels", "build", XDG_CACHE_HOME=str(tmp_path), CXX="no-such-compiler")
+    assert done.returncode != 0
+    assert "no-such-compiler" in done.stderr
+    assert not list(tmp_path.rglob("*.so"))

@@ -1,0 +1,118 @@
+"""The fast path of a CPU in C++: the layers as nodes of the autograd graph.
+
+    rows.h          passes over the rows of a weight, each read once
+    call.h          which calls are served, and how
+    weight.h        W, its norms and its gradients
+    linear.h, convolution.h
+    library.cpp     what Python sees
+
+It is built once for a machine, by the compiler that `torch.compile` uses there, too:
+
+    python -m wn_kernels build
+
+and loaded by the first call that it may serve. Without it, the ATen path serves every call.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib.machinery
+import importlib.util
+import os
+import platform
+import sys
+import sysconfig
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ... import cache
+
+NAME = "wn_kernels_native"
+_HERE = Path(__file__).parent
+SOURCES = sorted((*_HERE.glob("*.cpp"), *_HERE.glob("*.h")))
+
+# The instructions that PyTorch itself uses on this machine, and no others: a cache may be shared.
+_INSTRUCTIONS = {
+    "AVX2": ["-mavx2", "-mfma"],
+    "AVX512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma"],
+}
+
+
+def location() -> Path:
+    """The library's file, named after everything that it is built from and for."""
+    target = (sys.platform, platform.machine(), sys.implementation.cache_tag)
+    key = hashlib.sha256(repr((torch.__version__, *target, *_flags())).encode())
+    for source in SOURCES:
+        key.update(source.read_bytes())
+    return cache.directory() / "native" / key.hexdigest()[:16] / f"{NAME}.so"
+
+
+def _flags() -> list[str]:
+    parallel = torch.backends.openmp.is_available()
+    return [
+        "-O3",
+        *(["-fopenmp", "-DAT_PARALLEL_OPENMP=1"] if parallel else []),
+        *_INSTRUCTIONS.get(torch.backends.cpu.get_cpu_capability(), []),
+    ]
+
+
+def build() -> Path:
+    """Builds the library, unless it is there; returns its file.
+
+    Raises:
+        RuntimeError: there is no C++ compiler or no ninja, or the compiler fails; the message says
+            which.
+    """
+    path = location()
+    if not path.exists():
+        from torch.utils import cpp_extension
+
+        path.parent.mkdir(parents=True, exist_ok=True)
+        before = os.environ.get("PATH", "")
+        os.environ["PATH"] = os.pathsep.join((sysconfig.get_path("scripts"), before))  # ninja's
+        try:
+            # Elsewhere, and then moved: another process never finds half a file.
+            with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+                cpp_extension.load(
+                    NAME,
+                    [str(path) for path in SOURCES if path.suffix == ".cpp"],
+                    extra_cflags=_flags(),
+                    build_directory=folder,
+                    is_python_module=False,
+                )
+                (Path(folder) / path.name).replace(path)
+        finally:
+            os.environ["PATH"] = before
+        _loaded.cache_clear()
+    return path
+
+
+@functools.cache
+def _loaded() -> tuple[Any, str]:
+    """The library, or `None` and the reason."""
+    path = location()
+    if not path.exists():
+        return None, "it was not built (python -m wn_kernels build does)"
+    try:
+        loader = importlib.machinery.ExtensionFileLoader(NAME, str(path))
+        spec = importlib.util.spec_from_file_location(NAME, path, loader=loader)
+        assert spec is not None
+        module = importlib.util.module_from_spec(spec)
+        loader.exec_module(module)
+    except ImportError as error:  # a broken file must not break the ATen path
+        return None, f"loading {path} failed: {error}"
+    return module, ""
+
+
+def library() -> Any:
+    """The library, or `None` where it cannot be used."""
+    return _loaded()[0]
+
+
+def unavailable() -> str | None:
+    """Why the library cannot be used in this process, or `None` if it can."""
+    return _loaded()[1] or None

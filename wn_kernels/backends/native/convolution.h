@@ -1,0 +1,201 @@
+// The convolutions, transposed ones too: PyTorch's own, with W = s V.
+//
+//   late      the channels of the side that the scale belongs to are scaled: a transposed
+//             convolution's input, another's output
+//   else      W is formed, and kept for the backward where that is asked for
+
+#pragma once
+
+#include <tuple>
+
+#include "weight.h"
+
+namespace wn_kernels {
+
+struct ConvolutionResult {
+  Tensor y, n, w;  // W only where it is kept
+};
+
+// The scale of V's first dimension, to multiply the channels of the side that it belongs to: a
+// transposed convolution's input, another's output.
+inline Tensor per_channel(const Tensor& g, const Tensor& n, int64_t ndim) {
+  Sizes shape(ndim - 1, 1);
+  shape[0] = n.numel();
+  return (g / n).view(shape);
+}
+
+inline Tensor plain(const Tensor& x, const Tensor& w, const Tensor& bias, const Geometry& conv) {
+  return at::convolution(
+      x, w, maybe(bias), conv.stride, conv.padding, conv.dilation, conv.transposed,
+      conv.output_padding, conv.groups);
+}
+
+// y = y s + b, in place.
+inline void scale_channels(Tensor& y, const Tensor& s, const Tensor& bias) {
+  const int64_t channels = s.numel(), pixels = y.numel() / (y.size(0) * channels);
+  if (!y.is_contiguous()) {
+    bias.defined() ? at::addcmul_out(y, bias.view(s.sizes()), y, s) : y.mul_(s);
+    return;
+  }
+  AT_DISPATCH_FLOATING_TYPES(y.scalar_type(), "scale_channels", [&] {
+    auto* ys = y.mutable_data_ptr<scalar_t>();
+    const auto *scales = s.const_data_ptr<scalar_t>(),
+               *shifts = bias.defined() ? bias.const_data_ptr<scalar_t>() : nullptr;
+    for_each(y.size(0) * channels, pixels, [&](int64_t j) {
+      const scalar_t factor = scales[j % channels], shift = shifts ? shifts[j % channels] : 0;
+      scalar_t* row = ys + j * pixels;
+      for (int64_t i = 0; i < pixels; ++i) row[i] = row[i] * factor + shift;
+    });
+  });
+}
+
+inline std::tuple<Tensor, Tensor, Tensor> plain_grads(
+    const Tensor& dy, const Tensor& x, const Tensor& w, const Geometry& conv, bool needs_x,
+    bool needs_w, bool needs_bias) {
+  return at::convolution_backward(
+      dy, x, w, at::IntArrayRef{dy.size(1)}, conv.stride, conv.padding, conv.dilation,
+      conv.transposed, conv.output_padding, conv.groups, {needs_x, needs_w, needs_bias});
+}
+
+inline std::optional<ConvolutionResult> convolution_forward(
+    const Tensor& x, const Tensor& v, const Tensor& g, const Tensor& bias, const Geometry& conv,
+    double eps, bool late, bool keeps) {
+  if (!late) {
+    auto result = weight(v, g, eps);
+    if (!result) return std::nullopt;
+    auto& [w, n] = *result;
+    return ConvolutionResult{plain(x, w, bias, conv), n, keeps ? w : Tensor()};
+  }
+  const auto n = norms(v, g, eps);
+  if (!n) return std::nullopt;
+  const Tensor s = per_channel(g, *n, x.dim());
+  if (conv.transposed) return ConvolutionResult{plain(x * s, v, bias, conv), *n, Tensor()};
+  Tensor y = plain(x, v, Tensor(), conv);
+  scale_channels(y, s, bias);
+  return ConvolutionResult{y, *n, Tensor()};
+}
+
+struct Convolution : Function<Convolution> {
+  static Tensor forward(
+      AutogradContext* ctx, const Tensor& x, const Tensor& v, const Tensor& g,
+      const MaybeTensor& bias, const ConvolutionResult& result, const Geometry& conv, double eps,
+      bool late) {
+    ctx->save_for_backward({x, v, g, result.n, result.w});
+    auto& data = ctx->saved_data;
+    data["bias"] = bias.has_value();
+    data["eps"] = eps;
+    data["late"] = late;
+    data["stride"] = conv.stride;
+    data["padding"] = conv.padding;
+    data["dilation"] = conv.dilation;
+    data["transposed"] = conv.transposed;
+    data["output_padding"] = conv.output_padding;
+    data["groups"] = conv.groups;
+    return result.y;
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    const auto saved = ctx->get_saved_variables();
+    const auto &x = saved[0], &v = saved[1], &g = saved[2], &n = saved[3], &w = saved[4];
+    const Tensor& dy = grads[0];
+    auto& data = ctx->saved_data;
+    const double eps = data["eps"].toDouble();
+    const Geometry conv{
+        data["stride"].toIntVector(),    data["padding"].toIntVector(),
+        data["dilation"].toIntVector(),  data["transposed"].toBool(),
+        data["output_padding"].toIntVector(), data["groups"].toInt()};
+    const bool needs_x = ctx->needs_input_grad(0), needs_v = ctx->needs_input_grad(1),
+               needs_g = ctx->needs_input_grad(2),
+               needs_bias = data["bias"].toBool() && ctx->needs_input_grad(3);
+    const bool needs_weight = needs_v || needs_g;
+    variable_list out(8);
+    Sizes all_but_channels{0};
+    for (int64_t i = 2; i < dy.dim(); ++i) all_but_channels.push_back(i);
+    if (goes_to_composite(dy)) {
+      auto found = composite_grads(dy, x, v, g, conv, eps, {needs_x, needs_v, needs_g});
+      std::move(found.begin(), found.end(), out.begin());
+      if (needs_bias) out[3] = dy.sum(all_but_channels);
+      return out;
+    }
+    at::AutoDispatchBelowADInplaceOrView below;
+    Tensor dw;
+    // Alone, ATen would compute the weight's gradient beside the bias's.
+    if (needs_bias && !needs_weight) out[3] = dy.sum(all_but_channels);
+    const bool bias_rides = needs_bias && needs_weight;
+    if (data["late"].toBool()) {
+      const Tensor s = per_channel(g, n, x.dim());
+      if (conv.transposed) {  // the input's scale: dX = s (dY * V), beside dW
+        std::tie(out[0], dw, out[3]) =
+            merged(out[3], plain_grads(dy, x, v, conv, needs_x, needs_weight, bias_rides));
+        if (needs_x) out[0].mul_(s);
+      } else {
+        if (needs_x) out[0] = std::get<0>(plain_grads(dy * s, x, v, conv, true, false, false));
+        if (needs_weight)
+          std::tie(std::ignore, dw, out[3]) =
+              merged(out[3], plain_grads(dy, x, v, conv, false, true, bias_rides));
+      }
+    } else if (needs_x || needs_weight) {
+      const Tensor used = w.defined() || !needs_x ? w : scaled_weight(v, g, n);
+      std::tie(out[0], dw, out[3]) = merged(
+          out[3],
+          plain_grads(dy, x, needs_x ? used : v, conv, needs_x, needs_weight, bias_rides));
+    }
+    if (needs_weight) std::tie(out[1], out[2]) = weight_grads(dw, v, g, n, eps, true);
+    return out;
+  }
+
+  // With the bias's gradient that there is already, if there is one.
+  static std::tuple<Tensor, Tensor, Tensor> merged(
+      const Tensor& db, std::tuple<Tensor, Tensor, Tensor> grads) {
+    if (db.defined()) std::get<2>(grads) = db;
+    return grads;
+  }
+};
+
+struct ConvolutionPlan {
+  Geometry conv;
+  Path path;
+};
+
+inline Memo<ConvolutionPlan>& convolution_memo() {
+  static auto* memo = new Memo<ConvolutionPlan>;
+  return *memo;
+}
+
+// `options` are those of functional.convolution, from the stride on.
+inline MaybeTensor convolution(
+    py::handle rank, py::handle x, py::handle v, py::handle g, py::handle bias,
+    py::handle stride, py::handle padding, py::handle dilation, py::handle transposed,
+    py::handle output_padding, py::handle groups, py::handle dim, py::handle eps) {
+  const auto t = operands(x, v, g, bias);
+  if (!t) return std::nullopt;
+  const auto* found = convolution_memo().find(
+      *t,
+      {rank, stride, padding, dilation, transposed, output_padding, groups, dim, eps},
+      [&]() -> std::optional<ConvolutionPlan> {
+        using Answer = std::tuple<Sizes, Sizes, Sizes, bool, Sizes, int64_t, Path::Flags>;
+        const auto answer = callbacks().plan_convolution(
+            rank, x, v, g, bias, stride, padding, dilation, transposed, output_padding, groups,
+            dim, eps);
+        if (answer.is_none()) return std::nullopt;
+        const auto [s, p, d, is_transposed, extra, number, flags] = answer.cast<Answer>();
+        return ConvolutionPlan{{s, p, d, is_transposed, extra, number}, Path(flags)};
+      });
+  if (!found || !*found) return std::nullopt;
+  const ConvolutionPlan plan = **found;
+  const double least = py::cast<double>(eps);
+  py::gil_scoped_release released;
+  const bool recorded = t->needs_grad();
+  std::optional<ConvolutionResult> result;
+  {
+    at::AutoDispatchBelowADInplaceOrView below;
+    result = convolution_forward(
+        t->x, t->v, t->g, t->bias, plan.conv, least, plan.path.late, plan.path.keeps && recorded);
+  }
+  if (!result) return std::nullopt;
+  if (!recorded) return result->y;
+  return Convolution::apply(
+      t->x, t->v, t->g, maybe(t->bias), *result, plan.conv, least, plan.path.late_backward);
+}
+
+}  // namespace wn_kernels

@@ -1,0 +1,22 @@
+// Weight-normalised layers for a CPU, as nodes of PyTorch's autograd graph: no Python in a call.
+//
+// They serve dense tensors of one dtype, float32 or float64, and norms of the rows of V (dim = 0),
+// in the variants of the ATen path (backends/aten.py). A backward that is itself differentiated
+// runs on the composite formula (backends/reference.py).
+
+#include "convolution.h"
+#include "linear.h"
+
+PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
+  using namespace wn_kernels;
+  m.def("weight_norm", &weight_norm);
+  m.def("linear", &linear);
+  m.def("convolution", &convolution);
+  m.def("set_callbacks", [](py::object linear, py::object convolution, py::object second_order) {
+    callbacks() = {std::move(linear), std::move(convolution), std::move(second_order)};
+  });
+  m.def("forget", [] {
+    linear_memo().forget();
+    convolution_memo().forget();
+  });
+}

@@ -1,0 +1,246 @@
+// The linear layer: y = x Wᵀ + b with W = s V.
+//
+//   late      y = (x Vᵀ) s + b,  dX = (dY s) V,  and dV = (dY s)ᵀ x - c V with a = sum dY (x Vᵀ)
+//             where the forward kept that product; otherwise dW is formed and finished
+//   else      W is formed, in each direction
+
+#pragma once
+
+#include <algorithm>
+#include <optional>
+
+#include "weight.h"
+
+namespace wn_kernels {
+
+// Rows of x for which V xᵀ beats x Vᵀ.
+constexpr int64_t kLeftRows = 256;
+
+// Columns that a thread takes of a pass over (M, N): a cache line, and more.
+constexpr int64_t kColumns = 64;
+
+struct LinearResult {
+  Tensor y, n, product;  // the product x Vᵀ only where it is kept
+};
+
+// y = p s + b for p = x Vᵀ, which may lie transposed.
+template <typename T>
+void epilogue(Tensor& y, const Tensor& p, const Tensor& g, const Tensor& n, const Tensor& b) {
+  const int64_t rows = p.size(0), columns = p.size(1), p_row = p.stride(0), p_column = p.stride(1);
+  const auto *ps = p.const_data_ptr<T>(), *gs = g.const_data_ptr<T>(), *ns = n.const_data_ptr<T>();
+  const auto* bs = b.defined() ? b.const_data_ptr<T>() : nullptr;
+  auto* ys = y.mutable_data_ptr<T>();
+  for_each((columns + kColumns - 1) / kColumns, rows * kColumns, [&](int64_t block) {
+    const int64_t begin = block * kColumns, width = std::min(kColumns, columns - begin);
+    T s[kColumns], shift[kColumns] = {};
+    for (int64_t j = 0; j < width; ++j) s[j] = gs[begin + j] / ns[begin + j];
+    if (bs) std::copy_n(bs + begin, width, shift);
+    for (int64_t m = 0; m < rows; ++m) {
+      const T* in = ps + m * p_row + begin * p_column;
+      T* out = ys + m * columns + begin;
+      if (p_column == 1)
+        for (int64_t j = 0; j < width; ++j) out[j] = in[j] * s[j] + shift[j];
+      else
+        for (int64_t j = 0; j < width; ++j) out[j] = in[j * p_column] * s[j] + shift[j];
+    }
+  });
+}
+
+// The columns of dY: scaled = dY s, db = sum dY and, with p = x Vᵀ, a = sum dY p, over its rows.
+template <typename T>
+void column_pass(
+    Tensor& scaled, Tensor& db, Tensor& a, const Tensor& dy, const Tensor& p, const Tensor& g,
+    const Tensor& n) {
+  const int64_t rows = dy.size(0), columns = dy.size(1);
+  const bool dots = p.defined();
+  const int64_t p_row = dots ? p.stride(0) : 0, p_column = dots ? p.stride(1) : 0;
+  const auto *dys = dy.const_data_ptr<T>(), *gs = g.const_data_ptr<T>(),
+             *ns = n.const_data_ptr<T>(), *ps = dots ? p.const_data_ptr<T>() : nullptr;
+  auto *out = scaled.mutable_data_ptr<T>(), *dbs = db.mutable_data_ptr<T>(),
+       *as = dots ? a.mutable_data_ptr<T>() : nullptr;
+  for_each((columns + kColumns - 1) / kColumns, rows * kColumns, [&](int64_t block) {
+    const int64_t begin = block * kColumns, width = std::min(kColumns, columns - begin);
+    T s[kColumns], sums[kColumns] = {}, products[kColumns] = {};
+    for (int64_t j = 0; j < width; ++j) s[j] = gs[begin + j] / ns[begin + j];
+    for (int64_t m = 0; m < rows; ++m) {
+      const T* row = dys + m * columns + begin;
+      T* to = out + m * columns + begin;
+      for (int64_t j = 0; j < width; ++j) {
+        to[j] = row[j] * s[j];
+        sums[j] += row[j];
+      }
+      if (dots) {
+        const T* with = ps + m * p_row + begin * p_column;
+        for (int64_t j = 0; j < width; ++j) products[j] += row[j] * with[j * p_column];
+      }
+    }
+    std::copy_n(sums, width, dbs + begin);
+    if (dots) std::copy_n(products, width, as + begin);
+  });
+}
+
+inline std::optional<LinearResult> linear_forward(
+    const Tensor& x, const Tensor& v, const Tensor& g, const Tensor& bias, double eps,
+    bool late, bool keeps) {
+  const int64_t rows = x.size(0), outputs = v.size(0), inputs = v.size(1);
+  if (!late) {
+    auto result = weight(v, g, eps);
+    if (!result) return std::nullopt;
+    return LinearResult{at::linear(x, result->first, maybe(bias)), result->second, Tensor()};
+  }
+  LinearResult out;
+  bool in_range = true;
+  if (rows == 1) {
+    out.y = at::empty({1, outputs}, x.options());
+    out.n = at::empty_like(g);
+    if (keeps) out.product = at::empty({1, outputs}, x.options());
+    const Tensor input = x.contiguous();
+    AT_DISPATCH_FLOATING_TYPES(v.scalar_type(), "linear", [&] {
+      const auto *vs = v.const_data_ptr<scalar_t>(), *xs = input.const_data_ptr<scalar_t>(),
+                 *gs = g.const_data_ptr<scalar_t>(),
+                 *bs = bias.defined() ? bias.const_data_ptr<scalar_t>() : nullptr;
+      auto *ys = out.y.mutable_data_ptr<scalar_t>(),
+           *kept = keeps ? out.product.mutable_data_ptr<scalar_t>() : nullptr;
+      Norms<scalar_t> all(out.n.mutable_data_ptr<scalar_t>(), eps);
+      for_each(outputs, inputs, [&](int64_t j) {
+        const auto* row = vs + j * inputs;
+        const auto [square, product] = square_and_dot(row, xs, inputs);
+        const scalar_t s = gs[j] / all.set(j, square, row, inputs);
+        ys[j] = static_cast<scalar_t>(product) * s + (bs ? bs[j] : 0);
+        if (kept) kept[j] = static_cast<scalar_t>(product);
+      });
+      in_range = all.in_range();
+    });
+    return in_range ? std::make_optional(out) : std::nullopt;
+  }
+  const auto n = norms(v, g, eps);
+  if (!n) return std::nullopt;
+  out.n = *n;
+  const Tensor p = rows < kLeftRows ? at::mm(v, x.t()).t() : at::mm(x, v.t());
+  if (keeps) out.product = p;
+  out.y = !keeps && p.is_contiguous() ? p : at::empty(p.sizes(), x.options());
+  AT_DISPATCH_FLOATING_TYPES(
+      v.scalar_type(), "linear", [&] { epilogue<scalar_t>(out.y, p, g, out.n, bias); });
+  return out;
+}
+
+struct Linear : Function<Linear> {
+  static Tensor forward(
+      AutogradContext* ctx, const Tensor& x, const Tensor& v, const Tensor& g,
+      const MaybeTensor& bias, const LinearResult& result, double eps, bool late) {
+    ctx->saved_data["bias"] = bias.has_value();
+    ctx->save_for_backward({x, v, g, result.n, result.product});
+    ctx->saved_data["eps"] = eps;
+    ctx->saved_data["late"] = late;
+    return result.y;
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    const auto saved = ctx->get_saved_variables();
+    const auto &input = saved[0], &v = saved[1], &g = saved[2], &n = saved[3], &p = saved[4];
+    const double eps = ctx->saved_data["eps"].toDouble();
+    const bool needs_x = ctx->needs_input_grad(0), needs_v = ctx->needs_input_grad(1),
+               needs_g = ctx->needs_input_grad(2),
+               needs_bias = ctx->saved_data["bias"].toBool() && ctx->needs_input_grad(3);
+    variable_list out(7);
+    if (goes_to_composite(grads[0])) {
+      auto found = composite_grads(
+          grads[0], input, v, g, std::nullopt, eps, {needs_x, needs_v, needs_g});
+      std::move(found.begin(), found.end(), out.begin());
+      Sizes all_but_last;
+      for (int64_t i = 0; i + 1 < grads[0].dim(); ++i) all_but_last.push_back(i);
+      if (needs_bias) out[3] = all_but_last.empty() ? grads[0] : grads[0].sum(all_but_last);
+      return out;
+    }
+    at::AutoDispatchBelowADInplaceOrView below;
+    const Tensor dy = grads[0].reshape({-1, v.size(0)}).contiguous();
+    const Tensor x = input.reshape({-1, v.size(1)});
+    Tensor dx, a, db;
+    if (ctx->saved_data["late"].toBool()) {
+      Tensor scaled = at::empty_like(dy);
+      db = at::empty({dy.size(1)}, dy.options());
+      if (p.defined()) a = at::empty_like(g);
+      AT_DISPATCH_FLOATING_TYPES(v.scalar_type(), "linear_backward", [&] {
+        column_pass<scalar_t>(scaled, db, a, dy, p, g, n);
+      });
+      if (needs_x) dx = at::mm(scaled, v);
+      if (p.defined()) std::tie(out[1], out[2]) = grads_from_dots(a, scaled, x, v, g, n, eps);
+    } else {
+      if (needs_bias) db = dy.sum(0);
+      if (needs_x) dx = at::mm(dy, scaled_weight(v, g, n));
+    }
+    if ((needs_v || needs_g) && !out[1].defined())
+      std::tie(out[1], out[2]) = weight_grads(at::mm(dy.t(), x), v, g, n, eps, true);
+    if (needs_x) out[0] = dx.view(input.sizes());
+    if (needs_bias) out[3] = db;
+    return out;
+  }
+
+  // dV = (dY s)ᵀ x - c V, with a = <dW, V> at hand: dV starts as the last term, and the product
+  // is added to it.
+  static std::pair<Tensor, Tensor> grads_from_dots(
+      const Tensor& a, const Tensor& scaled, const Tensor& x, const Tensor& v, const Tensor& g,
+      const Tensor& n, double eps) {
+    Tensor dv = at::empty_like(v), dg = at::empty_like(g);
+    const bool single = x.size(0) == 1;
+    const Tensor input = x.contiguous();
+    AT_DISPATCH_FLOATING_TYPES(v.scalar_type(), "linear_backward", [&] {
+      const auto *vs = v.const_data_ptr<scalar_t>(), *gs = g.const_data_ptr<scalar_t>(),
+                 *ns = n.const_data_ptr<scalar_t>(), *as = a.const_data_ptr<scalar_t>(),
+                 *dys = scaled.const_data_ptr<scalar_t>(), *xs = input.const_data_ptr<scalar_t>();
+      auto *dvs = dv.mutable_data_ptr<scalar_t>(), *dgs = dg.mutable_data_ptr<scalar_t>();
+      const int64_t length = v.size(1);
+      for_each(v.size(0), length, [&](int64_t j) {
+        const scalar_t slope = as[j] / ns[j];
+        const bool clamped = eps > 0 && ns[j] <= static_cast<scalar_t>(eps);
+        const scalar_t c = clamped ? scalar_t(0) : gs[j] / ns[j] * slope / ns[j];
+        const scalar_t* row = vs + j * length;
+        scalar_t* to = dvs + j * length;
+        dgs[j] = slope;
+        if (single)
+          for (int64_t i = 0; i < length; ++i) to[i] = dys[j] * xs[i] - c * row[i];
+        else
+          scale(to, row, -c, length);
+      });
+    });
+    if (!single) dv.addmm_(scaled.t(), x);
+    return {dv, dg};
+  }
+};
+
+inline Memo<Path>& linear_memo() {
+  static auto* memo = new Memo<Path>;
+  return *memo;
+}
+
+inline MaybeTensor linear(
+    py::handle x, py::handle v, py::handle g, py::handle bias, py::handle dim, py::handle eps) {
+  const auto t = operands(x, v, g, bias);
+  if (!t || !t->v.is_contiguous()) return std::nullopt;
+  const auto* found = linear_memo().find(*t, {dim, eps}, [&] {
+    const auto flags = callbacks().plan_linear(x, v, g, bias, dim, eps);
+    return flags.is_none() ? std::nullopt : std::make_optional<Path>(flags.cast<Path::Flags>());
+  });
+  if (!found || !*found) return std::nullopt;
+  const Path path = **found;
+  const double least = py::cast<double>(eps);
+  py::gil_scoped_release released;
+  const bool recorded = t->needs_grad();
+  std::optional<LinearResult> result;
+  {
+    at::AutoDispatchBelowADInplaceOrView below;
+    const bool keeps = path.keeps && recorded && t->needs_weight_grad();
+    const Tensor rows = t->x.dim() == 2 ? t->x : t->x.reshape({-1, t->v.size(1)});
+    result = linear_forward(rows, t->v, t->g, t->bias, least, path.late, keeps);
+    if (!result) return std::nullopt;
+    if (t->x.dim() != 2) {
+      auto shape = t->x.sizes().vec();
+      shape.back() = t->v.size(0);
+      result->y = result->y.view(shape);
+    }
+  }
+  if (!recorded) return result->y;
+  return Linear::apply(t->x, t->v, t->g, maybe(t->bias), *result, least, path.late_backward);
+}
+
+}  // namespace wn_kernels

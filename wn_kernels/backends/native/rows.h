@@ -1,0 +1,136 @@
+// Passes over a weight whose slices are its rows, each made once.
+//
+// A pass gives every row to one thread, and a row's sums are taken in blocks of a fixed size: the
+// result does not depend on the number of threads.
+
+#pragma once
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstdint>
+#include <limits>
+
+#include <ATen/Parallel.h>
+
+namespace wn_kernels {
+
+// Elements that a sum takes before it is added to a wider one, and partial sums that it is kept in:
+// four vectors of 256 bits.
+constexpr int64_t kBlock = 4096;
+constexpr int kLanes = 32;
+
+// Elements of a row that are not worth partial sums: a depthwise convolution's.
+constexpr int64_t kShort = 16;
+
+// Elements that are worth a thread.
+constexpr int64_t kGrain = 32768;
+
+// Norms that may be squared, and divided by one another's squares.
+template <typename T>
+constexpr T kLeast = std::is_same_v<T, float> ? T(1e-10) : T(1e-80);
+template <typename T>
+constexpr T kMost = std::is_same_v<T, float> ? T(1e10) : T(1e80);
+
+template <typename F>
+void for_each(int64_t count, int64_t length, const F& f) {
+  const int64_t grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(1, length));
+  at::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t j = begin; j < end; ++j) f(j);
+  });
+}
+
+// <a, b>
+template <typename T>
+double dot(const T* a, const T* b, int64_t length) {
+  double sum = 0;
+  if (length <= kShort) {
+    for (int64_t i = 0; i < length; ++i) sum += static_cast<double>(a[i]) * b[i];
+    return sum;
+  }
+  for (int64_t start = 0; start < length; start += kBlock) {
+    const int64_t end = std::min(length, start + kBlock);
+    T lanes[kLanes] = {};
+    int64_t i = start;
+    for (; i + kLanes <= end; i += kLanes)
+      for (int l = 0; l < kLanes; ++l) lanes[l] += a[i + l] * b[i + l];
+    for (int l = 0; i < end; ++i, ++l) lanes[l] += a[i] * b[i];
+    for (int half = kLanes / 2; half > 0; half /= 2)
+      for (int l = 0; l < half; ++l) lanes[l] += lanes[l + half];
+    sum += lanes[0];
+  }
+  return sum;
+}
+
+// <v, v> and <v, x>, with one read of v
+template <typename T>
+std::pair<double, double> square_and_dot(const T* v, const T* x, int64_t length) {
+  double square = 0, product = 0;
+  for (int64_t start = 0; start < length; start += kBlock) {
+    const int64_t end = std::min(length, start + kBlock);
+    T squares[kLanes] = {}, products[kLanes] = {};
+    int64_t i = start;
+    for (; i + kLanes <= end; i += kLanes)
+      for (int l = 0; l < kLanes; ++l) {
+        squares[l] += v[i + l] * v[i + l];
+        products[l] += v[i + l] * x[i + l];
+      }
+    for (int l = 0; i < end; ++i, ++l) {
+      squares[l] += v[i] * v[i];
+      products[l] += v[i] * x[i];
+    }
+    for (int half = kLanes / 2; half > 0; half /= 2)
+      for (int l = 0; l < half; ++l) {
+        squares[l] += squares[l + half];
+        products[l] += products[l + half];
+      }
+    square += squares[0];
+    product += products[0];
+  }
+  return {square, product};
+}
+
+// The norms n = max(||V_j||, eps), infinite for a row of zeros where eps = 0: its scale g / n is
+// zero then.
+template <typename T>
+class Norms {
+ public:
+  Norms(T* n, double eps) : n_(n), eps_(static_cast<T>(eps)) {}
+
+  T set(int64_t j, double square, const T* row, int64_t length) {
+    T n = std::max(static_cast<T>(std::sqrt(square)), eps_);
+    if (!(n >= kLeast<T> && n <= kMost<T>)) {  // also where it is NaN
+      const bool zero = eps_ == 0 && std::all_of(row, row + length, [](T v) { return v == 0; });
+      if (!zero) in_range_.store(false, std::memory_order_relaxed);
+      n = std::numeric_limits<T>::infinity();
+    }
+    return n_[j] = n;
+  }
+
+  // Whether the formulas of this package's fast paths hold for all of them.
+  bool in_range() const { return in_range_.load(); }
+
+ private:
+  T* n_;
+  T eps_;
+  std::atomic<bool> in_range_{true};
+};
+
+// w_j = s_j v_j
+template <typename T>
+void scale(T* w, const T* v, T s, int64_t length) {
+  for (int64_t i = 0; i < length; ++i) w[i] = s * v[i];
+}
+
+// dV_j = s_j dW_j - c_j V_j and dg_j, with a = <dW_j, V_j>, dg = a / n, c = s dg / n: zero where n
+// was clamped, for there the norm is a constant. dV may be dW.
+template <typename T>
+T weight_grad(T* dv, const T* dw, const T* v, T g, T n, double eps, int64_t length) {
+  const T dg = static_cast<T>(dot(dw, v, length)) / n;
+  const T s = g / n;
+  const T c = eps > 0 && n <= static_cast<T>(eps) ? T(0) : s * dg / n;
+  for (int64_t i = 0; i < length; ++i) dv[i] = s * dw[i] - c * v[i];
+  return dg;
+}
+
+}  // namespace wn_kernels
