@@ -217,6 +217,7 @@ def second_order(
     x: Tensor | None,
     v: Tensor,
     g: Tensor,
+    dim: int,
     conv: tuple | None,
     eps: float,
     needs: Sequence[bool],
@@ -225,11 +226,11 @@ def second_order(
     geometry, of `W` itself where there is no `x`, of a linear layer otherwise."""
 
     def layer(x: Tensor | None, v: Tensor, g: Tensor) -> Tensor:
-        g = g.view(kept_shape(v.shape, 0))
+        g = g.view(kept_shape(v.shape, dim))
         if x is None:
-            return reference.weight_norm(v, g, 0, eps)
+            return reference.weight_norm(v, g, dim, eps)
         if conv is None:
-            return reference.linear(x, v, g, None, 0, eps)
-        return reference.convolution(x, v, g, None, Geometry(*conv), 0, eps)
+            return reference.linear(x, v, g, None, dim, eps)
+        return reference.convolution(x, v, g, None, Geometry(*conv), dim, eps)
 
     return _differentiable_grads(layer, (x, v, g), needs, dy)

@@ -57,6 +57,8 @@ class Device:
 CPU = Device("CPU", bandwidth=2e10, rates=(1e11, 1e11, 5e10), overhead=8e-6)
 # The native library starts a pass without a dispatcher, and without Python.
 NATIVE = replace(CPU, overhead=1e-6)
+# Bytes from which the allocator maps fresh pages for every `W`.
+FRESH_PAGES = 2**24
 
 # Of the data sheets: the SXM or OAM part, dense, without sparsity; bfloat16, float32, float64 and
 # TF32. The efficiency is an assumption, and so is the overhead. The factors are read from compiled
@@ -250,24 +252,29 @@ def native_linear(call: Call) -> Costs:
 
 
 def native_convolution(call: Call, conv: Geometry) -> Costs:
-    """`output` or `input`, and `materialize`, in the native library, for dim=0.
+    """`output` or `input`, and `materialize`, in the native library.
 
     As on the ATen path, with one pass where that takes several operations. A fresh `W` costs more
-    than its bytes: it lies in the caches of the threads that wrote it, and not of those that read.
+    than its bytes: in the forward it lies in the caches of the threads that wrote it, not of those
+    that read, and a large one has every page mapped anew. In the backward, scaling the output takes
+    a second convolution call, which reads everything once more.
     """
     size = call.x_dtype.itemsize
     x, y, w, operations = _convolution_sizes(call, conv)
-    side, scaled = ("input", x) if conv.transposed else ("output", y)
     product = Stage(x + y + w, operations)
-    return Costs(
-        {side: [Stage(w), product, Stage(2 * scaled)], "materialize": [Stage(4 * w), product]},
-        {
-            side: [Stage(2 * scaled), product, product, Stage(3 * w)],
-            "materialize": [Stage(4 * w), product, product, Stage(3 * w)],
-        },
-        NATIVE,
-        NATIVE.rate(size),
-    )
+    pages = 10 * w if w > FRESH_PAGES else 0
+    forward = {"materialize": [Stage(4 * w + pages), product]}
+    backward = {"materialize": [Stage(2 * w + pages), product, product, Stage(3 * w)]}
+    if call.dim != 0:  # a scale of taps belongs to neither side
+        return Costs(forward, backward, NATIVE, NATIVE.rate(size))
+    if conv.transposed:
+        forward["input"] = [Stage(w), product, Stage(2 * x)]
+        backward["input"] = [Stage(2 * x), product, product, Stage(3 * w)]
+    else:
+        forward["output"] = [Stage(w), product, Stage(2 * y)]
+        again = Stage(2 * (x + y + w))
+        backward["output"] = [Stage(2 * y), product, again, product, Stage(3 * w)]
+    return Costs(forward, backward, NATIVE, NATIVE.rate(size))
 
 
 # --- the Triton path -----------------------------------------------------------------------------

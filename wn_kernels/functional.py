@@ -124,12 +124,13 @@ def _plan_convolution(
     rank: int, x: Tensor, v: Tensor, g: Tensor, bias: Tensor | None, *options: Any
 ) -> tuple | None:
     """How the native library serves a convolution's call; `None` where it does not."""
-    *_, dim, _ = options
-    if dim not in (0, -v.ndim) or x.ndim != rank + 2:
+    if x.ndim != rank + 2:
         return None
     shapes = x.shape, v.shape, g.shape, None if bias is None else bias.shape
     call = check_convolution(*shapes, rank, *options, x.dtype, v.dtype, "native")
     if call.path is None or call.end is not None:
+        return None
+    if call.dim != 0 and (call.dim != v.ndim - 1 or g.ndim == 1):
         return None
     return *call.conv, _path(call.path)
 

@@ -34,8 +34,8 @@ ENVIRONMENT_VARIABLE = "WN_KERNELS_BACKEND"
 NATIVE_DTYPES = frozenset((torch.float32, torch.float64))
 NATIVE_SERVES = (
     "the native library knows batches of float32 or float64 tensors on a CPU, all of one dtype and "
-    "none empty, norms along dim=0 of a weight whose slices are rows in memory, from 1e-10 to "
-    "1e10, in plain eager calls without autocast"
+    "none empty, norms from 1e-10 to 1e10 of slices that are rows or columns in memory (a linear "
+    "layer's: rows), in plain eager calls without autocast"
 )
 
 
@@ -178,16 +178,19 @@ class AtenConvolution(NamedTuple):
 KEPT_WEIGHT = 2**21
 
 
-def _may_keep(call: Call, forward: str, backward: str) -> bool:
-    """Whether the ATen path may save more for the backward than the plain layer does: the product
+def _may_keep(call: Call, backend: str, forward: str, backward: str) -> bool:
+    """Whether a CPU's path may save more for the backward than the plain layer does: the product
     `x Vᵀ` of a linear layer, or a convolution's `W`, within 1/8 of the weight's or the input's
     size. A small `W` of a convolution is kept whatever the input's: recomputing it is all overhead.
+    The native library forms it for a training step, whatever its forward does without gradients.
     """
     if not scales_late(call):
         return False
     if call.conv is None:
         return forward == backward == "scaled" and keeps_product(call)
-    if not forward == backward == "materialize" or call.conv.scale_axis(call.dim) == "taps":
+    if backward != "materialize" or call.conv.scale_axis(call.dim) == "taps":
+        return False
+    if forward != "materialize" and backend == "aten":
         return False
     size = call.x_dtype.itemsize
     w, input = size * math.prod(call.v_shape), size * math.prod(call.x_shape)
@@ -204,7 +207,7 @@ def _choice(call: Call, backend: str, forward: str, backward: str, keeps: bool) 
 def by_cost(call: Call, backend: str) -> Any:
     """The cheapest by the cost model."""
     forward, backward = costs(call, backend).cheapest()
-    return _choice(call, backend, forward, backward, _may_keep(call, forward, backward))
+    return _choice(call, backend, forward, backward, _may_keep(call, backend, forward, backward))
 
 
 def choices(call: Call, backend: str) -> list[Any]:
@@ -215,7 +218,7 @@ def choices(call: Call, backend: str) -> list[Any]:
         for forward in found.forward
         for backward in found.backward
         for keeps in (True, False)
-        if not keeps or _may_keep(call, forward, backward)
+        if not keeps or _may_keep(call, backend, forward, backward)
     }
     first = by_cost(call, backend)
     return sorted(every, key=lambda choice: choice != first)

@@ -15,6 +15,7 @@ from tests.comparison import Case, ConvCase, assert_matches, assert_same_bits, a
 from tests.test_convolution import KINDS, LAYERS, case_of, cases, check
 from wn_kernels import WNConv2d, WNLinear, checks, plan, use_backend
 from wn_kernels.backends import native, reference
+from wn_kernels.backends.shapes import kept_shape
 
 WIDE = [torch.float32, torch.float64]
 # Tiny, one row, few rows, many, and longer than a block.
@@ -127,10 +128,9 @@ def test_kinds(kind, eps, dtype):
 def test_every_variant_of_convolutions(kind, forward, backward, monkeypatch):
     case = case_of(KINDS, kind)
     axis = case.geometry().scale_axis(0)
-    kept = backward == "kept"
     late = {"late": axis, "materialize": "materialize", "kept": "materialize"}
-    forward = "materialize" if kept else late[forward]
-    plan_with(monkeypatch, plan.AtenConvolution(forward, late[backward], kept))
+    kept = backward == "kept"
+    plan_with(monkeypatch, plan.AtenConvolution(late[forward], late[backward], kept))
     case.check(case.layer)
     for mask in range(1, 16):
         check_mask(case, case.layer, mask)
@@ -150,23 +150,49 @@ def test_channels_last(variant, weight_too, monkeypatch):
     assert grads[1].stride() == case.v.stride()
 
 
-@pytest.mark.parametrize("name", [name for name in LAYERS if name != "positions"])
+@pytest.mark.parametrize("name", LAYERS)
 def test_layers_of_models(name):
-    case = case_of(LAYERS, name)
+    case = case_of(LAYERS, name, 2 if name == "positions" else 0)
     case.check(case.layer)
 
 
-@pytest.mark.parametrize("shape", [(9,), (6, 5), (6, 5, 4), (3, 4, 5, 2), (3, 9000)])
+@pytest.mark.parametrize("dtype", WIDE)
+@pytest.mark.parametrize("eps", [0.0, 9.0])
+@pytest.mark.parametrize("channels", [(16, 16), (5, 6)])
+def test_positions_of_a_kernel(channels, dtype, eps):
+    """A weight whose slices are columns, and a square one, whose flat g fits both dims."""
+    case = ConvCase(2, *channels, (30,), (16,), 2, dtype, eps=eps)
+    case.check(case.layer)
+    for mask in range(1, 16):
+        check_mask(case, case.layer, mask)
+    with use_backend("auto"):
+        case.check_forward(case.layer(case.x, case.v, case.g.flatten(), case.bias))
+    case.v[..., 3] = 0
+    leaves = case.leaves()
+    grads = torch.autograd.grad(case.layer(*leaves).square().sum(), leaves)
+    assert all(torch.isfinite(grad).all() for grad in grads)
+    assert bool((grads[1][..., 3] == 0).all()) == (eps == 0)
+
+
+@pytest.mark.parametrize(
+    ("shape", "dim"),
+    [
+        *[(shape, 0) for shape in [(9,), (6, 5), (6, 5, 4), (3, 4, 5, 2), (3, 9000)]],
+        *[((6, 5, 4), -3), ((16, 16), 1), ((300, 40), 1), ((7, 30, 17), 2), ((16, 2, 16), -3)],
+    ],
+)
 @pytest.mark.parametrize("dtype", WIDE)
 @pytest.mark.parametrize("flat", [False, True])
-def test_weight_norm(shape, dtype, flat):
+def test_weight_norm(shape, dim, dtype, flat):
+    if flat and dim > 0:
+        return
     v = torch.randn(shape, dtype=dtype).requires_grad_()
-    g_shape = (shape[0],) if flat else (shape[0], *[1] * (len(shape) - 1))
-    g = (torch.rand(g_shape, dtype=dtype) + 0.5).requires_grad_()
+    kept = kept_shape(shape, dim % len(shape))
+    g = (torch.rand(kept, dtype=dtype) + 0.5).flatten(0, -1 if flat else 0).requires_grad_()
     dw = torch.randn(shape, dtype=dtype)
-    w = WF.weight_norm(v, g)
+    w = WF.weight_norm(v, g, dim=dim)
     wide = [t.detach().double().requires_grad_() for t in (v, g)]
-    expected = reference.weight_norm(wide[0], wide[1].view(-1, *[1] * (len(shape) - 1)), 0, 0.0)
+    expected = reference.weight_norm(wide[0], wide[1].view(kept), dim % len(shape), 0.0)
     assert_matches(w, expected, dtype, v.numel())
     dv, dg = torch.autograd.grad(w, (v, g), dw)
     right_dv, right_dg = torch.autograd.grad(expected, wide, dw.double())
@@ -249,6 +275,10 @@ def test_derivatives_of_weight_norm():
         g.requires_grad_()
         assert gradcheck(WF.weight_norm, (v, g))
         assert gradgradcheck(WF.weight_norm, (v, g))
+    v = torch.randn(3, 16, dtype=torch.float64, requires_grad=True)
+    g = torch.rand(1, 16, dtype=torch.float64, requires_grad=True)
+    assert gradcheck(lambda v, g: WF.weight_norm(v, g, dim=1), (v, g))
+    assert gradgradcheck(lambda v, g: WF.weight_norm(v, g, dim=1), (v, g))
 
 
 # --- numbers out of the ordinary -----------------------------------------------------------------

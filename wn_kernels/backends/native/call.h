@@ -82,7 +82,7 @@ inline std::optional<Operands> operands(py::handle x, py::handle v, py::handle g
   const auto dtype = out.v.scalar_type();
   const auto fits = [&](const Tensor& t) { return t.scalar_type() == dtype && is_plain(t); };
   const bool served = (dtype == at::kFloat || dtype == at::kDouble) && fits(out.x) && fits(out.v) &&
-                      fits(out.g) && out.x.numel() > 0 && has_rows(out.v) &&
+                      fits(out.g) && out.x.numel() > 0 && out.v.numel() > 0 &&
                       out.g.is_contiguous() &&
                       (!out.bias.defined() || (fits(out.bias) && out.bias.is_contiguous()));
   return served ? std::make_optional(std::move(out)) : std::nullopt;
@@ -186,7 +186,7 @@ struct Geometry {
 // What of Python's this library calls. Never destroyed: the interpreter may be gone before.
 struct Callbacks {
   py::object plan_linear, plan_convolution;  // of the call's shapes and options
-  py::object second_order;  // (dY, x, v, g, geometry, eps, needs) -> (dX, dV, dg), of the graph
+  py::object second_order;  // (dY, x, v, g, dim, geometry, eps, needs) -> (dX, dV, dg)
 };
 
 inline Callbacks& callbacks() {

@@ -168,7 +168,7 @@ inline MaybeTensor convolution(
     py::handle stride, py::handle padding, py::handle dilation, py::handle transposed,
     py::handle output_padding, py::handle groups, py::handle dim, py::handle eps) {
   const auto t = operands(x, v, g, bias);
-  if (!t) return std::nullopt;
+  if (!t || !has_slices(t->v, t->g)) return std::nullopt;
   const auto* found = convolution_memo().find(
       *t,
       {rank, stride, padding, dilation, transposed, output_padding, groups, dim, eps},
@@ -189,8 +189,10 @@ inline MaybeTensor convolution(
   std::optional<ConvolutionResult> result;
   {
     at::AutoDispatchBelowADInplaceOrView below;
+    // A training step forms W once; without gradients, scaling late may still be the faster way.
+    const bool keeps = plan.path.keeps && recorded;
     result = convolution_forward(
-        t->x, t->v, t->g, t->bias, plan.conv, least, plan.path.late, plan.path.keeps && recorded);
+        t->x, t->v, t->g, t->bias, plan.conv, least, plan.path.late && !keeps, keeps);
   }
   if (!result) return std::nullopt;
   if (!recorded) return result->y;

@@ -1,6 +1,6 @@
 // The linear layer: y = x Wᵀ + b with W = s V.
 //
-//   late      y = (x Vᵀ) s + b,  dX = (dY s) V,  and dV = (dY s)ᵀ x - c V with a = sum dY (x Vᵀ)
+//   late      y = (x Vᵀ) s + b,  dX = (dY s) V,  dV = (dY s)ᵀ x - c V, with a = sum dY (x Vᵀ)
 //             where the forward kept that product; otherwise dW is formed and finished
 //   else      W is formed, in each direction
 
@@ -191,16 +191,14 @@ struct Linear : Function<Linear> {
       auto *dvs = dv.mutable_data_ptr<scalar_t>(), *dgs = dg.mutable_data_ptr<scalar_t>();
       const int64_t length = v.size(1);
       for_each(v.size(0), length, [&](int64_t j) {
-        const scalar_t slope = as[j] / ns[j];
-        const bool clamped = eps > 0 && ns[j] <= static_cast<scalar_t>(eps);
-        const scalar_t c = clamped ? scalar_t(0) : gs[j] / ns[j] * slope / ns[j];
+        const Slope<scalar_t> slope(as[j], gs[j], ns[j], eps);
         const scalar_t* row = vs + j * length;
         scalar_t* to = dvs + j * length;
-        dgs[j] = slope;
+        dgs[j] = slope.dg;
         if (single)
-          for (int64_t i = 0; i < length; ++i) to[i] = dys[j] * xs[i] - c * row[i];
+          for (int64_t i = 0; i < length; ++i) to[i] = dys[j] * xs[i] - slope.c * row[i];
         else
-          scale(to, row, -c, length);
+          scale(to, row, -slope.c, length);
       });
     });
     if (!single) dv.addmm_(scaled.t(), x);

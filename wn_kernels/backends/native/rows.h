@@ -97,10 +97,12 @@ class Norms {
  public:
   Norms(T* n, double eps) : n_(n), eps_(static_cast<T>(eps)) {}
 
-  T set(int64_t j, double square, const T* row, int64_t length) {
+  // From the square of a slice of `length` elements, each `step` from the last.
+  T set(int64_t j, double square, const T* slice, int64_t length, int64_t step = 1) {
     T n = std::max(static_cast<T>(std::sqrt(square)), eps_);
     if (!(n >= kLeast<T> && n <= kMost<T>)) {  // also where it is NaN
-      const bool zero = eps_ == 0 && std::all_of(row, row + length, [](T v) { return v == 0; });
+      bool zero = eps_ == 0;
+      for (int64_t i = 0; zero && i < length; ++i) zero = slice[i * step] == 0;
       if (!zero) in_range_.store(false, std::memory_order_relaxed);
       n = std::numeric_limits<T>::infinity();
     }
@@ -122,15 +124,23 @@ void scale(T* w, const T* v, T s, int64_t length) {
   for (int64_t i = 0; i < length; ++i) w[i] = s * v[i];
 }
 
-// dV_j = s_j dW_j - c_j V_j and dg_j, with a = <dW_j, V_j>, dg = a / n, c = s dg / n: zero where n
-// was clamped, for there the norm is a constant. dV may be dW.
+// What dV_j = s dW_j - c V_j and dg_j take of a = <dW_j, V_j>.
+template <typename T>
+struct Slope {
+  Slope(double a, T g, T n, double eps) : dg(static_cast<T>(a) / n), s(g / n) {
+    // Where n was clamped, the norm is a constant.
+    c = eps > 0 && n <= static_cast<T>(eps) ? T(0) : s * dg / n;
+  }
+
+  T dg, s, c;
+};
+
+// dV_j from dW_j, which may be where it goes; returns dg_j.
 template <typename T>
 T weight_grad(T* dv, const T* dw, const T* v, T g, T n, double eps, int64_t length) {
-  const T dg = static_cast<T>(dot(dw, v, length)) / n;
-  const T s = g / n;
-  const T c = eps > 0 && n <= static_cast<T>(eps) ? T(0) : s * dg / n;
-  for (int64_t i = 0; i < length; ++i) dv[i] = s * dw[i] - c * v[i];
-  return dg;
+  const Slope<T> slope(dot(dw, v, length), g, n, eps);
+  for (int64_t i = 0; i < length; ++i) dv[i] = slope.s * dw[i] - slope.c * v[i];
+  return slope.dg;
 }
 
 }  // namespace wn_kernels

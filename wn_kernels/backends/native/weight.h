@@ -12,6 +12,7 @@
 #include <torch/csrc/autograd/custom_function.h>
 
 #include "call.h"
+#include "columns.h"
 #include "rows.h"
 
 namespace wn_kernels {
@@ -20,18 +21,45 @@ using torch::autograd::AutogradContext;
 using torch::autograd::Function;
 using torch::autograd::variable_list;
 
+// Whether the slices are the columns, by the shape of g; otherwise they are the rows.
+inline bool has_columns(const Tensor& v, const Tensor& g) {
+  return g.numel() != v.size(0) || g.size(0) != v.size(0);
+}
+
+// What the passes below read, for slices that are rows: V as (count, length); for columns, V as
+// (length, count).
+struct Extents {
+  Extents(const Tensor& v, const Tensor& g)
+      : columns(has_columns(v, g)), count(g.numel()), length(v.numel() / count) {}
+
+  bool columns;
+  int64_t count, length;
+};
+
+// Whether the slices of V, which `dim` says, lie as the passes need them.
+inline bool has_slices(const Tensor& v, const Tensor& g) {
+  if (g.dim() == 0 || !has_columns(v, g)) return g.dim() > 0 && has_rows(v);
+  return v.is_contiguous() && g.dim() == v.dim() && g.size(-1) == g.numel() &&
+         g.size(-1) == v.size(-1) && g.numel() >= kFewColumns;
+}
+
 // n, or nothing where a norm is out of range.
 inline MaybeTensor norms(const Tensor& v, const Tensor& g, double eps) {
+  const Extents e(v, g);
   Tensor n = at::empty_like(g);
   bool in_range = true;
   AT_DISPATCH_FLOATING_TYPES(v.scalar_type(), "norms", [&] {
-    const auto* rows = v.const_data_ptr<scalar_t>();
-    const int64_t length = v.numel() / v.size(0);
+    const auto* vs = v.const_data_ptr<scalar_t>();
     Norms<scalar_t> all(n.mutable_data_ptr<scalar_t>(), eps);
-    for_each(v.size(0), length, [&](int64_t j) {
-      const auto* row = rows + j * length;
-      all.set(j, dot(row, row, length), row, length);
-    });
+    if (e.columns) {
+      const auto squares = column_dots(vs, vs, e.length, e.count);
+      for (int64_t j = 0; j < e.count; ++j) all.set(j, squares[j], vs + j, e.length, e.count);
+    } else {
+      for_each(e.count, e.length, [&](int64_t j) {
+        const auto* row = vs + j * e.length;
+        all.set(j, dot(row, row, e.length), row, e.length);
+      });
+    }
     in_range = all.in_range();
   });
   return in_range ? MaybeTensor(n) : std::nullopt;
@@ -39,33 +67,44 @@ inline MaybeTensor norms(const Tensor& v, const Tensor& g, double eps) {
 
 // W from n.
 inline Tensor scaled_weight(const Tensor& v, const Tensor& g, const Tensor& n) {
+  const Extents e(v, g);
+  const Tensor s = g / n;
   Tensor w = at::empty_like(v);
   AT_DISPATCH_FLOATING_TYPES(v.scalar_type(), "scaled_weight", [&] {
-    const auto *rows = v.const_data_ptr<scalar_t>(), *gs = g.const_data_ptr<scalar_t>(),
-               *ns = n.const_data_ptr<scalar_t>();
-    auto* out = w.mutable_data_ptr<scalar_t>();
-    const int64_t length = v.numel() / v.size(0);
-    for_each(v.size(0), length, [&](int64_t j) {
-      scale(out + j * length, rows + j * length, gs[j] / ns[j], length);
-    });
+    const auto *vs = v.const_data_ptr<scalar_t>(), *scales = s.const_data_ptr<scalar_t>();
+    auto* ws = w.mutable_data_ptr<scalar_t>();
+    if (e.columns)
+      for_each(e.length, e.count, [&](int64_t i) {
+        for (int64_t j = 0; j < e.count; ++j) ws[i * e.count + j] = scales[j] * vs[i * e.count + j];
+      });
+    else
+      for_each(e.count, e.length, [&](int64_t j) {
+        scale(ws + j * e.length, vs + j * e.length, scales[j], e.length);
+      });
   });
   return w;
 }
 
-// (W, n) with one read of V from memory; nothing where a norm is out of range.
+// (W, n), with one read of V from memory where slices are rows; nothing where a norm is out of
+// range.
 inline std::optional<std::pair<Tensor, Tensor>> weight(
     const Tensor& v, const Tensor& g, double eps) {
+  const Extents e(v, g);
+  if (e.columns) {
+    const auto n = norms(v, g, eps);
+    if (!n) return std::nullopt;
+    return std::make_pair(scaled_weight(v, g, *n), *n);
+  }
   Tensor w = at::empty_like(v), n = at::empty_like(g);
   bool in_range = true;
   AT_DISPATCH_FLOATING_TYPES(v.scalar_type(), "weight", [&] {
-    const auto *rows = v.const_data_ptr<scalar_t>(), *gs = g.const_data_ptr<scalar_t>();
-    auto* out = w.mutable_data_ptr<scalar_t>();
-    const int64_t length = v.numel() / v.size(0);
+    const auto *vs = v.const_data_ptr<scalar_t>(), *gs = g.const_data_ptr<scalar_t>();
+    auto* ws = w.mutable_data_ptr<scalar_t>();
     Norms<scalar_t> all(n.mutable_data_ptr<scalar_t>(), eps);
-    for_each(v.size(0), length, [&](int64_t j) {
-      const auto* row = rows + j * length;
-      const scalar_t norm = all.set(j, dot(row, row, length), row, length);
-      scale(out + j * length, row, gs[j] / norm, length);
+    for_each(e.count, e.length, [&](int64_t j) {
+      const auto* row = vs + j * e.length;
+      const scalar_t norm = all.set(j, dot(row, row, e.length), row, e.length);
+      scale(ws + j * e.length, row, gs[j] / norm, e.length);
     });
     in_range = all.in_range();
   });
@@ -77,6 +116,7 @@ inline std::optional<std::pair<Tensor, Tensor>> weight(
 inline std::pair<Tensor, Tensor> weight_grads(
     const Tensor& grad, const Tensor& v, const Tensor& g, const Tensor& n, double eps,
     bool overwrite) {
+  const Extents e(v, g);
   Tensor dw = grad;
   if (dw.strides() != v.strides()) {
     dw = at::empty_like(v).copy_(grad);
@@ -84,14 +124,27 @@ inline std::pair<Tensor, Tensor> weight_grads(
   }
   Tensor dv = overwrite ? dw : at::empty_like(v), dg = at::empty_like(g);
   AT_DISPATCH_FLOATING_TYPES(v.scalar_type(), "weight_grads", [&] {
-    const auto *dws = dw.const_data_ptr<scalar_t>(), *rows = v.const_data_ptr<scalar_t>(),
+    const auto *dws = dw.const_data_ptr<scalar_t>(), *vs = v.const_data_ptr<scalar_t>(),
                *gs = g.const_data_ptr<scalar_t>(), *ns = n.const_data_ptr<scalar_t>();
     auto *dvs = dv.mutable_data_ptr<scalar_t>(), *dgs = dg.mutable_data_ptr<scalar_t>();
-    const int64_t length = v.numel() / v.size(0);
-    for_each(v.size(0), length, [&](int64_t j) {
-      const int64_t at = j * length;
-      dgs[j] = weight_grad(dvs + at, dws + at, rows + at, gs[j], ns[j], eps, length);
-    });
+    if (e.columns) {
+      const auto dots = column_dots(dws, vs, e.length, e.count);
+      std::vector<scalar_t> s(e.count), c(e.count);
+      for (int64_t j = 0; j < e.count; ++j) {
+        const Slope<scalar_t> slope(dots[j], gs[j], ns[j], eps);
+        dgs[j] = slope.dg, s[j] = slope.s, c[j] = slope.c;
+      }
+      for_each(e.length, e.count, [&](int64_t i) {
+        const int64_t at = i * e.count;
+        for (int64_t j = 0; j < e.count; ++j)
+          dvs[at + j] = s[j] * dws[at + j] - c[j] * vs[at + j];
+      });
+    } else {
+      for_each(e.count, e.length, [&](int64_t j) {
+        const int64_t at = j * e.length;
+        dgs[j] = weight_grad(dvs + at, dws + at, vs + at, gs[j], ns[j], eps, e.length);
+      });
+    }
   });
   return {dv, dg};
 }
@@ -112,7 +165,8 @@ inline variable_list composite_grads(
     geometry = py::make_tuple(
         conv->stride, conv->padding, conv->dilation, conv->transposed, conv->output_padding,
         conv->groups);
-  const auto grads = callbacks().second_order(dy, x, v, g, geometry, eps, needs);
+  const int64_t dim = has_columns(v, g) ? v.dim() - 1 : 0;
+  const auto grads = callbacks().second_order(dy, x, v, g, dim, geometry, eps, needs);
   variable_list out;
   for (auto& grad : grads.cast<std::vector<MaybeTensor>>()) out.push_back(grad.value_or(Tensor()));
   return out;
@@ -149,13 +203,16 @@ inline MaybeTensor weight_norm(py::handle v, py::handle g, py::handle dim, py::h
   const auto t = operands(v, v, g, py::none());
   if (!t || !PyLong_CheckExact(dim.ptr()) || !PyFloat_CheckExact(eps.ptr())) return std::nullopt;
   int overflow = 0;
-  const long axis = PyLong_AsLongAndOverflow(dim.ptr(), &overflow);  // -1 where it overflows
-  if (axis != 0 && (axis != -t->v.dim() || axis == -1)) return std::nullopt;
+  const int64_t last = t->v.dim() - 1, number = PyLong_AsLongAndOverflow(dim.ptr(), &overflow);
+  const int64_t axis = number < -1 ? number + t->v.dim() : number;  // -1 is the whole tensor
   const double least = PyFloat_AS_DOUBLE(eps.ptr());
-  const bool fits = t->g.numel() == t->v.size(0) && t->g.dim() > 0 &&
-                    t->g.size(0) == t->v.size(0) &&
-                    (t->g.dim() == 1 || t->g.dim() == t->v.dim());
-  if (!fits || !(least >= 0 && std::isfinite(least))) return std::nullopt;
+  // Of the shape that dim asks for, or flat; what else there is to know, has_slices knows.
+  const bool fits = (axis == 0 || axis == last) && t->g.dim() > 0 &&
+                    t->g.numel() == t->v.size(axis) &&
+                    (t->g.dim() == 1 ? axis == 0 || last == 0
+                                     : t->g.dim() == t->v.dim() && t->g.size(axis) == t->g.numel());
+  if (!fits || !has_slices(t->v, t->g) || !(least >= 0 && std::isfinite(least)))
+    return std::nullopt;
   py::gil_scoped_release released;
   std::optional<std::pair<Tensor, Tensor>> result;
   {
