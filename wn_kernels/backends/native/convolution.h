@@ -134,11 +134,15 @@ struct Convolution : Function<Convolution> {
           std::tie(std::ignore, dw, out[3]) =
               merged(out[3], plain_grads(dy, x, v, conv, false, true, bias_rides));
       }
+    } else if (needs_x && !w.defined()) {  // W is large, and gone before dW takes its memory
+      out[0] = std::get<0>(plain_grads(dy, x, scaled_weight(v, g, n), conv, true, false, false));
+      if (needs_weight)
+        std::tie(std::ignore, dw, out[3]) =
+            merged(out[3], plain_grads(dy, x, v, conv, false, true, bias_rides));
     } else if (needs_x || needs_weight) {
-      const Tensor used = w.defined() || !needs_x ? w : scaled_weight(v, g, n);
       std::tie(out[0], dw, out[3]) = merged(
           out[3],
-          plain_grads(dy, x, needs_x ? used : v, conv, needs_x, needs_weight, bias_rides));
+          plain_grads(dy, x, needs_x ? w : v, conv, needs_x, needs_weight, bias_rides));
     }
     if (needs_weight) std::tie(out[1], out[2]) = weight_grads(dw, v, g, n, eps, true);
     return out;
