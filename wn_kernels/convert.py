@@ -120,7 +120,7 @@ def _others(module: Any) -> Iterator[tuple[str, Any, str]]:
 
 def _path(module: Any, base: type[nn.Module], tensor: str, v: torch.Tensor, dim: Any) -> str:
     """What `plan` picks for a nominal input."""
-    backend = plan.choose_backend(v)
+    backend = plan.serving(v, dim)
     if fused.known_layer(base, tensor) is None or backend == "reference":
         return f"{backend}: weight"
     if v.ndim == 2:
@@ -229,7 +229,7 @@ def _fuse(prefix: str, module: nn.Module, found: _Found, dry_run: bool) -> Layer
     ):
         return _line(prefix, module, tensor, v, dim, "", f"unknown: {type(computer).__name__}")
     if obstacle:
-        path, note = f"{plan.choose_backend(v)}: weight", obstacle
+        path, note = f"{plan.serving(v, dim)}: weight", obstacle
     else:
         base = parametrize.type_before_parametrizations(module)
         path = _path(module, base, tensor, v, dim)

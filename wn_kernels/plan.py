@@ -126,14 +126,16 @@ def choose_backend(x: Tensor) -> str:
     return "triton" if x.is_cuda and triton_unavailable() is None else "aten"
 
 
-def serving(x: Tensor) -> str:
-    """The backend for the plainest call with tensors like `x`.
+def serving(v: Tensor, dim: int | None = 0) -> str:
+    """The backend for the plainest call with a weight like `v`.
 
     Raises:
         RuntimeError: a forced backend cannot serve it.
     """
-    known = x.is_cpu and x.dtype in NATIVE_DTYPES
-    return "native" if asks_native() and known and native.library() else choose_backend(x)
+    slices = dim == 0 or (dim == v.ndim - 1 and v.ndim > 2)
+    if slices and v.is_cpu and v.dtype in NATIVE_DTYPES and asks_native() and native.library():
+        return "native"
+    return choose_backend(v)
 
 
 def cannot_serve(backend: str, reason: str) -> RuntimeError:
