@@ -90,6 +90,10 @@ MODELS = {
 }
 
 
+# Inputs that a check may take.
+INPUTS = 3
+
+
 def built(name: str, x_shape: tuple[int, ...] | None = None) -> tuple[nn.Module, Tensor]:
     """The model, without dropout, and an input, small by default. `g` is moved off the norm it
     starts from."""
@@ -100,6 +104,10 @@ def built(name: str, x_shape: tuple[int, ...] | None = None) -> tuple[nn.Module,
             if key.endswith("original0"):
                 p.mul_(torch.rand_like(p) / 2 + 0.75)
     return model, torch.randn(x_shape or MODELS[name].small)
+
+
+class AtKinks(AssertionError):
+    """More results are off than the kinks of few blocks explain."""
 
 
 def assert_as_good(
@@ -113,8 +121,8 @@ def assert_as_good(
     of it, for one as for the other, which shows in the gradients of its block: to 1 % there.
 
     Raises:
-        AssertionError: one is wrong, or zeros would have passed for a tenth of them, or a tenth of
-            them is at a kink.
+        AssertionError: one is wrong, or zeros would have passed for a tenth of them.
+        AtKinks: a tenth of them is at a kink.
     """
     assert ours.keys() == eager.keys() == right.keys()
     compared = kinked = 0
@@ -134,7 +142,7 @@ def assert_as_good(
     if compared < 0.9 * len(right):
         raise AssertionError(f"zeros would pass for {len(right) - compared} of {len(right)}")
     if kinked > 0.1 * len(right):
-        raise AssertionError(f"{kinked} of {len(right)} are off by more than rounding")
+        raise AtKinks(f"{kinked} of {len(right)} are off by more than rounding")
 
 
 @dataclass(frozen=True)
@@ -196,21 +204,36 @@ class ModelRunner:
             AssertionError: the provider is wrong; it must not be timed.
         """
         models = (self.model, self.eager, copy.deepcopy(self.eager).double())
-        with torch.no_grad():
-            found = [{"output": self._output(model)} for model in models]
-        if self.case.mode == "train" and self.name != "plain":
-            for model, results in zip(models, found, strict=True):
-                self._loss(model).backward()
-                named = model.named_parameters()
-                results |= {key: p.grad for key, p in named if p.grad is not None}
-                model.zero_grad()
+        first = self.x
         try:
-            assert_as_good(*found, self.x.dtype)
+            # With one input an activation may lie within rounding of a kink near the end, which the
+            # gradients of every layer pass; what is wrong is wrong with each.
+            for left in reversed(range(INPUTS)):
+                try:
+                    assert_as_good(*map(self._results, models), first.dtype)
+                    break
+                except AtKinks:
+                    if not left:
+                        raise
+                    self.x = torch.randn_like(first)
         except AssertionError as error:
             raise AssertionError(
                 f"{self.name} is wrong for {self.case}: {error}; it is not timed"
             ) from None
+        finally:
+            self.x = first
         del self.eager
+
+    def _results(self, model: nn.Module) -> dict[str, Tensor]:
+        """The output and, of a training step, every gradient."""
+        with torch.no_grad():
+            results = {"output": self._output(model)}
+        if self.case.mode == "train" and self.name != "plain":
+            self._loss(model).backward()
+            named = model.named_parameters()
+            results |= {key: p.grad for key, p in named if p.grad is not None}
+            model.zero_grad()
+        return results
 
     def saved_bytes(self) -> int:
         return saved_bytes([self.x, *self.parameters], lambda: self._loss(self.model))

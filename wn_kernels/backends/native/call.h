@@ -181,6 +181,21 @@ struct Geometry {
   bool transposed;
   Sizes output_padding;
   int64_t groups;
+
+  // As one list of numbers, and back: what a node saves costs it by the piece.
+  Sizes packed() const {
+    Sizes all{groups, transposed};
+    for (const Sizes* sizes : {&stride, &padding, &dilation, &output_padding})
+      all.insert(all.end(), sizes->begin(), sizes->end());
+    return all;
+  }
+  static Geometry unpacked(const Sizes& all) {
+    const auto rank = static_cast<int64_t>(all.size() - 2) / 4;
+    const auto part = [&](int64_t i) {
+      return Sizes(all.begin() + 2 + i * rank, all.begin() + 2 + (i + 1) * rank);
+    };
+    return {part(0), part(1), part(2), all[1] != 0, part(3), all[0]};
+  }
 };
 
 // What of Python's this library calls. Never destroyed: the interpreter may be gone before.

@@ -85,12 +85,7 @@ struct Convolution : Function<Convolution> {
     data["bias"] = bias.has_value();
     data["eps"] = eps;
     data["late"] = late;
-    data["stride"] = conv.stride;
-    data["padding"] = conv.padding;
-    data["dilation"] = conv.dilation;
-    data["transposed"] = conv.transposed;
-    data["output_padding"] = conv.output_padding;
-    data["groups"] = conv.groups;
+    data["geometry"] = conv.packed();
     return result.y;
   }
 
@@ -100,10 +95,7 @@ struct Convolution : Function<Convolution> {
     const Tensor& dy = grads[0];
     auto& data = ctx->saved_data;
     const double eps = data["eps"].toDouble();
-    const Geometry conv{
-        data["stride"].toIntVector(),    data["padding"].toIntVector(),
-        data["dilation"].toIntVector(),  data["transposed"].toBool(),
-        data["output_padding"].toIntVector(), data["groups"].toInt()};
+    const auto conv = Geometry::unpacked(data["geometry"].toIntVector());
     const bool needs_x = ctx->needs_input_grad(0), needs_v = ctx->needs_input_grad(1),
                needs_g = ctx->needs_input_grad(2),
                needs_bias = data["bias"].toBool() && ctx->needs_input_grad(3);
