@@ -184,16 +184,17 @@ def _may_keep(call: Call, backend: str, forward: str, backward: str) -> bool:
     """Whether a CPU's path may save more for the backward than the plain layer does: the product
     `x Vᵀ` of a linear layer, or a convolution's `W`, within 1/8 of the weight's or the input's
     size. A small `W` of a convolution is kept whatever the input's: recomputing it is all overhead.
-    The native library forms it for a training step, whatever its forward does without gradients.
+    The native library forms it for a training step, whatever its forward does without gradients,
+    and keeps any that is normalised by position: forming it twice takes longer than eager does.
     """
     if not scales_late(call):
         return False
     if call.conv is None:
         return forward == backward == "scaled" and keeps_product(call)
-    if backward != "materialize" or call.conv.scale_axis(call.dim) == "taps":
+    if backward != "materialize" or (forward != "materialize" and backend == "aten"):
         return False
-    if forward != "materialize" and backend == "aten":
-        return False
+    if call.conv.scale_axis(call.dim) == "taps":  # nothing but `W` can be scaled
+        return backend == "native"
     size = call.x_dtype.itemsize
     w, input = size * math.prod(call.v_shape), size * math.prod(call.x_shape)
     return w <= max(input / 8, KEPT_WEIGHT)
