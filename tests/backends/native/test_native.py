@@ -219,7 +219,7 @@ def test_weight_norm_keeps_the_layout():
     assert_matches(dv, right, torch.float32, 60, roundings=3, scale=dw.norm().item())
 
 
-@settings(max_examples=400)
+@settings(max_examples=200)
 @given(
     shape=st.tuples(st.integers(1, 300), st.integers(2, 140), st.integers(2, 140)),
     dtype=st.sampled_from(WIDE),
@@ -239,7 +239,7 @@ def test_fuzz_convolution(rank, transposed):
         lambda dtype: cases(rank, transposed, dims=[0], dtypes=[dtype])
     )
 
-    @settings(max_examples=150)
+    @settings(max_examples=80)
     @given(case=served)
     def run(case):
         case.v = case.v.contiguous()
