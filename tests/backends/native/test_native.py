@@ -150,7 +150,7 @@ def test_channels_last(variant, weight_too, monkeypatch):
     assert grads[1].stride() == case.v.stride()
 
 
-@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("name", [name for name in LAYERS if name != "codec up 2048"])
 def test_layers_of_models(name):
     case = case_of(LAYERS, name, 2 if name == "positions" else 0)
     case.check(case.layer)
