@@ -203,19 +203,9 @@ class ModelRunner:
         Raises:
             AssertionError: the provider is wrong; it must not be timed.
         """
-        models = (self.model, self.eager, copy.deepcopy(self.eager).double())
         first = self.x
         try:
-            # With one input an activation may lie within rounding of a kink near the end, which the
-            # gradients of every layer pass; what is wrong is wrong with each.
-            for left in reversed(range(INPUTS)):
-                try:
-                    assert_as_good(*map(self._results, models), first.dtype)
-                    break
-                except AtKinks:
-                    if not left:
-                        raise
-                    self.x = torch.randn_like(first)
+            self._compare()
         except AssertionError as error:
             raise AssertionError(
                 f"{self.name} is wrong for {self.case}: {error}; it is not timed"
@@ -223,6 +213,18 @@ class ModelRunner:
         finally:
             self.x = first
         del self.eager
+
+    def _compare(self) -> None:
+        """With one input an activation may lie within rounding of a kink near the end, which the
+        gradients of every layer pass; what is wrong is wrong with each."""
+        models = (self.model, self.eager, copy.deepcopy(self.eager).double())
+        for left in reversed(range(INPUTS)):
+            try:
+                return assert_as_good(*map(self._results, models), self.x.dtype)
+            except AtKinks:
+                if not left:
+                    raise
+                self.x = torch.randn_like(self.x)
 
     def _results(self, model: nn.Module) -> dict[str, Tensor]:
         """The output and, of a training step, every gradient."""

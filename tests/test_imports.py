@@ -19,6 +19,7 @@ LAYERS = [
     "tuning",
     "modules",
     "functional",
+    "native",
     "checks",
     "autograd",
     "ops",

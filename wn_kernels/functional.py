@@ -12,7 +12,6 @@ Accelerate Training of Deep Neural Networks*, 2016, equation (2).
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -22,17 +21,10 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
-from . import autograd, ops, plan
-from .backends import aten, native, reference
+from . import autograd, native, ops, plan
+from .backends import aten, reference
 from .backends.shapes import canonical_dim, reduced_dims
-from .checks import (
-    are_dense,
-    check_convolution,
-    check_linear,
-    check_weight,
-    reject,
-    remembers,
-)
+from .checks import are_dense, check_convolution, check_linear, check_weight, reject
 
 # torch 2.6 has no such function; there, an exported program keeps this package's operators.
 _is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", lambda: False)
@@ -84,60 +76,6 @@ def _needs_grad(input: Tensor, v: Tensor, g: Tensor, bias: Tensor | None) -> boo
     )
 
 
-# --- the native library --------------------------------------------------------------------------
-
-
-def _native() -> Any:
-    """The native library; `None` where it cannot be used. It answers a call with `None` where it
-    does not serve it, or where something is wrong with it."""
-    library = native.library()
-    if library is not None:
-        _introduce(library)
-    return library
-
-
-@functools.cache
-def _introduce(library: Any) -> None:
-    """Tells the library whom to ask."""
-    library.set_callbacks(_plan_linear, _plan_convolution, autograd.second_order)
-    remembers(library.forget)
-
-
-def _path(path: Any) -> tuple[bool, bool, bool]:
-    """Whether the scale comes late in the forward and in the backward, and what is kept."""
-    late, late_backward = (name != "materialize" for name in (path.forward, path.backward))
-    return late, late_backward, path[2]
-
-
-def _plan_linear(
-    x: Tensor, v: Tensor, g: Tensor, bias: Tensor | None, dim: Any, eps: Any
-) -> tuple | None:
-    """How the native library serves a linear layer's call; `None` where it does not."""
-    if dim not in (0, -v.ndim):
-        return None
-    shapes = x.shape, v.shape, g.shape, None if bias is None else bias.shape
-    path = check_linear(*shapes, dim, eps, x.dtype, v.dtype, "native").path
-    return None if path is None else _path(path)
-
-
-def _plan_convolution(
-    rank: int, x: Tensor, v: Tensor, g: Tensor, bias: Tensor | None, *options: Any
-) -> tuple | None:
-    """How the native library serves a convolution's call; `None` where it does not."""
-    if x.ndim != rank + 2:
-        return None
-    shapes = x.shape, v.shape, g.shape, None if bias is None else bias.shape
-    call = check_convolution(*shapes, rank, *options, x.dtype, v.dtype, "native")
-    if call.path is None or call.end is not None:
-        return None
-    if call.dim != 0 and (call.dim != v.ndim - 1 or g.ndim == 1):
-        return None
-    return *call.conv, _path(call.path)
-
-
-# --- the functions -------------------------------------------------------------------------------
-
-
 def slice_norm(v: Tensor, *, dim: int | None = 0) -> Tensor:
     """The norms `‖V_j‖₂` of every slice along `dim`, in the shape of `g` and in `v`'s dtype.
 
@@ -184,7 +122,7 @@ def weight_norm(v: Tensor, g: Tensor, *, dim: int | None = 0, eps: float = 0.0) 
         ValueError: the shape of `g` does not fit, `dim` or `eps` is out of range, or the tensors
             are on different devices.
     """
-    if plan.asks_native() and (library := _native()):
+    if library := native.asked():
         w = library.weight_norm(v, g, dim, eps)
         if w is not None:
             return w
@@ -238,7 +176,7 @@ def wn_linear(
         ValueError: shapes do not fit, `dim` or `eps` is out of range, or the tensors are on
             different devices.
     """
-    if plan.asks_native() and (library := _native()):
+    if library := native.asked():
         y = library.linear(input, v, g, bias, dim, eps)
         if y is not None:
             return y
@@ -286,7 +224,7 @@ def convolution(
 ) -> Tensor:
     """What the six convolutions below call, with the number of their spatial dimensions first."""
     options = stride, padding, dilation, transposed, output_padding, groups, dim, eps
-    if plan.asks_native() and (library := _native()):
+    if library := native.asked():
         y = library.convolution(rank, input, v, g, bias, *options)
         if y is not None:
             return y

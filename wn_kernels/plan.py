@@ -20,7 +20,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
@@ -30,13 +29,6 @@ from .costs import Call, costs, keeps_product, scales_late
 
 BACKENDS = ("triton", "native", "aten", "reference")
 ENVIRONMENT_VARIABLE = "WN_KERNELS_BACKEND"
-
-NATIVE_DTYPES = frozenset((torch.float32, torch.float64))
-NATIVE_SERVES = (
-    "the native library knows batches of float32 or float64 tensors on a CPU, all of one dtype and "
-    "none empty, norms from 1e-10 to 1e10 of slices that are rows or columns in memory (a linear "
-    "layer's: rows), in plain eager calls without autocast"
-)
 
 
 # --- backend -----------------------------------------------------------------------------------
@@ -119,7 +111,7 @@ def choose_backend(x: Tensor) -> str:
         if _forced == "triton" and (reason := triton_unavailable()):
             raise cannot_serve("triton", reason)
         if _forced == "native":  # it has been asked
-            raise cannot_serve("native", native.unavailable() or NATIVE_SERVES)
+            raise cannot_serve("native", native.unavailable() or native.SERVES)
         return _forced
     if is_compiling():
         return ""
@@ -133,7 +125,7 @@ def serving(v: Tensor, dim: int | None = 0) -> str:
         RuntimeError: a forced backend cannot serve it.
     """
     slices = dim == 0 or (dim == v.ndim - 1 and v.ndim > 2)
-    if slices and v.is_cpu and v.dtype in NATIVE_DTYPES and asks_native() and native.library():
+    if slices and v.is_cpu and v.dtype in native.DTYPES and asks_native() and native.library():
         return "native"
     return choose_backend(v)
 

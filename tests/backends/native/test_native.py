@@ -1,9 +1,5 @@
 """The native library: every variant and order, what it serves and what it leaves alone."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 from hypothesis import assume, given, settings
@@ -346,6 +342,9 @@ def test_wrong_calls_get_the_usual_errors():
         WF.wn_linear(x[:, :5], v, g)
     with pytest.raises(TypeError, match="groups must be an int"):
         WF.wn_conv1d(x[None], v[..., None], g[..., None], groups=1.0)
+    for function in (WF.weight_norm, lambda v, g: WF.wn_conv1d(x[None], v, g)):
+        with pytest.raises(ValueError, match=r"dim=0 is out of range|v must be 3-d"):
+            function(torch.tensor(2.0), torch.ones(1))
     with use_backend("auto"), pytest.raises(TypeError, match=r"v must be a torch\.Tensor"):
         WF.wn_linear(x, [1.0], g)
 
@@ -449,53 +448,3 @@ def test_a_call_is_planned_once(monkeypatch):
     checks.forget()
     layer(torch.randn(2, 3, 8, 9))
     assert len(asked) == 3
-
-
-# --- building ------------------------------------------------------------------------------------
-
-
-def run(*command, **environment):
-    return subprocess.run(
-        [sys.executable, *command],
-        capture_output=True,
-        text=True,
-        check=False,
-        env={**os.environ, **environment},
-    )
-
-
-def test_without_the_library(tmp_path):
-    code = """
-import torch, wn_kernels
-from wn_kernels import plan
-layer = wn_kernels.WNLinear(6, 4)
-layer(torch.randn(2, 6)).sum().backward()
-assert layer.weight_v.grad.abs().sum() > 0
-print(plan.serving(torch.empty(0)))
-with wn_kernels.use_backend("native"):
-    try:
-        layer(torch.randn(2, 6))
-    except RuntimeError as error:
-        print(error)
-"""
-    done = run("-c", code, XDG_CACHE_HOME=str(tmp_path))
-    assert done.stdout.startswith("aten\n"), done.stderr
-    assert "it was not built (python -m wn_kernels build does)" in done.stdout
-
-
-def test_a_broken_library_is_no_obstacle(tmp_path):
-    code = "from wn_kernels.backends import native; print(native.location())"
-    file = run("-c", code, XDG_CACHE_HOME=str(tmp_path)).stdout.strip()
-    os.makedirs(os.path.dirname(file))
-    with open(file, "w") as text:
-        text.write("no library")
-    done = run("-m", "wn_kernels", "info", XDG_CACHE_HOME=str(tmp_path))
-    assert "the native library cannot be used: loading" in done.stdout, done.stderr
-    assert "float32   aten" in done.stdout
-
-
-def test_a_compiler_that_is_not_there_is_named(tmp_path):
-    done = run("-m", "wn_kernels", "build", XDG_CACHE_HOME=str(tmp_path), CXX="no-such-compiler")
-    assert done.returncode != 0
-    assert "no-such-compiler" in done.stderr
-    assert not list(tmp_path.rglob("*.so"))

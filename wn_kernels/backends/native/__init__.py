@@ -1,6 +1,7 @@
 """The fast path of a CPU in C++: the layers as nodes of the autograd graph.
 
     rows.h          passes over the rows of a weight, each read once
+    columns.h       and over its columns
     call.h          which calls are served, and how
     weight.h        W, its norms and its gradients
     linear.h, convolution.h
@@ -32,6 +33,15 @@ import torch
 from ... import cache
 
 NAME = "wn_kernels_native"
+
+# What it knows.
+DTYPES = frozenset((torch.float32, torch.float64))
+SERVES = (
+    "the native library knows batches of float32 or float64 tensors on a CPU, all of one dtype and "
+    "none empty, norms from 1e-10 to 1e10 of slices that are rows or columns in memory (a linear "
+    "layer's: rows), in plain eager calls without autocast"
+)
+
 _HERE = Path(__file__).parent
 SOURCES = sorted((*_HERE.glob("*.cpp"), *_HERE.glob("*.h")))
 
@@ -79,7 +89,7 @@ def build() -> Path:
             with tempfile.TemporaryDirectory(dir=path.parent) as folder:
                 cpp_extension.load(
                     NAME,
-                    [str(path) for path in SOURCES if path.suffix == ".cpp"],
+                    [str(source) for source in SOURCES if source.suffix == ".cpp"],
                     extra_cflags=_flags(),
                     build_directory=folder,
                     is_python_module=False,

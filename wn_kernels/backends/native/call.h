@@ -54,7 +54,7 @@ inline MaybeTensor maybe(const Tensor& t) {
 
 // Whether the slices along the first dimension are rows in memory.
 inline bool has_rows(const Tensor& v) {
-  return v.dim() > 0 && v.numel() > 0 && v.is_non_overlapping_and_dense() &&
+  return v.is_non_overlapping_and_dense() &&
          (v.size(0) == 1 || v.stride(0) == v.numel() / v.size(0));
 }
 
@@ -83,7 +83,7 @@ inline std::optional<Operands> operands(py::handle x, py::handle v, py::handle g
   const auto fits = [&](const Tensor& t) { return t.scalar_type() == dtype && is_plain(t); };
   const bool served = (dtype == at::kFloat || dtype == at::kDouble) && fits(out.x) && fits(out.v) &&
                       fits(out.g) && out.x.numel() > 0 && out.v.numel() > 0 &&
-                      out.g.is_contiguous() &&
+                      out.v.dim() > 0 && out.g.is_contiguous() &&
                       (!out.bias.defined() || (fits(out.bias) && out.bias.is_contiguous()));
   return served ? std::make_optional(std::move(out)) : std::nullopt;
 }
@@ -95,16 +95,16 @@ inline std::optional<Operands> operands(py::handle x, py::handle v, py::handle g
 template <typename Value>
 class Memo {
  public:
-  // The value for these tensors and options, `ask()` where they are new; nothing where an option is
-  // not of the usual kind.
+  // The answer for these tensors and options, `ask()` where they are new; nothing, too, where an
+  // option is not of the usual kind.
   template <typename Ask>
-  const std::optional<Value>* find(
+  std::optional<Value> find(
       const Operands& t, std::initializer_list<py::handle> options, const Ask& ask) {
     key_.assign(1, static_cast<char>(t.v.scalar_type()));
     for (const Tensor* tensor : {&t.x, &t.v, &t.g, &t.bias})
       append_sizes(tensor->defined() ? tensor->sizes() : at::IntArrayRef{-1});
     for (const auto option : options)
-      if (!append_option(option)) return nullptr;
+      if (!append_option(option)) return std::nullopt;
     auto found = values_.find(key_);
     if (found == values_.end()) {
       const std::string key = key_;  // Python may call again
@@ -112,7 +112,7 @@ class Memo {
       if (values_.size() >= kMost_) values_.clear();
       found = values_.insert_or_assign(key, std::move(value)).first;
     }
-    return &found->second;
+    return found->second;
   }
 
   void forget() { values_.clear(); }

@@ -101,50 +101,40 @@ struct Convolution : Function<Convolution> {
                needs_bias = data["bias"].toBool() && ctx->needs_input_grad(3);
     const bool needs_weight = needs_v || needs_g;
     variable_list out(8);
-    Sizes all_but_channels{0};
-    for (int64_t i = 2; i < dy.dim(); ++i) all_but_channels.push_back(i);
     if (goes_to_composite(dy)) {
       auto found = composite_grads(dy, x, v, g, conv, eps, {needs_x, needs_v, needs_g});
       std::move(found.begin(), found.end(), out.begin());
-      if (needs_bias) out[3] = dy.sum(all_but_channels);
+      if (needs_bias) out[3] = bias_grad(dy, 1);
       return out;
     }
     at::AutoDispatchBelowADInplaceOrView below;
     Tensor dw;
-    // Alone, ATen would compute the weight's gradient beside the bias's.
-    if (needs_bias && !needs_weight) out[3] = dy.sum(all_but_channels);
-    const bool bias_rides = needs_bias && needs_weight;
+    // What is asked for of the plain convolution of x with `weight`; the bias's rides with dW.
+    const auto take = [&](const Tensor& grad, const Tensor& weight, bool for_x, bool for_weight) {
+      if (!for_x && !for_weight) return;
+      auto found = plain_grads(grad, x, weight, conv, for_x, for_weight, for_weight && needs_bias);
+      if (for_x) out[0] = std::get<0>(found);
+      if (for_weight) std::tie(std::ignore, dw, out[3]) = found;
+    };
     if (data["late"].toBool()) {
       const Tensor s = per_channel(g, n, x.dim());
       if (conv.transposed) {  // the input's scale: dX = s (dY * V), beside dW
-        std::tie(out[0], dw, out[3]) =
-            merged(out[3], plain_grads(dy, x, v, conv, needs_x, needs_weight, bias_rides));
+        take(dy, v, needs_x, needs_weight);
         if (needs_x) out[0].mul_(s);
       } else {
-        if (needs_x) out[0] = std::get<0>(plain_grads(dy * s, x, v, conv, true, false, false));
-        if (needs_weight)
-          std::tie(std::ignore, dw, out[3]) =
-              merged(out[3], plain_grads(dy, x, v, conv, false, true, bias_rides));
+        if (needs_x) take(dy * s, v, true, false);
+        take(dy, v, false, needs_weight);
       }
     } else if (needs_x && !w.defined()) {  // W is large, and gone before dW takes its memory
-      out[0] = std::get<0>(plain_grads(dy, x, scaled_weight(v, g, n), conv, true, false, false));
-      if (needs_weight)
-        std::tie(std::ignore, dw, out[3]) =
-            merged(out[3], plain_grads(dy, x, v, conv, false, true, bias_rides));
-    } else if (needs_x || needs_weight) {
-      std::tie(out[0], dw, out[3]) = merged(
-          out[3],
-          plain_grads(dy, x, needs_x ? w : v, conv, needs_x, needs_weight, bias_rides));
+      take(dy, scaled_weight(v, g, n), true, false);
+      take(dy, v, false, needs_weight);
+    } else {
+      take(dy, w.defined() ? w : v, needs_x, needs_weight);
     }
+    // Alone, ATen would compute the weight's gradient beside the bias's.
+    if (needs_bias && !needs_weight) out[3] = bias_grad(dy, 1);
     if (needs_weight) std::tie(out[1], out[2]) = weight_grads(dw, v, g, n, eps, true);
     return out;
-  }
-
-  // With the bias's gradient that there is already, if there is one.
-  static std::tuple<Tensor, Tensor, Tensor> merged(
-      const Tensor& db, std::tuple<Tensor, Tensor, Tensor> grads) {
-    if (db.defined()) std::get<2>(grads) = db;
-    return grads;
   }
 };
 
@@ -165,7 +155,7 @@ inline MaybeTensor convolution(
     py::handle output_padding, py::handle groups, py::handle dim, py::handle eps) {
   const auto t = operands(x, v, g, bias);
   if (!t || !has_slices(t->v, t->g)) return std::nullopt;
-  const auto* found = convolution_memo().find(
+  const auto plan = convolution_memo().find(
       *t,
       {rank, stride, padding, dilation, transposed, output_padding, groups, dim, eps},
       [&]() -> std::optional<ConvolutionPlan> {
@@ -177,8 +167,7 @@ inline MaybeTensor convolution(
         const auto [s, p, d, is_transposed, extra, number, flags] = answer.cast<Answer>();
         return ConvolutionPlan{{s, p, d, is_transposed, extra, number}, Path(flags)};
       });
-  if (!found || !*found) return std::nullopt;
-  const ConvolutionPlan plan = **found;
+  if (!plan) return std::nullopt;
   const double least = py::cast<double>(eps);
   py::gil_scoped_release released;
   const bool recorded = t->needs_grad();
@@ -186,14 +175,14 @@ inline MaybeTensor convolution(
   {
     at::AutoDispatchBelowADInplaceOrView below;
     // A training step forms W once; without gradients, scaling late may still be the faster way.
-    const bool keeps = plan.path.keeps && recorded;
+    const bool keeps = plan->path.keeps && recorded;
     result = convolution_forward(
-        t->x, t->v, t->g, t->bias, plan.conv, least, plan.path.late && !keeps, keeps);
+        t->x, t->v, t->g, t->bias, plan->conv, least, plan->path.late && !keeps, keeps);
   }
   if (!result) return std::nullopt;
   if (!recorded) return result->y;
   return Convolution::apply(
-      t->x, t->v, t->g, maybe(t->bias), *result, plan.conv, least, plan.path.late_backward);
+      t->x, t->v, t->g, maybe(t->bias), *result, plan->conv, least, plan->path.late_backward);
 }
 
 }  // namespace wn_kernels

@@ -147,9 +147,7 @@ struct Linear : Function<Linear> {
       auto found = composite_grads(
           grads[0], input, v, g, std::nullopt, eps, {needs_x, needs_v, needs_g});
       std::move(found.begin(), found.end(), out.begin());
-      Sizes all_but_last;
-      for (int64_t i = 0; i + 1 < grads[0].dim(); ++i) all_but_last.push_back(i);
-      if (needs_bias) out[3] = all_but_last.empty() ? grads[0] : grads[0].sum(all_but_last);
+      if (needs_bias) out[3] = bias_grad(grads[0], grads[0].dim() - 1);
       return out;
     }
     at::AutoDispatchBelowADInplaceOrView below;
@@ -166,7 +164,7 @@ struct Linear : Function<Linear> {
       if (needs_x) dx = at::mm(scaled, v);
       if (p.defined()) std::tie(out[1], out[2]) = grads_from_dots(a, scaled, x, v, g, n, eps);
     } else {
-      if (needs_bias) db = dy.sum(0);
+      if (needs_bias) db = bias_grad(dy, 1);
       if (needs_x) dx = at::mm(dy, scaled_weight(v, g, n));
     }
     if ((needs_v || needs_g) && !out[1].defined())
@@ -215,21 +213,20 @@ inline MaybeTensor linear(
     py::handle x, py::handle v, py::handle g, py::handle bias, py::handle dim, py::handle eps) {
   const auto t = operands(x, v, g, bias);
   if (!t || !t->v.is_contiguous()) return std::nullopt;
-  const auto* found = linear_memo().find(*t, {dim, eps}, [&] {
+  const auto path = linear_memo().find(*t, {dim, eps}, [&] {
     const auto flags = callbacks().plan_linear(x, v, g, bias, dim, eps);
     return flags.is_none() ? std::nullopt : std::make_optional<Path>(flags.cast<Path::Flags>());
   });
-  if (!found || !*found) return std::nullopt;
-  const Path path = **found;
+  if (!path) return std::nullopt;
   const double least = py::cast<double>(eps);
   py::gil_scoped_release released;
   const bool recorded = t->needs_grad();
   std::optional<LinearResult> result;
   {
     at::AutoDispatchBelowADInplaceOrView below;
-    const bool keeps = path.keeps && recorded && t->needs_weight_grad();
+    const bool keeps = path->keeps && recorded && t->needs_weight_grad();
     const Tensor rows = t->x.dim() == 2 ? t->x : t->x.reshape({-1, t->v.size(1)});
-    result = linear_forward(rows, t->v, t->g, t->bias, least, path.late, keeps);
+    result = linear_forward(rows, t->v, t->g, t->bias, least, path->late, keeps);
     if (!result) return std::nullopt;
     if (t->x.dim() != 2) {
       auto shape = t->x.sizes().vec();
@@ -238,7 +235,7 @@ inline MaybeTensor linear(
     }
   }
   if (!recorded) return result->y;
-  return Linear::apply(t->x, t->v, t->g, maybe(t->bias), *result, least, path.late_backward);
+  return Linear::apply(t->x, t->v, t->g, maybe(t->bias), *result, least, path->late_backward);
 }
 
 }  // namespace wn_kernels

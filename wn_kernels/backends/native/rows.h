@@ -6,6 +6,7 @@
 #pragma once
 
 #include <algorithm>
+#include <array>
 #include <atomic>
 #include <cmath>
 #include <cstdint>
@@ -40,54 +41,45 @@ void for_each(int64_t count, int64_t length, const F& f) {
   });
 }
 
+// The sums over a row of N products: term(i) gives those of element i.
+template <typename T, size_t N, typename Term>
+std::array<double, N> sums(int64_t length, const Term& term) {
+  std::array<double, N> total{};
+  for (int64_t start = 0; start < length; start += kBlock) {
+    const int64_t end = std::min(length, start + kBlock);
+    T lanes[N][kLanes] = {};
+    const auto add = [&](int64_t i, int l) {
+      const std::array<T, N> terms = term(i);
+      for (size_t k = 0; k < N; ++k) lanes[k][l] += terms[k];
+    };
+    int64_t i = start;
+    for (; i + kLanes <= end; i += kLanes)
+      for (int l = 0; l < kLanes; ++l) add(i + l, l);
+    for (int l = 0; i < end; ++i, ++l) add(i, l);
+    for (size_t k = 0; k < N; ++k) {
+      for (int half = kLanes / 2; half > 0; half /= 2)
+        for (int l = 0; l < half; ++l) lanes[k][l] += lanes[k][l + half];
+      total[k] += lanes[k][0];
+    }
+  }
+  return total;
+}
+
 // <a, b>
 template <typename T>
 double dot(const T* a, const T* b, int64_t length) {
-  double sum = 0;
   if (length <= kShort) {
+    double sum = 0;
     for (int64_t i = 0; i < length; ++i) sum += static_cast<double>(a[i]) * b[i];
     return sum;
   }
-  for (int64_t start = 0; start < length; start += kBlock) {
-    const int64_t end = std::min(length, start + kBlock);
-    T lanes[kLanes] = {};
-    int64_t i = start;
-    for (; i + kLanes <= end; i += kLanes)
-      for (int l = 0; l < kLanes; ++l) lanes[l] += a[i + l] * b[i + l];
-    for (int l = 0; i < end; ++i, ++l) lanes[l] += a[i] * b[i];
-    for (int half = kLanes / 2; half > 0; half /= 2)
-      for (int l = 0; l < half; ++l) lanes[l] += lanes[l + half];
-    sum += lanes[0];
-  }
-  return sum;
+  return sums<T, 1>(length, [=](int64_t i) { return std::array<T, 1>{a[i] * b[i]}; })[0];
 }
 
 // <v, v> and <v, x>, with one read of v
 template <typename T>
-std::pair<double, double> square_and_dot(const T* v, const T* x, int64_t length) {
-  double square = 0, product = 0;
-  for (int64_t start = 0; start < length; start += kBlock) {
-    const int64_t end = std::min(length, start + kBlock);
-    T squares[kLanes] = {}, products[kLanes] = {};
-    int64_t i = start;
-    for (; i + kLanes <= end; i += kLanes)
-      for (int l = 0; l < kLanes; ++l) {
-        squares[l] += v[i + l] * v[i + l];
-        products[l] += v[i + l] * x[i + l];
-      }
-    for (int l = 0; i < end; ++i, ++l) {
-      squares[l] += v[i] * v[i];
-      products[l] += v[i] * x[i];
-    }
-    for (int half = kLanes / 2; half > 0; half /= 2)
-      for (int l = 0; l < half; ++l) {
-        squares[l] += squares[l + half];
-        products[l] += products[l + half];
-      }
-    square += squares[0];
-    product += products[0];
-  }
-  return {square, product};
+std::array<double, 2> square_and_dot(const T* v, const T* x, int64_t length) {
+  return sums<T, 2>(length, [=](int64_t i) { return std::array<T, 2>{v[i] * v[i], v[i] * x[i]}; });
 }
 
 // The norms n = max(||V_j||, eps), infinite for a row of zeros where eps = 0: its scale g / n is

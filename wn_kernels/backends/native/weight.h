@@ -36,9 +36,10 @@ struct Extents {
   int64_t count, length;
 };
 
-// Whether the slices of V, which `dim` says, lie as the passes need them.
+// Whether the slices of V lie as the passes need them.
 inline bool has_slices(const Tensor& v, const Tensor& g) {
-  if (g.dim() == 0 || !has_columns(v, g)) return g.dim() > 0 && has_rows(v);
+  if (g.dim() == 0) return false;
+  if (!has_columns(v, g)) return has_rows(v);
   return v.is_contiguous() && g.dim() == v.dim() && g.size(-1) == g.numel() &&
          g.size(-1) == v.size(-1) && g.numel() >= kFewColumns;
 }
@@ -170,6 +171,14 @@ inline variable_list composite_grads(
   variable_list out;
   for (auto& grad : grads.cast<std::vector<MaybeTensor>>()) out.push_back(grad.value_or(Tensor()));
   return out;
+}
+
+// The gradient of a bias along dimension `channel` of dY.
+inline Tensor bias_grad(const Tensor& dy, int64_t channel) {
+  Sizes others;
+  for (int64_t i = 0; i < dy.dim(); ++i)
+    if (i != channel) others.push_back(i);
+  return others.empty() ? dy : dy.sum(others);
 }
 
 // --- weight_norm -------------------------------------------------------------------------------
