@@ -31,10 +31,14 @@ def _introduce(library: Any) -> None:
     remembers(library.forget)
 
 
-def _flags(path: Any) -> tuple[bool, bool, bool]:
-    """Whether the scale comes late in the forward and in the backward, and what is kept."""
+# The library's variants, by number; whichever side is scaled late, the library knows.
+_VARIANTS = {"materialize": 0, "scaled": 1, "input": 1, "output": 1, "unfold": 2}
+
+
+def _flags(path: Any) -> tuple[int, int, bool]:
+    """The variants of the forward and of the backward, and whether anything is kept."""
     forward, backward, keeps = path
-    return forward != "materialize", backward != "materialize", keeps
+    return _VARIANTS[forward], _VARIANTS[backward], keeps
 
 
 def _plan_linear(

@@ -4,6 +4,8 @@
     columns.h       and over its columns
     call.h          which calls are served, and how
     weight.h        W, its norms and its gradients
+    panels.h        products of a weight with few columns, from one read of it
+    unfold.h        and a convolution over few pixels as one of them
     linear.h, convolution.h
     library.cpp     what Python sees
 

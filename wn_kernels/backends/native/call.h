@@ -166,13 +166,20 @@ class Memo {
   std::unordered_map<std::string, std::optional<Value>> values_;
 };
 
-// How a layer is served: whether the scale comes late, in each direction, and whether the forward
-// keeps the product x Vᵀ, or a convolution's W, for the backward.
-struct Path {
-  using Flags = std::tuple<bool, bool, bool>;  // as Python gives it
-  explicit Path(const Flags& flags) { std::tie(late, late_backward, keeps) = flags; }
+// How a layer is served in a direction: with a W that is formed, with the scale of a side, late, or
+// as a product with the unfolded input.
+enum class Variant { materialize, late, unfold };
 
-  bool late, late_backward, keeps;
+// How a layer is served: the variant of each direction, and whether the forward keeps the product
+// x Vᵀ, or a convolution's W, for the backward.
+struct Path {
+  using Flags = std::tuple<int, int, bool>;  // as Python gives it
+  explicit Path(const Flags& flags)
+      : forward(static_cast<Variant>(std::get<0>(flags))),
+        backward(static_cast<Variant>(std::get<1>(flags))), keeps(std::get<2>(flags)) {}
+
+  Variant forward, backward;
+  bool keeps;
 };
 
 // What torch.convolution takes after the bias.
@@ -181,6 +188,18 @@ struct Geometry {
   bool transposed;
   Sizes output_padding;
   int64_t groups;
+
+  // Of the output, by the formulas that torch.nn.Conv3d and ConvTranspose3d document.
+  Sizes output_sizes(at::IntArrayRef x, at::IntArrayRef v) const {
+    Sizes out{x[0], transposed ? v[1] * groups : v[0]};
+    for (size_t i = 0; i < stride.size(); ++i) {
+      const int64_t reach = dilation[i] * (v[i + 2] - 1) - 2 * padding[i];
+      out.push_back(
+          transposed ? (x[i + 2] - 1) * stride[i] + reach + output_padding[i] + 1
+                     : (x[i + 2] - reach - 1) / stride[i] + 1);
+    }
+    return out;
+  }
 
   // As one list of numbers, and back: what a node saves costs it by the piece.
   Sizes packed() const {

@@ -1,5 +1,7 @@
-// The convolutions, transposed ones too: PyTorch's own, with W = s V.
+// The convolutions, transposed ones too, with W = s V: a product of V with what the taps see, or
+// PyTorch's own.
 //
+//   unfold    over few pixels: unfold.h
 //   late      the channels of the side that the scale belongs to are scaled: a transposed
 //             convolution's input, another's output
 //   else      W is formed, and kept for the backward where that is asked for
@@ -8,6 +10,7 @@
 
 #include <tuple>
 
+#include "unfold.h"
 #include "weight.h"
 
 namespace wn_kernels {
@@ -59,8 +62,13 @@ inline std::tuple<Tensor, Tensor, Tensor> plain_grads(
 
 inline std::optional<ConvolutionResult> convolution_forward(
     const Tensor& x, const Tensor& v, const Tensor& g, const Tensor& bias, const Geometry& conv,
-    double eps, bool late, bool keeps) {
-  if (!late) {
+    double eps, Variant variant, bool keeps) {
+  if (variant == Variant::unfold) {
+    const auto result = unfolded_forward(x, v, g, bias, conv, eps);
+    if (!result) return std::nullopt;
+    return ConvolutionResult{result->first, result->second, Tensor()};
+  }
+  if (variant == Variant::materialize) {
     auto result = weight(v, g, eps);
     if (!result) return std::nullopt;
     auto& [w, n] = *result;
@@ -79,12 +87,12 @@ struct Convolution : Function<Convolution> {
   static Tensor forward(
       AutogradContext* ctx, const Tensor& x, const Tensor& v, const Tensor& g,
       const MaybeTensor& bias, const ConvolutionResult& result, const Geometry& conv, double eps,
-      bool late) {
+      Variant variant) {
     ctx->save_for_backward({x, v, g, result.n, result.w});
     auto& data = ctx->saved_data;
     data["bias"] = bias.has_value();
     data["eps"] = eps;
-    data["late"] = late;
+    data["variant"] = static_cast<int64_t>(variant);
     data["geometry"] = conv.packed();
     return result.y;
   }
@@ -108,6 +116,14 @@ struct Convolution : Function<Convolution> {
       return out;
     }
     at::AutoDispatchBelowADInplaceOrView below;
+    const auto variant = static_cast<Variant>(data["variant"].toInt());
+    // Alone, ATen would compute the weight's gradient beside the bias's.
+    if (needs_bias && (!needs_weight || variant == Variant::unfold)) out[3] = bias_grad(dy, 1);
+    if (variant == Variant::unfold) {
+      std::tie(out[0], out[1], out[2]) =
+          unfolded_backward(dy, x, v, g, n, conv, eps, needs_x, needs_weight);
+      return out;
+    }
     Tensor dw;
     // What is asked for of the plain convolution of x with `weight`; the bias's rides with dW.
     const auto take = [&](const Tensor& grad, const Tensor& weight, bool for_x, bool for_weight) {
@@ -116,7 +132,7 @@ struct Convolution : Function<Convolution> {
       if (for_x) out[0] = std::get<0>(found);
       if (for_weight) std::tie(std::ignore, dw, out[3]) = found;
     };
-    if (data["late"].toBool()) {
+    if (variant == Variant::late) {
       const Tensor s = per_channel(g, n, x.dim());
       if (conv.transposed) {  // the input's scale: dX = s (dY * V), beside dW
         take(dy, v, needs_x, needs_weight);
@@ -131,12 +147,14 @@ struct Convolution : Function<Convolution> {
     } else {
       take(dy, w.defined() ? w : v, needs_x, needs_weight);
     }
-    // Alone, ATen would compute the weight's gradient beside the bias's.
-    if (needs_bias && !needs_weight) out[3] = bias_grad(dy, 1);
     if (needs_weight) std::tie(out[1], out[2]) = weight_grads(dw, v, g, n, eps, true);
     return out;
   }
 };
+
+inline bool is_channels_first(const Tensor& t) {
+  return t.is_contiguous() && t.suggest_memory_format() == at::MemoryFormat::Contiguous;
+}
 
 struct ConvolutionPlan {
   Geometry conv;
@@ -171,18 +189,24 @@ inline MaybeTensor convolution(
   const double least = py::cast<double>(eps);
   py::gil_scoped_release released;
   const bool recorded = t->needs_grad();
+  // An input or a weight that lies otherwise gets an output that does, from PyTorch.
+  const bool unfolds = is_channels_first(t->x) && is_channels_first(t->v);
+  const auto of = [&](Variant variant) {
+    return variant == Variant::unfold && !unfolds ? Variant::materialize : variant;
+  };
   std::optional<ConvolutionResult> result;
   {
     at::AutoDispatchBelowADInplaceOrView below;
     // A training step forms W once; without gradients, scaling late may still be the faster way.
     const bool keeps = plan->path.keeps && recorded;
     result = convolution_forward(
-        t->x, t->v, t->g, t->bias, plan->conv, least, plan->path.late && !keeps, keeps);
+        t->x, t->v, t->g, t->bias, plan->conv, least,
+        keeps ? Variant::materialize : of(plan->path.forward), keeps);
   }
   if (!result) return std::nullopt;
   if (!recorded) return result->y;
   return Convolution::apply(
-      t->x, t->v, t->g, maybe(t->bias), *result, plan->conv, least, plan->path.late_backward);
+      t->x, t->v, t->g, maybe(t->bias), *result, plan->conv, least, of(plan->path.backward));
 }
 
 }  // namespace wn_kernels

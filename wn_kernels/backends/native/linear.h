@@ -226,7 +226,8 @@ inline MaybeTensor linear(
     at::AutoDispatchBelowADInplaceOrView below;
     const bool keeps = path->keeps && recorded && t->needs_weight_grad();
     const Tensor rows = t->x.dim() == 2 ? t->x : t->x.reshape({-1, t->v.size(1)});
-    result = linear_forward(rows, t->v, t->g, t->bias, least, path->late, keeps);
+    result = linear_forward(
+        rows, t->v, t->g, t->bias, least, path->forward == Variant::late, keeps);
     if (!result) return std::nullopt;
     if (t->x.dim() != 2) {
       auto shape = t->x.sizes().vec();
@@ -235,7 +236,8 @@ inline MaybeTensor linear(
     }
   }
   if (!recorded) return result->y;
-  return Linear::apply(t->x, t->v, t->g, maybe(t->bias), *result, least, path->late_backward);
+  return Linear::apply(
+      t->x, t->v, t->g, maybe(t->bias), *result, least, path->backward == Variant::late);
 }
 
 }  // namespace wn_kernels

@@ -1,0 +1,325 @@
+// Products of a weight with a matrix of few columns, each with one read of the weight. A library's
+// matmul, and a convolution beside it, copy a weight into a layout of their own first.
+//
+//   rows_product     P = V B          (rows, columns)
+//   columns_product  Q += Vᵀ D        (length, columns)
+//   outer_product    dW = D Bᵀ        (rows, length)
+//
+// V (rows, length) lies row by row. What shares its long side, B and Q (length, columns), lies in
+// panels: a panel holds kPanel of the length for every column, column by column, so that each
+// vector of V that is loaded meets vectors of B in order. The last one is filled up with zeros.
+
+#pragma once
+
+#include <algorithm>
+#include <array>
+#include <cstdint>
+#include <cstring>
+#include <memory>
+#include <vector>
+
+#include "rows.h"
+
+namespace wn_kernels {
+
+#if defined(__AVX512F__)
+constexpr int kVectorBytes = 64;
+constexpr int kTileColumns = 6;  // the tile's sums, its columns and a row: 31 of 32 registers
+constexpr int kStackedRows = 8;
+#else
+constexpr int kVectorBytes = 32;
+constexpr int kTileColumns = 3;  // 16 of 16
+constexpr int kStackedRows = 6;
+#endif
+constexpr int kTileRows = 4;
+
+// Elements of a row that stay in the first cache, with the others of a tile.
+constexpr int64_t kSegmentBytes = 4096;
+
+template <typename T>
+struct Lanes {
+  typedef T Vector __attribute__((vector_size(kVectorBytes)));
+  static constexpr int64_t count = kVectorBytes / sizeof(T);
+};
+template <typename T>
+using Vector = typename Lanes<T>::Vector;
+template <typename T>
+constexpr int64_t kPanel = 2 * Lanes<T>::count;
+
+template <typename T>
+inline Vector<T> load(const T* from) {
+  Vector<T> out;
+  std::memcpy(&out, from, sizeof out);
+  return out;
+}
+template <typename T>
+inline void store(T* to, Vector<T> value) {
+  std::memcpy(to, &value, sizeof value);
+}
+
+// The sum of a vector's elements.
+template <typename T, int64_t count = Lanes<T>::count>
+inline T total(const T* from) {
+  if constexpr (count == 1) {
+    return *from;
+  } else if constexpr (count * sizeof(T) <= 16) {
+    return total<T, count / 2>(from) + total<T, count / 2>(from + count / 2);
+  } else {
+    typedef T Half __attribute__((vector_size(count / 2 * sizeof(T))));
+    Half low, high;
+    std::memcpy(&low, from, sizeof low);
+    std::memcpy(&high, from + count / 2, sizeof high);
+    low += high;
+    T sums[count / 2];
+    std::memcpy(sums, &low, sizeof low);
+    return total<T, count / 2>(sums);
+  }
+}
+
+// A matrix (length, columns) in panels.
+template <typename T>
+class Panels {
+ public:
+  Panels(int64_t length, int64_t columns)
+      : length(length), columns(columns), full(length / kPanel<T>),
+        count((length + kPanel<T> - 1) / kPanel<T>), data_(new T[count * columns * kPanel<T>]) {}
+
+  T* panel(int64_t i) { return data_.get() + i * columns * kPanel<T>; }
+  const T* panel(int64_t i) const { return data_.get() + i * columns * kPanel<T>; }
+
+  void zero() {
+    for_each(count, columns * kPanel<T>, [&](int64_t i) { clear(i); });
+  }
+  // What fills up the last panel.
+  void zero_rest() {
+    if (full < count) clear(full);
+  }
+
+  const int64_t length, columns, full, count;
+
+ private:
+  void clear(int64_t i) { std::fill_n(panel(i), columns * kPanel<T>, T(0)); }
+
+  std::unique_ptr<T[]> data_;
+};
+
+// R rows of V, the last one repeated where there are fewer, and what is left of each after its full
+// panels, filled up with zeros.
+template <typename T, int R>
+class RowBlock {
+ public:
+  using Rows = std::array<const T*, R>;
+
+  RowBlock(const T* v, int64_t count, int64_t length) : full_(length / kPanel<T>) {
+    for (int r = 0; r < R; ++r) {
+      row_[r] = v + std::min<int64_t>(r, count - 1) * length;
+      std::fill_n(rest_[r], kPanel<T>, T(0));
+      std::copy(row_[r] + full_ * kPanel<T>, row_[r] + length, rest_[r]);
+    }
+  }
+
+  // f(i, rows) of the panels from begin to end, with the rows where they meet panel i.
+  template <typename F>
+  void for_each_panel(int64_t begin, int64_t end, const F& f) const {
+    Rows at = row_;
+    for (auto& row : at) row += begin * kPanel<T>;
+    for (int64_t i = begin; i < end; ++i) {
+      if (i == full_)
+        for (int r = 0; r < R; ++r) at[r] = rest_[r];
+      f(i, at);
+      for (auto& row : at) row += kPanel<T>;
+    }
+  }
+
+ private:
+  int64_t full_;
+  Rows row_;
+  T rest_[R][kPanel<T>];
+};
+
+// --- P = V B -------------------------------------------------------------------------------------
+
+// Adds to sums[j][r] the products of the rows and of N columns of B over some panels, lane by lane.
+template <typename T, int N>
+void tile_product(
+    const RowBlock<T, kTileRows>& block, const Panels<T>& b, int64_t column, int64_t begin,
+    int64_t end, Vector<T>* sums) {
+  constexpr int64_t lanes = Lanes<T>::count;
+  Vector<T> sum[N][kTileRows];
+#pragma GCC unroll 8
+  for (int j = 0; j < N; ++j)
+#pragma GCC unroll 8
+    for (int r = 0; r < kTileRows; ++r) sum[j][r] = begin ? sums[j * kTileRows + r] : Vector<T>{};
+  const T* from = b.panel(begin) + column * kPanel<T>;
+  const int64_t step = b.columns * kPanel<T>;
+  block.for_each_panel(begin, end, [&](int64_t, const auto& rows) {
+#pragma GCC unroll 2
+    for (int64_t half = 0; half < kPanel<T>; half += lanes) {
+      Vector<T> values[N];
+#pragma GCC unroll 8
+      for (int j = 0; j < N; ++j) values[j] = load(from + j * kPanel<T> + half);
+#pragma GCC unroll 8
+      for (int r = 0; r < kTileRows; ++r) {
+        const Vector<T> value = load(rows[r] + half);
+#pragma GCC unroll 8
+        for (int j = 0; j < N; ++j) sum[j][r] += value * values[j];
+      }
+    }
+    from += step;
+  });
+#pragma GCC unroll 8
+  for (int j = 0; j < N; ++j)
+#pragma GCC unroll 8
+    for (int r = 0; r < kTileRows; ++r) sums[j * kTileRows + r] = sum[j][r];
+}
+
+template <typename T, int N = kTileColumns>
+void tile_product(
+    int64_t width, const RowBlock<T, kTileRows>& block, const Panels<T>& b, int64_t column,
+    int64_t begin, int64_t end, Vector<T>* sums) {
+  if constexpr (N > 1)
+    if (width < N) return tile_product<T, N - 1>(width, block, b, column, begin, end, sums);
+  tile_product<T, N>(block, b, column, begin, end, sums);
+}
+
+// Bytes of B that stay in a thread's cache from one tile of rows to the next.
+constexpr int64_t kCachedBytes = 3 << 18;
+
+// Bytes of the sums of rows that meet a segment of a larger B together.
+constexpr int64_t kSumBytes = 1 << 17;
+
+// Rows of V that a thread takes together: f(first, count).
+template <typename T, typename F>
+void for_each_stack(int64_t rows, const Panels<T>& b, const F& f) {
+  const int64_t tiles = (rows + kTileRows - 1) / kTileRows, threads = at::get_num_threads();
+  int64_t stack = kTileRows;
+  if (b.length * b.columns * static_cast<int64_t>(sizeof(T)) > kCachedBytes) {
+    const int64_t most = std::max<int64_t>(1, kSumBytes / (kTileRows * kVectorBytes * b.columns));
+    stack *= std::min(most, (tiles + threads - 1) / threads);
+  }
+  for_each((rows + stack - 1) / stack, stack * b.length * b.columns, [&](int64_t i) {
+    f(i * stack, std::min(stack, rows - i * stack));
+  });
+}
+
+// f(segment's first panel, its end) of the panels in segments.
+template <typename T, typename F>
+void for_each_segment(const Panels<T>& b, const F& f) {
+  constexpr int64_t segment = kSegmentBytes / sizeof(T) / kPanel<T>;
+  for (int64_t begin = 0; begin < b.count; begin += segment)
+    f(begin, std::min(b.count, begin + segment));
+}
+
+// P = V B for some rows: finish(j, P_j, <V_j, V_j>) of each, the square only where it is asked for.
+template <typename T, bool squares, typename Finish>
+void rows_product(
+    const T* v, int64_t first, int64_t count, const Panels<T>& b, const Finish& finish) {
+  const int64_t columns = b.columns, tiles = (columns + kTileColumns - 1) / kTileColumns;
+  const T* rows = v + first * b.length;
+  std::vector<RowBlock<T, kTileRows>> blocks;
+  for (int64_t r = 0; r < count; r += kTileRows)
+    blocks.emplace_back(rows + r * b.length, std::min<int64_t>(kTileRows, count - r), b.length);
+  std::vector<Vector<T>> sums(blocks.size() * columns * kTileRows);
+  std::vector<double> square(count);
+  for_each_segment(b, [&](int64_t begin, int64_t end) {
+    const int64_t at = begin * kPanel<T>, size = std::min(end * kPanel<T>, b.length) - at;
+    for (int64_t i = 0; i < static_cast<int64_t>(blocks.size()); ++i) {
+      for (int64_t tile = 0; tile < tiles; ++tile) {
+        // Of the same width, or nearly.
+        const int64_t column = tile * columns / tiles, next = (tile + 1) * columns / tiles;
+        tile_product<T>(
+            next - column, blocks[i], b, column, begin, end,
+            sums.data() + (i * columns + column) * kTileRows);
+      }
+      if constexpr (squares)
+        for (int64_t r = i * kTileRows; r < std::min(count, (i + 1) * kTileRows); ++r) {
+          const T* part = rows + r * b.length + at;
+          square[r] += dot(part, part, size);
+        }
+    }
+  });
+  std::vector<T> products(columns);
+  for (int64_t r = 0; r < count; ++r) {
+    const auto* from = &sums[r / kTileRows * columns * kTileRows + r % kTileRows];
+    for (int64_t j = 0; j < columns; ++j)
+      products[j] = total(reinterpret_cast<const T*>(from + j * kTileRows));
+    finish(first + r, products.data(), square[r]);
+  }
+}
+
+// --- Q += Vᵀ D -----------------------------------------------------------------------------------
+
+// Panels that a thread takes: of a row, what makes a stream.
+constexpr int64_t kPanelGroup = 16;
+
+// f(first panel, end) of every group of panels.
+template <typename T, typename F>
+void for_each_panel_group(const Panels<T>& q, int64_t rows, const F& f) {
+  for_each((q.count + kPanelGroup - 1) / kPanelGroup, kPanelGroup * kPanel<T> * rows, [&](int64_t i) {
+    f(i * kPanelGroup, std::min(q.count, (i + 1) * kPanelGroup));
+  });
+}
+
+// Q += Vᵀ D for `rows` rows of V and D, and for some panels of Q.
+template <typename T>
+void columns_product(
+    Panels<T>& q, int64_t begin, int64_t end, const T* v, int64_t rows, const T* d) {
+  constexpr int64_t lanes = Lanes<T>::count;
+  const int64_t columns = q.columns;
+  for (int64_t first = 0; first < rows; first += kStackedRows) {
+    const int64_t count = std::min<int64_t>(kStackedRows, rows - first);
+    const RowBlock<T, kStackedRows> block(v + first * q.length, count, q.length);
+    std::vector<T> factors(columns * kStackedRows);  // zero where a row is repeated
+    for (int64_t r = 0; r < count; ++r)
+      for (int64_t j = 0; j < columns; ++j)
+        factors[j * kStackedRows + r] = d[(first + r) * columns + j];
+    block.for_each_panel(begin, end, [&](int64_t i, const auto& from) {
+      Vector<T> value[kStackedRows][2];
+#pragma GCC unroll 8
+      for (int r = 0; r < kStackedRows; ++r)
+        value[r][0] = load(from[r]), value[r][1] = load(from[r] + lanes);
+      T* to = q.panel(i);
+      const T* factor = factors.data();
+      for (int64_t j = 0; j < columns; ++j, to += kPanel<T>, factor += kStackedRows) {
+        Vector<T> low = load(to), high = load(to + lanes);
+#pragma GCC unroll 8
+        for (int r = 0; r < kStackedRows; ++r)
+          low += value[r][0] * factor[r], high += value[r][1] * factor[r];
+        store(to, low), store(to + lanes, high);
+      }
+    });
+  }
+}
+
+// --- dW = D Bᵀ -----------------------------------------------------------------------------------
+
+// Some rows of dW, for the same rows of D.
+template <typename T>
+void outer_product(T* dw, const T* d, int64_t rows, const Panels<T>& b) {
+  constexpr int64_t lanes = Lanes<T>::count;
+  const int64_t columns = b.columns, blocks = (rows + kTileRows - 1) / kTileRows;
+  std::vector<T> factors(blocks * columns * kTileRows);
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t j = 0; j < columns; ++j)
+      factors[(r / kTileRows * columns + j) * kTileRows + r % kTileRows] = d[r * columns + j];
+  for_each_segment(b, [&](int64_t begin, int64_t end) {
+    for (int64_t block = 0; block < blocks; ++block)
+      for (int64_t i = begin; i < end; ++i) {
+        Vector<T> sum[kTileRows][2] = {};
+        const T *from = b.panel(i), *factor = factors.data() + block * columns * kTileRows;
+        for (int64_t j = 0; j < columns; ++j, from += kPanel<T>, factor += kTileRows) {
+          const Vector<T> low = load(from), high = load(from + lanes);
+#pragma GCC unroll 8
+          for (int r = 0; r < kTileRows; ++r)
+            sum[r][0] += low * factor[r], sum[r][1] += high * factor[r];
+        }
+        const int64_t width = std::min(kPanel<T>, b.length - i * kPanel<T>);
+        const int64_t first = block * kTileRows, end_row = std::min(rows, first + kTileRows);
+        for (int64_t r = first; r < end_row; ++r)
+          std::memcpy(
+              dw + r * b.length + i * kPanel<T>, sum[r - first], width * sizeof(T));
+      }
+  });
+}
+
+}  // namespace wn_kernels

@@ -1,0 +1,344 @@
+// A convolution over few pixels as a product with what its taps see, from one read of the weight.
+//
+//   U[(channel, tap), (batch, pixel)] = image[batch, channel, pixel stride - padding + tap dilation]
+//
+//   convolution    y = W U(x)         dX = fold(Wᵀ dY)    dW = dY U(x)ᵀ
+//   transposed     y = fold(Wᵀ x)     dX = W U(dY)        dW = x U(dY)ᵀ
+//
+// where fold adds each element to the one of the image that it came from, and y and dY of a
+// convolution, x and dX of a transposed one, are matrices (channels, batch pixels). The scale goes
+// with the rows of V; that of taps goes with U.
+
+#pragma once
+
+#include <array>
+#include <utility>
+
+#include "panels.h"
+#include "weight.h"
+
+namespace wn_kernels {
+
+// Spatial dimensions, the leading ones of size 1 where there are fewer.
+using Triple = std::array<int64_t, 3>;
+
+inline Triple triple(at::IntArrayRef sizes, int64_t fill) {
+  Triple out{fill, fill, fill};
+  std::copy(sizes.begin(), sizes.end(), out.end() - sizes.size());
+  return out;
+}
+
+inline int64_t product(const Triple& sizes) { return sizes[0] * sizes[1] * sizes[2]; }
+
+// One group of a convolution: `channels` of the image meet `rows` of V.
+struct Unfolding {
+  Unfolding(const Geometry& conv, const Tensor& v, at::IntArrayRef x, at::IntArrayRef y)
+      : groups(conv.groups), rows(v.size(0) / groups), channels(v.size(1)), batch(x[0]),
+        sizes(triple((conv.transposed ? y : x).slice(2), 1)),
+        pixels(triple((conv.transposed ? x : y).slice(2), 1)), taps(triple(v.sizes().slice(2), 1)),
+        stride(triple(conv.stride, 1)), padding(triple(conv.padding, 0)),
+        dilation(triple(conv.dilation, 1)), seen(pixels[2]) {
+    const int64_t step = dilation[2];
+    for (int64_t x = 0; x < pixels[2]; ++x) {
+      const int64_t first = x * stride[2] - padding[2], rest = sizes[2] - first;
+      const int64_t end = rest > 0 ? std::min(taps[2], (rest + step - 1) / step) : 0;
+      seen[x] = {std::min(end, first < 0 ? (step - 1 - first) / step : 0), end};
+    }
+  }
+
+  int64_t length() const { return channels * product(taps); }
+  int64_t columns() const { return batch * product(pixels); }
+  int64_t image() const { return groups * channels * product(sizes); }  // of an element of the batch
+
+  // Of every line of a channel's taps and line of pixels: f(k, column, at, inside). Where they meet
+  // the image, U's element k + i of column + x is the image's at + x stride + i dilation, for the
+  // taps that pixel x sees.
+  template <typename F>
+  void for_each_line(int64_t channel, const F& f) const {
+    for (int64_t a = 0; a < taps[0]; ++a)
+      for (int64_t b = 0; b < taps[1]; ++b) {
+        const int64_t k = ((channel * taps[0] + a) * taps[1] + b) * taps[2];
+        int64_t column = 0;
+        for (int64_t n = 0; n < batch; ++n)
+          for (int64_t z = 0; z < pixels[0]; ++z)
+            for (int64_t y = 0; y < pixels[1]; ++y, column += pixels[2]) {
+              const int64_t plane = z * stride[0] - padding[0] + a * dilation[0],
+                            line = y * stride[1] - padding[1] + b * dilation[1];
+              const bool inside = plane >= 0 && plane < sizes[0] && line >= 0 && line < sizes[1];
+              const int64_t start = ((channel * sizes[0] + plane) * sizes[1] + line) * sizes[2];
+              f(k, column, n * image() + start - padding[2], inside);
+            }
+      }
+  }
+
+  const int64_t groups, rows, channels, batch;
+  const Triple sizes, pixels, taps, stride, padding, dilation;
+  // The taps of a line that each pixel of a line sees, from the first to the second.
+  std::vector<std::array<int64_t, 2>> seen;
+};
+
+// What a line of taps and a line of pixels have in common: f(to, x, begin, end, first, last), with
+// taps `first` to `last` at `to` in their panel for pixel x, which sees those from begin to end.
+template <typename P, typename F>
+void for_each_run(const Unfolding& of, P& panels, int64_t k, int64_t column, bool inside, const F& f) {
+  constexpr int64_t width = kPanel<std::decay_t<decltype(*panels.panel(0))>>;
+  for (int64_t first = 0; first < of.taps[2];) {
+    const int64_t at = (k + first) % width, last = std::min(of.taps[2], first + width - at);
+    auto* to = panels.panel((k + first) / width) + column * width + at;
+    for (int64_t x = 0; x < of.pixels[2]; ++x, to += width) {
+      const auto [begin, end] = inside ? of.seen[x] : std::array<int64_t, 2>{};
+      f(to, x, std::clamp(begin, first, last), std::clamp(end, first, last), first, last);
+    }
+    first = last;
+  }
+}
+
+// U of a group, whose image this is; its elements times s of their tap, where there is one.
+template <typename T>
+void unfold(const Unfolding& of, const T* image, const T* s, Panels<T>& u) {
+  const int64_t step = of.dilation[2];
+  u.zero_rest();
+  for_each(of.channels, u.length / of.channels * u.columns, [&](int64_t channel) {
+    of.for_each_line(channel, [&](int64_t k, int64_t column, int64_t at, bool inside) {
+      for_each_run(
+          of, u, k, column, inside,
+          [&](T* to, int64_t x, int64_t begin, int64_t end, int64_t first, int64_t last) {
+            const T* from = image + at + x * of.stride[2];
+            to -= first;
+            for (int64_t i = first; i < begin; ++i) to[i] = 0;
+            if (s)
+              for (int64_t i = begin; i < end; ++i) to[i] = from[i * step] * s[i];
+            else
+              for (int64_t i = begin; i < end; ++i) to[i] = from[i * step];
+            for (int64_t i = end; i < last; ++i) to[i] = 0;
+          });
+    });
+  });
+}
+
+// The image of a group: every element of Q, times s of its tap where there is one, is added to
+// where it came from, on top of the channel's bias.
+template <typename T>
+void fold(const Unfolding& of, const Panels<T>& q, const T* s, const T* bias, T* image) {
+  const int64_t size = product(of.sizes), step = of.dilation[2];
+  for_each(of.channels, q.length / of.channels * q.columns, [&](int64_t channel) {
+    for (int64_t n = 0; n < of.batch; ++n)
+      std::fill_n(image + n * of.image() + channel * size, size, bias ? bias[channel] : T(0));
+    of.for_each_line(channel, [&](int64_t k, int64_t column, int64_t at, bool inside) {
+      for_each_run(
+          of, q, k, column, inside,
+          [&](const T* from, int64_t x, int64_t begin, int64_t end, int64_t first, int64_t) {
+            T* to = image + at + x * of.stride[2];
+            from -= first;
+            if (s)
+              for (int64_t i = begin; i < end; ++i) to[i * step] += from[i] * s[i];
+            else
+              for (int64_t i = begin; i < end; ++i) to[i * step] += from[i];
+          });
+    });
+  });
+}
+
+// f(i) of every group: a thread to each where there are enough of them, so that nobody reads what
+// another has just written; otherwise all to one after the other.
+template <typename F>
+void for_each_group(const Unfolding& of, const F& f) {
+  const int64_t threads = at::get_num_threads();
+  if (of.groups % threads == 0 || of.groups >= 4 * threads)
+    for_each(of.groups, of.rows * of.length() * of.columns(), f);
+  else
+    for (int64_t i = 0; i < of.groups; ++i) f(i);
+}
+
+// (batch, channels, *) as a matrix (channels, batch pixels), and back.
+inline Tensor as_matrix(const Tensor& t) {
+  return t.transpose(0, 1).reshape({t.size(1), -1}).contiguous();
+}
+inline Tensor from_matrix(const Tensor& matrix, at::IntArrayRef sizes) {
+  auto swapped = sizes.vec();
+  std::swap(swapped[0], swapped[1]);
+  return matrix.view(swapped).transpose(0, 1).contiguous();
+}
+
+// --- forward -------------------------------------------------------------------------------------
+
+// Bytes of V that stay in the threads' caches between its squares and its product.
+constexpr int64_t kChunkBytes = 1 << 20;
+
+// Q = Vᵀ S X of the rows of a group, with the norms of all of them.
+template <typename T>
+void normalised_columns_product(
+    Panels<T>& q, const T* v, const T* g, int64_t first_row, int64_t rows, const T* x,
+    Norms<T>& norms) {
+  const int64_t groups = (q.count + kPanelGroup - 1) / kPanelGroup, length = q.length;
+  const int64_t chunk = std::min<int64_t>(
+      rows,
+      std::max<int64_t>(
+          kStackedRows,
+          kChunkBytes * at::get_num_threads() / static_cast<int64_t>(length * sizeof(T))));
+  std::vector<double> squares(groups * chunk);
+  std::vector<T> scaled(chunk * q.columns);
+  q.zero();
+  for (int64_t first = 0; first < rows; first += chunk) {
+    const int64_t count = std::min(chunk, rows - first);
+    const T* from = v + first * length;
+    // The thread that takes the squares of some columns finds them in its cache for the product.
+    for_each_panel_group(q, count, [&](int64_t begin, int64_t end) {
+      const int64_t at = begin * kPanel<T>, width = std::min(end * kPanel<T>, length) - at;
+      for (int64_t r = 0; r < count; ++r) {
+        const T* part = from + r * length + at;
+        squares[begin / kPanelGroup * chunk + r] = dot(part, part, width);
+      }
+    });
+    for (int64_t r = 0; r < count; ++r) {
+      double square = 0;
+      for (int64_t i = 0; i < groups; ++i) square += squares[i * chunk + r];
+      const int64_t row = first + r;
+      const T s = g[row] / norms.set(first_row + row, square, from + r * length, length);
+      scale(scaled.data() + r * q.columns, x + row * q.columns, s, q.columns);
+    }
+    for_each_panel_group(q, count * q.columns, [&](int64_t begin, int64_t end) {
+      columns_product(q, begin, end, from, count, scaled.data());
+    });
+  }
+}
+
+// y and n; nothing where a norm is out of range.
+inline std::optional<std::pair<Tensor, Tensor>> unfolded_forward(
+    const Tensor& x, const Tensor& v, const Tensor& g, const Tensor& bias, const Geometry& conv,
+    double eps) {
+  const Sizes y_sizes = conv.output_sizes(x.sizes(), v.sizes());
+  const bool columns = has_columns(v, g);
+  const Unfolding of(conv, v, x.sizes(), y_sizes);
+  Tensor n = at::empty_like(g), y, s;
+  if (columns) {
+    const auto found = norms(v, g, eps);
+    if (!found) return std::nullopt;
+    n = *found, s = g / n;
+  }
+  bool in_range = true;
+  AT_DISPATCH_FLOATING_TYPES(v.scalar_type(), "unfolded_forward", [&] {
+    using T = scalar_t;
+    const auto *vs = v.const_data_ptr<T>(), *gs = g.const_data_ptr<T>(),
+               *bs = bias.defined() ? bias.const_data_ptr<T>() : nullptr,
+               *taps = columns ? s.const_data_ptr<T>() : nullptr;
+    Norms<T> all(n.mutable_data_ptr<T>(), eps);
+    const int64_t pixels = of.columns(), rows = of.rows, length = of.length();
+    if (conv.transposed) {
+      y = at::empty(y_sizes, x.options());
+      const Tensor input = as_matrix(x);
+      const auto* xs = input.const_data_ptr<T>();
+      auto* ys = y.mutable_data_ptr<T>();
+      for_each_group(of, [&](int64_t i) {
+        Panels<T> panels(length, pixels);
+        const int64_t row = i * rows, channel = i * of.channels;
+        const T *from = vs + row * length, *factors = xs + row * pixels;
+        if (columns) {
+          panels.zero();
+          for_each_panel_group(panels, rows * pixels, [&](int64_t begin, int64_t end) {
+            columns_product(panels, begin, end, from, rows, factors);
+          });
+        } else {
+          normalised_columns_product(panels, from, gs + row, row, rows, factors, all);
+        }
+        fold(of, panels, taps, bs ? bs + channel : nullptr, ys + channel * product(of.sizes));
+      });
+      in_range = all.in_range();
+      return;
+    }
+    const Tensor matrix = at::empty({v.size(0), pixels}, x.options());
+    const auto* xs = x.const_data_ptr<T>();
+    auto* ys = matrix.mutable_data_ptr<T>();
+    for_each_group(of, [&](int64_t i) {
+      Panels<T> panels(length, pixels);
+      const int64_t row = i * rows;
+      const T* from = vs + row * length;
+      unfold(of, xs + i * of.channels * product(of.sizes), taps, panels);
+      for_each_stack(rows, panels, [&](int64_t first, int64_t count) {
+        const auto finish = [&](int64_t j, const T* p, double square) {
+          const T factor =
+              columns ? T(1) : gs[row + j] / all.set(row + j, square, from + j * length, length);
+          const T shift = bs ? bs[row + j] : T(0);
+          T* to = ys + (row + j) * pixels;
+          for (int64_t t = 0; t < pixels; ++t) to[t] = p[t] * factor + shift;
+        };
+        columns ? rows_product<T, false>(from, first, count, panels, finish)
+                : rows_product<T, true>(from, first, count, panels, finish);
+      });
+    });
+    in_range = all.in_range();
+    y = from_matrix(matrix, y_sizes);
+  });
+  return in_range ? std::make_optional(std::make_pair(y, n)) : std::nullopt;
+}
+
+// --- backward ------------------------------------------------------------------------------------
+
+// (dX, dV, dg), those that are asked for.
+inline std::tuple<Tensor, Tensor, Tensor> unfolded_backward(
+    const Tensor& grad, const Tensor& x, const Tensor& v, const Tensor& g, const Tensor& n,
+    const Geometry& conv, double eps, bool needs_x, bool needs_weight) {
+  const bool columns = has_columns(v, g);
+  const Unfolding of(conv, v, x.sizes(), grad.sizes());
+  const Tensor dy = grad.contiguous(), s = g / n;
+  // The matrix (rows, columns) beside V and the image: x and dY of a transposed convolution.
+  const Tensor matrix = as_matrix(conv.transposed ? x : dy),
+               &image = conv.transposed ? dy : x;
+  Tensor dx, dv, dg;
+  if (needs_weight) dv = at::empty_like(v), dg = at::empty_like(g);
+  AT_DISPATCH_FLOATING_TYPES(v.scalar_type(), "unfolded_backward", [&] {
+    using T = scalar_t;
+    const auto *vs = v.const_data_ptr<T>(), *gs = g.const_data_ptr<T>(),
+               *ns = n.const_data_ptr<T>(), *ss = s.const_data_ptr<T>(),
+               *factors = matrix.const_data_ptr<T>(), *pictures = image.const_data_ptr<T>();
+    const T* taps = columns ? ss : nullptr;
+    auto *dvs = needs_weight ? dv.mutable_data_ptr<T>() : nullptr,
+         *dgs = needs_weight ? dg.mutable_data_ptr<T>() : nullptr;
+    const int64_t pixels = of.columns(), rows = of.rows, length = of.length();
+    // dW of some rows, and what follows from it.
+    const auto weight_rows = [&](const Panels<T>& panels, int64_t row, int64_t count) {
+      outer_product(dvs + row * length, factors + row * pixels, count, panels);
+      for (int64_t j = row; !columns && j < row + count; ++j) {
+        T* to = dvs + j * length;
+        dgs[j] = weight_grad(to, to, vs + j * length, gs[j], ns[j], eps, length);
+      }
+    };
+    Tensor out;
+    if (needs_x) out = conv.transposed ? at::empty_like(matrix) : at::empty_like(x);
+    T* outs = needs_x ? out.mutable_data_ptr<T>() : nullptr;
+    const Tensor scaled =
+        needs_x && !conv.transposed && !columns ? matrix * s.view({-1, 1}) : matrix;
+    for_each_group(of, [&](int64_t i) {
+      Panels<T> panels(length, pixels);
+      const int64_t row = i * rows, at = i * of.channels * product(of.sizes);
+      const T* from = vs + row * length;
+      if (needs_x && !conv.transposed) {
+        const auto* d = scaled.const_data_ptr<T>() + row * pixels;
+        panels.zero();
+        for_each_panel_group(panels, rows * pixels, [&](int64_t begin, int64_t end) {
+          columns_product(panels, begin, end, from, rows, d);
+        });
+        fold<T>(of, panels, taps, nullptr, outs + at);
+      }
+      const bool rows_too = needs_x && conv.transposed;
+      if (rows_too) unfold(of, pictures + at, taps, panels);
+      const auto input_rows = [&](int64_t first, int64_t count) {
+        rows_product<T, false>(from, first, count, panels, [&](int64_t j, const T* p, double) {
+          scale(outs + (row + j) * pixels, p, columns ? T(1) : ss[row + j], pixels);
+        });
+      };
+      if (rows_too && (columns || !needs_weight)) for_each_stack(rows, panels, input_rows);
+      if (!needs_weight) return;
+      if (!rows_too || columns) unfold<T>(of, pictures + at, nullptr, panels);
+      for_each_stack(rows, panels, [&](int64_t first, int64_t count) {
+        if (rows_too && !columns) input_rows(first, count);
+        weight_rows(panels, row + first, count);
+      });
+    });
+    if (needs_x) dx = conv.transposed ? from_matrix(out, x.sizes()) : out;
+  });
+  if (needs_weight && columns) std::tie(dv, dg) = weight_grads(dv, v, g, n, eps, true);
+  return {dx, dv, dg};
+}
+
+}  // namespace wn_kernels
