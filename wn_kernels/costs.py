@@ -57,6 +57,10 @@ class Device:
 CPU = Device("CPU", bandwidth=2e10, rates=(1e11, 1e11, 5e10), overhead=8e-6)
 # The native library starts a pass without a dispatcher, and without Python.
 NATIVE = replace(CPU, overhead=1e-6)
+# What a call of PyTorch's own convolution takes beside its work, in stages of the library's, and what
+# the library's own products reach of its rate.
+ATEN_CALLS = 8
+UNFOLDED_EFFICIENCY = 0.85
 # Bytes from which the allocator maps fresh pages for every `W`.
 FRESH_PAGES = 2**24
 
@@ -252,29 +256,58 @@ def native_linear(call: Call) -> Costs:
 
 
 def native_convolution(call: Call, conv: Geometry) -> Costs:
-    """`output` or `input`, and `materialize`, in the native library.
+    """`output` or `input`, `unfold`, and `materialize`, in the native library.
 
-    As on the ATen path, with one pass where that takes several operations. A fresh `W` costs more
-    than its bytes: in the forward it lies in the caches of the threads that wrote it, not of those
-    that read, and a large one has every page mapped anew. In the backward, scaling the output takes
-    a second convolution call, which reads everything once more.
+    The first two and the last are as on the ATen path, with one pass where that takes several
+    operations. PyTorch's convolution copies its weight into a layout of its own first. A fresh `W`
+    costs more than its bytes: in the forward it lies in the caches of the threads that wrote it,
+    not of those that read, and a large one has every page mapped anew. In the backward, scaling the
+    output takes a second convolution call, which reads everything once more.
+
+    `unfold` lays out what the taps see, a number for every tap and pixel, and multiplies by it with
+    one read of `V`: for a large weight over few pixels. Its tiles are padded, to whole panels of
+    taps and to four channels.
     """
     size = call.x_dtype.itemsize
     x, y, w, operations = _convolution_sizes(call, conv)
-    product = Stage(x + y + w, operations)
+    # A weight of a few MiB stays in cache between two passes.
+    weight = w / 4 if w <= 2**22 else w
+    product = [*[Stage(0)] * ATEN_CALLS, Stage(2 * weight), Stage(x + y + weight, operations)]
     pages = 10 * w if w > FRESH_PAGES else 0
-    forward = {"materialize": [Stage(4 * w + pages), product]}
-    backward = {"materialize": [Stage(2 * w + pages), product, product, Stage(3 * w)]}
-    if call.dim != 0:  # a scale of taps belongs to neither side
-        return Costs(forward, backward, NATIVE, NATIVE.rate(size))
-    if conv.transposed:
-        forward["input"] = [Stage(w), product, Stage(2 * x)]
-        backward["input"] = [Stage(2 * x), product, product, Stage(3 * w)]
-    else:
-        forward["output"] = [Stage(w), product, Stage(2 * y)]
-        again = Stage(2 * (x + y + w))
-        backward["output"] = [Stage(2 * y), product, again, product, Stage(3 * w)]
+    forward = {"materialize": [Stage(4 * weight + pages), *product]}
+    backward = {
+        "materialize": [Stage(2 * weight + pages), *product, *product, Stage(3 * weight)]
+    }
+    if call.dim == 0:  # a scale of taps belongs to neither side
+        if conv.transposed:
+            forward["input"] = [Stage(weight), *product, Stage(2 * x)]
+            backward["input"] = [Stage(2 * x), *product, *product, Stage(3 * weight)]
+        else:
+            forward["output"] = [Stage(weight), *product, Stage(2 * y)]
+            again = Stage(2 * (x + y + weight))
+            backward["output"] = [Stage(2 * y), *product, again, *product, Stage(3 * weight)]
+    unfolded, padded = _unfolded_sizes(call, conv)
+    unfolding = Stage(unfolded)
+    product = [Stage(x + y + weight, padded / UNFOLDED_EFFICIENCY)]
+    norms = [] if call.dim == 0 else [Stage(weight)]
+    finish = Stage(weight if call.dim == 0 else 3 * weight)
+    forward["unfold"] = [*norms, unfolding, *product]
+    backward["unfold"] = [unfolding, *product, unfolding, *product, finish]
     return Costs(forward, backward, NATIVE, NATIVE.rate(size))
+
+
+def _unfolded_sizes(call: Call, conv: Geometry) -> tuple[float, float]:
+    """Bytes that unfolding takes as long as, and the operations of a product with what it gives."""
+    rows, length = call.v_shape[0] // conv.groups, math.prod(call.v_shape[1:])
+    sizes = call.x_shape[2:]
+    pixels = sizes if conv.transposed else conv.output_sizes(sizes, call.v_shape[2:])
+    columns = call.x_shape[0] * math.prod(pixels)
+    numbers = conv.groups * length * columns
+    # Along a line of the kernel or of pixels, whichever the library takes.
+    runs = numbers / (call.v_shape[-1] if call.v_shape[-1] >= 8 else pixels[-1])
+    panel = 128 // call.x_dtype.itemsize
+    padded = math.ceil(rows / 4) * 4 * math.ceil(length / panel) * panel * conv.groups
+    return call.x_dtype.itemsize * numbers + 64 * runs, 2.0 * padded * columns
 
 
 # --- the Triton path -----------------------------------------------------------------------------

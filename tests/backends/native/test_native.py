@@ -119,14 +119,13 @@ def test_kinds(kind, eps, dtype):
 
 @pytest.mark.usefixtures("_forgets")
 @pytest.mark.parametrize("kind", ["1d", "grouped", "depthwise", "2d", "3d", "up", "up grouped"])
-@pytest.mark.parametrize("forward", ["late", "materialize"])
-@pytest.mark.parametrize("backward", ["late", "materialize", "kept"])
+@pytest.mark.parametrize("forward", ["late", "materialize", "unfold"])
+@pytest.mark.parametrize("backward", ["late", "materialize", "unfold", "kept"])
 def test_every_variant_of_convolutions(kind, forward, backward, monkeypatch):
     case = case_of(KINDS, kind)
-    axis = case.geometry().scale_axis(0)
-    late = {"late": axis, "materialize": "materialize", "kept": "materialize"}
-    kept = backward == "kept"
-    plan_with(monkeypatch, plan.AtenConvolution(late[forward], late[backward], kept))
+    names = {"late": case.geometry().scale_axis(0), "kept": "materialize"}
+    path = (names.get(variant, variant) for variant in (forward, backward))
+    plan_with(monkeypatch, plan.AtenConvolution(*path, backward == "kept"))
     case.check(case.layer)
     for mask in range(1, 16):
         check_mask(case, case.layer, mask)

@@ -87,6 +87,13 @@ class Panels {
   T* panel(int64_t i) { return data_.get() + i * columns * kPanel<T>; }
   const T* panel(int64_t i) const { return data_.get() + i * columns * kPanel<T>; }
 
+  T* element(int64_t i, int64_t column) {
+    return panel(i / kPanel<T>) + column * kPanel<T> + i % kPanel<T>;
+  }
+  const T* element(int64_t i, int64_t column) const {
+    return const_cast<Panels*>(this)->element(i, column);
+  }
+
   void zero() {
     for_each(count, columns * kPanel<T>, [&](int64_t i) { clear(i); });
   }
@@ -249,14 +256,15 @@ void rows_product(
 
 // --- Q += Vᵀ D -----------------------------------------------------------------------------------
 
-// Panels that a thread takes: of a row, what makes a stream.
-constexpr int64_t kPanelGroup = 16;
+// Panels that a thread takes: of a row, what makes a stream, but enough for many threads.
+inline int64_t panel_group(int64_t count) { return std::clamp<int64_t>(count / 8, 1, 16); }
 
 // f(first panel, end) of every group of panels.
 template <typename T, typename F>
 void for_each_panel_group(const Panels<T>& q, int64_t rows, const F& f) {
-  for_each((q.count + kPanelGroup - 1) / kPanelGroup, kPanelGroup * kPanel<T> * rows, [&](int64_t i) {
-    f(i * kPanelGroup, std::min(q.count, (i + 1) * kPanelGroup));
+  const int64_t group = panel_group(q.count);
+  for_each((q.count + group - 1) / group, group * kPanel<T> * rows, [&](int64_t i) {
+    f(i * group, std::min(q.count, (i + 1) * group));
   });
 }
 

@@ -30,6 +30,9 @@ inline Triple triple(at::IntArrayRef sizes, int64_t fill) {
 
 inline int64_t product(const Triple& sizes) { return sizes[0] * sizes[1] * sizes[2]; }
 
+// Taps of a line of the kernel that are worth a run of their own.
+constexpr int64_t kLongLine = 8;
+
 // One group of a convolution: `channels` of the image meet `rows` of V.
 struct Unfolding {
   Unfolding(const Geometry& conv, const Tensor& v, at::IntArrayRef x, at::IntArrayRef y)
@@ -37,82 +40,90 @@ struct Unfolding {
         sizes(triple((conv.transposed ? y : x).slice(2), 1)),
         pixels(triple((conv.transposed ? x : y).slice(2), 1)), taps(triple(v.sizes().slice(2), 1)),
         stride(triple(conv.stride, 1)), padding(triple(conv.padding, 0)),
-        dilation(triple(conv.dilation, 1)), seen(pixels[2]) {
-    const int64_t step = dilation[2];
-    for (int64_t x = 0; x < pixels[2]; ++x) {
-      const int64_t first = x * stride[2] - padding[2], rest = sizes[2] - first;
-      const int64_t end = rest > 0 ? std::min(taps[2], (rest + step - 1) / step) : 0;
-      seen[x] = {std::min(end, first < 0 ? (step - 1 - first) / step : 0), end};
-    }
-  }
+        dilation(triple(conv.dilation, 1)) {}
 
   int64_t length() const { return channels * product(taps); }
   int64_t columns() const { return batch * product(pixels); }
   int64_t image() const { return groups * channels * product(sizes); }  // of an element of the batch
 
-  // Of every line of a channel's taps and line of pixels: f(k, column, at, inside). Where they meet
-  // the image, U's element k + i of column + x is the image's at + x stride + i dilation, for the
-  // taps that pixel x sees.
-  template <typename F>
-  void for_each_line(int64_t channel, const F& f) const {
+  bool pads() const { return padding != Triple{}; }
+
+  // Where a channel's taps meet the image: f(k, column, at, tap, count, along_taps). U's element k
+  // of this column is the image's at, that of this tap in its line, and so on for `count` of them:
+  // along a line of the kernel, within a panel of `width` of them, where lines are long, and
+  // otherwise along a line of pixels.
+  template <int64_t width, typename F>
+  void for_each_run(int64_t channel, const F& f) const {
+    int64_t k = channel * product(taps);
     for (int64_t a = 0; a < taps[0]; ++a)
-      for (int64_t b = 0; b < taps[1]; ++b) {
-        const int64_t k = ((channel * taps[0] + a) * taps[1] + b) * taps[2];
+      for (int64_t b = 0; b < taps[1]; ++b, k += taps[2]) {
         int64_t column = 0;
         for (int64_t n = 0; n < batch; ++n)
           for (int64_t z = 0; z < pixels[0]; ++z)
             for (int64_t y = 0; y < pixels[1]; ++y, column += pixels[2]) {
               const int64_t plane = z * stride[0] - padding[0] + a * dilation[0],
                             line = y * stride[1] - padding[1] + b * dilation[1];
-              const bool inside = plane >= 0 && plane < sizes[0] && line >= 0 && line < sizes[1];
+              if (plane < 0 || plane >= sizes[0] || line < 0 || line >= sizes[1]) continue;
               const int64_t start = ((channel * sizes[0] + plane) * sizes[1] + line) * sizes[2];
-              f(k, column, n * image() + start - padding[2], inside);
+              for_each_run_of_a_line<width>(k, column, n * image() + start, f);
             }
       }
   }
 
   const int64_t groups, rows, channels, batch;
   const Triple sizes, pixels, taps, stride, padding, dilation;
-  // The taps of a line that each pixel of a line sees, from the first to the second.
-  std::vector<std::array<int64_t, 2>> seen;
-};
 
-// What a line of taps and a line of pixels have in common: f(to, x, begin, end, first, last), with
-// taps `first` to `last` at `to` in their panel for pixel x, which sees those from begin to end.
-template <typename P, typename F>
-void for_each_run(const Unfolding& of, P& panels, int64_t k, int64_t column, bool inside, const F& f) {
-  constexpr int64_t width = kPanel<std::decay_t<decltype(*panels.panel(0))>>;
-  for (int64_t first = 0; first < of.taps[2];) {
-    const int64_t at = (k + first) % width, last = std::min(of.taps[2], first + width - at);
-    auto* to = panels.panel((k + first) / width) + column * width + at;
-    for (int64_t x = 0; x < of.pixels[2]; ++x, to += width) {
-      const auto [begin, end] = inside ? of.seen[x] : std::array<int64_t, 2>{};
-      f(to, x, std::clamp(begin, first, last), std::clamp(end, first, last), first, last);
-    }
-    first = last;
+ private:
+  // The i from 0 to `count` with 0 <= first + i step < size, from begin to end.
+  static std::pair<int64_t, int64_t> within(
+      int64_t first, int64_t step, int64_t count, int64_t size) {
+    const int64_t rest = size - first;
+    const int64_t end = rest > 0 ? std::min(count, (rest + step - 1) / step) : 0;
+    return {std::min(end, first < 0 ? (step - 1 - first) / step : 0), end};
   }
-}
+
+  template <int64_t width, typename F>
+  void for_each_run_of_a_line(int64_t k, int64_t column, int64_t start, const F& f) const {
+    const int64_t step = dilation[2], pixel = stride[2];
+    if (taps[2] < kLongLine) {
+      for (int64_t c = 0; c < taps[2]; ++c) {
+        const int64_t first = c * step - padding[2];
+        const auto [begin, end] = within(first, pixel, pixels[2], sizes[2]);
+        f(k + c, column + begin, start + first + begin * pixel, c, end - begin, false);
+      }
+      return;
+    }
+    for (int64_t x = 0; x < pixels[2]; ++x) {
+      const int64_t first = x * pixel - padding[2];
+      auto [c, end] = within(first, step, taps[2], sizes[2]);
+      while (c < end) {
+        const int64_t count = std::min(end - c, width - (k + c) % width);
+        f(k + c, column + x, start + first + c * step, c, count, true);
+        c += count;
+      }
+    }
+  }
+};
 
 // U of a group, whose image this is; its elements times s of their tap, where there is one.
 template <typename T>
 void unfold(const Unfolding& of, const T* image, const T* s, Panels<T>& u) {
-  const int64_t step = of.dilation[2];
-  u.zero_rest();
+  constexpr int64_t width = kPanel<T>;
+  of.pads() ? u.zero() : u.zero_rest();
   for_each(of.channels, u.length / of.channels * u.columns, [&](int64_t channel) {
-    of.for_each_line(channel, [&](int64_t k, int64_t column, int64_t at, bool inside) {
-      for_each_run(
-          of, u, k, column, inside,
-          [&](T* to, int64_t x, int64_t begin, int64_t end, int64_t first, int64_t last) {
-            const T* from = image + at + x * of.stride[2];
-            to -= first;
-            for (int64_t i = first; i < begin; ++i) to[i] = 0;
-            if (s)
-              for (int64_t i = begin; i < end; ++i) to[i] = from[i * step] * s[i];
-            else
-              for (int64_t i = begin; i < end; ++i) to[i] = from[i * step];
-            for (int64_t i = end; i < last; ++i) to[i] = 0;
-          });
-    });
+    of.for_each_run<width>(
+        channel,
+        [&](int64_t k, int64_t column, int64_t at, int64_t tap, int64_t count, bool along_taps) {
+          T* to = u.element(k, column);
+          const T* from = image + at;
+          const int64_t step = along_taps ? of.dilation[2] : of.stride[2];
+          if (!along_taps)
+            for (int64_t i = 0; i < count; ++i) to[i * width] = from[i * step] * (s ? s[tap] : 1);
+          else if (s)
+            for (int64_t i = 0; i < count; ++i) to[i] = from[i * step] * s[tap + i];
+          else
+            for (int64_t i = 0; i < count; ++i) to[i] = from[i * step];
+        });
   });
 }
 
@@ -120,22 +131,24 @@ void unfold(const Unfolding& of, const T* image, const T* s, Panels<T>& u) {
 // where it came from, on top of the channel's bias.
 template <typename T>
 void fold(const Unfolding& of, const Panels<T>& q, const T* s, const T* bias, T* image) {
-  const int64_t size = product(of.sizes), step = of.dilation[2];
+  constexpr int64_t width = kPanel<T>;
+  const int64_t size = product(of.sizes);
   for_each(of.channels, q.length / of.channels * q.columns, [&](int64_t channel) {
     for (int64_t n = 0; n < of.batch; ++n)
       std::fill_n(image + n * of.image() + channel * size, size, bias ? bias[channel] : T(0));
-    of.for_each_line(channel, [&](int64_t k, int64_t column, int64_t at, bool inside) {
-      for_each_run(
-          of, q, k, column, inside,
-          [&](const T* from, int64_t x, int64_t begin, int64_t end, int64_t first, int64_t) {
-            T* to = image + at + x * of.stride[2];
-            from -= first;
-            if (s)
-              for (int64_t i = begin; i < end; ++i) to[i * step] += from[i] * s[i];
-            else
-              for (int64_t i = begin; i < end; ++i) to[i * step] += from[i];
-          });
-    });
+    of.for_each_run<width>(
+        channel,
+        [&](int64_t k, int64_t column, int64_t at, int64_t tap, int64_t count, bool along_taps) {
+          const T* from = q.element(k, column);
+          T* to = image + at;
+          const int64_t step = along_taps ? of.dilation[2] : of.stride[2];
+          if (!along_taps)
+            for (int64_t i = 0; i < count; ++i) to[i * step] += from[i * width] * (s ? s[tap] : 1);
+          else if (s)
+            for (int64_t i = 0; i < count; ++i) to[i * step] += from[i] * s[tap + i];
+          else
+            for (int64_t i = 0; i < count; ++i) to[i * step] += from[i];
+        });
   });
 }
 
@@ -170,7 +183,8 @@ template <typename T>
 void normalised_columns_product(
     Panels<T>& q, const T* v, const T* g, int64_t first_row, int64_t rows, const T* x,
     Norms<T>& norms) {
-  const int64_t groups = (q.count + kPanelGroup - 1) / kPanelGroup, length = q.length;
+  const int64_t group = panel_group(q.count), groups = (q.count + group - 1) / group;
+  const int64_t length = q.length;
   const int64_t chunk = std::min<int64_t>(
       rows,
       std::max<int64_t>(
@@ -187,7 +201,7 @@ void normalised_columns_product(
       const int64_t at = begin * kPanel<T>, width = std::min(end * kPanel<T>, length) - at;
       for (int64_t r = 0; r < count; ++r) {
         const T* part = from + r * length + at;
-        squares[begin / kPanelGroup * chunk + r] = dot(part, part, width);
+        squares[begin / group * chunk + r] = dot(part, part, width);
       }
     });
     for (int64_t r = 0; r < count; ++r) {
