@@ -1,5 +1,7 @@
 """The native library: every variant and order, what it serves and what it leaves alone."""
 
+from contextlib import contextmanager
+
 import pytest
 import torch
 from hypothesis import assume, given, settings
@@ -34,15 +36,13 @@ def linear(case):
     return lambda *inputs: WF.wn_linear(*inputs, eps=case.eps)
 
 
-def plan_with(monkeypatch, path):
+@contextmanager
+def planned(path):
     """Has every call planned this way."""
-    monkeypatch.setattr(plan, "choose", lambda *_: path)
-    checks.forget()
-
-
-@pytest.fixture
-def _forgets():
-    yield
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plan, "choose", lambda *_: path)
+        checks.forget()
+        yield
     checks.forget()
 
 
@@ -66,19 +66,18 @@ def test_strides_of_the_input(shape, layout):
     case.check(linear(case))
 
 
-@pytest.mark.usefixtures("_forgets")
 @pytest.mark.parametrize("forward", ["scaled", "materialize"])
 @pytest.mark.parametrize("backward", ["scaled", "materialize"])
 @pytest.mark.parametrize("keeps", [True, False])
-def test_every_variant_of_linear(forward, backward, keeps, monkeypatch):
+def test_every_variant_of_linear(forward, backward, keeps):
     keeps = keeps and forward == backward == "scaled"
-    plan_with(monkeypatch, plan.AtenLinear(forward, backward, keeps))
-    for m in (1, 3, 40, 300):
-        for eps in (0.0, 17.0):
-            case = Case(m, 300, 130, 0, eps=eps)
-            case.check(linear(case))
-            for mask in range(1, 16):
-                check_mask(case, linear(case), mask)
+    with planned(plan.AtenLinear(forward, backward, keeps)):
+        for m in (1, 3, 40, 300):
+            for eps in (0.0, 17.0):
+                case = Case(m, 300, 130, 0, eps=eps)
+                case.check(linear(case))
+                for mask in range(1, 16):
+                    check_mask(case, linear(case), mask)
 
 
 def check_mask(case, layer, mask):
@@ -117,32 +116,66 @@ def test_kinds(kind, eps, dtype):
     case.check(case.layer)
 
 
-@pytest.mark.usefixtures("_forgets")
+def convolution_path(case, forward, backward):
+    """A path by the variants' names: "late", at the side that the scale belongs to, "materialize",
+    "kept", or "unfold"."""
+    names = {"late": case.geometry().scale_axis(case.dim), "kept": "materialize"}
+    return plan.AtenConvolution(
+        *(names.get(variant, variant) for variant in (forward, backward)), backward == "kept"
+    )
+
+
+FORWARDS, BACKWARDS = ["late", "materialize", "unfold"], ["late", "materialize", "unfold", "kept"]
+
+
 @pytest.mark.parametrize("kind", ["1d", "grouped", "depthwise", "2d", "3d", "up", "up grouped"])
-@pytest.mark.parametrize("forward", ["late", "materialize", "unfold"])
-@pytest.mark.parametrize("backward", ["late", "materialize", "unfold", "kept"])
-def test_every_variant_of_convolutions(kind, forward, backward, monkeypatch):
+@pytest.mark.parametrize("forward", FORWARDS)
+@pytest.mark.parametrize("backward", BACKWARDS)
+def test_every_variant_of_convolutions(kind, forward, backward):
     case = case_of(KINDS, kind)
-    names = {"late": case.geometry().scale_axis(0), "kept": "materialize"}
-    path = (names.get(variant, variant) for variant in (forward, backward))
-    plan_with(monkeypatch, plan.AtenConvolution(*path, backward == "kept"))
-    case.check(case.layer)
-    for mask in range(1, 16):
-        check_mask(case, case.layer, mask)
+    with planned(convolution_path(case, forward, backward)):
+        case.check(case.layer)
+        for mask in range(1, 16):
+            check_mask(case, case.layer, mask)
 
 
-@pytest.mark.usefixtures("_forgets")
-@pytest.mark.parametrize("variant", ["output", "materialize"])
+@pytest.mark.parametrize("variant", ["output", "materialize", "unfold"])
 @pytest.mark.parametrize("weight_too", [False, True])
-def test_channels_last(variant, weight_too, monkeypatch):
-    plan_with(monkeypatch, plan.AtenConvolution(variant, variant, False))
+def test_channels_last(variant, weight_too):
     case = case_of(KINDS, "2d")
     case.x = case.x.to(memory_format=torch.channels_last)
     if weight_too:
         case.v = case.v.to(memory_format=torch.channels_last)
-    y, grads = case.check(case.layer)
+    with planned(plan.AtenConvolution(variant, variant, False)):
+        y, grads = case.check(case.layer)
     assert y.is_contiguous(memory_format=torch.channels_last)
     assert grads[1].stride() == case.v.stride()
+
+
+@pytest.mark.parametrize("kind", ["wide", "narrow", "grouped", "up", "up grouped", "positions"])
+@pytest.mark.parametrize("dtype", WIDE)
+def test_unfolded(kind, dtype):
+    """Weights longer than a segment, whose rows come in several chunks; rests of every tile."""
+    sizes, dim, options = {
+        "wide": ((2, 193, 37, (19,), (7,)), 0, {"padding": 3}),
+        "narrow": ((3, 150, 9, (5, 4), (3, 9)), 0, {"padding": (1, 4), "stride": (1, 2)}),
+        "grouped": ((1, 96, 66, (50,), (31,)), 0, {"padding": 15, "groups": 2}),
+        "up": ((2, 301, 75, (7,), (16,)), 0, {"transposed": True, "stride": 8}),
+        "up grouped": ((1, 300, 120, (9,), (40,)), 0, {"transposed": True, "groups": 3}),
+        "positions": ((2, 96, 96, (49,), (40,)), 2, {"groups": 2, "padding": 20}),
+    }[kind]
+    case = ConvCase(*sizes, dim, dtype, **options)
+    with planned(plan.AtenConvolution("unfold", "unfold", False)):
+        found = case.check(case.layer)
+        threads = torch.get_num_threads()
+        try:
+            for count in (1, 3, 4):
+                torch.set_num_threads(count)
+                y, grads = case.check(case.layer)
+                for one, other in zip((y, *grads), (found[0], *found[1]), strict=True):
+                    assert_same_bits(one, other)
+        finally:
+            torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("name", [name for name in LAYERS if name != "codec up 2048"])
@@ -235,12 +268,13 @@ def test_fuzz_convolution(rank, transposed):
     )
 
     @settings(max_examples=80)
-    @given(case=served)
-    def run(case):
+    @given(case=served, path=st.tuples(st.sampled_from(FORWARDS), st.sampled_from(BACKWARDS)))
+    def run(case, path):
         case.v = case.v.contiguous()
         # "same" with an even kernel pads the input first.
         assume(case.options.get("padding") != "same")
-        check(case)
+        with planned(convolution_path(case, *path)):
+            check(case)
 
     run()
 
