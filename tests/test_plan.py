@@ -208,6 +208,31 @@ def test_gpus(device):
         assert tf32.seconds(stages) <= wide.seconds(stages), name
 
 
+def test_native_convolutions():
+    """Large weights over few pixels unfold, and so do tiny layers, for one call of PyTorch's fewer;
+    long signals do not, and what would take far more memory than the layer is no candidate."""
+    for few in (
+        conv1d(1, 512, 256, 32, 16, up=8, backend="native"),
+        conv1d(1, 1024, 512, 16, 16, up=8, backend="native"),
+        conv1d(1, 768, 768, 49, 31, dim=2, backend="native"),
+        conv1d(1, 16, 16, 16, 3, backend="native"),
+    ):
+        assert few == ("unfold", "unfold", False)
+    for many in (
+        conv1d(1, 64, 64, 4096, 3, backend="native"),
+        conv1d(1, 256, 128, 512, 8, up=4, backend="native"),
+        conv1d(16, 512, 512, 4096, 3, backend="native"),
+    ):
+        assert "unfold" not in many[:2]
+    conv = Geometry((1,), (5,), (1,), False, (0,), 1)
+    call = Call(torch.Size((1, 128, 4096)), torch.Size((128, 128, 11)), F32, F32, 0, conv)
+    assert "unfold" not in costs.costs(call, "native").forward
+    # A depthwise layer would leave most of a tile empty.
+    grouped = conv._replace(groups=768)
+    call = Call(torch.Size((1, 768, 128)), torch.Size((768, 1, 11)), F32, F32, 0, grouped)
+    assert "unfold" not in plan.choose(call, "native")[:2]
+
+
 @pytest.mark.parametrize("device", costs.GPUS.values(), ids=costs.GPUS)
 def test_convolutions_on_gpus(device):
     """One launch for a few pixels; for many the vendor's product, and without its lead the form

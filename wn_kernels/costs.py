@@ -57,10 +57,14 @@ class Device:
 CPU = Device("CPU", bandwidth=2e10, rates=(1e11, 1e11, 5e10), overhead=8e-6)
 # The native library starts a pass without a dispatcher, and without Python.
 NATIVE = replace(CPU, overhead=1e-6)
-# What a call of PyTorch's own convolution takes beside its work, in stages of the library's, and what
-# the library's own products reach of its rate.
+# What a call of PyTorch's own convolution takes beside its work, in stages of the library's.
 ATEN_CALLS = 8
+# What the library's own products reach of the rate, with few columns.
 UNFOLDED_EFFICIENCY = 0.85
+# Bytes that an unfolded input may take whatever the weight's, and the taps of a line that is copied
+# along them (unfold.h).
+UNFOLDED_BYTES = 2**20
+LONG_LINE = 8
 # Bytes from which the allocator maps fresh pages for every `W`.
 FRESH_PAGES = 2**24
 
@@ -265,8 +269,8 @@ def native_convolution(call: Call, conv: Geometry) -> Costs:
     output takes a second convolution call, which reads everything once more.
 
     `unfold` lays out what the taps see, a number for every tap and pixel, and multiplies by it with
-    one read of `V`: for a large weight over few pixels. Its tiles are padded, to whole panels of
-    taps and to four channels.
+    one read of `V`: for a large weight over few pixels. It is a candidate where those numbers are
+    few, or not many more than the weight's.
     """
     size = call.x_dtype.itemsize
     x, y, w, operations = _convolution_sizes(call, conv)
@@ -286,28 +290,37 @@ def native_convolution(call: Call, conv: Geometry) -> Costs:
             forward["output"] = [Stage(weight), *product, Stage(2 * y)]
             again = Stage(2 * (x + y + weight))
             backward["output"] = [Stage(2 * y), *product, again, *product, Stage(3 * weight)]
-    unfolded, padded = _unfolded_sizes(call, conv)
-    unfolding = Stage(unfolded)
-    product = [Stage(x + y + weight, padded / UNFOLDED_EFFICIENCY)]
-    norms = [] if call.dim == 0 else [Stage(weight)]
-    finish = Stage(weight if call.dim == 0 else 3 * weight)
-    forward["unfold"] = [*norms, unfolding, *product]
-    backward["unfold"] = [unfolding, *product, unfolding, *product, finish]
+    unfolded = Unfolded.of(call, conv)
+    if size * unfolded.numbers <= max(2 * w, UNFOLDED_BYTES):
+        lay_out = Stage(size * unfolded.numbers + 64 * unfolded.runs)
+        product = [Stage(x + y + weight, unfolded.operations / UNFOLDED_EFFICIENCY)]
+        norms = [] if call.dim == 0 else [Stage(weight)]
+        finish = Stage(weight if call.dim == 0 else 3 * weight)
+        forward["unfold"] = [*norms, lay_out, *product]
+        backward["unfold"] = [lay_out, *product, lay_out, *product, finish]
     return Costs(forward, backward, NATIVE, NATIVE.rate(size))
 
 
-def _unfolded_sizes(call: Call, conv: Geometry) -> tuple[float, float]:
-    """Bytes that unfolding takes as long as, and the operations of a product with what it gives."""
-    rows, length = call.v_shape[0] // conv.groups, math.prod(call.v_shape[1:])
-    sizes = call.x_shape[2:]
-    pixels = sizes if conv.transposed else conv.output_sizes(sizes, call.v_shape[2:])
-    columns = call.x_shape[0] * math.prod(pixels)
-    numbers = conv.groups * length * columns
-    # Along a line of the kernel or of pixels, whichever the library takes.
-    runs = numbers / (call.v_shape[-1] if call.v_shape[-1] >= 8 else pixels[-1])
-    panel = 128 // call.x_dtype.itemsize
-    padded = math.ceil(rows / 4) * 4 * math.ceil(length / panel) * panel * conv.groups
-    return call.x_dtype.itemsize * numbers + 64 * runs, 2.0 * padded * columns
+class Unfolded(NamedTuple):
+    """An unfolded convolution: its numbers, the runs along taps or pixels that they are copied in,
+    each worth 64 bytes, and the operations of a product with it, whose tiles are padded to panels
+    of 128 bytes and to four channels."""
+
+    numbers: float
+    runs: float
+    operations: float
+
+    @staticmethod
+    def of(call: Call, conv: Geometry) -> Unfolded:
+        rows, length = call.v_shape[0] // conv.groups, math.prod(call.v_shape[1:])
+        sizes, taps = call.x_shape[2:], call.v_shape[2:]
+        pixels = sizes if conv.transposed else conv.output_sizes(sizes, taps)
+        columns = call.x_shape[0] * math.prod(pixels)
+        numbers = conv.groups * length * columns
+        panel = 128 // call.x_dtype.itemsize
+        padded = math.ceil(rows / 4) * 4 * math.ceil(length / panel) * panel * conv.groups
+        run = taps[-1] if taps[-1] >= LONG_LINE else pixels[-1]
+        return Unfolded(numbers, numbers / run, 2.0 * padded * columns)
 
 
 # --- the Triton path -----------------------------------------------------------------------------

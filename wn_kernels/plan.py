@@ -151,8 +151,8 @@ class Path(NamedTuple):
 
 
 class AtenLinear(NamedTuple):
-    """How the ATen path serves a linear layer: the variant of each direction, and whether the
-    forward saves `x Vᵀ` for the backward."""
+    """How the ATen path or the native library serves a linear layer: the variant of each
+    direction, and whether the forward saves `x Vᵀ` for the backward."""
 
     forward: str
     backward: str
@@ -160,8 +160,8 @@ class AtenLinear(NamedTuple):
 
 
 class AtenConvolution(NamedTuple):
-    """How the ATen path serves a convolution: the variant of each direction, and whether `W` is
-    materialised once for both."""
+    """How the ATen path or the native library serves a convolution: the variant of each
+    direction, and whether `W` is materialised once for both."""
 
     forward: str
     backward: str
