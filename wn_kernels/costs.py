@@ -279,9 +279,7 @@ def native_convolution(call: Call, conv: Geometry) -> Costs:
     product = [*[Stage(0)] * ATEN_CALLS, Stage(2 * weight), Stage(x + y + weight, operations)]
     pages = 10 * w if w > FRESH_PAGES else 0
     forward = {"materialize": [Stage(4 * weight + pages), *product]}
-    backward = {
-        "materialize": [Stage(2 * weight + pages), *product, *product, Stage(3 * weight)]
-    }
+    backward = {"materialize": [Stage(2 * weight + pages), *product, *product, Stage(3 * weight)]}
     if call.dim == 0:  # a scale of taps belongs to neither side
         if conv.transposed:
             forward["input"] = [Stage(weight), *product, Stage(2 * x)]
