@@ -57,6 +57,8 @@ class Device:
 CPU = Device("CPU", bandwidth=2e10, rates=(1e11, 1e11, 5e10), overhead=8e-6)
 # The native library starts a pass without a dispatcher, and without Python.
 NATIVE = replace(CPU, overhead=1e-6)
+# Rows of a large linear layer for which it reads `V` once.
+FEW_ROWS = 32
 # What a call of PyTorch's own convolution takes beside its work, in stages of the library's.
 ATEN_CALLS = 8
 # What the library's own products reach of the rate, with few columns.
@@ -239,14 +241,14 @@ def _convolution_sizes(call: Call, conv: Geometry) -> tuple[float, float, float,
 
 def native_linear(call: Call) -> Costs:
     """`scaled` or `materialize` in the native library, for dim=0: as on the ATen path, one pass
-    where that takes several operations."""
+    where that takes several operations. With few rows, the norms are taken beside the product."""
     n, k = call.v_shape
     m = math.prod(call.x_shape[:-1])
     size = call.x_dtype.itemsize
     x, y, w = size * m * k, size * m * n, size * n * k
     product = Stage(x + y + w, 2.0 * m * n * k)
-    # With one row, the norm is taken beside the product.
-    scaled = [product] if m == 1 else [Stage(w), product, Stage(2 * y)]
+    one_read = m == 1 or (m <= FEW_ROWS and k >= 512 and n * k >= 2**18)  # as linear.h has it
+    scaled = [product] if one_read else [Stage(w), product, Stage(2 * y)]
     finish = Stage(2 * w if keeps_product(call) else 3 * w)
     return Costs(
         {"scaled": scaled, "materialize": [Stage(2 * w), product]},

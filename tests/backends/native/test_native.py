@@ -16,8 +16,12 @@ from wn_kernels.backends import native, reference
 from wn_kernels.backends.shapes import kept_shape
 
 WIDE = [torch.float32, torch.float64]
-# Tiny, one row, few rows, many, and longer than a block.
-SHAPES = [(1, 1, 1), (1, 300, 70), (5, 37, 23), (4, 512, 300), (300, 40, 200), (2, 5000, 3)]
+# Tiny, one row, some, few of a large layer, with rests of every tile and without, many, and longer
+# than a block.
+SHAPES = [
+    *[(1, 1, 1), (1, 300, 70), (5, 37, 23), (4, 512, 300), (7, 619, 451), (32, 512, 512)],
+    *[(2, 5000, 61), (300, 40, 200), (2, 5000, 3)],
+]
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -72,9 +76,15 @@ def test_strides_of_the_input(shape, layout):
 def test_every_variant_of_linear(forward, backward, keeps):
     keeps = keeps and forward == backward == "scaled"
     with planned(plan.AtenLinear(forward, backward, keeps)):
-        for m in (1, 3, 40, 300):
-            for eps in (0.0, 17.0):
-                case = Case(m, 300, 130, 0, eps=eps)
+        for m, k, n in [
+            (1, 300, 130),
+            (3, 300, 130),
+            (9, 530, 510),
+            (40, 300, 130),
+            (300, 90, 130),
+        ]:
+            for eps in (0.0, k**0.5):
+                case = Case(m, k, n, 0, eps=eps)
                 case.check(linear(case))
                 for mask in range(1, 16):
                     check_mask(case, linear(case), mask)
@@ -450,18 +460,24 @@ def test_a_changed_weight_is_noticed():
         y.sum().backward()
 
 
-def test_same_bits_whatever_the_threads():
-    v, g = torch.randn(700, 300), torch.rand(700, 1)
+@pytest.mark.parametrize("m", [1, 5])
+def test_same_bits_whatever_the_threads(m):
+    case = Case(m, 600, 500, 0)
     threads = torch.get_num_threads()
+    found = []
     try:
-        for shape in [(1, 300), (0,)]:
-            found = []
-            for count in (1, 2):
-                torch.set_num_threads(count)
-                found.append(WF.wn_linear(v[:1], v, g) if shape[0] else WF.weight_norm(v, g))
-            assert_same_bits(*found)
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            leaves = case.leaves()
+            y = WF.wn_linear(*leaves)
+            found.append(
+                (WF.weight_norm(*leaves[1:3]), y, *torch.autograd.grad(y, leaves, case.dy))
+            )
     finally:
         torch.set_num_threads(threads)
+    for one, *others in zip(*found, strict=True):
+        for other in others:
+            assert_same_bits(one, other)
 
 
 # --- planning ------------------------------------------------------------------------------------

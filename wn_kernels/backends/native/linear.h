@@ -1,7 +1,8 @@
 // The linear layer: y = x Wᵀ + b with W = s V.
 //
 //   late      y = (x Vᵀ) s + b,  dX = (dY s) V,  dV = (dY s)ᵀ x - c V, with a = sum dY (x Vᵀ)
-//             where the forward kept that product; otherwise dW is formed and finished
+//             where the forward kept that product; otherwise dW is formed and finished. With few
+//             rows of x, x Vᵀ and the norms take one read of V, and so does dV (panels.h).
 //   else      W is formed, in each direction
 
 #pragma once
@@ -9,12 +10,21 @@
 #include <algorithm>
 #include <optional>
 
+#include "panels.h"
 #include "weight.h"
 
 namespace wn_kernels {
 
+// Rows of x that are few.
+constexpr int64_t kFewRows = 32;
+
 // Rows of x for which V xᵀ beats x Vᵀ.
 constexpr int64_t kLeftRows = 256;
+
+// Whether one read of V beats a library's product: several rows of x, but few, and no small V.
+inline bool is_few(int64_t rows, const Tensor& v) {
+  return rows > 1 && rows <= kFewRows && v.size(1) >= 512 && v.numel() >= 1 << 18;
+}
 
 // Columns that a thread takes of a pass over (M, N): a cache line, and more.
 constexpr int64_t kColumns = 64;
@@ -44,6 +54,42 @@ void epilogue(Tensor& y, const Tensor& p, const Tensor& g, const Tensor& n, cons
         for (int64_t j = 0; j < width; ++j) out[j] = in[j * p_column] * s[j] + shift[j];
     }
   });
+}
+
+// x as a matrix (inputs, rows of x) in panels.
+template <typename T>
+Panels<T> in_panels(const Tensor& x) {
+  Panels<T> out(x.size(1), x.size(0));
+  const auto* xs = x.const_data_ptr<T>();
+  for_each(out.count, kPanel<T> * out.columns, [&](int64_t i) {
+    const int64_t width = std::min(kPanel<T>, out.length - i * kPanel<T>);
+    for (int64_t m = 0; m < out.columns; ++m) {
+      T* to = out.panel(i) + m * kPanel<T>;
+      std::copy_n(xs + m * out.length + i * kPanel<T>, width, to);
+      std::fill(to + width, to + kPanel<T>, T(0));
+    }
+  });
+  return out;
+}
+
+// scaled V, with few rows.
+template <typename T>
+Tensor few_rows_product(const Tensor& scaled, const Tensor& v) {
+  const Tensor out = at::empty({scaled.size(0), v.size(1)}, v.options());
+  const Tensor factors = scaled.t().contiguous();
+  const auto *vs = v.const_data_ptr<T>(), *ds = factors.const_data_ptr<T>();
+  auto* outs = out.mutable_data_ptr<T>();
+  Panels<T> q(v.size(1), scaled.size(0));
+  q.zero();
+  for_each_panel_group(q, v.size(0) * q.columns, [&](int64_t begin, int64_t end) {
+    columns_product(q, begin, end, vs, v.size(0), ds);
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t width = std::min(kPanel<T>, q.length - i * kPanel<T>);
+      for (int64_t m = 0; m < q.columns; ++m)
+        std::copy_n(q.panel(i) + m * kPanel<T>, width, outs + m * q.length + i * kPanel<T>);
+    }
+  });
+  return out;
 }
 
 // The columns of dY: scaled = dY s, db = sum dY and, with p = x Vᵀ, a = sum dY p, over its rows.
@@ -89,26 +135,36 @@ inline std::optional<LinearResult> linear_forward(
     return LinearResult{at::linear(x, result->first, maybe(bias)), result->second, Tensor()};
   }
   LinearResult out;
-  bool in_range = true;
-  if (rows == 1) {
-    out.y = at::empty({1, outputs}, x.options());
+  if (rows == 1 || is_few(rows, v)) {
+    bool in_range = true;
+    out.y = at::empty({rows, outputs}, x.options());
     out.n = at::empty_like(g);
-    if (keeps) out.product = at::empty({1, outputs}, x.options());
+    if (keeps) out.product = at::empty({outputs, rows}, x.options()).t();
     const Tensor input = x.contiguous();
     AT_DISPATCH_FLOATING_TYPES(v.scalar_type(), "linear", [&] {
-      const auto *vs = v.const_data_ptr<scalar_t>(), *xs = input.const_data_ptr<scalar_t>(),
-                 *gs = g.const_data_ptr<scalar_t>(),
+      const auto *vs = v.const_data_ptr<scalar_t>(), *gs = g.const_data_ptr<scalar_t>(),
                  *bs = bias.defined() ? bias.const_data_ptr<scalar_t>() : nullptr;
       auto *ys = out.y.mutable_data_ptr<scalar_t>(),
            *kept = keeps ? out.product.mutable_data_ptr<scalar_t>() : nullptr;
       Norms<scalar_t> all(out.n.mutable_data_ptr<scalar_t>(), eps);
-      for_each(outputs, inputs, [&](int64_t j) {
-        const auto* row = vs + j * inputs;
-        const auto [square, product] = square_and_dot(row, xs, inputs);
-        const scalar_t s = gs[j] / all.set(j, square, row, inputs);
-        ys[j] = static_cast<scalar_t>(product) * s + (bs ? bs[j] : 0);
-        if (kept) kept[j] = static_cast<scalar_t>(product);
-      });
+      const auto finish = [&](int64_t j, const scalar_t* p, double square) {
+        const scalar_t s = gs[j] / all.set(j, square, vs + j * inputs, inputs);
+        for (int64_t m = 0; m < rows; ++m) ys[m * outputs + j] = p[m] * s + (bs ? bs[j] : 0);
+        if (kept) std::copy_n(p, rows, kept + j * rows);
+      };
+      if (rows == 1) {
+        const auto* xs = input.const_data_ptr<scalar_t>();
+        for_each(outputs, inputs, [&](int64_t j) {
+          const auto [square, product] = square_and_dot(vs + j * inputs, xs, inputs);
+          const auto p = static_cast<scalar_t>(product);
+          finish(j, &p, square);
+        });
+      } else {
+        const auto xs = in_panels<scalar_t>(input);
+        for_each_stack(outputs, xs, [&](int64_t first, int64_t count) {
+          rows_product<scalar_t, true>(vs, first, count, xs, finish);
+        });
+      }
       in_range = all.in_range();
     });
     return in_range ? std::make_optional(out) : std::nullopt;
@@ -161,7 +217,12 @@ struct Linear : Function<Linear> {
       AT_DISPATCH_FLOATING_TYPES(v.scalar_type(), "linear_backward", [&] {
         column_pass<scalar_t>(scaled, db, a, dy, p, g, n);
       });
-      if (needs_x) dx = at::mm(scaled, v);
+      if (needs_x && is_few(dy.size(0), v))
+        AT_DISPATCH_FLOATING_TYPES(v.scalar_type(), "linear_backward", [&] {
+          dx = few_rows_product<scalar_t>(scaled, v);
+        });
+      else if (needs_x)
+        dx = at::mm(scaled, v);
       if (p.defined()) std::tie(out[1], out[2]) = grads_from_dots(a, scaled, x, v, g, n, eps);
     } else {
       if (needs_bias) db = bias_grad(dy, 1);
@@ -180,26 +241,37 @@ struct Linear : Function<Linear> {
       const Tensor& a, const Tensor& scaled, const Tensor& x, const Tensor& v, const Tensor& g,
       const Tensor& n, double eps) {
     Tensor dv = at::empty_like(v), dg = at::empty_like(g);
-    const bool single = x.size(0) == 1;
-    const Tensor input = x.contiguous();
+    const bool single = x.size(0) == 1, few = is_few(x.size(0), v);
+    const Tensor input = x.contiguous(), factors = few ? scaled.t().contiguous() : scaled;
     AT_DISPATCH_FLOATING_TYPES(v.scalar_type(), "linear_backward", [&] {
-      const auto *vs = v.const_data_ptr<scalar_t>(), *gs = g.const_data_ptr<scalar_t>(),
-                 *ns = n.const_data_ptr<scalar_t>(), *as = a.const_data_ptr<scalar_t>(),
-                 *dys = scaled.const_data_ptr<scalar_t>(), *xs = input.const_data_ptr<scalar_t>();
-      auto *dvs = dv.mutable_data_ptr<scalar_t>(), *dgs = dg.mutable_data_ptr<scalar_t>();
+      using T = scalar_t;
+      const auto *vs = v.const_data_ptr<T>(), *gs = g.const_data_ptr<T>(),
+                 *ns = n.const_data_ptr<T>(), *as = a.const_data_ptr<T>(),
+                 *ds = factors.const_data_ptr<T>(), *xs = input.const_data_ptr<T>();
+      auto *dvs = dv.mutable_data_ptr<T>(), *dgs = dg.mutable_data_ptr<T>();
       const int64_t length = v.size(1);
+      std::vector<T> c(v.size(0));
+      for (int64_t j = 0; j < v.size(0); ++j) {
+        const Slope<T> slope(as[j], gs[j], ns[j], eps);
+        dgs[j] = slope.dg, c[j] = slope.c;
+      }
+      if (few) {
+        const auto panels = in_panels<T>(input);
+        for_each_stack(v.size(0), panels, [&](int64_t first, int64_t count) {
+          outer_product(dvs, ds, first, count, panels, vs, c.data());
+        });
+        return;
+      }
       for_each(v.size(0), length, [&](int64_t j) {
-        const Slope<scalar_t> slope(as[j], gs[j], ns[j], eps);
-        const scalar_t* row = vs + j * length;
-        scalar_t* to = dvs + j * length;
-        dgs[j] = slope.dg;
+        const T* row = vs + j * length;
+        T* to = dvs + j * length;
         if (single)
-          for (int64_t i = 0; i < length; ++i) to[i] = dys[j] * xs[i] - slope.c * row[i];
+          for (int64_t i = 0; i < length; ++i) to[i] = ds[j] * xs[i] - c[j] * row[i];
         else
-          scale(to, row, -slope.c, length);
+          scale(to, row, -c[j], length);
       });
     });
-    if (!single) dv.addmm_(scaled.t(), x);
+    if (!single && !few) dv.addmm_(scaled.t(), x);
     return {dv, dg};
   }
 };

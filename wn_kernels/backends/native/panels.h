@@ -301,33 +301,64 @@ void columns_product(
 
 // --- dW = D Bᵀ -----------------------------------------------------------------------------------
 
-// Some rows of dW, for the same rows of D.
+// Panels `begin` to `end` of some rows of dW = D Bᵀ, for the same rows of D; less c V where V is
+// given: rows of V and of c.
 template <typename T>
-void outer_product(T* dw, const T* d, int64_t rows, const Panels<T>& b) {
+void outer_product(
+    T* dw, const T* d, int64_t rows, const Panels<T>& b, int64_t begin, int64_t end,
+    const T* v = nullptr, const T* c = nullptr) {
   constexpr int64_t lanes = Lanes<T>::count;
-  const int64_t columns = b.columns, blocks = (rows + kTileRows - 1) / kTileRows;
-  std::vector<T> factors(blocks * columns * kTileRows);
-  for (int64_t r = 0; r < rows; ++r)
-    for (int64_t j = 0; j < columns; ++j)
-      factors[(r / kTileRows * columns + j) * kTileRows + r % kTileRows] = d[r * columns + j];
-  for_each_segment(b, [&](int64_t begin, int64_t end) {
-    for (int64_t block = 0; block < blocks; ++block)
-      for (int64_t i = begin; i < end; ++i) {
-        Vector<T> sum[kTileRows][2] = {};
-        const T *from = b.panel(i), *factor = factors.data() + block * columns * kTileRows;
-        for (int64_t j = 0; j < columns; ++j, from += kPanel<T>, factor += kTileRows) {
-          const Vector<T> low = load(from), high = load(from + lanes);
+  const int64_t columns = b.columns;
+  for (int64_t first = 0; first < rows; first += kTileRows) {
+    const int64_t count = std::min<int64_t>(kTileRows, rows - first);
+    std::vector<T> factors(columns * kTileRows);
+    for (int64_t r = 0; r < count; ++r)
+      for (int64_t j = 0; j < columns; ++j)
+        factors[j * kTileRows + r] = d[(first + r) * columns + j];
+    for (int64_t i = begin; i < end; ++i) {
+      Vector<T> sum[kTileRows][2] = {};
+      const T *from = b.panel(i), *factor = factors.data();
+      for (int64_t j = 0; j < columns; ++j, from += kPanel<T>, factor += kTileRows) {
+        const Vector<T> low = load(from), high = load(from + lanes);
 #pragma GCC unroll 8
-          for (int r = 0; r < kTileRows; ++r)
-            sum[r][0] += low * factor[r], sum[r][1] += high * factor[r];
-        }
-        const int64_t width = std::min(kPanel<T>, b.length - i * kPanel<T>);
-        const int64_t first = block * kTileRows, end_row = std::min(rows, first + kTileRows);
-        for (int64_t r = first; r < end_row; ++r)
-          std::memcpy(
-              dw + r * b.length + i * kPanel<T>, sum[r - first], width * sizeof(T));
+        for (int r = 0; r < kTileRows; ++r)
+          sum[r][0] += low * factor[r], sum[r][1] += high * factor[r];
       }
+      const int64_t width = std::min(kPanel<T>, b.length - i * kPanel<T>);
+      for (int64_t r = 0; r < count; ++r) {
+        const int64_t at = (first + r) * b.length + i * kPanel<T>;
+        T out[kPanel<T>];
+        std::memcpy(out, sum[r], sizeof out);
+        if (v)
+          for (int64_t l = 0; l < width; ++l) out[l] -= c[first + r] * v[at + l];
+        std::memcpy(dw + at, out, width * sizeof(T));
+      }
+    }
+  }
+}
+
+// Rows `first` and following of dW.
+template <typename T>
+void outer_product(
+    T* dw, const T* d, int64_t first, int64_t count, const Panels<T>& b, const T* v = nullptr,
+    const T* c = nullptr) {
+  const int64_t at = first * b.length;
+  for_each_segment(b, [&](int64_t begin, int64_t end) {
+    outer_product(
+        dw + at, d + first * b.columns, count, b, begin, end, v ? v + at : v, c ? c + first : c);
   });
+}
+
+// Rows `first` and following of dV and dg, from dW, which takes dV's place for a while.
+template <typename T>
+void weight_rows(
+    T* dv, T* dg, const T* d, const T* v, const T* g, const T* n, double eps, int64_t first,
+    int64_t count, const Panels<T>& b) {
+  outer_product(dv, d, first, count, b);
+  for (int64_t j = first; j < first + count; ++j) {
+    T* row = dv + j * b.length;
+    dg[j] = weight_grad(row, row, v + j * b.length, g[j], n[j], eps, b.length);
+  }
 }
 
 }  // namespace wn_kernels

@@ -309,14 +309,6 @@ inline std::tuple<Tensor, Tensor, Tensor> unfolded_backward(
     auto *dvs = needs_weight ? dv.mutable_data_ptr<T>() : nullptr,
          *dgs = needs_weight ? dg.mutable_data_ptr<T>() : nullptr;
     const int64_t pixels = of.columns(), rows = of.rows, length = of.length();
-    // dW of some rows, and what follows from it.
-    const auto weight_rows = [&](const Panels<T>& panels, int64_t row, int64_t count) {
-      outer_product(dvs + row * length, factors + row * pixels, count, panels);
-      for (int64_t j = row; !columns && j < row + count; ++j) {
-        T* to = dvs + j * length;
-        dgs[j] = weight_grad(to, to, vs + j * length, gs[j], ns[j], eps, length);
-      }
-    };
     Tensor out;
     if (needs_x) out = conv.transposed ? at::empty_like(matrix) : at::empty_like(x);
     T* outs = needs_x ? out.mutable_data_ptr<T>() : nullptr;
@@ -346,7 +338,10 @@ inline std::tuple<Tensor, Tensor, Tensor> unfolded_backward(
       if (!rows_too || columns) unfold<T>(of, pictures + at, nullptr, panels);
       for_each_stack(rows, panels, [&](int64_t first, int64_t count) {
         if (rows_too && !columns) input_rows(first, count);
-        weight_rows(panels, row + first, count);
+        if (columns)
+          outer_product(dvs, factors, row + first, count, panels);
+        else
+          weight_rows(dvs, dgs, factors, vs, gs, ns, eps, row + first, count, panels);
       });
     });
     if (needs_x) dx = conv.transposed ? from_matrix(out, x.sizes()) : out;
