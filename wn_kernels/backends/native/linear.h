@@ -56,39 +56,14 @@ void epilogue(Tensor& y, const Tensor& p, const Tensor& g, const Tensor& n, cons
   });
 }
 
-// x as a matrix (inputs, rows of x) in panels.
-template <typename T>
-Panels<T> in_panels(const Tensor& x) {
-  Panels<T> out(x.size(1), x.size(0));
-  const auto* xs = x.const_data_ptr<T>();
-  for_each(out.count, kPanel<T> * out.columns, [&](int64_t i) {
-    const int64_t width = std::min(kPanel<T>, out.length - i * kPanel<T>);
-    for (int64_t m = 0; m < out.columns; ++m) {
-      T* to = out.panel(i) + m * kPanel<T>;
-      std::copy_n(xs + m * out.length + i * kPanel<T>, width, to);
-      std::fill(to + width, to + kPanel<T>, T(0));
-    }
-  });
-  return out;
-}
-
 // scaled V, with few rows.
 template <typename T>
 Tensor few_rows_product(const Tensor& scaled, const Tensor& v) {
   const Tensor out = at::empty({scaled.size(0), v.size(1)}, v.options());
   const Tensor factors = scaled.t().contiguous();
-  const auto *vs = v.const_data_ptr<T>(), *ds = factors.const_data_ptr<T>();
-  auto* outs = out.mutable_data_ptr<T>();
   Panels<T> q(v.size(1), scaled.size(0));
-  q.zero();
-  for_each_panel_group(q, v.size(0) * q.columns, [&](int64_t begin, int64_t end) {
-    columns_product(q, begin, end, vs, v.size(0), ds);
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t width = std::min(kPanel<T>, q.length - i * kPanel<T>);
-      for (int64_t m = 0; m < q.columns; ++m)
-        std::copy_n(q.panel(i) + m * kPanel<T>, width, outs + m * q.length + i * kPanel<T>);
-    }
-  });
+  columns_product(q, v.const_data_ptr<T>(), v.size(0), factors.const_data_ptr<T>());
+  unpack(q, out.mutable_data_ptr<T>());
   return out;
 }
 
@@ -160,7 +135,8 @@ inline std::optional<LinearResult> linear_forward(
           finish(j, &p, square);
         });
       } else {
-        const auto xs = in_panels<scalar_t>(input);
+        Panels<scalar_t> xs(inputs, rows);
+        pack(input.const_data_ptr<scalar_t>(), xs);
         for_each_stack(outputs, xs, [&](int64_t first, int64_t count) {
           rows_product<scalar_t, true>(vs, first, count, xs, finish);
         });
@@ -256,7 +232,8 @@ struct Linear : Function<Linear> {
         dgs[j] = slope.dg, c[j] = slope.c;
       }
       if (few) {
-        const auto panels = in_panels<T>(input);
+        Panels<T> panels(length, x.size(0));
+        pack(xs, panels);
         for_each_stack(v.size(0), panels, [&](int64_t first, int64_t count) {
           outer_product(dvs, ds, first, count, panels, vs, c.data());
         });

@@ -110,6 +110,25 @@ class Panels {
   std::unique_ptr<T[]> data_;
 };
 
+// A matrix whose columns lie one after the other, into panels and out of them.
+template <typename T>
+void pack(const T* from, Panels<T>& to) {
+  to.zero_rest();
+  for_each(to.count, kPanel<T> * to.columns, [&](int64_t i) {
+    const int64_t at = i * kPanel<T>, width = std::min(kPanel<T>, to.length - at);
+    for (int64_t j = 0; j < to.columns; ++j)
+      std::copy_n(from + j * to.length + at, width, to.panel(i) + j * kPanel<T>);
+  });
+}
+template <typename T>
+void unpack(const Panels<T>& from, T* to) {
+  for_each(from.count, kPanel<T> * from.columns, [&](int64_t i) {
+    const int64_t at = i * kPanel<T>, width = std::min(kPanel<T>, from.length - at);
+    for (int64_t j = 0; j < from.columns; ++j)
+      std::copy_n(from.panel(i) + j * kPanel<T>, width, to + j * from.length + at);
+  });
+}
+
 // R rows of V, the last one repeated where there are fewer, and what is left of each after its full
 // panels, filled up with zeros.
 template <typename T, int R>
@@ -297,6 +316,15 @@ void columns_product(
       }
     });
   }
+}
+
+// Q = Vᵀ D.
+template <typename T>
+void columns_product(Panels<T>& q, const T* v, int64_t rows, const T* d) {
+  q.zero();
+  for_each_panel_group(q, rows * q.columns, [&](int64_t begin, int64_t end) {
+    columns_product(q, begin, end, v, rows, d);
+  });
 }
 
 // --- dW = D Bᵀ -----------------------------------------------------------------------------------

@@ -248,10 +248,7 @@ inline std::optional<std::pair<Tensor, Tensor>> unfolded_forward(
         const int64_t row = i * rows, channel = i * of.channels;
         const T *from = vs + row * length, *factors = xs + row * pixels;
         if (columns) {
-          panels.zero();
-          for_each_panel_group(panels, rows * pixels, [&](int64_t begin, int64_t end) {
-            columns_product(panels, begin, end, from, rows, factors);
-          });
+          columns_product(panels, from, rows, factors);
         } else {
           normalised_columns_product(panels, from, gs + row, row, rows, factors, all);
         }
@@ -296,15 +293,15 @@ inline std::tuple<Tensor, Tensor, Tensor> unfolded_backward(
   const Unfolding of(conv, v, x.sizes(), grad.sizes());
   const Tensor dy = grad.contiguous(), s = g / n;
   // The matrix (rows, columns) beside V and the image: x and dY of a transposed convolution.
-  const Tensor matrix = as_matrix(conv.transposed ? x : dy),
-               &image = conv.transposed ? dy : x;
+  const Tensor matrix = as_matrix(conv.transposed ? x : dy);
+  const Tensor& image = conv.transposed ? dy : x;
   Tensor dx, dv, dg;
   if (needs_weight) dv = at::empty_like(v), dg = at::empty_like(g);
   AT_DISPATCH_FLOATING_TYPES(v.scalar_type(), "unfolded_backward", [&] {
     using T = scalar_t;
     const auto *vs = v.const_data_ptr<T>(), *gs = g.const_data_ptr<T>(),
                *ns = n.const_data_ptr<T>(), *ss = s.const_data_ptr<T>(),
-               *factors = matrix.const_data_ptr<T>(), *pictures = image.const_data_ptr<T>();
+               *factors = matrix.const_data_ptr<T>(), *images = image.const_data_ptr<T>();
     const T* taps = columns ? ss : nullptr;
     auto *dvs = needs_weight ? dv.mutable_data_ptr<T>() : nullptr,
          *dgs = needs_weight ? dg.mutable_data_ptr<T>() : nullptr;
@@ -320,29 +317,37 @@ inline std::tuple<Tensor, Tensor, Tensor> unfolded_backward(
       const T* from = vs + row * length;
       if (needs_x && !conv.transposed) {
         const auto* d = scaled.const_data_ptr<T>() + row * pixels;
-        panels.zero();
-        for_each_panel_group(panels, rows * pixels, [&](int64_t begin, int64_t end) {
-          columns_product(panels, begin, end, from, rows, d);
-        });
+        columns_product(panels, from, rows, d);
         fold<T>(of, panels, taps, nullptr, outs + at);
       }
-      const bool rows_too = needs_x && conv.transposed;
-      if (rows_too) unfold(of, pictures + at, taps, panels);
-      const auto input_rows = [&](int64_t first, int64_t count) {
+      const auto x_rows = [&](int64_t first, int64_t count) {
         rows_product<T, false>(from, first, count, panels, [&](int64_t j, const T* p, double) {
           scale(outs + (row + j) * pixels, p, columns ? T(1) : ss[row + j], pixels);
         });
       };
-      if (rows_too && (columns || !needs_weight)) for_each_stack(rows, panels, input_rows);
-      if (!needs_weight) return;
-      if (!rows_too || columns) unfold<T>(of, pictures + at, nullptr, panels);
-      for_each_stack(rows, panels, [&](int64_t first, int64_t count) {
-        if (rows_too && !columns) input_rows(first, count);
+      const auto v_rows = [&](int64_t first, int64_t count) {
         if (columns)
           outer_product(dvs, factors, row + first, count, panels);
         else
           weight_rows(dvs, dgs, factors, vs, gs, ns, eps, row + first, count, panels);
-      });
+      };
+      const bool with_x = needs_x && conv.transposed;
+      if (with_x && needs_weight && !columns) {  // of the same U: V is read once
+        unfold<T>(of, images + at, nullptr, panels);
+        for_each_stack(rows, panels, [&](int64_t first, int64_t count) {
+          x_rows(first, count);
+          v_rows(first, count);
+        });
+        return;
+      }
+      if (with_x) {
+        unfold(of, images + at, taps, panels);
+        for_each_stack(rows, panels, x_rows);
+      }
+      if (needs_weight) {
+        unfold<T>(of, images + at, nullptr, panels);
+        for_each_stack(rows, panels, v_rows);
+      }
     });
     if (needs_x) dx = conv.transposed ? from_matrix(out, x.sizes()) : out;
   });
