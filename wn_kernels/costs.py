@@ -61,8 +61,10 @@ NATIVE = replace(CPU, overhead=1e-6)
 FEW_ROWS = 32
 # What a call of PyTorch's own convolution takes beside its work, in stages of the library's.
 ATEN_CALLS = 8
-# What the library's own products reach of the rate, with few columns.
-UNFOLDED_EFFICIENCY = 0.85
+# What the library's own products reach of the rate, with few columns, and PyTorch's convolution in its
+# backward, which has its results to copy back as well.
+UNFOLDED_EFFICIENCY = 0.9
+BACKWARD_EFFICIENCY = 0.85
 # Bytes that an unfolded input may take whatever the weight's, and the taps of a line that is copied
 # along them (unfold.h).
 UNFOLDED_BYTES = 2**20
@@ -251,7 +253,7 @@ def native_linear(call: Call) -> Costs:
     scaled = [product] if one_read else [Stage(w), product, Stage(2 * y)]
     finish = Stage(2 * w if keeps_product(call) else 3 * w)
     return Costs(
-        {"scaled": scaled, "materialize": [Stage(2 * w), product]},
+        {"scaled": scaled, "materialize": [Stage(2 * w), Stage(0), product]},
         {
             "scaled": [Stage(2 * y), product, product, finish],
             "materialize": [Stage(2 * w), product, product, Stage(3 * w)],
@@ -278,18 +280,20 @@ def native_convolution(call: Call, conv: Geometry) -> Costs:
     x, y, w, operations = _convolution_sizes(call, conv)
     # A weight of a few MiB stays in cache between two passes.
     weight = w / 4 if w <= 2**22 else w
-    product = [*[Stage(0)] * ATEN_CALLS, Stage(2 * weight), Stage(x + y + weight, operations)]
+    call_of_pytorch = [*[Stage(0)] * ATEN_CALLS, Stage(2 * weight)]
+    product = [*call_of_pytorch, Stage(x + y + weight, operations)]
+    grad = [*call_of_pytorch, Stage(x + y + weight, operations / BACKWARD_EFFICIENCY)]
     pages = 10 * w if w > FRESH_PAGES else 0
     forward = {"materialize": [Stage(4 * weight + pages), *product]}
-    backward = {"materialize": [Stage(2 * weight + pages), *product, *product, Stage(3 * weight)]}
+    backward = {"materialize": [Stage(2 * weight + pages), *grad, *grad, Stage(3 * weight)]}
     if call.dim == 0:  # a scale of taps belongs to neither side
         if conv.transposed:
             forward["input"] = [Stage(weight), *product, Stage(2 * x)]
-            backward["input"] = [Stage(2 * x), *product, *product, Stage(3 * weight)]
+            backward["input"] = [Stage(2 * x), *grad, *grad, Stage(3 * weight)]
         else:
             forward["output"] = [Stage(weight), *product, Stage(2 * y)]
             again = Stage(2 * (x + y + weight))
-            backward["output"] = [Stage(2 * y), *product, again, *product, Stage(3 * weight)]
+            backward["output"] = [Stage(2 * y), *grad, again, *grad, Stage(3 * weight)]
     unfolded = Unfolded.of(call, conv)
     if size * unfolded.numbers <= max(2 * w, UNFOLDED_BYTES):
         lay_out = Stage(size * unfolded.numbers + 64 * unfolded.runs)
