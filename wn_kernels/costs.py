@@ -61,8 +61,8 @@ NATIVE = replace(CPU, overhead=1e-6)
 FEW_ROWS = 32
 # What a call of PyTorch's own convolution takes beside its work, in stages of the library's.
 ATEN_CALLS = 8
-# What the library's own products reach of the rate, with few columns, and PyTorch's convolution in its
-# backward, which has its results to copy back as well.
+# What the library's own products reach of the rate, with few columns, and PyTorch's convolution in
+# its backward, which has its results to copy back as well.
 UNFOLDED_EFFICIENCY = 0.9
 BACKWARD_EFFICIENCY = 0.85
 # Bytes that an unfolded input may take whatever the weight's, and the taps of a line that is copied

@@ -222,10 +222,10 @@ inline std::optional<std::pair<Tensor, Tensor>> unfolded_forward(
     const Tensor& x, const Tensor& v, const Tensor& g, const Tensor& bias, const Geometry& conv,
     double eps) {
   const Sizes y_sizes = conv.output_sizes(x.sizes(), v.sizes());
-  const bool columns = has_columns(v, g);
+  const bool scales_taps = has_columns(v, g);
   const Unfolding of(conv, v, x.sizes(), y_sizes);
   Tensor n = at::empty_like(g), y, s;
-  if (columns) {
+  if (scales_taps) {
     const auto found = norms(v, g, eps);
     if (!found) return std::nullopt;
     n = *found, s = g / n;
@@ -235,7 +235,7 @@ inline std::optional<std::pair<Tensor, Tensor>> unfolded_forward(
     using T = scalar_t;
     const auto *vs = v.const_data_ptr<T>(), *gs = g.const_data_ptr<T>(),
                *bs = bias.defined() ? bias.const_data_ptr<T>() : nullptr,
-               *taps = columns ? s.const_data_ptr<T>() : nullptr;
+               *taps = scales_taps ? s.const_data_ptr<T>() : nullptr;
     Norms<T> all(n.mutable_data_ptr<T>(), eps);
     const int64_t pixels = of.columns(), rows = of.rows, length = of.length();
     if (conv.transposed) {
@@ -247,7 +247,7 @@ inline std::optional<std::pair<Tensor, Tensor>> unfolded_forward(
         Panels<T> panels(length, pixels);
         const int64_t row = i * rows, channel = i * of.channels;
         const T *from = vs + row * length, *factors = xs + row * pixels;
-        if (columns) {
+        if (scales_taps) {
           columns_product(panels, from, rows, factors);
         } else {
           normalised_columns_product(panels, from, gs + row, row, rows, factors, all);
@@ -268,12 +268,12 @@ inline std::optional<std::pair<Tensor, Tensor>> unfolded_forward(
       for_each_stack(rows, panels, [&](int64_t first, int64_t count) {
         const auto finish = [&](int64_t j, const T* p, double square) {
           const T factor =
-              columns ? T(1) : gs[row + j] / all.set(row + j, square, from + j * length, length);
+              scales_taps ? T(1) : gs[row + j] / all.set(row + j, square, from + j * length, length);
           const T shift = bs ? bs[row + j] : T(0);
           T* to = ys + (row + j) * pixels;
           for (int64_t t = 0; t < pixels; ++t) to[t] = p[t] * factor + shift;
         };
-        columns ? rows_product<T, false>(from, first, count, panels, finish)
+        scales_taps ? rows_product<T, false>(from, first, count, panels, finish)
                 : rows_product<T, true>(from, first, count, panels, finish);
       });
     });
@@ -289,7 +289,7 @@ inline std::optional<std::pair<Tensor, Tensor>> unfolded_forward(
 inline std::tuple<Tensor, Tensor, Tensor> unfolded_backward(
     const Tensor& grad, const Tensor& x, const Tensor& v, const Tensor& g, const Tensor& n,
     const Geometry& conv, double eps, bool needs_x, bool needs_weight) {
-  const bool columns = has_columns(v, g);
+  const bool scales_taps = has_columns(v, g);
   const Unfolding of(conv, v, x.sizes(), grad.sizes());
   const Tensor dy = grad.contiguous(), s = g / n;
   // The matrix (rows, columns) beside V and the image: x and dY of a transposed convolution.
@@ -302,7 +302,7 @@ inline std::tuple<Tensor, Tensor, Tensor> unfolded_backward(
     const auto *vs = v.const_data_ptr<T>(), *gs = g.const_data_ptr<T>(),
                *ns = n.const_data_ptr<T>(), *ss = s.const_data_ptr<T>(),
                *factors = matrix.const_data_ptr<T>(), *images = image.const_data_ptr<T>();
-    const T* taps = columns ? ss : nullptr;
+    const T* taps = scales_taps ? ss : nullptr;
     auto *dvs = needs_weight ? dv.mutable_data_ptr<T>() : nullptr,
          *dgs = needs_weight ? dg.mutable_data_ptr<T>() : nullptr;
     const int64_t pixels = of.columns(), rows = of.rows, length = of.length();
@@ -310,7 +310,7 @@ inline std::tuple<Tensor, Tensor, Tensor> unfolded_backward(
     if (needs_x) out = conv.transposed ? at::empty_like(matrix) : at::empty_like(x);
     T* outs = needs_x ? out.mutable_data_ptr<T>() : nullptr;
     const Tensor scaled =
-        needs_x && !conv.transposed && !columns ? matrix * s.view({-1, 1}) : matrix;
+        needs_x && !conv.transposed && !scales_taps ? matrix * s.view({-1, 1}) : matrix;
     for_each_group(of, [&](int64_t i) {
       Panels<T> panels(length, pixels);
       const int64_t row = i * rows, at = i * of.channels * product(of.sizes);
@@ -322,17 +322,17 @@ inline std::tuple<Tensor, Tensor, Tensor> unfolded_backward(
       }
       const auto x_rows = [&](int64_t first, int64_t count) {
         rows_product<T, false>(from, first, count, panels, [&](int64_t j, const T* p, double) {
-          scale(outs + (row + j) * pixels, p, columns ? T(1) : ss[row + j], pixels);
+          scale(outs + (row + j) * pixels, p, scales_taps ? T(1) : ss[row + j], pixels);
         });
       };
       const auto v_rows = [&](int64_t first, int64_t count) {
-        if (columns)
+        if (scales_taps)
           outer_product(dvs, factors, row + first, count, panels);
         else
           weight_rows(dvs, dgs, factors, vs, gs, ns, eps, row + first, count, panels);
       };
       const bool with_x = needs_x && conv.transposed;
-      if (with_x && needs_weight && !columns) {  // of the same U: V is read once
+      if (with_x && needs_weight && !scales_taps) {  // of the same U: V is read once
         unfold<T>(of, images + at, nullptr, panels);
         for_each_stack(rows, panels, [&](int64_t first, int64_t count) {
           x_rows(first, count);
@@ -351,7 +351,7 @@ inline std::tuple<Tensor, Tensor, Tensor> unfolded_backward(
     });
     if (needs_x) dx = conv.transposed ? from_matrix(out, x.sizes()) : out;
   });
-  if (needs_weight && columns) std::tie(dv, dg) = weight_grads(dv, v, g, n, eps, true);
+  if (needs_weight && scales_taps) std::tie(dv, dg) = weight_grads(dv, v, g, n, eps, true);
   return {dx, dv, dg};
 }
 
