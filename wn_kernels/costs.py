@@ -63,11 +63,11 @@ FEW_ROWS = 32
 ATEN_CALLS = 8
 # What the library's own products reach of the rate, with few columns, and PyTorch's convolution in
 # its backward, which has its results to copy back as well.
-UNFOLDED_EFFICIENCY = 0.9
+UNFOLDED_EFFICIENCY = 0.88
 BACKWARD_EFFICIENCY = 0.85
 # Bytes that an unfolded input may take whatever the weight's, and the taps of a line that is copied
 # along them (unfold.h).
-UNFOLDED_BYTES = 2**20
+UNFOLDED_BYTES = 2**18
 LONG_LINE = 8
 # Bytes from which the allocator maps fresh pages for every `W`.
 FRESH_PAGES = 2**24
