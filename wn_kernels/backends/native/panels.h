@@ -136,9 +136,11 @@ class RowBlock {
  public:
   using Rows = std::array<const T*, R>;
 
-  RowBlock(const T* v, int64_t count, int64_t length) : full_(length / kPanel<T>) {
+  // Up to the panel `end`.
+  RowBlock(const T* v, int64_t count, int64_t length, int64_t end) : full_(length / kPanel<T>) {
     for (int r = 0; r < R; ++r) {
       row_[r] = v + std::min<int64_t>(r, count - 1) * length;
+      if (end <= full_) continue;
       std::fill_n(rest_[r], kPanel<T>, T(0));
       std::copy(row_[r] + full_ * kPanel<T>, row_[r] + length, rest_[r]);
     }
@@ -244,7 +246,8 @@ void rows_product(
   const T* rows = v + first * b.length;
   std::vector<RowBlock<T, kTileRows>> blocks;
   for (int64_t r = 0; r < count; r += kTileRows)
-    blocks.emplace_back(rows + r * b.length, std::min<int64_t>(kTileRows, count - r), b.length);
+    blocks.emplace_back(
+        rows + r * b.length, std::min<int64_t>(kTileRows, count - r), b.length, b.count);
   std::vector<Vector<T>> sums(blocks.size() * columns * kTileRows);
   std::vector<double> square(count);
   for_each_segment(b, [&](int64_t begin, int64_t end) {
@@ -287,26 +290,42 @@ void for_each_panel_group(const Panels<T>& q, int64_t rows, const F& f) {
   });
 }
 
+// D with kStackedRows rows at a time, column by column; zeros where the last of them have no row.
+template <typename T>
+class Stacked {
+ public:
+  Stacked(int64_t rows, int64_t columns)
+      : columns_(columns),
+        data_((rows + kStackedRows - 1) / kStackedRows * kStackedRows * columns) {}
+
+  void set(int64_t row, const T* values, T factor = T(1)) {
+    T* to = data_.data() + row / kStackedRows * kStackedRows * columns_ + row % kStackedRows;
+    for (int64_t j = 0; j < columns_; ++j) to[j * kStackedRows] = factor * values[j];
+  }
+  // The rows from `row` on, the first of a stack.
+  const T* stack(int64_t row) const { return data_.data() + row * columns_; }
+
+ private:
+  int64_t columns_;
+  std::vector<T> data_;
+};
+
 // Q += Vᵀ D for `rows` rows of V and D, and for some panels of Q.
 template <typename T>
 void columns_product(
-    Panels<T>& q, int64_t begin, int64_t end, const T* v, int64_t rows, const T* d) {
+    Panels<T>& q, int64_t begin, int64_t end, const T* v, int64_t rows, const Stacked<T>& d) {
   constexpr int64_t lanes = Lanes<T>::count;
   const int64_t columns = q.columns;
   for (int64_t first = 0; first < rows; first += kStackedRows) {
     const int64_t count = std::min<int64_t>(kStackedRows, rows - first);
-    const RowBlock<T, kStackedRows> block(v + first * q.length, count, q.length);
-    std::vector<T> factors(columns * kStackedRows);  // zero where a row is repeated
-    for (int64_t r = 0; r < count; ++r)
-      for (int64_t j = 0; j < columns; ++j)
-        factors[j * kStackedRows + r] = d[(first + r) * columns + j];
+    const RowBlock<T, kStackedRows> block(v + first * q.length, count, q.length, end);
     block.for_each_panel(begin, end, [&](int64_t i, const auto& from) {
       Vector<T> value[kStackedRows][2];
 #pragma GCC unroll 8
       for (int r = 0; r < kStackedRows; ++r)
         value[r][0] = load(from[r]), value[r][1] = load(from[r] + lanes);
       T* to = q.panel(i);
-      const T* factor = factors.data();
+      const T* factor = d.stack(first);
       for (int64_t j = 0; j < columns; ++j, to += kPanel<T>, factor += kStackedRows) {
         Vector<T> low = load(to), high = load(to + lanes);
 #pragma GCC unroll 8
@@ -321,9 +340,11 @@ void columns_product(
 // Q = Vᵀ D.
 template <typename T>
 void columns_product(Panels<T>& q, const T* v, int64_t rows, const T* d) {
+  Stacked<T> stacked(rows, q.columns);
+  for_each(rows, q.columns, [&](int64_t r) { stacked.set(r, d + r * q.columns); });
   q.zero();
   for_each_panel_group(q, rows * q.columns, [&](int64_t begin, int64_t end) {
-    columns_product(q, begin, end, v, rows, d);
+    columns_product(q, begin, end, v, rows, stacked);
   });
 }
 

@@ -185,17 +185,14 @@ void normalised_columns_product(
     Norms<T>& norms) {
   const int64_t group = panel_group(q.count), groups = (q.count + group - 1) / group;
   const int64_t length = q.length;
-  const int64_t chunk = std::min<int64_t>(
-      rows,
-      std::max<int64_t>(
-          kStackedRows,
-          kChunkBytes * at::get_num_threads() / static_cast<int64_t>(length * sizeof(T))));
+  const int64_t cached = kChunkBytes * at::get_num_threads() / (length * sizeof(T));
+  const int64_t chunk = std::min(rows, std::max<int64_t>(1, cached / kStackedRows) * kStackedRows);
   std::vector<double> squares(groups * chunk);
-  std::vector<T> scaled(chunk * q.columns);
   q.zero();
   for (int64_t first = 0; first < rows; first += chunk) {
     const int64_t count = std::min(chunk, rows - first);
     const T* from = v + first * length;
+    Stacked<T> scaled(count, q.columns);
     // The thread that takes the squares of some columns finds them in its cache for the product.
     for_each_panel_group(q, count, [&](int64_t begin, int64_t end) {
       const int64_t at = begin * kPanel<T>, width = std::min(end * kPanel<T>, length) - at;
@@ -209,10 +206,10 @@ void normalised_columns_product(
       for (int64_t i = 0; i < groups; ++i) square += squares[i * chunk + r];
       const int64_t row = first + r;
       const T s = g[row] / norms.set(first_row + row, square, from + r * length, length);
-      scale(scaled.data() + r * q.columns, x + row * q.columns, s, q.columns);
+      scaled.set(r, x + row * q.columns, s);
     }
     for_each_panel_group(q, count * q.columns, [&](int64_t begin, int64_t end) {
-      columns_product(q, begin, end, from, count, scaled.data());
+      columns_product(q, begin, end, from, count, scaled);
     });
   }
 }
