@@ -253,6 +253,7 @@ def native_linear(call: Call) -> Costs:
     scaled = [product] if one_read else [Stage(w), product, Stage(2 * y)]
     finish = Stage(2 * w if keeps_product(call) else 3 * w)
     return Costs(
+        # A third stage: PyTorch's layer, called with `W`.
         {"scaled": scaled, "materialize": [Stage(2 * w), Stage(0), product]},
         {
             "scaled": [Stage(2 * y), product, product, finish],
@@ -297,11 +298,11 @@ def native_convolution(call: Call, conv: Geometry) -> Costs:
     unfolded = Unfolded.of(call, conv)
     if size * unfolded.numbers <= max(2 * w, UNFOLDED_BYTES):
         lay_out = Stage(size * unfolded.numbers + 64 * unfolded.runs)
-        product = [Stage(x + y + weight, unfolded.operations / UNFOLDED_EFFICIENCY)]
+        own = Stage(x + y + weight, unfolded.operations / UNFOLDED_EFFICIENCY)
         norms = [] if call.dim == 0 else [Stage(weight)]
         finish = Stage(weight if call.dim == 0 else 3 * weight)
-        forward["unfold"] = [*norms, lay_out, *product]
-        backward["unfold"] = [lay_out, *product, lay_out, *product, finish]
+        forward["unfold"] = [*norms, lay_out, own]
+        backward["unfold"] = [lay_out, own, lay_out, own, finish]
     return Costs(forward, backward, NATIVE, NATIVE.rate(size))
 
 

@@ -64,4 +64,5 @@ def _plan_convolution(
         return None
     if call.dim != 0 and (call.dim != v.ndim - 1 or g.ndim == 1):
         return None
-    return *call.conv, _flags(call.path)
+    sizes = call.conv.output_sizes(x.shape[2:], v.shape[2:])
+    return *call.conv, (x.shape[0], call.conv.out_channels(v.shape), *sizes), _flags(call.path)

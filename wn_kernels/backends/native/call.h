@@ -189,18 +189,6 @@ struct Geometry {
   Sizes output_padding;
   int64_t groups;
 
-  // Of the output, by the formulas that torch.nn.Conv3d and ConvTranspose3d document.
-  Sizes output_sizes(at::IntArrayRef x, at::IntArrayRef v) const {
-    Sizes out{x[0], transposed ? v[1] * groups : v[0]};
-    for (size_t i = 0; i < stride.size(); ++i) {
-      const int64_t reach = dilation[i] * (v[i + 2] - 1) - 2 * padding[i];
-      out.push_back(
-          transposed ? (x[i + 2] - 1) * stride[i] + reach + output_padding[i] + 1
-                     : (x[i + 2] - reach - 1) / stride[i] + 1);
-    }
-    return out;
-  }
-
   // As one list of numbers, and back: what a node saves costs it by the piece.
   Sizes packed() const {
     Sizes all{groups, transposed};

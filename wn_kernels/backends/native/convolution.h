@@ -62,9 +62,9 @@ inline std::tuple<Tensor, Tensor, Tensor> plain_grads(
 
 inline std::optional<ConvolutionResult> convolution_forward(
     const Tensor& x, const Tensor& v, const Tensor& g, const Tensor& bias, const Geometry& conv,
-    double eps, Variant variant, bool keeps) {
+    at::IntArrayRef y_sizes, double eps, Variant variant, bool keeps) {
   if (variant == Variant::unfold) {
-    const auto result = unfolded_forward(x, v, g, bias, conv, eps);
+    const auto result = unfolded_forward(x, v, g, bias, conv, y_sizes, eps);
     if (!result) return std::nullopt;
     return ConvolutionResult{result->first, result->second, Tensor()};
   }
@@ -152,12 +152,9 @@ struct Convolution : Function<Convolution> {
   }
 };
 
-inline bool is_channels_first(const Tensor& t) {
-  return t.is_contiguous() && t.suggest_memory_format() == at::MemoryFormat::Contiguous;
-}
-
 struct ConvolutionPlan {
   Geometry conv;
+  Sizes y_sizes;
   Path path;
 };
 
@@ -177,21 +174,21 @@ inline MaybeTensor convolution(
       *t,
       {rank, stride, padding, dilation, transposed, output_padding, groups, dim, eps},
       [&]() -> std::optional<ConvolutionPlan> {
-        using Answer = std::tuple<Sizes, Sizes, Sizes, bool, Sizes, int64_t, Path::Flags>;
+        using Answer =
+            std::tuple<Sizes, Sizes, Sizes, bool, Sizes, int64_t, Sizes, Path::Flags>;
         const auto answer = callbacks().plan_convolution(
             rank, x, v, g, bias, stride, padding, dilation, transposed, output_padding, groups,
             dim, eps);
         if (answer.is_none()) return std::nullopt;
-        const auto [s, p, d, is_transposed, extra, number, flags] = answer.cast<Answer>();
-        return ConvolutionPlan{{s, p, d, is_transposed, extra, number}, Path(flags)};
+        const auto [s, p, d, is_transposed, extra, number, y, flags] = answer.cast<Answer>();
+        return ConvolutionPlan{{s, p, d, is_transposed, extra, number}, y, Path(flags)};
       });
   if (!plan) return std::nullopt;
   const double least = py::cast<double>(eps);
   py::gil_scoped_release released;
   const bool recorded = t->needs_grad();
-  // An input or a weight that lies otherwise gets an output that does, from PyTorch.
   const bool unfolds = is_channels_first(t->x) && is_channels_first(t->v);
-  const auto of = [&](Variant variant) {
+  const auto served = [&](Variant variant) {
     return variant == Variant::unfold && !unfolds ? Variant::materialize : variant;
   };
   std::optional<ConvolutionResult> result;
@@ -200,13 +197,14 @@ inline MaybeTensor convolution(
     // A training step forms W once; without gradients, scaling late may still be the faster way.
     const bool keeps = plan->path.keeps && recorded;
     result = convolution_forward(
-        t->x, t->v, t->g, t->bias, plan->conv, least,
-        keeps ? Variant::materialize : of(plan->path.forward), keeps);
+        t->x, t->v, t->g, t->bias, plan->conv, plan->y_sizes, least,
+        keeps ? Variant::materialize : served(plan->path.forward), keeps);
   }
   if (!result) return std::nullopt;
   if (!recorded) return result->y;
   return Convolution::apply(
-      t->x, t->v, t->g, maybe(t->bias), *result, plan->conv, least, of(plan->path.backward));
+      t->x, t->v, t->g, maybe(t->bias), *result, plan->conv, least,
+      served(plan->path.backward));
 }
 
 }  // namespace wn_kernels

@@ -56,13 +56,12 @@ void epilogue(Tensor& y, const Tensor& p, const Tensor& g, const Tensor& n, cons
   });
 }
 
-// scaled V, with few rows.
+// Dᵀ V, for a D of few columns.
 template <typename T>
-Tensor few_rows_product(const Tensor& scaled, const Tensor& v) {
-  const Tensor out = at::empty({scaled.size(0), v.size(1)}, v.options());
-  const Tensor factors = scaled.t().contiguous();
-  Panels<T> q(v.size(1), scaled.size(0));
-  columns_product(q, v.const_data_ptr<T>(), v.size(0), factors.const_data_ptr<T>());
+Tensor few_rows_product(const Tensor& d, const Tensor& v) {
+  const Tensor out = at::empty({d.size(1), v.size(1)}, v.options());
+  Panels<T> q(v.size(1), d.size(1));
+  columns_product(q, v.const_data_ptr<T>(), v.size(0), d.const_data_ptr<T>());
   unpack(q, out.mutable_data_ptr<T>());
   return out;
 }
@@ -193,13 +192,16 @@ struct Linear : Function<Linear> {
       AT_DISPATCH_FLOATING_TYPES(v.scalar_type(), "linear_backward", [&] {
         column_pass<scalar_t>(scaled, db, a, dy, p, g, n);
       });
-      if (needs_x && is_few(dy.size(0), v))
+      // A row for each of V, as panels.h takes it.
+      const Tensor few = is_few(dy.size(0), v) ? scaled.t().contiguous() : Tensor();
+      if (needs_x && few.defined())
         AT_DISPATCH_FLOATING_TYPES(v.scalar_type(), "linear_backward", [&] {
-          dx = few_rows_product<scalar_t>(scaled, v);
+          dx = few_rows_product<scalar_t>(few, v);
         });
       else if (needs_x)
         dx = at::mm(scaled, v);
-      if (p.defined()) std::tie(out[1], out[2]) = grads_from_dots(a, scaled, x, v, g, n, eps);
+      if (p.defined())
+        std::tie(out[1], out[2]) = grads_from_dots(a, scaled, few, x, v, g, n, eps);
     } else {
       if (needs_bias) db = bias_grad(dy, 1);
       if (needs_x) dx = at::mm(dy, scaled_weight(v, g, n));
@@ -214,16 +216,16 @@ struct Linear : Function<Linear> {
   // dV = (dY s)ᵀ x - c V, with a = <dW, V> at hand: dV starts as the last term, and the product
   // is added to it.
   static std::pair<Tensor, Tensor> grads_from_dots(
-      const Tensor& a, const Tensor& scaled, const Tensor& x, const Tensor& v, const Tensor& g,
-      const Tensor& n, double eps) {
+      const Tensor& a, const Tensor& scaled, const Tensor& few, const Tensor& x, const Tensor& v,
+      const Tensor& g, const Tensor& n, double eps) {
     Tensor dv = at::empty_like(v), dg = at::empty_like(g);
-    const bool single = x.size(0) == 1, few = is_few(x.size(0), v);
-    const Tensor input = x.contiguous(), factors = few ? scaled.t().contiguous() : scaled;
+    const bool single = x.size(0) == 1;
+    const Tensor input = x.contiguous();
     AT_DISPATCH_FLOATING_TYPES(v.scalar_type(), "linear_backward", [&] {
       using T = scalar_t;
       const auto *vs = v.const_data_ptr<T>(), *gs = g.const_data_ptr<T>(),
                  *ns = n.const_data_ptr<T>(), *as = a.const_data_ptr<T>(),
-                 *ds = factors.const_data_ptr<T>(), *xs = input.const_data_ptr<T>();
+                 *ds = scaled.const_data_ptr<T>(), *xs = input.const_data_ptr<T>();
       auto *dvs = dv.mutable_data_ptr<T>(), *dgs = dg.mutable_data_ptr<T>();
       const int64_t length = v.size(1);
       std::vector<T> c(v.size(0));
@@ -231,11 +233,11 @@ struct Linear : Function<Linear> {
         const Slope<T> slope(as[j], gs[j], ns[j], eps);
         dgs[j] = slope.dg, c[j] = slope.c;
       }
-      if (few) {
+      if (few.defined()) {
         Panels<T> panels(length, x.size(0));
         pack(xs, panels);
         for_each_stack(v.size(0), panels, [&](int64_t first, int64_t count) {
-          outer_product(dvs, ds, first, count, panels, vs, c.data());
+          outer_product(dvs, few.const_data_ptr<T>(), first, count, panels, vs, c.data());
         });
         return;
       }
@@ -248,7 +250,7 @@ struct Linear : Function<Linear> {
           scale(to, row, -c[j], length);
       });
     });
-    if (!single && !few) dv.addmm_(scaled.t(), x);
+    if (!single && !few.defined()) dv.addmm_(scaled.t(), x);
     return {dv, dg};
   }
 };

@@ -165,6 +165,25 @@ class RowBlock {
   T rest_[R][kPanel<T>];
 };
 
+// D with R rows at a time, column by column; zeros where the last of them have no row.
+template <typename T, int R>
+class Stacked {
+ public:
+  Stacked(int64_t rows, int64_t columns)
+      : columns_(columns), data_((rows + R - 1) / R * R * columns) {}
+
+  void set(int64_t row, const T* values, T factor = T(1)) {
+    T* to = data_.data() + row / R * R * columns_ + row % R;
+    for (int64_t j = 0; j < columns_; ++j) to[j * R] = factor * values[j];
+  }
+  // The rows from `row` on, the first of a stack.
+  const T* stack(int64_t row) const { return data_.data() + row * columns_; }
+
+ private:
+  int64_t columns_;
+  std::vector<T> data_;
+};
+
 // --- P = V B -------------------------------------------------------------------------------------
 
 // Adds to sums[j][r] the products of the rows and of N columns of B over some panels, lane by lane.
@@ -290,30 +309,11 @@ void for_each_panel_group(const Panels<T>& q, int64_t rows, const F& f) {
   });
 }
 
-// D with kStackedRows rows at a time, column by column; zeros where the last of them have no row.
-template <typename T>
-class Stacked {
- public:
-  Stacked(int64_t rows, int64_t columns)
-      : columns_(columns),
-        data_((rows + kStackedRows - 1) / kStackedRows * kStackedRows * columns) {}
-
-  void set(int64_t row, const T* values, T factor = T(1)) {
-    T* to = data_.data() + row / kStackedRows * kStackedRows * columns_ + row % kStackedRows;
-    for (int64_t j = 0; j < columns_; ++j) to[j * kStackedRows] = factor * values[j];
-  }
-  // The rows from `row` on, the first of a stack.
-  const T* stack(int64_t row) const { return data_.data() + row * columns_; }
-
- private:
-  int64_t columns_;
-  std::vector<T> data_;
-};
-
 // Q += Vᵀ D for `rows` rows of V and D, and for some panels of Q.
 template <typename T>
 void columns_product(
-    Panels<T>& q, int64_t begin, int64_t end, const T* v, int64_t rows, const Stacked<T>& d) {
+    Panels<T>& q, int64_t begin, int64_t end, const T* v, int64_t rows,
+    const Stacked<T, kStackedRows>& d) {
   constexpr int64_t lanes = Lanes<T>::count;
   const int64_t columns = q.columns;
   for (int64_t first = 0; first < rows; first += kStackedRows) {
@@ -340,7 +340,7 @@ void columns_product(
 // Q = Vᵀ D.
 template <typename T>
 void columns_product(Panels<T>& q, const T* v, int64_t rows, const T* d) {
-  Stacked<T> stacked(rows, q.columns);
+  Stacked<T, kStackedRows> stacked(rows, q.columns);
   for_each(rows, q.columns, [&](int64_t r) { stacked.set(r, d + r * q.columns); });
   q.zero();
   for_each_panel_group(q, rows * q.columns, [&](int64_t begin, int64_t end) {
@@ -350,51 +350,37 @@ void columns_product(Panels<T>& q, const T* v, int64_t rows, const T* d) {
 
 // --- dW = D Bᵀ -----------------------------------------------------------------------------------
 
-// Panels `begin` to `end` of some rows of dW = D Bᵀ, for the same rows of D; less c V where V is
-// given: rows of V and of c.
-template <typename T>
-void outer_product(
-    T* dw, const T* d, int64_t rows, const Panels<T>& b, int64_t begin, int64_t end,
-    const T* v = nullptr, const T* c = nullptr) {
-  constexpr int64_t lanes = Lanes<T>::count;
-  const int64_t columns = b.columns;
-  for (int64_t first = 0; first < rows; first += kTileRows) {
-    const int64_t count = std::min<int64_t>(kTileRows, rows - first);
-    std::vector<T> factors(columns * kTileRows);
-    for (int64_t r = 0; r < count; ++r)
-      for (int64_t j = 0; j < columns; ++j)
-        factors[j * kTileRows + r] = d[(first + r) * columns + j];
-    for (int64_t i = begin; i < end; ++i) {
-      Vector<T> sum[kTileRows][2] = {};
-      const T *from = b.panel(i), *factor = factors.data();
-      for (int64_t j = 0; j < columns; ++j, from += kPanel<T>, factor += kTileRows) {
-        const Vector<T> low = load(from), high = load(from + lanes);
-#pragma GCC unroll 8
-        for (int r = 0; r < kTileRows; ++r)
-          sum[r][0] += low * factor[r], sum[r][1] += high * factor[r];
-      }
-      const int64_t width = std::min(kPanel<T>, b.length - i * kPanel<T>);
-      for (int64_t r = 0; r < count; ++r) {
-        const int64_t at = (first + r) * b.length + i * kPanel<T>;
-        T out[kPanel<T>];
-        std::memcpy(out, sum[r], sizeof out);
-        if (v)
-          for (int64_t l = 0; l < width; ++l) out[l] -= c[first + r] * v[at + l];
-        std::memcpy(dw + at, out, width * sizeof(T));
-      }
-    }
-  }
-}
-
-// Rows `first` and following of dW.
+// Rows `first` and following of dW = D Bᵀ; less c V where V is given.
 template <typename T>
 void outer_product(
     T* dw, const T* d, int64_t first, int64_t count, const Panels<T>& b, const T* v = nullptr,
     const T* c = nullptr) {
-  const int64_t at = first * b.length;
+  constexpr int64_t lanes = Lanes<T>::count;
+  const int64_t columns = b.columns;
+  Stacked<T, kTileRows> stacked(count, columns);
+  for (int64_t r = 0; r < count; ++r) stacked.set(r, d + (first + r) * columns);
+  const auto tile = [&](int64_t top, int64_t i) {
+    Vector<T> sum[kTileRows][2] = {};
+    const T *from = b.panel(i), *factor = stacked.stack(top);
+    for (int64_t j = 0; j < columns; ++j, from += kPanel<T>, factor += kTileRows) {
+      const Vector<T> low = load(from), high = load(from + lanes);
+#pragma GCC unroll 8
+      for (int r = 0; r < kTileRows; ++r)
+        sum[r][0] += low * factor[r], sum[r][1] += high * factor[r];
+    }
+    const int64_t width = std::min(kPanel<T>, b.length - i * kPanel<T>);
+    for (int64_t r = top; r < std::min(count, top + kTileRows); ++r) {
+      const int64_t row = first + r, at = row * b.length + i * kPanel<T>;
+      T out[kPanel<T>];
+      std::memcpy(out, sum[r - top], sizeof out);
+      if (v)
+        for (int64_t l = 0; l < width; ++l) out[l] -= c[row] * v[at + l];
+      std::memcpy(dw + at, out, width * sizeof(T));
+    }
+  };
   for_each_segment(b, [&](int64_t begin, int64_t end) {
-    outer_product(
-        dw + at, d + first * b.columns, count, b, begin, end, v ? v + at : v, c ? c + first : c);
+    for (int64_t top = 0; top < count; top += kTileRows)
+      for (int64_t i = begin; i < end; ++i) tile(top, i);
   });
 }
 

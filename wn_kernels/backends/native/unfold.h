@@ -30,6 +30,12 @@ inline Triple triple(at::IntArrayRef sizes, int64_t fill) {
 
 inline int64_t product(const Triple& sizes) { return sizes[0] * sizes[1] * sizes[2]; }
 
+// What is unfolded has its channels first; PyTorch gives an input or a weight that lies otherwise an
+// output that does.
+inline bool is_channels_first(const Tensor& t) {
+  return t.is_contiguous() && t.suggest_memory_format() == at::MemoryFormat::Contiguous;
+}
+
 // Taps of a line of the kernel that are worth a run of their own.
 constexpr int64_t kLongLine = 8;
 
@@ -45,6 +51,8 @@ struct Unfolding {
   int64_t length() const { return channels * product(taps); }
   int64_t columns() const { return batch * product(pixels); }
   int64_t image() const { return groups * channels * product(sizes); }  // of an element of the batch
+
+  int64_t begins(int64_t group) const { return group * channels * product(sizes); }  // its image
 
   bool pads() const { return padding != Triple{}; }
 
@@ -192,7 +200,7 @@ void normalised_columns_product(
   for (int64_t first = 0; first < rows; first += chunk) {
     const int64_t count = std::min(chunk, rows - first);
     const T* from = v + first * length;
-    Stacked<T> scaled(count, q.columns);
+    Stacked<T, kStackedRows> scaled(count, q.columns);
     // The thread that takes the squares of some columns finds them in its cache for the product.
     for_each_panel_group(q, count, [&](int64_t begin, int64_t end) {
       const int64_t at = begin * kPanel<T>, width = std::min(end * kPanel<T>, length) - at;
@@ -217,8 +225,7 @@ void normalised_columns_product(
 // y and n; nothing where a norm is out of range.
 inline std::optional<std::pair<Tensor, Tensor>> unfolded_forward(
     const Tensor& x, const Tensor& v, const Tensor& g, const Tensor& bias, const Geometry& conv,
-    double eps) {
-  const Sizes y_sizes = conv.output_sizes(x.sizes(), v.sizes());
+    at::IntArrayRef y_sizes, double eps) {
   const bool scales_taps = has_columns(v, g);
   const Unfolding of(conv, v, x.sizes(), y_sizes);
   Tensor n = at::empty_like(g), y, s;
@@ -242,14 +249,14 @@ inline std::optional<std::pair<Tensor, Tensor>> unfolded_forward(
       auto* ys = y.mutable_data_ptr<T>();
       for_each_group(of, [&](int64_t i) {
         Panels<T> panels(length, pixels);
-        const int64_t row = i * rows, channel = i * of.channels;
+        const int64_t row = i * rows;
         const T *from = vs + row * length, *factors = xs + row * pixels;
         if (scales_taps) {
           columns_product(panels, from, rows, factors);
         } else {
           normalised_columns_product(panels, from, gs + row, row, rows, factors, all);
         }
-        fold(of, panels, taps, bs ? bs + channel : nullptr, ys + channel * product(of.sizes));
+        fold(of, panels, taps, bs ? bs + i * of.channels : nullptr, ys + of.begins(i));
       });
       in_range = all.in_range();
       return;
@@ -261,7 +268,7 @@ inline std::optional<std::pair<Tensor, Tensor>> unfolded_forward(
       Panels<T> panels(length, pixels);
       const int64_t row = i * rows;
       const T* from = vs + row * length;
-      unfold(of, xs + i * of.channels * product(of.sizes), taps, panels);
+      unfold(of, xs + of.begins(i), taps, panels);
       for_each_stack(rows, panels, [&](int64_t first, int64_t count) {
         const auto finish = [&](int64_t j, const T* p, double square) {
           const T factor =
@@ -270,8 +277,10 @@ inline std::optional<std::pair<Tensor, Tensor>> unfolded_forward(
           T* to = ys + (row + j) * pixels;
           for (int64_t t = 0; t < pixels; ++t) to[t] = p[t] * factor + shift;
         };
-        scales_taps ? rows_product<T, false>(from, first, count, panels, finish)
-                : rows_product<T, true>(from, first, count, panels, finish);
+        if (scales_taps)
+          rows_product<T, false>(from, first, count, panels, finish);
+        else
+          rows_product<T, true>(from, first, count, panels, finish);
       });
     });
     in_range = all.in_range();
@@ -310,7 +319,7 @@ inline std::tuple<Tensor, Tensor, Tensor> unfolded_backward(
         needs_x && !conv.transposed && !scales_taps ? matrix * s.view({-1, 1}) : matrix;
     for_each_group(of, [&](int64_t i) {
       Panels<T> panels(length, pixels);
-      const int64_t row = i * rows, at = i * of.channels * product(of.sizes);
+      const int64_t row = i * rows, at = of.begins(i);
       const T* from = vs + row * length;
       if (needs_x && !conv.transposed) {
         const auto* d = scaled.const_data_ptr<T>() + row * pixels;
