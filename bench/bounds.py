@@ -124,8 +124,6 @@ def bound(compilation: Compilation, record: Record, target: Target) -> Bound:
 # Small batches first, then larger ones.
 TILES = [
     Tile(16, 32, 128, 4, 4),
-    Tile(16, 32, 128, 2, 4),
-    Tile(16, 64, 128, 2, 4),
     Tile(64, 64, 128, 4, 4),
     Tile(128, 128, 64, 8, 3),
     Tile(128, 256, 64, 8, 3),
@@ -140,8 +138,6 @@ def ships(tile: Tile, form: str, target: Target) -> bool:
 
     small, wide, large = tile.m <= 64, tile.o == 256, max(tile.m, tile.o) == 256
     if large and target.name not in configs.COPYING:
-        return False
-    if tile.warps == 2 and target.name != "cuda:100":
         return False
     return {
         "plain": True,

@@ -216,10 +216,11 @@ def _read_cubin(cubin: bytes, record: Record) -> list[Instruction]:
     record.stack_bytes = int(numbers["STACK"])
     instructions = []
     for line in dump.splitlines():
-        m = re.match(r"\s+/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)(.*)", line)
+        m = re.match(r"\s+/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+\s+)?([A-Z][\w.]*)(.*)", line)
         if m:
-            address, opcode = int(m[1], 16), m[2]
-            to = re.search(r"0x([0-9a-f]+)", m[3]) if opcode.startswith("BRA") else None
+            # What its predicate never lets run takes a slot, and moves nothing.
+            address, opcode = int(m[1], 16), "NOP" if m[2] and m[2].strip() == "@!PT" else m[3]
+            to = re.search(r"0x([0-9a-f]+)", m[4]) if opcode.startswith("BRA") else None
             instructions.append(Instruction(address, opcode, int(to[1], 16) if to else None))
     # A stack without local stores holds no spill. Each STL writes up to 16 bytes a thread.
     width = {"64": 8, "128": 16}

@@ -125,11 +125,18 @@ def one_pass(m: int, o: int, itemsize: int) -> MatmulConfig:
     """
     if itemsize == 2 and _architecture() == "cuda:100":
         block_o = 32 if o <= 4096 else 64
-        block_m, warps = (16, 2) if m <= 16 else (64, 4)
-        return MatmulConfig(block_m, block_o, 128, warps, 4)
+        return MatmulConfig(16 if m <= 16 else 64, block_o, 128, 4, 4)
     block_m = _up_to(m, 16, 32, 64) if itemsize == 2 else _up_to(m, 16, 32)
     block_o = 32 if o <= 8192 else 64
     return MatmulConfig(block_m, block_o, 256 // itemsize, 4, _stages(4 if itemsize < 8 else 2))
+
+
+def split(config: MatmulConfig, ieee: bool) -> int:
+    """The shares of a step that the warps of a matmul take. In a tile of few rows each warp
+    multiplies a share of its own, and reads that share of both factors alone, where otherwise all
+    would read all of `x`; the sums of the shares are added when the loop is over."""
+    few = config.BLOCK_M <= 32 and not ieee
+    return config.num_warps if few and config.BLOCK_R >= 16 * config.num_warps else 1
 
 
 def matmul(
@@ -172,12 +179,16 @@ def loads(config: MatmulConfig, form: str) -> str:
 
 
 def grad_one_pass(m: int, itemsize: int) -> GradConfig:
-    """The recompute form of `dV`: the whole batch in one tile, few rows a program."""
+    """The recompute form of `dV`: the whole batch in one tile, few rows a program; deep in flight,
+    as it is bound by the bytes of `V` and `dV`. The tile of `dY` is read from shared memory for
+    every step: on Blackwell, where that would be the bound, of twice the width."""
     if itemsize == 8:
         return GradConfig(_up_to(m, 16, 32), 16, 16, 4, 1)
     block_m = _up_to(m, 16, 32, 64) if itemsize == 2 else _up_to(m, 16, 32)
     block_r = 64 if itemsize == 4 and block_m == 32 else 128
-    return GradConfig(block_m, 16, block_r, 4, 2)
+    if itemsize == 2 and block_m == 16 and _architecture() == "cuda:100":
+        block_r = 256
+    return GradConfig(block_m, 16, block_r, 4, _stages(4))
 
 
 def grad(itemsize: int) -> GradConfig:

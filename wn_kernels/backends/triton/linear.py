@@ -69,6 +69,7 @@ def matmul_kernel(
     PRECISION: tl.constexpr,
     LOADS: tl.constexpr,
     TURNED: tl.constexpr,
+    SPLIT: tl.constexpr,
     GROUP: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_O: tl.constexpr,
@@ -77,7 +78,8 @@ def matmul_kernel(
     """C = A Wᵀ + bias. `stride_s` is 0 for a scalar scale. one_pass stores the norms.
 
     LOADS other than "pointers": A and V are tensor descriptors, V's of its transpose where it lies
-    so (TURNED). "specialized": loads and products have warps of their own.
+    so (TURNED). "specialized": loads and products have warps of their own. SPLIT > 1: so many
+    products of a share of r each, one to a warp.
     """
     # Programs in groups of GROUP row tiles, so that tiles of V are reused while in cache.
     pid = tl.program_id(0)
@@ -93,7 +95,10 @@ def matmul_kernel(
     mask_m = offs_m < M
     mask_o = offs_o < O
     norm_type = NORM.dtype.element_ty
-    acc = tl.zeros((BLOCK_M, BLOCK_O), ACC)
+    if SPLIT == 1:
+        acc = tl.zeros((BLOCK_M, BLOCK_O), ACC)
+    else:
+        acc = tl.zeros((SPLIT, BLOCK_M, BLOCK_O), ACC)
     # Squares stay inside a thread until the loop is over: no shuffles in it.
     squares = tl.zeros((BLOCK_O, BLOCK_R // 8), norm_type)
     if FORM == "prologue_o":
@@ -127,7 +132,15 @@ def matmul_kernel(
             n = tl.load(NORM + offs_r, mask=offs_r < R, other=1.0)
             g = tl.load(G + offs_r, mask=offs_r < R, other=0.0).to(norm_type)
             v = v.to(norm_type) * (g / n)[None, :]
-        acc = dot(a, tl.trans(cast(v, a.dtype)), acc, PRECISION)
+        v = cast(v, a.dtype)
+        if SPLIT == 1:
+            acc = dot(a, tl.trans(v), acc, PRECISION)
+        else:
+            v = tl.permute(tl.reshape(v, (BLOCK_O, SPLIT, BLOCK_R // SPLIT)), (1, 2, 0))
+            a = tl.permute(tl.reshape(a, (BLOCK_M, SPLIT, BLOCK_R // SPLIT)), (1, 0, 2))
+            acc = dot(a, v, acc, PRECISION)
+    if SPLIT > 1:
+        acc = tl.sum(acc, axis=0)
 
     if FORM == "one_pass":
         n = as_norm(tl.sum(squares, axis=1), EPS)
@@ -187,6 +200,7 @@ def grad_one_pass_kernel(
     WIDE: tl.constexpr,
     ACC: tl.constexpr,
     PRECISION: tl.constexpr,
+    STAGES: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_O: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -202,17 +216,21 @@ def grad_one_pass_kernel(
     norm_type = NORM.dtype.element_ty
     n = tl.load(NORM + offs_o, mask=mask_o, other=1.0)
     g = tl.load(G + offs_o, mask=mask_o, other=0.0).to(norm_type)
-    p = _load_tile(P, offs_m, offs_o, M, O, stride_pm, stride_po)
+    # Lying as the product takes it, the tile stays in registers.
+    p = _load_tile(P, offs_o, offs_m, O, M, stride_po, stride_pm)
     if BIAS == "owned":
-        tl.store(DB + offs_o, tl.sum(p.to(ACC), axis=0), mask=mask_o)
-    p = tl.trans(p)
+        tl.store(DB + offs_o, tl.sum(p.to(ACC), axis=1), mask=mask_o)
+    if BIAS == "walked":
+        for tile in range(pid, tl.cdiv(R, BLOCK_R), tl.num_programs(0)):
+            offs_r = offsets(tile, BLOCK_R, WIDE)
+            q = _load_tile(Q, offs_m, offs_r, M, R, stride_qm, stride_qr)
+            tl.store(DB + offs_r, tl.sum(q.to(ACC), axis=0), mask=offs_r < R)
 
+    # A number of stages that is the loop's own has V's tiles in flight as well as Q's.
     dots = tl.zeros((BLOCK_O, BLOCK_R), norm_type)
-    for start in range(0, R, BLOCK_R):
+    for start in tl.range(0, R, BLOCK_R, num_stages=STAGES):
         offs_r = offsets(start // BLOCK_R, BLOCK_R, WIDE)
         q = _load_tile(Q, offs_m, offs_r, M, R, stride_qm, stride_qr)
-        if BIAS == "walked":
-            tl.store(DB + offs_r, tl.sum(q.to(ACC), axis=0), mask=(offs_r < R) & (pid == 0))
         dw = dot(p, q, tl.zeros((BLOCK_O, BLOCK_R), ACC), PRECISION)
         v = _load_tile(V, offs_o, offs_r, O, R, stride_vo, stride_vr)
         dots += dw.to(norm_type) * v.to(norm_type)
@@ -221,7 +239,7 @@ def grad_one_pass_kernel(
 
     scale = (g / n)[:, None]
     coef = dot_coefficient(g, n, dg, EPS)[:, None]
-    for start in range(0, R, BLOCK_R):
+    for start in tl.range(0, R, BLOCK_R, num_stages=STAGES):
         offs_r = offsets(start // BLOCK_R, BLOCK_R, WIDE)
         q = _load_tile(Q, offs_m, offs_r, M, R, stride_qm, stride_qr)
         dw = dot(p, q, tl.zeros((BLOCK_O, BLOCK_R), ACC), PRECISION)
@@ -308,6 +326,7 @@ def _matmul(
     """`C = A Wᵀ + bias` for `a` of shape `(M, R)` and `v` of shape `(O, R)`."""
     (m, r), o = a.shape, v.shape[0]
     types = product_types(a)
+    ieee = a.dtype == torch.float32 and types["PRECISION"] == "ieee"
     c = a.new_empty(m, o)
     turned = v.stride(1) != 1
     lying = v.t() if turned else v
@@ -316,7 +335,6 @@ def _matmul(
     if config is None and form == "one_pass":
         config = configs.one_pass(m, o, size)
     elif config is None:
-        ieee = a.dtype == torch.float32 and types["PRECISION"] == "ieee"
         config = configs.matmul(m, o, size, form.startswith("prologue"), ieee, copies)
     loads = configs.loads(config, form) if copies else "pointers"
     tiles: tuple[Any, Any] = a, v
@@ -351,6 +369,7 @@ def _matmul(
         WIDE=is_wide(a, v, c),
         LOADS=loads,
         TURNED=turned and loads != "pointers",
+        SPLIT=configs.split(config, ieee),
         GROUP=8,
         **types,
         **config._asdict(),
@@ -485,7 +504,8 @@ def _weight_grad(
         return dv, torch.zeros_like(g), None if db is None else dy.sum(0)
     if one_pass:
         dg = torch.empty_like(g)
-        launch(grad_one_pass_kernel, (tiles_o,), G=g, NORM=n, DV=dv_own, DG=dg, EPS=eps, **common)
+        own = {"G": g, "NORM": n, "DV": dv_own, "DG": dg, "EPS": eps, "STAGES": config.num_stages}
+        launch(grad_one_pass_kernel, (tiles_o,), **own, **common)
         return dv, dg, db
     partial = n.new_empty(tiles_r, o)
     launch(grad_kernel, (tiles_o, tiles_r), DW=dv_own, PARTIAL=partial, **common)
