@@ -28,9 +28,16 @@ def test_codegen_records(tmp_path):
         assert record["config"]
 
 
+def in_a_process(code):
+    """What `code` prints, from a process that compiles: this one may be interpreting."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    return json.loads(done.stdout)
+
+
 def bounds_of(tiles, *names):
-    """By target, `(form, bound, issue cycles, record)`; compiled in a process of its own: this one
-    may be interpreting. `tiles` is an expression."""
+    """By target, `(form, bound, issue cycles, record)`; `tiles` is an expression."""
     code = f"""
 import json
 from dataclasses import asdict
@@ -50,21 +57,61 @@ for target in bounds.TARGETS:
     ]
 print(json.dumps(found))
 """
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    command = [sys.executable, "-c", code]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
-    return json.loads(done.stdout)
+    return in_a_process(code)
 
 
 def test_a_small_batch_is_bound_by_memory():
-    """On every target, in one pass: the norm in the loop hides behind the bytes of V."""
+    """Every one-pass form that ships for 16 rows, forward and backward, on every target: the norm
+    in the loop hides behind the bytes of V."""
     pytest.importorskip("triton")
-    found = bounds_of("shipped(configs.one_pass, 16, 8192, 2)", "one_pass")
-    assert len(found) == 4
-    for target, ((_, name, _, record),) in found.items():
-        assert name == "memory", target
-        assert record["spill_bytes"] == 0
-        assert record["loop_instructions"] > 0
+    code = """
+import json
+from bench import bounds
+
+found = []
+for target in bounds.TARGETS:
+    for c in bounds.shipped(target.name):
+        linear = c.kernel in ("matmul_kernel", "grad_one_pass_kernel")
+        one_pass = "FORM=one_pass" in c.config or c.kernel == "grad_one_pass_kernel"
+        if linear and one_pass and c.config.startswith("16x") and c.dtype == "bf16":
+            record = bounds.inspect(c, target)
+            found.append((target.name, c.kernel, c.config, bounds.bound(c, record, target).name))
+print(json.dumps(found))
+"""
+    found = in_a_process(code)
+    assert {(target, kernel) for target, kernel, *_ in found} == {
+        (target, kernel)
+        for target in ("cuda:80", "cuda:90", "cuda:100", "hip:gfx942")
+        for kernel in ("matmul_kernel", "grad_one_pass_kernel")
+    }
+    assert [case for case in found if case[-1] != "memory"] == []
+
+
+def test_warps_share_the_steps_of_a_small_batch():
+    """A tile of few rows: each warp reads its share of both factors alone, so that fewer bytes
+    leave shared memory, by fewer instructions, than where all warps read all of x."""
+    pytest.importorskip("triton")
+    code = """
+import json
+from bench import bounds
+from wn_kernels.backends.triton import configs
+
+def records():
+    bounds.matmul.cache_clear()
+    tile = bounds.Tile(16, 32, 128, 4, 4)
+    cuda = [t for t in bounds.TARGETS if t.backend == "cuda"]
+    found = bounds.forms([tile], ("one_pass",), cuda)
+    return [(record.issue_slots, record.shared_traffic) for *_, record, _ in found]
+
+shared = records()
+configs.split = lambda config, itemsize: 1
+print(json.dumps([shared, records()]))
+"""
+    shared, all_of_x = in_a_process(code)
+    for (slots, traffic), (slots_before, traffic_before) in zip(shared, all_of_x, strict=True):
+        assert slots < slots_before
+        # The tile of x once instead of by each of four warps: 16 · 128 · 2 bytes, three times.
+        assert traffic == traffic_before - 3 * 16 * 128 * 2
 
 
 def test_ready_norms_cost_the_loop_nothing():

@@ -1,5 +1,6 @@
 """The native library: every variant and order, what it serves and what it leaves alone."""
 
+import functools
 from contextlib import contextmanager
 
 import pytest
@@ -217,20 +218,25 @@ def test_positions_of_a_kernel(channels, dtype, eps):
     [
         *[(shape, 0) for shape in [(9,), (6, 5), (6, 5, 4), (3, 4, 5, 2), (3, 9000)]],
         *[((6, 5, 4), -3), ((16, 16), 1), ((300, 40), 1), ((7, 30, 17), 2), ((16, 2, 16), -3)],
+        # Neither rows nor columns: a few columns of each slice, or all of one.
+        *[((70, 5, 4), 1), ((7, 30, 17), 1), ((3, 4, 16, 3), -2), ((5, 9, 1, 2), 1)],
+        *[(shape, None) for shape in [(20,), (130, 7), (3, 2, 70, 9), (1, 16)]],
     ],
 )
 @pytest.mark.parametrize("dtype", WIDE)
 @pytest.mark.parametrize("flat", [False, True])
 def test_weight_norm(shape, dim, dtype, flat):
-    if flat and dim > 0:
+    axis = None if dim is None else dim % len(shape)
+    if flat and axis != 0:
         return
     v = torch.randn(shape, dtype=dtype).requires_grad_()
-    kept = kept_shape(shape, dim % len(shape))
-    g = (torch.rand(kept, dtype=dtype) + 0.5).flatten(0, -1 if flat else 0).requires_grad_()
+    kept = kept_shape(shape, axis)
+    g = torch.rand(kept, dtype=dtype) + 0.5
+    g = (g.flatten() if flat else g).requires_grad_()
     dw = torch.randn(shape, dtype=dtype)
     w = WF.weight_norm(v, g, dim=dim)
     wide = [t.detach().double().requires_grad_() for t in (v, g)]
-    expected = reference.weight_norm(wide[0], wide[1].view(kept), dim % len(shape), 0.0)
+    expected = reference.weight_norm(wide[0], wide[1].view(kept), axis, 0.0)
     assert_matches(w, expected, dtype, v.numel())
     dv, dg = torch.autograd.grad(w, (v, g), dw)
     right_dv, right_dg = torch.autograd.grad(expected, wide, dw.double())
@@ -314,10 +320,12 @@ def test_derivatives_of_weight_norm():
         g.requires_grad_()
         assert gradcheck(WF.weight_norm, (v, g))
         assert gradgradcheck(WF.weight_norm, (v, g))
-    v = torch.randn(3, 16, dtype=torch.float64, requires_grad=True)
-    g = torch.rand(1, 16, dtype=torch.float64, requires_grad=True)
-    assert gradcheck(lambda v, g: WF.weight_norm(v, g, dim=1), (v, g))
-    assert gradgradcheck(lambda v, g: WF.weight_norm(v, g, dim=1), (v, g))
+    for shape, dim in (((3, 16), 1), ((3, 4, 4), 1), ((3, 4, 4), None)):
+        v = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+        g = torch.rand(kept_shape(shape, dim), dtype=torch.float64, requires_grad=True)
+        of_dim = functools.partial(WF.weight_norm, dim=dim)
+        assert gradcheck(of_dim, (v, g))
+        assert gradgradcheck(of_dim, (v, g))
 
 
 # --- numbers out of the ordinary -----------------------------------------------------------------

@@ -89,12 +89,15 @@ class Norms {
  public:
   Norms(T* n, double eps) : n_(n), eps_(static_cast<T>(eps)) {}
 
-  // From the square of a slice of `length` elements, each `step` from the last.
-  T set(int64_t j, double square, const T* slice, int64_t length, int64_t step = 1) {
+  // From the square of a slice, of `inner` elements in each of `rows` rows, `step` apart.
+  T set(
+      int64_t j, double square, const T* slice, int64_t inner, int64_t rows = 1,
+      int64_t step = 0) {
     T n = std::max(static_cast<T>(std::sqrt(square)), eps_);
     if (!(n >= kLeast<T> && n <= kMost<T>)) {  // also where it is NaN
       bool zero = eps_ == 0;
-      for (int64_t i = 0; zero && i < length; ++i) zero = slice[i * step] == 0;
+      for (int64_t i = 0; zero && i < rows * inner; ++i)
+        zero = slice[i / inner * step + i % inner] == 0;
       if (!zero) in_range_.store(false, std::memory_order_relaxed);
       n = std::numeric_limits<T>::infinity();
     }

@@ -226,7 +226,7 @@ void normalised_columns_product(
 inline std::optional<std::pair<Tensor, Tensor>> unfolded_forward(
     const Tensor& x, const Tensor& v, const Tensor& g, const Tensor& bias, const Geometry& conv,
     at::IntArrayRef y_sizes, double eps) {
-  const bool scales_taps = has_columns(v, g);
+  const bool scales_taps = Extents(v, g).columns;
   const Unfolding of(conv, v, x.sizes(), y_sizes);
   Tensor n = at::empty_like(g), y, s;
   if (scales_taps) {
@@ -295,7 +295,7 @@ inline std::optional<std::pair<Tensor, Tensor>> unfolded_forward(
 inline std::tuple<Tensor, Tensor, Tensor> unfolded_backward(
     const Tensor& grad, const Tensor& x, const Tensor& v, const Tensor& g, const Tensor& n,
     const Geometry& conv, double eps, bool needs_x, bool needs_weight) {
-  const bool scales_taps = has_columns(v, g);
+  const bool scales_taps = Extents(v, g).columns;
   const Unfolding of(conv, v, x.sizes(), grad.sizes());
   const Tensor dy = grad.contiguous(), s = g / n;
   // The matrix (rows, columns) beside V and the image: x and dY of a transposed convolution.

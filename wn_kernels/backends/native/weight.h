@@ -21,27 +21,49 @@ using torch::autograd::AutogradContext;
 using torch::autograd::Function;
 using torch::autograd::variable_list;
 
-// Whether the slices are the columns, by the shape of g; otherwise they are the rows.
-inline bool has_columns(const Tensor& v, const Tensor& g) {
-  return g.numel() != v.size(0) || g.size(0) != v.size(0);
-}
-
-// What the passes below read, for slices that are rows: V as (count, length); for columns, V as
-// (length, count).
+// How the passes below read V, by the shape of g.
 struct Extents {
-  Extents(const Tensor& v, const Tensor& g)
-      : columns(has_columns(v, g)), count(g.numel()), length(v.numel() / count) {}
+  Extents(const Tensor& v, const Tensor& g) : count(g.numel()), length(v.numel() / count) {
+    if (g.dim() > 0 && count == v.size(0) && g.size(0) == count) {
+      axis = 0;
+      return;
+    }
+    columns = true;
+    if (count == 1) {  // the whole of V, in rows of a few of its last dimensions
+      for (int64_t d = v.dim() - 1; d >= 0 && inner < kFewColumns; --d) inner *= v.size(d);
+    } else {
+      axis = v.dim() - 1;
+      while (axis > 0 && g.size(axis) == 1) inner *= v.size(axis--);
+    }
+    rows = v.numel() / (count * inner);
+  }
 
-  bool columns;
+  int64_t width() const { return count * inner; }
+
+  bool columns = false;  // or the slices are rows
+  int64_t axis = -1;     // that they lie along; the whole of V lies along none
   int64_t count, length;
+  // For columns, V is (rows, count, inner).
+  int64_t rows = 0, inner = 1;
 };
 
 // Whether the slices of V lie as the passes need them.
 inline bool has_slices(const Tensor& v, const Tensor& g) {
-  if (g.dim() == 0) return false;
-  if (!has_columns(v, g)) return has_rows(v);
-  return v.is_contiguous() && g.dim() == v.dim() && g.size(-1) == g.numel() &&
-         g.size(-1) == v.size(-1) && g.numel() >= kFewColumns;
+  const bool flat = g.dim() != v.dim() && g.dim() != 0;
+  if (g.numel() == 0 || (flat && g.numel() != v.size(0))) return false;
+  const Extents e(v, g);
+  if (!e.columns) return has_rows(v);
+  return v.is_contiguous() && (e.axis < 0 || v.size(e.axis) == e.count) &&
+         e.width() >= kFewColumns && e.width() <= kManyColumns;
+}
+
+// A number of each slice, for each of its columns.
+template <typename T, typename F>
+std::vector<T> spread(const Extents& e, const F& f) {
+  std::vector<T> all(e.width());
+  for (int64_t j = 0; j < e.count; ++j)
+    std::fill_n(all.begin() + j * e.inner, e.inner, static_cast<T>(f(j)));
+  return all;
 }
 
 // n, or nothing where a norm is out of range.
@@ -53,8 +75,9 @@ inline MaybeTensor norms(const Tensor& v, const Tensor& g, double eps) {
     const auto* vs = v.const_data_ptr<scalar_t>();
     Norms<scalar_t> all(n.mutable_data_ptr<scalar_t>(), eps);
     if (e.columns) {
-      const auto squares = column_dots(vs, vs, e.length, e.count);
-      for (int64_t j = 0; j < e.count; ++j) all.set(j, squares[j], vs + j, e.length, e.count);
+      const auto squares = column_dots(vs, vs, e.rows, e.count, e.inner);
+      for (int64_t j = 0; j < e.count; ++j)
+        all.set(j, squares[j], vs + j * e.inner, e.inner, e.rows, e.width());
     } else {
       for_each(e.count, e.length, [&](int64_t j) {
         const auto* row = vs + j * e.length;
@@ -69,19 +92,23 @@ inline MaybeTensor norms(const Tensor& v, const Tensor& g, double eps) {
 // W from n.
 inline Tensor scaled_weight(const Tensor& v, const Tensor& g, const Tensor& n) {
   const Extents e(v, g);
-  const Tensor s = g / n;
   Tensor w = at::empty_like(v);
   AT_DISPATCH_FLOATING_TYPES(v.scalar_type(), "scaled_weight", [&] {
-    const auto *vs = v.const_data_ptr<scalar_t>(), *scales = s.const_data_ptr<scalar_t>();
+    const auto *vs = v.const_data_ptr<scalar_t>(), *gs = g.const_data_ptr<scalar_t>(),
+               *ns = n.const_data_ptr<scalar_t>();
     auto* ws = w.mutable_data_ptr<scalar_t>();
-    if (e.columns)
-      for_each(e.length, e.count, [&](int64_t i) {
-        for (int64_t j = 0; j < e.count; ++j) ws[i * e.count + j] = scales[j] * vs[i * e.count + j];
+    if (e.columns) {
+      const int64_t width = e.width();
+      const auto s = spread<scalar_t>(e, [&](int64_t j) { return gs[j] / ns[j]; });
+      const scalar_t* scales = s.data();
+      for_each(e.rows, width, [=](int64_t i) {
+        for (int64_t j = 0; j < width; ++j) ws[i * width + j] = scales[j] * vs[i * width + j];
       });
-    else
+    } else {
       for_each(e.count, e.length, [&](int64_t j) {
-        scale(ws + j * e.length, vs + j * e.length, scales[j], e.length);
+        scale(ws + j * e.length, vs + j * e.length, gs[j] / ns[j], e.length);
       });
+    }
   });
   return w;
 }
@@ -129,16 +156,19 @@ inline std::pair<Tensor, Tensor> weight_grads(
                *gs = g.const_data_ptr<scalar_t>(), *ns = n.const_data_ptr<scalar_t>();
     auto *dvs = dv.mutable_data_ptr<scalar_t>(), *dgs = dg.mutable_data_ptr<scalar_t>();
     if (e.columns) {
-      const auto dots = column_dots(dws, vs, e.length, e.count);
-      std::vector<scalar_t> s(e.count), c(e.count);
-      for (int64_t j = 0; j < e.count; ++j) {
-        const Slope<scalar_t> slope(dots[j], gs[j], ns[j], eps);
-        dgs[j] = slope.dg, s[j] = slope.s, c[j] = slope.c;
-      }
-      for_each(e.length, e.count, [&](int64_t i) {
-        const int64_t at = i * e.count;
-        for (int64_t j = 0; j < e.count; ++j)
-          dvs[at + j] = s[j] * dws[at + j] - c[j] * vs[at + j];
+      const auto dots = column_dots(dws, vs, e.rows, e.count, e.inner);
+      const auto slope = [&](int64_t j) {
+        return Slope<scalar_t>(dots[j], gs[j], ns[j], eps);
+      };
+      for (int64_t j = 0; j < e.count; ++j) dgs[j] = slope(j).dg;
+      const auto s = spread<scalar_t>(e, [&](int64_t j) { return slope(j).s; }),
+                 c = spread<scalar_t>(e, [&](int64_t j) { return slope(j).c; });
+      const int64_t width = e.width();
+      const scalar_t *ss = s.data(), *cs = c.data();
+      for_each(e.rows, width, [=](int64_t i) {
+        const int64_t at = i * width;
+        for (int64_t j = 0; j < width; ++j)
+          dvs[at + j] = ss[j] * dws[at + j] - cs[j] * vs[at + j];
       });
     } else {
       for_each(e.count, e.length, [&](int64_t j) {
@@ -166,7 +196,8 @@ inline variable_list composite_grads(
     geometry = py::make_tuple(
         conv->stride, conv->padding, conv->dilation, conv->transposed, conv->output_padding,
         conv->groups);
-  const int64_t dim = has_columns(v, g) ? v.dim() - 1 : 0;
+  const int64_t axis = Extents(v, g).axis;
+  const py::object dim = axis < 0 ? py::object(py::none()) : py::int_(axis);
   const auto grads = callbacks().second_order(dy, x, v, g, dim, geometry, eps, needs);
   variable_list out;
   for (auto& grad : grads.cast<std::vector<MaybeTensor>>()) out.push_back(grad.value_or(Tensor()));
@@ -208,19 +239,29 @@ struct WeightNorm : Function<WeightNorm> {
   }
 };
 
+// The axis that `dim` names, -1 for the whole of V; nothing where it names none.
+inline std::optional<int64_t> axis_of(py::handle dim, int64_t ndim) {
+  if (dim.is_none()) return -1;
+  if (!PyLong_CheckExact(dim.ptr())) return std::nullopt;
+  int overflow = 0;
+  const int64_t number = PyLong_AsLongAndOverflow(dim.ptr(), &overflow);
+  const int64_t axis = number < -1 ? number + ndim : number;
+  const bool known = overflow == 0 && number >= -ndim && axis < ndim;
+  return known ? std::make_optional(axis) : std::nullopt;
+}
+
 inline MaybeTensor weight_norm(py::handle v, py::handle g, py::handle dim, py::handle eps) {
   const auto t = operands(v, v, g, py::none());
-  if (!t || !PyLong_CheckExact(dim.ptr()) || !PyFloat_CheckExact(eps.ptr())) return std::nullopt;
-  int overflow = 0;
-  const int64_t last = t->v.dim() - 1, number = PyLong_AsLongAndOverflow(dim.ptr(), &overflow);
-  const int64_t axis = number < -1 ? number + t->v.dim() : number;  // -1 is the whole tensor
+  if (!t || !PyFloat_CheckExact(eps.ptr())) return std::nullopt;
+  const auto axis = axis_of(dim, t->v.dim());
   const double least = PyFloat_AS_DOUBLE(eps.ptr());
   // Of the shape that dim asks for, or flat; what else there is to know, has_slices knows.
-  const bool fits = (axis == 0 || axis == last) && t->g.dim() > 0 &&
-                    t->g.numel() == t->v.size(axis) &&
-                    (t->g.dim() == 1 ? axis == 0 || last == 0
-                                     : t->g.dim() == t->v.dim() && t->g.size(axis) == t->g.numel());
-  if (!fits || !has_slices(t->v, t->g) || !(least >= 0 && std::isfinite(least)))
+  const auto fits = [&](const Tensor& scales) {
+    if (*axis < 0 || scales.dim() == 0) return *axis < 0 && scales.dim() == 0;
+    const bool shaped = scales.dim() == t->v.dim() && scales.size(*axis) == scales.numel();
+    return scales.numel() == t->v.size(*axis) && (shaped || (scales.dim() == 1 && *axis == 0));
+  };
+  if (!axis || !fits(t->g) || !has_slices(t->v, t->g) || !(least >= 0 && std::isfinite(least)))
     return std::nullopt;
   py::gil_scoped_release released;
   std::optional<std::pair<Tensor, Tensor>> result;

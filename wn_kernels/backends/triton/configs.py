@@ -120,23 +120,24 @@ def one_pass(m: int, o: int, itemsize: int) -> MatmulConfig:
     """A single row tile over the batch: bound by the bytes of `V`, so deep in flight and narrow
     enough in `O` to occupy the machine. `itemsize` is the wider one of x's and V's.
 
-    Blackwell's memory outruns its shared memory there: two warps read the tile of `x` half as often
-    as four, and in a tile of 64 rows its tensor cores read both factors themselves.
+    Blackwell's memory outruns its shared memory in a tile of 32 rows: in one of 64 its tensor cores
+    read both factors themselves. With a program to a multiprocessor it takes more stages to have as
+    many bytes in flight as the memory's latency is worth.
     """
     if itemsize == 2 and _architecture() == "cuda:100":
-        block_o = 32 if o <= 4096 else 64
-        return MatmulConfig(16 if m <= 16 else 64, block_o, 128, 4, 4)
+        block_o, stages = (32, 6) if o <= 4096 else (64, 4)
+        return MatmulConfig(16 if m <= 16 else 64, block_o, 128, 4, stages)
     block_m = _up_to(m, 16, 32, 64) if itemsize == 2 else _up_to(m, 16, 32)
     block_o = 32 if o <= 8192 else 64
     return MatmulConfig(block_m, block_o, 256 // itemsize, 4, _stages(4 if itemsize < 8 else 2))
 
 
-def split(config: MatmulConfig, ieee: bool) -> int:
-    """The shares of a step that the warps of a matmul take. In a tile of few rows each warp
-    multiplies a share of its own, and reads that share of both factors alone, where otherwise all
-    would read all of `x`; the sums of the shares are added when the loop is over."""
-    few = config.BLOCK_M <= 32 and not ieee
-    return config.num_warps if few and config.BLOCK_R >= 16 * config.num_warps else 1
+def split(config: MatmulConfig, itemsize: int) -> int:
+    """The shares of a step that the warps of a matmul take, for an `x` of `itemsize`. In a tile of
+    few rows each warp multiplies a share of its own, and reads that share of both factors alone,
+    where otherwise all would read all of `x`; the sums are added when the loop is over."""
+    few = config.BLOCK_M <= 32 and itemsize == 2
+    return config.num_warps if few and 16 * config.num_warps <= config.BLOCK_R else 1
 
 
 def matmul(

@@ -326,7 +326,6 @@ def _matmul(
     """`C = A Wᵀ + bias` for `a` of shape `(M, R)` and `v` of shape `(O, R)`."""
     (m, r), o = a.shape, v.shape[0]
     types = product_types(a)
-    ieee = a.dtype == torch.float32 and types["PRECISION"] == "ieee"
     c = a.new_empty(m, o)
     turned = v.stride(1) != 1
     lying = v.t() if turned else v
@@ -335,6 +334,7 @@ def _matmul(
     if config is None and form == "one_pass":
         config = configs.one_pass(m, o, size)
     elif config is None:
+        ieee = a.dtype == torch.float32 and types["PRECISION"] == "ieee"
         config = configs.matmul(m, o, size, form.startswith("prologue"), ieee, copies)
     loads = configs.loads(config, form) if copies else "pointers"
     tiles: tuple[Any, Any] = a, v
@@ -369,7 +369,7 @@ def _matmul(
         WIDE=is_wide(a, v, c),
         LOADS=loads,
         TURNED=turned and loads != "pointers",
-        SPLIT=configs.split(config, ieee),
+        SPLIT=configs.split(config, a.element_size()),
         GROUP=8,
         **types,
         **config._asdict(),
