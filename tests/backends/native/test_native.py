@@ -218,6 +218,8 @@ def test_positions_of_a_kernel(channels, dtype, eps):
     [
         *[(shape, 0) for shape in [(9,), (6, 5), (6, 5, 4), (3, 4, 5, 2), (3, 9000)]],
         *[((6, 5, 4), -3), ((16, 16), 1), ((300, 40), 1), ((7, 30, 17), 2), ((16, 2, 16), -3)],
+        # Short rows that make longer ones, and more blocks of rows than chunks.
+        *[((96, 4, 5), 2), ((5001, 513), 1)],
         # Neither rows nor columns: a few columns of each slice, or all of one.
         *[((70, 5, 4), 1), ((7, 30, 17), 1), ((3, 4, 16, 3), -2), ((5, 9, 1, 2), 1)],
         *[(shape, None) for shape in [(20,), (130, 7), (3, 2, 70, 9), (1, 16)]],

@@ -1,7 +1,7 @@
 """The fast path of a CPU in C++: the layers as nodes of the autograd graph.
 
     rows.h          passes over the rows of a weight, each read once
-    columns.h       and over its columns
+    columns.h       and over one whose slices are something else
     call.h          which calls are served, and how
     weight.h        W, its norms and its gradients
     panels.h        products of a weight with few columns, from one read of it
@@ -40,8 +40,8 @@ NAME = "wn_kernels_native"
 DTYPES = frozenset((torch.float32, torch.float64))
 SERVES = (
     "the native library knows batches of float32 or float64 tensors on a CPU, all of one dtype and "
-    "none empty, norms from 1e-10 to 1e10 of slices that are rows or columns in memory (a linear "
-    "layer's: rows), in plain eager calls without autocast"
+    "none empty, norms from 1e-10 to 1e10 of slices that are rows in memory (a convolution's: or "
+    "columns; a weight's alone: of any dense one), in plain eager calls without autocast"
 )
 
 _HERE = Path(__file__).parent

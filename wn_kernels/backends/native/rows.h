@@ -41,26 +41,37 @@ void for_each(int64_t count, int64_t length, const F& f) {
   });
 }
 
+// The sum of L lanes, halved until one is left: every half has its size at compile time, and stays in
+// registers.
+template <int L, typename T>
+T folded(const T* lanes) {
+  if constexpr (L == 1) {
+    return lanes[0];
+  } else {
+    T half[L / 2];
+    for (int l = 0; l < L / 2; ++l) half[l] = lanes[l] + lanes[l + L / 2];
+    return folded<L / 2>(half);
+  }
+}
+
 // The sums over a row of N products: term(i) gives those of element i.
 template <typename T, size_t N, typename Term>
 std::array<double, N> sums(int64_t length, const Term& term) {
   std::array<double, N> total{};
   for (int64_t start = 0; start < length; start += kBlock) {
     const int64_t end = std::min(length, start + kBlock);
-    T lanes[N][kLanes] = {};
-    const auto add = [&](int64_t i, int l) {
-      const std::array<T, N> terms = term(i);
-      for (size_t k = 0; k < N; ++k) lanes[k][l] += terms[k];
-    };
+    T lanes[N][kLanes] = {}, rest[N] = {};
     int64_t i = start;
     for (; i + kLanes <= end; i += kLanes)
-      for (int l = 0; l < kLanes; ++l) add(i + l, l);
-    for (int l = 0; i < end; ++i, ++l) add(i, l);
-    for (size_t k = 0; k < N; ++k) {
-      for (int half = kLanes / 2; half > 0; half /= 2)
-        for (int l = 0; l < half; ++l) lanes[k][l] += lanes[k][l + half];
-      total[k] += lanes[k][0];
+      for (int l = 0; l < kLanes; ++l) {
+        const std::array<T, N> terms = term(i + l);
+        for (size_t k = 0; k < N; ++k) lanes[k][l] += terms[k];
+      }
+    for (; i < end; ++i) {
+      const std::array<T, N> terms = term(i);
+      for (size_t k = 0; k < N; ++k) rest[k] += terms[k];
     }
+    for (size_t k = 0; k < N; ++k) total[k] += folded<kLanes>(lanes[k]) + rest[k];
   }
   return total;
 }
@@ -82,32 +93,48 @@ std::array<double, 2> square_and_dot(const T* v, const T* x, int64_t length) {
   return sums<T, 2>(length, [=](int64_t i) { return std::array<T, 2>{v[i] * v[i], v[i] * x[i]}; });
 }
 
-// The norms n = max(||V_j||, eps), infinite for a row of zeros where eps = 0: its scale g / n is
+// The norms n = max(||V_j||, eps), infinite for a slice of zeros where eps = 0: its scale g / n is
 // zero then.
 template <typename T>
 class Norms {
  public:
   Norms(T* n, double eps) : n_(n), eps_(static_cast<T>(eps)) {}
 
-  // From the square of a slice, of `inner` elements in each of `rows` rows, `step` apart.
-  T set(
-      int64_t j, double square, const T* slice, int64_t inner, int64_t rows = 1,
-      int64_t step = 0) {
-    T n = std::max(static_cast<T>(std::sqrt(square)), eps_);
-    if (!(n >= kLeast<T> && n <= kMost<T>)) {  // also where it is NaN
-      bool zero = eps_ == 0;
-      for (int64_t i = 0; zero && i < rows * inner; ++i)
-        zero = slice[i / inner * step + i % inner] == 0;
-      if (!zero) in_range_.store(false, std::memory_order_relaxed);
+  // From the square of a slice, of which is_zero() tells whether it is all zeros.
+  template <typename F>
+  T set(int64_t j, double square, const F& is_zero) {
+    T n = from(square);
+    if (!is_usual(n)) {
+      if (eps_ != 0 || !is_zero()) in_range_.store(false, std::memory_order_relaxed);
       n = std::numeric_limits<T>::infinity();
     }
     return n_[j] = n;
+  }
+
+  // Of a slice that is a row.
+  T set(int64_t j, double square, const T* row, int64_t length) {
+    return set(j, square, [=] { return std::all_of(row, row + length, [](T v) { return v == 0; }); });
+  }
+
+  // Of `count` slices; is_zero(j) tells of one.
+  template <typename F>
+  void set_all(int64_t count, const double* squares, const F& is_zero) {
+    bool usual = true;
+    for (int64_t j = 0; j < count; ++j) {
+      n_[j] = from(squares[j]);
+      usual &= is_usual(n_[j]);
+    }
+    if (!usual)
+      for (int64_t j = 0; j < count; ++j) set(j, squares[j], [&] { return is_zero(j); });
   }
 
   // Whether the formulas of this package's fast paths hold for all of them.
   bool in_range() const { return in_range_.load(); }
 
  private:
+  T from(double square) const { return std::max(static_cast<T>(std::sqrt(square)), eps_); }
+  static bool is_usual(T n) { return n >= kLeast<T> && n <= kMost<T>; }  // not where it is NaN
+
   T* n_;
   T eps_;
   std::atomic<bool> in_range_{true};

@@ -30,21 +30,20 @@ struct Extents {
     }
     columns = true;
     if (count == 1) {  // the whole of V, in rows of a few of its last dimensions
-      for (int64_t d = v.dim() - 1; d >= 0 && inner < kFewColumns; --d) inner *= v.size(d);
+      for (int64_t d = v.dim() - 1; d >= 0 && of.inner < kFewColumns; --d) of.inner *= v.size(d);
     } else {
       axis = v.dim() - 1;
-      while (axis > 0 && g.size(axis) == 1) inner *= v.size(axis--);
+      while (axis > 0 && g.size(axis) == 1) of.inner *= v.size(axis--);
     }
-    rows = v.numel() / (count * inner);
+    of.count = count;
+    of.rows = v.numel() / of.width();
+    of.widen();
   }
-
-  int64_t width() const { return count * inner; }
 
   bool columns = false;  // or the slices are rows
   int64_t axis = -1;     // that they lie along; the whole of V lies along none
   int64_t count, length;
-  // For columns, V is (rows, count, inner).
-  int64_t rows = 0, inner = 1;
+  Columns of;
 };
 
 // Whether the slices of V lie as the passes need them.
@@ -54,16 +53,7 @@ inline bool has_slices(const Tensor& v, const Tensor& g) {
   const Extents e(v, g);
   if (!e.columns) return has_rows(v);
   return v.is_contiguous() && (e.axis < 0 || v.size(e.axis) == e.count) &&
-         e.width() >= kFewColumns && e.width() <= kManyColumns;
-}
-
-// A number of each slice, for each of its columns.
-template <typename T, typename F>
-std::vector<T> spread(const Extents& e, const F& f) {
-  std::vector<T> all(e.width());
-  for (int64_t j = 0; j < e.count; ++j)
-    std::fill_n(all.begin() + j * e.inner, e.inner, static_cast<T>(f(j)));
-  return all;
+         e.of.width() >= kFewColumns && e.of.width() <= kManyColumns;
 }
 
 // n, or nothing where a norm is out of range.
@@ -75,9 +65,8 @@ inline MaybeTensor norms(const Tensor& v, const Tensor& g, double eps) {
     const auto* vs = v.const_data_ptr<scalar_t>();
     Norms<scalar_t> all(n.mutable_data_ptr<scalar_t>(), eps);
     if (e.columns) {
-      const auto squares = column_dots(vs, vs, e.rows, e.count, e.inner);
-      for (int64_t j = 0; j < e.count; ++j)
-        all.set(j, squares[j], vs + j * e.inner, e.inner, e.rows, e.width());
+      const auto squares = column_dots(vs, vs, e.of);
+      all.set_all(e.count, squares.data(), [&](int64_t j) { return is_zero(vs, j, e.of); });
     } else {
       for_each(e.count, e.length, [&](int64_t j) {
         const auto* row = vs + j * e.length;
@@ -98,10 +87,10 @@ inline Tensor scaled_weight(const Tensor& v, const Tensor& g, const Tensor& n) {
                *ns = n.const_data_ptr<scalar_t>();
     auto* ws = w.mutable_data_ptr<scalar_t>();
     if (e.columns) {
-      const int64_t width = e.width();
-      const auto s = spread<scalar_t>(e, [&](int64_t j) { return gs[j] / ns[j]; });
+      const int64_t width = e.of.width();
+      const auto s = spread<scalar_t>(e.of, [&](int64_t j) { return gs[j] / ns[j]; });
       const scalar_t* scales = s.data();
-      for_each(e.rows, width, [=](int64_t i) {
+      for_each(e.of.rows, width, [=](int64_t i) {
         for (int64_t j = 0; j < width; ++j) ws[i * width + j] = scales[j] * vs[i * width + j];
       });
     } else {
@@ -156,16 +145,16 @@ inline std::pair<Tensor, Tensor> weight_grads(
                *gs = g.const_data_ptr<scalar_t>(), *ns = n.const_data_ptr<scalar_t>();
     auto *dvs = dv.mutable_data_ptr<scalar_t>(), *dgs = dg.mutable_data_ptr<scalar_t>();
     if (e.columns) {
-      const auto dots = column_dots(dws, vs, e.rows, e.count, e.inner);
+      const auto dots = column_dots(dws, vs, e.of);
       const auto slope = [&](int64_t j) {
         return Slope<scalar_t>(dots[j], gs[j], ns[j], eps);
       };
       for (int64_t j = 0; j < e.count; ++j) dgs[j] = slope(j).dg;
-      const auto s = spread<scalar_t>(e, [&](int64_t j) { return slope(j).s; }),
-                 c = spread<scalar_t>(e, [&](int64_t j) { return slope(j).c; });
-      const int64_t width = e.width();
+      const auto s = spread<scalar_t>(e.of, [&](int64_t j) { return slope(j).s; }),
+                 c = spread<scalar_t>(e.of, [&](int64_t j) { return slope(j).c; });
+      const int64_t width = e.of.width();
       const scalar_t *ss = s.data(), *cs = c.data();
-      for_each(e.rows, width, [=](int64_t i) {
+      for_each(e.of.rows, width, [=](int64_t i) {
         const int64_t at = i * width;
         for (int64_t j = 0; j < width; ++j)
           dvs[at + j] = ss[j] * dws[at + j] - cs[j] * vs[at + j];
