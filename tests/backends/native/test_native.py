@@ -347,6 +347,29 @@ def test_dead_slice(shape):
     assert_zero(grads[2][3])
 
 
+@pytest.mark.parametrize(
+    ("shape", "dim"), [((6, 40), 0), ((9, 6, 4), 1), ((8, 20), 1), ((5, 8), None)]
+)
+def test_dead_slice_of_a_weight(shape, dim):
+    """Of zeros: a weight and gradients of zeros. One that is merely tiny is left to float64."""
+    v = torch.randn(shape)
+    dead = v if dim is None else v.select(dim, 3)
+    g = torch.rand(kept_shape(shape, dim)) + 0.5
+    dead.zero_()
+    v.requires_grad_()
+    g.requires_grad_()
+    w = WF.weight_norm(v, g, dim=dim)
+    grads = torch.autograd.grad(w, (v, g), torch.randn(shape))
+    assert all(torch.isfinite(t).all() for t in (w, *grads))
+    for t in (w, *grads) if dim is None else (t.select(dim, 3) for t in (w, *grads)):
+        assert_zero(t)
+    if dim is not None:
+        assert all(t.count_nonzero() == t.numel() * (1 - 1 / shape[dim]) for t in (w, *grads))
+    dead.data[-1] = 1e-30
+    with pytest.raises(RuntimeError, match="forced but cannot serve"):
+        WF.weight_norm(v, g, dim=dim)
+
+
 @pytest.mark.parametrize("factor", [1e-25, 1e-12, 1e12, 1e25, float("nan")])
 @pytest.mark.parametrize("m", [1, 6])
 def test_norms_out_of_range_are_left_alone(factor, m):

@@ -504,8 +504,17 @@ def _weight_grad(
         return dv, torch.zeros_like(g), None if db is None else dy.sum(0)
     if one_pass:
         dg = torch.empty_like(g)
-        own = {"G": g, "NORM": n, "DV": dv_own, "DG": dg, "EPS": eps, "STAGES": config.num_stages}
-        launch(grad_one_pass_kernel, (tiles_o,), **own, **common)
+        launch(
+            grad_one_pass_kernel,
+            (tiles_o,),
+            G=g,
+            NORM=n,
+            DV=dv_own,
+            DG=dg,
+            EPS=eps,
+            STAGES=config.num_stages,
+            **common,
+        )
         return dv, dg, db
     partial = n.new_empty(tiles_r, o)
     launch(grad_kernel, (tiles_o, tiles_r), DW=dv_own, PARTIAL=partial, **common)
