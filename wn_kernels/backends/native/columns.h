@@ -22,8 +22,10 @@ constexpr int64_t kManyColumns = 1 << 14;
 // Rows that a sum takes before it is added to a wider one.
 constexpr int64_t kBlockOfRows = 64;
 
-// Chunks of blocks that threads share: few, so that their sums are small.
-constexpr int64_t kChunks = 32;
+// Elements that are worth a chunk of blocks, which a thread takes, and the most chunks: every one has
+// sums of its own, which another thread reads.
+constexpr int64_t kChunk = 1 << 16;
+constexpr int64_t kChunks = 8;
 
 // A weight as (rows, repeats, count, inner), of `count` slices.
 struct Columns {
@@ -79,28 +81,27 @@ void add_dots(T* __restrict part, const T* a, const T* b, int64_t rows, int64_t 
 template <typename T>
 std::vector<double> column_dots(const T* a, const T* b, const Columns& of) {
   const int64_t width = of.width(), blocks = (of.rows + kBlockOfRows - 1) / kBlockOfRows,
-                chunks = std::min(blocks, kChunks);
-  std::vector<T> parts(chunks * width);
+                chunks = std::clamp(of.rows * width / kChunk, int64_t{1}, std::min(blocks, kChunks));
+  std::vector<double> all(chunks * width);
   for_each(chunks, of.rows * width / chunks, [&](int64_t chunk) {
+    double* sums = all.data() + chunk * width;
     std::vector<T> part(width);
-    std::vector<double> sums(width);
     for (int64_t block = chunk * blocks / chunks; block < (chunk + 1) * blocks / chunks; ++block) {
       const int64_t first = block * kBlockOfRows, at = first * width;
       std::fill(part.begin(), part.end(), T(0));
       add_dots(part.data(), a + at, b + at, std::min(kBlockOfRows, of.rows - first), width);
       for (int64_t j = 0; j < width; ++j) sums[j] += part[j];
     }
-    std::copy(sums.begin(), sums.end(), parts.begin() + chunk * width);
   });
-  std::vector<double> sums(width);
-  for (int64_t chunk = 0; chunk < chunks; ++chunk)
-    for (int64_t j = 0; j < width; ++j) sums[j] += parts[chunk * width + j];
+  double* sums = all.data();
+  for (int64_t at = width; at < chunks * width; at += width)
+    for (int64_t j = 0; j < width; ++j) sums[j] += sums[at + j];
   for (int64_t at = of.step(); at < width; at += of.step())
     for (int64_t j = 0; j < of.step(); ++j) sums[j] += sums[at + j];
-  if (of.inner == 1) return sums;
+  if (of.inner == 1) return all;
   std::vector<double> dots(of.count);
   for (int64_t j = 0; j < of.count; ++j)
-    dots[j] = std::accumulate(&sums[j * of.inner], &sums[(j + 1) * of.inner], 0.0);
+    dots[j] = std::accumulate(sums + j * of.inner, sums + (j + 1) * of.inner, 0.0);
   return dots;
 }
 
