@@ -146,6 +146,20 @@ def test_a_failed_run_leaves_the_model_as_it_was():
 # --- the table -----------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    ("backend", "options"),
+    [
+        ("native", {"kernel_size": 4, "padding": 1}),
+        ("native", {"kernel_size": 16, "dim": 2}),
+        ("aten", {"kernel_size": 4, "padding": "same"}),  # which pads the input first
+        ("aten", {"kernel_size": 4, "dim": 1}),
+    ],
+)
+def test_a_call_is_planned_for_the_backend_that_serves_it(backend, options):
+    ((_, planned),) = tuning.calls_of(WNConv1d(8, 6, **options), (torch.randn(2, 8, 30),))
+    assert planned == (backend if native.library() else "aten")
+
+
 def test_nothing_is_left_of_a_fixed_choice():
     """An error inside the block does not leave the checks with that choice."""
     layer, x = WNLinear(64, 64), torch.randn(32, 64)

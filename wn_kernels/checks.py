@@ -288,7 +288,9 @@ def check_convolution(
     batch = x_shape[: -rank - 1] or (1,)
     padded = torch.Size((*batch, channels, *(n + e for n, e in zip(sizes, extra, strict=True))))
     path = None
-    if _is_eager():
+    # The native library pads no input; its slices are rows, or columns.
+    serves = backend != "native" or (end is None and dim in (0, len(v_shape) - 1))
+    if serves and _is_eager():
         path = plan.choose(Call(padded, v_shape, x_dtype, v_dtype, dim, conv), backend)
     reshape = g_shape != shape or end is not None or len(x_shape) == rank + 1
     return ConvolutionCall(conv, dim, eps, path, shape, end, reshape)

@@ -60,9 +60,7 @@ def _plan_convolution(
         return None
     shapes = x.shape, v.shape, g.shape, None if bias is None else bias.shape
     call = check_convolution(*shapes, rank, *options, x.dtype, v.dtype, "native")
-    if call.path is None or call.end is not None:
-        return None
-    if call.dim != 0 and (call.dim != v.ndim - 1 or g.ndim == 1):
+    if call.path is None or (call.dim != 0 and g.ndim == 1):
         return None
     sizes = call.conv.output_sizes(x.shape[2:], v.shape[2:])
     return *call.conv, (x.shape[0], call.conv.out_channels(v.shape), *sizes), _flags(call.path)
