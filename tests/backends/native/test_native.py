@@ -248,6 +248,16 @@ def test_weight_norm(shape, dim, dtype, flat):
         assert_matches(dv, right_dv, dtype, v.numel(), roundings=3, scale=terms)
 
 
+def test_long_columns_keep_their_digits():
+    """Blocks of rows are summed in float32, and their sums in float64: all of these squares in
+    float32 would be off by a hundred roundings."""
+    v = torch.rand(1 << 18, 16) + 0.5
+    exact = v.double() / v.double().norm(dim=0, keepdim=True)
+    w = WF.weight_norm(v, torch.ones(1, 16), dim=1)
+    # The sum's rounding, a norm's, a quotient's and a product's.
+    assert ((w.double() - exact).abs() / exact).max() < 2 * torch.finfo(v.dtype).eps
+
+
 def test_weight_norm_keeps_the_layout():
     v = torch.randn(6, 5, 3, 4).contiguous(memory_format=torch.channels_last).requires_grad_()
     w = WF.weight_norm(v, torch.ones(6, 1, 1, 1))
