@@ -76,8 +76,7 @@ void add_dots(T* __restrict part, const T* a, const T* b, int64_t rows, int64_t 
     for (int64_t j = 0; j < columns; ++j) part[j] += a[i * columns + j] * b[i * columns + j];
 }
 
-// <A_j, B_j> of every slice, and perhaps more numbers behind them. Chunks of rows are added in order,
-// whoever took them.
+// <A_j, B_j> of every slice. Chunks of rows are added in order, whoever took them.
 template <typename T>
 std::vector<double> column_dots(const T* a, const T* b, const Columns& of) {
   const int64_t width = of.width(), blocks = (of.rows + kBlockOfRows - 1) / kBlockOfRows,
@@ -98,11 +97,10 @@ std::vector<double> column_dots(const T* a, const T* b, const Columns& of) {
     for (int64_t j = 0; j < width; ++j) sums[j] += sums[at + j];
   for (int64_t at = of.step(); at < width; at += of.step())
     for (int64_t j = 0; j < of.step(); ++j) sums[j] += sums[at + j];
-  if (of.inner == 1) return all;
-  std::vector<double> dots(of.count);
-  for (int64_t j = 0; j < of.count; ++j)
-    dots[j] = std::accumulate(sums + j * of.inner, sums + (j + 1) * of.inner, 0.0);
-  return dots;
+  for (int64_t j = 0; of.inner > 1 && j < of.count; ++j)
+    sums[j] = std::accumulate(sums + j * of.inner, sums + (j + 1) * of.inner, 0.0);
+  all.resize(of.count);
+  return all;
 }
 
 }  // namespace wn_kernels

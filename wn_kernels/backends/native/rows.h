@@ -11,6 +11,7 @@
 #include <cmath>
 #include <cstdint>
 #include <limits>
+#include <vector>
 
 #include <ATen/Parallel.h>
 
@@ -116,9 +117,10 @@ class Norms {
     return set(j, square, [=] { return std::all_of(row, row + length, [](T v) { return v == 0; }); });
   }
 
-  // Of `count` slices; is_zero(j) tells of one.
+  // Of all slices; is_zero(j) tells of one.
   template <typename F>
-  void set_all(int64_t count, const double* squares, const F& is_zero) {
+  void set_all(const std::vector<double>& squares, const F& is_zero) {
+    const int64_t count = squares.size();
     bool usual = true;
     for (int64_t j = 0; j < count; ++j) {
       n_[j] = from(squares[j]);

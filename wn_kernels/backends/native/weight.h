@@ -65,8 +65,7 @@ inline MaybeTensor norms(const Tensor& v, const Tensor& g, double eps) {
     const auto* vs = v.const_data_ptr<scalar_t>();
     Norms<scalar_t> all(n.mutable_data_ptr<scalar_t>(), eps);
     if (e.columns) {
-      const auto squares = column_dots(vs, vs, e.of);
-      all.set_all(e.count, squares.data(), [&](int64_t j) { return is_zero(vs, j, e.of); });
+      all.set_all(column_dots(vs, vs, e.of), [&](int64_t j) { return is_zero(vs, j, e.of); });
     } else {
       for_each(e.count, e.length, [&](int64_t j) {
         const auto* row = vs + j * e.length;

@@ -216,7 +216,6 @@ def grad_one_pass_kernel(
     norm_type = NORM.dtype.element_ty
     n = tl.load(NORM + offs_o, mask=mask_o, other=1.0)
     g = tl.load(G + offs_o, mask=mask_o, other=0.0).to(norm_type)
-    # Lying as the product takes it, the tile stays in registers.
     p = _load_tile(P, offs_o, offs_m, O, M, stride_po, stride_pm)
     if BIAS == "owned":
         tl.store(DB + offs_o, tl.sum(p.to(ACC), axis=1), mask=mask_o)
