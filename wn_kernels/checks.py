@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from . import plan
+from .backends import native
 from .backends.shapes import Geometry, canonical_dim, canonical_eps, kept_shape
 from .costs import Call
 
@@ -288,8 +289,8 @@ def check_convolution(
     batch = x_shape[: -rank - 1] or (1,)
     padded = torch.Size((*batch, channels, *(n + e for n, e in zip(sizes, extra, strict=True))))
     path = None
-    # The native library pads no input; its slices are rows, or columns.
-    serves = backend != "native" or (end is None and dim in (0, len(v_shape) - 1))
+    # The native library pads no input.
+    serves = backend != "native" or (end is None and native.knows(dim, len(v_shape)))
     if serves and _is_eager():
         path = plan.choose(Call(padded, v_shape, x_dtype, v_dtype, dim, conv), backend)
     reshape = g_shape != shape or end is not None or len(x_shape) == rank + 1

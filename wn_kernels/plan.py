@@ -124,8 +124,8 @@ def serving(v: Tensor, dim: int | None = 0) -> str:
     Raises:
         RuntimeError: a forced backend cannot serve it.
     """
-    slices = dim == 0 or (dim == v.ndim - 1 and v.ndim > 2)
-    if slices and v.is_cpu and v.dtype in native.DTYPES and asks_native() and native.library():
+    knows = native.knows(dim, v.ndim) and v.dtype in native.DTYPES
+    if knows and v.is_cpu and asks_native() and native.library():
         return "native"
     return choose_backend(v)
 

@@ -44,6 +44,13 @@ SERVES = (
     "columns; a weight's alone: of any dense one), in plain eager calls without autocast"
 )
 
+
+def knows(dim: int | None, ndim: int) -> bool:
+    """Whether a layer's slices along `dim` of its `ndim` dimensions are rows or, a convolution's,
+    columns."""
+    return dim == 0 or (dim == ndim - 1 and ndim > 2)
+
+
 _HERE = Path(__file__).parent
 SOURCES = sorted((*_HERE.glob("*.cpp"), *_HERE.glob("*.h")))
 

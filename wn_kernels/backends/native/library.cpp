@@ -1,8 +1,9 @@
 // Weight-normalised layers for a CPU, as nodes of PyTorch's autograd graph: no Python in a call.
 //
-// They serve dense tensors of one dtype, float32 or float64, and norms of the rows of V, or of the
-// columns of a convolution's, in the variants of the ATen path (backends/aten.py). A backward that
-// is itself differentiated runs on the composite formula (backends/reference.py).
+// They serve dense tensors of one dtype, float32 or float64, and norms of the rows of V, of the
+// columns of a convolution's, or of any slices of a weight alone, in the variants of the ATen path
+// (backends/aten.py). A backward that is itself differentiated runs on the composite formula
+// (backends/reference.py).
 
 #include "convolution.h"
 #include "linear.h"

@@ -57,25 +57,6 @@ inline void store(T* to, Vector<T> value) {
   std::memcpy(to, &value, sizeof value);
 }
 
-// The sum of a vector's elements.
-template <typename T, int64_t count = Lanes<T>::count>
-inline T total(const T* from) {
-  if constexpr (count == 1) {
-    return *from;
-  } else if constexpr (count * sizeof(T) <= 16) {
-    return total<T, count / 2>(from) + total<T, count / 2>(from + count / 2);
-  } else {
-    typedef T Half __attribute__((vector_size(count / 2 * sizeof(T))));
-    Half low, high;
-    std::memcpy(&low, from, sizeof low);
-    std::memcpy(&high, from + count / 2, sizeof high);
-    low += high;
-    T sums[count / 2];
-    std::memcpy(sums, &low, sizeof low);
-    return total<T, count / 2>(sums);
-  }
-}
-
 // A matrix (length, columns) in panels.
 template <typename T>
 class Panels {
@@ -290,7 +271,7 @@ void rows_product(
   for (int64_t r = 0; r < count; ++r) {
     const auto* from = &sums[r / kTileRows * columns * kTileRows + r % kTileRows];
     for (int64_t j = 0; j < columns; ++j)
-      products[j] = total(reinterpret_cast<const T*>(from + j * kTileRows));
+      products[j] = total<Lanes<T>::count>(reinterpret_cast<const T*>(from + j * kTileRows));
     finish(first + r, products.data(), square[r]);
   }
 }

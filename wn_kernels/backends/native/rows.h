@@ -10,6 +10,7 @@
 #include <atomic>
 #include <cmath>
 #include <cstdint>
+#include <cstring>
 #include <limits>
 #include <vector>
 
@@ -42,23 +43,29 @@ void for_each(int64_t count, int64_t length, const F& f) {
   });
 }
 
-// The sum of L lanes, halved until one is left: every half has its size at compile time, and stays in
-// registers.
-template <int L, typename T>
-T folded(const T* lanes) {
-  if constexpr (L == 1) {
-    return lanes[0];
+// The sum of some lanes, halved until one is left, within registers.
+template <int64_t count, typename T>
+T total(const T* from) {
+  if constexpr (count == 1) {
+    return *from;
+  } else if constexpr (count * sizeof(T) <= 16) {
+    return total<count / 2>(from) + total<count / 2>(from + count / 2);
   } else {
-    T half[L / 2];
-    for (int l = 0; l < L / 2; ++l) half[l] = lanes[l] + lanes[l + L / 2];
-    return folded<L / 2>(half);
+    typedef T Half __attribute__((vector_size(count / 2 * sizeof(T))));
+    Half low, high;
+    std::memcpy(&low, from, sizeof low);
+    std::memcpy(&high, from + count / 2, sizeof high);
+    low += high;
+    T sums[count / 2];
+    std::memcpy(sums, &low, sizeof low);
+    return total<count / 2>(sums);
   }
 }
 
 // The sums over a row of N products: term(i) gives those of element i.
 template <typename T, size_t N, typename Term>
 std::array<double, N> sums(int64_t length, const Term& term) {
-  std::array<double, N> total{};
+  std::array<double, N> all{};
   for (int64_t start = 0; start < length; start += kBlock) {
     const int64_t end = std::min(length, start + kBlock);
     T lanes[N][kLanes] = {}, rest[N] = {};
@@ -72,9 +79,9 @@ std::array<double, N> sums(int64_t length, const Term& term) {
       const std::array<T, N> terms = term(i);
       for (size_t k = 0; k < N; ++k) rest[k] += terms[k];
     }
-    for (size_t k = 0; k < N; ++k) total[k] += folded<kLanes>(lanes[k]) + rest[k];
+    for (size_t k = 0; k < N; ++k) all[k] += total<kLanes>(lanes[k]) + rest[k];
   }
-  return total;
+  return all;
 }
 
 // <a, b>
