@@ -16,7 +16,7 @@ import wn_kernels.functional as WF
 from bench.allocation import saved_bytes
 from bench.cases import MODES, check_close
 from wn_kernels.backends import reference
-from wn_kernels.backends.shapes import kept_shape
+from wn_kernels.call import kept_shape
 
 PROVIDERS: dict[str, Callable[[Tensor, Tensor, int | None], Tensor]] = {
     "plain": lambda v, g, dim: v.clone(),

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 import wn_kernels
-from wn_kernels import plan, tuning
+from wn_kernels import plan, prepare, tuning
 
 if TYPE_CHECKING:
     from bench.cases import Case
@@ -132,8 +132,8 @@ def variants(case: Case, device: torch.device) -> dict[str, Provider]:
             sessions[backend] = partial(wn_kernels.use_backend, backend)
     for call, backend in tuning.calls_of(layer, (x,)):
         for choice in plan.choices(call, backend):
-            name = f"{backend}, {tuning.name_of(choice)}"
-            sessions[name] = partial(tuning.fixed, call, backend, choice)
+            name = f"{backend}, {choice}"
+            sessions[name] = partial(prepare.fixed, call, choice)
     return {VARIANT + name: Provider(_ours, session=s) for name, s in sessions.items()}
 
 

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from wn_kernels.backends.reference import narrows_range
-from wn_kernels.backends.shapes import Geometry, kept_shape
-from wn_kernels.costs import one_pass_rows
+from wn_kernels.call import Geometry, kept_shape
+from wn_kernels.plan.costs import one_pass_rows
 
 if TYPE_CHECKING:
     from wn_kernels.backends.triton.launch import Launch

@@ -32,7 +32,7 @@ from bench.timing import (
     session_of,
 )
 from wn_kernels import plan
-from wn_kernels import table as tuned
+from wn_kernels.plan import table as tuned
 
 if TYPE_CHECKING:
     from bench.models import ModelCase

@@ -32,7 +32,7 @@ from torch.utils._pytree import tree_flatten
 from torch.utils.flop_counter import flop_registry
 
 from bench import baseline
-from wn_kernels.backends.shapes import Geometry, kept_shape
+from wn_kernels.call import Geometry, kept_shape
 
 
 @dataclass

@@ -15,7 +15,7 @@ from rich.table import Table
 import wn_kernels
 from bench.cases import SUITES
 from bench.providers import PROVIDERS
-from wn_kernels import table
+from wn_kernels.plan import Plan, table
 from wn_kernels.tuning import Tuned
 
 # A default that takes longer than the fastest by more than this is a poor one.
@@ -24,7 +24,7 @@ CLOSE = 1.10
 
 def loss(line: Tuned) -> float:
     """What the default takes over the fastest of those that were timed in a training step."""
-    steps = {key: t for key, t in line.seconds.items() if isinstance(key, tuple)}
+    steps = {key: t for key, t in line.seconds.items() if isinstance(key, Plan)}
     if line.default not in steps or steps[line.default] != steps[line.default]:
         return 1.0  # there was nothing to choose from
     return steps[line.default] / min(t for t in steps.values())
@@ -46,7 +46,7 @@ def main(seconds: float) -> int:
             layer, torch.randn(case.x_shape, device=device), seconds=seconds
         ):
             losses.append(loss(line))
-            names = ["/".join(map(str, choice)) for choice in (line.default, line.choice)]
+            names = str(line.default), str(line.choice)
             style = "yellow" if losses[-1] > CLOSE else ""
             shown.add_row(case.label, *names, f"{losses[-1]:.2f}", style=style)
     (console if console.is_terminal else Console(width=140)).print(shown)

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import wn_kernels
-from wn_kernels.backends.shapes import Geometry, kept_shape
+from wn_kernels.call import Geometry, kept_shape
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 DIMS = (0, 1, None)

@@ -44,7 +44,8 @@ def device() -> torch.device:
 @pytest.fixture
 def own_table(tmp_path, monkeypatch):
     """The path of a tuned table of this test's, forgotten afterwards."""
-    from wn_kernels import table, tuning
+    from wn_kernels import tuning
+    from wn_kernels.plan import table
 
     path = tmp_path / "cache" / "tuned.json"
     monkeypatch.setenv(table.VARIABLE, str(path))

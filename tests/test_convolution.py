@@ -8,7 +8,8 @@ from torch.autograd import gradcheck, gradgradcheck
 
 import wn_kernels.functional as WF
 from tests.comparison import FLOATS, AcceptsZeros, ConvCase, assert_matches, assert_same_bits
-from wn_kernels import checks, functional, plan, use_backend
+from tests.planning import planned
+from wn_kernels import plan, use_backend
 from wn_kernels.backends import reference
 
 # (batch, inputs, outputs, sizes, taps) and options: one of each kind.
@@ -127,7 +128,7 @@ def test_layers_of_models(name):
 @pytest.mark.parametrize("kind", ["1d", "grouped", "2d", "3d", "up", "up grouped", "up 2d"])
 @pytest.mark.parametrize("dim", [0, 1, None])
 @pytest.mark.parametrize("variant", ["kept", "materialize", "output", "input"])
-def test_every_variant(kind, dim, variant, monkeypatch):
+def test_every_variant(kind, dim, variant):
     """Whatever the planner picks is right."""
     case = case_of(KINDS, kind, dim)
     axis = case.geometry().scale_axis(dim)
@@ -136,21 +137,18 @@ def test_every_variant(kind, dim, variant, monkeypatch):
         variant = "materialize"
     elif variant not in ("materialize", axis) and axis != "whole":
         variant = axis
-    path = plan.AtenConvolution(variant, variant, kept)
-    monkeypatch.setattr(plan, "choose", lambda *_: path)
-    # What the checks remember holds a path.
-    monkeypatch.setattr(functional, "check_convolution", checks.check_convolution.__wrapped__)
-    case.check(case.layer)
-    for mask in range(1, 16):
-        inputs = case.leaves()
-        needs = [bool(mask >> i & 1) for i in range(4)]
-        leaves = [t.detach().requires_grad_(n) for t, n in zip(inputs, needs, strict=True)]
-        case.layer(*leaves).backward(case.dy)
-        assert [leaf.grad is not None for leaf in leaves] == needs
-        for leaf, right in zip(leaves, case.grads, strict=True):
-            if leaf.grad is not None:
-                terms = max(case.terms.values())
-                assert_matches(leaf.grad, right, torch.float32, case.length, scale=terms)
+    with planned(variant, variant, "weight" if kept else ""):
+        case.check(case.layer)
+        for mask in range(1, 16):
+            inputs = case.leaves()
+            needs = [bool(mask >> i & 1) for i in range(4)]
+            leaves = [t.detach().requires_grad_(n) for t, n in zip(inputs, needs, strict=True)]
+            case.layer(*leaves).backward(case.dy)
+            assert [leaf.grad is not None for leaf in leaves] == needs
+            for leaf, right in zip(leaves, case.grads, strict=True):
+                if leaf.grad is not None:
+                    terms = max(case.terms.values())
+                    assert_matches(leaf.grad, right, torch.float32, case.length, scale=terms)
 
 
 @pytest.mark.parametrize("kind", KINDS)

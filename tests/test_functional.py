@@ -13,9 +13,10 @@ from tests.comparison import (
     assert_same_bits,
     assert_zero,
 )
-from wn_kernels import checks, functional, plan, use_backend
+from tests.planning import planned
+from wn_kernels import use_backend
 from wn_kernels.backends import reference
-from wn_kernels.backends.shapes import kept_shape
+from wn_kernels.call import kept_shape
 
 # Tiny, and on either side of where the variants change hands.
 SHAPES = [(5, 37, 23), (32, 64, 64), (4, 512, 300), (300, 40, 200), (1, 1, 1), (3, 1, 7)]
@@ -66,15 +67,12 @@ def test_eps_without_bias(shape, eps, dim):
 @pytest.mark.parametrize("variant", ["scaled", "materialize"])
 @pytest.mark.parametrize("dim", DIMS)
 @pytest.mark.parametrize("keeps_product", [True, False])
-def test_every_variant(variant, dim, keeps_product, monkeypatch):
+def test_every_variant(variant, dim, keeps_product):
     """Whatever the planner picks is right."""
-    path = plan.AtenLinear(variant, variant, keeps_product)
-    monkeypatch.setattr(plan, "choose", lambda *_: path)
-    # What the checks remember holds a path.
-    monkeypatch.setattr(functional, "check_linear", checks.check_linear.__wrapped__)
-    for m in (3, 40):
-        call(Case(m, 300, 500, dim))
-        call(Case(m, 300, 500, dim, eps=17.0))
+    with planned(variant, variant, "product" if keeps_product else ""):
+        for m in (3, 40):
+            call(Case(m, 300, 500, dim))
+            call(Case(m, 300, 500, dim, eps=17.0))
 
 
 @pytest.mark.parametrize("leading", [(), (7,), (2, 3), (2, 1, 3), (0,), (2, 0, 3)])

@@ -11,9 +11,10 @@ from torch import nn
 
 import wn_kernels
 from tests.comparison import Case, ConvCase, assert_same_bits
-from wn_kernels import WNConv1d, WNConvTranspose1d, WNLinear, checks, costs, plan, table, tuning
+from wn_kernels import WNConv1d, WNConvTranspose1d, WNLinear, plan, prepare, tuning
 from wn_kernels.backends import native
-from wn_kernels.costs import Call
+from wn_kernels.call import Call, Operands
+from wn_kernels.plan import Plan, devices, table
 
 pytestmark = pytest.mark.usefixtures("own_table")
 
@@ -44,7 +45,7 @@ def test_every_choice_is_right(case):
     assert every[0] == plan.by_cost(call, "aten") == plan.choose(call, "aten")
     assert len(set(every)) == len(every)
     for choice in every:
-        with tuning.fixed(call, "aten", choice), wn_kernels.use_backend("aten"):
+        with prepare.fixed(call, choice), wn_kernels.use_backend("aten"):
             case.check(lambda *inputs: tuning._run(call, inputs))
 
 
@@ -55,7 +56,7 @@ def test_every_choice_is_right_native(case):
     every = plan.choices(call, "native")
     assert every[0] == plan.by_cost(call, "native") == plan.choose(call, "native")
     for choice in every:
-        with tuning.fixed(call, "native", choice), wn_kernels.use_backend("native"):
+        with prepare.fixed(call, choice), wn_kernels.use_backend("native"):
             case.check(lambda *inputs: tuning._run(call, inputs))
 
 
@@ -66,7 +67,7 @@ def test_every_choice_is_right_triton(case):
     call = call_of(case)._replace(channels_last=last)
     with wn_kernels.use_backend("triton"):
         for choice in plan.choices(call, "triton"):
-            with tuning.fixed(call, "triton", choice):
+            with prepare.fixed(call, choice):
                 case.check(lambda *inputs: tuning._run(call, inputs))
 
 
@@ -82,10 +83,11 @@ def test_tune_stores_and_uses(own_table, monkeypatch):
     before = [t.clone() for t in net.state_dict().values()]
     clock = []
 
-    def interleaved(call, backend, run, candidates, seconds):
+    def interleaved(call, run, candidates, seconds):
         clock.append(call)
         run()
-        slow = (plan.by_cost(call, backend), plan.by_cost(call, backend).forward)
+        default = plan.by_cost(call, next(iter(candidates.values())).backend)
+        slow = (default, default.forward)
         return {name: 2.0 if name in slow else 1.0 for name in candidates}
 
     monkeypatch.setattr(tuning, "_interleaved", interleaved)
@@ -101,17 +103,18 @@ def test_tune_stores_and_uses(own_table, monkeypatch):
     assert [line.backend for line in found] == [first, "aten"]  # the second has dim=None
     for line, call in zip(found, dict.fromkeys(clock), strict=True):
         assert line.choice != line.default == plan.by_cost(call, line.backend)
-        assert stored[table.machine(line.backend)][line.call] == line.choice._asdict()
+        assert stored[table.machine(line.backend)][line.call] == line.choice.entry()
         assert plan.choose(call, line.backend) == line.choice
         assert line.call in str(found)
     assert "2 tuned, 2 not the default" in str(found)
     assert "picked by the tuned table" in wn_kernels.explain(net, (5, 6))
     code = f"""
 import torch
-from wn_kernels import costs, plan
+from wn_kernels import plan
+from wn_kernels.call import Call, Operands
 torch.set_num_threads({torch.get_num_threads()})
 sizes = torch.Size((5, 6)), torch.Size((8, 6))
-print(plan.choose(costs.Call(*sizes, torch.float32, torch.float32, 0), "{first}").forward)
+print(plan.choose(Call(*sizes, torch.float32, torch.float32, 0), "{first}").forward)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == found[0].choice.forward
@@ -123,7 +126,7 @@ def test_tune_by_the_clock():
     (line,) = found
     assert all(0 < seconds < 1 for seconds in line.seconds.values())
     assert line.choice in plan.choices(call_of(Case(4, 96, 300, 0)), line.backend)
-    fastest = min(seconds for key, seconds in line.seconds.items() if isinstance(key, tuple))
+    fastest = min(seconds for key, seconds in line.seconds.items() if isinstance(key, Plan))
     assert line.seconds[line.choice] <= 1.5 * fastest or line.choice.forward != line.default.forward
 
 
@@ -157,25 +160,25 @@ def test_a_failed_run_leaves_the_model_as_it_was():
 )
 def test_a_call_is_planned_for_the_backend_that_serves_it(backend, options):
     ((_, planned),) = tuning.calls_of(WNConv1d(8, 6, **options), (torch.randn(2, 8, 30),))
-    assert planned == (backend if native.library() else "aten")
+    assert planned == (backend if native.unavailable() is None else "aten")
 
 
 def test_nothing_is_left_of_a_fixed_choice():
-    """An error inside the block does not leave the checks with that choice."""
+    """An error inside the block does not leave that plan behind."""
     layer, x = WNLinear(64, 64), torch.randn(32, 64)
     ((call, backend),) = tuning.calls_of(layer, (x,))
     default, *others = plan.choices(call, backend)
-    shapes = (x.shape, layer.weight_v.shape, layer.weight_g.shape, layer.bias.shape)
-    arguments = (*shapes, call.dim, 0.0, x.dtype, x.dtype, backend)
+    operands = Operands(x, layer.weight_v, layer.weight_g, layer.bias)
+    arguments = (0, operands, (), call.dim, 0.0, backend)
 
     def fails():
-        with tuning.fixed(call, backend, others[0]):
-            assert checks.check_linear(*arguments).path == others[0]
+        with prepare.fixed(call, others[0]):
+            assert prepare.prepare(*arguments).plan == others[0]
             raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
         fails()
-    assert checks.check_linear(*arguments).path == default
+    assert prepare.prepare(*arguments).plan == default
 
 
 @pytest.mark.parametrize("contents", ["{", "[]", '{"a": 1}', '{"a": {"b": 2}}', "\x00"])
@@ -202,7 +205,7 @@ def test_what_cannot_serve_is_ignored(own_table):
 def test_of_another_machine_is_not_used(own_table, monkeypatch):
     call = call_of(Case(5, 6, 7, 0))
     other = next(c for c in plan.choices(call, "aten") if c != plan.by_cost(call, "aten"))
-    table.store("aten", {plan.key(call): other._asdict()})
+    table.store("aten", {plan.key(call): other.entry()})
     assert plan.choose(call, "aten") == other
     monkeypatch.setattr(table, "machine", lambda backend: "another")
     tuning._forget()
@@ -278,7 +281,7 @@ def test_explain():
     assert repr(text) == str(text)
 
 
-@pytest.mark.parametrize("device", costs.GPUS)
+@pytest.mark.parametrize("device", devices.GPUS)
 def test_explain_for_a_gpu_that_is_not_there(device):
     text = wn_kernels.explain(WNLinear(4096, 4096), (1, 4096), device=device)
     assert f"triton, constants of {device}" in text

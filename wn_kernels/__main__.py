@@ -18,8 +18,9 @@ import torch
 
 import wn_kernels
 
-from . import plan, table
+from . import plan
 from .backends import native
+from .plan import table
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 

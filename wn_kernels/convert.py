@@ -23,9 +23,8 @@ from torch.nn.utils.parametrizations import _WeightNorm
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
-from . import checks, plan
-from .backends.shapes import Geometry, canonical_dim
-from .costs import Call
+from . import plan, prepare
+from .call import Call, Geometry, canonical_dim
 from .modules import forms, fused
 from .modules.weight import WeightNormMixin
 from .text import aligned
@@ -119,7 +118,7 @@ def _others(module: Any) -> Iterator[tuple[str, Any, str]]:
 
 
 def _path(module: Any, base: type[nn.Module], tensor: str, v: torch.Tensor, dim: Any) -> str:
-    """What `plan` picks for a nominal input."""
+    """The plan for a nominal input."""
     backend = plan.serving(v, dim)
     if fused.known_layer(base, tensor) is None or backend == "reference":
         return f"{backend}: weight"
@@ -139,8 +138,7 @@ def _path(module: Any, base: type[nn.Module], tensor: str, v: torch.Tensor, dim:
         size = round(NOMINAL ** (1 / rank))
         x_shape = torch.Size((1, module.in_channels, *(size + r for r in reach)))
         call = Call(x_shape, v.shape, v.dtype, v.dtype, dim, conv)
-    path = plan.choose(call, backend)
-    return f"{backend}: {path.forward}/{path.backward}"
+    return f"{backend}: {plan.choose(call, backend)}"
 
 
 # --- whole models --------------------------------------------------------------------------------
@@ -163,7 +161,7 @@ def fuse(model: nn.Module, dry_run: bool = False) -> Report:
     Raises:
         TypeError: `model` is no module.
     """
-    checks.check_module("model", model)
+    prepare.check_module("model", model)
     lines = []
     for prefix, module in model.named_modules():
         lines += [_fuse(prefix, module, found, dry_run) for found in _found(module)]
@@ -252,7 +250,7 @@ def unfuse(model: nn.Module) -> list[str]:
     Raises:
         TypeError: `model` is no module.
     """
-    checks.check_module("model", model)
+    prepare.check_module("model", model)
     names: list[str] = []
     for name, module in model.named_modules():
         before = len(names)
@@ -283,7 +281,7 @@ def fold(model: nn.Module) -> list[str]:
     Raises:
         TypeError: `model` is no module.
     """
-    checks.check_module("model", model)
+    prepare.check_module("model", model)
     names: list[str] = []
     for name, module in list(model.named_modules()):
         before = len(names)
@@ -335,7 +333,7 @@ def weight_norm(module: Module, name: str = "weight", dim: int | None = 0) -> Mo
         TypeError: `module` is no module, or the parameter's dtype or layout is not served.
         ValueError: the parameter has no shape yet, or `dim` is out of range.
     """
-    checks.check_module("module", module)
+    prepare.check_module("module", module)
     if _is_weight_normed(module, name):
         raise RuntimeError(f"{name} of {type(module).__name__} is weight-normed already")
     weight = module._parameters.get(name)
@@ -343,8 +341,8 @@ def weight_norm(module: Module, name: str = "weight", dim: int | None = 0) -> Mo
         raise AttributeError(f"{type(module).__name__} has no parameter {name!r}")
     if is_lazy(weight):
         raise ValueError(f"{name} of {type(module).__name__} has no shape yet: run it once before")
-    if not checks.are_dense(weight, weight, weight, None):
-        checks.reject(**{name: weight})
+    if not prepare.are_dense(weight, weight, weight, None):
+        prepare.reject(**{name: weight})
     dim = canonical_dim(dim, weight.ndim)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
@@ -364,7 +362,7 @@ def remove_weight_norm(module: Module, name: str = "weight") -> Module:
         TypeError: `module` is no module.
         ValueError: the tensor is not weight-normed.
     """
-    checks.check_module("module", module)
+    prepare.check_module("module", module)
     if not _is_weight_normed(module, name):
         raise ValueError(f"{name} of {type(module).__name__} is not weight-normed")
     if type(module) in fused.LAYERS.values():
@@ -399,7 +397,7 @@ def state_dict(model: nn.Module, form: str) -> dict[str, Any]:
         TypeError: `model` is no module.
         ValueError: the form is unknown.
     """
-    checks.check_module("model", model)
+    prepare.check_module("model", model)
     if form != "plain" and form not in forms.FORMS:
         raise ValueError(f"form is {form!r}; expected one of {[*forms.FORMS, 'plain']}")
     saved = model.state_dict()

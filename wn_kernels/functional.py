@@ -12,51 +12,17 @@ Accelerate Training of Deep Neural Networks*, 2016, equation (2).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd import forward_ad
-from torch.compiler import is_compiling
 
-from . import autograd, native, ops, plan
-from .backends import aten, reference
-from .backends.shapes import canonical_dim, reduced_dims
-from .checks import are_dense, check_convolution, check_linear, check_weight, reject
-
-# torch 2.6 has no such function; there, an exported program keeps this package's operators.
-_is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", lambda: False)
-
-
-def _composite(backend: str, v: Tensor) -> bool:
-    """Whether the differentiable composite serves the call: it was forced, or a `torch.func`
-    transform or forward-mode AD is active, which see through it to every order, or the call is
-    being exported or traced, to leave for where this package is not, or `v` is of a tensor class
-    with operators of its own, such as a `DTensor`.
-
-    Raises:
-        RuntimeError: Triton is forced, and one of these is the case.
-    """
-    if backend == "reference":
-        return True
-    # No public query exists for the first, the second and the last; all are stable across the
-    # supported releases.
-    seen_through = (
-        torch._C._are_functorch_transforms_active()
-        or forward_ad._current_level >= 0
-        or _is_exporting()
-        or torch._C._get_tracing_state() is not None
-        or (type(v) not in aten.PLAIN_TYPES and not is_compiling())
-    )
-    if seen_through and backend == "triton" and plan.is_forced():
-        raise plan.cannot_serve(
-            backend,
-            "a torch.func transform or forward-mode AD is active, the call is being exported or "
-            f"traced, or v is a {type(v).__name__}",
-        )
-    return seen_through
+from . import autograd, operators, plan
+from .backends import aten, native, reference
+from .call import Operands, canonical_dim, reduced_dims, scale_dtype
+from .prepare import are_dense, plan_native, prepare, reject
 
 
 def _autocast(input: Tensor) -> Tensor:
@@ -67,13 +33,56 @@ def _autocast(input: Tensor) -> Tensor:
     return input
 
 
-def _needs_grad(input: Tensor, v: Tensor, g: Tensor, bias: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and (
-        input.requires_grad
-        or v.requires_grad
-        or g.requires_grad
-        or (bias is not None and bias.requires_grad)
-    )
+def _native() -> Any:
+    """The native library, where calls go to it first; otherwise `None`."""
+    return native.library(plan_native) if plan.tries_native() else None
+
+
+def _run(
+    rank: int,
+    x: Tensor | None,
+    v: Tensor,
+    g: Tensor,
+    bias: Tensor | None,
+    geometry: tuple[Any, ...],
+    dim: int | None,
+    eps: float,
+) -> Tensor:
+    """The steps of every call that the native library does not serve. `rank` is the number of
+    spatial dimensions of a convolution, and 0 otherwise; the weight alone has no `x`."""
+    if not are_dense(v if x is None else x, v, g, bias):
+        reject(**{} if x is None else {"input": x}, v=v, g=g, bias=bias)
+    if x is not None and torch._C._is_any_autocast_enabled():
+        x = _autocast(x)
+    backend = plan.choose_backend(v)
+    tensors = Operands(x, v, g, bias)
+    call, chosen, g_shape, pad, batched, fits = prepare(rank, tensors, geometry, dim, eps, backend)
+    if backend == "native":  # it has left the call to others
+        raise plan.cannot_serve(backend)
+    if not fits:
+        g = g.view(g_shape)
+        if x is not None and not batched:
+            x = x.unsqueeze(0)
+        if x is not None and pad is not None:
+            x = F.pad(x, pad)
+        tensors = Operands(x, v, g, bias)
+    options = call.conv, call.dim, call.eps
+    if backend == "reference":
+        y = reference.layer(*tensors, *options)
+    else:
+        try:
+            if torch.is_grad_enabled() and (
+                v.requires_grad
+                or g.requires_grad
+                or (x is not None and x.requires_grad)
+                or (bias is not None and bias.requires_grad)
+            ):
+                y = autograd.layer(call, chosen, tensors)
+            else:
+                y = operators.layer(call, chosen, tensors, False)[0]
+        except aten.OutOfRange:
+            y = reference.layer_in_float64(*tensors, *options)
+    return y if batched else y.squeeze(0)
 
 
 def slice_norm(v: Tensor, *, dim: int | None = 0) -> Tensor:
@@ -91,7 +100,7 @@ def slice_norm(v: Tensor, *, dim: int | None = 0) -> Tensor:
     dims = reduced_dims(v.ndim, dim)
     if not dims:
         return v.abs()
-    dtype = torch.float64 if v.is_cpu or v.is_cuda else reference.scale_dtype(v)
+    dtype = torch.float64 if v.is_cpu or v.is_cuda else scale_dtype(v)
     n = torch.linalg.vector_norm(v, 2, dims, keepdim=dim is not None, dtype=dtype)
     return n.to(v.dtype)
 
@@ -122,24 +131,11 @@ def weight_norm(v: Tensor, g: Tensor, *, dim: int | None = 0, eps: float = 0.0) 
         ValueError: the shape of `g` does not fit, `dim` or `eps` is out of range, or the tensors
             are on different devices.
     """
-    if library := native.asked():
+    if library := _native():
         w = library.weight_norm(v, g, dim, eps)
         if w is not None:
             return w
-    if not are_dense(v, v, g, None):
-        reject(v=v, g=g)
-    dim, eps, shape = check_weight(v.shape, g.shape, dim, eps)
-    if g.ndim != len(shape):
-        g = g.view(shape)
-    backend = plan.choose_backend(v)
-    if _composite(backend, v):
-        return reference.weight_norm(v, g, dim, eps)
-    try:
-        if torch.is_grad_enabled() and (v.requires_grad or g.requires_grad):
-            return autograd.weight_norm(v, g, dim, eps, v.dtype, backend)
-        return ops.weight_norm(v, g, dim, eps, v.dtype, backend)[0]
-    except aten.OutOfRange:
-        return reference.in_float64(reference.weight_norm, v, g, dim, eps)
+    return _run(0, None, v, g, None, (), dim, eps)
 
 
 def wn_linear(
@@ -176,35 +172,11 @@ def wn_linear(
         ValueError: shapes do not fit, `dim` or `eps` is out of range, or the tensors are on
             different devices.
     """
-    if library := native.asked():
+    if library := _native():
         y = library.linear(input, v, g, bias, dim, eps)
         if y is not None:
             return y
-    if not are_dense(input, v, g, bias):
-        reject(input=input, v=v, g=g, bias=bias)
-    if torch._C._is_any_autocast_enabled():
-        input = _autocast(input)
-    dim, eps, path, g_shape = check_linear(
-        input.shape,
-        v.shape,
-        g.shape,
-        None if bias is None else bias.shape,
-        dim,
-        eps,
-        input.dtype,
-        v.dtype,
-    )
-    if g.ndim != len(g_shape):
-        g = g.view(g_shape)
-    backend = plan.choose_backend(input)
-    if _composite(backend, v):
-        return reference.linear(input, v, g, bias, dim, eps)
-    try:
-        if _needs_grad(input, v, g, bias):
-            return autograd.Linear.apply(input, v, g, bias, dim, eps, backend, path)
-        return ops.linear(input, v, g, bias, dim, eps, backend, path, False)[0]
-    except aten.OutOfRange:
-        return reference.in_float64(reference.linear, input, v, g, bias, dim, eps)
+    return _run(0, input, v, g, bias, (), dim, eps)
 
 
 def convolution(
@@ -222,47 +194,13 @@ def convolution(
     dim: int | None,
     eps: float,
 ) -> Tensor:
-    """What the six convolutions below call, with the number of their spatial dimensions first."""
-    options = stride, padding, dilation, transposed, output_padding, groups, dim, eps
-    if library := native.asked():
-        y = library.convolution(rank, input, v, g, bias, *options)
+    """Any of the six convolutions below; `rank` is the number of their spatial dimensions."""
+    geometry = stride, padding, dilation, transposed, output_padding, groups
+    if library := _native():
+        y = library.convolution(rank, input, v, g, bias, *geometry, dim, eps)
         if y is not None:
             return y
-    if not are_dense(input, v, g, bias):
-        reject(input=input, v=v, g=g, bias=bias)
-    if torch._C._is_any_autocast_enabled():
-        input = _autocast(input)
-    call = check_convolution(
-        input.shape,
-        v.shape,
-        g.shape,
-        None if bias is None else bias.shape,
-        rank,
-        *options,
-        input.dtype,
-        v.dtype,
-    )
-    unbatched = False
-    if call.reshape:
-        g = g.view(call.g_shape)
-        unbatched = input.ndim == rank + 1
-        if unbatched:
-            input = input.unsqueeze(0)
-        if call.end is not None:
-            input = F.pad(input, call.end)
-
-    backend = plan.choose_backend(input)
-    conv, dim, eps, path = call[:4]
-    try:
-        if _composite(backend, v):
-            y = reference.convolution(input, v, g, bias, conv, dim, eps)
-        elif _needs_grad(input, v, g, bias):
-            y = autograd.convolution(input, v, g, bias, conv, dim, eps, backend, path)
-        else:
-            y = ops.convolution(input, v, g, bias, conv, dim, eps, backend, path)[0]
-    except aten.OutOfRange:
-        y = reference.in_float64(reference.convolution, input, v, g, bias, conv, dim, eps)
-    return y.squeeze(0) if unbatched else y
+    return _run(rank, input, v, g, bias, geometry, dim, eps)
 
 
 def wn_conv1d(

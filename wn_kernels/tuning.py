@@ -1,18 +1,17 @@
-"""Measures what `plan.py` otherwise estimates, and shows what it estimates.
+"""Measures what the planner otherwise estimates, and shows what it estimates.
 
     print(wn_kernels.tune(model, sample))            # times every candidate, stores the fastest
     print(wn_kernels.explain(layer, input_shape))    # the candidates, and why one is picked
 
 What is tuned holds for calls of the same shapes, dtypes and options, on the same device with the
-same versions (`table.py`); `auto` uses it from then on, in this process and in others.
+same versions (`plan/table.py`); `auto` uses it from then on, in this process and in others.
 """
 
 from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,9 +19,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.benchmark import Timer
 
-from . import checks, costs, plan, table
 from . import functional as WF
-from .costs import Call
+from . import plan, prepare
+from .call import Call
+from .plan import Plan, costs, devices, table
 from .text import aligned
 
 # A candidate has to beat the cost model's choice by this factor to take its place: what differs
@@ -36,17 +36,17 @@ class Tuned:
 
     Attributes:
         call: its name in the tuned table: shapes, dtypes and options.
-        backend: who serves it.
-        seconds: of a forward without gradients by variant, and of a training step by choice.
-        default: the cost model's choice.
-        choice: the fastest; the default, where no other is faster by 3 %.
+        backend: what serves it.
+        seconds: of a forward without gradients by variant, and of a training step by plan.
+        default: the cost model's plan.
+        choice: the fastest plan; the default, where no other is faster by 3 %.
     """
 
     call: str
     backend: str
     seconds: dict[Any, float]
-    default: Any
-    choice: Any
+    default: Plan
+    choice: Plan
 
 
 class Tuning(tuple[Tuned, ...]):
@@ -57,30 +57,23 @@ class Tuning(tuple[Tuned, ...]):
         for x in self:
             times = (f"{x.seconds[choice] * 1e6:.0f} µs" for choice in (x.default, x.choice))
             default, chosen = times
-            rows.append((x.call, x.backend, name_of(x.default), default, name_of(x.choice), chosen))
+            rows.append((x.call, x.backend, str(x.default), default, str(x.choice), chosen))
         changed = sum(x.choice != x.default for x in self)
         return "\n".join([*aligned(rows), f"{len(self)} tuned, {changed} not the default"])
 
     __repr__ = __str__
 
 
-def name_of(choice: Any) -> str:
-    """A choice in a few words."""
-    name = f"{choice.forward}/{choice.backward}"
-    extra = [key for key, value in choice._asdict().items() if value is True]
-    return ", ".join([name, *extra])
-
-
 # --- what a model calls --------------------------------------------------------------------------
 
 
 def calls_of(model: nn.Module, inputs: Sequence[Any]) -> list[tuple[Call, str]]:
-    """What `plan` is asked for when the model runs. Nothing of the model changes."""
+    """The calls of layers that are planned when the model runs, with their backends. Nothing of the
+    model changes."""
     training = {module: module.training for module in model.modules()}
-    checks.forget()
     model.eval()
     try:
-        with torch.no_grad(), plan.watching() as calls:
+        with torch.no_grad(), prepare.watching() as calls:
             model(*inputs)
     finally:
         for module, flag in training.items():
@@ -135,7 +128,7 @@ def tune(model: nn.Module, sample: Any, *, seconds: float = 1.0) -> Tuning:
         ValueError: `seconds` is not positive, or a backend is forced: nothing is left to choose.
         OSError: the table cannot be written.
     """
-    checks.check_module("model", model)
+    prepare.check_module("model", model)
     if not seconds > 0:
         raise ValueError(f"seconds must be positive, got {seconds}")
     if plan.is_forced():
@@ -144,7 +137,7 @@ def tune(model: nn.Module, sample: Any, *, seconds: float = 1.0) -> Tuning:
     device = _device(model)
     found = [_tuned(*call, device, seconds) for call in calls_of(model, inputs)]
     for backend in {x.backend for x in found}:
-        chosen = {x.call: x.choice._asdict() for x in found if x.backend == backend}
+        chosen = {x.call: x.choice.entry() for x in found if x.backend == backend}
         table.store(backend, chosen)
     _forget()
     return Tuning(found)
@@ -153,19 +146,7 @@ def tune(model: nn.Module, sample: Any, *, seconds: float = 1.0) -> Tuning:
 def _forget() -> None:
     """Has every call planned anew, with what the table says now."""
     table.forget()
-    plan.choose.cache_clear()
-    checks.forget()
-
-
-@contextmanager
-def fixed(call: Call, backend: str, choice: Any) -> Iterator[None]:
-    """Serves a call this way inside the block."""
-    checks.forget()
-    try:
-        with plan.fixed(call, backend, choice):
-            yield
-    finally:
-        checks.forget()
+    prepare.forget()
 
 
 def _tuned(call: Call, backend: str, device: torch.device, seconds: float) -> Tuned:
@@ -183,12 +164,12 @@ def _tuned(call: Call, backend: str, device: torch.device, seconds: float) -> Tu
         torch.autograd.grad(_run(call, operands), operands, dy)
 
     forwards = {choice.forward: choice for choice in reversed(candidates)}
-    times: dict[Any, float] = _interleaved(call, backend, infer, forwards, seconds / 2)
+    times: dict[Any, float] = _interleaved(call, infer, forwards, seconds / 2)
     forward = _fastest(times, default.forward)
     after = {choice: choice for choice in candidates if choice.forward == forward} | {
         default: default
     }
-    steps = _interleaved(call, backend, step, after, seconds / 2)
+    steps = _interleaved(call, step, after, seconds / 2)
     right = {choice: t for choice, t in steps.items() if choice.forward == forward}
     choice = _fastest(right, default if default in right else min(right, key=right.__getitem__))
     return Tuned(plan.key(call), backend, times | steps, default, choice)
@@ -200,11 +181,7 @@ def _fastest(times: dict[Any, float], default: Any) -> Any:
 
 
 def _interleaved(
-    call: Call,
-    backend: str,
-    run: Callable[[], None],
-    candidates: dict[Any, Any],
-    seconds: float,
+    call: Call, run: Callable[[], None], candidates: dict[Any, Plan], seconds: float
 ) -> dict[Any, float]:
     """Seconds of a run under each candidate: the median of rounds in which all take their turn."""
     if len(candidates) == 1:
@@ -215,7 +192,7 @@ def _interleaved(
     start = time.perf_counter()
     while len(samples[next(iter(samples))]) < 5 or time.perf_counter() - start < seconds:
         for name, choice in candidates.items():
-            with fixed(call, backend, choice):
+            with prepare.fixed(call, choice):
                 run()  # plans anew
                 samples[name].append(timer.timeit(repeats).mean)
         if repeats == 1:  # the first round only finds how often to run in the others
@@ -249,7 +226,7 @@ def explain(
             in evaluation mode, on zeros.
         input_shape: the shape of its input.
         dtype: the input's; that of the module's first parameter by default.
-        device: the name of a GPU in `costs.GPUS` ("H100", ...), for what Triton's path would be
+        device: the name of a GPU in `devices.GPUS` ("H100", ...), for what Triton's path would be
             there. By default, what serves the module where it is.
 
     Returns:
@@ -259,9 +236,9 @@ def explain(
         TypeError: `module` is no module.
         ValueError: the device is unknown, or the module calls nothing of this package.
     """
-    checks.check_module("module", module)
-    if device is not None and device not in costs.GPUS:
-        raise ValueError(f"device is {device!r}; expected one of {[*costs.GPUS]} or None")
+    prepare.check_module("module", module)
+    if device is not None and device not in devices.GPUS:
+        raise ValueError(f"device is {device!r}; expected one of {[*devices.GPUS]} or None")
     dtype = dtype or next((p.dtype for p in module.parameters()), torch.get_default_dtype())
     x = torch.zeros(tuple(input_shape), dtype=dtype, device=_device(module))
     calls = calls_of(module, (x,))
@@ -273,10 +250,10 @@ def explain(
 
 
 def _explained(call: Call, backend: str, device: str | None) -> str:
-    found = costs.costs(call, backend, costs.GPUS[device] if device else None)
+    found = costs.costs(call, backend, devices.GPUS[device] if device else None)
     source = "cost model"
     if device:
-        picked: Any = plan.Path(*found.cheapest())
+        picked = Plan(backend, *found.cheapest())
     else:
         picked = plan.choose(call, backend)
         if table.find(backend, plan.key(call)) is not None:
@@ -296,5 +273,8 @@ def _explained(call: Call, backend: str, device: str | None) -> str:
                 )
             )
     title = f"{plan.key(call)}\n{backend}, constants of {found.device.name}, picked by the {source}"
-    keeps = [key for key, value in picked._asdict().items() if value is True]
+    keeps = []
+    if picked.keeps:
+        recorded = f"A training step keeps the {picked.keeps}"
+        keeps = [f"{recorded}; its forward is {picked.recorded}."]
     return "\n".join([title, *aligned(rows), *keeps])

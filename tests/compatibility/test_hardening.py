@@ -15,7 +15,7 @@ import wn_kernels
 import wn_kernels.functional as WF
 from tests.comparison import assert_matches, assert_zero
 from wn_kernels.backends import reference
-from wn_kernels.backends.shapes import canonical_dim, kept_shape
+from wn_kernels.call import canonical_dim, kept_shape
 
 # Shapes of the input and of V, by function. For those that take no input, of V.
 SHAPES = {

@@ -39,8 +39,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .reference import scale_dtype
-from .shapes import Geometry, kept_shape, reduced_dims
+from ..call import (
+    NORM_RANGE,
+    Call,
+    Geometry,
+    Grads,
+    Needs,
+    Operands,
+    kept_shape,
+    recorder,
+    reduced_dims,
+    scale_dtype,
+)
+from .native.limits import LEFT_ROWS
 
 INF = float("inf")
 
@@ -51,9 +62,6 @@ BLOCK = 1 << 18
 # Elements of a row from which its norm is taken where it lies.
 LONG_ROW = 32
 
-# Rows of `x` for which `V xᵀ` beats `x Vᵀ` by more than transposing it costs.
-LEFT_ROWS = range(2, 256)
-
 # torch's own kernels, which take a norm and a scale (their gradients) in one operation, serve
 # weights up to 32 MiB of float32; beyond, the allocator maps fresh pages for every result, whose
 # faults cost more than the operation saves. A gradient that may take the place of `dW` needs no
@@ -61,12 +69,6 @@ LEFT_ROWS = range(2, 256)
 FUSED_MAX = 1 << 23
 IN_PLACE_MIN = 1 << 21
 _FUSED_DTYPES = frozenset((torch.float32, torch.float64, torch.bfloat16, torch.float16))
-
-# Norms that may be squared, and divided by one another's squares, by the dtype they are kept in.
-_RANGE = {torch.float32: (1e-10, 1e10), torch.float64: (1e-80, 1e80)}
-
-# Tensors whose operators are torch's own.
-PLAIN_TYPES = frozenset((Tensor, torch.nn.Parameter))
 
 _plain_backward = torch.ops.aten.convolution_backward.default
 _fused_grad = torch.ops.aten._weight_norm_interface_backward.default
@@ -115,14 +117,14 @@ class OutOfRange(Exception):
 
 def _is_in_range(n: Tensor) -> bool:
     """Whether all norms are; false for NaN."""
-    least, most = _RANGE[n.dtype]
+    least, most = NORM_RANGE[n.dtype]
     low, high = n.aminmax()
     return low.item() >= least and high.item() <= most
 
 
 def _check_range(v: Tensor, n: Tensor) -> None:
     """Raises `OutOfRange` where it has to; on the CPU alone, where a look costs no wait."""
-    if not v.is_cpu or not n.numel() or not _is_readable(v) or _is_in_range(n):
+    if not v.is_cpu or not n.numel() or recorder(v) or _is_in_range(n):
         return
     dead = n.isinf()  # of norm zero, or too large
     live = n[~dead]
@@ -187,7 +189,7 @@ def fused_weight_norm(
     It makes NaN of a slice of norm zero, and its gradient divides by the norm's third power, so the
     norms have to be looked at.
     """
-    if dtype is v.dtype and _fused_serves(v, g, dim, eps) and _is_readable(v):
+    if dtype is v.dtype and _fused_serves(v, g, dim, eps) and not recorder(v):
         assert dim is not None
         w, n = torch._weight_norm_interface(v, g, dim)
         if _is_in_range(n):
@@ -206,15 +208,6 @@ def _fused_serves(v: Tensor, g: Tensor, dim: int | None, eps: float) -> bool:
         and g.is_contiguous()
         and 0 < v.numel() <= FUSED_MAX
         and v.ndim > 1
-    )
-
-
-def _is_readable(v: Tensor) -> bool:
-    """Whether a value on the CPU may be looked at: nobody traces the call."""
-    return (
-        type(v) in PLAIN_TYPES
-        and not torch._C._len_torch_dispatch_stack()
-        and torch._C._get_tracing_state() is None
     )
 
 
@@ -320,7 +313,7 @@ def linear(
         s = s.view(-1)
     # MKL is up to twice as fast with `V` on the left, for a few rows; the epilogue transposes the
     # product on its way out.
-    product = torch.mm(v, x.t()).t() if len(x) in LEFT_ROWS else torch.mm(x, v.t())
+    product = torch.mm(v, x.t()).t() if 1 < len(x) < LEFT_ROWS else torch.mm(x, v.t())
     kept = product if keep_product and dim == 0 else None
     y = product if kept is None and product.is_contiguous() else x.new_empty(product.shape)
     if bias is None:
@@ -340,8 +333,8 @@ def linear_backward(
     dim: int | None,
     eps: float,
     variant: str,
-    needs: tuple[bool, bool, bool, bool],
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    needs: Needs,
+) -> Grads:
     """`(dX, dV, dg, db)`, `None` where `needs` says so; `dY` is `(M, N)`, `x` is `(M, K)`."""
     needs_x, needs_v, needs_g, needs_bias = needs
     needs_weight = needs_v or needs_g
@@ -424,8 +417,8 @@ def convolution_backward(
     dim: int | None,
     eps: float,
     variant: str,
-    needs: tuple[bool, bool, bool, bool],
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    needs: Needs,
+) -> Grads:
     """`(dX, dV, dg, db)`, `None` where `needs` says so."""
     needs_x, needs_v, needs_g, needs_bias = needs
     needs_weight = needs_v or needs_g
@@ -480,3 +473,39 @@ def _channel_dots(x: Tensor, dx: Tensor, conv: Geometry, dim: int | None) -> Ten
         return dots.sum()
     dots = dots.sum([i for i in range(x.ndim) if i != 1])
     return dots.view(conv.groups, -1).sum(0) if dim == 1 else dots
+
+
+# --- the signature that all backends share -------------------------------------------------------
+
+
+def layer(
+    call: Call, plan: Any, tensors: Operands, keep: bool, look: bool = False
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """`(y, n, kept)` as `plan` says: the output, which is `W` where there is no `x`, the norms, and
+    what a linear layer saves for the backward where `keep` allows it. Its `x` is 2-d."""
+    x, v, g, bias = tensors
+    if x is None:
+        return *weight_norm(v, g, call.dim, call.eps, call.x_dtype, look), None
+    options = call.dim, call.eps, plan.forward
+    if call.conv is not None:
+        return *convolution(x, v, g, bias, call.conv, *options, look), None
+    return linear(x, v, g, bias, *options, keep and plan.keeps == "product", look)
+
+
+def layer_backward(
+    call: Call,
+    plan: Any,
+    dy: Tensor,
+    tensors: Operands,
+    n: Tensor,
+    kept: Tensor | None,
+    needs: Needs,
+) -> Grads:
+    """`(dX, dV, dg, db)`, `None` where `needs` says so and no other output brings it along."""
+    x, v, g, _ = tensors
+    if x is None:
+        return None, *weight_norm_backward(dy, v, g, n, call.dim, call.eps), None
+    options = call.dim, call.eps, plan.backward, needs
+    if call.conv is not None:
+        return convolution_backward(dy, x, v, g, n, call.conv, *options)
+    return linear_backward(dy, x, v, g, n, kept, *options)

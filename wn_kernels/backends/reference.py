@@ -12,30 +12,14 @@ in float64; a double backward and `torch.func` transforms run on it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .shapes import Geometry, reduced_dims
-
-
-def scale_dtype(v: Tensor) -> torch.dtype:
-    """The dtype that norms and scales are kept in: float64 for float64, else float32."""
-    return torch.float64 if v.dtype == torch.float64 else torch.float32
-
-
-def narrows_range(x_dtype: torch.dtype, v_dtype: torch.dtype) -> bool:
-    """Whether unscaled elements of `V` may leave the range of the product's dtype: a float16
-    product of a wider `V`. Such a `V` has to be scaled before it is cast."""
-    return x_dtype == torch.float16 and v_dtype != torch.float16
-
-
-def takes_tf32(dtype: torch.dtype) -> bool:
-    """Whether PyTorch is set to take products of this dtype in TF32."""
-    return dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest"
+from ..call import Geometry, kept_shape, reduced_dims, scale_dtype
 
 
 def slice_scale(v: Tensor, g: Tensor, dim: int | None, eps: float) -> Tensor:
@@ -84,7 +68,53 @@ def convolution(
     return torch.convolution(x, w, None if bias is None else bias.to(x.dtype), *conv)
 
 
-def in_float64(function: Callable[..., Tensor], *arguments: Any) -> Tensor:
-    """A function of this file, computed in float64 and returned in its first argument's dtype."""
-    wide = (t.double() if isinstance(t, Tensor) else t for t in arguments)
-    return function(*wide).to(arguments[0].dtype)
+def layer(
+    x: Tensor | None,
+    v: Tensor,
+    g: Tensor,
+    bias: Tensor | None,
+    conv: Sequence | None,
+    dim: int | None,
+    eps: float,
+) -> Tensor:
+    """The call of a layer: a convolution where there is a geometry, `W` itself where there is no
+    `x`, a linear layer otherwise. `g` has the kept shape, or is flat."""
+    if g.ndim == 1:
+        g = g.view(kept_shape(v.shape, dim))
+    if x is None:
+        return weight_norm(v, g, dim, eps)
+    if conv is None:
+        return linear(x, v, g, bias, dim, eps)
+    return convolution(x, v, g, bias, Geometry(*conv), dim, eps)
+
+
+def layer_in_float64(
+    x: Tensor | None, v: Tensor, g: Tensor, bias: Tensor | None, *options: Any
+) -> Tensor:
+    """The same, computed in float64 and returned in the dtype of the product."""
+    wide: Any = (None if t is None else t.double() for t in (x, v, g, bias))
+    return layer(*wide, *options).to((v if x is None else x).dtype)
+
+
+def differentiable_grads(
+    dy: Tensor,
+    x: Tensor | None,
+    v: Tensor,
+    g: Tensor,
+    bias: Tensor | None,
+    conv: Sequence | None,
+    dim: int | None,
+    eps: float,
+    needs: Sequence[bool],
+) -> list[Tensor | None]:
+    """`(dX, dV, dg, db)` of `layer` as part of the graph, `None` where `needs` is false or too
+    short."""
+    inputs = (x, v, g, bias)
+    needs = [*needs, *[False] * (len(inputs) - len(needs))]
+    with torch.enable_grad():
+        # Aliases, because an input's own history may lead to another input.
+        aliases = [None if t is None else t.view_as(t) for t in inputs]
+        wanted = [t for t, need in zip(aliases, needs, strict=True) if need and t is not None]
+        y = layer(*aliases, conv, dim, eps)  # type: ignore[arg-type, call-arg]
+        grads = iter(torch.autograd.grad(y, wanted, dy, create_graph=True))
+    return [next(grads) if need else None for need in needs]

@@ -24,7 +24,7 @@ from torch.nn.utils.parametrizations import _WeightNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
 from .. import functional as WF
-from ..backends.shapes import canonical_dim
+from ..call import canonical_dim
 from . import conv, forms, linear
 from .weight import Operands, WeightNormMixin
 

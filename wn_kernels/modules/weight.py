@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter, is_lazy
 
 from .. import functional as WF
-from ..backends.shapes import canonical_dim, canonical_eps, kept_shape
+from ..call import canonical_dim, canonical_eps, kept_shape
 from . import forms
 
 # (v, g, bias, dim, eps)

@@ -1,7 +1,6 @@
 """The native library: every variant and order, what it serves and what it leaves alone."""
 
 import functools
-from contextlib import contextmanager
 
 import pytest
 import torch
@@ -11,10 +10,11 @@ from torch.autograd import gradcheck, gradgradcheck
 
 import wn_kernels.functional as WF
 from tests.comparison import Case, ConvCase, assert_matches, assert_same_bits, assert_zero
+from tests.planning import planned
 from tests.test_convolution import KINDS, LAYERS, case_of, cases, check
-from wn_kernels import WNConv2d, WNLinear, checks, plan, use_backend
+from wn_kernels import WNConv2d, WNLinear, plan, prepare, use_backend
 from wn_kernels.backends import native, reference
-from wn_kernels.backends.shapes import kept_shape
+from wn_kernels.call import kept_shape
 
 WIDE = [torch.float32, torch.float64]
 # Tiny, one row, some, few of a large layer, with rests of every tile and without, many, and longer
@@ -39,16 +39,6 @@ def _forced():
 
 def linear(case):
     return lambda *inputs: WF.wn_linear(*inputs, eps=case.eps)
-
-
-@contextmanager
-def planned(path):
-    """Has every call planned this way."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(plan, "choose", lambda *_: path)
-        checks.forget()
-        yield
-    checks.forget()
 
 
 # --- values --------------------------------------------------------------------------------------
@@ -76,7 +66,7 @@ def test_strides_of_the_input(shape, layout):
 @pytest.mark.parametrize("keeps", [True, False])
 def test_every_variant_of_linear(forward, backward, keeps):
     keeps = keeps and forward == backward == "scaled"
-    with planned(plan.AtenLinear(forward, backward, keeps)):
+    with planned(forward, backward, "product" if keeps else ""):
         for m, k, n in [
             (1, 300, 130),
             (3, 300, 130),
@@ -92,7 +82,7 @@ def test_every_variant_of_linear(forward, backward, keeps):
 
 
 def check_mask(case, layer, mask):
-    """Only the gradients asked for, and each as if all were."""
+    """Only the gradients seen for, and each as if all were."""
     needs = [bool(mask >> i & 1) for i in range(4)]
     inputs = (case.x, case.v, case.g, case.bias)
     leaves = [t.detach().requires_grad_(n) for t, n in zip(inputs, needs, strict=True)]
@@ -127,13 +117,12 @@ def test_kinds(kind, eps, dtype):
     case.check(case.layer)
 
 
-def convolution_path(case, forward, backward):
-    """A path by the variants' names: "late", at the side that the scale belongs to, "materialize",
-    "kept", or "unfold"."""
+def convolution_plan(case, forward, backward):
+    """Arguments of `planned` by the variants' names: "late", at the side that the scale belongs to,
+    "materialize", "kept", or "unfold"."""
     names = {"late": case.geometry().scale_axis(case.dim), "kept": "materialize"}
-    return plan.AtenConvolution(
-        *(names.get(variant, variant) for variant in (forward, backward)), backward == "kept"
-    )
+    variants = (names.get(variant, variant) for variant in (forward, backward))
+    return *variants, "weight" if backward == "kept" else ""
 
 
 FORWARDS, BACKWARDS = ["late", "materialize", "unfold"], ["late", "materialize", "unfold", "kept"]
@@ -144,20 +133,20 @@ FORWARDS, BACKWARDS = ["late", "materialize", "unfold"], ["late", "materialize",
 @pytest.mark.parametrize("backward", BACKWARDS)
 def test_every_variant_of_convolutions(kind, forward, backward):
     case = case_of(KINDS, kind)
-    with planned(convolution_path(case, forward, backward)):
+    with planned(*convolution_plan(case, forward, backward)):
         case.check(case.layer)
         for mask in range(1, 16):
             check_mask(case, case.layer, mask)
 
 
-@pytest.mark.parametrize("variant", ["output", "materialize", "unfold"])
+@pytest.mark.parametrize("variant", ["output", "materialize"])
 @pytest.mark.parametrize("weight_too", [False, True])
 def test_channels_last(variant, weight_too):
     case = case_of(KINDS, "2d")
     case.x = case.x.to(memory_format=torch.channels_last)
     if weight_too:
         case.v = case.v.to(memory_format=torch.channels_last)
-    with planned(plan.AtenConvolution(variant, variant, False)):
+    with planned(variant, variant):
         y, grads = case.check(case.layer)
     assert y.is_contiguous(memory_format=torch.channels_last)
     assert grads[1].stride() == case.v.stride()
@@ -176,7 +165,7 @@ def test_unfolded(kind, dtype):
         "positions": ((2, 96, 96, (49,), (40,)), 2, {"groups": 2, "padding": 20}),
     }[kind]
     case = ConvCase(*sizes, dim, dtype, **options)
-    with planned(plan.AtenConvolution("unfold", "unfold", False)):
+    with planned("unfold", "unfold"):
         found = case.check(case.layer)
         threads = torch.get_num_threads()
         try:
@@ -301,7 +290,7 @@ def test_fuzz_convolution(rank, transposed):
         case.v = case.v.contiguous()
         # "same" with an even kernel pads the input first.
         assume(case.options.get("padding") != "same")
-        with planned(convolution_path(case, *path)):
+        with planned(*convolution_plan(case, *path)):
             check(case)
 
     run()
@@ -527,16 +516,16 @@ def test_same_bits_whatever_the_threads(m):
 
 
 def test_a_call_is_planned_once(monkeypatch):
-    checks.forget()
-    asked = []
+    prepare.forget()
+    seen = []
     choose = plan.choose
-    monkeypatch.setattr(plan, "choose", lambda *call: asked.append(call) or choose(*call))
+    monkeypatch.setattr(plan, "choose", lambda *call: seen.append(call) or choose(*call))
     layer = WNConv2d(3, 4, 3)
     for _ in range(3):
         layer(torch.randn(2, 3, 8, 8))
-    assert [backend for _, backend in asked] == ["native"]
+    assert [backend for _, backend in seen] == ["native"]
     layer(torch.randn(2, 3, 8, 9))
-    assert len(asked) == 2
-    checks.forget()
+    assert len(seen) == 2
+    prepare.forget()
     layer(torch.randn(2, 3, 8, 9))
-    assert len(asked) == 3
+    assert len(seen) == 3

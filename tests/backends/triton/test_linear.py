@@ -9,7 +9,7 @@ from torch import Tensor
 from tests.comparison import DIMS, LAYOUTS, Case, assert_matches, assert_same_bits
 from wn_kernels.backends.triton import configs, linear, linear_backward, slice_norms
 from wn_kernels.backends.triton.launch import recording
-from wn_kernels.costs import one_pass_rows
+from wn_kernels.plan.costs import one_pass_rows
 
 FORWARD = {0: ("one_pass", "scaled"), 1: ("scaled",), None: ("scaled",)}
 BACKWARD = {0: ("one_pass", "scaled"), 1: ("one_pass", "scaled"), None: ("scaled",)}

@@ -9,8 +9,8 @@ from tests.comparison import (
     strided,
 )
 from wn_kernels.backends import reference
-from wn_kernels.backends.shapes import kept_shape
 from wn_kernels.backends.triton import configs, slice_norms, weight_norm, weight_norm_backward
+from wn_kernels.call import kept_shape
 
 SMALL = configs.SliceConfig(4, 8, 4)
 

@@ -1,5 +1,6 @@
 """The fast path of a CPU in C++: the layers as nodes of the autograd graph.
 
+    limits.h        thresholds that the cost model computes with as well (limits.py)
     rows.h          passes over the rows of a weight, each read once
     columns.h       and over one whose slices are something else
     call.h          which calls are served, and how
@@ -27,28 +28,51 @@ import platform
 import sys
 import sysconfig
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ... import cache
+from ...call import Call
+from ..reference import differentiable_grads
+from . import limits
 
 NAME = "wn_kernels_native"
 
-# What it knows.
 DTYPES = frozenset((torch.float32, torch.float64))
 SERVES = (
-    "the native library knows batches of float32 or float64 tensors on a CPU, all of one dtype and "
-    "none empty, norms from 1e-10 to 1e10 of slices that are rows in memory (a convolution's: or "
-    "columns; a weight's alone: of any dense one), in plain eager calls without autocast"
+    "the native library needs non-empty CPU tensors of one dtype, float32 or float64, with a batch "
+    "dimension, in an eager call without autocast. Slices must be rows of memory; for convolutions "
+    "columns also work, and for a weight alone any slices of a dense one. Norms must lie between "
+    "1e-10 and 1e10"
 )
 
 
-def knows(dim: int | None, ndim: int) -> bool:
-    """Whether a layer's slices along `dim` of its `ndim` dimensions are rows or, a convolution's,
+def serves_dim(dim: int | None, ndim: int) -> bool:
+    """Whether a layer's slices along `dim` of its `ndim` dimensions are rows or, for a convolution,
     columns."""
     return dim == 0 or (dim == ndim - 1 and ndim > 2)
+
+
+def serves(call: Call) -> bool:
+    """Whether the library serves a layer's call, as far as its description tells."""
+    return bool(call.x_shape) and serves_dim(call.dim, len(call.v_shape))
+
+
+# The library's numbers of the variants; "late" is the name there of whichever side is scaled.
+_VARIANTS = {"materialize": 0, "scaled": 1, "input": 1, "output": 1, "unfold": 2}
+
+
+def encoded(call: Call, plan: Any) -> tuple:
+    """A plan in the form that the library reads (`Plan` in call.h)."""
+    sizes: tuple[int, ...] = ()
+    if call.conv is not None:
+        outputs = call.conv.output_sizes(call.x_shape[2:], call.v_shape[2:])
+        sizes = (call.x_shape[0], call.conv.out_channels(call.v_shape), *outputs)
+    variants = (_VARIANTS[name] for name in (plan.recorded, plan.forward, plan.backward))
+    return call.conv, sizes, *variants, bool(plan.keeps)
 
 
 _HERE = Path(__file__).parent
@@ -76,6 +100,7 @@ def _flags() -> list[str]:
         "-O3",
         *(["-fopenmp", "-DAT_PARALLEL_OPENMP=1"] if parallel else []),
         *_INSTRUCTIONS.get(torch.backends.cpu.get_cpu_capability(), []),
+        *limits.definitions(),
     ]
 
 
@@ -127,9 +152,24 @@ def _loaded() -> tuple[Any, str]:
     return module, ""
 
 
-def library() -> Any:
-    """The library, or `None` where it cannot be used."""
-    return _loaded()[0]
+def library(plan: Callable[..., tuple | None]) -> Any:
+    """The library, which plans new calls by `plan` (`prepare.plan_native`); `None` where it cannot
+    be used."""
+    found = _loaded()[0]
+    if found is not None:
+        _connect(found, plan)
+    return found
+
+
+@functools.cache
+def _connect(library: Any, plan: Callable[..., tuple | None]) -> None:
+    library.set_callbacks(plan, differentiable_grads)
+
+
+def forget() -> None:
+    """Clears the library's table of plans."""
+    if _loaded.cache_info().currsize and (found := _loaded()[0]) is not None:
+        found.forget()
 
 
 def unavailable() -> str | None:

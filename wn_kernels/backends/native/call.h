@@ -1,7 +1,8 @@
-// Which calls are served, and how: what is looked at in every call, and what is decided once.
+// Which calls are served, and how.
 //
-// Every call that is not served, a wrong one too, is answered with None, and so left to the rest of
-// the package. What shapes and options decide, Python is asked once, and its answer remembered.
+// The library checks the cheap properties of a call first, then looks its plan up by shapes and
+// options. On a miss it calls Python once, to validate and to plan. It returns None for every call
+// that it does not serve, a wrong one too, and leaves that to the rest of the package.
 
 #pragma once
 
@@ -90,32 +91,103 @@ inline std::optional<Operands> operands(py::handle x, py::handle v, py::handle g
 
 // --- what shapes and options decide ------------------------------------------------------------
 
-// Remembers, for what a call was made with, what Python answered: it checks the call, raises what
-// is wrong with it, and plans it. Used with the GIL held.
-template <typename Value>
-class Memo {
- public:
-  // The answer for these tensors and options, `ask()` where they are new; nothing, too, where an
-  // option is not of the usual kind.
-  template <typename Ask>
-  std::optional<Value> find(
-      const Operands& t, std::initializer_list<py::handle> options, const Ask& ask) {
-    key_.assign(1, static_cast<char>(t.v.scalar_type()));
-    for (const Tensor* tensor : {&t.x, &t.v, &t.g, &t.bias})
-      append_sizes(tensor->defined() ? tensor->sizes() : at::IntArrayRef{-1});
-    for (const auto option : options)
-      if (!append_option(option)) return std::nullopt;
-    auto found = values_.find(key_);
-    if (found == values_.end()) {
-      const std::string key = key_;  // Python may call again
-      auto value = ask();
-      if (values_.size() >= kMost_) values_.clear();
-      found = values_.insert_or_assign(key, std::move(value)).first;
-    }
-    return found->second;
+// How a layer is computed in a direction: with a W that is formed, with a side that is scaled
+// instead, or as a product with the unfolded input.
+enum class Variant { materialize, late, unfold };
+
+// What torch.convolution takes after the bias.
+struct Geometry {
+  Sizes stride, padding, dilation;
+  bool transposed;
+  Sizes output_padding;
+  int64_t groups;
+
+  // As one list of numbers, and back: what a node saves costs it by the piece.
+  Sizes packed() const {
+    Sizes all{groups, transposed};
+    for (const Sizes* sizes : {&stride, &padding, &dilation, &output_padding})
+      all.insert(all.end(), sizes->begin(), sizes->end());
+    return all;
+  }
+  static Geometry unpacked(const Sizes& all) {
+    const auto rank = static_cast<int64_t>(all.size() - 2) / 4;
+    const auto part = [&](int64_t i) {
+      return Sizes(all.begin() + 2 + i * rank, all.begin() + 2 + (i + 1) * rank);
+    };
+    return {part(0), part(1), part(2), all[1] != 0, part(3), all[0]};
+  }
+};
+
+// How a call is computed, as prepare.py plans it.
+struct Plan {
+  // The geometry of a convolution, the sizes of its output, the variants of the forward in a
+  // training step, of the forward otherwise and of the backward, and whether the training step keeps
+  // x Vᵀ or a convolution's W for the backward.
+  using Encoded = std::tuple<
+      std::optional<std::tuple<Sizes, Sizes, Sizes, bool, Sizes, int64_t>>, Sizes, int, int, int,
+      bool>;
+
+  explicit Plan(const Encoded& encoded)
+      : y_sizes(std::get<1>(encoded)), recorded(static_cast<Variant>(std::get<2>(encoded))),
+        forward(static_cast<Variant>(std::get<3>(encoded))),
+        backward(static_cast<Variant>(std::get<4>(encoded))), keeps(std::get<5>(encoded)) {
+    if (const auto& geometry = std::get<0>(encoded)) conv = std::make_from_tuple<Geometry>(*geometry);
   }
 
-  void forget() { values_.clear(); }
+  Geometry conv;
+  Sizes y_sizes;
+  Variant recorded, forward, backward;
+  bool keeps;
+};
+
+// The Python functions that this library calls. They are never destroyed: the interpreter may be gone
+// before.
+struct Callbacks {
+  // (rank, (x, v, g, bias), geometry, dim, eps, channels_last) -> Plan::Encoded, or None where the
+  // library does not serve the call. It raises what is wrong with a call.
+  py::object plan;
+  // (dY, x, v, g, bias, geometry, dim, eps, needs) -> (dX, dV, dg, db), as part of the graph
+  py::object differentiable_grads;
+};
+
+inline Callbacks& callbacks() {
+  static auto* all = new Callbacks;
+  return *all;
+}
+
+// The plans of layers by dtype, shapes and options. A call that is not among them is planned in
+// Python. Used with the GIL held.
+class Plans {
+ public:
+  // Nothing where the library does not serve the call, or where an option is not of the usual kind.
+  const Plan* find(
+      int64_t rank, const Operands& t, std::initializer_list<py::handle> geometry, py::handle dim,
+      py::handle eps, bool channels_last) {
+    key_.assign(1, static_cast<char>(t.v.scalar_type()));
+    key_.push_back(static_cast<char>(2 * rank + channels_last));
+    for (const Tensor* tensor : {&t.x, &t.v, &t.g, &t.bias})
+      append_sizes(tensor->defined() ? tensor->sizes() : at::IntArrayRef{-1});
+    for (const auto option : geometry)
+      if (!append_option(option)) return nullptr;
+    if (!append_option(dim) || !append_option(eps)) return nullptr;
+    auto found = plans_.find(key_);
+    if (found == plans_.end()) {
+      const std::string key = key_;  // Python may call again
+      py::tuple options(geometry.size());
+      size_t i = 0;
+      for (const auto option : geometry) options[i++] = option;
+      const py::object bias = t.bias.defined() ? py::cast(t.bias) : py::none();
+      const auto encoded = callbacks().plan(
+          rank, py::make_tuple(t.x, t.v, t.g, bias), options, dim, eps, channels_last);
+      if (plans_.size() >= kMost_) plans_.clear();
+      found = plans_.insert_or_assign(
+          key, encoded.is_none() ? std::nullopt
+                                 : std::make_optional<Plan>(encoded.cast<Plan::Encoded>())).first;
+    }
+    return found->second ? &*found->second : nullptr;
+  }
+
+  void forget() { plans_.clear(); }
 
  private:
   static constexpr size_t kMost_ = 4096;
@@ -163,56 +235,11 @@ class Memo {
   }
 
   std::string key_;
-  std::unordered_map<std::string, std::optional<Value>> values_;
+  std::unordered_map<std::string, std::optional<Plan>> plans_;
 };
 
-// How a layer is served in a direction: with a W that is formed, with the scale of a side, late, or
-// as a product with the unfolded input.
-enum class Variant { materialize, late, unfold };
-
-// How a layer is served: the variant of each direction, and whether the forward keeps the product
-// x Vᵀ, or a convolution's W, for the backward.
-struct Path {
-  using Flags = std::tuple<int, int, bool>;  // as Python gives it
-  explicit Path(const Flags& flags)
-      : forward(static_cast<Variant>(std::get<0>(flags))),
-        backward(static_cast<Variant>(std::get<1>(flags))), keeps(std::get<2>(flags)) {}
-
-  Variant forward, backward;
-  bool keeps;
-};
-
-// What torch.convolution takes after the bias.
-struct Geometry {
-  Sizes stride, padding, dilation;
-  bool transposed;
-  Sizes output_padding;
-  int64_t groups;
-
-  // As one list of numbers, and back: what a node saves costs it by the piece.
-  Sizes packed() const {
-    Sizes all{groups, transposed};
-    for (const Sizes* sizes : {&stride, &padding, &dilation, &output_padding})
-      all.insert(all.end(), sizes->begin(), sizes->end());
-    return all;
-  }
-  static Geometry unpacked(const Sizes& all) {
-    const auto rank = static_cast<int64_t>(all.size() - 2) / 4;
-    const auto part = [&](int64_t i) {
-      return Sizes(all.begin() + 2 + i * rank, all.begin() + 2 + (i + 1) * rank);
-    };
-    return {part(0), part(1), part(2), all[1] != 0, part(3), all[0]};
-  }
-};
-
-// What of Python's this library calls. Never destroyed: the interpreter may be gone before.
-struct Callbacks {
-  py::object plan_linear, plan_convolution;  // of the call's shapes and options
-  py::object second_order;  // (dY, x, v, g, dim, geometry, eps, needs) -> (dX, dV, dg)
-};
-
-inline Callbacks& callbacks() {
-  static auto* all = new Callbacks;
+inline Plans& plans() {
+  static auto* all = new Plans;
   return *all;
 }
 

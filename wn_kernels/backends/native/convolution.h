@@ -64,16 +64,20 @@ inline std::optional<ConvolutionResult> convolution_forward(
     const Tensor& x, const Tensor& v, const Tensor& g, const Tensor& bias, const Geometry& conv,
     at::IntArrayRef y_sizes, double eps, Variant variant, bool keeps) {
   if (variant == Variant::unfold) {
+    RECORD_FUNCTION("wn_kernels::convolution, unfold", {});
     const auto result = unfolded_forward(x, v, g, bias, conv, y_sizes, eps);
     if (!result) return std::nullopt;
     return ConvolutionResult{result->first, result->second, Tensor()};
   }
   if (variant == Variant::materialize) {
+    RECORD_FUNCTION("wn_kernels::convolution, materialize", {});
     auto result = weight(v, g, eps);
     if (!result) return std::nullopt;
     auto& [w, n] = *result;
     return ConvolutionResult{plain(x, w, bias, conv), n, keeps ? w : Tensor()};
   }
+  RECORD_FUNCTION(
+      conv.transposed ? "wn_kernels::convolution, input" : "wn_kernels::convolution, output", {});
   const auto n = norms(v, g, eps);
   if (!n) return std::nullopt;
   const Tensor s = per_channel(g, *n, x.dim());
@@ -120,6 +124,7 @@ struct Convolution : Function<Convolution> {
     // Alone, ATen would compute the weight's gradient beside the bias's.
     if (needs_bias && (!needs_weight || variant == Variant::unfold)) out[3] = bias_grad(dy, 1);
     if (variant == Variant::unfold) {
+      RECORD_FUNCTION("wn_kernels::convolution_backward, unfold", {});
       std::tie(out[0], out[1], out[2]) =
           unfolded_backward(dy, x, v, g, n, conv, eps, needs_x, needs_weight);
       return out;
@@ -132,6 +137,11 @@ struct Convolution : Function<Convolution> {
       if (for_x) out[0] = std::get<0>(found);
       if (for_weight) std::tie(std::ignore, dw, out[3]) = found;
     };
+    RECORD_FUNCTION(
+        variant == Variant::materialize ? "wn_kernels::convolution_backward, materialize"
+        : conv.transposed               ? "wn_kernels::convolution_backward, input"
+                                        : "wn_kernels::convolution_backward, output",
+        {});
     if (variant == Variant::late) {
       const Tensor s = per_channel(g, n, x.dim());
       if (conv.transposed) {  // the input's scale: dX = s (dY * V), beside dW
@@ -152,59 +162,33 @@ struct Convolution : Function<Convolution> {
   }
 };
 
-struct ConvolutionPlan {
-  Geometry conv;
-  Sizes y_sizes;
-  Path path;
-};
-
-inline Memo<ConvolutionPlan>& convolution_memo() {
-  static auto* memo = new Memo<ConvolutionPlan>;
-  return *memo;
-}
-
 // `options` are those of functional.convolution, from the stride on.
 inline MaybeTensor convolution(
-    py::handle rank, py::handle x, py::handle v, py::handle g, py::handle bias,
-    py::handle stride, py::handle padding, py::handle dilation, py::handle transposed,
-    py::handle output_padding, py::handle groups, py::handle dim, py::handle eps) {
+    int64_t rank, py::handle x, py::handle v, py::handle g, py::handle bias, py::handle stride,
+    py::handle padding, py::handle dilation, py::handle transposed, py::handle output_padding,
+    py::handle groups, py::handle dim, py::handle eps) {
   const auto t = operands(x, v, g, bias);
   if (!t || !has_slices(t->v, t->g)) return std::nullopt;
-  const auto plan = convolution_memo().find(
-      *t,
-      {rank, stride, padding, dilation, transposed, output_padding, groups, dim, eps},
-      [&]() -> std::optional<ConvolutionPlan> {
-        using Answer =
-            std::tuple<Sizes, Sizes, Sizes, bool, Sizes, int64_t, Sizes, Path::Flags>;
-        const auto answer = callbacks().plan_convolution(
-            rank, x, v, g, bias, stride, padding, dilation, transposed, output_padding, groups,
-            dim, eps);
-        if (answer.is_none()) return std::nullopt;
-        const auto [s, p, d, is_transposed, extra, number, y, flags] = answer.cast<Answer>();
-        return ConvolutionPlan{{s, p, d, is_transposed, extra, number}, y, Path(flags)};
-      });
-  if (!plan) return std::nullopt;
+  const bool channels_last = !(is_channels_first(t->x) && is_channels_first(t->v));
+  const Plan* found = plans().find(
+      rank, *t, {stride, padding, dilation, transposed, output_padding, groups}, dim, eps,
+      channels_last);
+  if (!found) return std::nullopt;
+  const Plan plan = *found;  // another thread may have all forgotten
   const double least = py::cast<double>(eps);
   py::gil_scoped_release released;
   const bool recorded = t->needs_grad();
-  const bool unfolds = is_channels_first(t->x) && is_channels_first(t->v);
-  const auto served = [&](Variant variant) {
-    return variant == Variant::unfold && !unfolds ? Variant::materialize : variant;
-  };
   std::optional<ConvolutionResult> result;
   {
     at::AutoDispatchBelowADInplaceOrView below;
-    // A training step forms W once; without gradients, scaling late may still be the faster way.
-    const bool keeps = plan->path.keeps && recorded;
     result = convolution_forward(
-        t->x, t->v, t->g, t->bias, plan->conv, plan->y_sizes, least,
-        keeps ? Variant::materialize : served(plan->path.forward), keeps);
+        t->x, t->v, t->g, t->bias, plan.conv, plan.y_sizes, least,
+        recorded ? plan.recorded : plan.forward, plan.keeps && recorded);
   }
   if (!result) return std::nullopt;
   if (!recorded) return result->y;
   return Convolution::apply(
-      t->x, t->v, t->g, maybe(t->bias), *result, plan->conv, least,
-      served(plan->path.backward));
+      t->x, t->v, t->g, maybe(t->bias), *result, plan.conv, least, plan.backward);
 }
 
 }  // namespace wn_kernels

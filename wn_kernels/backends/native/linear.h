@@ -15,15 +15,10 @@
 
 namespace wn_kernels {
 
-// Rows of x that are few.
-constexpr int64_t kFewRows = 32;
-
-// Rows of x for which V xᵀ beats x Vᵀ.
-constexpr int64_t kLeftRows = 256;
-
 // Whether one read of V beats a library's product: several rows of x, but few, and no small V.
 inline bool is_few(int64_t rows, const Tensor& v) {
-  return rows > 1 && rows <= kFewRows && v.size(1) >= 512 && v.numel() >= 1 << 18;
+  return rows > 1 && rows <= kFewRows && v.size(1) >= kFewRowsInputs &&
+         v.numel() >= kFewRowsElements;
 }
 
 // Columns that a thread takes of a pass over (M, N): a cache line, and more.
@@ -101,13 +96,15 @@ void column_pass(
 
 inline std::optional<LinearResult> linear_forward(
     const Tensor& x, const Tensor& v, const Tensor& g, const Tensor& bias, double eps,
-    bool late, bool keeps) {
+    Variant variant, bool keeps) {
   const int64_t rows = x.size(0), outputs = v.size(0), inputs = v.size(1);
-  if (!late) {
+  if (variant == Variant::materialize) {
+    RECORD_FUNCTION("wn_kernels::linear, materialize", {});
     auto result = weight(v, g, eps);
     if (!result) return std::nullopt;
     return LinearResult{at::linear(x, result->first, maybe(bias)), result->second, Tensor()};
   }
+  RECORD_FUNCTION("wn_kernels::linear, scaled", {});
   LinearResult out;
   if (rows == 1 || is_few(rows, v)) {
     bool in_range = true;
@@ -158,11 +155,11 @@ inline std::optional<LinearResult> linear_forward(
 struct Linear : Function<Linear> {
   static Tensor forward(
       AutogradContext* ctx, const Tensor& x, const Tensor& v, const Tensor& g,
-      const MaybeTensor& bias, const LinearResult& result, double eps, bool late) {
+      const MaybeTensor& bias, const LinearResult& result, double eps, Variant variant) {
     ctx->saved_data["bias"] = bias.has_value();
     ctx->save_for_backward({x, v, g, result.n, result.product});
     ctx->saved_data["eps"] = eps;
-    ctx->saved_data["late"] = late;
+    ctx->saved_data["variant"] = static_cast<int64_t>(variant);
     return result.y;
   }
 
@@ -185,7 +182,8 @@ struct Linear : Function<Linear> {
     const Tensor dy = grads[0].reshape({-1, v.size(0)}).contiguous();
     const Tensor x = input.reshape({-1, v.size(1)});
     Tensor dx, a, db;
-    if (ctx->saved_data["late"].toBool()) {
+    if (static_cast<Variant>(ctx->saved_data["variant"].toInt()) == Variant::late) {
+      RECORD_FUNCTION("wn_kernels::linear_backward, scaled", {});
       Tensor scaled = at::empty_like(dy);
       db = at::empty({dy.size(1)}, dy.options());
       if (p.defined()) a = at::empty_like(g);
@@ -203,6 +201,7 @@ struct Linear : Function<Linear> {
       if (p.defined())
         std::tie(out[1], out[2]) = grads_from_dots(a, scaled, few, x, v, g, n, eps);
     } else {
+      RECORD_FUNCTION("wn_kernels::linear_backward, materialize", {});
       if (needs_bias) db = bias_grad(dy, 1);
       if (needs_x) dx = at::mm(dy, scaled_weight(v, g, n));
     }
@@ -255,30 +254,23 @@ struct Linear : Function<Linear> {
   }
 };
 
-inline Memo<Path>& linear_memo() {
-  static auto* memo = new Memo<Path>;
-  return *memo;
-}
-
 inline MaybeTensor linear(
     py::handle x, py::handle v, py::handle g, py::handle bias, py::handle dim, py::handle eps) {
   const auto t = operands(x, v, g, bias);
   if (!t || !t->v.is_contiguous()) return std::nullopt;
-  const auto path = linear_memo().find(*t, {dim, eps}, [&] {
-    const auto flags = callbacks().plan_linear(x, v, g, bias, dim, eps);
-    return flags.is_none() ? std::nullopt : std::make_optional<Path>(flags.cast<Path::Flags>());
-  });
-  if (!path) return std::nullopt;
+  const Plan* found = plans().find(0, *t, {}, dim, eps, false);
+  if (!found) return std::nullopt;
+  const Plan plan = *found;  // another thread may have all forgotten
   const double least = py::cast<double>(eps);
   py::gil_scoped_release released;
   const bool recorded = t->needs_grad();
   std::optional<LinearResult> result;
   {
     at::AutoDispatchBelowADInplaceOrView below;
-    const bool keeps = path->keeps && recorded && t->needs_weight_grad();
+    const bool keeps = plan.keeps && recorded && t->needs_weight_grad();
     const Tensor rows = t->x.dim() == 2 ? t->x : t->x.reshape({-1, t->v.size(1)});
     result = linear_forward(
-        rows, t->v, t->g, t->bias, least, path->forward == Variant::late, keeps);
+        rows, t->v, t->g, t->bias, least, recorded ? plan.recorded : plan.forward, keeps);
     if (!result) return std::nullopt;
     if (t->x.dim() != 2) {
       auto shape = t->x.sizes().vec();
@@ -287,8 +279,7 @@ inline MaybeTensor linear(
     }
   }
   if (!recorded) return result->y;
-  return Linear::apply(
-      t->x, t->v, t->g, maybe(t->bias), *result, least, path->backward == Variant::late);
+  return Linear::apply(t->x, t->v, t->g, maybe(t->bias), *result, least, plan.backward);
 }
 
 }  // namespace wn_kernels

@@ -22,16 +22,13 @@
 
 namespace wn_kernels {
 
-#if defined(__AVX512F__)
-constexpr int kVectorBytes = 64;
+#if WN_VECTOR_BYTES == 64
 constexpr int kTileColumns = 6;  // the tile's sums, its columns and a row: 31 of 32 registers
 constexpr int kStackedRows = 8;  // two vectors each, and two sums
 #else
-constexpr int kVectorBytes = 32;
 constexpr int kTileColumns = 3;  // 16 of 16 registers
 constexpr int kStackedRows = 6;
 #endif
-constexpr int kTileRows = 4;
 
 // Bytes of a row that stay in the first cache, with the others of a tile.
 constexpr int64_t kSegmentBytes = 4096;

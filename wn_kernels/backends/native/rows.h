@@ -16,6 +16,8 @@
 
 #include <ATen/Parallel.h>
 
+#include "limits.h"
+
 namespace wn_kernels {
 
 // Elements that a sum takes before it is added to a wider one, and partial sums that it is kept in:
@@ -28,12 +30,6 @@ constexpr int64_t kShort = 16;
 
 // Elements that are worth a thread.
 constexpr int64_t kGrain = 32768;
-
-// Norms that may be squared, and divided by one another's squares.
-template <typename T>
-constexpr T kLeast = std::is_same_v<T, float> ? T(1e-10) : T(1e-80);
-template <typename T>
-constexpr T kMost = std::is_same_v<T, float> ? T(1e10) : T(1e80);
 
 template <typename F>
 void for_each(int64_t count, int64_t length, const F& f) {

@@ -36,9 +36,6 @@ inline bool is_channels_first(const Tensor& t) {
   return t.is_contiguous() && t.suggest_memory_format() == at::MemoryFormat::Contiguous;
 }
 
-// Taps of a line of the kernel that are worth a run of their own.
-constexpr int64_t kLongLine = 8;
-
 // One group of a convolution: `channels` of the image meet `rows` of V.
 struct Unfolding {
   Unfolding(const Geometry& conv, const Tensor& v, at::IntArrayRef x, at::IntArrayRef y)

@@ -186,7 +186,8 @@ inline variable_list composite_grads(
         conv->groups);
   const int64_t axis = Extents(v, g).axis;
   const py::object dim = axis < 0 ? py::object(py::none()) : py::int_(axis);
-  const auto grads = callbacks().second_order(dy, x, v, g, dim, geometry, eps, needs);
+  const auto grads = callbacks().differentiable_grads(
+      dy, x, v, g, py::none(), geometry, dim, eps, needs);
   variable_list out;
   for (auto& grad : grads.cast<std::vector<MaybeTensor>>()) out.push_back(grad.value_or(Tensor()));
   return out;

@@ -14,9 +14,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ...call import Geometry, narrows_range, scale_dtype
 from ..aten import convolution_grads
-from ..reference import narrows_range, scale_dtype
-from ..shapes import Geometry
 from . import configs, weight
 from .conv_grad import weight_grad
 from .conv_product import product

@@ -18,8 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..reference import scale_dtype
-from ..shapes import Geometry
+from ...call import Geometry, scale_dtype
 from . import configs
 from .common import dot, offsets
 from .conv_product import is_direct

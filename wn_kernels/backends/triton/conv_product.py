@@ -38,7 +38,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..shapes import Geometry
+from ...call import Geometry
 from . import configs
 from .common import as_norm, cast, dot, offsets
 from .launch import is_wide, launch, product_types

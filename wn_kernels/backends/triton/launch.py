@@ -14,8 +14,7 @@ from torch import Tensor
 from triton import cdiv
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ..reference import takes_tf32
-from ..shapes import reduced_dims
+from ...call import reduced_dims, takes_tf32
 from . import configs
 
 

@@ -32,7 +32,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..reference import narrows_range, scale_dtype
+from ...call import narrows_range, scale_dtype
 from . import configs, weight
 from .common import as_norm, cast, dot, dot_coefficient, offsets
 from .launch import described, is_describable, is_wide, launch, product_types

@@ -13,8 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..reference import scale_dtype
-from ..shapes import kept_shape
+from ...call import kept_shape, scale_dtype
 from . import configs
 from .common import as_norm, dot_coefficient, offsets
 from .launch import Walk, acc_type, as_slices, launch

@@ -5,95 +5,28 @@ A candidate is a list of stages that run one after the other; its time is estima
     Σ overhead + max(bytes / bandwidth, operations / rate)
 
 over its stages. The constants are those of a device class, not of one machine: they have to rank
-the candidates, not to predict the clock. `plan.py` picks the cheapest.
+the candidates, not to predict the clock. `variants.py` picks the cheapest.
 """
 
 from __future__ import annotations
 
-import functools
 import math
-from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-import torch
+from ..backends.native import limits
+from ..call import Call, Geometry, narrows_range
+from .devices import CPU, NATIVE, Device, gpu
 
-from .backends.reference import narrows_range
-from .backends.shapes import Geometry
-
-
-@dataclass(frozen=True)
-class Device:
-    """The constants of a device class.
-
-    Attributes:
-        name: what it is called.
-        bandwidth: bytes per second from memory.
-        rates: floating-point operations per second of the vendor's matmul in 16, 32 and 64 bits.
-        overhead: seconds per launched operation.
-        efficiency: what our own matmul kernel reaches of the vendor's.
-        inline_norm: factor on the operations of a matmul whose loop also takes the norm.
-        prologue: factor on the operations of a matmul whose loop scales its tile of `V`.
-        tf32_rate: operations per second of a float32 matmul in TF32.
-        gather: factor on the operations of a convolution whose loop reads `V` as it lies, taps
-            innermost.
-    """
-
-    name: str
-    bandwidth: float
-    rates: tuple[float, float, float]
-    overhead: float
-    efficiency: float = 1.0
-    inline_norm: float = 1.0
-    prologue: float = 1.0
-    tf32_rate: float = 0.0
-    gather: float = 1.0
-
-    def rate(self, itemsize: int, tf32: bool = False) -> float:
-        """Operations per second for elements of that many bytes."""
-        return self.tf32_rate if tf32 else self.rates[itemsize.bit_length() - 2]
-
-
-# Two cores of a current server: measured, docs/performance.md.
-CPU = Device("CPU", bandwidth=2e10, rates=(1e11, 1e11, 5e10), overhead=8e-6)
-# The native library starts a pass without a dispatcher, and without Python.
-NATIVE = replace(CPU, overhead=1e-6)
-# Rows of a large linear layer for which it reads `V` once.
-FEW_ROWS = 32
-# What a call of PyTorch's own convolution takes beside its work, in stages of the library's.
+# What a call of PyTorch's own convolution takes beside its work, in stages of the native library's.
 ATEN_CALLS = 8
-# What the library's own products reach of the rate, with few columns, and PyTorch's convolution in
-# its backward, which has its results to copy back as well.
+# What the native library's own products reach of the rate, with few columns, and PyTorch's
+# convolution in its backward, which has its results to copy back as well.
 UNFOLDED_EFFICIENCY = 0.88
 BACKWARD_EFFICIENCY = 0.85
-# Bytes that an unfolded input may take whatever the weight's, and the taps of a line that is copied
-# along them (unfold.h).
+# Bytes that an unfolded input may take whatever the weight's.
 UNFOLDED_BYTES = 2**18
-LONG_LINE = 8
 # Bytes from which the allocator maps fresh pages for every `W`.
 FRESH_PAGES = 2**24
-
-# Of the data sheets: the SXM or OAM part, dense, without sparsity; bfloat16, float32, float64 and
-# TF32. The efficiency is an assumption, and so is the overhead. The factors are read from compiled
-# code (docs/benchmarks.md): those of the inline norm and of the prologue take the issue cycles that
-# they add to the loop of a large tile for time lost beside what bounds a plain matmul there; the
-# gather's is the bound of a convolution's loop over that of the packed form's, product for product.
-GPUS = {
-    device.name: device
-    for device in (
-        Device("A100", 2.04e12, (3.12e14, 1.95e13, 1.95e13), 4e-6, 0.8, 1.2, 1.4, 1.56e14, 2.1),
-        Device("H100", 3.35e12, (9.89e14, 6.7e13, 6.7e13), 4e-6, 0.8, 1.2, 1.3, 4.95e14, 1.9),
-        Device("H200", 4.8e12, (9.89e14, 6.7e13, 6.7e13), 4e-6, 0.8, 1.2, 1.3, 4.95e14, 1.9),
-        Device("B200", 8.0e12, (2.25e15, 8.0e13, 4.0e13), 4e-6, 0.8, 1.2, 1.4, 1.1e15, 2.4),
-        Device("MI300X", 5.3e12, (1.307e15, 1.634e14, 1.634e14), 4e-6, 0.8, 1.1, 2.5, 6.54e14, 1.3),
-    )
-}
-
-
-@functools.cache
-def gpu() -> Device:
-    """The constants of the GPU at hand; those of an H100 where there is none, or an unknown one."""
-    name = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
-    return next((device for key, device in GPUS.items() if key in name), GPUS["H100"])
 
 
 class Stage(NamedTuple):
@@ -126,20 +59,6 @@ class Costs(NamedTuple):
             for candidates in (self.forward, self.backward)
         )
         return forward, backward
-
-
-class Call(NamedTuple):
-    """What a layer's call is planned by: an input of shape `(*, K)` for a linear layer,
-    `(B, C, *sizes)` for a convolution, whose geometry is `conv`."""
-
-    x_shape: torch.Size
-    v_shape: torch.Size
-    x_dtype: torch.dtype
-    v_dtype: torch.dtype
-    dim: int | None
-    conv: Geometry | None = None
-    channels_last: bool = False
-    tf32: bool = False
 
 
 def costs(call: Call, backend: str, device: Device | None = None) -> Costs:
@@ -249,8 +168,9 @@ def native_linear(call: Call) -> Costs:
     size = call.x_dtype.itemsize
     x, y, w = size * m * k, size * m * n, size * n * k
     product = Stage(x + y + w, 2.0 * m * n * k)
-    one_read = m == 1 or (m <= FEW_ROWS and k >= 512 and n * k >= 2**18)  # as linear.h has it
-    scaled = [product] if one_read else [Stage(w), product, Stage(2 * y)]
+    scaled = (
+        [product] if m == 1 or limits.reads_once(m, n, k) else [Stage(w), product, Stage(2 * y)]
+    )
     finish = Stage(2 * w if keeps_product(call) else 3 * w)
     return Costs(
         # A third stage: PyTorch's layer, called with `W`.
@@ -296,7 +216,7 @@ def native_convolution(call: Call, conv: Geometry) -> Costs:
             again = Stage(2 * (x + y + weight))
             backward["output"] = [Stage(2 * y), *grad, again, *grad, Stage(3 * weight)]
     unfolded = Unfolded.of(call, conv)
-    if size * unfolded.numbers <= max(2 * w, UNFOLDED_BYTES):
+    if not call.channels_last and size * unfolded.numbers <= max(2 * w, UNFOLDED_BYTES):
         lay_out = Stage(size * unfolded.numbers + 64 * unfolded.runs)
         own = Stage(x + y + weight, unfolded.operations / UNFOLDED_EFFICIENCY)
         norms = [] if call.dim == 0 else [Stage(weight)]
@@ -308,8 +228,8 @@ def native_convolution(call: Call, conv: Geometry) -> Costs:
 
 class Unfolded(NamedTuple):
     """An unfolded convolution: its numbers, the runs along taps or pixels that they are copied in,
-    each worth 64 bytes, and the operations of a product with it, whose tiles are padded to panels
-    of 128 bytes and to four channels."""
+    each worth 64 bytes, and the operations of a product with it, whose tiles are padded to whole
+    panels and tiles."""
 
     numbers: float
     runs: float
@@ -322,9 +242,9 @@ class Unfolded(NamedTuple):
         pixels = sizes if conv.transposed else conv.output_sizes(sizes, taps)
         columns = call.x_shape[0] * math.prod(pixels)
         numbers = conv.groups * length * columns
-        panel = 128 // call.x_dtype.itemsize
-        padded = math.ceil(rows / 4) * 4 * math.ceil(length / panel) * panel * conv.groups
-        run = taps[-1] if taps[-1] >= LONG_LINE else pixels[-1]
+        panel, tile = limits.panel(call.x_dtype.itemsize), limits.TILE_ROWS
+        padded = math.ceil(rows / tile) * tile * math.ceil(length / panel) * panel * conv.groups
+        run = taps[-1] if taps[-1] >= limits.LONG_LINE else pixels[-1]
         return Unfolded(numbers, numbers / run, 2.0 * padded * columns)
 
 

@@ -2,9 +2,9 @@
 
     {machine and versions: {call: {"forward": variant, "backward": variant, ...}}}
 
-`plan.py` asks it, `tuning.py` fills it. A file is written whole and then takes the old one's place,
-under a lock: processes that tune at the same time all keep what they found. One that cannot be read
-is ignored with a warning, and put aside by the next that is written.
+`variants.py` reads it, `tuning.py` writes it. A file is written whole and then takes the old one's
+place, under a lock: processes that tune at the same time all keep what they found. One that cannot
+be read is ignored with a warning, and put aside by the next that is written.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from filelock import FileLock
 
-from . import cache
+from .. import cache
 
 VARIABLE = "WN_KERNELS_TABLE"
 

@@ -1,6 +1,7 @@
-"""What the public functions accept. Everything is checked before anything is computed.
+"""Checks a call and plans it, once: everything that shapes, dtypes and options decide.
 
-These run in every call, so what depends on shapes and options alone is memoised.
+`prepare` is the only way to a `Plan`. Its answers are memoised, for every backend alike; the native
+library keeps those that concern it in a table of its own, which it fills through `plan_native`.
 """
 
 from __future__ import annotations
@@ -8,7 +9,8 @@ from __future__ import annotations
 import functools
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple, NoReturn
 
 import torch
@@ -17,10 +19,12 @@ from torch.compiler import is_compiling
 
 from . import plan
 from .backends import native
-from .backends.shapes import Geometry, canonical_dim, canonical_eps, kept_shape
-from .costs import Call
+from .call import Call, Geometry, Operands, canonical_dim, canonical_eps, kept_shape, takes_tf32
+from .plan import Plan
 
 _DTYPES = frozenset((torch.float16, torch.bfloat16, torch.float32, torch.float64))
+
+# --- tensors -------------------------------------------------------------------------------------
 
 
 def check_module(name: str, module: Any) -> None:
@@ -73,48 +77,32 @@ def reject(**tensors: Tensor | None) -> NoReturn:
     raise ValueError(f"all tensors must be on one device, got {devices}")
 
 
-def _is_eager() -> bool:
-    """Whether sizes are numbers, which the planner can rank paths by: nobody traces the call."""
-    return not is_compiling() and torch._C._get_tracing_state() is None
+# --- shapes and options --------------------------------------------------------------------------
 
 
-_memos: list[Callable[[], None]] = []
+class Prepared(NamedTuple):
+    """A checked and planned call.
+
+    Attributes:
+        call: the description that backends compute by.
+        plan: how it is computed. It has no variants under a compiler or a tracer, whose sizes may
+            be symbols, and where the native library does not serve the call.
+        g_shape: the shape that `g` has to be viewed in.
+        pad: what has to be added to the end of each spatial dimension of the input beforehand, in
+            `torch.nn.functional.pad`'s order, or `None`.
+        batched: whether the input has a batch dimension.
+        fits: whether the tensors can be used as they are.
+    """
+
+    call: Call
+    plan: Plan
+    g_shape: tuple[int, ...]
+    pad: list[int] | None = None
+    batched: bool = True
+    fits: bool = True
 
 
-def remembers(forget: Callable[[], None]) -> None:
-    """Tells of somebody else who remembers how calls are planned, and how to have it forgotten."""
-    _memos.append(forget)
-
-
-def _memoised(check: Callable[..., Any]) -> Callable[..., Any]:
-    """Remembers the answers of a check that depends on shapes and options alone."""
-    cached = functools.lru_cache(maxsize=4096, typed=True)(check)
-
-    @functools.wraps(check)
-    def call(*args: Any) -> Any:
-        if is_compiling():
-            return check(*args)
-        if torch._C._get_tracing_state() is not None:
-            with warnings.catch_warnings():  # what is checked need not be in the trace
-                warnings.simplefilter("ignore", torch.jit.TracerWarning)
-                return check(*args)
-        try:
-            return cached(*args)
-        except TypeError:  # an argument that cannot be hashed, or the check's own error
-            return check(*args)
-
-    _memos.append(cached.cache_clear)
-    return call
-
-
-def forget() -> None:
-    """Has every call planned anew."""
-    for clear in _memos:
-        clear()
-
-
-@_memoised
-def check_weight(
+def _check_weight(
     v_shape: torch.Size, g_shape: torch.Size, dim: int | None, eps: float
 ) -> tuple[int | None, float, tuple[int, ...]]:
     """`dim` and `eps` in canonical form, and the shape that `g` has to be viewed in."""
@@ -129,28 +117,7 @@ def check_weight(
     return dim, canonical_eps(eps), shape
 
 
-class LinearCall(NamedTuple):
-    """What a linear layer's call is made with: as `ConvolutionCall`."""
-
-    dim: int | None
-    eps: float
-    path: plan.AtenLinear | None
-    g_shape: tuple[int, ...]
-
-
-@_memoised
-def check_linear(
-    x_shape: torch.Size,
-    v_shape: torch.Size,
-    g_shape: torch.Size,
-    bias_shape: torch.Size | None,
-    dim: int | None,
-    eps: float,
-    x_dtype: torch.dtype,
-    v_dtype: torch.dtype,
-    backend: str = "aten",
-) -> LinearCall:
-    """Everything that a linear layer's call needs and that shapes, dtypes and options decide."""
+def _check_linear(x_shape: torch.Size, v_shape: torch.Size, bias_shape: torch.Size | None) -> None:
     if len(v_shape) != 2:
         raise ValueError(f"v must be 2-d, (out_features, in_features), got shape {tuple(v_shape)}")
     n, k = v_shape
@@ -164,11 +131,6 @@ def check_linear(
             f"bias has shape {tuple(bias_shape)}, but v of shape {tuple(v_shape)} needs bias of "
             f"shape ({n},)"
         )
-    dim, eps, shape = check_weight(v_shape, g_shape, dim, eps)
-    path = None
-    if _is_eager():
-        path = plan.choose(Call(x_shape, v_shape, x_dtype, v_dtype, dim), backend)
-    return LinearCall(dim, eps, path, shape)
 
 
 def _per_axis(name: str, value: Any, rank: int, least: int) -> tuple[int, ...]:
@@ -183,33 +145,9 @@ def _per_axis(name: str, value: Any, rank: int, least: int) -> tuple[int, ...]:
     return values * rank if len(values) == 1 else values
 
 
-class ConvolutionCall(NamedTuple):
-    """What a convolution's call is made with; see `check_convolution`.
-
-    Attributes:
-        conv, dim, eps: in canonical form.
-        path: the variants of the ATen path, or of the native library; `None` where the call is
-            traced or compiled, which the planner must not be.
-        g_shape: the shape that `g` has to be viewed in.
-        end: what has to be added to the end of each spatial dimension beforehand, in
-            `torch.nn.functional.pad`'s order, or `None`.
-        reshape: whether `g` or the input need any of that, or a batch dimension.
-    """
-
-    conv: Geometry
-    dim: int | None
-    eps: float
-    path: plan.AtenConvolution | None
-    g_shape: tuple[int, ...]
-    end: list[int] | None
-    reshape: bool
-
-
-@_memoised
-def check_convolution(
+def _check_convolution(
     x_shape: torch.Size,
     v_shape: torch.Size,
-    g_shape: torch.Size,
     bias_shape: torch.Size | None,
     rank: int,
     stride: Any,
@@ -218,13 +156,8 @@ def check_convolution(
     transposed: bool,
     output_padding: Any,
     groups: int,
-    dim: int | None,
-    eps: float,
-    x_dtype: torch.dtype,
-    v_dtype: torch.dtype,
-    backend: str = "aten",
-) -> ConvolutionCall:
-    """Everything that a convolution's call needs and that shapes, dtypes and options decide."""
+) -> tuple[Geometry, torch.Size, list[int] | None]:
+    """The geometry, the input's shape as `(B, C, *sizes)` once it is padded, and that padding."""
     if len(v_shape) != rank + 2:
         order = "in_channels, out" if transposed else "out_channels, in"
         raise ValueError(
@@ -284,14 +217,172 @@ def check_convolution(
             f"bias has shape {tuple(bias_shape)}, but v of shape {tuple(v_shape)} with "
             f"groups={groups} needs bias of shape ({conv.out_channels(v_shape)},)"
         )
-    end = [n for e in reversed(extra) for n in (0, e)] if any(extra) else None
-    dim, eps, shape = check_weight(v_shape, g_shape, dim, eps)
     batch = x_shape[: -rank - 1] or (1,)
     padded = torch.Size((*batch, channels, *(n + e for n, e in zip(sizes, extra, strict=True))))
-    path = None
-    # The native library pads no input.
-    serves = backend != "native" or (end is None and native.knows(dim, len(v_shape)))
-    if serves and _is_eager():
-        path = plan.choose(Call(padded, v_shape, x_dtype, v_dtype, dim, conv), backend)
-    reshape = g_shape != shape or end is not None or len(x_shape) == rank + 1
-    return ConvolutionCall(conv, dim, eps, path, shape, end, reshape)
+    end = [n for e in reversed(extra) for n in (0, e)] if any(extra) else None
+    return conv, padded, end
+
+
+# --- the one memo --------------------------------------------------------------------------------
+
+
+def _prepare(
+    x_shape: torch.Size | None,
+    v_shape: torch.Size,
+    g_shape: torch.Size,
+    bias_shape: torch.Size | None,
+    x_dtype: torch.dtype,
+    v_dtype: torch.dtype,
+    channels_last: bool,
+    tf32: bool,
+    rank: int,
+    geometry: tuple[Any, ...],
+    dim: int | None,
+    eps: float,
+    backend: str,
+) -> Prepared:
+    conv, pad, batched = None, None, True
+    if x_shape is None:
+        x_shape = _NONE
+    elif rank == 0:
+        _check_linear(x_shape, v_shape, bias_shape)
+    else:
+        batched = len(x_shape) == rank + 2
+        conv, x_shape, pad = _check_convolution(x_shape, v_shape, bias_shape, rank, *geometry)
+    dim, eps, shape = _check_weight(v_shape, g_shape, dim, eps)
+    fits = g_shape == shape and pad is None and batched
+    if _has_symbols():
+        call = Call(_NONE, _NONE, x_dtype, v_dtype, dim, conv, eps=eps)
+        return Prepared(call, Plan(backend, "", ""), shape, pad, batched, fits)
+    call = Call(x_shape, v_shape, x_dtype, v_dtype, dim, conv, channels_last, tf32, eps)
+    chosen = Plan(backend, "", "")
+    # The native library pads nothing, and takes a flat `g` for rows alone.
+    if backend != "native" or (
+        pad is None and batched and (g_shape == shape or dim == 0) and native.serves(call)
+    ):
+        if _watched is not None and x_shape and backend != "reference":
+            _watched.append((call, backend))
+        chosen = _fixed.get((call, backend)) or plan.choose(call, backend)
+    return Prepared(call, chosen, shape, pad, batched, fits)
+
+
+_NONE = torch.Size(())
+_memoised = functools.lru_cache(maxsize=4096, typed=True)(_prepare)
+
+
+def _has_symbols() -> bool:
+    """Whether sizes may be symbols, which no plan can be made of."""
+    return is_compiling() or torch._C._get_tracing_state() is not None
+
+
+def prepare(
+    rank: int,
+    tensors: Operands,
+    geometry: tuple[Any, ...],
+    dim: int | None,
+    eps: float,
+    backend: str,
+    dtype: torch.dtype | None = None,
+) -> Prepared:
+    """Checks and plans a call.
+
+    Args:
+        rank: the number of spatial dimensions of a convolution; 0 for a linear layer and for the
+            weight alone, whose `x` is `None`.
+        tensors: the operands, which `are_dense`.
+        geometry: of a convolution, the arguments of `torch.convolution` after the bias.
+        dim, eps: as the user gave them.
+        backend: the backend that the call is planned for.
+        dtype: the dtype of `W`, for the weight alone; that of `v` by default.
+
+    Raises:
+        TypeError, ValueError: shapes or options do not fit; the message names which.
+    """
+    x, v, g, bias = tensors
+    v_dtype = v.dtype
+    if x is None:
+        x_shape, x_dtype = None, dtype or v_dtype
+    else:
+        x_shape, x_dtype = x.shape, x.dtype
+    key = (
+        x_shape,
+        v.shape,
+        g.shape,
+        None if bias is None else bias.shape,
+        x_dtype,
+        v_dtype,
+        backend == "triton" and rank > 0 and x is not None and x.stride(1) == 1,
+        backend == "triton" and takes_tf32(x_dtype),
+        rank,
+        geometry,
+        dim,
+        eps,
+        backend,
+    )
+    if is_compiling():
+        return _prepare(*key)
+    if torch._C._get_tracing_state() is not None:
+        with warnings.catch_warnings():  # what is checked need not be in the trace
+            warnings.simplefilter("ignore", torch.jit.TracerWarning)
+            return _prepare(*key)
+    try:
+        return _memoised(*key)
+    except TypeError:  # an argument that cannot be hashed, or the error of a check
+        return _prepare(*key)
+
+
+def plan_native(
+    rank: int,
+    tensors: tuple[Tensor, Tensor, Tensor, Tensor | None],
+    geometry: tuple[Any, ...],
+    dim: int | None,
+    eps: float,
+    channels_last: bool,
+) -> tuple | None:
+    """How the native library serves a layer's call, in the form that it reads, or `None` where it
+    does not. The library calls this once for the shapes and options of a call.
+
+    Raises:
+        TypeError, ValueError: as `prepare`.
+    """
+    x, v, g, bias = tensors
+    shapes = x.shape, v.shape, g.shape, None if bias is None else bias.shape
+    layout = x.dtype, v.dtype, channels_last, False
+    found = _prepare(*shapes, *layout, rank, geometry, dim, eps, "native")
+    return native.encoded(found.call, found.plan) if found.plan.forward else None
+
+
+# --- looking and tuning --------------------------------------------------------------------------
+
+_watched: list[tuple[Call, str]] | None = None
+_fixed: dict[tuple[Call, str], Plan] = {}
+
+
+def forget() -> None:
+    """Clears everything that is memoised, so that every call is planned anew."""
+    _memoised.cache_clear()
+    native.forget()
+
+
+@contextmanager
+def watching() -> Iterator[list[tuple[Call, str]]]:
+    """Collects the calls of layers that are planned inside the block, with their backends."""
+    global _watched
+    before, _watched = _watched, []
+    forget()
+    try:
+        yield _watched
+    finally:
+        _watched = before
+
+
+@contextmanager
+def fixed(call: Call, chosen: Plan) -> Iterator[None]:
+    """Has a call computed by this plan inside the block."""
+    _fixed[call, chosen.backend] = chosen
+    forget()
+    try:
+        yield
+    finally:
+        del _fixed[call, chosen.backend]
+        forget()

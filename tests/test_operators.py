@@ -7,7 +7,7 @@ import torch
 
 import wn_kernels.functional as WF
 from tests.comparison import DIMS, FLOATS, LAYOUTS, Case, ConvCase
-from wn_kernels import WNLinear, ops, use_backend  # noqa: F401  (ops registers the operators)
+from wn_kernels import WNLinear, use_backend
 
 OPS = torch.ops.wn_kernels
 

@@ -1,0 +1,197 @@
+"""What runs is what was planned, on every backend, and what `explain` shows.
+
+The variant that ran is read off what it did: the native library's own marks in a profile, the
+operands of PyTorch's products on the ATen path, and the kernels that Triton launches.
+"""
+
+from contextlib import contextmanager
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+import wn_kernels
+from tests.comparison import Case, ConvCase
+from wn_kernels import plan, prepare, tuning, use_backend
+from wn_kernels.backends import aten, native
+
+HALF = torch.bfloat16
+CASES = {
+    "linear, one row": Case(1, 300, 200, 0),
+    "linear, few rows": Case(8, 1024, 512, 0),
+    "linear, many rows": Case(400, 64, 48, 0),
+    "linear, small": Case(5, 12, 7, 0),
+    "linear, inputs": Case(40, 512, 300, 1),
+    "linear, whole": Case(9, 512, 300, None),
+    "linear, half": Case(9, 512, 300, 0, HALF),
+    "1d, few pixels": ConvCase(1, 96, 80, (9,), (7,), 0),
+    "1d, many pixels": ConvCase(2, 6, 8, (900,), (3,), 0),
+    "1d, wide": ConvCase(1, 700, 700, (16,), (3,), 0),
+    "1d, positions": ConvCase(1, 32, 32, (40,), (24,), 2, groups=4),
+    "1d, half": ConvCase(1, 32, 32, (40,), (24,), 0, x_dtype=HALF, v_dtype=HALF),
+    "2d": ConvCase(2, 8, 6, (7, 5), (3, 3), 0),
+    "2d, channels last": ConvCase(2, 48, 64, (4, 3), (3, 3), 0, layout="channels-last"),
+    "up": ConvCase(1, 64, 32, (9,), (8,), 0, transposed=True, stride=4),
+    "up, wide": ConvCase(1, 1024, 512, (16,), (16,), 0, transposed=True, stride=8),
+    "up, outputs": ConvCase(1, 64, 32, (9,), (8,), 1, transposed=True, stride=4),
+}
+LATE = ("scaled", "input", "output")
+
+
+def described(case):
+    """How `tuning` calls a case: by its operands."""
+    conv = case.geometry() if isinstance(case, ConvCase) else None
+    dtypes = case.x.dtype, case.v.dtype
+    return tuning.Call(case.x.shape, case.v.shape, *dtypes, case.dim, conv)
+
+
+@contextmanager
+def spied(monkeypatch, *names):
+    """Collects calls of the ATen path's functions by these names: name and arguments."""
+    calls = []
+    with monkeypatch.context() as patch:
+        for name in names:
+            where, attribute = (torch, name[6:]) if name.startswith("torch.") else (aten, name)
+            real = getattr(where, attribute)
+
+            def spy(*args, _real=real, _name=name, **kwargs):
+                calls.append((_name, args))
+                return _real(*args, **kwargs)
+
+            patch.setattr(where, attribute, spy)
+        yield calls
+
+
+def run(case, grad):
+    """A call of the case with its plan, and the gradient function of its output."""
+    call = described(case)
+    inputs = [t if t is None else t.detach() for t in (case.x, case.v, case.g, case.bias)]
+    inputs = [t if t is None else t.requires_grad_(grad) for t in inputs]
+    with prepare.watching() as seen:
+        y = tuning._run(call, inputs)
+    ((planned_call, backend),) = set(seen)
+    wanted = [t for t in inputs if t is not None]
+    return (
+        plan.choose(planned_call, backend),
+        inputs,
+        lambda: torch.autograd.grad(y, wanted, case.dy),
+    )
+
+
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("name", CASES)
+def test_native(name, grad):
+    native.build()
+    case = CASES[name]
+    with profile(activities=[ProfilerActivity.CPU]) as seen:
+        chosen, _, backward = run(case, grad)
+        if grad:
+            backward()
+    marks = {e.name for e in seen.events() if e.name.startswith("wn_kernels::")}
+    if chosen.backend != "native":
+        assert not marks
+        return
+    kind = "linear" if not isinstance(case, ConvCase) else "convolution"
+    expected = {f"wn_kernels::{kind}, {chosen.recorded if grad else chosen.forward}"}
+    if grad:
+        expected |= {f"wn_kernels::{kind}_backward, {chosen.backward}"}
+    assert marks == expected
+
+
+def test_native_serves_some_of_each():
+    """The test above compares something."""
+    native.build()
+    served = {name for name, case in CASES.items() if run(case, False)[0].backend == "native"}
+    assert len(served) >= 10
+
+
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("name", CASES)
+def test_aten(name, grad, monkeypatch):
+    case = CASES[name]
+    products = ("torch.mm", "torch.convolution", "convolution_grads", "_scaled_weight")
+    forms = (*products, "fused_weight_norm", "weight_norm")
+    with use_backend("aten"), spied(monkeypatch, *forms) as calls:
+        chosen, (x, v, _, _), backward = run(case, grad)
+        forms_weight = any(called == "weight_norm" for called, _ in calls) or (
+            chosen.keeps == "weight"
+            and any(called in ("fused_weight_norm", "_scaled_weight") for called, _ in calls)
+        )
+        assert forms_weight == ((chosen.recorded if grad else chosen.forward) == "materialize")
+        for called, args in calls:
+            if called == "torch.convolution":
+                assert (args[1].data_ptr() == v.data_ptr()) == (chosen.forward in LATE)
+                if chosen.forward in LATE:
+                    assert (args[0].data_ptr() == x.data_ptr()) == (chosen.forward == "output")
+        calls.clear()
+        if not grad or chosen.keeps == "weight":
+            return
+        backward()
+    scaled = [called for called, _ in calls if called == "_scaled_weight"]
+    assert bool(scaled) == (chosen.backward == "materialize")
+    convolutions = [args for called, args in calls if called == "convolution_grads"]
+    if convolutions and chosen.backward in ("input", "output"):
+        assert all(args[2].data_ptr() == v.data_ptr() for args in convolutions)
+        scales_x = any(args[1].data_ptr() != x.data_ptr() for args in convolutions)
+        assert scales_x == (chosen.backward == "input")
+
+
+PRODUCTS = ("matmul", "product", "direct")
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_triton(name):
+    """The forms of the products that are launched, and whether a kernel writes `W`."""
+    pytest.importorskip("triton")
+    from wn_kernels.backends.triton.launch import recording
+
+    case = CASES[name]
+    with use_backend("triton"), recording() as launches:
+        chosen, _, backward = run(case, True)
+        forward = [launch._replace() for launch in launches]
+        launches.clear()
+        backward()
+    assert forms_of(forward) in SIGNS[chosen.forward], (chosen, forms_of(forward))
+    first = forms_of(launches)
+    assert first in BACKWARD_SIGNS[chosen.backward], (chosen, first)
+
+
+def forms_of(launches):
+    """Whether `W` is written, and the forms of the products with it."""
+    writes = any("weight_kernel" in launch.kernel.__name__ for launch in launches)
+    forms = {a for launch in launches if (a := launch.arguments.get("FORM"))}
+    one_pass = any("one_pass" in launch.kernel.__name__ for launch in launches)
+    return writes, frozenset(forms | ({"grad one_pass"} if one_pass else set()))
+
+
+SCALED = ("epilogue", "prologue_r", "prologue_o")
+SIGNS = {
+    "one_pass": [(False, frozenset({"one_pass"}))],
+    "scaled": [(False, frozenset({form})) for form in SCALED],
+    "packed": [(True, frozenset({"packed"}))],
+    "materialize": [(True, frozenset())],
+}
+BACKWARD_SIGNS = {
+    "one_pass": [(False, frozenset({form, "grad one_pass"})) for form in SCALED],
+    "scaled": SIGNS["scaled"],
+    "packed": SIGNS["packed"],
+    "materialize": SIGNS["materialize"],
+}
+
+
+@pytest.mark.parametrize("name", ["1d, wide", "linear, few rows", "2d, channels last"])
+def test_explain_shows_what_runs(name):
+    case = CASES[name]
+    if isinstance(case, ConvCase):
+        kind = getattr(wn_kernels, f"WNConv{case.x.ndim - 2}d")
+        layer = kind(case.x.shape[1], case.v.shape[0], case.v.shape[2:])
+    else:
+        layer = wn_kernels.WNLinear(case.x.shape[-1], case.v.shape[0])
+    with prepare.watching() as seen, torch.no_grad():
+        layer(case.x)
+    chosen = plan.choose(*seen[0])
+    text = wn_kernels.explain(layer, case.x.shape)
+    if case.x.is_contiguous():
+        picked = [line.split()[:2] for line in text.splitlines() if "<- picked" in line]
+        assert picked == [["forward", chosen.forward], ["backward", chosen.backward]]
+    assert f"{chosen.backend}, constants of" in text

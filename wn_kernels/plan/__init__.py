@@ -1,0 +1,39 @@
+"""How a call is computed: by which backend (`backend.py`), in which variant (`variants.py`), by a
+cost model (`costs.py`) with the constants of devices (`devices.py`), or by what was measured
+(`table.py`).
+"""
+
+from . import costs, devices, table
+from .backend import (
+    BACKENDS,
+    ENVIRONMENT_VARIABLE,
+    cannot_serve,
+    choose_backend,
+    is_forced,
+    serving,
+    tries_native,
+    triton_unavailable,
+    use_backend,
+)
+from .variants import KEPT_WEIGHT, Plan, by_cost, choices, choose, key
+
+__all__ = [
+    "BACKENDS",
+    "ENVIRONMENT_VARIABLE",
+    "KEPT_WEIGHT",
+    "Plan",
+    "by_cost",
+    "cannot_serve",
+    "choices",
+    "choose",
+    "choose_backend",
+    "costs",
+    "devices",
+    "is_forced",
+    "key",
+    "serving",
+    "table",
+    "tries_native",
+    "triton_unavailable",
+    "use_backend",
+]

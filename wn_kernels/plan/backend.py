@@ -1,0 +1,139 @@
+"""Which backend serves a call: a forced one (`use_backend`, or the environment variable
+`WN_KERNELS_BACKEND`) or, by default, Triton for tensors on a GPU, the native library for those on a
+CPU where it was built and serves the call, and ATen for everything else.
+
+A forced backend that cannot serve a call raises and says why.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import Tensor
+from torch.compiler import is_compiling
+
+from ..backends import native
+from ..call import recorder
+
+BACKENDS = ("triton", "native", "aten", "reference")
+ENVIRONMENT_VARIABLE = "WN_KERNELS_BACKEND"
+
+
+# --- backend -----------------------------------------------------------------------------------
+
+
+def _backend_from_environment() -> str | None:
+    name = os.environ.get(ENVIRONMENT_VARIABLE, "").strip().lower()
+    if name in ("", "auto"):
+        return None
+    return _checked_backend(name, f"the environment variable {ENVIRONMENT_VARIABLE}")
+
+
+def _checked_backend(name: str, source: str) -> str:
+    if name not in BACKENDS:
+        expected = f"one of {BACKENDS} or 'auto'"
+        raise ValueError(f"{source} names the backend {name!r}; expected {expected}")
+    return name
+
+
+_forced: str | None = _backend_from_environment()
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Forces a backend inside a `with` block, for every thread of the process.
+
+    Args:
+        name: `"triton"`, `"native"`, `"aten"`, `"reference"`, or `"auto"` for the planner's own
+            choice. The backward of a layer runs where its forward did, also outside the block.
+
+    Raises:
+        ValueError: the name is unknown. A call that the forced backend cannot serve raises
+            `RuntimeError` and says why; it never falls back in silence.
+    """
+    global _forced
+    before = _forced
+    _forced = None if name == "auto" else _checked_backend(name, "use_backend")
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+def is_forced() -> bool:
+    """Whether a backend is forced."""
+    return _forced is not None
+
+
+@functools.cache
+def triton_unavailable() -> str | None:
+    """Why Triton cannot be used in this process, or `None` if it can."""
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed"
+    try:
+        import triton
+    except Exception as error:  # a broken installation must not break the ATen path
+        return f"importing triton failed: {error!r}"
+    if triton.knobs.runtime.interpret:
+        return None
+    try:
+        triton.runtime.driver.active.get_current_target()
+    except RuntimeError as error:
+        return f"{error} (on a machine without a GPU, TRITON_INTERPRET=1 runs Triton's interpreter)"
+    return None
+
+
+def choose_backend(v: Tensor) -> str:
+    """The backend for a call with the weight `v` that the native library does not serve: `"native"`
+    only where that is forced, and `""` under a compiler, where the registered operator chooses when
+    it runs.
+
+    Raises:
+        RuntimeError: a forced backend cannot serve the call.
+    """
+    recorded = recorder(v)
+    if _forced is None:
+        if recorded == "composite":
+            return "reference"
+        if recorded == "compiler":
+            return ""
+        return "triton" if v.is_cuda and triton_unavailable() is None else "aten"
+    if _forced == "triton" and (reason := triton_unavailable()):
+        raise cannot_serve("triton", reason)
+    if recorded == "composite" and _forced != "native":
+        if _forced == "triton":
+            raise cannot_serve(
+                "triton",
+                "a torch.func transform or forward-mode AD is active, the call is being exported "
+                f"or traced, or v is a {type(v).__name__}",
+            )
+        return "reference"
+    return _forced
+
+
+def serving(v: Tensor, dim: int | None = 0) -> str:
+    """The backend for the plainest call with a weight like `v`.
+
+    Raises:
+        RuntimeError: a forced backend cannot serve it.
+    """
+    served = native.serves_dim(dim, v.ndim) and v.dtype in native.DTYPES
+    if served and v.is_cpu and tries_native() and native.unavailable() is None:
+        return "native"
+    return choose_backend(v)
+
+
+def cannot_serve(backend: str, reason: str = "") -> RuntimeError:
+    """The error for a call that a forced backend cannot serve."""
+    reason = reason or native.unavailable() or native.SERVES
+    return RuntimeError(f"backend {backend!r} was forced but cannot serve this call: {reason}")
+
+
+def tries_native() -> bool:
+    """Whether calls go to the native library first, which returns `None` for those that it does
+    not serve."""
+    return (_forced is None or _forced == "native") and not is_compiling()

@@ -1,0 +1,69 @@
+"""The constants of device classes that the cost model computes with."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass, replace
+
+import torch
+
+
+@dataclass(frozen=True)
+class Device:
+    """The constants of a device class.
+
+    Attributes:
+        name: what it is called.
+        bandwidth: bytes per second from memory.
+        rates: floating-point operations per second of the vendor's matmul in 16, 32 and 64 bits.
+        overhead: seconds per launched operation.
+        efficiency: what our own matmul kernel reaches of the vendor's.
+        inline_norm: factor on the operations of a matmul whose loop also takes the norm.
+        prologue: factor on the operations of a matmul whose loop scales its tile of `V`.
+        tf32_rate: operations per second of a float32 matmul in TF32.
+        gather: factor on the operations of a convolution whose loop reads `V` as it lies, taps
+            innermost.
+    """
+
+    name: str
+    bandwidth: float
+    rates: tuple[float, float, float]
+    overhead: float
+    efficiency: float = 1.0
+    inline_norm: float = 1.0
+    prologue: float = 1.0
+    tf32_rate: float = 0.0
+    gather: float = 1.0
+
+    def rate(self, itemsize: int, tf32: bool = False) -> float:
+        """Operations per second for elements of that many bytes."""
+        return self.tf32_rate if tf32 else self.rates[itemsize.bit_length() - 2]
+
+
+# Two cores of a current server: measured, docs/performance.md.
+CPU = Device("CPU", bandwidth=2e10, rates=(1e11, 1e11, 5e10), overhead=8e-6)
+# The native library starts a pass without a dispatcher, and without Python.
+NATIVE = replace(CPU, overhead=1e-6)
+
+# Of the data sheets: the SXM or OAM part, dense, without sparsity; bfloat16, float32, float64 and
+# TF32. The efficiency is an assumption, and so is the overhead. The factors are read from compiled
+# code (docs/benchmarks.md): those of the inline norm and of the prologue take the issue cycles that
+# they add to the loop of a large tile for time lost beside what bounds a plain matmul there; the
+# gather's is the bound of a convolution's loop over that of the packed form's, product for product.
+GPUS = {
+    device.name: device
+    for device in (
+        Device("A100", 2.04e12, (3.12e14, 1.95e13, 1.95e13), 4e-6, 0.8, 1.2, 1.4, 1.56e14, 2.1),
+        Device("H100", 3.35e12, (9.89e14, 6.7e13, 6.7e13), 4e-6, 0.8, 1.2, 1.3, 4.95e14, 1.9),
+        Device("H200", 4.8e12, (9.89e14, 6.7e13, 6.7e13), 4e-6, 0.8, 1.2, 1.3, 4.95e14, 1.9),
+        Device("B200", 8.0e12, (2.25e15, 8.0e13, 4.0e13), 4e-6, 0.8, 1.2, 1.4, 1.1e15, 2.4),
+        Device("MI300X", 5.3e12, (1.307e15, 1.634e14, 1.634e14), 4e-6, 0.8, 1.1, 2.5, 6.54e14, 1.3),
+    )
+}
+
+
+@functools.cache
+def gpu() -> Device:
+    """The constants of the GPU at hand; those of an H100 where there is none, or an unknown one."""
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
+    return next((device for key, device in GPUS.items() if key in name), GPUS["H100"])

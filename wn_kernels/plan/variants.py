@@ -1,0 +1,123 @@
+"""Which variant of a backend serves a call: the one that was measured to be the fastest on this
+machine, where `wn_kernels.tune` was run for such a call (`table.py`), and otherwise the cheapest by
+the cost model (`costs.py`).
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from typing import Literal, NamedTuple
+
+from ..call import Call
+from . import table
+from .costs import costs, keeps_product, scales_late
+
+
+class Plan(NamedTuple):
+    """How a call is computed.
+
+    Attributes:
+        backend: `"triton"`, `"native"`, `"aten"` or `"reference"`.
+        forward: the variant of the forward, without gradients.
+        backward: the variant of the backward.
+        keeps: what the forward of a training step saves for the backward besides its inputs and the
+            norms: the `"product"` `x Vᵀ` of a linear layer, the `"weight"` `W` of a convolution, or
+            nothing.
+    """
+
+    backend: str
+    forward: str
+    backward: str
+    keeps: Literal["", "product", "weight"] = ""
+
+    @property
+    def recorded(self) -> str:
+        """The variant of the forward in a training step: `W` is there to be kept."""
+        return "materialize" if self.keeps == "weight" else self.forward
+
+    def entry(self) -> dict[str, str]:
+        """What the tuned table stores."""
+        return {"forward": self.forward, "backward": self.backward, "keeps": self.keeps}
+
+    def __str__(self) -> str:
+        kept = f", keeps the {self.keeps}" if self.keeps else ""
+        return f"{self.forward}/{self.backward}{kept}"
+
+
+# Bytes of a convolution's `W` that are kept for the backward whatever the input's size.
+KEPT_WEIGHT = 2**21
+
+
+def _may_keep(call: Call, backend: str, forward: str, backward: str) -> bool:
+    """Whether a CPU's path may save more for the backward than the plain layer does, within 1/8 of
+    the size of the weight (the product of a linear layer) or of the input (the `W` of a
+    convolution). A small `W` is kept whatever the input's size, since computing it again is all
+    overhead. The native library forms `W` for a training step, whatever its forward does without
+    gradients, and keeps any that is normalised by position: to form it twice takes longer than
+    eager does.
+    """
+    if backend not in ("aten", "native") or not scales_late(call):
+        return False
+    if call.conv is None:
+        return forward == backward == "scaled" and keeps_product(call)
+    if backward != "materialize" or (forward != "materialize" and backend == "aten"):
+        return False
+    if call.conv.scale_axis(call.dim) == "taps":  # nothing but `W` can be scaled
+        return backend == "native"
+    size = call.x_dtype.itemsize
+    w, input = size * math.prod(call.v_shape), size * math.prod(call.x_shape)
+    return w <= max(input / 8, KEPT_WEIGHT)
+
+
+def _plan(call: Call, backend: str, forward: str, backward: str, keeps: bool) -> Plan:
+    kept = "product" if call.conv is None else "weight"
+    return Plan(backend, forward, backward, kept if keeps else "")  # type: ignore[arg-type]
+
+
+def by_cost(call: Call, backend: str) -> Plan:
+    """The cheapest plan by the cost model."""
+    if not call.x_shape or backend == "reference":  # there is one way
+        return Plan(backend, "materialize", "materialize")
+    forward, backward = costs(call, backend).cheapest()
+    return _plan(call, backend, forward, backward, _may_keep(call, backend, forward, backward))
+
+
+def choices(call: Call, backend: str) -> list[Plan]:
+    """Every plan of a backend for the call of a layer, the cost model's first."""
+    found = costs(call, backend)
+    every = {
+        _plan(call, backend, forward, backward, keeps): None
+        for forward in found.forward
+        for backward in found.backward
+        for keeps in (True, False)
+        if not keeps or _may_keep(call, backend, forward, backward)
+    }
+    first = by_cost(call, backend)
+    return sorted(every, key=lambda plan: plan != first)
+
+
+def choose(call: Call, backend: str) -> Plan:
+    """The plan of a backend for a call."""
+    tuned = None if not call.x_shape else table.find(backend, key(call))
+    if tuned is None:
+        return by_cost(call, backend)
+    for plan in choices(call, backend):
+        if plan.entry() == tuned:
+            return plan
+    warnings.warn(
+        f"{table.location()} has {tuned} for {key(call)}, which cannot serve it: ignored",
+        stacklevel=2,
+    )
+    return by_cost(call, backend)
+
+
+def key(call: Call) -> str:
+    """The name of a layer's call in the tuned table."""
+    shapes = "·".join("×".join(map(str, shape)) for shape in (call.x_shape, call.v_shape))
+    dtypes = "·".join(str(dtype).removeprefix("torch.") for dtype in (call.x_dtype, call.v_dtype))
+    words = ["linear" if call.conv is None else "convolution", shapes, dtypes, f"dim={call.dim}"]
+    if call.conv is not None:
+        words += [f"{name}={value}" for name, value in call.conv._asdict().items()]
+    words += [name for name in ("channels_last", "tf32") if getattr(call, name)]
+    return " ".join(words)
