@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from . import ops, plan
-from .backends import aten, reference
+from .backends import aten, reference, vendor
 from .backends.shapes import Geometry, kept_shape
 
 
@@ -209,7 +209,7 @@ def convolution(
     w = weight_norm(v, g, dim, eps, x.dtype, backend)
     if bias is not None and bias.dtype != x.dtype:
         bias = bias.to(x.dtype)
-    return torch.convolution(x, w, bias, *conv)
+    return vendor.convolution(x, w, bias, conv)
 
 
 def second_order(

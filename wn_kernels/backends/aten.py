@@ -39,6 +39,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import vendor
 from .reference import scale_dtype
 from .shapes import Geometry, kept_shape, reduced_dims
 
@@ -68,7 +69,6 @@ _RANGE = {torch.float32: (1e-10, 1e10), torch.float64: (1e-80, 1e80)}
 # Tensors whose operators are torch's own.
 PLAIN_TYPES = frozenset((Tensor, torch.nn.Parameter))
 
-_plain_backward = torch.ops.aten.convolution_backward.default
 _fused_grad = torch.ops.aten._weight_norm_interface_backward.default
 
 
@@ -403,12 +403,12 @@ def convolution(
         bias = bias.to(x.dtype)
     if variant == "materialize":
         w, n = weight_norm(v, g, dim, eps, x.dtype, look)
-        return torch.convolution(x, w, bias, *conv), n
+        return vendor.convolution(x, w, bias, conv), n
     n = norms(v, dim, eps, look)
     s = conv.per_channel(_scale(g, n), dim, x.ndim)
     if variant == "input":
-        return torch.convolution(x * s, v, bias, *conv), n
-    y = torch.convolution(x, v, None, *conv)
+        return vendor.convolution(x * s, v, bias, conv), n
+    y = vendor.convolution(x, v, None, conv)
     if bias is None:
         return y.mul_(s), n
     return torch.addcmul(bias.view(-1, *[1] * (x.ndim - 2)), y, s, out=y), n
@@ -469,7 +469,7 @@ def convolution_grads(
     if not (needs_x or needs_weight):
         return None, None, db
     mask = (needs_x, needs_weight, needs_bias and db is None)
-    dx, dw, bias_grad = _plain_backward(dy, x, w, [dy.shape[1]], *conv, mask)
+    dx, dw, bias_grad = vendor.convolution_backward(dy, x, w, conv, mask)
     return dx, dw, bias_grad if db is None else db
 
 

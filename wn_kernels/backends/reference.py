@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import vendor
 from .shapes import Geometry, reduced_dims
 
 
@@ -81,7 +82,7 @@ def convolution(
 ) -> Tensor:
     """The convolution of `x`, `(B, C, *sizes)`, with `W`, plus the bias, in `x`'s dtype."""
     w = weight_norm(v, g, dim, eps, x.dtype)
-    return torch.convolution(x, w, None if bias is None else bias.to(x.dtype), *conv)
+    return vendor.convolution(x, w, None if bias is None else bias.to(x.dtype), conv)
 
 
 def in_float64(function: Callable[..., Tensor], *arguments: Any) -> Tensor:
