@@ -26,7 +26,6 @@ import os
 import platform
 import sys
 import sysconfig
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -83,46 +82,56 @@ def build() -> Path:
     """Builds the library, unless it is there; returns its file.
 
     Raises:
-        RuntimeError: there is no C++ compiler or no ninja, or the compiler fails; the message says
-            which.
+        RuntimeError: there is no C++ compiler or no ninja, or the compiler fails, or the file
+            cannot be written, or somebody else may write where it belongs; the message says which.
     """
     path = location()
-    if not path.exists():
-        from torch.utils import cpp_extension
-
-        path.parent.mkdir(parents=True, exist_ok=True)
-        before = os.environ.get("PATH", "")
-        os.environ["PATH"] = os.pathsep.join((sysconfig.get_path("scripts"), before))  # ninja's
-        try:
-            # Elsewhere, and then moved: another process never finds half a file.
-            with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-                cpp_extension.load(
-                    NAME,
-                    [str(source) for source in SOURCES if source.suffix == ".cpp"],
-                    extra_cflags=_flags(),
-                    build_directory=folder,
-                    is_python_module=False,
-                )
-                (Path(folder) / path.name).replace(path)
-        finally:
-            os.environ["PATH"] = before
-        _loaded.cache_clear()
+    try:
+        if not path.exists():
+            with cache.replacing(path, cache.root()) as new:
+                if not path.exists():  # another process may have built it in the meantime
+                    _compile(new.parent)
+        if reason := cache.distrust(path, cache.root()):
+            raise PermissionError(reason)
+    except OSError as error:
+        raise RuntimeError(f"the native library cannot be built as {path}: {error}") from error
+    _loaded.cache_clear()
     return path
+
+
+def _compile(folder: Path) -> None:
+    """Builds the library in an empty folder."""
+    from torch.utils import cpp_extension
+
+    before = os.environ.get("PATH", "")
+    os.environ["PATH"] = os.pathsep.join((sysconfig.get_path("scripts"), before))  # ninja's
+    try:
+        cpp_extension.load(
+            NAME,
+            [str(source) for source in SOURCES if source.suffix == ".cpp"],
+            extra_cflags=_flags(),
+            build_directory=str(folder),
+            is_python_module=False,
+        )
+    finally:
+        os.environ["PATH"] = before
 
 
 @functools.cache
 def _loaded() -> tuple[Any, str]:
     """The library, or `None` and the reason."""
     path = location()
-    if not path.exists():
-        return None, "it was not built (python -m wn_kernels build does)"
     try:
+        if not path.exists():
+            return None, "it was not built (python -m wn_kernels build does)"
+        if reason := cache.distrust(path, cache.root()):
+            return None, f"{path} is not loaded: {reason}"
         loader = importlib.machinery.ExtensionFileLoader(NAME, str(path))
         spec = importlib.util.spec_from_file_location(NAME, path, loader=loader)
         assert spec is not None
         module = importlib.util.module_from_spec(spec)
         loader.exec_module(module)
-    except ImportError as error:  # a broken file must not break the ATen path
+    except (ImportError, OSError) as error:  # a broken file must not break the ATen path
         return None, f"loading {path} failed: {error}"
     return module, ""
 
