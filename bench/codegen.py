@@ -409,6 +409,11 @@ def table(found: list[Record]) -> Table:
     return shown
 
 
+def compiler() -> str:
+    """Whose code the figures are read from."""
+    return f"triton {version('triton')}"
+
+
 def figures(found: list[Record]) -> baseline.Figures:
     """What is held by the baseline."""
     return {
@@ -437,7 +442,5 @@ def main(path: str | None, only: str | None, write: bool) -> int:
         reasons = "; ".join(r.failures)
         console.print(f"[red]FAILED[/] {r.kernel} {r.config} {r.dtype} {r.target}: {reasons}")
     console.print(f"{len(found) - len(failed)} of {len(found)} configurations pass")
-    worse = baseline.settle(
-        console, "codegen", figures(found), write, only is None, f"triton {version('triton')}"
-    )
+    worse = baseline.settle(console, "codegen", figures(found), write, only is None, compiler())
     return 1 if failed or worse or not found else 0

@@ -12,22 +12,19 @@ Accelerate Training of Deep Neural Networks*, 2016, equation (2).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.compiler import is_compiling
+from torch.compiler import is_compiling, is_exporting
 
 from . import autograd, native, ops, plan
 from .backends import aten, reference
 from .backends.shapes import canonical_dim, reduced_dims
 from .checks import are_dense, check_convolution, check_linear, check_weight, reject
-
-# torch 2.6 has no such function; there, an exported program keeps this package's operators.
-_is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", lambda: False)
 
 
 def _composite(backend: str, v: Tensor) -> bool:
@@ -46,7 +43,7 @@ def _composite(backend: str, v: Tensor) -> bool:
     seen_through = (
         torch._C._are_functorch_transforms_active()
         or forward_ad._current_level >= 0
-        or _is_exporting()
+        or is_exporting()
         or torch._C._get_tracing_state() is not None
         or (type(v) not in aten.PLAIN_TYPES and not is_compiling())
     )
