@@ -53,6 +53,8 @@ def own_table(tmp_path, monkeypatch):
     path = tmp_path / "cache" / "tuned.json"
     monkeypatch.setenv(table.VARIABLE, str(path))
     tuning._forget()
+    mask = os.umask(0o022)  # a file that a test writes by hand would not be trusted under every one
     yield path
+    os.umask(mask)
     monkeypatch.undo()
     tuning._forget()

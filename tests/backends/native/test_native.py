@@ -296,7 +296,7 @@ def test_fuzz_convolution(rank, transposed):
         lambda dtype: cases(rank, transposed, dims=[0], dtypes=[dtype])
     )
 
-    @settings(max_examples=80)
+    @settings(max_examples=140)
     @given(case=served, path=st.tuples(st.sampled_from(FORWARDS), st.sampled_from(BACKWARDS)))
     def run(case, path):
         case.v = case.v.contiguous()

@@ -35,6 +35,9 @@ from ... import cache
 
 NAME = "wn_kernels_native"
 
+# More flags for the compiler and the linker; a library that is built with others is another file.
+FLAGS_VARIABLE = "WN_KERNELS_CXXFLAGS"
+
 # What it knows.
 DTYPES = frozenset((torch.float32, torch.float64))
 SERVES = (
@@ -75,7 +78,12 @@ def _flags() -> list[str]:
         "-O3",
         *(["-fopenmp", "-DAT_PARALLEL_OPENMP=1"] if parallel else []),
         *_INSTRUCTIONS.get(torch.backends.cpu.get_cpu_capability(), []),
+        *_more_flags(),
     ]
+
+
+def _more_flags() -> list[str]:
+    return os.environ.get(FLAGS_VARIABLE, "").split()
 
 
 def build() -> Path:
@@ -110,6 +118,7 @@ def _compile(folder: Path) -> None:
             NAME,
             [str(source) for source in SOURCES if source.suffix == ".cpp"],
             extra_cflags=_flags(),
+            extra_ldflags=_more_flags(),
             build_directory=str(folder),
             is_python_module=False,
         )
