@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
 from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 
 from rich.console import Console
@@ -408,6 +409,11 @@ def table(found: list[Record]) -> Table:
     return shown
 
 
+def compiler() -> str:
+    """Whose code the figures are read from."""
+    return f"triton {version('triton')}"
+
+
 def figures(found: list[Record]) -> baseline.Figures:
     """What is held by the baseline."""
     return {
@@ -422,7 +428,7 @@ def figures(found: list[Record]) -> baseline.Figures:
 
 def main(path: str | None, only: str | None, write: bool) -> int:
     """Prints the table, writes the records to `path`; 1 where a configuration fails, or is worse
-    than the baseline, which `write` replaces."""
+    than the same compiler's baseline, which `write` replaces."""
     console = Console()
     found = list(records(console, only))
     wide = Console(width=240) if not console.is_terminal else console
@@ -436,5 +442,5 @@ def main(path: str | None, only: str | None, write: bool) -> int:
         reasons = "; ".join(r.failures)
         console.print(f"[red]FAILED[/] {r.kernel} {r.config} {r.dtype} {r.target}: {reasons}")
     console.print(f"{len(found) - len(failed)} of {len(found)} configurations pass")
-    worse = baseline.settle(console, "codegen", figures(found), write, complete=only is None)
+    worse = baseline.settle(console, "codegen", figures(found), write, only is None, compiler())
     return 1 if failed or worse or not found else 0

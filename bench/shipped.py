@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from wn_kernels.backends.reference import narrows_range
-from wn_kernels.call import Geometry, kept_shape
+from wn_kernels.call import Geometry, kept_shape, narrows_range
 from wn_kernels.plan.costs import one_pass_rows
 
 if TYPE_CHECKING:

@@ -2,7 +2,9 @@
 
 Without a GPU, Triton's kernels run on CPU tensors under its interpreter, which has to be chosen
 before triton is imported; under the launch checker (`make sanitize`) they are compiled instead.
-Fresh memory is filled with NaN, so an element that nobody wrote shows in the values.
+Fresh memory is filled with NaN, so an element that nobody wrote shows in the values. Importing
+`bench` holds oneDNN to instructions whose results are right (`bench/onednn.py`), which has to
+happen before torch is imported.
 """
 
 import os
@@ -10,6 +12,8 @@ import sys
 
 import pytest
 import torch
+
+import bench  # noqa: F401
 
 if not torch.cuda.is_available() and "ttsem" not in sys.modules:
     os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -50,6 +54,8 @@ def own_table(tmp_path, monkeypatch):
     path = tmp_path / "cache" / "tuned.json"
     monkeypatch.setenv(table.VARIABLE, str(path))
     tuning._forget()
+    mask = os.umask(0o022)  # a file that a test writes by hand would not be trusted under every one
     yield path
+    os.umask(mask)
     monkeypatch.undo()
     tuning._forget()

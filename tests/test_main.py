@@ -1,6 +1,7 @@
 """The command line: `python -m wn_kernels`."""
 
 import os
+import re
 import subprocess
 import sys
 
@@ -9,6 +10,8 @@ import torch
 
 import wn_kernels
 from wn_kernels.__main__ import main
+from wn_kernels.backends import native, vendor
+from wn_kernels.plan.table import processor
 
 
 def info(**environment):
@@ -32,6 +35,52 @@ def test_info():
     if not torch.cuda.is_available():
         assert "no GPU: " in text
         assert "triton cannot be used: " in text
+
+
+def test_info_has_what_a_report_needs(tmp_path):
+    """Of the machine, the native library, the table, and the environment."""
+    table = tmp_path / "table.json"
+    held = {"ONEDNN_MAX_CPU_ISA": "AVX2", "TRITON_INTERPRET": "1", "WN_KERNELS_TABLE": str(table)}
+    text = info(**held, SECRET_TOKEN="not to be shown")
+    assert f"cpu: {processor()}" in text
+    assert f"  torch uses  {torch.backends.cpu.get_cpu_capability()}, " in text
+    has = next(line for line in text.splitlines() if line.startswith("  it has "))
+    flags = vendor.cpu_flags()
+    for flag, name in (("avx2", "AVX2"), ("avx512f", "AVX-512"), ("amx_tile", "AMX")):
+        assert (name in has.removeprefix("  it has ").strip().split(", ")) == (flag in flags)
+    assert f"tuned table: none ({table} would be it)" in text
+    environment = text[text.index("environment:") :]
+    for name, value in held.items():
+        assert f"\n  {name}={value}" in environment
+    assert "SECRET_TOKEN" not in text
+    table.write_text("{}")
+    assert f"tuned table: {table}\n" in info(**held)
+
+
+def test_info_of_the_native_library(tmp_path):
+    """Its compiler and its file, or why it is not there."""
+    built = native.build()
+    text = info()
+    assert re.search(r"\nnative library: loaded, built by (gcc|clang) \d+\.\d+", text)
+    assert f"\n  its file: {built}\n" in text
+    text = info(XDG_CACHE_HOME=str(tmp_path))
+    assert "\nthe native library cannot be used: it was not built" in text
+    assert f"\n  its file: {tmp_path}" in text
+
+
+def test_info_of_a_processor_with_amx(monkeypatch, capsys):
+    flags = frozenset(("avx2", "avx512f", "amx_tile", "amx_bf16"))
+    monkeypatch.setattr(vendor, "cpu_flags", lambda: flags)
+    monkeypatch.setattr(vendor, "WRONG_IN_3D", frozenset((torch.bfloat16,)))
+    assert main(["info"]) == 0
+    text = capsys.readouterr().out
+    assert "  it has      AVX2, AVX-512, AMX, AMX bfloat16\n" in text
+    assert "convolutions in 3-d are computed in float32 for bfloat16\n" in text
+    monkeypatch.setattr(vendor, "cpu_flags", frozenset)
+    assert main(["info"]) == 0
+    assert (
+        "  it has      instruction sets that this system does not report" in capsys.readouterr().out
+    )
 
 
 def test_info_of_a_forced_backend():

@@ -1,6 +1,6 @@
 """The command line.
 
-python -m wn_kernels info                    what would serve each dtype here, and why
+python -m wn_kernels info                    what a report needs: versions, the machine, who serves
 python -m wn_kernels build                   builds the native library, which a CPU is faster with
 python -m wn_kernels tune module:factory     times a model's calls and stores the fastest paths
 """
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import os
 import platform
 import sys
 from importlib.metadata import PackageNotFoundError, version
@@ -19,40 +20,104 @@ import torch
 import wn_kernels
 
 from . import plan
-from .backends import native
+from .backends import native, vendor
 from .plan import table
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
+# Instruction sets that decide who computes what, as Linux and as people spell them.
+INSTRUCTIONS = {
+    "avx2": "AVX2",
+    "avx512f": "AVX-512",
+    "avx512_bf16": "AVX-512 bfloat16",
+    "avx512_fp16": "AVX-512 float16",
+    "amx_tile": "AMX",
+    "amx_bf16": "AMX bfloat16",
+    "amx_fp16": "AMX float16",
+    "asimd": "NEON",
+    "sve": "SVE",
+}
+
+# Variables that change what runs, or how fast: these, and all that begin with these.
+VARIABLES = (
+    *vendor.ONEDNN_VARIABLES,
+    *("ATEN_CPU_CAPABILITY", "MKL_ENABLE_INSTRUCTIONS", "MKL_CBWR", "OPENBLAS_CORETYPE"),
+    *("OMP_NUM_THREADS", "MKL_NUM_THREADS", "XDG_CACHE_HOME", "CXX", "CUDA_VISIBLE_DEVICES"),
+)
+PREFIXES = ("WN_KERNELS_", "TRITON_")
+
+
 def info() -> str:
-    """Versions, devices, and the backend for each dtype on each of them."""
+    """What a report of a fault should contain: versions, the processor, who serves each dtype on
+    each device and why, the native library, the tuned table, and the environment."""
     lines = [
         f"wn_kernels  {wn_kernels.__version__}",
-        f"python      {platform.python_version()}",
-        f"torch       {torch.__version__}",
+        f"python      {platform.python_version()}, {platform.platform()}",
+        f"torch       {torch.__version__}, {_gpu_build()}",
         f"triton      {_triton()}",
+        "",
+        f"cpu: {table.processor()}",
+        f"  it has      {_instructions()}",
+        f"  torch uses  {torch.backends.cpu.get_cpu_capability()}, "
+        f"{torch.get_num_threads()} threads",
     ]
-    devices = [torch.device("cpu")]
-    if torch.cuda.is_available():
-        devices += [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
-    for device in devices:
-        name = torch.cuda.get_device_name(device) if device.type == "cuda" else table.processor()
-        lines += ["", f"{device}: {name}"]
-        for dtype in DTYPES:
-            kind = str(dtype).removeprefix("torch.")
-            lines.append(f"  {kind:10}{_backend(torch.empty(0, dtype=dtype, device=device))}")
-    lines.append("")
+    if wrong := sorted(str(dtype).removeprefix("torch.") for dtype in vendor.WRONG_IN_3D):
+        lines.append(f"  convolutions in 3-d are computed in float32 for {', '.join(wrong)}")
+    lines += _backends(torch.device("cpu"))
+    for i in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+        lines += ["", f"cuda:{i}: {torch.cuda.get_device_name(i)}"]
+        lines += _backends(torch.device("cuda", i))
+    lines += ["", *_native_library(), f"tuned table: {_tuned()}"]
     if not torch.cuda.is_available():
-        why = "this torch is built without it" if not _has_gpu_build() else "no device found"
+        why = "no device found" if _has_gpu_build() else "this torch is built without it"
         lines.append(f"no GPU: {why}")
     if reason := plan.triton_unavailable():
         lines.append(f"triton cannot be used: {reason}")
-    if reason := native.unavailable():
-        lines.append(f"the native library cannot be used: {reason}")
     if plan.is_forced():
         lines.append(f"a backend is forced by {plan.ENVIRONMENT_VARIABLE}")
-    return "\n".join(lines).rstrip()
+    lines += ["", "environment:"]
+    lines += [
+        f"  {name}={value}"
+        for name, value in sorted(os.environ.items())
+        if name in VARIABLES or name.startswith(PREFIXES)
+    ] or ["  none of the variables that matter"]
+    return "\n".join(lines)
+
+
+def _instructions() -> str:
+    flags = vendor.cpu_flags()
+    if not flags:
+        return "instruction sets that this system does not report"
+    return ", ".join(name for flag, name in INSTRUCTIONS.items() if flag in flags) or "none known"
+
+
+def _backends(device: torch.device) -> list[str]:
+    return [
+        f"  {str(dtype).removeprefix('torch.'):10}"
+        + _backend(torch.empty(0, dtype=dtype, device=device))
+        for dtype in DTYPES
+    ]
+
+
+def _native_library() -> list[str]:
+    """Whether it is used or why not, where it lies, and the compiler that built it."""
+    if reason := native.unavailable():
+        lines = [f"the native library cannot be used: {reason}"]
+    else:
+        lines = [f"native library: loaded, built by {native.compiler()}"]
+    return [*lines, f"  its file: {native.location()}"]
+
+
+def _tuned() -> str:
+    path = table.location()
+    return str(path) if os.path.exists(path) else f"none ({path} would be it)"
+
+
+def _gpu_build() -> str:
+    if torch.version.cuda is not None:
+        return f"built for CUDA {torch.version.cuda}"
+    return f"built for HIP {torch.version.hip}" if torch.version.hip else "built for the CPU alone"
 
 
 def _triton() -> str:
@@ -78,7 +143,7 @@ def _backend(x: torch.Tensor) -> str:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m wn_kernels", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("info", help="the backend for each dtype, versions, devices")
+    commands.add_parser("info", help="versions, devices, the backend for each dtype")
     commands.add_parser("build", help="build the native library with this machine's C++ compiler")
     tune = commands.add_parser("tune", help="time the paths of a model's calls, store the fastest")
     tune.add_argument("factory", help="module:function that returns (model, sample input)")

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from . import operators
-from .backends import aten, reference
+from .backends import aten, reference, vendor
 from .call import Call, Operands
 from .plan import Plan
 
@@ -69,7 +69,7 @@ def layer(call: Call, plan: Plan, tensors: Operands) -> Tensor:
             w = _weight(v, g, call)
             if bias is not None and bias.dtype != w.dtype:
                 bias = bias.to(w.dtype)
-            return torch.convolution(x, w, bias, *call.conv)
+            return vendor.convolution(x, w, bias, call.conv)
         if x is None:
             return _weight(v, g, call)
     return Layer.apply(x, v, g, bias, call, plan)

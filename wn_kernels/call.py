@@ -8,13 +8,13 @@ geometry of a convolution, the dtypes of norms and products, and who records a c
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.compiler import is_compiling
+from torch.compiler import is_compiling, is_exporting
 
 # --- dim and eps -------------------------------------------------------------------------------
 
@@ -199,9 +199,6 @@ class Call(NamedTuple):
 # Tensor classes whose operators are torch's own.
 PLAIN_TYPES = frozenset((Tensor, torch.nn.Parameter))
 
-# torch before 2.7 has no such function; there, an exported program keeps this package's operators.
-_is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", lambda: False)
-
 
 def recorder(v: Tensor) -> Literal["", "compiler", "mode", "composite"]:
     """Who records the operations of a call with the weight `v`:
@@ -217,7 +214,7 @@ def recorder(v: Tensor) -> Literal["", "compiler", "mode", "composite"]:
     if (
         torch._C._are_functorch_transforms_active()
         or forward_ad._current_level >= 0
-        or _is_exporting()
+        or is_exporting()
         or torch._C._get_tracing_state() is not None
     ):
         return "composite"

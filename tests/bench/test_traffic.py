@@ -1,9 +1,10 @@
 """What the Triton paths move, counted; and that a figure that gets worse is noticed."""
 
-import json
+import io
 
 import pytest
 import torch
+from rich.console import Console
 
 pytest.importorskip("triton")
 
@@ -70,7 +71,7 @@ def test_counts_of_a_product_alone():
 
 
 def test_the_baseline_holds_every_path():
-    committed = json.loads((baseline.FOLDER / "traffic.json").read_text("utf-8"))
+    committed, _ = baseline.read("traffic")
     expected = {
         f"{case.label}, {direction}, {variant}"
         for case in traffic.CASES
@@ -97,3 +98,17 @@ def test_what_is_worse_is_named(tmp_path, monkeypatch):
         "a: bytes is 103, was 100",
         "c is not in the baseline",
     ]
+
+
+@pytest.mark.parametrize("compiler", ["triton 1", None])
+def test_a_baseline_belongs_to_its_compiler(compiler, tmp_path, monkeypatch):
+    """Under another, nothing is compared with it; the hard limits hold under each."""
+    monkeypatch.setattr(baseline, "FOLDER", tmp_path)
+    console = Console(file=io.StringIO(), width=200)
+    before, found = {"a": {"registers": 100}}, {"a": {"registers": 110}}
+    assert baseline.settle(console, "x", before, True, compiler=compiler) == 0
+    assert baseline.read("x") == (before, compiler)
+    assert baseline.settle(console, "x", found, False, compiler=compiler) == 1
+    assert baseline.settle(console, "x", before, False, compiler=compiler) == 0
+    assert baseline.settle(console, "x", found, False, compiler="triton 2") == 0
+    assert "the baseline is" in console.file.getvalue()

@@ -51,6 +51,7 @@ from ..call import (
     reduced_dims,
     scale_dtype,
 )
+from . import vendor
 from .native.limits import LEFT_ROWS
 
 INF = float("inf")
@@ -70,7 +71,6 @@ FUSED_MAX = 1 << 23
 IN_PLACE_MIN = 1 << 21
 _FUSED_DTYPES = frozenset((torch.float32, torch.float64, torch.bfloat16, torch.float16))
 
-_plain_backward = torch.ops.aten.convolution_backward.default
 _fused_grad = torch.ops.aten._weight_norm_interface_backward.default
 
 
@@ -396,12 +396,12 @@ def convolution(
         bias = bias.to(x.dtype)
     if variant == "materialize":
         w, n = weight_norm(v, g, dim, eps, x.dtype, look)
-        return torch.convolution(x, w, bias, *conv), n
+        return vendor.convolution(x, w, bias, conv), n
     n = norms(v, dim, eps, look)
     s = conv.per_channel(_scale(g, n), dim, x.ndim)
     if variant == "input":
-        return torch.convolution(x * s, v, bias, *conv), n
-    y = torch.convolution(x, v, None, *conv)
+        return vendor.convolution(x * s, v, bias, conv), n
+    y = vendor.convolution(x, v, None, conv)
     if bias is None:
         return y.mul_(s), n
     return torch.addcmul(bias.view(-1, *[1] * (x.ndim - 2)), y, s, out=y), n
@@ -462,7 +462,7 @@ def convolution_grads(
     if not (needs_x or needs_weight):
         return None, None, db
     mask = (needs_x, needs_weight, needs_bias and db is None)
-    dx, dw, bias_grad = _plain_backward(dy, x, w, [dy.shape[1]], *conv, mask)
+    dx, dw, bias_grad = vendor.convolution_backward(dy, x, w, conv, mask)
     return dx, dw, bias_grad if db is None else db
 
 

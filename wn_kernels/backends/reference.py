@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..call import Geometry, kept_shape, reduced_dims, scale_dtype
+from . import vendor
 
 
 def slice_scale(v: Tensor, g: Tensor, dim: int | None, eps: float) -> Tensor:
@@ -65,7 +66,7 @@ def convolution(
 ) -> Tensor:
     """The convolution of `x`, `(B, C, *sizes)`, with `W`, plus the bias, in `x`'s dtype."""
     w = weight_norm(v, g, dim, eps, x.dtype)
-    return torch.convolution(x, w, None if bias is None else bias.to(x.dtype), *conv)
+    return vendor.convolution(x, w, None if bias is None else bias.to(x.dtype), conv)
 
 
 def layer(

@@ -4,7 +4,8 @@
 
 `variants.py` reads it, `tuning.py` writes it. A file is written whole and then takes the old one's
 place, under a lock: processes that tune at the same time all keep what they found. One that cannot
-be read is ignored with a warning, and put aside by the next that is written.
+be read, or that others may write to (`cache.py`), is ignored with a warning, and put aside by the
+next that is written.
 """
 
 from __future__ import annotations
@@ -13,14 +14,12 @@ import functools
 import json
 import os
 import platform
-import tempfile
 import warnings
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock
 
 from .. import cache
 
@@ -37,6 +36,12 @@ def location() -> Path:
     if named:
         return Path(named)
     return cache.directory() / "tuned.json"
+
+
+def _top(path: Path) -> Path:
+    """From where on the table's folders have to be the user's: a file that was named may lie
+    anywhere."""
+    return cache.root() if path.is_relative_to(cache.root()) else path.parent
 
 
 @functools.cache
@@ -74,8 +79,10 @@ def _version(package: str) -> str:
 def _read(path: Path) -> Entries | None:
     """The file's contents, none where there is no file; `None` where it cannot be read."""
     try:
+        if reason := cache.distrust(path, _top(path)):
+            raise PermissionError(reason)
         entries = json.loads(path.read_text("utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return {}
     except (OSError, ValueError) as error:
         warnings.warn(f"the tuned table {path} is ignored: {error}", stacklevel=3)
@@ -101,24 +108,16 @@ def store(backend: str, calls: dict[str, dict[str, Any]]) -> Path:
     """Adds what was measured for some calls to the file, and returns its path.
 
     Raises:
-        OSError: it cannot be written; what was there stays.
+        OSError: it cannot be written, or its folder is not to be trusted; what was there stays.
     """
     path = location()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(path.with_name(path.name + ".lock")):
+    with cache.replacing(path, _top(path)) as new:
         entries = _read(path)
         if entries is None:
             os.replace(path, path.with_name(path.name + ".unreadable"))
             entries = {}
         entries.setdefault(machine(backend), {}).update(calls)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name)
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                json.dump(entries, file, indent=1, sort_keys=True, ensure_ascii=False)
-            os.replace(temporary, path)
-        except BaseException:
-            os.unlink(temporary)
-            raise
+        new.write_text(json.dumps(entries, indent=1, sort_keys=True, ensure_ascii=False), "utf-8")
     forget()
     return path
 

@@ -1,6 +1,7 @@
 """The native library: every variant and order, what it serves and what it leaves alone."""
 
 import functools
+import re
 
 import pytest
 import torch
@@ -284,7 +285,7 @@ def test_fuzz_convolution(rank, transposed):
         lambda dtype: cases(rank, transposed, dims=[0], dtypes=[dtype])
     )
 
-    @settings(max_examples=80)
+    @settings(max_examples=140)
     @given(case=served, path=st.tuples(st.sampled_from(FORWARDS), st.sampled_from(BACKWARDS)))
     def run(case, path):
         case.v = case.v.contiguous()
@@ -492,13 +493,18 @@ def test_a_changed_weight_is_noticed():
         y.sum().backward()
 
 
-@pytest.mark.parametrize("m", [1, 5])
-def test_same_bits_whatever_the_threads(m):
-    case = Case(m, 600, 500, 0)
+# One row, and few of a large weight: every product is this library's.
+OWN_PRODUCTS = [(1, 600, 500), (1, 2500, 1100), (1, 70, 5000), (5, 600, 500), (32, 700, 900)]
+
+
+@pytest.mark.parametrize("shape", OWN_PRODUCTS)
+@pytest.mark.parametrize("dtype", WIDE)
+def test_same_bits_whatever_the_threads(shape, dtype):
+    case = Case(*shape, 0, dtype)
     threads = torch.get_num_threads()
     found = []
     try:
-        for count in (1, 2, 3):
+        for count in (1, 2, 3, 8):
             torch.set_num_threads(count)
             leaves = case.leaves()
             y = WF.wn_linear(*leaves)
@@ -510,6 +516,32 @@ def test_same_bits_whatever_the_threads(m):
     for one, *others in zip(*found, strict=True):
         for other in others:
             assert_same_bits(one, other)
+
+
+@pytest.mark.parametrize("shape", OWN_PRODUCTS)
+def test_no_product_of_a_library(shape):
+    """Nor a sum, whose bits would be the library's: PyTorch's operations only reshape and copy."""
+    case = Case(*shape, 0)
+    leaves = case.leaves()
+    with torch.profiler.profile() as profile:
+        y = WF.wn_linear(*leaves)
+        torch.autograd.grad(y, leaves, case.dy)
+    ran = {event.key for event in profile.key_averages()}
+    assert "aten::empty" in ran
+    products = re.compile(r"aten::.*(mm|mv|dot|linear|addr|ger|sum|einsum)")
+    assert not {key for key in ran if products.match(key)}
+
+
+@pytest.mark.parametrize("dtype", WIDE)
+@pytest.mark.parametrize("shape", [(1, 1), (3, 1024), (256, 1025), (257, 31), (700, 2500)])
+def test_the_gradient_of_one_row(shape, dtype):
+    """dX = dY W, in tiles of 256 rows and 1024 columns of V, whose norms a tuned path may have
+    formed W from."""
+    n, k = shape
+    case = Case(1, k, n, 0, dtype)
+    for variants in (("scaled", "scaled", "product"), ("scaled", "materialize")):
+        with planned(*variants):
+            case.check(linear(case))
 
 
 # --- planning ------------------------------------------------------------------------------------

@@ -27,7 +27,6 @@ import os
 import platform
 import sys
 import sysconfig
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -40,6 +39,9 @@ from ..reference import differentiable_grads
 from . import limits
 
 NAME = "wn_kernels_native"
+
+# More flags for the compiler and the linker; a library that is built with others is another file.
+FLAGS_VARIABLE = "WN_KERNELS_CXXFLAGS"
 
 DTYPES = frozenset((torch.float32, torch.float64))
 SERVES = (
@@ -101,53 +103,69 @@ def _flags() -> list[str]:
         *(["-fopenmp", "-DAT_PARALLEL_OPENMP=1"] if parallel else []),
         *_INSTRUCTIONS.get(torch.backends.cpu.get_cpu_capability(), []),
         *limits.definitions(),
+        *_more_flags(),
     ]
+
+
+def _more_flags() -> list[str]:
+    return os.environ.get(FLAGS_VARIABLE, "").split()
 
 
 def build() -> Path:
     """Builds the library, unless it is there; returns its file.
 
     Raises:
-        RuntimeError: there is no C++ compiler or no ninja, or the compiler fails; the message says
-            which.
+        RuntimeError: there is no C++ compiler or no ninja, or the compiler fails, or the file
+            cannot be written, or somebody else may write where it belongs; the message says which.
     """
     path = location()
-    if not path.exists():
-        from torch.utils import cpp_extension
-
-        path.parent.mkdir(parents=True, exist_ok=True)
-        before = os.environ.get("PATH", "")
-        os.environ["PATH"] = os.pathsep.join((sysconfig.get_path("scripts"), before))  # ninja's
-        try:
-            # Elsewhere, and then moved: another process never finds half a file.
-            with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-                cpp_extension.load(
-                    NAME,
-                    [str(source) for source in SOURCES if source.suffix == ".cpp"],
-                    extra_cflags=_flags(),
-                    build_directory=folder,
-                    is_python_module=False,
-                )
-                (Path(folder) / path.name).replace(path)
-        finally:
-            os.environ["PATH"] = before
-        _loaded.cache_clear()
+    try:
+        if not path.exists():
+            with cache.replacing(path, cache.root()) as new:
+                if not path.exists():  # another process may have built it in the meantime
+                    _compile(new.parent)
+        if reason := cache.distrust(path, cache.root()):
+            raise PermissionError(reason)
+    except OSError as error:
+        raise RuntimeError(f"the native library cannot be built as {path}: {error}") from error
+    _loaded.cache_clear()
     return path
+
+
+def _compile(folder: Path) -> None:
+    """Builds the library in an empty folder."""
+    from torch.utils import cpp_extension
+
+    before = os.environ.get("PATH", "")
+    os.environ["PATH"] = os.pathsep.join((sysconfig.get_path("scripts"), before))  # ninja's
+    try:
+        cpp_extension.load(
+            NAME,
+            [str(source) for source in SOURCES if source.suffix == ".cpp"],
+            extra_cflags=_flags(),
+            extra_ldflags=_more_flags(),
+            build_directory=str(folder),
+            is_python_module=False,
+        )
+    finally:
+        os.environ["PATH"] = before
 
 
 @functools.cache
 def _loaded() -> tuple[Any, str]:
     """The library, or `None` and the reason."""
     path = location()
-    if not path.exists():
-        return None, "it was not built (python -m wn_kernels build does)"
     try:
+        if not path.exists():
+            return None, "it was not built (python -m wn_kernels build does)"
+        if reason := cache.distrust(path, cache.root()):
+            return None, f"{path} is not loaded: {reason}"
         loader = importlib.machinery.ExtensionFileLoader(NAME, str(path))
         spec = importlib.util.spec_from_file_location(NAME, path, loader=loader)
         assert spec is not None
         module = importlib.util.module_from_spec(spec)
         loader.exec_module(module)
-    except ImportError as error:  # a broken file must not break the ATen path
+    except (ImportError, OSError) as error:  # a broken file must not break the ATen path
         return None, f"loading {path} failed: {error}"
     return module, ""
 
@@ -168,8 +186,14 @@ def _connect(library: Any, plan: Callable[..., tuple | None]) -> None:
 
 def forget() -> None:
     """Clears the library's table of plans."""
-    if _loaded.cache_info().currsize and (found := _loaded()[0]) is not None:
+    found = _loaded()[0]
+    if found is not None:
         found.forget()
+
+
+def compiler() -> str:
+    """The compiler that built the library, which has to be usable."""
+    return _loaded()[0].compiler
 
 
 def unavailable() -> str | None:

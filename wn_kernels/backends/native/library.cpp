@@ -10,6 +10,13 @@
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   using namespace wn_kernels;
+#if defined(__clang__)
+  m.attr("compiler") = "clang " __clang_version__;
+#elif defined(__GNUC__)
+  m.attr("compiler") = "gcc " __VERSION__;
+#else
+  m.attr("compiler") = "an unknown compiler";
+#endif
   m.def("weight_norm", &weight_norm);
   m.def("linear", &linear);
   m.def("convolution", &convolution);

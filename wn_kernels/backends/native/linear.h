@@ -2,12 +2,16 @@
 //
 //   late      y = (x Vᵀ) s + b,  dX = (dY s) V,  dV = (dY s)ᵀ x - c V, with a = sum dY (x Vᵀ)
 //             where the forward kept that product; otherwise dW is formed and finished. With few
-//             rows of x, x Vᵀ and the norms take one read of V, and so does dV (panels.h).
+//             rows of x, x Vᵀ and the norms take one read of V, and so do dX and dV (panels.h).
 //   else      W is formed, in each direction
+//
+// With one row of x, or with few and a large V, no product is a library's, and so the number of
+// threads does not change a bit of any result.
 
 #pragma once
 
 #include <algorithm>
+#include <memory>
 #include <optional>
 
 #include "panels.h"
@@ -58,6 +62,62 @@ Tensor few_rows_product(const Tensor& d, const Tensor& v) {
   Panels<T> q(v.size(1), d.size(1));
   columns_product(q, v.const_data_ptr<T>(), v.size(0), d.const_data_ptr<T>());
   unpack(q, out.mutable_data_ptr<T>());
+  return out;
+}
+
+// Rows and columns of V that one tile of dᵀ V takes: its sums stay in the first cache.
+constexpr int64_t kTileOfRows = 256;
+constexpr int64_t kTileOfColumns = 1024;
+
+// to += dᵀ V for some rows and `width` columns of V. Of eight rows at once, as every sum is loaded
+// and stored.
+template <typename T>
+void add_scaled_rows(
+    T* __restrict to, const T* d, const T* v, int64_t rows, int64_t length, int64_t width) {
+  int64_t j = 0;
+  for (; j + 8 <= rows; j += 8) {
+    const T *a = v + j * length, *b = a + length, *c = b + length, *e = c + length,
+            *f = e + length, *h = f + length, *p = h + length, *q = p + length, *s = d + j;
+    for (int64_t k = 0; k < width; ++k)
+      to[k] += ((s[0] * a[k] + s[1] * b[k]) + (s[2] * c[k] + s[3] * e[k])) +
+               ((s[4] * f[k] + s[5] * h[k]) + (s[6] * p[k] + s[7] * q[k]));
+  }
+  for (; j < rows; ++j)
+    for (int64_t k = 0; k < width; ++k) to[k] += d[j] * v[j * length + k];
+}
+
+// dᵀ V, for a row dᵀ. V is read once, in tiles whose sums are added in order, whoever took them.
+template <typename T>
+Tensor one_row_product(const Tensor& d, const Tensor& v) {
+  const int64_t rows = v.size(0), length = v.size(1);
+  const int64_t stacks = (rows + kTileOfRows - 1) / kTileOfRows,
+                strips = (length + kTileOfColumns - 1) / kTileOfColumns;
+  const Tensor out = at::empty({1, length}, v.options());
+  const std::unique_ptr<T[]> rest(new T[(stacks - 1) * length]);
+  const auto *ds = d.const_data_ptr<T>(), *vs = v.const_data_ptr<T>();
+  T* to = out.mutable_data_ptr<T>();
+  for_each(stacks * strips, kTileOfRows * kTileOfColumns, [&](int64_t i) {
+    const int64_t stack = i / strips, row = stack * kTileOfRows, k = i % strips * kTileOfColumns;
+    const int64_t width = std::min(kTileOfColumns, length - k);
+    T* part = (stack ? rest.get() + (stack - 1) * length : to) + k;
+    std::fill_n(part, width, T(0));
+    add_scaled_rows(
+        part, ds + row, vs + row * length + k, std::min(kTileOfRows, rows - row), length, width);
+  });
+  for_each(stacks > 1 ? strips : 0, stacks * kTileOfColumns, [&](int64_t strip) {
+    const int64_t k = strip * kTileOfColumns, end = std::min(k + kTileOfColumns, length);
+    for (const T* part = rest.get(); part < rest.get() + (stacks - 1) * length; part += length)
+      for (int64_t i = k; i < end; ++i) to[i] += part[i];
+  });
+  return out;
+}
+
+// D V.
+inline Tensor rows_times(const Tensor& d, const Tensor& v) {
+  if (d.size(0) > 1) return at::mm(d, v);
+  Tensor out;
+  AT_DISPATCH_FLOATING_TYPES(
+      v.scalar_type(), "rows_times", [&] { out = one_row_product<scalar_t>(d, v); });
   return out;
 }
 
@@ -197,13 +257,13 @@ struct Linear : Function<Linear> {
           dx = few_rows_product<scalar_t>(few, v);
         });
       else if (needs_x)
-        dx = at::mm(scaled, v);
+        dx = rows_times(scaled, v);
       if (p.defined())
         std::tie(out[1], out[2]) = grads_from_dots(a, scaled, few, x, v, g, n, eps);
     } else {
       RECORD_FUNCTION("wn_kernels::linear_backward, materialize", {});
       if (needs_bias) db = bias_grad(dy, 1);
-      if (needs_x) dx = at::mm(dy, scaled_weight(v, g, n));
+      if (needs_x) dx = rows_times(dy, scaled_weight(v, g, n));
     }
     if ((needs_v || needs_g) && !out[1].defined())
       std::tie(out[1], out[2]) = weight_grads(at::mm(dy.t(), x), v, g, n, eps, true);

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ...call import Geometry, narrows_range, scale_dtype
+from .. import vendor
 from ..aten import convolution_grads
 from . import configs, weight
 from .conv_grad import weight_grad
@@ -65,7 +66,7 @@ def convolution(
     g = g.contiguous()
     if variant == "materialize":
         w, n = weight.weight_norm(v, g, dim, eps, x.dtype)
-        return torch.convolution(x, w, None if bias is None else bias.to(x.dtype), *conv), n
+        return vendor.convolution(x, w, None if bias is None else bias.to(x.dtype), conv), n
     sizes = conv.output_sizes(x.shape[2:], v.shape[2:])
     form, w = variant, v
     if variant == "packed":

@@ -1,0 +1,54 @@
+"""The native library under the address and the undefined-behaviour sanitizer.
+
+    python -m tests.sanitize
+
+It is built with both, as a file of its own, and its tests run on that: every variant, and a
+thousand random layers, forward and backward. A finding ends the run. The sanitizers' own libraries
+have to be in the process before torch is, so they are preloaded into the one that tests.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+from wn_kernels.backends.native import FLAGS_VARIABLE
+
+FLAGS = (
+    "-O1 -g1 -fno-omit-frame-pointer -D_GLIBCXX_ASSERTIONS -fsanitize=address,undefined "
+    "-fno-sanitize=vptr -fno-sanitize-recover=all"  # vptr would need torch's type information
+)
+OPTIONS = {
+    # Python and torch leave to the end of the process what they allocate once.
+    "ASAN_OPTIONS": "detect_leaks=0",
+    "UBSAN_OPTIONS": "print_stacktrace=1",
+}
+
+
+def runtime(name: str) -> str:
+    """A sanitizer's library, of the compiler that builds.
+
+    Raises:
+        SystemExit: it has none.
+    """
+    command = [os.environ.get("CXX", "c++"), f"-print-file-name=lib{name}.so"]
+    path = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    if not os.path.isabs(path):
+        raise SystemExit(f"sanitize: {command[0]} comes without lib{name}.so")
+    return os.path.realpath(path)
+
+
+def main(arguments: list[str]) -> int:
+    environment = {**os.environ, **OPTIONS, FLAGS_VARIABLE: FLAGS}
+    preloaded = {"LD_PRELOAD": " ".join(map(runtime, ("asan", "ubsan")))}
+    # The build loads what it built, for a moment: after torch, where it finds nothing.
+    late = {"ASAN_OPTIONS": OPTIONS["ASAN_OPTIONS"] + ":verify_asan_link_order=0"}
+    build = [sys.executable, "-m", "wn_kernels", "build"]
+    subprocess.run(build, env=environment | late, check=True)
+    tests = [sys.executable, "-m", "pytest", "tests/backends/native/test_native.py", "--quiet"]
+    return subprocess.run([*tests, *arguments], env=environment | preloaded, check=False).returncode
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))
