@@ -10,7 +10,6 @@ the candidates, not to predict the clock. `plan.py` picks the cheapest.
 
 from __future__ import annotations
 
-import functools
 import math
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -89,11 +88,12 @@ GPUS = {
 }
 
 
-@functools.cache
-def gpu() -> Device:
-    """The constants of the GPU at hand; those of an H100 where there is none, or an unknown one."""
-    name = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
-    return next((device for key, device in GPUS.items() if key in name), GPUS["H100"])
+def gpu(device: torch.device | None = None) -> Device:
+    """The constants of a GPU, by default of the current one; those of an H100 for an unknown one,
+    and where there is none."""
+    on_gpu = torch.cuda.is_available() and (device is None or device.type == "cuda")
+    name = torch.cuda.get_device_name(device) if on_gpu else ""
+    return next((known for key, known in GPUS.items() if key in name), GPUS["H100"])
 
 
 class Stage(NamedTuple):
@@ -130,7 +130,8 @@ class Costs(NamedTuple):
 
 class Call(NamedTuple):
     """What a layer's call is planned by: an input of shape `(*, K)` for a linear layer,
-    `(B, C, *sizes)` for a convolution, whose geometry is `conv`."""
+    `(B, C, *sizes)` for a convolution, whose geometry is `conv`. On a GPU, `device` is that of the
+    tensors, and `None` the current one."""
 
     x_shape: torch.Size
     v_shape: torch.Size
@@ -140,15 +141,16 @@ class Call(NamedTuple):
     conv: Geometry | None = None
     channels_last: bool = False
     tf32: bool = False
+    device: torch.device | None = None
 
 
 def costs(call: Call, backend: str, device: Device | None = None) -> Costs:
-    """The candidates of a backend for a call, on the GPU at hand by default."""
+    """The candidates of a backend for a call, on the call's GPU by default."""
     if backend == "aten":
         return aten_linear(call) if call.conv is None else aten_convolution(call, call.conv)
     if backend == "native":
         return native_linear(call) if call.conv is None else native_convolution(call, call.conv)
-    device = device or gpu()
+    device = device or gpu(call.device)
     if call.conv is None:
         return triton_linear(call, device)
     return triton_convolution(call, call.conv, device)

@@ -1,13 +1,16 @@
 """Layouts, index widths and the recording of launches."""
 
 import importlib
+from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 
 from tests.comparison import assert_matches
-from wn_kernels.backends.triton import linear, slice_norms
-from wn_kernels.backends.triton.launch import as_slices, is_wide, recording
+from wn_kernels.backends.triton import configs, linear, slice_norms
+from wn_kernels.backends.triton.launch import as_slices, is_wide, launch, recording
 
 
 @pytest.mark.parametrize(
@@ -90,3 +93,56 @@ def test_large_tensors_are_launched_wide():
         linear(x, v, g, None, 0, 0.0, "scaled")
     assert len(launches) == 3
     assert all(launch.arguments["WIDE"] for launch in launches)
+
+
+class Devices:
+    """Two GPUs that are not there: which one is current, and which ones were made so."""
+
+    def __init__(self, monkeypatch):
+        self.current = 0
+        for name, function in {
+            "is_available": lambda: True,
+            "current_device": lambda: self.current,
+            "device": self.device,
+            "get_device_properties": self.properties,
+        }.items():
+            monkeypatch.setattr(torch.cuda, name, function)
+
+    @contextmanager
+    def device(self, index):
+        before, self.current = self.current, index
+        yield
+        self.current = before
+
+    def properties(self, index):
+        return SimpleNamespace(major=(9, 8)[index], multi_processor_count=(132, 108)[index])
+
+
+def test_a_launch_is_on_the_device_of_its_tensors(monkeypatch):
+    """With tensors on `cuda:1` while `cuda:0` is current, and the other way round."""
+    devices, launched = Devices(monkeypatch), []
+
+    class Kernel:
+        def __getitem__(self, grid):
+            return lambda **arguments: launched.append(devices.current)
+
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        tensors = [torch.empty(4, device=f"cuda:{index}") for index in (1, 0, 1)]
+    for t in tensors:
+        launch(Kernel(), (1,), A=t, N=4, num_warps=4, num_stages=1)
+        assert devices.current == 0
+    assert launched == [1, 0, 1]
+    launch(Kernel(), (1,), A=torch.empty(4), N=4, num_warps=4, num_stages=1)
+    assert launched == [1, 0, 1, 0]
+
+
+def test_configurations_of_the_call_s_device(monkeypatch):
+    """Two architectures in one machine: each call gets its own, whichever comes first."""
+    Devices(monkeypatch)
+    configs._target.cache_clear()
+    assert configs.target(1) == (1, "cuda:80", 108)
+    assert configs.target(0) == (0, "cuda:90", 132)
+    assert configs.target(-1).architecture == "cuda:90"
+    with configs.architecture("cuda:100"):
+        assert configs.target(1) == (1, "cuda:100", 108)
+    configs._target.cache_clear()

@@ -23,7 +23,7 @@ from ..shapes import Geometry
 from . import configs
 from .common import dot, offsets
 from .conv_product import is_direct
-from .launch import PROGRAMS_PER_SM, is_wide, launch, product_types, sm_count
+from .launch import PROGRAMS_PER_SM, is_wide, launch, product_types
 from .pixels import (
     activation_strides,
     as_rows,
@@ -194,7 +194,7 @@ def weight_grad(
     sizes, count = three(p.shape[2:]), three(taps)
     m = len(p) * sizes[0] * sizes[1] * sizes[2]
     has_bias = needs_bias and not conv.transposed
-    types = product_types(x)
+    types = product_types(x, "conv")
     direct = is_direct(conv, v.shape)
     itemsize = x.element_size()
     if config is None:
@@ -210,7 +210,8 @@ def weight_grad(
         tiles = triton.cdiv(o, config.BLOCK_O) * blocks_r * (1 if flat else all_taps)
         grid_rest = groups
     blocks_m = triton.cdiv(m, config.BLOCK_M)
-    wanted = PROGRAMS_PER_SM * sm_count(x.device) // max(1, tiles * grid_rest)
+    multiprocessors = configs.target(x.get_device()).multiprocessors
+    wanted = PROGRAMS_PER_SM * multiprocessors // max(1, tiles * grid_rest)
     steps = triton.cdiv(blocks_m, max(1, min(blocks_m // 4, wanted)))
     parts = max(1, triton.cdiv(blocks_m, max(1, steps)))
     dw = v.new_empty(parts, first, *taps, r, dtype=scale_dtype(v)).movedim(-1, 2)

@@ -366,7 +366,7 @@ def product(
         "HAS_BIAS": bias is not None,
         "WIDE": is_wide(a, v, out),
     }
-    types = product_types(a)
+    types = product_types(a, "conv")
     if is_direct(conv, v.shape):
         if config is None:
             config = configs.direct(a.element_size())
@@ -383,7 +383,7 @@ def product(
     if config is None:
         size = max(a.element_size(), v.element_size())
         ieee = a.dtype == torch.float32 and types["PRECISION"] == "ieee"
-        config = configs.conv(m, o, r, size, form, ieee)
+        config = configs.conv(m, o, r, size, form, ieee, configs.target(a.get_device()))
     assert isinstance(config, configs.MatmulConfig)
     arguments |= {"FORM": form, "FLAT": r < 16, "GROUP": 8, **types, **config._asdict()}
     tiles = triton.cdiv(m, config.BLOCK_M) * triton.cdiv(o, config.BLOCK_O)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -54,7 +53,16 @@ def launch(
     if _recorded is not None:
         _recorded.append(Launch(kernel, grid, arguments, num_warps, num_stages))
     elif math.prod(grid):
-        kernel[grid](**arguments, num_warps=num_warps, num_stages=num_stages)
+        device = next(t for t in arguments.values() if isinstance(t, Tensor)).get_device()
+        with on_device(device):
+            kernel[grid](**arguments, num_warps=num_warps, num_stages=num_stages)
+
+
+def on_device(device: int) -> AbstractContextManager[Any]:
+    """Makes a GPU the current one, on whose current stream Triton launches; nothing for -1."""
+    if device < 0 or device == torch.cuda.current_device():
+        return nullcontext()
+    return torch.cuda.device(device)
 
 
 def is_wide(*tensors: Tensor | None) -> bool:
@@ -86,14 +94,6 @@ def is_describable(t: Tensor) -> bool:
 def described(t: Tensor, tile: tuple[int, int]) -> TensorDescriptor:
     """What hardware copies tiles of a matrix by; what lies outside it loads as zero."""
     return TensorDescriptor(t, [*t.shape], [*t.stride()], [*tile])
-
-
-@functools.cache
-def sm_count(device: torch.device) -> int:
-    """Multiprocessors of the device; those of an H100 where there is none to ask."""
-    if device.type == "cuda" and torch.cuda.is_available():
-        return torch.cuda.get_device_properties(device).multi_processor_count
-    return 132
 
 
 class Slices(NamedTuple):
@@ -154,7 +154,8 @@ class Walk:
         blocks_n = cdiv(n, self.config.BLOCK_N)
         blocks_r = cdiv(r, self.config.BLOCK_R)
         if splits is None:
-            wanted = PROGRAMS_PER_SM * sm_count(tensors[0].device)
+            target = configs.target(tensors[0].get_device())
+            wanted = PROGRAMS_PER_SM * target.multiprocessors
             splits = max(1, min(blocks_r // 4, wanted // max(1, blocks_n)))
         steps = cdiv(blocks_r, splits)
         self.splits = max(1, cdiv(blocks_r, max(1, steps)))
@@ -180,6 +181,7 @@ def acc_type(v: Tensor) -> tl.dtype:
     return tl.float64 if v.dtype == torch.float64 else tl.float32
 
 
-def product_types(x: Tensor) -> dict[str, Any]:
-    """The accumulator and the precision of a product of `x`'s dtype, as PyTorch is set."""
-    return {"ACC": acc_type(x), "PRECISION": "tf32" if takes_tf32(x.dtype) else "ieee"}
+def product_types(x: Tensor, op: str = "matmul") -> dict[str, Any]:
+    """The accumulator and the precision of a product of `x`'s dtype, as PyTorch is set for the op,
+    `"matmul"` or `"conv"`."""
+    return {"ACC": acc_type(x), "PRECISION": "tf32" if takes_tf32(x.dtype, op) else "ieee"}

@@ -325,17 +325,19 @@ def _matmul(
     """`C = A Wᵀ + bias` for `a` of shape `(M, R)` and `v` of shape `(O, R)`."""
     (m, r), o = a.shape, v.shape[0]
     types = product_types(a)
+    target = configs.target(a.get_device())
     c = a.new_empty(m, o)
     turned = v.stride(1) != 1
     lying = v.t() if turned else v
     size = max(a.element_size(), v.element_size())  # V's tile is held in its own dtype
-    copies = configs.may_copy(m, size) and is_describable(a) and is_describable(lying)
+    copies = configs.may_copy(m, size, target) and is_describable(a) and is_describable(lying)
     if config is None and form == "one_pass":
-        config = configs.one_pass(m, o, size)
+        config = configs.one_pass(m, o, size, target)
     elif config is None:
         ieee = a.dtype == torch.float32 and types["PRECISION"] == "ieee"
-        config = configs.matmul(m, o, size, form.startswith("prologue"), ieee, copies)
-    loads = configs.loads(config, form) if copies else "pointers"
+        prologue = form.startswith("prologue")
+        config = configs.matmul(m, o, size, prologue, ieee, copies, target)
+    loads = configs.loads(config, form, target) if copies else "pointers"
     tiles: tuple[Any, Any] = a, v
     if loads != "pointers":
         block_m, block_o, block_r = config[:3]
@@ -474,7 +476,8 @@ def _weight_grad(
     (m, o), r = p.shape, q.shape[1]
     if config is None:
         size = max(x.element_size(), v.element_size())
-        config = configs.grad_one_pass(m, size) if one_pass else configs.grad(size)
+        target = configs.target(x.get_device())
+        config = configs.grad_one_pass(m, size, target) if one_pass else configs.grad(size, target)
     common = {
         "P": p,
         "Q": q,
