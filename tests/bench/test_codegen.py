@@ -97,7 +97,7 @@ def test_warps_share_the_steps_of_a_small_batch():
     code = """
 import json
 from bench import bounds
-from wn_kernels.backends.triton import configs
+from wn_kernels.backends.triton import configs, launch
 
 def records():
     bounds.matmul.cache_clear()
@@ -108,6 +108,7 @@ def records():
 
 shared = records()
 configs.split = lambda config, itemsize: 1
+launch.forget()
 print(json.dumps([shared, records()]))
 """
     shared, all_of_x = in_a_process(code)
