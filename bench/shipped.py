@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING
@@ -79,7 +80,11 @@ def shipped(architecture: str) -> list[Compilation]:
     found: dict[tuple, Compilation] = {}
     for dtype, x_dtype, v_dtype in _dtypes():
         for run in (_linear_launches, _convolution_launches):
-            with configs.architecture(architecture), recording() as launches:
+            with (
+                configs.architecture(architecture),
+                _float32_products(dtype == "tf32"),
+                recording() as launches,
+            ):
                 marks = [(len(launches), note) for note in run(dtype, x_dtype, v_dtype)]
             start = 0
             for end, note in marks:
@@ -98,9 +103,20 @@ def _dtypes() -> Iterator[tuple[str, torch.dtype, torch.dtype]]:
     yield from ((name, t, t) for t, name in TYPES.items())
     yield "bf16·fp32", torch.bfloat16, torch.float32
     yield "fp16·fp32", torch.float16, torch.float32
-    torch.set_float32_matmul_precision("high")
     yield "tf32", torch.float32, torch.float32
-    torch.set_float32_matmul_precision("highest")
+
+
+@contextmanager
+def _float32_products(tf32: bool) -> Iterator[None]:
+    """Sets PyTorch to take float32 products, of matrices and of convolutions, in TF32 or not."""
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    torch.set_float32_matmul_precision("high" if tf32 else "highest")
+    torch.backends.cudnn.allow_tf32 = tf32
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before[0])
+        torch.backends.cudnn.allow_tf32 = before[1]
 
 
 def _scales(v: Tensor, dim: int | None) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,7 @@ import wn_kernels.functional as WF
 from tests.comparison import Case
 from wn_kernels import plan, use_backend
 from wn_kernels.call import Call, Geometry
-from wn_kernels.plan import backend, costs, devices
+from wn_kernels.plan import backend, costs, devices, table
 
 F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
 
@@ -65,8 +65,8 @@ def test_one_pass_never_exceeds_its_tile():
     for itemsize in (2, 4, 8):
         rows = costs.one_pass_rows(itemsize)
         for m in range(1, rows + 1):
-            assert m <= configs.grad_one_pass(m, itemsize).BLOCK_M
-            assert m <= configs.one_pass(m, 4096, itemsize).BLOCK_M
+            assert m <= configs.grad_one_pass(m, itemsize, configs.target(-1)).BLOCK_M
+            assert m <= configs.one_pass(m, 4096, itemsize, configs.target(-1)).BLOCK_M
 
 
 def test_forcing(monkeypatch):
@@ -270,5 +270,23 @@ def test_the_gpu_at_hand(monkeypatch):
         "AMD Instinct MI300X": "MI300X",
         "NVIDIA GeForce RTX 4090": "H100",
     }.items():
-        monkeypatch.setattr(torch.cuda, "get_device_name", lambda name=name: name)
-        assert devices.gpu.__wrapped__().name == expected
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda _device, name=name: name)
+        assert devices.gpu().name == expected
+
+
+def test_the_gpu_of_the_call(monkeypatch):
+    """Two GPUs in one machine have costs and a place in the tuned table each, whichever is the
+    current one when the first call comes."""
+    names = {None: "NVIDIA H100", 0: "NVIDIA H100", 1: "NVIDIA A100"}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(
+        torch.cuda, "get_device_name", lambda device=None: names[device and device.index]
+    )
+    shape = torch.Size((4096, 4096))
+    call = Call(shape, shape, torch.bfloat16, torch.bfloat16, 0)
+    for device, expected in ((None, "H100"), ("cuda:1", "A100"), ("cuda:0", "H100")):
+        device = device and torch.device(device)
+        assert devices.gpu(device).name == expected
+        assert costs.costs(call._replace(device=device), "triton").device.name == expected
+        assert f"; NVIDIA {expected};" in table.machine("triton", device)
+    assert "interpreter" in table.machine("triton", torch.device("cpu"))

@@ -146,9 +146,22 @@ def narrows_range(x_dtype: torch.dtype, v_dtype: torch.dtype) -> bool:
     return x_dtype == torch.float16 and v_dtype != torch.float16
 
 
-def takes_tf32(dtype: torch.dtype) -> bool:
-    """Whether PyTorch is set to take products of this dtype in TF32."""
-    return dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest"
+# The reader of the settings `fp32_precision` of torch 2.9 and later. A setting inherits from the
+# more general one, and reads what the old settings have set. The old readers raise an error where
+# a new setting is in use.
+_fp32_precision = getattr(torch._C, "_get_fp32_precision_getter", None)
+
+
+def takes_tf32(dtype: torch.dtype, op: str = "matmul") -> bool:
+    """Whether PyTorch is set to take products of this dtype in TF32 on a GPU: those of cuBLAS for
+    the op `"matmul"`, those of cuDNN for `"conv"`."""
+    if dtype != torch.float32:
+        return False
+    if _fp32_precision is not None:
+        return _fp32_precision("cuda", op) == "tf32"
+    if op == "conv":
+        return torch.backends.cudnn.allow_tf32
+    return torch.get_float32_matmul_precision() != "highest"
 
 
 # --- the call ------------------------------------------------------------------------------------
@@ -183,6 +196,7 @@ class Call(NamedTuple):
         channels_last: whether `x` or `V` of a convolution lies channels-last.
         tf32: whether the product is taken in TF32.
         eps: the smallest norm.
+        device: the GPU that the tensors are on, for the Triton path; `None` is the current one.
     """
 
     x_shape: torch.Size
@@ -194,6 +208,7 @@ class Call(NamedTuple):
     channels_last: bool = False
     tf32: bool = False
     eps: float = 0.0
+    device: torch.device | None = None
 
 
 # Tensor classes whose operators are torch's own.

@@ -233,13 +233,14 @@ def _prepare(
     bias_shape: torch.Size | None,
     x_dtype: torch.dtype,
     v_dtype: torch.dtype,
-    channels_last: bool,
-    tf32: bool,
     rank: int,
     geometry: tuple[Any, ...],
     dim: int | None,
     eps: float,
     backend: str,
+    channels_last: bool = False,
+    tf32: bool = False,
+    device: torch.device | None = None,
 ) -> Prepared:
     conv, pad, batched = None, None, True
     if x_shape is None:
@@ -254,7 +255,7 @@ def _prepare(
     if _has_symbols():
         call = Call(_NONE, _NONE, x_dtype, v_dtype, dim, conv, eps=eps)
         return Prepared(call, Plan(backend, "", ""), shape, pad, batched, fits)
-    call = Call(x_shape, v_shape, x_dtype, v_dtype, dim, conv, channels_last, tf32, eps)
+    call = Call(x_shape, v_shape, x_dtype, v_dtype, dim, conv, channels_last, tf32, eps, device)
     chosen = Plan(backend, "", "")
     # The native library pads nothing, and takes a flat `g` for rows alone.
     if backend != "native" or (
@@ -304,21 +305,23 @@ def prepare(
         x_shape, x_dtype = None, dtype or v_dtype
     else:
         x_shape, x_dtype = x.shape, x.dtype
-    key = (
+    key: tuple = (
         x_shape,
         v.shape,
         g.shape,
         None if bias is None else bias.shape,
         x_dtype,
         v_dtype,
-        backend == "triton" and rank > 0 and x is not None and x.stride(1) == 1,
-        backend == "triton" and takes_tf32(x_dtype),
         rank,
         geometry,
         dim,
         eps,
         backend,
     )
+    if backend == "triton":
+        last = rank > 0 and x is not None and x.stride(1) == 1
+        tf32 = takes_tf32(x_dtype, "conv" if rank else "matmul")
+        key = (*key, last, tf32, v.device if v.is_cuda else None)
     if is_compiling():
         return _prepare(*key)
     if torch._C._get_tracing_state() is not None:
@@ -347,8 +350,8 @@ def plan_native(
     """
     x, v, g, bias = tensors
     shapes = x.shape, v.shape, g.shape, None if bias is None else bias.shape
-    layout = x.dtype, v.dtype, channels_last, False
-    found = _prepare(*shapes, *layout, rank, geometry, dim, eps, "native")
+    dtypes = x.dtype, v.dtype
+    found = _prepare(*shapes, *dtypes, rank, geometry, dim, eps, "native", channels_last)
     return native.encoded(found.call, found.plan) if found.plan.forward else None
 
 

@@ -138,7 +138,7 @@ def tune(model: nn.Module, sample: Any, *, seconds: float = 1.0) -> Tuning:
     found = [_tuned(*call, device, seconds) for call in calls_of(model, inputs)]
     for backend in {x.backend for x in found}:
         chosen = {x.call: x.choice.entry() for x in found if x.backend == backend}
-        table.store(backend, chosen)
+        table.store(backend, chosen, device)
     _forget()
     return Tuning(found)
 
@@ -256,7 +256,7 @@ def _explained(call: Call, backend: str, device: str | None) -> str:
         picked = Plan(backend, *found.cheapest())
     else:
         picked = plan.choose(call, backend)
-        if table.find(backend, plan.key(call)) is not None:
+        if table.find(backend, plan.key(call), call.device) is not None:
             source = "tuned table"
     rows = [("direction", "variant", "bytes", "operations", "launches", "estimate", "")]
     for direction, candidates in (("forward", found.forward), ("backward", found.backward)):

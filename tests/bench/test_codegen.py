@@ -37,7 +37,8 @@ def in_a_process(code):
 
 
 def bounds_of(tiles, *names):
-    """By target, `(form, bound, issue cycles, record)`; `tiles` is an expression."""
+    """By target, `(form, bound, issue cycles, record)`. `tiles` is an expression, which may name
+    the target AT and whether hardware COPIES the tiles of 4096 rows there."""
     code = f"""
 import json
 from dataclasses import asdict
@@ -50,6 +51,8 @@ def shipped(function, *arguments):
 found = {{}}
 for target in bounds.TARGETS:
     with configs.architecture(target.name):
+        AT = configs.target(-1)
+        COPIES = configs.may_copy(4096, 2, AT)
         tiles = {tiles}
     found[target.name] = [
         (form, bound.name, bound.issue, asdict(record))
@@ -98,7 +101,7 @@ def test_warps_share_the_steps_of_a_small_batch():
     code = """
 import json
 from bench import bounds
-from wn_kernels.backends.triton import configs
+from wn_kernels.backends.triton import configs, launch
 
 def records():
     bounds.matmul.cache_clear()
@@ -109,6 +112,7 @@ def records():
 
 shared = records()
 configs.split = lambda config, itemsize: 1
+launch.forget()
 print(json.dumps([shared, records()]))
 """
     shared, all_of_x = in_a_process(code)
@@ -121,7 +125,7 @@ print(json.dumps([shared, records()]))
 def test_ready_norms_cost_the_loop_nothing():
     """The scaled form's loop is a plain matmul's, to 5 %, at the tile of large batches."""
     pytest.importorskip("triton")
-    tiles = "shipped(configs.matmul, 4096, 4096, 2, False, False, configs.may_copy(4096, 2))"
+    tiles = "shipped(configs.matmul, 4096, 4096, 2, False, False, COPIES, AT)"
     for target, found in bounds_of(tiles, "plain", "epilogue").items():
         counts = {form: record["loop_instructions"] for form, _, _, record in found}
         copies = target in ("cuda:90", "cuda:100")
@@ -134,7 +138,7 @@ def test_hardware_copies_the_tiles_of_large_batches():
     """On Hopper and Blackwell: copies of tiles in the loop, beside tensor cores that read them from
     shared memory, for fewer instructions than by pointers."""
     pytest.importorskip("triton")
-    tiles = "shipped(configs.matmul, 4096, 4096, 2, True, False, configs.may_copy(4096, 2))"
+    tiles = "shipped(configs.matmul, 4096, 4096, 2, True, False, COPIES, AT)"
     found = bounds_of(tiles, "prologue_r")
     for target, loads in (("cuda:90", "descriptors"), ("cuda:100", "specialized")):
         forms = {form: (issue, record) for form, _, issue, record in found[target]}

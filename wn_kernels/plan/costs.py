@@ -62,12 +62,12 @@ class Costs(NamedTuple):
 
 
 def costs(call: Call, backend: str, device: Device | None = None) -> Costs:
-    """The candidates of a backend for a call, on the GPU at hand by default."""
+    """The candidates of a backend for a call, on the call's GPU by default."""
     if backend == "aten":
         return aten_linear(call) if call.conv is None else aten_convolution(call, call.conv)
     if backend == "native":
         return native_linear(call) if call.conv is None else native_convolution(call, call.conv)
-    device = device or gpu()
+    device = device or gpu(call.device)
     if call.conv is None:
         return triton_linear(call, device)
     return triton_convolution(call, call.conv, device)

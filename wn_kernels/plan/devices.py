@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass, replace
 
 import torch
@@ -62,8 +61,9 @@ GPUS = {
 }
 
 
-@functools.cache
-def gpu() -> Device:
-    """The constants of the GPU at hand; those of an H100 where there is none, or an unknown one."""
-    name = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
-    return next((device for key, device in GPUS.items() if key in name), GPUS["H100"])
+def gpu(device: torch.device | None = None) -> Device:
+    """The constants of a GPU, by default of the current one; those of an H100 for an unknown one,
+    and where there is none."""
+    on_gpu = torch.cuda.is_available() and (device is None or device.type == "cuda")
+    name = torch.cuda.get_device_name(device) if on_gpu else ""
+    return next((known for key, known in GPUS.items() if key in name), GPUS["H100"])

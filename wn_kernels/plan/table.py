@@ -55,14 +55,15 @@ def processor() -> str:
     return f"{name}, {torch.backends.cpu.get_cpu_capability()}"
 
 
-def machine(backend: str) -> str:
-    """What a measurement holds for: the device and the versions."""
+def machine(backend: str, device: torch.device | None = None) -> str:
+    """What a measurement holds for: the device and the versions. A GPU is that of the tensors, or
+    the current one."""
     if backend in ("aten", "native"):
-        device = f"{processor()}, {torch.get_num_threads()} threads"
+        name = f"{processor()}, {torch.get_num_threads()} threads"
     else:
-        cuda = torch.cuda.is_available()
-        device = torch.cuda.get_device_name() if cuda else "Triton's interpreter"
-    return "; ".join((backend, device, *(f"{name} {_version(name)}" for name in PACKAGES)))
+        on_gpu = torch.cuda.is_available() and (device is None or device.type == "cuda")
+        name = torch.cuda.get_device_name(device) if on_gpu else "Triton's interpreter"
+    return "; ".join((backend, name, *(f"{package} {_version(package)}" for package in PACKAGES)))
 
 
 PACKAGES = ("torch", "triton", "wn_kernels")
@@ -96,15 +97,17 @@ def _read(path: Path) -> Entries | None:
     return entries
 
 
-def find(backend: str, call: str) -> dict[str, Any] | None:
-    """What is stored for a call on this machine. The file is read once in a process."""
+def find(backend: str, call: str, device: torch.device | None = None) -> dict[str, Any] | None:
+    """What is stored for a call on this machine and device. The file is read once in a process."""
     global _entries
     if _entries is None:
         _entries = _read(location()) or {}
-    return _entries.get(machine(backend), {}).get(call) if _entries else None
+    return _entries.get(machine(backend, device), {}).get(call) if _entries else None
 
 
-def store(backend: str, calls: dict[str, dict[str, Any]]) -> Path:
+def store(
+    backend: str, calls: dict[str, dict[str, Any]], device: torch.device | None = None
+) -> Path:
     """Adds what was measured for some calls to the file, and returns its path.
 
     Raises:
@@ -116,7 +119,7 @@ def store(backend: str, calls: dict[str, dict[str, Any]]) -> Path:
         if entries is None:
             os.replace(path, path.with_name(path.name + ".unreadable"))
             entries = {}
-        entries.setdefault(machine(backend), {}).update(calls)
+        entries.setdefault(machine(backend, device), {}).update(calls)
         new.write_text(json.dumps(entries, indent=1, sort_keys=True, ensure_ascii=False), "utf-8")
     forget()
     return path

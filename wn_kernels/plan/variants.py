@@ -99,7 +99,7 @@ def choices(call: Call, backend: str) -> list[Plan]:
 
 def choose(call: Call, backend: str) -> Plan:
     """The plan of a backend for a call."""
-    tuned = None if not call.x_shape else table.find(backend, key(call))
+    tuned = None if not call.x_shape else table.find(backend, key(call), call.device)
     if tuned is None:
         return by_cost(call, backend)
     for plan in choices(call, backend):

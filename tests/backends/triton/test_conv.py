@@ -236,3 +236,22 @@ def test_channels_last_in_gives_channels_last_out(rank, device):
             y = case.layer(x, case.v, case.g, case.bias)
         case.check_forward(y)
         assert y.stride() == case.plain(x, case.v, None).stride()
+
+
+def test_tf32_follows_cudnn(device):
+    """The precision of convolutions, forward and backward; that of matmuls is another setting."""
+    case = case_of(KINDS, "1d", 0, device=device)
+    inputs, conv = (case.x, case.v, case.g), case.geometry()
+    before = torch.get_float32_matmul_precision()
+    try:
+        for cudnn, expected in ((False, "ieee"), (True, "tf32")):
+            for matmul in ("highest", "high"):
+                torch.set_float32_matmul_precision(matmul)
+                with torch.backends.cudnn.flags(allow_tf32=cudnn), recording() as launches:
+                    _, n = convolution(*inputs, case.bias, conv, 0, 0.0, "one_pass")
+                    needs = (True, True, True, True)
+                    convolution_backward(case.dy, *inputs, n, conv, 0, 0.0, "scaled", needs)
+                taken = [x.arguments["PRECISION"] for x in launches if "PRECISION" in x.arguments]
+                assert taken == [expected] * 3
+    finally:
+        torch.set_float32_matmul_precision(before)

@@ -1,13 +1,16 @@
 """Layouts, index widths and the recording of launches."""
 
 import importlib
+from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 
 from tests.comparison import assert_matches
-from wn_kernels.backends.triton import linear, slice_norms
-from wn_kernels.backends.triton.launch import as_slices, is_wide, recording
+from wn_kernels.backends.triton import configs, linear, slice_norms
+from wn_kernels.backends.triton.launch import Launcher, as_slices, forget, is_wide, recording
 
 
 @pytest.mark.parametrize(
@@ -68,9 +71,10 @@ def test_wide_kernels_compute_the_same(monkeypatch, device):
     """Every kernel with 64-bit offsets, at sizes that can be checked."""
     from tests.backends.triton import test_linear, test_weight
 
-    for name in ("launch", "linear"):
+    for name in ("launch", "linear", "linear_grad"):
         module = importlib.import_module(f"wn_kernels.backends.triton.{name}")
         monkeypatch.setattr(module, "is_wide", lambda *_: True)
+    forget()
     for dim in (0, 1, None):
         case = test_linear.Case(9, 50, 41, dim, device=device)
         for form in test_linear.FORWARD[dim]:
@@ -78,6 +82,7 @@ def test_wide_kernels_compute_the_same(monkeypatch, device):
         for form in test_linear.BACKWARD[dim]:
             test_linear.run(case, backward=form)
         test_weight.check(*test_weight.inputs((11, 6, 9), dim, torch.float32, device), dim)
+    forget()
 
 
 def test_large_tensors_are_launched_wide():
@@ -90,3 +95,63 @@ def test_large_tensors_are_launched_wide():
         linear(x, v, g, None, 0, 0.0, "scaled")
     assert len(launches) == 3
     assert all(launch.arguments["WIDE"] for launch in launches)
+
+
+class Devices:
+    """Two GPUs that are not there: which one is current, and which ones were made so."""
+
+    def __init__(self, monkeypatch):
+        self.current = 0
+        for name, function in {
+            "is_available": lambda: True,
+            "current_device": lambda: self.current,
+            "device": self.device,
+            "get_device_properties": self.properties,
+        }.items():
+            monkeypatch.setattr(torch.cuda, name, function)
+        monkeypatch.setattr(configs, "_target", configs._target.__wrapped__)
+
+    @contextmanager
+    def device(self, index):
+        before, self.current = self.current, index
+        yield
+        self.current = before
+
+    def properties(self, index):
+        return SimpleNamespace(major=(9, 8)[index], multi_processor_count=(132, 108)[index])
+
+
+class Memory:
+    """Where a tensor lies."""
+
+    def data_ptr(self):
+        return 256
+
+
+def test_a_launch_is_on_the_device_of_its_tensors(monkeypatch):
+    """With tensors on `cuda:1` while `cuda:0` is current, and the other way round."""
+    devices, launched = Devices(monkeypatch), []
+
+    class Kernel:
+        arg_names = ("A", "N")
+
+        def __getitem__(self, grid):
+            return lambda *tensors, **constants: launched.append(devices.current)
+
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        tensors = [torch.empty(4, device=f"cuda:{index}") for index in (1, 0, 1)]
+    for t in [*tensors, torch.empty(4)]:
+        target = configs.target(t.get_device())
+        Launcher(Kernel(), target, (1,), N=4, num_warps=4, num_stages=1)(Memory())
+        assert devices.current == 0
+    assert launched == [1, 0, 1, 0]
+
+
+def test_configurations_of_the_call_s_device(monkeypatch):
+    """Two architectures in one machine: each call gets its own, whichever comes first."""
+    Devices(monkeypatch)
+    assert configs.target(1) == (1, "cuda:80", 108)
+    assert configs.target(0) == (0, "cuda:90", 132)
+    assert configs.target(-1).architecture == "cuda:90"
+    with configs.architecture("cuda:100"):
+        assert configs.target(1) == (1, "cuda:100", 108)

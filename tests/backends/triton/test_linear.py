@@ -239,15 +239,16 @@ def test_deterministic(dim, form, device):
 
 
 def test_tf32_follows_pytorch(device):
-    """The precision flag reaches the kernel; the interpreter computes both in float32."""
+    """The precision of matmuls reaches the kernel; the interpreter computes both in float32."""
     case = Case(5, 16, 16, 0)
     before = torch.get_float32_matmul_precision()
     try:
         for setting, expected in (("highest", "ieee"), ("high", "tf32")):
             torch.set_float32_matmul_precision(setting)
-            with recording() as launches:
-                linear(case.x, case.v, case.g, None, 0, 0.0, "one_pass")
-            assert launches[0].arguments["PRECISION"] == expected
+            for cudnn in (True, False):
+                with torch.backends.cudnn.flags(allow_tf32=cudnn), recording() as launches:
+                    linear(case.x, case.v, case.g, None, 0, 0.0, "one_pass")
+                assert launches[0].arguments["PRECISION"] == expected
     finally:
         torch.set_float32_matmul_precision(before)
 

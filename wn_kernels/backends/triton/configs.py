@@ -20,6 +20,58 @@ COPYING = ("cuda:90", "cuda:100")
 PROGRAMS = 128
 
 
+class Target(NamedTuple):
+    """What configurations and grids depend on of the place where a kernel runs.
+
+    Attributes:
+        device: the index of the GPU; -1 for tensors that are on none.
+        architecture: `"cuda:80"`, `"cuda:90"`, `"cuda:100"` or `"hip:gfx942"`; the consumer's
+            Blackwell (capability 12) is `"cuda:120"`.
+        multiprocessors: their number.
+    """
+
+    device: int
+    architecture: str
+    multiprocessors: int
+
+    @property
+    def is_amd(self) -> bool:
+        return self.architecture.startswith("hip")
+
+    def stages(self, wanted: int) -> int:
+        """An AMD compute unit has 64 KiB of shared memory: two stages, never more."""
+        return min(wanted, 2) if self.is_amd else wanted
+
+
+_other: str | None = None
+
+
+@contextmanager
+def architecture(name: str) -> Iterator[None]:
+    """Configurations for another architecture than that of the tensors' GPU, inside the block."""
+    global _other
+    before, _other = _other, name
+    try:
+        yield
+    finally:
+        _other = before
+
+
+@functools.cache
+def _target(device: int, other: str | None) -> Target:
+    name, multiprocessors = "cuda:90", 132
+    if device >= 0:
+        properties = torch.cuda.get_device_properties(device)
+        multiprocessors = properties.multi_processor_count
+        name = "hip:gfx942" if torch.version.hip else f"cuda:{properties.major * 10}"
+    return Target(device, other or name, multiprocessors)
+
+
+def target(device: int) -> Target:
+    """The target of tensors whose `get_device()` is `device`; an H100 for those on no GPU."""
+    return _target(device, _other)
+
+
 class SliceConfig(NamedTuple):
     """A tile of `BLOCK_N` slices by `BLOCK_R` reduced elements."""
 
@@ -77,46 +129,7 @@ def finish(itemsize: int) -> SliceConfig:
     return SliceConfig(16 if itemsize == 8 else 32, 128, 4, 1)
 
 
-_other: str | None = None
-
-
-@contextmanager
-def architecture(name: str) -> Iterator[None]:
-    """Configurations for another architecture than that of the GPU at hand: `"cuda:80"`,
-    `"cuda:90"`, `"cuda:100"` or `"hip:gfx942"`."""
-    global _other
-    before, _other = _other, name
-    try:
-        yield
-    finally:
-        _other = before
-
-
-@functools.cache
-def _present() -> str:
-    """The GPU at hand, the consumer's Blackwell (capability 12) being `"cuda:120"`; Hopper where
-    there is none to ask."""
-    if torch.version.hip:
-        return "hip:gfx942"
-    if not torch.cuda.is_available():
-        return "cuda:90"
-    return f"cuda:{torch.cuda.get_device_capability()[0] * 10}"
-
-
-def _architecture() -> str:
-    return _other or _present()
-
-
-def _is_amd() -> bool:
-    return _architecture().startswith("hip")
-
-
-def _stages(wanted: int) -> int:
-    """An AMD compute unit has 64 KiB of shared memory: two stages, never more."""
-    return min(wanted, 2) if _is_amd() else wanted
-
-
-def one_pass(m: int, o: int, itemsize: int) -> MatmulConfig:
+def one_pass(m: int, o: int, itemsize: int, target: Target) -> MatmulConfig:
     """A single row tile over the batch: bound by the bytes of `V`, so deep in flight and narrow
     enough in `O` to occupy the machine. `itemsize` is the wider one of x's and V's.
 
@@ -124,12 +137,14 @@ def one_pass(m: int, o: int, itemsize: int) -> MatmulConfig:
     read both factors themselves. With a program to a multiprocessor it takes more stages to have as
     many bytes in flight as the memory's latency is worth.
     """
-    if itemsize == 2 and _architecture() == "cuda:100":
+    if itemsize == 2 and target.architecture == "cuda:100":
         block_o, stages = (32, 6) if o <= 4096 else (64, 4)
         return MatmulConfig(16 if m <= 16 else 64, block_o, 128, 4, stages)
     block_m = _up_to(m, 16, 32, 64) if itemsize == 2 else _up_to(m, 16, 32)
     block_o = 32 if o <= 8192 else 64
-    return MatmulConfig(block_m, block_o, 256 // itemsize, 4, _stages(4 if itemsize < 8 else 2))
+    return MatmulConfig(
+        block_m, block_o, 256 // itemsize, 4, target.stages(4 if itemsize < 8 else 2)
+    )
 
 
 def split(config: MatmulConfig, itemsize: int) -> int:
@@ -141,7 +156,7 @@ def split(config: MatmulConfig, itemsize: int) -> int:
 
 
 def matmul(
-    m: int, o: int, itemsize: int, prologue: bool, ieee: bool, copies: bool = False
+    m: int, o: int, itemsize: int, prologue: bool, ieee: bool, copies: bool, target: Target
 ) -> MatmulConfig:
     """The scaled form, bound by the tensor cores as soon as the batch allows it.
 
@@ -153,33 +168,33 @@ def matmul(
     if itemsize == 8:
         return MatmulConfig(32, 32, 16, 4, 2)
     if ieee:
-        return MatmulConfig(_up_to(m, 16, 32), 64, 16 if prologue else 32, 4, _stages(3))
+        return MatmulConfig(_up_to(m, 16, 32), 64, 16 if prologue else 32, 4, target.stages(3))
     if m <= 64:
-        return MatmulConfig(_up_to(m, 16, 32, 64), 64, 128 // itemsize, 4, _stages(3))
+        return MatmulConfig(_up_to(m, 16, 32, 64), 64, 128 // itemsize, 4, target.stages(3))
     if itemsize == 4:
-        return MatmulConfig(64, 128, 32, 8, _stages(3))
+        return MatmulConfig(64, 128, 32, 8, target.stages(3))
     if copies and m * o >= PROGRAMS * 256 * 128:
         return MatmulConfig(256, 128, 64, 8, 3) if prologue else MatmulConfig(128, 256, 64, 8, 3)
-    return MatmulConfig(128, 128, 32 if _is_amd() else 64, 8, _stages(3))
+    return MatmulConfig(128, 128, 32 if target.is_amd else 64, 8, target.stages(3))
 
 
-def may_copy(m: int, itemsize: int) -> bool:
+def may_copy(m: int, itemsize: int, target: Target) -> bool:
     """Whether the tiles of a matmul may be copied by hardware, where their rows are aligned."""
-    return m > 128 and itemsize == 2 and _architecture() in COPYING
+    return m > 128 and itemsize == 2 and target.architecture in COPYING
 
 
-def loads(config: MatmulConfig, form: str) -> str:
+def loads(config: MatmulConfig, form: str, target: Target) -> str:
     """How the programs of a matmul that `may_copy` move their tiles. `"descriptors"`: by the
     hardware that copies tiles, which takes fewer instructions and registers than `"pointers"`: by
     these the large tiles spill. `"specialized"`: the same, by a warp of its own while another
     multiplies and the rest scale V's."""
     if config.BLOCK_M * config.BLOCK_O < 256 * 128:
         return "pointers"
-    scales = form.startswith("prologue") and _architecture() == "cuda:100"
+    scales = form.startswith("prologue") and target.architecture == "cuda:100"
     return "specialized" if scales else "descriptors"
 
 
-def grad_one_pass(m: int, itemsize: int) -> GradConfig:
+def grad_one_pass(m: int, itemsize: int, target: Target) -> GradConfig:
     """The recompute form of `dV`: the whole batch in one tile, few rows a program; deep in flight,
     as it is bound by the bytes of `V` and `dV`. The tile of `dY` is read from shared memory for
     every step: on Blackwell, where that would be the bound, of twice the width."""
@@ -187,21 +202,23 @@ def grad_one_pass(m: int, itemsize: int) -> GradConfig:
         return GradConfig(_up_to(m, 16, 32), 16, 16, 4, 1)
     block_m = _up_to(m, 16, 32, 64) if itemsize == 2 else _up_to(m, 16, 32)
     block_r = 64 if itemsize == 4 and block_m == 32 else 128
-    if itemsize == 2 and block_m == 16 and _architecture() == "cuda:100":
+    if itemsize == 2 and block_m == 16 and target.architecture == "cuda:100":
         block_r = 256
-    return GradConfig(block_m, 16, block_r, 4, _stages(4))
+    return GradConfig(block_m, 16, block_r, 4, target.stages(4))
 
 
-def grad(itemsize: int) -> GradConfig:
+def grad(itemsize: int, target: Target) -> GradConfig:
     """The two-phase form of `dV`: a matmul over the batch."""
     if itemsize == 8:
         return GradConfig(16, 32, 32, 4, 2)
     if itemsize == 4:
-        return GradConfig(32, 64, 128, 8, _stages(3))
-    return GradConfig(64, 128, 128, 8, _stages(3))
+        return GradConfig(32, 64, 128, 8, target.stages(3))
+    return GradConfig(64, 128, 128, 8, target.stages(3))
 
 
-def conv(m: int, o: int, r: int, itemsize: int, form: str, ieee: bool) -> MatmulConfig:
+def conv(
+    m: int, o: int, r: int, itemsize: int, form: str, ieee: bool, target: Target
+) -> MatmulConfig:
     """A product over `m` pixels, with `o` and `r` channels a group.
 
     A tile of A takes registers for its addresses besides: half the steps of a matmul's. A tile of
@@ -211,13 +228,12 @@ def conv(m: int, o: int, r: int, itemsize: int, form: str, ieee: bool) -> Matmul
     block_o, block_r = _up_to(o, 16, 32, 64), _up_to(r, 16, 32)
     if itemsize == 8:
         return MatmulConfig(_up_to(m, 16, 32), 16, 16, 4, 2)
-    if (
-        ieee
-    ):  # a wide load takes 16 bytes for each of the tile's threads, of which gfx942 has 64 a warp
-        warps = 2 if _is_amd() else 4
+    if ieee:
+        # A wide load takes 16 bytes for each of the tile's threads, of which gfx942 has 64 a warp.
+        warps = 2 if target.is_amd else 4
         return MatmulConfig(_up_to(m, 16, 32), min(block_o, 32), 16, warps, 2)
     large = 128 if form == "packed" and itemsize == 2 else 64
-    return MatmulConfig(_up_to(m, 16, 32, 64, large), block_o, block_r, 4, _stages(3))
+    return MatmulConfig(_up_to(m, 16, 32, 64, large), block_o, block_r, 4, target.stages(3))
 
 
 def conv_grad(o: int, r: int, itemsize: int) -> GradConfig:

@@ -11,17 +11,21 @@ turns into `dV` and `dg` (`weight.py`).
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
-from ...call import Geometry, narrows_range, scale_dtype
+from ...call import Geometry, narrows_range, scale_dtype, takes_tf32
 from .. import vendor
 from ..aten import convolution_grads
 from . import configs, weight
-from .conv_grad import weight_grad
-from .conv_product import product
-from .norm import slice_norms
-from .pixels import empty_channels_last
+from .configs import Target
+from .conv_grad import prepare_weight_grad
+from .conv_product import prepare_product
+from .launch import allocator, remembered, unallocated
+from .norm import prepare_slice_norms
+from .pixels import channels_last, empty_channels_last, repacker
 
 
 def _form(conv: Geometry, dim: int | None, narrows: bool, forward: bool) -> str:
@@ -30,14 +34,6 @@ def _form(conv: Geometry, dim: int | None, narrows: bool, forward: bool) -> str:
     if axis == "whole" or axis == ("output" if forward else "input"):
         return "prologue_o" if narrows else "epilogue"
     return "prologue_r"
-
-
-def _packed(
-    v: Tensor, g: Tensor, dim: int | None, eps: float, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """`(W, n)`, `W` in `dtype` and with channels last."""
-    out = empty_channels_last(v, v.shape[0], v.shape[1], v.shape[2:], dtype)
-    return weight.weight_norm(v, g, dim, eps, dtype, out=out)
 
 
 def _gives_channels_last(x: Tensor, v: Tensor) -> bool:
@@ -64,24 +60,85 @@ def convolution(
 ) -> tuple[Tensor, Tensor]:
     """`(y, n)` for `x` of shape `(B, C, *sizes)`; variants as in `costs.triton_convolution`."""
     g = g.contiguous()
+    options = conv, dim, eps, variant, takes_tf32(x.dtype, "conv"), config
+    return _convolution((x, v, g, bias), *options)(x, v, g, bias)
+
+
+def prepare_convolution(
+    target: Target,
+    x: Tensor,
+    v: Tensor,
+    g: Tensor,
+    bias: Tensor | None,
+    conv: Geometry,
+    dim: int | None,
+    eps: float,
+    variant: str,
+    tf32: bool,
+    config: configs.MatmulConfig | configs.DirectConfig | None = None,
+) -> Callable[[Tensor, Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor]]:
+    """`run(x, v, g, bias)` returns `(y, n)`."""
     if variant == "materialize":
-        w, n = weight.weight_norm(v, g, dim, eps, x.dtype)
-        return vendor.convolution(x, w, None if bias is None else bias.to(x.dtype), conv), n
+        weight_norm = weight.prepare_weight_norm(target, v, g, dim, eps, x.dtype)
+
+        def run_materialized(
+            x: Tensor, v: Tensor, g: Tensor, bias: Tensor | None
+        ) -> tuple[Tensor, Tensor]:
+            w, n = weight_norm(v, g)
+            return vendor.convolution(x, w, None if bias is None else bias.to(x.dtype), conv), n
+
+        return run_materialized
     sizes = conv.output_sizes(x.shape[2:], v.shape[2:])
-    form, w = variant, v
+    narrows = narrows_range(x.dtype, v.dtype)
+    form = _form(conv, dim, narrows, forward=True) if variant == "scaled" else variant
+    if variant == "one_pass" and not conv.owns_slices(dim):
+        raise ValueError(f"one_pass needs whole slices in each output channel, got dim={dim}")
+    weights = _prepare_weights(target, x, v, g, dim, eps, variant)
+    w = _packed(v, x.dtype) if variant == "packed" else v
+    transposed = conv.transposed
+    product = prepare_product(
+        target, x, w, bias, sizes, conv, transposed, dim, form, eps, tf32, config
+    )
+    repacks = not _gives_channels_last(x, v)
+
+    def run(x: Tensor, v: Tensor, g: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+        w, n = weights(v, g)
+        y = product(x, w, g, n, bias)
+        return y.contiguous() if repacks else y, n
+
+    return run
+
+
+_convolution = remembered(prepare_convolution)
+
+
+def _prepare_weights(
+    target: Target,
+    x: Tensor,
+    v: Tensor,
+    g: Tensor,
+    dim: int | None,
+    eps: float,
+    variant: str,
+) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """`run(v, g)` returns what a product multiplies by, `V` or a packed `W`, and the norms, which
+    `one_pass` has yet to fill in."""
     if variant == "packed":
-        w, n = _packed(v, g, dim, eps, x.dtype)
-    elif variant == "one_pass":
-        if not conv.owns_slices(dim):
-            raise ValueError(f"one_pass needs whole slices in each output channel, got dim={dim}")
-        n = v.new_empty(g.shape, dtype=scale_dtype(v))
-        if x.shape[0] == 0:  # no program would run
-            n = slice_norms(v, dim, eps)
+        out = _packed(v, x.dtype)
+        return weight.prepare_weight_norm(target, v, g, dim, eps, x.dtype, w=out)
+    if variant == "one_pass" and len(x):  # without an input, no program would run
+        norms = allocator(unallocated(g.shape, scale_dtype(v)))
     else:
-        n = slice_norms(v, dim, eps)
-        form = _form(conv, dim, narrows_range(x.dtype, v.dtype), forward=True)
-    y = product(x, w, g, n, bias, sizes, conv, conv.transposed, dim, form, eps, config)
-    return y if _gives_channels_last(x, v) else y.contiguous(), n
+        norms = prepare_slice_norms(target, v, dim, eps)
+    return lambda v, g: (v, norms(v))
+
+
+def _packed(v: Tensor, dtype: torch.dtype) -> Tensor:
+    """The layout of a packed `W`: in `dtype` and with channels last."""
+    return empty_channels_last(v, v.shape[0], v.shape[1], v.shape[2:], dtype)
+
+
+Grads = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
 
 def convolution_backward(
@@ -98,28 +155,90 @@ def convolution_backward(
     *,
     config: configs.MatmulConfig | configs.DirectConfig | None = None,
     grad_config: configs.GradConfig | configs.DirectConfig | None = None,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+) -> Grads:
     """`(dX, dV, dg, db)`, `None` where `needs` says so and no other output brings it along."""
     g = g.contiguous()
+    options = conv, dim, eps, variant, needs, takes_tf32(x.dtype, "conv"), config, grad_config
+    return _convolution_backward((dy, x, v, g), *options)(dy, x, v, g, n)
+
+
+def prepare_convolution_backward(
+    target: Target,
+    dy: Tensor,
+    x: Tensor,
+    v: Tensor,
+    g: Tensor,
+    conv: Geometry,
+    dim: int | None,
+    eps: float,
+    variant: str,
+    needs: tuple[bool, bool, bool, bool],
+    tf32: bool,
+    config: configs.MatmulConfig | configs.DirectConfig | None = None,
+    grad_config: configs.GradConfig | configs.DirectConfig | None = None,
+) -> Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Grads]:
+    """`run(dy, x, v, g, n)` returns `(dX, dV, dg, db)`."""
     needs_x, needs_v, needs_g, needs_bias = needs
-    dx = dv = dg = db = None
+    needs_weight = needs_v or needs_g
     if variant == "materialize":
-        w = weight.weight_norm(v, g, dim, eps, x.dtype)[0] if needs_x else v.to(x.dtype)
-        dx, dw, db = convolution_grads(dy, x, w, conv, needs_x, needs_v or needs_g, needs_bias)
-        if dw is not None:
-            dv, dg = weight.weight_norm_backward(dw, v, g, n, dim, eps)
-        return dx, dv, dg, db
+        return _prepare_materialized_backward(target, x, v, g, conv, dim, eps, needs)
+    repack_dy = repacker(dy)  # once for both products
+    dy = channels_last(dy)
     if needs_x:
-        w, form = v, "packed"
-        if variant == "packed":
-            w, _ = _packed(v, g, dim, eps, x.dtype)
+        packed = variant == "packed"
+        w, form = (_packed(v, x.dtype), "packed") if packed else (v, "")
+        if packed:
+            weight_norm = _prepare_weights(target, x, v, g, dim, eps, "packed")
         else:
             form = _form(conv, dim, narrows_range(x.dtype, v.dtype), forward=False)
         sizes, phased = x.shape[2:], not conv.transposed
-        dx = product(dy, w, g, n, None, sizes, conv, phased, dim, form, eps, config)
-    if needs_v or needs_g:
-        dw, db = weight_grad(dy, x, v, conv, needs_bias, grad_config)
-        dv, dg = weight.weight_norm_backward(dw, v, g, n, dim, eps)
-    if needs_bias and db is None:
-        db = dy.sum([i for i in range(dy.ndim) if i != 1])
-    return dx, dv, dg, db
+        product = prepare_product(
+            target, dy, w, None, sizes, conv, phased, dim, form, eps, tf32, config
+        )
+    if needs_weight:
+        weight_grad, dw = prepare_weight_grad(target, dy, x, v, conv, needs_bias, tf32, grad_config)
+        finish = weight.prepare_weight_norm_backward(target, dw, v, g, dim, eps)
+    others = [i for i in range(dy.ndim) if i != 1]
+
+    def run(dy: Tensor, x: Tensor, v: Tensor, g: Tensor, n: Tensor) -> Grads:
+        dx = dv = dg = db = None
+        dy = repack_dy(dy)
+        if needs_x:
+            w = weight_norm(v, g)[0] if packed else v
+            dx = product(dy, w, g, n, None)
+        if needs_weight:
+            dw, db = weight_grad(dy, x)
+            dv, dg = finish(dw, v, g, n)
+        if needs_bias and db is None:
+            db = dy.sum(others)
+        return dx, dv, dg, db
+
+    return run
+
+
+_convolution_backward = remembered(prepare_convolution_backward)
+
+
+def _prepare_materialized_backward(
+    target: Target,
+    x: Tensor,
+    v: Tensor,
+    g: Tensor,
+    conv: Geometry,
+    dim: int | None,
+    eps: float,
+    needs: tuple[bool, bool, bool, bool],
+) -> Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Grads]:
+    """The same around the vendor's convolution, the layout of whose `dW` it alone determines."""
+    needs_x, needs_v, needs_g, needs_bias = needs
+    weight_norm = weight.prepare_weight_norm(target, v, g, dim, eps, x.dtype)
+
+    def run(dy: Tensor, x: Tensor, v: Tensor, g: Tensor, n: Tensor) -> Grads:
+        w = weight_norm(v, g)[0] if needs_x else v.to(x.dtype)
+        dx, dw, db = convolution_grads(dy, x, w, conv, needs_x, needs_v or needs_g, needs_bias)
+        dv = dg = None
+        if dw is not None:
+            dv, dg = weight.weight_norm_backward(dw, v, g, n, dim, eps)
+        return dx, dv, dg, db
+
+    return run

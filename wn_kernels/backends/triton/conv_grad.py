@@ -12,6 +12,7 @@ its part of dW, and whoever reads dW adds the parts in order (`weight.py`). No a
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import triton
@@ -21,8 +22,16 @@ from torch import Tensor
 from ...call import Geometry, scale_dtype
 from . import configs
 from .common import dot, offsets
+from .configs import Target
 from .conv_product import is_direct
-from .launch import PROGRAMS_PER_SM, is_wide, launch, product_types, sm_count
+from .launch import (
+    PROGRAMS_PER_SM,
+    Launcher,
+    allocator,
+    is_wide,
+    product_types,
+    unallocated,
+)
 from .pixels import (
     activation_strides,
     as_rows,
@@ -30,6 +39,7 @@ from .pixels import (
     channels_last,
     gathered,
     pixel_offset,
+    repacker,
     split_pixels,
     split_taps,
     tap_offset,
@@ -176,24 +186,29 @@ def direct_grad_kernel(
 # --- launcher ----------------------------------------------------------------------------------
 
 
-def weight_grad(
+def prepare_weight_grad(
+    target: Target,
     dy: Tensor,
     x: Tensor,
     v: Tensor,
     conv: Geometry,
     needs_bias: bool,
+    tf32: bool,
     config: configs.GradConfig | configs.DirectConfig | None = None,
-) -> tuple[Tensor, Tensor | None]:
-    """`dW` in parts, `(parts, *V.shape)` in the dtype of the norms, and `db`, `None` where it is
-    not asked for or does not ride along."""
-    p, q = (x, dy) if conv.transposed else (dy, x)
+) -> tuple[Callable[[Tensor, Tensor], tuple[Tensor, Tensor | None]], Tensor]:
+    """`run(dy, x)` returns `(dW, db)`, and `None` for a `db` that is not needed or does not ride
+    along. `dW` is in parts, `(parts, *V.shape)`, in the dtype of the norms. Its layout is returned
+    beside `run`."""
+    transposed = conv.transposed
+    p, q = (x, dy) if transposed else (dy, x)
+    repack_p, repack_q = repacker(p), repacker(q)
     p, q = channels_last(p), channels_last(q)
     groups, (first, r, *taps) = conv.groups, v.shape
     o = first // groups
     sizes, count = three(p.shape[2:]), three(taps)
     m = len(p) * sizes[0] * sizes[1] * sizes[2]
-    has_bias = needs_bias and not conv.transposed
-    types = product_types(x)
+    has_bias = needs_bias and not transposed
+    types = product_types(x, tf32)
     direct = is_direct(conv, v.shape)
     itemsize = x.element_size()
     if config is None:
@@ -209,16 +224,11 @@ def weight_grad(
         tiles = triton.cdiv(o, config.BLOCK_O) * blocks_r * (1 if flat else all_taps)
         grid_rest = groups
     blocks_m = triton.cdiv(m, config.BLOCK_M)
-    wanted = PROGRAMS_PER_SM * sm_count(x.device) // max(1, tiles * grid_rest)
+    wanted = PROGRAMS_PER_SM * target.multiprocessors // max(1, tiles * grid_rest)
     steps = triton.cdiv(blocks_m, max(1, min(blocks_m // 4, wanted)))
     parts = max(1, triton.cdiv(blocks_m, max(1, steps)))
-    dw = v.new_empty(parts, first, *taps, r, dtype=scale_dtype(v)).movedim(-1, 2)
-    db = dy.new_empty(parts, first, dtype=dw.dtype) if has_bias else None
-    arguments: dict[str, Any] = {
-        "P": p,
-        "Q": q,
-        "DW": dw,
-        "DB": dw if db is None else db,
+    dw = unallocated((parts, first, *taps, r), scale_dtype(v)).movedim(-1, 2)
+    constants: dict[str, Any] = {
         "M": m,
         "O": o,
         "R": r,
@@ -238,9 +248,21 @@ def weight_grad(
         "ACC": types["ACC"],
         **config._asdict(),
     }
+    grid = tiles, parts, grid_rest
     if direct:
-        launch(direct_grad_kernel, (tiles, parts, grid_rest), GROUPS=groups, **arguments)
+        launch = Launcher(direct_grad_kernel, target, grid, GROUPS=groups, **constants)
     else:
-        arguments |= {"FLAT": flat, "PRECISION": types["PRECISION"]}
-        launch(conv_grad_kernel, (tiles, parts, grid_rest), **arguments)
-    return dw, None if db is None else db.sum(0).to(dy.dtype)
+        constants |= {"FLAT": flat, "PRECISION": types["PRECISION"]}
+        launch = Launcher(conv_grad_kernel, target, grid, **constants)
+    new_dw, new_db = allocator(dw), allocator(unallocated((parts, first), dw.dtype))
+
+    def run(dy: Tensor, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        p, q = (x, dy) if transposed else (dy, x)
+        dw = new_dw(dy)
+        db = new_db(dy) if has_bias else None
+        launch(repack_p(p), repack_q(q), dw, dw if db is None else db)
+        if db is not None:
+            db = (db[0] if parts == 1 else db.sum(0)).to(dy.dtype)
+        return dw, db
+
+    return run, dw

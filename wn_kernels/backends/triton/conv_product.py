@@ -30,7 +30,7 @@ The contiguous axis of every activation is its channels: other layouts are repac
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -41,7 +41,8 @@ from torch import Tensor
 from ...call import Geometry
 from . import configs
 from .common import as_norm, cast, dot, offsets
-from .launch import is_wide, launch, product_types
+from .configs import Target
+from .launch import Launcher, allocator, is_wide, product_types
 from .pixels import (
     activation_strides,
     as_rows,
@@ -50,6 +51,7 @@ from .pixels import (
     empty_channels_last,
     gathered,
     pixel_offset,
+    repacker,
     split_pixels,
     split_taps,
     tap_offset,
@@ -309,11 +311,10 @@ def direct_kernel(
 # --- launchers ---------------------------------------------------------------------------------
 
 
-def product(
+def prepare_product(
+    target: Target,
     a: Tensor,
     v: Tensor,
-    g: Tensor,
-    n: Tensor,
     bias: Tensor | None,
     sizes: Sequence[int],
     conv: Geometry,
@@ -321,9 +322,12 @@ def product(
     dim: int | None,
     form: str,
     eps: float,
+    tf32: bool,
     config: configs.MatmulConfig | configs.DirectConfig | None,
-) -> Tensor:
-    """`C`, of spatial `sizes` and channels last, from `A`, `V` and its scale along `dim`."""
+) -> Callable[[Tensor, Tensor, Tensor, Tensor, Tensor | None], Tensor]:
+    """`run(a, v, g, n, bias)` returns `C`, of spatial `sizes` and channels last, from `A`, `V` and
+    its scale along `dim`."""
+    repack = repacker(a)
     a = channels_last(a)
     groups = conv.groups
     k, c = v.shape[0] // groups, v.shape[1]
@@ -338,13 +342,7 @@ def product(
     dilation = three(conv.dilation)
     common = tuple(math.gcd(s, d) for s, d in zip(stride, dilation, strict=True))
     steps = zip(dilation, stride, common, strict=True)
-    arguments: dict[str, Any] = {
-        "A": a,
-        "V": v,
-        "G": g,
-        "NORM": n,
-        "BIAS": out if bias is None else bias.contiguous(),
-        "C": out,
+    constants: dict[str, Any] = {
         "M": m,
         "O": o,
         "R": r,
@@ -366,29 +364,38 @@ def product(
         "HAS_BIAS": bias is not None,
         "WIDE": is_wide(a, v, out),
     }
-    types = product_types(a)
+    types = product_types(a, tf32)
     if is_direct(conv, v.shape):
         if config is None:
             config = configs.direct(a.element_size())
         assert isinstance(config, configs.DirectConfig)
-        arguments |= {
+        constants |= {
             "GROUPS": groups,
             "FORM": form if form in ("one_pass", "packed") else "scaled",
             "ACC": types["ACC"],
             **config._asdict(),
         }
         tiles_o = triton.cdiv(groups * o, config.BLOCK_O)
-        launch(direct_kernel, (triton.cdiv(m, config.BLOCK_M), phases, tiles_o), **arguments)
-        return out
-    if config is None:
-        size = max(a.element_size(), v.element_size())
-        ieee = a.dtype == torch.float32 and types["PRECISION"] == "ieee"
-        config = configs.conv(m, o, r, size, form, ieee)
-    assert isinstance(config, configs.MatmulConfig)
-    arguments |= {"FORM": form, "FLAT": r < 16, "GROUP": 8, **types, **config._asdict()}
-    tiles = triton.cdiv(m, config.BLOCK_M) * triton.cdiv(o, config.BLOCK_O)
-    launch(conv_kernel, (tiles, phases, groups), **arguments)
-    return out
+        grid = triton.cdiv(m, config.BLOCK_M), phases, tiles_o
+        launch = Launcher(direct_kernel, target, grid, **constants)
+    else:
+        if config is None:
+            size = max(a.element_size(), v.element_size())
+            ieee = a.dtype == torch.float32 and not tf32
+            config = configs.conv(m, o, r, size, form, ieee, target)
+        assert isinstance(config, configs.MatmulConfig)
+        constants |= {"FORM": form, "FLAT": r < 16, "GROUP": 8, **types, **config._asdict()}
+        tiles = triton.cdiv(m, config.BLOCK_M) * triton.cdiv(o, config.BLOCK_O)
+        launch = Launcher(conv_kernel, target, (tiles, phases, groups), **constants)
+    new_out = allocator(out)
+
+    def run(a: Tensor, v: Tensor, g: Tensor, n: Tensor, bias: Tensor | None) -> Tensor:
+        a = repack(a)
+        c = new_out(a)
+        launch(a, v, g, n, c if bias is None else bias.contiguous(), c)
+        return c
+
+    return run
 
 
 def is_direct(conv: Geometry, v_shape: Sequence[int]) -> bool:

@@ -1,10 +1,16 @@
-"""What every launcher shares: the launch itself, index widths and layouts."""
+"""What every launcher shares: preparing a launch, the launch itself, index widths and layouts.
+
+A launcher has two parts. Its `prepare_...` function works out all that the layouts of its tensors
+and its options determine: configurations, grids, the kernels' constant arguments, and the layouts
+of its results. It returns a function of the tensors that allocates the results, fills in their
+addresses and launches. The public functions keep what was prepared (`remembered`).
+"""
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Iterator, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -14,8 +20,11 @@ from torch import Tensor
 from triton import cdiv
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ...call import reduced_dims, takes_tf32
-from . import configs
+from ...call import reduced_dims
+from . import compiled, configs
+from .configs import Target
+
+# --- launching -----------------------------------------------------------------------------------
 
 
 class Launch(NamedTuple):
@@ -29,6 +38,9 @@ class Launch(NamedTuple):
 
 
 _recorded: list[Launch] | None = None
+
+# Triton compiles a kernel once for each thread that needs it at the same time.
+_compiling = threading.RLock()
 
 
 @contextmanager
@@ -46,14 +58,130 @@ def recording() -> Iterator[list[Launch]]:
         _recorded = before
 
 
-def launch(
-    kernel: Any, grid: tuple[int, ...], *, num_warps: int, num_stages: int, **arguments: Any
-) -> None:
-    """Launches `kernel`, unless the grid is empty."""
-    if _recorded is not None:
-        _recorded.append(Launch(kernel, grid, arguments, num_warps, num_stages))
-    elif math.prod(grid):
-        kernel[grid](**arguments, num_warps=num_warps, num_stages=num_stages)
+class Launcher:
+    """A kernel with everything but its tensors: the grid and the constant arguments, by name.
+
+    It is called with the kernel's first arguments, in their order: tensors, or descriptors of some
+    (`descriptors`). They have to be on the `target`'s device and to have the dtypes of every other
+    call. The first launch goes through `kernel[grid](...)`, which compiles it. The following ones
+    call the compiled kernel, of which there is one for every set of addresses that are multiples of
+    16 bytes: that is all that Triton specialises for and that may differ between calls.
+    """
+
+    def __init__(
+        self,
+        kernel: Any,
+        target: Target,
+        grid: tuple[int, ...],
+        *,
+        num_warps: int,
+        num_stages: int,
+        descriptors: bool = False,
+        **constants: Any,
+    ) -> None:
+        self.kernel = kernel
+        self.device = target.device
+        self.grid = grid
+        self.is_empty = not math.prod(grid)
+        self.options = {"num_warps": num_warps, "num_stages": num_stages}
+        self.descriptors = descriptors
+        self.constants = constants
+        count = len(kernel.arg_names) - len(constants)
+        self.tensors = kernel.arg_names[:count]
+        self.values = tuple(constants[name] for name in kernel.arg_names[count:])
+        self.compiled: dict[tuple[bool, ...] | None, Callable[[Sequence[Any]], None]] = {}
+
+    def __call__(self, *tensors: Any) -> None:
+        if _recorded is not None:
+            arguments = dict(zip(self.tensors, tensors, strict=True)) | self.constants
+            _recorded.append(Launch(self.kernel, self.grid, arguments, **self.options))
+        elif self.is_empty:
+            pass
+        elif self.device < 0 or self.device == torch.cuda.current_device():
+            self._launch(tensors)
+        else:
+            with torch.cuda.device(self.device):
+                self._launch(tensors)
+
+    def _launch(self, tensors: tuple[Any, ...]) -> None:
+        bits = 0
+        if self.descriptors:
+            arguments: Sequence[Any] = tensors
+            addresses = [getattr(t, "base", t).data_ptr() for t in tensors]
+        else:
+            arguments = addresses = [t.data_ptr() for t in tensors]
+        for address in addresses:
+            bits |= address
+        # Which addresses are multiples of 16 bytes; `None` is all of them.
+        aligned = None if not bits & 15 else tuple(not address & 15 for address in addresses)
+        launch = self.compiled.get(aligned)
+        if launch is not None and not compiled.is_watched():
+            return launch(arguments)
+        with _compiling:  # once, whichever thread comes first
+            result = self.kernel[self.grid](*tensors, **self.constants, **self.options)
+            if aligned not in self.compiled and not compiled.is_watched():
+                launch = compiled.launcher(result, self.grid, self.device, self.values)
+                if launch is not None:
+                    self.compiled[aligned] = launch
+
+
+# --- preparing -----------------------------------------------------------------------------------
+
+
+# Layouts and options for which a launcher keeps what it has prepared.
+REMEMBERED = 4096
+
+_memos: list[dict[Any, Any]] = []
+
+
+def remembered(prepare: Callable[..., Any]) -> Callable[..., Any]:
+    """Memoises `prepare(target, *tensors, *options)`, called as `find(tensors, *options)`.
+
+    `prepare` is given the tensors' layouts, as tensors without memory: shape, strides and dtype are
+    all that it can depend on. All tensors have to be on one device. Options are hashable.
+    """
+    memo: dict[Any, Any] = {}
+    _memos.append(memo)
+
+    def find(tensors: tuple[Tensor | None, ...], *options: Any) -> Any:
+        target = configs.target(tensors[0].get_device())  # type: ignore[union-attr]
+        layouts = [None if t is None else (t.shape, t.stride(), t.dtype) for t in tensors]
+        key = (target, options, *layouts)
+        found = memo.get(key)
+        if found is None:
+            if len(memo) >= REMEMBERED:
+                memo.clear()
+            given = (None if layout is None else laid_out(*layout) for layout in layouts)
+            found = memo[key] = prepare(target, *given, *options)
+        return found
+
+    return find
+
+
+def forget() -> None:
+    """Prepares everything anew: for a change to what `prepare` functions do not take."""
+    for memo in _memos:
+        memo.clear()
+
+
+def laid_out(shape: Sequence[int], stride: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """A tensor without memory."""
+    return torch.empty_strided(shape, stride, dtype=dtype, device="meta")
+
+
+def unallocated(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """A contiguous tensor without memory."""
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def allocator(layout: Tensor) -> Callable[[Tensor], Tensor]:
+    """A function that allocates a tensor of that layout on the device of its argument."""
+    shape, stride, dtype = layout.shape, layout.stride(), layout.dtype
+
+    def allocate(beside: Tensor) -> Tensor:
+        return beside.new_empty_strided(shape, stride, dtype=dtype)
+
+    return allocate
 
 
 def is_wide(*tensors: Tensor | None) -> bool:
@@ -70,29 +198,23 @@ def is_wide(*tensors: Tensor | None) -> bool:
 
 
 def is_describable(t: Tensor) -> bool:
-    """Whether hardware can copy tiles of a matrix: rows that start at multiples of 16 bytes."""
+    """Whether hardware can copy tiles of a matrix: rows that are multiples of 16 bytes apart. Its
+    first one has to be aligned so as well."""
     rows, columns = t.stride()
     return (
         columns == 1
         and rows > 0
         and rows * t.element_size() % 16 == 0
-        and t.data_ptr() % 16 == 0
         and t.numel() > 0
         and max(t.shape) < 2**31
     )
 
 
-def described(t: Tensor, tile: tuple[int, int]) -> TensorDescriptor:
-    """What hardware copies tiles of a matrix by; what lies outside it loads as zero."""
-    return TensorDescriptor(t, [*t.shape], [*t.stride()], [*tile])
-
-
-@functools.cache
-def sm_count(device: torch.device) -> int:
-    """Multiprocessors of the device; those of an H100 where there is none to ask."""
-    if device.type == "cuda" and torch.cuda.is_available():
-        return torch.cuda.get_device_properties(device).multi_processor_count
-    return 132
+def describer(layout: Tensor, tile: tuple[int, int]) -> Callable[[Tensor], TensorDescriptor]:
+    """A function of a tensor's memory, seen as a matrix of that layout, that returns what hardware
+    copies its tiles by; what lies outside the matrix it loads as zero."""
+    shape, stride, block = [*layout.shape], [*layout.stride()], [*tile]
+    return lambda t: TensorDescriptor(t, shape, stride, block)
 
 
 class Slices(NamedTuple):
@@ -144,6 +266,7 @@ class Walk:
         self,
         slices: Slices,
         tensors: list[Tensor],
+        target: Target,
         config: configs.SliceConfig | None,
         splits: int | None,
     ) -> None:
@@ -153,7 +276,7 @@ class Walk:
         blocks_n = cdiv(n, self.config.BLOCK_N)
         blocks_r = cdiv(r, self.config.BLOCK_R)
         if splits is None:
-            wanted = PROGRAMS_PER_SM * sm_count(tensors[0].device)
+            wanted = PROGRAMS_PER_SM * target.multiprocessors
             splits = max(1, min(blocks_r // 4, wanted // max(1, blocks_n)))
         steps = cdiv(blocks_r, splits)
         self.splits = max(1, cdiv(blocks_r, max(1, steps)))
@@ -179,6 +302,6 @@ def acc_type(v: Tensor) -> tl.dtype:
     return tl.float64 if v.dtype == torch.float64 else tl.float32
 
 
-def product_types(x: Tensor) -> dict[str, Any]:
-    """The accumulator and the precision of a product of `x`'s dtype, as PyTorch is set."""
-    return {"ACC": acc_type(x), "PRECISION": "tf32" if takes_tf32(x.dtype) else "ieee"}
+def product_types(x: Tensor, tf32: bool) -> dict[str, Any]:
+    """The accumulator and the precision of a product of `x`'s dtype."""
+    return {"ACC": acc_type(x), "PRECISION": "tf32" if tf32 else "ieee"}

@@ -8,7 +8,8 @@ sum, and a second stage adds them in a fixed order.
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Callable
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -16,7 +17,16 @@ from torch import Tensor
 from ...call import kept_shape, scale_dtype
 from . import configs
 from .common import as_norm, dot_coefficient, offsets
-from .launch import Walk, acc_type, as_slices, launch
+from .configs import Target
+from .launch import (
+    Launcher,
+    Walk,
+    acc_type,
+    allocator,
+    as_slices,
+    remembered,
+    unallocated,
+)
 
 # --- kernels -----------------------------------------------------------------------------------
 
@@ -182,19 +192,30 @@ def slice_norms(
     splits: int | None = None,
 ) -> Tensor:
     """`n` for every slice, in the kept shape."""
+    return _slice_norms((v,), dim, eps, config, splits)(v)
+
+
+def prepare_slice_norms(
+    target: Target,
+    v: Tensor,
+    dim: int | None,
+    eps: float,
+    config: configs.SliceConfig | None = None,
+    splits: int | None = None,
+) -> Callable[[Tensor], Tensor]:
+    """`run(v)` returns the norms."""
     slices = as_slices([v], dim)
     if slices is None:
-        return slice_norms(v.contiguous(), dim, eps, config=config, splits=splits)
-    walk = Walk(slices, [v], config, splits)
-    norm = torch.empty(kept_shape(v.shape, dim), dtype=scale_dtype(v), device=v.device)
+        run_dense = prepare_slice_norms(target, v.contiguous(), dim, eps, config, splits)
+        return lambda v: run_dense(v.contiguous())
+    walk = Walk(slices, [v], target, config, splits)
     split = walk.splits > 1
-    out = norm.new_empty(walk.splits, walk.slices.n) if split else norm
-    launch(
+    layout = unallocated(kept_shape(v.shape, dim), scale_dtype(v))
+    new_norm = allocator(layout)
+    launch = Launcher(
         slice_sum_kernel,
+        target,
         walk.grid,
-        A=v,
-        B=v,
-        OUT=out,
         PARTS=1,
         stride_part=0,
         EPS=eps,
@@ -203,25 +224,40 @@ def slice_norms(
         **walk.strides(a=0, b=0),
         **walk.arguments,
     )
-    if split:
-        finish(out, norm, norm, norm, norm, eps, grad=False)
-    return norm
+    if not split:
+
+        def run(v: Tensor) -> Tensor:
+            norm = new_norm(v)
+            launch(v, v, norm)
+            return norm
+
+        return run
+
+    layout = layout.new_empty(walk.splits, slices.n)
+    new_partial = allocator(layout)
+    finish = prepare_finish(target, layout, eps, grad=False)
+
+    def run_split(v: Tensor) -> Tensor:
+        norm, partial = new_norm(v), new_partial(v)
+        launch(v, v, partial)
+        finish(partial, norm, norm, norm, norm)
+        return norm
+
+    return run_split
 
 
-def finish(
-    partial: Tensor, g: Tensor, norm: Tensor, dg: Tensor, coef: Tensor, eps: float, *, grad: bool
-) -> None:
-    """The second stage over `partial` of shape (splits, N): norms, or `dg` and `c`."""
+_slice_norms = remembered(prepare_slice_norms)
+
+
+def prepare_finish(target: Target, partial: Tensor, eps: float, *, grad: bool) -> Launcher:
+    """The second stage over `partial` of shape (splits, N): norms, or with `grad` `dg` and `c`.
+    Called as `finish(partial, g, norm, dg, coef)`."""
     splits, n = partial.shape
     config = configs.finish(partial.element_size())
-    launch(
+    return Launcher(
         finish_kernel,
+        target,
         (triton.cdiv(n, config.BLOCK_N),),
-        PARTIAL=partial,
-        G=g,
-        NORM=norm,
-        DG=dg,
-        COEF=coef,
         N=n,
         SPLITS=splits,
         EPS=eps,

@@ -6,7 +6,7 @@ dimensions: those that a lower rank lacks have size 1, which folds away when a k
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import triton
@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .common import offsets
+from .launch import allocator
 
 # --- in a kernel -------------------------------------------------------------------------------
 
@@ -92,10 +93,20 @@ def three(values: Sequence[int], fill: int = 1) -> tuple[int, ...]:
 
 
 def channels_last(x: Tensor) -> Tensor:
-    """`x` with its channels contiguous: itself if they are, or a copy."""
+    """The layout of `x` with its channels contiguous: its own if they are, or that of a copy."""
     if x.stride(1) == 1 or x.shape[1] == 1:
         return x
-    return x.movedim(1, -1).contiguous().movedim(-1, 1)
+    return empty_channels_last(x, x.shape[0], x.shape[1], x.shape[2:])
+
+
+def repacker(x: Tensor) -> Callable[[Tensor], Tensor]:
+    """A function of a tensor laid out like `x` that returns it with its channels contiguous, copied
+    where they are not."""
+    packed = channels_last(x)
+    if packed is x:
+        return lambda x: x
+    new = allocator(packed)
+    return lambda x: new(x).copy_(x)
 
 
 def empty_channels_last(

@@ -9,6 +9,8 @@ sum is split (`norm.py`), it is taken beforehand and an element-wise pass follow
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import triton
 import triton.language as tl
@@ -17,8 +19,16 @@ from torch import Tensor
 from ...call import kept_shape, scale_dtype
 from . import configs
 from .common import as_norm, cast, dot_coefficient, offsets
-from .launch import Walk, as_slices, launch
-from .norm import finish, load_sum, slice_norms, slice_offsets, slice_sum_kernel, slice_sums
+from .configs import Target
+from .launch import Launcher, Walk, allocator, as_slices, remembered, unallocated
+from .norm import (
+    load_sum,
+    prepare_finish,
+    prepare_slice_norms,
+    slice_offsets,
+    slice_sum_kernel,
+    slice_sums,
+)
 
 # --- kernels -----------------------------------------------------------------------------------
 
@@ -163,36 +173,63 @@ def weight_norm(
     eps: float,
     dtype: torch.dtype,
     *,
-    out: Tensor | None = None,
     config: configs.SliceConfig | None = None,
     splits: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`(W, n)`, `W` in `dtype` and in `V`'s memory layout, or in `out`, which has its own."""
+    """`(W, n)`, `W` in `dtype` and in `V`'s memory layout."""
     g = g.contiguous()
-    w = torch.empty_like(v, dtype=dtype) if out is None else out
+    return _weight_norm((v, g), dim, eps, dtype, config, splits)(v, g)
+
+
+def prepare_weight_norm(
+    target: Target,
+    v: Tensor,
+    g: Tensor,
+    dim: int | None,
+    eps: float,
+    dtype: torch.dtype,
+    config: configs.SliceConfig | None = None,
+    splits: int | None = None,
+    w: Tensor | None = None,
+) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """`run(v, g)` returns `(W, n)`; `w` is the layout of `W`, that of `V` by default."""
+    if w is None:
+        w = torch.empty_like(v, dtype=dtype)
+    new_w = allocator(w)
     slices = as_slices([w, v], dim)
     if slices is None:
-        dense, norm = weight_norm(v.contiguous(), g, dim, eps, dtype, config=config, splits=splits)
-        return w.copy_(dense), norm
-    walk = Walk(slices, [w, v], config, splits)
+        dense = v.contiguous()
+        run_dense = prepare_weight_norm(target, dense, g, dim, eps, dtype, config, splits)
+
+        def run_copied(v: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+            w, norm = run_dense(v.contiguous(), g)
+            return new_w(v).copy_(w), norm
+
+        return run_copied
+    walk = Walk(slices, [w, v], target, config, splits)
     fused = walk.splits == 1
-    if fused:
-        norm = torch.empty(kept_shape(v.shape, dim), dtype=scale_dtype(v), device=v.device)
-    else:
-        norm = slice_norms(v, dim, eps, config=config, splits=splits)
-    launch(
+    norms = allocator(unallocated(kept_shape(v.shape, dim), scale_dtype(v)))
+    if not fused:
+        norms = prepare_slice_norms(target, v, dim, eps, config, splits)
+    launch = Launcher(
         weight_kernel,
+        target,
         walk.grid,
-        V=v,
-        G=g,
-        NORM=norm,
-        W=w,
         EPS=eps,
         FUSED=fused,
         **walk.strides(v=1, w=0),
         **walk.arguments,
     )
-    return w, norm
+
+    def run(v: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+        w, norm = new_w(v), norms(v)
+        launch(v, g, norm, w)
+        return w, norm
+
+    return run
+
+
+_weight_norm = remembered(prepare_weight_norm)
 
 
 def weight_norm_backward(
@@ -208,33 +245,51 @@ def weight_norm_backward(
 ) -> tuple[Tensor, Tensor]:
     """`(dV, dg)` from `dW`, or from parts of it, stacked, whose sum it is."""
     g = g.contiguous()
+    return _weight_norm_backward((dw, v, g), dim, eps, config, splits)(dw, v, g, norm)
+
+
+def prepare_weight_norm_backward(
+    target: Target,
+    dw: Tensor,
+    v: Tensor,
+    g: Tensor,
+    dim: int | None,
+    eps: float,
+    config: configs.SliceConfig | None = None,
+    splits: int | None = None,
+) -> Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """`run(dw, v, g, norm)` returns `(dV, dg)`."""
     dv = torch.empty_like(v)
-    parts = dw if dw.ndim > v.ndim else dw[None]
+    new_dv, new_dg = allocator(dv), allocator(g)
+    in_parts = dw.ndim > v.ndim
+    parts = dw if in_parts else dw[None]
     slices = as_slices([dv, parts[0], v], dim)
     if slices is None:
-        dense, dg = weight_norm_backward(
-            parts.sum(0).contiguous(),
-            v.contiguous(),
-            g,
-            norm,
-            dim,
-            eps,
-            config=config,
-            splits=splits,
-        )
-        return dv.copy_(dense), dg
-    walk = Walk(slices, [dv, parts, v], config, splits)
+        dense = parts[0].contiguous(), v.contiguous(), g
+        run_dense = prepare_weight_norm_backward(target, *dense, dim, eps, config, splits)
+
+        def run_copied(dw: Tensor, v: Tensor, g: Tensor, norm: Tensor) -> tuple[Tensor, Tensor]:
+            dw = (dw.sum(0) if in_parts else dw).contiguous()
+            dv, dg = run_dense(dw, v.contiguous(), g, norm)
+            return new_dv(v).copy_(dv), dg
+
+        return run_copied
+    walk = Walk(slices, [dv, parts, v], target, config, splits)
     if walk.splits == 1:
-        dg = torch.empty_like(g)
-        _launch_weight_grad(walk, parts, v, g, norm, dg, norm, dv, eps, fused=True)
-        return dv, dg
-    partial = norm.new_empty(walk.splits, walk.slices.n)
-    launch(
+        launch = _weight_grad_launcher(walk, target, parts, eps, fused=True)
+
+        def run(dw: Tensor, v: Tensor, g: Tensor, norm: Tensor) -> tuple[Tensor, Tensor]:
+            dv, dg = new_dv(v), new_dg(g)
+            launch(dw, v, g, norm, dg, norm, dv)
+            return dv, dg
+
+        return run
+    partial = unallocated((walk.splits, walk.slices.n), scale_dtype(v))
+    new_partial = allocator(partial)
+    dots = Launcher(
         slice_sum_kernel,
+        target,
         walk.grid,
-        A=parts,
-        B=v,
-        OUT=partial,
         PARTS=len(parts),
         stride_part=parts.stride(0),
         SQUARE=False,
@@ -243,13 +298,30 @@ def weight_norm_backward(
         **walk.strides(a=1, b=2),
         **walk.arguments,
     )
-    return dv, _finish_weight_grad(walk, partial, parts, v, g, norm, dv, eps)
+    finish = _prepare_finish(walk, target, partial, parts, g, eps)
+
+    def run_split(dw: Tensor, v: Tensor, g: Tensor, norm: Tensor) -> tuple[Tensor, Tensor]:
+        dv, partial = new_dv(v), new_partial(v)
+        dots(dw, v, partial)
+        return dv, finish(partial, dw, v, g, norm, dv)
+
+    return run_split
 
 
-def finish_weight_grad_(
-    dw: Tensor, partial: Tensor, v: Tensor, g: Tensor, norm: Tensor, dim: int | None, eps: float
-) -> Tensor:
-    """Turns the matrix `dW`, in place, into `dV`, given partial dots; returns `dg`.
+_weight_norm_backward = remembered(prepare_weight_norm_backward)
+
+
+def prepare_finish_weight_grad(
+    target: Target,
+    dw: Tensor,
+    partial: Tensor,
+    v: Tensor,
+    g: Tensor,
+    dim: int | None,
+    eps: float,
+) -> Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]:
+    """`run(dw, partial, v, g, norm)` returns `dg`, and turns the matrix `dW`, in place, into `dV`,
+    given partial dots.
 
     `partial` is `(splits, N)`; for `dim=None` all of it belongs to the one slice.
     """
@@ -257,54 +329,39 @@ def finish_weight_grad_(
     assert slices is not None  # two dimensions always have a common walk
     if dim is None:
         partial = partial.view(-1, 1)
-    walk = Walk(slices, [dw, dw, v], None, None)
-    return _finish_weight_grad(walk, partial, dw[None], v, g, norm, dw, eps)
+    walk = Walk(slices, [dw, dw, v], target, None, None)
+    finish = _prepare_finish(walk, target, partial, dw[None], g, eps)
+    return lambda dw, partial, v, g, norm: finish(partial, dw, v, g, norm, dw)
 
 
-def _finish_weight_grad(
-    walk: Walk,
-    partial: Tensor,
-    parts: Tensor,
-    v: Tensor,
-    g: Tensor,
-    norm: Tensor,
-    dv: Tensor,
-    eps: float,
-) -> Tensor:
-    """Sums the dots, then writes `dV`; returns `dg`."""
-    dg = torch.empty_like(g)
-    coef = torch.empty_like(norm)
-    finish(partial, g, norm, dg, coef, eps, grad=True)
-    _launch_weight_grad(walk, parts, v, g, norm, dg, coef, dv, eps, fused=False)
-    return dg
+def _prepare_finish(
+    walk: Walk, target: Target, partial: Tensor, parts: Tensor, g: Tensor, eps: float
+) -> Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]:
+    """`run(partial, dw, v, g, norm, dv)` sums the dots, then writes `dV`; it returns `dg`."""
+    new_dg = allocator(g)
+    new_coef = allocator(unallocated(g.shape, partial.dtype))
+    finish = prepare_finish(target, partial, eps, grad=True)
+    launch = _weight_grad_launcher(walk, target, parts, eps, fused=False)
+
+    def run(partial: Tensor, dw: Tensor, v: Tensor, g: Tensor, norm: Tensor, dv: Tensor) -> Tensor:
+        dg, coef = new_dg(g), new_coef(g)
+        finish(partial, g, norm, dg, coef)
+        launch(dw, v, g, norm, dg, coef, dv)
+        return dg
+
+    return run
 
 
-def _launch_weight_grad(
-    walk: Walk,
-    parts: Tensor,
-    v: Tensor,
-    g: Tensor,
-    norm: Tensor,
-    dg: Tensor,
-    coef: Tensor,
-    dv: Tensor,
-    eps: float,
-    *,
-    fused: bool,
-) -> None:
+def _weight_grad_launcher(
+    walk: Walk, target: Target, parts: Tensor, eps: float, *, fused: bool
+) -> Launcher:
     """The walk is over (dV, dW, V)."""
-    launch(
+    return Launcher(
         weight_grad_kernel,
+        target,
         walk.grid,
-        DW=parts,
         PARTS=len(parts),
         stride_part=parts.stride(0),
-        V=v,
-        G=g,
-        NORM=norm,
-        DG=dg,
-        COEF=coef,
-        DV=dv,
         FUSED=fused,
         EPS=eps,
         **walk.strides(w=1, v=2, d=0),

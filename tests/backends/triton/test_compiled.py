@@ -1,0 +1,260 @@
+"""Launches without Triton's binder, over a driver that does nothing: Triton's own compiler and
+launcher run, on CPU tensors, in a process that does not interpret."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[3]
+
+SETUP = """
+import json, threading
+from bench import stand_in
+stand_in.activate()
+import torch, triton
+from triton.backends.nvidia.driver import CudaLauncher
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+from wn_kernels.backends import triton as backend
+from wn_kernels.backends.shapes import Geometry
+from wn_kernels.backends.triton import compiled, configs, launch
+
+launches = []
+launcher_s_call = CudaLauncher.__call__
+
+def spy(self, *arguments):
+    (x, y, z, stream, function, metadata), (_, enter, leave) = arguments[:6], arguments[6:9]
+    # Tensors as Triton passes them, addresses as we do.
+    operands = [a.data_ptr() if isinstance(a, torch.Tensor) else a for a in arguments[9:]]
+    described = [type(a).__name__ for a in operands if hasattr(a, "base")]
+    operands = [a.base.data_ptr() if hasattr(a, "base") else a for a in operands]
+    launches.append(dict(grid=(x, y, z), stream=stream, function=function, metadata=metadata,
+        operands=operands, by_triton=enter is not None, described=described))
+    return launcher_s_call(self, *arguments)
+
+CudaLauncher.__call__ = spy
+
+def launched(run):
+    launches.clear()
+    run()
+    return [dict(l) for l in launches]
+
+def like(dtype=torch.float32):
+    x, v = torch.randn(16, 64, dtype=dtype), torch.randn(64, 64, dtype=dtype)
+    return x, v, torch.rand(64, 1, dtype=dtype) + 0.5, torch.randn(64, dtype=dtype)
+
+x, v, g, bias = like()
+norm = torch.rand(64, 1) + 0.5
+dy = torch.randn(16, 64)
+conv = Geometry((1,), (1,), (1,), False, (0,), 1)
+images, taps = torch.randn(2, 32, 16), torch.randn(32, 32, 3)
+deep = torch.randn(8, 32, 3), torch.rand(8, 1, 1) + 0.5
+grouped = Geometry((1,), (1,), (1,), False, (0,), 32)
+each = torch.randn(32, 1, 3), torch.rand(32, 1, 1)
+scale, channels = torch.rand(32, 1, 1) + 0.5, torch.randn(32)
+needs = (True, True, True, True)
+wide = torch.randn(512, 4096).bfloat16(), torch.randn(8192, 4096).bfloat16()
+CALLS = {
+    "linear, one pass": lambda: backend.linear(x, v, g, bias, 0, 0.0, "one_pass"),
+    "linear, scaled": lambda: backend.linear(x, v, g, None, 0, 0.0, "scaled"),
+    "linear, materialized": lambda: backend.linear(x, v, g, bias, 0, 0.0, "materialize"),
+    "dX and dV, one pass": lambda: backend.linear_backward(
+        dy, x, v, g, norm, 0, 0.0, "one_pass", needs),
+    "dX and dV, scaled": lambda: backend.linear_backward(
+        dy, x, v, g, norm, 0, 0.0, "scaled", needs),
+    "dX and dV, dim=1": lambda: backend.linear_backward(
+        dy, x, v, g.t(), norm.t(), 1, 0.0, "one_pass", needs),
+    "described": lambda: backend.linear(
+        *wide, torch.rand(8192, 1).bfloat16(), None, 0, 0.0, "scaled"),
+    "norms": lambda: backend.slice_norms(v, 0, 0.5),
+    "norms, split": lambda: backend.slice_norms(torch.randn(256, 256), None, 0.0),
+    "weight": lambda: backend.weight_norm(v, g, 0, 0.0, torch.bfloat16),
+    "weight's gradient": lambda: backend.weight_norm_backward(v, v, g, norm, 0, 0.0),
+    "weight's gradient, split": lambda: backend.weight_norm_backward(
+        torch.ones(256, 256), torch.ones(256, 256), g[0, 0], g[0, 0], None, 0.0),
+    "convolution, one pass": lambda: backend.convolution(
+        images, taps, scale, channels, conv, 0, 0.0, "one_pass"),
+    "convolution, packed": lambda: backend.convolution(
+        images, taps, scale, channels, conv, 0, 0.0, "packed"),
+    "convolution, grouped": lambda: backend.convolution(
+        images, *each, channels, grouped, 0, 0.0, "scaled"),
+    "convolution, backward": lambda: backend.convolution_backward(
+        images, images, taps, scale, scale, conv, 0, 0.0, "packed", needs),
+    "convolution, grouped, backward": lambda: backend.convolution_backward(
+        images, images, *each, each[1], grouped, 0, 0.0, "scaled", needs),
+}
+
+def same_but_addresses(a, b):
+    def is_address(operand):
+        return isinstance(operand, int) and operand >= 2**32
+
+    constants = [[is_address(o) or o for o in l["operands"]] for l in (a, b)]
+    same = all(a[k] == b[k] for k in ("grid", "stream", "function", "metadata", "described"))
+    return same and constants[0] == constants[1]
+"""
+
+
+def run(code, **variables):
+    """What `code` prints, in a process with the stand-in."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | variables
+    done = subprocess.run(
+        [sys.executable, "-c", SETUP + code],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=environment,
+        cwd=ROOT,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_later_launches_are_the_first_one_s():
+    """Every kernel: what its launcher is given by the second call is what Triton gives it in the
+    first, but for addresses and hooks. In a third call, through Triton again, all is the same."""
+    found = run("""
+found = {}
+for name, call in CALLS.items():
+    first, second = launched(call), launched(call)
+    triton_s_run = JITFunction.run
+    JITFunction.run = lambda self, *a, **k: triton_s_run(self, *a, **k)  # a launch checker's
+    third = launched(call)
+    JITFunction.run = triton_s_run
+    found[name] = {
+        "launches": len(first),
+        "by_triton": [[l["by_triton"] for l in ls] for ls in (first, second, third)],
+        "same": len(first) == len(second) == len(third)
+        and all(map(same_but_addresses, first, second))
+        and all(map(same_but_addresses, third, second)),
+        "described": sum(len(l["described"]) for l in second),
+    }
+print(json.dumps(found))
+""")
+    for name, record in found.items():
+        first, second, third = record["by_triton"]
+        assert all(first), name
+        assert not any(second), name
+        assert all(third), name
+        assert record["same"], name
+        assert record["described"] == (2 if name == "described" else 0)
+    counts = {name: record["launches"] for name, record in found.items()}
+    assert counts["linear, one pass"] == counts["norms"] == counts["weight"] == 1
+    assert counts["dX and dV, one pass"] == counts["norms, split"] == 2
+    assert counts["dX and dV, scaled"] == counts["convolution, backward"] == 4
+
+
+def test_unaligned_addresses_have_kernels_of_their_own():
+    """Triton compiles for addresses that are multiples of 16 bytes, or not: a view that is not has
+    the kernel that Triton itself takes, and an aligned one never its."""
+    found = run("""
+def moved(t, by):
+    view = torch.empty(t.numel() + 16, dtype=t.dtype)[by : by + t.numel()].view(t.shape)
+    assert view.data_ptr() % 16 == 4 * by % 16
+    return view.copy_(t)
+
+found = []
+for args in [(x, v, bias), (moved(x, 1), v, bias), (x, moved(v, 1), bias),
+             (x, v, moved(bias, 3)), (moved(x, 1), moved(v, 2), moved(bias, 3))]:
+    call = lambda: backend.linear(args[0], args[1], g, args[2], 0, 0.0, "one_pass")
+    first, second = launched(call), launched(call)
+    assert first[0]["by_triton"] and not second[0]["by_triton"]
+    assert same_but_addresses(first[0], second[0])
+    found.append(second[0]["function"])
+again = launched(CALLS["linear, one pass"])[0]
+print(json.dumps([id(f) if not isinstance(f, int) else f for f in [*found, again["function"]]]))
+""")
+    *_, again = found
+    assert again == found[0]
+
+
+def test_unaligned_matrices_are_not_described():
+    """Hardware copies tiles from multiples of 16 bytes alone; others go by pointers."""
+    assert run("""
+x, v = wide
+g = torch.rand(8192, 1).bfloat16()
+moved = torch.empty(512 * 4096 + 8, dtype=x.dtype)[1:-7].view(512, 4096)
+found = [launched(lambda: backend.linear(t, v, g, None, 0, 0.0, "scaled"))[-1]["described"]
+         for t in (x, moved, x, moved)]
+print(json.dumps(found))
+""") == [["TensorDescriptor"] * 2, [], ["TensorDescriptor"] * 2, []]
+
+
+def test_hooks_and_streams():
+    """A profiler's hooks see every launch, with Triton's own metadata; without them, later launches
+    are on the current stream."""
+    assert run("""
+call = CALLS["linear, scaled"]
+call()
+seen = []
+hook = lambda metadata: seen.append(metadata.get()["name"])
+hooks = triton.knobs.runtime.launch_enter_hook, triton.knobs.runtime.launch_exit_hook
+by_triton = []
+for chain in hooks:
+    chain.add(hook)
+    by_triton += [l["by_triton"] for l in launched(call)]
+    chain.remove(hook)
+triton.knobs.runtime.launch_enter_hook = hook
+call()
+triton.knobs.runtime.launch_enter_hook = None
+stand_in_s = type(driver.active).get_current_stream
+type(driver.active).get_current_stream = lambda self, device: 7
+launch.forget()
+call()
+streams = [(l["stream"], l["by_triton"]) for l in launched(call)]
+print(json.dumps([seen, by_triton, streams]))
+""") == [
+        ["slice_sum_kernel", "matmul_kernel"] * 3,
+        [True] * 4,
+        [[7, False], [7, False]],
+    ]
+
+
+def test_other_versions_of_triton():
+    """Where its internals are not known, all goes through its public way."""
+    assert (
+        run("""
+compiled._is_supported = False
+call = CALLS["linear, scaled"]
+print(json.dumps([[l["by_triton"] for l in launched(call)] for _ in range(3)]))
+""")
+        == [[True, True]] * 3
+    )
+
+
+def test_threads():
+    """Threads that start together compile and launch the same kernels, and agree on them."""
+    functions = run("""
+barrier = threading.Barrier(8)
+
+def work(i):
+    mine = [x.clone() for _ in range(3)]
+    barrier.wait()
+    for t in mine * 20:
+        y, n = backend.linear(t, v, g, bias, 0, 0.0, "one_pass")
+        assert y.shape == (16, 64) and n.shape == (64, 1)
+
+threads = [threading.Thread(target=work, args=(i,)) for i in range(8)]
+for t in threads: t.start()
+for t in threads: t.join()
+print(json.dumps([len(launches), len({str(l["function"]) for l in launches})]))
+""")
+    assert functions == [8 * 60, 1]
+
+
+def test_the_interpreter_is_never_bypassed():
+    """Its kernels are no compiled ones: every call runs them."""
+    code = """
+import os; os.environ["TRITON_INTERPRET"] = "1"
+import torch
+from wn_kernels.backends import triton as backend
+v, g = torch.randn(5, 7), torch.rand(5, 1) + 0.5
+for _ in range(3):
+    w, n = backend.weight_norm(v, g, 0, 0.0, torch.float32)
+    assert torch.allclose(w, g * v / v.norm(dim=1, keepdim=True))
+    v.mul_(2).add_(1)
+print("right")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout == "right\n", done.stderr

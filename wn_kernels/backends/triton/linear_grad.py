@@ -1,0 +1,254 @@
+"""The gradient of a linear layer's weight, `dW[o, r] = Σ_m P[m, o] Q[m, r]`, as `dV` and `dg`.
+
+Each program has the slices `o` that it owns:
+
+    dim=0   o = n, P = dY, Q = x          dim=1   o = k, P = x, Q = dY
+
+    a_o = Σ_r dW V,   dg = a / n,   dV = s ⊙ dW - c ⊙ V,   c = s · dg / n
+
+`grad_one_pass_kernel` walks r twice and recomputes the tile of dW instead of storing it.
+`grad_kernel` stores dW and partial dots; `weight.py` finishes in place. `db = Σ_m dY` rides along.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ...call import scale_dtype
+from . import configs, weight
+from .common import dot, dot_coefficient, offsets
+from .configs import Target
+from .launch import Launcher, allocator, is_wide, product_types, unallocated
+
+# --- kernels -----------------------------------------------------------------------------------
+
+
+@triton.jit
+def _load_tile(X, offs_m, offs_c, M, N_C, stride_m, stride_c):
+    """Rows `offs_m` and columns `offs_c` of a factor of dW, zero outside `(M, N_C)`."""
+    at = X + offs_m[:, None] * stride_m + offs_c[None, :] * stride_c
+    return tl.load(at, mask=(offs_m < M)[:, None] & (offs_c < N_C)[None, :], other=0.0)
+
+
+@triton.jit
+def grad_one_pass_kernel(
+    P,
+    Q,
+    V,
+    G,
+    NORM,
+    DV,
+    DG,
+    DB,
+    M,
+    O,
+    R,
+    stride_pm,
+    stride_po,
+    stride_qm,
+    stride_qr,
+    stride_vo,
+    stride_vr,
+    stride_do,
+    stride_dr,
+    EPS: tl.constexpr,
+    BIAS: tl.constexpr,
+    WIDE: tl.constexpr,
+    ACC: tl.constexpr,
+    PRECISION: tl.constexpr,
+    STAGES: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_O: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """DV and DG for the slices this program owns; dW is recomputed, never stored. M ≤ BLOCK_M.
+
+    DB is the column sum of P (BIAS "owned") or of Q ("walked", by the first program).
+    """
+    pid = tl.program_id(0)
+    offs_m = offsets(0 * pid, BLOCK_M, WIDE)
+    offs_o = offsets(pid, BLOCK_O, WIDE)
+    mask_o = offs_o < O
+    norm_type = NORM.dtype.element_ty
+    n = tl.load(NORM + offs_o, mask=mask_o, other=1.0)
+    g = tl.load(G + offs_o, mask=mask_o, other=0.0).to(norm_type)
+    p = _load_tile(P, offs_o, offs_m, O, M, stride_po, stride_pm)
+    if BIAS == "owned":
+        tl.store(DB + offs_o, tl.sum(p.to(ACC), axis=1), mask=mask_o)
+    if BIAS == "walked":
+        for tile in range(pid, tl.cdiv(R, BLOCK_R), tl.num_programs(0)):
+            offs_r = offsets(tile, BLOCK_R, WIDE)
+            q = _load_tile(Q, offs_m, offs_r, M, R, stride_qm, stride_qr)
+            tl.store(DB + offs_r, tl.sum(q.to(ACC), axis=0), mask=offs_r < R)
+
+    # A number of stages that is the loop's own has V's tiles in flight as well as Q's.
+    dots = tl.zeros((BLOCK_O, BLOCK_R), norm_type)
+    for start in tl.range(0, R, BLOCK_R, num_stages=STAGES):
+        offs_r = offsets(start // BLOCK_R, BLOCK_R, WIDE)
+        q = _load_tile(Q, offs_m, offs_r, M, R, stride_qm, stride_qr)
+        dw = dot(p, q, tl.zeros((BLOCK_O, BLOCK_R), ACC), PRECISION)
+        v = _load_tile(V, offs_o, offs_r, O, R, stride_vo, stride_vr)
+        dots += dw.to(norm_type) * v.to(norm_type)
+    dg = tl.sum(dots, axis=1) / n
+    tl.store(DG + offs_o, dg, mask=mask_o)
+
+    scale = (g / n)[:, None]
+    coef = dot_coefficient(g, n, dg, EPS)[:, None]
+    for start in tl.range(0, R, BLOCK_R, num_stages=STAGES):
+        offs_r = offsets(start // BLOCK_R, BLOCK_R, WIDE)
+        q = _load_tile(Q, offs_m, offs_r, M, R, stride_qm, stride_qr)
+        dw = dot(p, q, tl.zeros((BLOCK_O, BLOCK_R), ACC), PRECISION)
+        v = _load_tile(V, offs_o, offs_r, O, R, stride_vo, stride_vr)
+        at = DV + offs_o[:, None] * stride_do + offs_r[None, :] * stride_dr
+        mask = mask_o[:, None] & (offs_r < R)[None, :]
+        tl.store(at, scale * dw.to(norm_type) - coef * v.to(norm_type), mask=mask)
+
+
+@triton.jit
+def grad_kernel(
+    P,
+    Q,
+    V,
+    DW,
+    PARTIAL,
+    DB,
+    M,
+    O,
+    R,
+    stride_pm,
+    stride_po,
+    stride_qm,
+    stride_qr,
+    stride_vo,
+    stride_vr,
+    stride_do,
+    stride_dr,
+    BIAS: tl.constexpr,
+    WIDE: tl.constexpr,
+    ACC: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_O: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """A tile of DW and its share PARTIAL[tile_r, o] of the dots ⟨dW_o, V_o⟩.
+
+    DB is the column sum of P (BIAS "owned") or of Q ("walked"), by the first tiles along the
+    other axis.
+    """
+    tile_o = tl.program_id(0)
+    tile_r = tl.program_id(1)
+    offs_o = offsets(tile_o, BLOCK_O, WIDE)
+    offs_r = offsets(tile_r, BLOCK_R, WIDE)
+    acc = tl.zeros((BLOCK_O, BLOCK_R), ACC)
+    bias_o = tl.zeros((BLOCK_O,), ACC)
+    bias_r = tl.zeros((BLOCK_R,), ACC)
+    for start in range(0, M, BLOCK_M):
+        offs_m = offsets(start // BLOCK_M, BLOCK_M, WIDE)
+        p = _load_tile(P, offs_m, offs_o, M, O, stride_pm, stride_po)
+        q = _load_tile(Q, offs_m, offs_r, M, R, stride_qm, stride_qr)
+        acc = dot(tl.trans(p), q, acc, PRECISION)
+        if BIAS == "owned":
+            bias_o += tl.sum(p.to(ACC), axis=0)
+        if BIAS == "walked":
+            bias_r += tl.sum(q.to(ACC), axis=0)
+    if BIAS == "owned":
+        tl.store(DB + offs_o, bias_o, mask=(offs_o < O) & (tile_r == 0))
+    if BIAS == "walked":
+        tl.store(DB + offs_r, bias_r, mask=(offs_r < R) & (tile_o == 0))
+
+    partial_type = PARTIAL.dtype.element_ty
+    v = _load_tile(V, offs_o, offs_r, O, R, stride_vo, stride_vr)
+    dots = tl.sum(acc.to(partial_type) * v.to(partial_type), axis=1)
+    tl.store(PARTIAL + tile_r.to(tl.int64) * O + offs_o, dots, mask=offs_o < O)
+    at = DW + offs_o[:, None] * stride_do + offs_r[None, :] * stride_dr
+    tl.store(at, acc, mask=(offs_o < O)[:, None] & (offs_r < R)[None, :])
+
+
+# --- launcher ----------------------------------------------------------------------------------
+
+
+def prepare_weight_grad(
+    target: Target,
+    dy: Tensor,
+    x: Tensor,
+    v: Tensor,
+    g: Tensor,
+    dim: int | None,
+    eps: float,
+    one_pass: bool,
+    needs_bias: bool,
+    tf32: bool,
+    config: configs.GradConfig | None,
+) -> Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor | None]]:
+    """`run(dy, x, v, g, n)` returns `(dV, dg, db)`."""
+    if one_pass and dim is None:
+        raise ValueError("one_pass needs slices that a program can own, got dim=None")
+    # Owned slices along the first axis: V, dV and the factors of dW change places for dim=1.
+    swaps = dim == 1
+    dv = torch.empty_like(v)
+    p, q, v_own, dv_own = (x, dy, v.t(), dv.t()) if swaps else (dy, x, v, dv)
+    (m, o), r = p.shape, q.shape[1]
+    if config is None:
+        size = max(x.element_size(), v.element_size())
+        config = configs.grad_one_pass(m, size, target) if one_pass else configs.grad(size, target)
+    if one_pass and m > config.BLOCK_M:
+        raise ValueError(f"one_pass holds {config.BLOCK_M} rows in its tile, got {m}")
+    new_dv, new_dg = allocator(dv), allocator(g)
+    new_db = allocator(unallocated(dy.shape[1:], dy.dtype))
+    if o == 0 or r == 0:  # no tile would run
+        return lambda dy, x, v, g, n: (
+            new_dv(v),
+            torch.zeros_like(g),
+            dy.sum(0) if needs_bias else None,
+        )
+    constants = {
+        "M": m,
+        "O": o,
+        "R": r,
+        "stride_pm": p.stride(0),
+        "stride_po": p.stride(1),
+        "stride_qm": q.stride(0),
+        "stride_qr": q.stride(1),
+        "stride_vo": v_own.stride(0),
+        "stride_vr": v_own.stride(1),
+        "stride_do": dv_own.stride(0),
+        "stride_dr": dv_own.stride(1),
+        "BIAS": ("walked" if swaps else "owned") if needs_bias else "",
+        "WIDE": is_wide(p, q, v, dv),
+        **product_types(x, tf32),
+        **config._asdict(),
+    }
+    tiles_o, tiles_r = triton.cdiv(o, config.BLOCK_O), triton.cdiv(r, config.BLOCK_R)
+    if one_pass:
+        stages = config.num_stages
+        launch = Launcher(
+            grad_one_pass_kernel, target, (tiles_o,), EPS=eps, STAGES=stages, **constants
+        )
+    else:
+        launch = Launcher(grad_kernel, target, (tiles_o, tiles_r), **constants)
+        partial = unallocated((tiles_r, o), scale_dtype(v))
+        new_partial = allocator(partial)
+        finish = weight.prepare_finish_weight_grad(target, dv, partial, v, g, dim, eps)
+
+    def run(
+        dy: Tensor, x: Tensor, v: Tensor, g: Tensor, n: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        dv = new_dv(v)
+        db = new_db(dy) if needs_bias else None
+        p, q = (x, dy) if swaps else (dy, x)
+        if one_pass:
+            dg = new_dg(g)
+            launch(p, q, v, g, n, dv, dg, dv if db is None else db)
+        else:
+            partial = new_partial(v)
+            launch(p, q, v, dv, partial, dv if db is None else db)
+            dg = finish(dv, partial, v, g, n)
+        return dv, dg, db
+
+    return run
