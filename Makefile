@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help setup native test lint bench sanitize codegen traffic gpu docs clean
+.PHONY: help setup native test lint bench sanitize codegen traffic host gpu docs clean
 
 help:
 	@echo "make setup     create the environment"
@@ -16,6 +16,7 @@ help:
 	@echo "make sanitize  the kernels under a launch checker: bounds and races, no GPU needed"
 	@echo "make codegen   compile every kernel for four GPU targets, no GPU needed"
 	@echo "make traffic   count what the kernels move through memory, no GPU needed"
+	@echo "make host      time what the processor takes for small calls, no GPU needed (1 minute)"
 	@echo "make gpu       test, tune and time everything on a GPU (15 minutes)"
 	@echo "make docs      build the documentation into site/"
 
@@ -59,6 +60,9 @@ codegen: setup
 
 traffic: setup
 	$(BIN)/python -m bench traffic
+
+host: native
+	$(BIN)/python -m bench host
 
 gpu: native
 	$(BIN)/python -m bench gpu
