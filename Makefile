@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
 .PHONY: help setup native test newest oldest lint bench sanitize sanitize-kernels sanitize-native
-.PHONY: codegen traffic gpu docs clean
+.PHONY: codegen traffic host gpu docs clean
 
 help:
 	@echo "make setup     create the environment"
@@ -20,6 +20,7 @@ help:
 	@echo "               the native library under address and undefined-behaviour sanitizers"
 	@echo "make codegen   compile every kernel for four GPU targets, no GPU needed"
 	@echo "make traffic   count what the kernels move through memory, no GPU needed"
+	@echo "make host      time what the processor takes for small calls, no GPU needed (1 minute)"
 	@echo "make gpu       test, tune and time everything on a GPU (15 minutes)"
 	@echo "make docs      build the documentation into site/"
 
@@ -83,6 +84,9 @@ codegen: setup
 
 traffic: setup
 	$(BIN)/python -m bench traffic
+
+host: native
+	$(BIN)/python -m bench host
 
 gpu: native
 	$(BIN)/python -m bench gpu

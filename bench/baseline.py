@@ -13,7 +13,7 @@ from rich.console import Console
 
 FOLDER = Path(__file__).parent / "baselines"
 
-# What a figure may grow by. The figures are exact: a small change elsewhere may move them a little.
+# What an exact figure may grow by: a small change elsewhere may move it a little.
 TOLERANCE = 1.02
 
 Figures = dict[str, dict[str, float]]
@@ -35,7 +35,9 @@ def read(name: str) -> tuple[Figures, str | None]:
     return committed["figures"], committed["compiler"]
 
 
-def worse(name: str, found: Figures, complete: bool = True) -> list[str]:
+def worse(
+    name: str, found: Figures, complete: bool = True, tolerance: float = TOLERANCE
+) -> list[str]:
     """What grew beyond the baseline, or is missing from it or, where the run was `complete`, from
     what was found; a message each."""
     committed, _ = read(name)
@@ -45,7 +47,7 @@ def worse(name: str, found: Figures, complete: bool = True) -> list[str]:
     for key in found.keys() & committed.keys():
         for figure, before in committed[key].items():
             now = found[key].get(figure)
-            if now is None or now > TOLERANCE * before:
+            if now is None or now > tolerance * before:
                 messages.append(f"{key}: {figure} is {now}, was {before}")
     return sorted(messages)
 
@@ -57,6 +59,7 @@ def settle(
     replace: bool,
     complete: bool = True,
     compiler: str | None = None,
+    tolerance: float = TOLERANCE,
 ) -> int:
     """Replaces a baseline, or prints what is worse than it, and how much that is; returns that.
     Nothing is compared with the figures of another compiler."""
@@ -67,7 +70,7 @@ def settle(
     if compiler != theirs:
         console.print(f"the baseline is {theirs}'s: under {compiler}, nothing is compared with it")
         return 0
-    messages = worse(name, found, complete)
+    messages = worse(name, found, complete, tolerance)
     for message in messages:
         console.print(f"[red]WORSE[/] {message}")
     console.print(f"{len(messages)} of {len(found)} worse than the baseline")

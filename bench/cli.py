@@ -62,6 +62,12 @@ def main(arguments: list[str] | None = None) -> int:
     traffic.add_argument("--kernels", action="store_true", help="list each path's kernels")
     traffic.add_argument("--write", action="store_true", help="replace the committed baseline")
 
+    host = commands.add_parser("host", help="time what the processor takes, without a GPU")
+    host.add_argument("--json", default="results/host.json", help="where results go")
+    host.add_argument("--seconds", type=float, default=1.0, help="timing of each case")
+    host.add_argument("--profile", action="store_true", help="by file of the package, as well")
+    host.add_argument("--write", action="store_true", help="replace the committed baseline")
+
     chosen = parser.parse_args(arguments)
     if chosen.command == "tuned":
         from bench import tuned as choices
@@ -85,6 +91,10 @@ def main(arguments: list[str] | None = None) -> int:
         if chosen.command == "readme":
             return pages.readme(chosen.results, chosen.file, chosen.every_case)
         return pages.main(chosen.results, chosen.output)
+    if chosen.command == "host":
+        from bench import host as calls
+
+        return calls.main(chosen.json, chosen.seconds, chosen.profile, chosen.write)
     if chosen.command == "traffic":
         os.environ["TRITON_INTERPRET"] = "1"
         from bench import traffic as counts

@@ -5,13 +5,14 @@ from __future__ import annotations
 import cProfile
 import pstats
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import wn_kernels
-from bench.cases import MODES, Case, Runner
+from bench.cases import MODES, Case
 
 CASES = [
     Case(label, kind, arguments, x_shape, mode, options)
@@ -28,31 +29,33 @@ CALLS = 500
 PACKAGE = Path(wn_kernels.__file__).parent
 
 
-def _place(file: str) -> str:
-    """Where a profiled function belongs: a file of this package, or what lies around it."""
+def _place(file: str, function: str) -> str:
+    """Where a profiled function belongs: a file of this package, a backend, or what lies around."""
     path = Path(file)
     if PACKAGE in path.parents:
-        inner = path.relative_to(PACKAGE)
-        return inner.parts[0].removesuffix(".py")
+        inner = path.relative_to(PACKAGE).parts
+        return inner[inner[0] == "backends"].removesuffix(".py")
+    if "triton" in path.parts or "cuda_utils" in function:
+        return "Triton"
     if file == "~":  # built in
         return "ATen and autograd"
     return "torch's Python" if "torch" in path.parts else "the benchmark"
 
 
-def shares(run: Runner) -> dict[str, float]:
+def shares(run: Callable[[], None], calls: int) -> dict[str, float]:
     """The share of each place in the time of a call, the largest first, by cProfile: it slows
     Python down and leaves operators as they are, so Python's share is an upper bound."""
-    for _ in range(CALLS):
+    for _ in range(calls):
         run()
     profiler = cProfile.Profile()
     profiler.enable()
-    for _ in range(CALLS):
+    for _ in range(calls):
         run()
     profiler.disable()
     seconds: Counter[str] = Counter()
     stats: dict[Any, Any] = pstats.Stats(profiler).stats  # type: ignore[attr-defined]
-    for (file, _, _), (_, _, own, _, _) in stats.items():
-        seconds[_place(file)] += own
+    for (file, _, function), (_, _, own, _, _) in stats.items():
+        seconds[_place(file, function)] += own
     total = sum(seconds.values())
     return {place: own / total for place, own in seconds.most_common()}
 
@@ -63,7 +66,7 @@ def add_profile(case: Case, result: dict[str, Any], device: torch.device) -> Non
     result["microseconds"] = {
         name: {
             place: share * result["seconds"][name]["median"] * 1e6
-            for place, share in shares(builds[name]()).items()
+            for place, share in shares(builds[name](), CALLS).items()
         }
         for name in ("plain", "eager", "ours")
     }

@@ -14,6 +14,7 @@ enum { SHARED_SIZE_BYTES = 1, LOCAL_SIZE_BYTES = 3 };  /* of CUfunction_attribut
 static int context;
 
 int cuCtxGetCurrent(void **current) { *current = &context; return SUCCESS; }
+int cuCtxGetDevice(int *device) { *device = 0; return SUCCESS; }
 int cuDeviceGetAttribute(int *value, int attribute, int device) { *value = SHARED_MEMORY; return SUCCESS; }
 int cuDriverGetVersion(int *version) { *version = 13000; return SUCCESS; }
 int cuGetErrorString(int error, const char **text) { *text = "error"; return SUCCESS; }
@@ -39,7 +40,9 @@ ACCEPTS(cuFuncSetAttribute)
 ACCEPTS(cuFuncSetCacheConfig)
 ACCEPTS(cuModuleGetFunction)
 ACCEPTS(cuModuleLoadData)
+ACCEPTS(cuModuleUnload)
 ACCEPTS(cuOccupancyMaxActiveClusters)
+ACCEPTS(cuTensorMapEncodeIm2col)
 ACCEPTS(cuTensorMapEncodeTiled)
 ACCEPTS(cuLaunchKernelEx)
 ACCEPTS(cuLaunchKernel)

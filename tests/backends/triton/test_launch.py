@@ -1,6 +1,8 @@
 """Layouts, index widths and the recording of launches."""
 
+import gc
 import importlib
+import weakref
 from contextlib import contextmanager
 from types import SimpleNamespace
 
@@ -10,7 +12,15 @@ from torch._subclasses import FakeTensorMode
 
 from tests.comparison import assert_matches
 from wn_kernels.backends.triton import configs, linear, slice_norms
-from wn_kernels.backends.triton.launch import Launcher, as_slices, forget, is_wide, recording
+from wn_kernels.backends.triton.launch import (
+    Launcher,
+    as_slices,
+    forget,
+    is_wide,
+    recording,
+    remembered,
+    target_of,
+)
 
 
 @pytest.mark.parametrize(
@@ -155,3 +165,65 @@ def test_configurations_of_the_call_s_device(monkeypatch):
     assert configs.target(-1).architecture == "cuda:90"
     with configs.architecture("cuda:100"):
         assert configs.target(1) == (1, "cuda:100", 108)
+
+
+def test_what_is_prepared_anew():
+    """Once for a layout: another shape, stride, dtype, option or target counts, no element does.
+    What is prepared is given tensors without memory."""
+    prepared = []
+
+    @remembered
+    def find(target, x, y, option):
+        assert {t.device.type for t in (x, y) if t is not None} == {"meta"}
+        prepared.append((target.architecture, x.shape, x.stride(), x.dtype, y is None, option))
+        return lambda: len(prepared)
+
+    x = torch.ones(4, 6)
+    variations = [
+        ((x, None), 1),
+        ((x, x), 1),
+        ((x, None), 2),
+        ((x.t(), None), 1),
+        ((x[:2], None), 1),
+        ((x.double(), None), 1),
+        ((torch.ones(4, 12)[:, ::2], None), 1),
+    ]
+    for expected, (tensors, option) in enumerate(variations, 1):
+        assert find(target_of(x), tensors, option)() == expected
+        assert len(prepared) == expected
+    for tensors, option in variations:
+        find(target_of(x), tensors, option)
+    find(target_of(x), (torch.zeros(4, 6), None), 1)
+    assert len(prepared) == len(variations) == len(set(prepared))
+    with configs.architecture("cuda:80"):
+        find(target_of(x), (x, None), 1)
+    assert prepared[-1][0] == "cuda:80"
+    assert len(prepared) == len(variations) + 1
+
+
+def test_what_is_prepared_is_bounded(monkeypatch):
+    """A process that sees ever new shapes does not keep them all."""
+    monkeypatch.setattr("wn_kernels.backends.triton.launch.REMEMBERED", 8)
+    alive = weakref.WeakSet()
+
+    class Prepared:
+        pass
+
+    @remembered
+    def find(target, x):
+        alive.add(found := Prepared())
+        return found
+
+    for n in range(100):
+        t = torch.empty(n)
+        assert find(target_of(t), (t,)) in alive
+    gc.collect()
+    assert 1 <= len(alive) <= 8
+
+
+def test_an_error_is_not_remembered():
+    """What cannot be prepared is refused by every call."""
+    x, v, g = torch.ones(4, 6), torch.ones(5, 6), torch.ones(1, 6)
+    for _ in range(2):
+        with pytest.raises(ValueError, match="dim=1"):
+            linear(x, v, g, None, 1, 0.0, "one_pass")

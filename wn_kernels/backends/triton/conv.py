@@ -23,9 +23,9 @@ from . import configs, weight
 from .configs import Target
 from .conv_grad import prepare_weight_grad
 from .conv_product import prepare_product
-from .launch import allocator, remembered, unallocated
-from .norm import prepare_slice_norms
-from .pixels import channels_last, empty_channels_last, repacker
+from .launch import allocator, remembered, target_of, unallocated
+from .norm import remembered_slice_norms
+from .pixels import channels_last, repacker
 
 
 def _form(conv: Geometry, dim: int | None, narrows: bool, forward: bool) -> str:
@@ -61,7 +61,7 @@ def convolution(
     """`(y, n)` for `x` of shape `(B, C, *sizes)`; variants as in `costs.triton_convolution`."""
     g = g.contiguous()
     options = conv, dim, eps, variant, takes_tf32(x.dtype, "conv"), config
-    return _convolution((x, v, g, bias), *options)(x, v, g, bias)
+    return _convolution(target_of(x), (x, v, g, bias), *options)(x, v, g, bias)
 
 
 def prepare_convolution(
@@ -79,7 +79,7 @@ def prepare_convolution(
 ) -> Callable[[Tensor, Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor]]:
     """`run(x, v, g, bias)` returns `(y, n)`."""
     if variant == "materialize":
-        weight_norm = weight.prepare_weight_norm(target, v, g, dim, eps, x.dtype)
+        weight_norm = weight.remembered_weight_norm(target, (v, g), dim, eps, x.dtype)
 
         def run_materialized(
             x: Tensor, v: Tensor, g: Tensor, bias: Tensor | None
@@ -94,7 +94,7 @@ def prepare_convolution(
     if variant == "one_pass" and not conv.owns_slices(dim):
         raise ValueError(f"one_pass needs whole slices in each output channel, got dim={dim}")
     weights = _prepare_weights(target, x, v, g, dim, eps, variant)
-    w = _packed(v, x.dtype) if variant == "packed" else v
+    w = weight.packed(v, x.dtype) if variant == "packed" else v
     transposed = conv.transposed
     product = prepare_product(
         target, x, w, bias, sizes, conv, transposed, dim, form, eps, tf32, config
@@ -124,18 +124,13 @@ def _prepare_weights(
     """`run(v, g)` returns what a product multiplies by, `V` or a packed `W`, and the norms, which
     `one_pass` has yet to fill in."""
     if variant == "packed":
-        out = _packed(v, x.dtype)
-        return weight.prepare_weight_norm(target, v, g, dim, eps, x.dtype, w=out)
+        options = dim, eps, x.dtype, None, None, True
+        return weight.remembered_weight_norm(target, (v, g), *options)
     if variant == "one_pass" and len(x):  # without an input, no program would run
         norms = allocator(unallocated(g.shape, scale_dtype(v)))
     else:
-        norms = prepare_slice_norms(target, v, dim, eps)
+        norms = remembered_slice_norms(target, (v,), dim, eps)
     return lambda v, g: (v, norms(v))
-
-
-def _packed(v: Tensor, dtype: torch.dtype) -> Tensor:
-    """The layout of a packed `W`: in `dtype` and with channels last."""
-    return empty_channels_last(v, v.shape[0], v.shape[1], v.shape[2:], dtype)
 
 
 Grads = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
@@ -159,7 +154,7 @@ def convolution_backward(
     """`(dX, dV, dg, db)`, `None` where `needs` says so and no other output brings it along."""
     g = g.contiguous()
     options = conv, dim, eps, variant, needs, takes_tf32(x.dtype, "conv"), config, grad_config
-    return _convolution_backward((dy, x, v, g), *options)(dy, x, v, g, n)
+    return _convolution_backward(target_of(x), (dy, x, v, g), *options)(dy, x, v, g, n)
 
 
 def prepare_convolution_backward(
@@ -186,7 +181,7 @@ def prepare_convolution_backward(
     dy = channels_last(dy)
     if needs_x:
         packed = variant == "packed"
-        w, form = (_packed(v, x.dtype), "packed") if packed else (v, "")
+        w, form = (weight.packed(v, x.dtype), "packed") if packed else (v, "")
         if packed:
             weight_norm = _prepare_weights(target, x, v, g, dim, eps, "packed")
         else:
@@ -197,7 +192,7 @@ def prepare_convolution_backward(
         )
     if needs_weight:
         weight_grad, dw = prepare_weight_grad(target, dy, x, v, conv, needs_bias, tf32, grad_config)
-        finish = weight.prepare_weight_norm_backward(target, dw, v, g, dim, eps)
+        finish = weight.remembered_weight_norm_backward(target, (dw, v, g), dim, eps)
     others = [i for i in range(dy.ndim) if i != 1]
 
     def run(dy: Tensor, x: Tensor, v: Tensor, g: Tensor, n: Tensor) -> Grads:
@@ -231,7 +226,7 @@ def _prepare_materialized_backward(
 ) -> Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Grads]:
     """The same around the vendor's convolution, the layout of whose `dW` it alone determines."""
     needs_x, needs_v, needs_g, needs_bias = needs
-    weight_norm = weight.prepare_weight_norm(target, v, g, dim, eps, x.dtype)
+    weight_norm = weight.remembered_weight_norm(target, (v, g), dim, eps, x.dtype)
 
     def run(dy: Tensor, x: Tensor, v: Tensor, g: Tensor, n: Tensor) -> Grads:
         w = weight_norm(v, g)[0] if needs_x else v.to(x.dtype)

@@ -48,7 +48,6 @@ from .pixels import (
     as_rows,
     block_of_taps,
     channels_last,
-    empty_channels_last,
     gathered,
     pixel_offset,
     repacker,
@@ -57,6 +56,7 @@ from .pixels import (
     tap_offset,
     three,
     weight_strides,
+    with_channels_last,
 )
 
 # --- kernels -----------------------------------------------------------------------------------
@@ -332,7 +332,7 @@ def prepare_product(
     groups = conv.groups
     k, c = v.shape[0] // groups, v.shape[1]
     o, r = (c, k) if phased else (k, c)
-    out = empty_channels_last(a, len(a), groups * o, sizes)
+    out = with_channels_last(len(a), groups * o, sizes, a.dtype)
     sizes_m = three(sizes)
     stride = three(conv.stride)
     phases = math.prod(stride) if phased else 1

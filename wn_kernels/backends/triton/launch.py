@@ -68,6 +68,11 @@ class Launcher:
     16 bytes: that is all that Triton specialises for and that may differ between calls.
     """
 
+    __slots__ = (
+        *("kernel", "device", "grid", "is_empty", "options", "descriptors"),
+        *("constants", "tensors", "values", "compiled"),
+    )
+
     def __init__(
         self,
         kernel: Any,
@@ -107,7 +112,7 @@ class Launcher:
         bits = 0
         if self.descriptors:
             arguments: Sequence[Any] = tensors
-            addresses = [getattr(t, "base", t).data_ptr() for t in tensors]
+            addresses = [_memory(t).data_ptr() for t in tensors]
         else:
             arguments = addresses = [t.data_ptr() for t in tensors]
         for address in addresses:
@@ -115,14 +120,28 @@ class Launcher:
         # Which addresses are multiples of 16 bytes; `None` is all of them.
         aligned = None if not bits & 15 else tuple(not address & 15 for address in addresses)
         launch = self.compiled.get(aligned)
-        if launch is not None and not compiled.is_watched():
-            return launch(arguments)
-        with _compiling:  # once, whichever thread comes first
-            result = self.kernel[self.grid](*tensors, **self.constants, **self.options)
-            if aligned not in self.compiled and not compiled.is_watched():
-                launch = compiled.launcher(result, self.grid, self.device, self.values)
-                if launch is not None:
-                    self.compiled[aligned] = launch
+        if launch is None:
+            with _compiling:  # once, whichever thread comes first
+                self._compile(tensors, aligned)
+        elif compiled.is_watched():
+            self._launch_by_triton(tensors)
+        else:
+            launch(arguments)
+
+    def _launch_by_triton(self, tensors: tuple[Any, ...]) -> Any:
+        return self.kernel[self.grid](*tensors, **self.constants, **self.options)
+
+    def _compile(self, tensors: tuple[Any, ...], aligned: tuple[bool, ...] | None) -> None:
+        """Launches by Triton, and keeps what it compiled."""
+        result = self._launch_by_triton(tensors)
+        if aligned not in self.compiled and not compiled.is_watched():
+            launch = compiled.launcher(result, self.grid, self.device, self.values)
+            if launch is not None:
+                self.compiled[aligned] = launch
+
+
+def _memory(t: Tensor | TensorDescriptor) -> Tensor:
+    return t.base if isinstance(t, TensorDescriptor) else t
 
 
 # --- preparing -----------------------------------------------------------------------------------
@@ -135,16 +154,16 @@ _memos: list[dict[Any, Any]] = []
 
 
 def remembered(prepare: Callable[..., Any]) -> Callable[..., Any]:
-    """Memoises `prepare(target, *tensors, *options)`, called as `find(tensors, *options)`.
+    """Memoises `prepare(target, *tensors, *options)`, called as `find(target, tensors, *options)`.
 
     `prepare` is given the tensors' layouts, as tensors without memory: shape, strides and dtype are
-    all that it can depend on. All tensors have to be on one device. Options are hashable.
+    all that it can depend on. Options are hashable. The target is that of the tensors
+    (`target_of`), which have to be on one device.
     """
     memo: dict[Any, Any] = {}
     _memos.append(memo)
 
-    def find(tensors: tuple[Tensor | None, ...], *options: Any) -> Any:
-        target = configs.target(tensors[0].get_device())  # type: ignore[union-attr]
+    def find(target: Target, tensors: tuple[Tensor | None, ...], *options: Any) -> Any:
         layouts = [None if t is None else (t.shape, t.stride(), t.dtype) for t in tensors]
         key = (target, options, *layouts)
         found = memo.get(key)
@@ -156,6 +175,11 @@ def remembered(prepare: Callable[..., Any]) -> Callable[..., Any]:
         return found
 
     return find
+
+
+def target_of(t: Tensor) -> Target:
+    """The target of launches on a tensor."""
+    return configs.target(t.get_device())
 
 
 def forget() -> None:

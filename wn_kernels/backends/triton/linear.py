@@ -38,10 +38,11 @@ from .launch import (
     is_wide,
     product_types,
     remembered,
+    target_of,
     unallocated,
 )
 from .linear_grad import prepare_weight_grad
-from .norm import prepare_slice_norms
+from .norm import remembered_slice_norms
 
 # --- kernels -----------------------------------------------------------------------------------
 
@@ -188,8 +189,8 @@ def linear(
 ) -> tuple[Tensor, Tensor]:
     """`(y, n)` for `x` of shape `(M, K)`; variants as in `costs.triton_linear`."""
     g = g.contiguous()
-    tf32 = takes_tf32(x.dtype)
-    return _linear((x, v, g, bias), dim, eps, variant, tf32, config)(x, v, g, bias)
+    options = dim, eps, variant, takes_tf32(x.dtype), config
+    return _linear(target_of(x), (x, v, g, bias), *options)(x, v, g, bias)
 
 
 def prepare_linear(
@@ -206,7 +207,7 @@ def prepare_linear(
 ) -> Callable[[Tensor, Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor]]:
     """`run(x, v, g, bias)` returns `(y, n)`."""
     if variant == "materialize":
-        weight_norm = weight.prepare_weight_norm(target, v, g, dim, eps, x.dtype)
+        weight_norm = weight.remembered_weight_norm(target, (v, g), dim, eps, x.dtype)
 
         def run_materialized(
             x: Tensor, v: Tensor, g: Tensor, bias: Tensor | None
@@ -221,7 +222,7 @@ def prepare_linear(
     if form == "one_pass" and len(x):  # without a row, no program would run
         norms = allocator(unallocated((len(v), 1), scale_dtype(v)))
     else:
-        norms = prepare_slice_norms(target, v, dim, eps)
+        norms = remembered_slice_norms(target, (v,), dim, eps)
     product = _prepare_matmul(target, x, v, bias, dim, form, eps, tf32, config)
 
     def run(x: Tensor, v: Tensor, g: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -346,7 +347,7 @@ def linear_backward(
     """`(dX, dV, dg, db)`, `None` where `needs` says so and no other output brings it along."""
     g = g.contiguous()
     options = dim, eps, variant, needs, takes_tf32(x.dtype), matmul_config, grad_config
-    return _linear_backward((dy, x, v, g), *options)(dy, x, v, g, n)
+    return _linear_backward(target_of(x), (dy, x, v, g), *options)(dy, x, v, g, n)
 
 
 def prepare_linear_backward(
@@ -367,9 +368,9 @@ def prepare_linear_backward(
     needs_x, needs_v, needs_g, needs_bias = needs
     needs_weight = needs_v or needs_g
     if variant == "materialize":
-        weight_norm = weight.prepare_weight_norm(target, v, g, dim, eps, x.dtype)
+        weight_norm = weight.remembered_weight_norm(target, (v, g), dim, eps, x.dtype)
         dw = unallocated(v.shape, x.dtype)
-        finish = weight.prepare_weight_norm_backward(target, dw, v, g, dim, eps)
+        finish = weight.remembered_weight_norm_backward(target, (dw, v, g), dim, eps)
 
         def run_materialized(dy: Tensor, x: Tensor, v: Tensor, g: Tensor, n: Tensor) -> Grads:
             dx = torch.mm(dy, weight_norm(v, g)[0]) if needs_x else None

@@ -25,6 +25,7 @@ from .launch import (
     allocator,
     as_slices,
     remembered,
+    target_of,
     unallocated,
 )
 
@@ -192,7 +193,7 @@ def slice_norms(
     splits: int | None = None,
 ) -> Tensor:
     """`n` for every slice, in the kept shape."""
-    return _slice_norms((v,), dim, eps, config, splits)(v)
+    return remembered_slice_norms(target_of(v), (v,), dim, eps, config, splits)(v)
 
 
 def prepare_slice_norms(
@@ -233,7 +234,7 @@ def prepare_slice_norms(
 
         return run
 
-    layout = layout.new_empty(walk.splits, slices.n)
+    layout = unallocated((walk.splits, slices.n), layout.dtype)
     new_partial = allocator(layout)
     finish = prepare_finish(target, layout, eps, grad=False)
 
@@ -246,7 +247,7 @@ def prepare_slice_norms(
     return run_split
 
 
-_slice_norms = remembered(prepare_slice_norms)
+remembered_slice_norms = remembered(prepare_slice_norms)
 
 
 def prepare_finish(target: Target, partial: Tensor, eps: float, *, grad: bool) -> Launcher:

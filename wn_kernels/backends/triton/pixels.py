@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .common import offsets
-from .launch import allocator
+from .launch import allocator, unallocated
 
 # --- in a kernel -------------------------------------------------------------------------------
 
@@ -92,11 +92,18 @@ def three(values: Sequence[int], fill: int = 1) -> tuple[int, ...]:
     return (fill,) * (3 - len(values)) + tuple(values)
 
 
+def with_channels_last(
+    batch: int, channels: int, sizes: Sequence[int], dtype: torch.dtype
+) -> Tensor:
+    """The layout of `(batch, channels, *sizes)` with its channels contiguous."""
+    return unallocated((batch, *sizes, channels), dtype).movedim(-1, 1)
+
+
 def channels_last(x: Tensor) -> Tensor:
     """The layout of `x` with its channels contiguous: its own if they are, or that of a copy."""
     if x.stride(1) == 1 or x.shape[1] == 1:
         return x
-    return empty_channels_last(x, x.shape[0], x.shape[1], x.shape[2:])
+    return with_channels_last(x.shape[0], x.shape[1], x.shape[2:], x.dtype)
 
 
 def repacker(x: Tensor) -> Callable[[Tensor], Tensor]:
@@ -107,17 +114,6 @@ def repacker(x: Tensor) -> Callable[[Tensor], Tensor]:
         return lambda x: x
     new = allocator(packed)
     return lambda x: new(x).copy_(x)
-
-
-def empty_channels_last(
-    like: Tensor,
-    batch: int,
-    channels: int,
-    sizes: Sequence[int],
-    dtype: torch.dtype | None = None,
-) -> Tensor:
-    """`(batch, channels, *sizes)` on the device of `like`, and in its dtype by default."""
-    return like.new_empty(batch, *sizes, channels, dtype=dtype).movedim(-1, 1)
 
 
 def activation_strides(x: Tensor) -> tuple[int, ...]:

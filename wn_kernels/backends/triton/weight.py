@@ -20,15 +20,24 @@ from ...call import kept_shape, scale_dtype
 from . import configs
 from .common import as_norm, cast, dot_coefficient, offsets
 from .configs import Target
-from .launch import Launcher, Walk, allocator, as_slices, remembered, unallocated
+from .launch import (
+    Launcher,
+    Walk,
+    allocator,
+    as_slices,
+    remembered,
+    target_of,
+    unallocated,
+)
 from .norm import (
     load_sum,
     prepare_finish,
-    prepare_slice_norms,
+    remembered_slice_norms,
     slice_offsets,
     slice_sum_kernel,
     slice_sums,
 )
+from .pixels import with_channels_last
 
 # --- kernels -----------------------------------------------------------------------------------
 
@@ -178,7 +187,8 @@ def weight_norm(
 ) -> tuple[Tensor, Tensor]:
     """`(W, n)`, `W` in `dtype` and in `V`'s memory layout."""
     g = g.contiguous()
-    return _weight_norm((v, g), dim, eps, dtype, config, splits)(v, g)
+    run = remembered_weight_norm(target_of(v), (v, g), dim, eps, dtype, config, splits)
+    return run(v, g)
 
 
 def prepare_weight_norm(
@@ -190,11 +200,10 @@ def prepare_weight_norm(
     dtype: torch.dtype,
     config: configs.SliceConfig | None = None,
     splits: int | None = None,
-    w: Tensor | None = None,
+    channels_last: bool = False,
 ) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """`run(v, g)` returns `(W, n)`; `w` is the layout of `W`, that of `V` by default."""
-    if w is None:
-        w = torch.empty_like(v, dtype=dtype)
+    """`run(v, g)` returns `(W, n)`, `W` in `V`'s memory layout or with its channels contiguous."""
+    w = packed(v, dtype) if channels_last else torch.empty_like(v, dtype=dtype)
     new_w = allocator(w)
     slices = as_slices([w, v], dim)
     if slices is None:
@@ -210,7 +219,7 @@ def prepare_weight_norm(
     fused = walk.splits == 1
     norms = allocator(unallocated(kept_shape(v.shape, dim), scale_dtype(v)))
     if not fused:
-        norms = prepare_slice_norms(target, v, dim, eps, config, splits)
+        norms = remembered_slice_norms(target, (v,), dim, eps, config, splits)
     launch = Launcher(
         weight_kernel,
         target,
@@ -229,7 +238,12 @@ def prepare_weight_norm(
     return run
 
 
-_weight_norm = remembered(prepare_weight_norm)
+remembered_weight_norm = remembered(prepare_weight_norm)
+
+
+def packed(v: Tensor, dtype: torch.dtype) -> Tensor:
+    """The layout of a `W` in `dtype` whose channels, its second dimension, are contiguous."""
+    return with_channels_last(v.shape[0], v.shape[1], v.shape[2:], dtype)
 
 
 def weight_norm_backward(
@@ -245,7 +259,9 @@ def weight_norm_backward(
 ) -> tuple[Tensor, Tensor]:
     """`(dV, dg)` from `dW`, or from parts of it, stacked, whose sum it is."""
     g = g.contiguous()
-    return _weight_norm_backward((dw, v, g), dim, eps, config, splits)(dw, v, g, norm)
+    tensors = dw, v, g
+    run = remembered_weight_norm_backward(target_of(v), tensors, dim, eps, config, splits)
+    return run(dw, v, g, norm)
 
 
 def prepare_weight_norm_backward(
@@ -308,7 +324,7 @@ def prepare_weight_norm_backward(
     return run_split
 
 
-_weight_norm_backward = remembered(prepare_weight_norm_backward)
+remembered_weight_norm_backward = remembered(prepare_weight_norm_backward)
 
 
 def prepare_finish_weight_grad(

@@ -1,0 +1,173 @@
+"""What the processor takes for a call on the Triton path: layers so small that a GPU would wait for
+it. Their launches go to a driver that does nothing (`stand_in.py`), in one thread.
+
+    plain     the layer without weight norm; of a whole model, its weights folded
+    eager     PyTorch's weight norm
+    triton    ours with its Triton kernels
+    auto      ours as the planner has it for a CPU: the native library where it was built, or ATen
+
+Ours by Triton computes nothing here, while the time of the others includes PyTorch's kernels on the
+CPU, which a GPU would run beside the processor: a ratio is a lower bound of what a GPU's would be.
+What is compared with the baseline are ratios, each the median over the rounds of one run.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import nn
+
+import wn_kernels
+from bench import baseline, overhead, stand_in
+from bench.cases import MODES, Case, Runner
+from bench.norms import NormCase, NormRunner
+from bench.providers import PROVIDERS, Provider
+from bench.suite import environment, finish
+from bench.tables import printed
+from bench.timing import interleaved, paired_ratio, session_of
+
+CPU = torch.device("cpu")
+OURS = ("triton", "auto")
+OTHERS = ("eager", "plain")
+
+# What a ratio may be of that in the baseline: the machine is another one, and busy.
+TOLERANCE = 1.6
+
+CASES = [
+    Case(label, kind, arguments, x_shape, mode, options)
+    for label, kind, arguments, x_shape, options in (
+        ("linear 16, 64, 64", "Linear", (64, 64), (16, 64), {}),
+        ("1d 32→32 k3, 16", "Conv1d", (32, 32, 3), (1, 32, 16), {"padding": 1}),
+        ("2d 16→16 3×3, 8²", "Conv2d", (16, 16, 3), (1, 16, 8, 8), {"padding": 1}),
+        ("up 16→16 k4 s2, 16", "ConvTranspose1d", (16, 16, 4, 2), (1, 16, 16), {}),
+    )
+    for mode in MODES
+]
+NORMS = [NormCase((64, 64), 0, mode) for mode in MODES]
+MODEL = "SpeechT5HifiGan, 78 layers"
+
+
+class ModelRunner:
+    """A vocoder of 16 channels and fewer, over four frames, as one provider has it."""
+
+    def __init__(self, name: str, mode: str) -> None:
+        from transformers import SpeechT5HifiGan, SpeechT5HifiGanConfig
+
+        torch.manual_seed(0)
+        config = SpeechT5HifiGanConfig(model_in_dim=16, upsample_initial_channel=16)
+        self.model: nn.Module = SpeechT5HifiGan(config)
+        self.model.apply_weight_norm()
+        self.mode, self.x = mode, torch.randn(4, 16)
+        if name == "plain":
+            wn_kernels.fold(self.model)
+        if name in OURS:
+            wn_kernels.fuse(self.model)
+
+    def __call__(self) -> None:
+        if self.mode == "infer":
+            with torch.no_grad():
+                self.model(self.x)
+            return
+        self.model(self.x).sum().backward()
+        self.model.zero_grad(set_to_none=True)
+
+
+def rows() -> Iterator[tuple[str, str, dict[str, Callable[[], Any]]]]:
+    """Label and mode of each row, and what sets its providers up."""
+    for case in CASES:
+        makes = {name: PROVIDERS["ours" if name in OURS else name].make for name in OTHERS + OURS}
+        yield (
+            case.label,
+            case.mode,
+            {n: partial(Runner, case, n, Provider(make), CPU) for n, make in makes.items()},
+        )
+    for norm in NORMS:
+        names = {name: "ours" if name in OURS else name for name in OTHERS + OURS}
+        yield (
+            f"weight_norm {norm.label}",
+            norm.mode,
+            {name: partial(NormRunner, norm, of, CPU) for name, of in names.items()},
+        )
+    for mode in MODES:
+        yield MODEL, mode, {name: partial(ModelRunner, name, mode) for name in OTHERS + OURS}
+
+
+def processor(run: Callable[[], None], repeats: int, _device: torch.device) -> float:
+    """Seconds that this process computes for so many calls, whatever else the machine does."""
+    begin = time.process_time()
+    for _ in range(repeats):
+        run()
+    return time.process_time() - begin
+
+
+def row(
+    label: str, mode: str, makes: dict[str, Callable[[], Any]], seconds: float, profile: bool
+) -> dict[str, Any]:
+    """Times the providers of a row by turns: microseconds of a call, and ratios."""
+    runners = {name: make() for name, make in makes.items()}
+    for name in OURS:
+        backend = "triton" if name == "triton" else "auto"
+        runners[name].session = partial(wn_kernels.use_backend, backend)
+    stats = interleaved(runners, CPU, seconds, sample=processor)
+    result = {
+        "case": {"label": label, "mode": mode},
+        "microseconds": {name: s.median * 1e6 for name, s in stats.items()},
+        "ratios": {
+            f"{ours}/{other}": paired_ratio(stats[ours], stats[other])["median"]
+            for ours in OURS
+            for other in OTHERS
+        },
+    }
+    if profile:
+        calls = 20 if label == MODEL else overhead.CALLS
+        with session_of(runners["triton"])():
+            shares = overhead.shares(runners["triton"], calls)
+        micros = result["microseconds"]["triton"]
+        result["places"] = {place: share * micros for place, share in shares.items()}
+    return result
+
+
+def table(results: list[dict[str, Any]]) -> list[list[str]]:
+    """The rows of the table, the header first."""
+    first = results[0]
+    lines = [["case", "mode", *(f"{name}, µs" for name in first["microseconds"]), *first["ratios"]]]
+    for r in results:
+        times = (f"{t:.0f}" for t in r["microseconds"].values())
+        ratios = (f"{ratio:.2f}" for ratio in r["ratios"].values())
+        lines.append([r["case"]["label"], r["case"]["mode"], *times, *ratios])
+    return lines
+
+
+def figures(results: list[dict[str, Any]]) -> baseline.Figures:
+    """What is held by the baseline."""
+    return {
+        f"{r['case']['label']}, {r['case']['mode']}": {
+            name: round(ratio, 2) for name, ratio in r["ratios"].items()
+        }
+        for r in results
+    }
+
+
+def main(path: str, seconds: float, profile: bool, write: bool) -> int:
+    """Prints the table; 1 where a ratio is worse than in the baseline."""
+    stand_in.activate()
+    torch.set_num_threads(1)
+    console = Console()
+    wide = console if console.is_terminal else Console(width=170)
+    results = [row(*each, seconds, profile) for each in rows()]
+    wide.print(printed("microseconds of the processor for a call", table(results)))
+    if profile:
+        title = "ours by Triton: microseconds by place (shares by cProfile, an estimate)"
+        places = [copy.copy(r) | {"microseconds": {"triton": r["places"]}} for r in results]
+        wide.print(printed(title, overhead.rows(places)))
+    where = environment(CPU)
+    finish("host", path, where, {"seconds": seconds}, results, [], console)
+    if baseline.settle(console, "host", figures(results), write, tolerance=TOLERANCE):
+        return 1
+    return 0
