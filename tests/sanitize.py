@@ -47,6 +47,7 @@ def main(arguments: list[str]) -> int:
     build = [sys.executable, "-m", "wn_kernels", "build"]
     subprocess.run(build, env=environment | late, check=True)
     tests = [sys.executable, "-m", "pytest", "tests/backends/native/test_native.py", "--quiet"]
+    tests += ["--numprocesses", "2"]
     return subprocess.run([*tests, *arguments], env=environment | preloaded, check=False).returncode
 
 

@@ -3,6 +3,7 @@ patched, and the dtypes of the convolutions that run are recorded."""
 
 import copy
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -150,6 +151,13 @@ def test_what_is_wrong_where(flags, held, wrong, variable, monkeypatch):
         monkeypatch.setenv(variable, held)
     monkeypatch.setattr(vendor, "cpu_flags", lambda: frozenset(flags.split()))
     assert vendor._wrong_in_3d() == wrong
+
+
+def test_this_processors_flags():
+    lines = Path("/proc/cpuinfo")
+    assert vendor.cpu_flags() <= set(lines.read_text().split() if lines.exists() else ())
+    if torch.backends.cpu.get_cpu_capability() == "AVX512":
+        assert "avx512f" in vendor.cpu_flags()
 
 
 def test_tests_hold_onednn(tmp_path, monkeypatch):

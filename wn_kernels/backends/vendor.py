@@ -11,7 +11,6 @@ kernels serve it.
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,7 +20,7 @@ from ..call import Geometry
 
 _plain_backward = torch.ops.aten.convolution_backward.default
 
-# What oneDNN may be held to that has no AMX, in either spelling of its variable.
+# What oneDNN may be held to that has no AMX, by its variable, whose older spelling comes second.
 ONEDNN_VARIABLES = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA")
 _WITHOUT_AMX = frozenset(
     (
@@ -35,16 +34,17 @@ def cpu_flags() -> frozenset[str]:
     """The instruction sets that the operating system reports of this processor, as it spells them;
     none where it has no such list."""
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        with open("/proc/cpuinfo") as lines:  # of one core: a list of all takes its time
+            first = next((line for line in lines if line.startswith(("flags", "Features"))), ":")
     except OSError:
         return frozenset()
-    flags = (line.split(":", 1)[1] for line in lines if line.startswith(("flags", "Features")))
-    return frozenset(next(flags, "").split())
+    return frozenset(first.split(":", 1)[1].split())
 
 
 def _wrong_in_3d() -> frozenset[torch.dtype]:
     """The dtypes whose convolutions with three spatial dimensions PyTorch gets wrong here."""
-    if any(os.environ.get(name, "").upper() in _WITHOUT_AMX for name in ONEDNN_VARIABLES):
+    held = next((os.environ[name] for name in ONEDNN_VARIABLES if name in os.environ), "")
+    if held.upper() in _WITHOUT_AMX:
         return frozenset()
     flags = cpu_flags()
     kinds = {"amx_bf16": torch.bfloat16, "amx_fp16": torch.float16}
