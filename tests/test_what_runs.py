@@ -152,8 +152,9 @@ def test_triton(name):
         launches.clear()
         backward()
     assert forms_of(forward) in SIGNS[chosen.forward], (chosen, forms_of(forward))
-    first = forms_of(launches)
-    assert first in BACKWARD_SIGNS[chosen.backward], (chosen, first)
+    # With W kept, its own gradient is all that is left to our kernels.
+    signs = [(False, frozenset())] if chosen.keeps else BACKWARD_SIGNS[chosen.backward]
+    assert forms_of(launches) in signs, (chosen, forms_of(launches))
 
 
 def forms_of(launches):

@@ -5,8 +5,8 @@ differentiated (`create_graph=True`) runs on the composite formula of `backends/
 whose derivatives of every order are right.
 
 The Function saves neither its output, so an in-place activation after the layer works, nor `W`.
-Where the plan of a convolution on the ATen path keeps a small `W`, the weight is differentiable and
-PyTorch's own convolution does the rest, without Python in its backward.
+Where the plan of a convolution keeps a small `W`, the weight is differentiable and PyTorch's own
+convolution does the rest, without Python in its backward.
 
 The Function takes `ctx` in `forward` because the `setup_context` form costs 40 µs more a call (it
 binds the arguments through `inspect`). `torch.func` transforms, which need that form, are served by
@@ -64,19 +64,20 @@ class Layer(torch.autograd.Function):
 def layer(call: Call, plan: Plan, tensors: Operands) -> Tensor:
     """The call of a layer, differentiable."""
     x, v, g, bias = tensors
-    if plan.backend == "aten" and plan.forward:
-        if plan.keeps == "weight" and x is not None and call.conv is not None:
-            w = _weight(v, g, call)
-            if bias is not None and bias.dtype != w.dtype:
-                bias = bias.to(w.dtype)
-            return vendor.convolution(x, w, bias, call.conv)
-        if x is None:
-            return _weight(v, g, call)
+    if plan.keeps == "weight" and x is not None and call.conv is not None:
+        w = layer(call.of_weight(), plan.of_weight(), Operands(None, v, g, None))
+        if bias is not None and bias.dtype != w.dtype:
+            bias = bias.to(w.dtype)
+        return vendor.convolution(x, w, bias, call.conv)
+    if x is None and plan.backend == "aten" and plan.forward:
+        fused = _fused_weight(v, g, call)
+        if fused is not None:
+            return fused
     return Layer.apply(x, v, g, bias, call, plan)
 
 
-def _weight(v: Tensor, g: Tensor, call: Call) -> Tensor:
-    """`W` on the ATen path: by torch's own kernel where that serves, or by `Layer`."""
+def _fused_weight(v: Tensor, g: Tensor, call: Call) -> Tensor | None:
+    """`W` by torch's own kernel, where that serves."""
     if v.is_leaf:  # the hook holds on to `V`, which makes no difference for a leaf
         fused = aten.fused_weight_norm(v, g, call.dim, call.eps, call.x_dtype)
         if fused is not None:
@@ -84,8 +85,7 @@ def _weight(v: Tensor, g: Tensor, call: Call) -> Tensor:
             if w.grad_fn is not None:
                 w.grad_fn.register_hook(functools.partial(_right_second_order, v, g, call.dim))
             return w
-    alone = call._replace(x_shape=torch.Size(()), conv=None)
-    return Layer.apply(None, v, g, None, alone, Plan("aten", "materialize", "materialize"))
+    return None
 
 
 def _right_second_order(

@@ -210,6 +210,10 @@ class Call(NamedTuple):
     eps: float = 0.0
     device: torch.device | None = None
 
+    def of_weight(self) -> Call:
+        """The call that forms the `W` of this one alone."""
+        return self._replace(x_shape=torch.Size(()), conv=None)
+
 
 # Tensor classes whose operators are torch's own.
 PLAIN_TYPES = frozenset((Tensor, torch.nn.Parameter))

@@ -33,9 +33,9 @@ def _autocast(input: Tensor) -> Tensor:
     return input
 
 
-def _native() -> Any:
-    """The native library, where calls go to it first; otherwise `None`."""
-    return native.library(plan_native) if plan.tries_native() else None
+def _library() -> Any:
+    """The native library, or `None` where it cannot be used."""
+    return native.library(plan_native, operators.launches)
 
 
 def _run(
@@ -48,8 +48,12 @@ def _run(
     dim: int | None,
     eps: float,
 ) -> Tensor:
-    """The steps of every call that the native library does not serve. `rank` is the number of
-    spatial dimensions of a convolution, and 0 otherwise; the weight alone has no `x`."""
+    """The steps of every call that is not the native library's own. `rank` is the number of spatial
+    dimensions of a convolution, and 0 otherwise; the weight alone has no `x`."""
+    if plan.launches(v) and (library := _library()):
+        y = library.launched(rank, x, v, g, bias, geometry, dim, eps)
+        if y is not None:
+            return y
     if not are_dense(v if x is None else x, v, g, bias):
         reject(**{} if x is None else {"input": x}, v=v, g=g, bias=bias)
     if x is not None and torch._C._is_any_autocast_enabled():
@@ -131,7 +135,7 @@ def weight_norm(v: Tensor, g: Tensor, *, dim: int | None = 0, eps: float = 0.0) 
         ValueError: the shape of `g` does not fit, `dim` or `eps` is out of range, or the tensors
             are on different devices.
     """
-    if library := _native():
+    if plan.tries_native() and (library := _library()):
         w = library.weight_norm(v, g, dim, eps)
         if w is not None:
             return w
@@ -172,7 +176,7 @@ def wn_linear(
         ValueError: shapes do not fit, `dim` or `eps` is out of range, or the tensors are on
             different devices.
     """
-    if library := _native():
+    if plan.tries_native() and (library := _library()):
         y = library.linear(input, v, g, bias, dim, eps)
         if y is not None:
             return y
@@ -196,7 +200,7 @@ def convolution(
 ) -> Tensor:
     """Any of the six convolutions below; `rank` is the number of their spatial dimensions."""
     geometry = stride, padding, dilation, transposed, output_padding, groups
-    if library := _native():
+    if plan.tries_native() and (library := _library()):
         y = library.convolution(rank, input, v, g, bias, *geometry, dim, eps)
         if y is not None:
             return y

@@ -131,6 +131,47 @@ def _run_backward(
     return dx if dx is None else dx.view(x.shape), dv, dg, db
 
 
+def launches(
+    rank: int,
+    tensors: tuple[Tensor | None, Tensor, Tensor, Tensor | None],
+    geometry: tuple[Any, ...],
+    dim: int | None,
+    eps: float,
+) -> tuple | None:
+    """What a node of the native library holds of a call on the Triton path, or `None` where Python
+    has to serve the call: the functions of both directions, the same of `W` alone where a training
+    step keeps it, the geometry and `dim`. The library calls this once for a call's dtypes, layouts
+    and options.
+
+    Raises:
+        TypeError, ValueError: as `prepare`.
+    """
+    found = prepare(rank, Operands(*tensors), geometry, dim, eps, "triton")
+    if not found.fits:
+        return None
+    call, plan = found.call, found.plan
+    weight = None
+    if plan.keeps:
+        weight = (*_directions(call.of_weight(), plan.of_weight()), None, None, call.dim)
+    return *_directions(call, plan), weight, call.conv, call.dim
+
+
+def _directions(call: Call, plan: Plan) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """`forward(x, v, g, bias)` returns `(y, n)`, `backward(dy, x, v, g, bias, n, needs)` the
+    gradients."""
+
+    def forward(*tensors: Any) -> tuple[Tensor, Tensor]:
+        return _run(call, plan, Operands(*tensors), False)[:2]
+
+    def backward(dy: Tensor, *tensors: Any) -> Grads:
+        *operands, n, needs = tensors
+        dx, dv, dg, db = _run_backward(call, plan, dy, Operands(*operands), n, None, needs)
+        bias = operands[3]
+        return dx, dv, dg, db if db is None or bias is None else db.to(bias.dtype)
+
+    return forward, backward
+
+
 # --- the registered operators --------------------------------------------------------------------
 
 _library = torch.library.Library("wn_kernels", "DEF")

@@ -117,5 +117,6 @@ def differentiable_grads(
         aliases = [None if t is None else t.view_as(t) for t in inputs]
         wanted = [t for t, need in zip(aliases, needs, strict=True) if need and t is not None]
         y = layer(*aliases, conv, dim, eps)  # type: ignore[arg-type, call-arg]
+        y = y.to(dy.dtype)  # of `W` alone, which may be wanted in another dtype
         grads = iter(torch.autograd.grad(y, wanted, dy, create_graph=True))
     return [next(grads) if need else None for need in needs]

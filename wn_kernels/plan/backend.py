@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from ..backends import native
-from ..call import recorder
+from ..call import PLAIN_TYPES, recorder
 
 BACKENDS = ("triton", "native", "aten", "reference")
 ENVIRONMENT_VARIABLE = "WN_KERNELS_BACKEND"
@@ -137,3 +137,10 @@ def tries_native() -> bool:
     """Whether calls go to the native library first, which returns `None` for those that it does
     not serve."""
     return (_forced is None or _forced == "native") and not is_compiling()
+
+
+def launches(v: Tensor) -> bool:
+    """Whether Triton's kernels are to serve a call with the weight `v`, as nodes of the native
+    library where it was built."""
+    wanted = _forced == "triton" if _forced else type(v) in PLAIN_TYPES and v.is_cuda
+    return wanted and not is_compiling() and triton_unavailable() is None

@@ -36,6 +36,10 @@ class Plan(NamedTuple):
         """The variant of the forward in a training step: `W` is there to be kept."""
         return "materialize" if self.keeps == "weight" else self.forward
 
+    def of_weight(self) -> Plan:
+        """The plan of the call that forms `W` alone."""
+        return Plan(self.backend, "materialize", "materialize")
+
     def entry(self) -> dict[str, str]:
         """What the tuned table stores."""
         return {"forward": self.forward, "backward": self.backward, "keeps": self.keeps}
@@ -50,21 +54,24 @@ KEPT_WEIGHT = 2**21
 
 
 def _may_keep(call: Call, backend: str, forward: str, backward: str) -> bool:
-    """Whether a CPU's path may save more for the backward than the plain layer does, within 1/8 of
-    the size of the weight (the product of a linear layer) or of the input (the `W` of a
+    """Whether more may be saved for the backward than the plain layer saves, within 1/8 of the size
+    of the weight (the product of a linear layer on a CPU) or of the input (the `W` of a
     convolution). A small `W` is kept whatever the input's size, since computing it again is all
     overhead. The native library forms `W` for a training step, whatever its forward does without
     gradients, and keeps any that is normalised by position: to form it twice takes longer than
     eager does.
     """
-    if backend not in ("aten", "native") or not scales_late(call):
+    if backend != "triton" and not scales_late(call):
         return False
     if call.conv is None:
-        return forward == backward == "scaled" and keeps_product(call)
-    if backward != "materialize" or (forward != "materialize" and backend == "aten"):
+        late = backend != "triton" and forward == backward == "scaled"
+        return late and keeps_product(call)
+    if backward != "materialize" or (forward != "materialize" and backend != "native"):
         return False
-    if call.conv.scale_axis(call.dim) == "taps":  # nothing but `W` can be scaled
-        return backend == "native"
+    if backend == "native" and call.conv.scale_axis(call.dim) == "taps":
+        return True  # nothing but `W` can be scaled
+    if backend == "aten" and call.conv.scale_axis(call.dim) == "taps":
+        return False
     size = call.x_dtype.itemsize
     w, input = size * math.prod(call.v_shape), size * math.prod(call.x_shape)
     return w <= max(input / 8, KEPT_WEIGHT)

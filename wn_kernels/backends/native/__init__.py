@@ -34,7 +34,7 @@ from typing import Any
 import torch
 
 from ... import cache
-from ...call import Call
+from ...call import Call, takes_tf32
 from ..reference import differentiable_grads
 from . import limits
 
@@ -170,18 +170,22 @@ def _loaded() -> tuple[Any, str]:
     return module, ""
 
 
-def library(plan: Callable[..., tuple | None]) -> Any:
-    """The library, which plans new calls by `plan` (`prepare.plan_native`); `None` where it cannot
-    be used."""
+def library(*callbacks: Callable[..., tuple | None]) -> Any:
+    """The library, which plans new calls by these: `prepare.plan_native` and `operators.launches`.
+    `None` where it cannot be used."""
     found = _loaded()[0]
     if found is not None:
-        _connect(found, plan)
+        _connect(found, *callbacks)
     return found
 
 
 @functools.cache
-def _connect(library: Any, plan: Callable[..., tuple | None]) -> None:
-    library.set_callbacks(plan, differentiable_grads)
+def _connect(library: Any, *callbacks: Callable[..., tuple | None]) -> None:
+    library.set_callbacks(*callbacks, _takes_tf32, differentiable_grads)
+
+
+def _takes_tf32(rank: int) -> bool:
+    return takes_tf32(torch.float32, "conv" if rank else "matmul")
 
 
 def forget() -> None:

@@ -31,18 +31,18 @@ using MaybeTensor = std::optional<Tensor>;
 
 // Whether nobody sees through the call: no torch.func transform, forward-mode AD, trace, autocast,
 // dispatch or function mode.
-inline bool is_eager() {
+inline bool is_eager(at::DeviceType device = at::kCPU) {
   const auto& included = c10::impl::tls_local_dispatch_key_set().included_;
   return !included.has(c10::DispatchKey::FuncTorchDynamicLayerFrontMode) &&
          !included.has(c10::DispatchKey::FuncTorchDynamicLayerBackMode) &&
          !torch::autograd::ForwardADLevel::try_get_by_idx(0) && !torch::jit::tracer::isTracing() &&
-         !at::autocast::is_autocast_enabled(at::kCPU) && !c10::impl::dispatch_mode_enabled() &&
+         !at::autocast::is_autocast_enabled(device) && !c10::impl::dispatch_mode_enabled() &&
          !at::impl::torch_function_mode_enabled();
 }
 
 // Of torch's own kind, with memory to read: no transform's wrapper, no lazy negative.
-inline bool is_plain(const Tensor& t) {
-  return t.is_cpu() && t.layout() == at::kStrided && !t.is_nested() && t.has_storage() &&
+inline bool is_plain(const Tensor& t, at::DeviceType device = at::kCPU) {
+  return t.device().type() == device && t.layout() == at::kStrided && !t.is_nested() && t.has_storage() &&
          !t.is_neg() && !t._is_zerotensor() && !t.key_set().has_any(c10::python_ks) &&
          !t.key_set().has(c10::DispatchKey::FuncTorchBatched) &&
          !t.key_set().has(c10::DispatchKey::FuncTorchGradWrapper) &&
@@ -65,7 +65,7 @@ struct Operands {
 
   bool needs_weight_grad() const { return v.requires_grad() || g.requires_grad(); }
   bool needs_grad() const {
-    return at::GradMode::is_enabled() && (x.requires_grad() || needs_weight_grad() ||
+    return at::GradMode::is_enabled() && ((x.defined() && x.requires_grad()) || needs_weight_grad() ||
                                           (bias.defined() && bias.requires_grad()));
   }
 };
@@ -86,6 +86,29 @@ inline std::optional<Operands> operands(py::handle x, py::handle v, py::handle g
                       fits(out.g) && out.x.numel() > 0 && out.v.numel() > 0 &&
                       out.v.dim() > 0 && out.g.is_contiguous() &&
                       (!out.bias.defined() || (fits(out.bias) && out.bias.is_contiguous()));
+  return served ? std::make_optional(std::move(out)) : std::nullopt;
+}
+
+// The operands of a call whose kernels Python launches: any floating-point dtypes, on one device.
+// The weight alone has no x.
+inline std::optional<Operands> launched_operands(
+    py::handle x, py::handle v, py::handle g, py::handle bias) {
+  if (!is_tensor(v) || !is_tensor(g) || !(x.is_none() || is_tensor(x)) ||
+      !(bias.is_none() || is_tensor(bias)))
+    return std::nullopt;
+  Operands out{{}, THPVariable_Unpack(v.ptr()), THPVariable_Unpack(g.ptr()), {}};
+  if (!x.is_none()) out.x = THPVariable_Unpack(x.ptr());
+  if (!bias.is_none()) out.bias = THPVariable_Unpack(bias.ptr());
+  const auto device = out.v.device();
+  if (!is_eager(device.type())) return std::nullopt;
+  const auto fits = [&](const Tensor& t) {
+    const auto dtype = t.scalar_type();
+    return (dtype == at::kFloat || dtype == at::kDouble || dtype == at::kHalf ||
+            dtype == at::kBFloat16) &&
+           t.device() == device && is_plain(t, device.type());
+  };
+  const bool served = fits(out.v) && fits(out.g) && out.g.is_contiguous() &&
+                      (!out.x.defined() || fits(out.x)) && (!out.bias.defined() || fits(out.bias));
   return served ? std::make_optional(std::move(out)) : std::nullopt;
 }
 
@@ -146,6 +169,9 @@ struct Callbacks {
   // (rank, (x, v, g, bias), geometry, dim, eps, channels_last) -> Plan::Encoded, or None where the
   // library does not serve the call. It raises what is wrong with a call.
   py::object plan;
+  // (rank, (x, v, g, bias), geometry, dim, eps) -> what `Launches` (launched.h) is made of, or None.
+  py::object launches;
+  py::object takes_tf32;  // (rank) -> whether such products are taken in TF32
   // (dY, x, v, g, bias, geometry, dim, eps, needs) -> (dX, dV, dg, db), as part of the graph
   py::object differentiable_grads;
 };
@@ -155,92 +181,119 @@ inline Callbacks& callbacks() {
   return *all;
 }
 
-// The plans of layers by dtype, shapes and options. A call that is not among them is planned in
-// Python. Used with the GIL held.
-class Plans {
+// What a call is looked up by: dtypes, shapes, layouts and options, as bytes.
+class Key {
  public:
-  // Nothing where the library does not serve the call, or where an option is not of the usual kind.
-  const Plan* find(
-      int64_t rank, const Operands& t, std::initializer_list<py::handle> geometry, py::handle dim,
-      py::handle eps, bool channels_last) {
-    key_.assign(1, static_cast<char>(t.v.scalar_type()));
-    key_.push_back(static_cast<char>(2 * rank + channels_last));
-    for (const Tensor* tensor : {&t.x, &t.v, &t.g, &t.bias})
-      append_sizes(tensor->defined() ? tensor->sizes() : at::IntArrayRef{-1});
-    for (const auto option : geometry)
-      if (!append_option(option)) return nullptr;
-    if (!append_option(dim) || !append_option(eps)) return nullptr;
-    auto found = plans_.find(key_);
-    if (found == plans_.end()) {
-      const std::string key = key_;  // Python may call again
-      py::tuple options(geometry.size());
-      size_t i = 0;
-      for (const auto option : geometry) options[i++] = option;
-      const py::object bias = t.bias.defined() ? py::cast(t.bias) : py::none();
-      const auto encoded = callbacks().plan(
-          rank, py::make_tuple(t.x, t.v, t.g, bias), options, dim, eps, channels_last);
-      if (plans_.size() >= kMost_) plans_.clear();
-      found = plans_.insert_or_assign(
-          key, encoded.is_none() ? std::nullopt
-                                 : std::make_optional<Plan>(encoded.cast<Plan::Encoded>())).first;
+  // Starts anew.
+  void clear() { bytes_.clear(); }
+  const std::string& bytes() const { return bytes_; }
+
+  template <typename Number>
+  void number(Number number) {
+    bytes_.append(reinterpret_cast<const char*>(&number), sizeof number);
+  }
+  void list(at::IntArrayRef numbers) {
+    number(static_cast<int64_t>(numbers.size()));
+    for (const int64_t n : numbers) number(n);
+  }
+  // False where the option is not of the usual kind.
+  bool option(py::handle option);
+
+ private:
+  std::string bytes_;
+};
+
+inline bool Key::option(py::handle handle) {
+  PyObject* o = handle.ptr();
+  if (PyTuple_CheckExact(o)) {
+    number('t');
+    number(static_cast<int64_t>(PyTuple_GET_SIZE(o)));
+    for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(o); ++i)
+      if (!option(PyTuple_GET_ITEM(o, i))) return false;
+    return true;
+  }
+  if (PyUnicode_CheckExact(o)) {
+    Py_ssize_t size = 0;
+    const char* text = PyUnicode_AsUTF8AndSize(o, &size);
+    if (!text) throw py::error_already_set();
+    number('s');
+    number(static_cast<int64_t>(size));
+    bytes_.append(text, size);
+    return true;
+  }
+  if (PyLong_CheckExact(o)) {
+    number('i');
+    int overflow = 0;
+    number(static_cast<int64_t>(PyLong_AsLongLongAndOverflow(o, &overflow)));
+    return overflow == 0;
+  }
+  if (PyFloat_CheckExact(o)) {
+    number('f');
+    number(PyFloat_AS_DOUBLE(o));
+    return true;
+  }
+  if (o == Py_None) {
+    number('n');
+    return true;
+  }
+  if (!PyBool_Check(o)) return false;
+  number(o == Py_True ? '1' : '0');
+  return true;
+}
+
+// The answers of Python to new calls by their keys; nothing for a call that is not served. Used with
+// the GIL held.
+template <typename Value>
+class Memo {
+ public:
+  // `ask` is called for a new key.
+  template <typename Ask>
+  std::optional<Value> find(const std::string& key, const Ask& ask) {
+    auto found = values_.find(key);
+    if (found == values_.end()) {
+      const std::string kept = key;  // Python may call again
+      std::optional<Value> value = ask();
+      if (values_.size() >= kMost_) values_.clear();
+      found = values_.insert_or_assign(kept, std::move(value)).first;
     }
-    return found->second ? &*found->second : nullptr;
+    return found->second;
   }
 
-  void forget() { plans_.clear(); }
+  void forget() { values_.clear(); }
 
  private:
   static constexpr size_t kMost_ = 4096;
-
-  template <typename Number>
-  void append(Number number) {
-    key_.append(reinterpret_cast<const char*>(&number), sizeof number);
-  }
-  void append_sizes(at::IntArrayRef sizes) {
-    append(static_cast<int64_t>(sizes.size()));
-    for (const int64_t size : sizes) append(size);
-  }
-  bool append_option(py::handle option) {
-    PyObject* o = option.ptr();
-    if (PyTuple_CheckExact(o)) {
-      key_.push_back('t');
-      append(static_cast<int64_t>(PyTuple_GET_SIZE(o)));
-      for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(o); ++i)
-        if (!append_option(PyTuple_GET_ITEM(o, i))) return false;
-      return true;
-    }
-    if (PyUnicode_CheckExact(o)) {
-      Py_ssize_t size = 0;
-      const char* text = PyUnicode_AsUTF8AndSize(o, &size);
-      if (!text) throw py::error_already_set();
-      key_.push_back('s');
-      append(static_cast<int64_t>(size));
-      key_.append(text, size);
-      return true;
-    }
-    if (PyLong_CheckExact(o)) {
-      key_.push_back('i');
-      int overflow = 0;
-      append(static_cast<int64_t>(PyLong_AsLongLongAndOverflow(o, &overflow)));
-      return overflow == 0;
-    }
-    if (PyFloat_CheckExact(o)) {
-      key_.push_back('f');
-      append(PyFloat_AS_DOUBLE(o));
-      return true;
-    }
-    if (!PyBool_Check(o)) return false;
-    key_.push_back(o == Py_True ? '1' : '0');
-    return true;
-  }
-
-  std::string key_;
-  std::unordered_map<std::string, std::optional<Plan>> plans_;
+  std::unordered_map<std::string, std::optional<Value>> values_;
 };
 
-inline Plans& plans() {
-  static auto* all = new Plans;
+inline Memo<Plan>& plans() {
+  static auto* all = new Memo<Plan>;
   return *all;
+}
+
+// The plan of a layer's call. Nothing where the library does not serve it.
+inline std::optional<Plan> planned(
+    int64_t rank, const Operands& t, std::initializer_list<py::handle> geometry, py::handle dim,
+    py::handle eps, bool channels_last) {
+  static thread_local Key key;
+  key.clear();
+  key.number(static_cast<char>(t.v.scalar_type()));
+  key.number(static_cast<char>(2 * rank + channels_last));
+  for (const Tensor* tensor : {&t.x, &t.v, &t.g, &t.bias})
+    key.list(tensor->defined() ? tensor->sizes() : at::IntArrayRef{-1});
+  for (const auto option : geometry)
+    if (!key.option(option)) return std::nullopt;
+  if (!key.option(dim) || !key.option(eps)) return std::nullopt;
+  return plans().find(key.bytes(), [&]() -> std::optional<Plan> {
+    py::tuple options(geometry.size());
+    size_t i = 0;
+    for (const auto option : geometry) options[i++] = option;
+    const py::object bias = t.bias.defined() ? py::cast(t.bias) : py::none();
+    const auto encoded = callbacks().plan(
+        rank, py::make_tuple(t.x, t.v, t.g, bias), options, dim, eps, channels_last);
+    if (encoded.is_none()) return std::nullopt;
+    return Plan(encoded.cast<Plan::Encoded>());
+  });
 }
 
 }  // namespace wn_kernels

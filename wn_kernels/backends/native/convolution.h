@@ -170,11 +170,11 @@ inline MaybeTensor convolution(
   const auto t = operands(x, v, g, bias);
   if (!t || !has_slices(t->v, t->g)) return std::nullopt;
   const bool channels_last = !(is_channels_first(t->x) && is_channels_first(t->v));
-  const Plan* found = plans().find(
+  const auto found = planned(
       rank, *t, {stride, padding, dilation, transposed, output_padding, groups}, dim, eps,
       channels_last);
   if (!found) return std::nullopt;
-  const Plan plan = *found;  // another thread may have all forgotten
+  const Plan& plan = *found;
   const double least = py::cast<double>(eps);
   py::gil_scoped_release released;
   const bool recorded = t->needs_grad();

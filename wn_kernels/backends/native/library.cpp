@@ -6,6 +6,7 @@
 // runs on the composite formula (backends/reference.py).
 
 #include "convolution.h"
+#include "launched.h"
 #include "linear.h"
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
@@ -20,8 +21,16 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("weight_norm", &weight_norm);
   m.def("linear", &linear);
   m.def("convolution", &convolution);
-  m.def("set_callbacks", [](py::object plan, py::object differentiable_grads) {
-    callbacks() = {std::move(plan), std::move(differentiable_grads)};
+  m.def("launched", &launched);
+  m.def(
+      "set_callbacks", [](py::object plan, py::object launches, py::object takes_tf32,
+                          py::object differentiable_grads) {
+        callbacks() = {
+            std::move(plan), std::move(launches), std::move(takes_tf32),
+            std::move(differentiable_grads)};
+      });
+  m.def("forget", [] {
+    plans().forget();
+    launches_memo().forget();
   });
-  m.def("forget", [] { plans().forget(); });
 }

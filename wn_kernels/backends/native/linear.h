@@ -318,9 +318,9 @@ inline MaybeTensor linear(
     py::handle x, py::handle v, py::handle g, py::handle bias, py::handle dim, py::handle eps) {
   const auto t = operands(x, v, g, bias);
   if (!t || !t->v.is_contiguous()) return std::nullopt;
-  const Plan* found = plans().find(0, *t, {}, dim, eps, false);
+  const auto found = planned(0, *t, {}, dim, eps, false);
   if (!found) return std::nullopt;
-  const Plan plan = *found;  // another thread may have all forgotten
+  const Plan& plan = *found;
   const double least = py::cast<double>(eps);
   py::gil_scoped_release released;
   const bool recorded = t->needs_grad();

@@ -13,6 +13,8 @@ from typing import NamedTuple
 
 import torch
 
+from .. import native
+
 # Architectures whose hardware copies tiles, by tensor descriptors.
 COPYING = ("cuda:90", "cuda:100")
 
@@ -51,10 +53,12 @@ def architecture(name: str) -> Iterator[None]:
     """Configurations for another architecture than that of the tensors' GPU, inside the block."""
     global _other
     before, _other = _other, name
+    native.forget()
     try:
         yield
     finally:
         _other = before
+        native.forget()
 
 
 @functools.cache

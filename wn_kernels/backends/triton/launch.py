@@ -21,6 +21,7 @@ from triton import cdiv
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ...call import reduced_dims
+from .. import native
 from . import compiled, configs
 from .configs import Target
 
@@ -186,6 +187,7 @@ def forget() -> None:
     """Prepares everything anew: for a change to what `prepare` functions do not take."""
     for memo in _memos:
         memo.clear()
+    native.forget()
 
 
 def laid_out(shape: Sequence[int], stride: Sequence[int], dtype: torch.dtype) -> Tensor:
