@@ -14,7 +14,7 @@ from torch.nn.utils import parametrizations, parametrize
 import wn_kernels
 from tests.comparison import assert_matches, assert_same_bits, assert_zero
 from wn_kernels import plan
-from wn_kernels.modules import fused
+from wn_kernels.convert import fused
 
 FORMS = ["weight_norm", "parametrizations"]
 

@@ -12,7 +12,7 @@ from torch.nn.parameter import UninitializedParameter, is_lazy
 
 from .. import functional as WF
 from ..backends.shapes import canonical_dim, canonical_eps, kept_shape
-from . import forms
+from . import checkpoints
 
 # (v, g, bias, dim, eps)
 Operands = tuple[Tensor, Tensor, Tensor | None, int | None, float]
@@ -116,11 +116,11 @@ class WeightNormMixin(nn.Module):
         elif is_lazy(value) or not hasattr(self, "weight_v"):
             self._adopt(value)
         else:
-            forms.assign(value, self.weight_g, self.weight_v, self.dim)
+            checkpoints.assign(value, self.weight_g, self.weight_v, self.dim)
 
     def _bring_into_form(self, state_dict: dict[str, Any], prefix: str) -> None:
         v, g, bias = self.weight_v, self.weight_g, {"bias": self.bias}
-        forms.bring_into("weight_norm", state_dict, prefix, "weight", g, v, self.dim, bias)
+        checkpoints.bring_into("weight_norm", state_dict, prefix, "weight", g, v, self.dim, bias)
 
     def _load_from_state_dict(
         self,

@@ -1,7 +1,7 @@
 """Layers that PyTorch weight-normalised, made to compute with this package where they are.
 
-Parameters, hooks and state dict stay as they were (`forms.py` tells the two forms). What changes is
-who computes with them:
+Parameters, hooks and state dict stay as they were (`modules/checkpoints.py` has the two forms).
+What changes is who computes with them:
 
 - torch's forward pre-hook or parametrization gets a class of ours, whose weight comes from
   `functional.weight_norm`;
@@ -25,8 +25,8 @@ from torch.nn.utils.weight_norm import WeightNorm
 
 from .. import functional as WF
 from ..backends.shapes import canonical_dim
-from . import conv, forms, linear
-from .weight import Operands, WeightNormMixin
+from ..modules import checkpoints, conv, linear
+from ..modules.weight import Operands, WeightNormMixin
 
 # Our layer, by torch.nn's.
 LAYERS: dict[type[nn.Module], type[WeightNormMixin]] = {
@@ -47,7 +47,7 @@ class Hook(WeightNorm):
     """torch's forward pre-hook, with our weight."""
 
     def compute_weight(self, module: nn.Module) -> Tensor:
-        g, v = (getattr(module, key) for key in forms.keys("weight_norm", self.name))
+        g, v = (getattr(module, key) for key in checkpoints.keys("weight_norm", self.name))
         return WF.weight_norm(v, g, dim=self.dim)
 
 
@@ -83,7 +83,7 @@ def known_layer(base: type[nn.Module], name: str) -> type[WeightNormMixin] | Non
 
 def _layer_class(base: type[nn.Module], name: str, dim: int | None, form: str) -> Any:
     """The class of one module: `base` with the tensor `name` as a property."""
-    key_g, key_v = forms.keys(form, name)
+    key_g, key_v = checkpoints.keys(form, name)
     stored_g, stored_v = key_g.rpartition(".")[2], key_v.rpartition(".")[2]
     nested = form == "parametrizations"
 
@@ -110,7 +110,7 @@ def _layer_class(base: type[nn.Module], name: str, dim: int | None, form: str) -
 
     def set_attribute(self: Any, key: str, value: Any) -> None:
         if key == name and isinstance(getattr(type(self), name, None), property):
-            forms.assign(value, *tensors(self), dim)
+            checkpoints.assign(value, *tensors(self), dim)
         else:
             base.__setattr__(self, key, value)
 
@@ -119,7 +119,7 @@ def _layer_class(base: type[nn.Module], name: str, dim: int | None, form: str) -
 
     def bring_into_form(self: Any, state_dict: dict[str, Any], prefix: str) -> None:
         others = {key: t for key, t in self._parameters.items() if key not in (stored_g, stored_v)}
-        forms.bring_into(form, state_dict, prefix, name, *tensors(self), dim, others)
+        checkpoints.bring_into(form, state_dict, prefix, name, *tensors(self), dim, others)
 
     def load(self: Any, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         bring_into_form(self, state_dict, prefix)
@@ -173,7 +173,7 @@ def options(module: Any) -> tuple[str, int | None, str]:
 def tensors(module: Any) -> tuple[Tensor, Tensor]:
     """`(g, v)` of a fused module."""
     name, _, form = options(module)
-    g, v = (_attribute(module, key) for key in forms.keys(form, name))
+    g, v = (_attribute(module, key) for key in checkpoints.keys(form, name))
     return g, v
 
 
@@ -189,7 +189,7 @@ def fuse(module: nn.Module, name: str, dim: int | None, form: str) -> None:
         _drop_load_hook(module)
     else:
         module.__dict__.pop(name, None)
-    ndim = _attribute(module, forms.keys(form, name)[1]).ndim
+    ndim = _attribute(module, checkpoints.keys(form, name)[1]).ndim
     module.__class__ = _layer_class(base, name, canonical_dim(dim, ndim), form)
 
 
@@ -257,7 +257,7 @@ def _plain(v: Tensor, g: Tensor, dim: int | None, eps: float) -> nn.Parameter:
 
 def _replace_parameters(module: nn.Module, name: str, weight: nn.Parameter) -> None:
     """Puts the weight first, as torch.nn's layers have it, in the place of `g` and `v`."""
-    gone = forms.keys("weight_norm", name)
+    gone = checkpoints.keys("weight_norm", name)
     rest = {key: t for key, t in module._parameters.items() if key not in gone}
     module._parameters.clear()
     module.register_parameter(name, weight)

@@ -5,7 +5,7 @@
     print(wn_kernels.fuse(model))     # every weight-normed layer computes with this package
     wn_kernels.fold(model)            # plain weights, for inference
 
-What happens to one module is in `modules/fused.py`.
+What happens to one module is in `fused.py`.
 """
 
 from __future__ import annotations
@@ -23,12 +23,13 @@ from torch.nn.utils.parametrizations import _WeightNorm
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
-from . import checks, plan
-from .backends.shapes import Geometry, canonical_dim
-from .costs import Call
-from .modules import forms, fused
-from .modules.weight import WeightNormMixin
-from .text import aligned
+from .. import checks, plan
+from ..backends.shapes import Geometry, canonical_dim
+from ..costs import Call
+from ..modules import checkpoints
+from ..modules.weight import WeightNormMixin
+from ..text import aligned
+from . import fused
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -188,7 +189,7 @@ def _load_all_or_nothing(model: Any, state_dict: dict[str, Any], prefix: str, *_
             module._bring_into_form(state_dict, start)
         current |= {start + key: t for key, t in module._parameters.items()}
         current |= {start + key: t for key, t in module._buffers.items()}
-    forms.all_or_nothing(state_dict, current)
+    checkpoints.all_or_nothing(state_dict, current)
 
 
 def _load_hooks(model: nn.Module) -> list[int]:
@@ -400,20 +401,20 @@ def state_dict(model: nn.Module, form: str) -> dict[str, Any]:
         ValueError: the form is unknown.
     """
     checks.check_module("model", model)
-    if form != "plain" and form not in forms.FORMS:
-        raise ValueError(f"form is {form!r}; expected one of {[*forms.FORMS, 'plain']}")
+    if form != "plain" and form not in checkpoints.FORMS:
+        raise ValueError(f"form is {form!r}; expected one of {[*checkpoints.FORMS, 'plain']}")
     saved = model.state_dict()
     renamed: dict[str, str] = {}
     baked = {}
     for prefix, module in model.named_modules():
         prefix = prefix and prefix + "."
         for tensor, own, weight in _stored(module):
-            old = forms.keys(own, tensor, prefix)
+            old = checkpoints.keys(own, tensor, prefix)
             if form == "plain":
                 renamed |= dict.fromkeys(old, prefix + tensor)
                 baked[prefix + tensor] = weight.detach()
             else:
-                renamed |= dict(zip(old, forms.keys(form, tensor, prefix), strict=True))
+                renamed |= dict(zip(old, checkpoints.keys(form, tensor, prefix), strict=True))
     items = [(renamed.get(key, key), value) for key, value in saved.items()]
     saved.clear()
     saved.update((key, baked.get(key, value)) for key, value in items)
