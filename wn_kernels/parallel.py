@@ -28,7 +28,7 @@ def _split(module: nn.Module, mesh: DeviceMesh, side: int) -> None:
     if isinstance(module, WeightNormMixin):
         dim, form = module.dim, "weight_norm"
     elif fused.is_fused(module):
-        _, dim, form = fused.options(module)
+        dim, form, *_ = fused.norms(module)["weight"]
     else:
         return
     key_g, key_v = checkpoints.keys(form, "weight")

@@ -1,79 +1,269 @@
 """Layers that PyTorch weight-normalised, made to compute with this package where they are.
 
 Parameters, hooks and state dict stay as they were (`modules/checkpoints.py` has the two forms).
-What changes is who computes with them:
+What changes is who computes the weight:
 
-- torch's forward pre-hook or parametrization gets a class of ours, whose weight comes from
+- PyTorch's forward pre-hook or parametrization gets a class of ours, whose weight comes from
   `functional.weight_norm`;
-- a module with one such tensor and no other claim on it gets a class of its own besides, a subclass
-  of the one it had. There the tensor is a property, and where `forward` was torch.nn's, it is that
-  of our layer. One class for each module, so that `remove_parametrizations`, which deletes the
-  property from the class and goes back to its first base, undoes one module alone; it is built anew
-  when the module is copied or unpickled.
+- the module gets a class of its own, a subclass of the one it had (`layer_class`). There each
+  weight-normed tensor is a property, and where the module's `forward` was that of torch.nn, it is
+  that of our layer. Every module has its own class, because `remove_parametrizations` deletes the
+  property from the class and then gives the module the first base of that class. A copied or
+  unpickled module gets a new class.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
 from torch.nn.utils import parametrizations, parametrize
 from torch.nn.utils.parametrizations import _WeightNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
 from .. import functional as WF
 from ..backends.shapes import canonical_dim
-from ..modules import checkpoints, conv, linear
+from ..modules import checkpoints, conv, linear, reading, removal
 from ..modules.weight import Operands, WeightNormMixin
 
 # Our layer, by torch.nn's.
 LAYERS: dict[type[nn.Module], type[WeightNormMixin]] = {
-    nn.Linear: linear.WNLinear,
-    nn.Conv1d: conv.WNConv1d,
-    nn.Conv2d: conv.WNConv2d,
-    nn.Conv3d: conv.WNConv3d,
-    nn.ConvTranspose1d: conv.WNConvTranspose1d,
-    nn.ConvTranspose2d: conv.WNConvTranspose2d,
-    nn.ConvTranspose3d: conv.WNConvTranspose3d,
+    layer.plain: layer
+    for layer in (
+        linear.WNLinear,
+        conv.WNConv1d,
+        conv.WNConv2d,
+        conv.WNConv3d,
+        conv.WNConvTranspose1d,
+        conv.WNConvTranspose2d,
+        conv.WNConvTranspose3d,
+    )
 }
 
-# What of torch.nn's layers our forward stands for.
+# The methods of torch.nn's layers that our `forward` takes the place of.
 _FORWARD = ("forward", "_conv_forward")
 
 
-class Hook(WeightNorm):
-    """torch's forward pre-hook, with our weight."""
+class Hook(removal.Handle):
+    """PyTorch's forward pre-hook on a module whose class computes the weight."""
 
     def compute_weight(self, module: nn.Module) -> Tensor:
-        g, v = (getattr(module, key) for key in checkpoints.keys("weight_norm", self.name))
-        return WF.weight_norm(v, g, dim=self.dim)
-
-
-class LayerHook(Hook):
-    """The hook of a module whose class computes the weight: `torch.nn.utils.remove_weight_norm`
-    has to find it, and there is nothing else left for it to do."""
-
-    def __call__(self, module: nn.Module, inputs: Any) -> None:
-        pass
-
-    def remove(self, module: nn.Module) -> None:
-        _bake(module)
+        return getattr(module, self.name)
 
 
 class Parametrization(_WeightNorm):
-    """torch's parametrization, with our weight."""
+    """PyTorch's parametrization with our weight."""
 
     def forward(self, weight_g: Tensor, weight_v: Tensor) -> Tensor:
         return WF.weight_norm(weight_v, weight_g, dim=self.dim)
 
 
-def known_layer(base: type[nn.Module], name: str) -> type[WeightNormMixin] | None:
+class Norm(NamedTuple):
+    """How one tensor of a fused module is normalised.
+
+    Attributes:
+        dim: the dimension whose slices are normalised, `None` for the whole tensor.
+        form: the form of the state dict.
+        key_g, key_v: the names of `g` and `v` in the module that holds them.
+    """
+
+    dim: int | None
+    form: str
+    key_g: str
+    key_v: str
+
+    @classmethod
+    def of(cls, name: str, dim: int | None, form: str) -> Norm:
+        """For the tensor `name`."""
+        return cls(dim, form, *(key.rpartition(".")[2] for key in checkpoints.keys(form, name)))
+
+
+# --- the class of a fused module -----------------------------------------------------------------
+
+
+class _Fused:
+    """The methods of the class of a fused module. They are copied into that class, whose only base
+    has to be the class that the module had."""
+
+    plain: Any  # the class that the module had
+    _norms: dict[str, Norm]
+
+    def _normed(self: Any) -> tuple[str, ...]:
+        return tuple(self._norms)
+
+    def _holder(self: Any, name: str) -> Any:
+        """The module that holds `g` and `v`."""
+        if self._norms[name].form == "weight_norm":
+            return self
+        return self._modules["parametrizations"]._modules[name]
+
+    def _tensors(self: Any, name: str) -> tuple[Tensor, Tensor]:
+        """`(g, v)`."""
+        norm = self._norms[name]
+        holder = self._holder(name)
+        own = holder._parameters
+        g, v = own.get(norm.key_g), own.get(norm.key_v)
+        if g is None or v is None:  # pruned, for one
+            return getattr(holder, norm.key_g), getattr(holder, norm.key_v)
+        return g, v
+
+    def _operands(self: Any) -> Operands | None:
+        """What our `forward` computes with, `None` where it has to take the weight as a tensor."""
+        if parametrize._cache_enabled or is_claimed(self, "weight"):
+            return None
+        g, v = self._tensors("weight")
+        own = self._parameters
+        bias = own["bias"] if "bias" in own else self.bias  # noqa: SIM401 (lazily)
+        return v, g, bias, self._norms["weight"].dim, 0.0
+
+    def _form(self: Any, name: str) -> Tensor:
+        if is_claimed(self, name):
+            return self._holder(name)()
+        g, v = self._tensors(name)
+        return WF.weight_norm(v, g, dim=self._norms[name].dim)
+
+    def apply(self: Any, fn: Callable[[nn.Module], None]) -> Any:
+        """As `nn.Module.apply`; what `fn` writes into the weight has effect."""
+        return reading.apply(self, fn)
+
+    def __setattr__(self: Any, key: str, value: Any) -> None:
+        if key not in self._norms:
+            self.plain.__setattr__(self, key, value)
+        elif is_stacked(self, key):
+            self._holder(key).right_inverse(value)
+        else:
+            g, v = self._tensors(key)
+            checkpoints.assign(value, g, v, self._norms[key].dim)
+
+    def __reduce_ex__(self: Any, protocol: Any) -> tuple:
+        state, *rest = self.plain.__reduce_ex__(self, protocol)[2:]
+        if isinstance(self, nn.RNNBase):
+            state = state | {"_flat_weights": [None] * len(self._flat_weights_names)}
+        others = [tensor for tensor in parametrized(self) if tensor not in self._norms]
+        return _rebuild, (self.plain, self._norms, others), state, *rest
+
+    def _bring_into_form(self: Any, state_dict: dict[str, Any], prefix: str) -> None:
+        stored = {key for norm in self._norms.values() for key in (norm.key_g, norm.key_v)}
+        others = {key: t for key, t in self._parameters.items() if key not in stored}
+        for name, norm in self._norms.items():
+            g, v = self._tensors(name)
+            checkpoints.bring_into(norm.form, state_dict, prefix, name, g, v, norm.dim, others)
+
+    def _load_from_state_dict(
+        self: Any, state_dict: dict[str, Any], prefix: str, *rest: Any
+    ) -> None:
+        self._bring_into_form(state_dict, prefix)
+        self.plain._load_from_state_dict(self, state_dict, prefix, *rest)
+
+    def extra_repr(self: Any) -> str:
+        own = self.plain.extra_repr(self)
+        if list(self._norms) == ["weight"]:
+            norms = f"dim={self._norms['weight'].dim}"
+        else:
+            norms = ", ".join(f"{name}: dim={norm.dim}" for name, norm in self._norms.items())
+        return f"{own}{', ' if own else ''}weight_norm({norms})"
+
+    # Removal, see modules/removal.py.
+
+    def register_parameter(self: Any, name: str, param: Any) -> None:
+        if name in self._norms:
+            removal.finish(self, name, param)
+        else:
+            self.plain.register_parameter(self, name, param)
+
+    def register_buffer(self: Any, name: str, tensor: Any, persistent: bool = True) -> None:
+        if name in self._norms:  # PyTorch registers the weight so where it needs no gradient
+            removal.finish(self, name, tensor)
+        else:
+            self.plain.register_buffer(self, name, tensor, persistent)
+
+    def _expose(self: Any, name: str) -> nn.Parameter:
+        if is_wrapped(self):
+            raise TypeError(f"{type(self).__name__} is derived from the class of a fused layer")
+        g, v = self._tensors(name)
+        return removal.baked(v, g, self._norms[name].dim, 0.0)
+
+    def _bake(self: Any, name: str, weight: Tensor | None = None) -> None:
+        """Leaves a plain weight. `weight` is given where `g` and `v` have gone already."""
+        if self._norms[name].form == "weight_norm":
+            weight = _baked_parameter(self, name)
+            for key in checkpoints.keys("weight_norm", name):
+                del self._parameters[key]
+        else:
+            if weight is None:
+                weight = _baked_parameter(self, name)
+                del self.parametrizations[name]
+            weight = removal.plain_weight(weight, self.parametrizations.trainable)
+            if not self.parametrizations:
+                del self._modules["parametrizations"]
+        rest = {key: norm for key, norm in self._norms.items() if key != name}
+        _set_class(self, self.plain, rest)
+        removal.place(self, name, weight)
+        removal.detach(self, name)
+        if isinstance(self, nn.RNNBase):
+            self._init_flat_weights()
+
+
+class _FusedRecurrent:
+    """What the class of a fused recurrent layer has besides: its `forward` takes the weights from a
+    list, which holds them only between a forward and the next."""
+
+    def _update_flat_weights(self: Any) -> None:
+        self._init_flat_weights()
+
+    def _init_flat_weights(self: Any) -> None:
+        weights = [getattr(self, name, None) for name in self._flat_weights_names]
+        self._flat_weights = weights
+        self._flat_weight_refs = [w if w is None else weakref.ref(w) for w in weights]
+        self.flatten_parameters()
+
+
+def _own_parametrizations(module: Any) -> nn.ModuleDict:
+    own = module.__dict__.get("_modules", {}).get("parametrizations")
+    return removal.Parametrizations(module) if own is None else own
+
+
+def layer_class(base: Any, norms: dict[str, Norm], others: Iterable[str] = ()) -> Any:
+    """The class of one fused module.
+
+    Args:
+        base: the class that it had.
+        norms: its weight-normed tensors; each becomes a property.
+        others: its tensors that only others parametrize.
+    """
+    methods = vars(_Fused) | (vars(_FusedRecurrent) if issubclass(base, nn.RNNBase) else {})
+    namespace = {key: value for key, value in methods.items() if callable(value)}
+    namespace |= {
+        "__doc__": base.__doc__,
+        "__module__": base.__module__,
+        "__qualname__": base.__qualname__,
+        "_norms": norms,
+        "plain": base,
+    }
+    if not any(norm.form == "parametrizations" for norm in norms.values()):
+        namespace["parametrizations"] = property(_own_parametrizations)
+    layer = known_layer(base, *norms)
+    if layer is not None:
+        namespace["forward"] = layer.forward
+    namespace |= {name: _reader(name) for name in norms}
+    namespace |= {name: _property(name) for name in others}
+    return type(base.__name__, (base,), namespace)
+
+
+def _reader(name: str) -> property:
+    def read(self: Any) -> Tensor:
+        return reading.read(self, name)
+
+    return property(read)
+
+
+def known_layer(base: type[nn.Module], *names: str) -> type[WeightNormMixin] | None:
     """Our layer whose `forward` does what that of `base` does, if there is one."""
-    if name != "weight":
-        return None
-    for plain, layer in LAYERS.items():
+    for plain, layer in LAYERS.items() if names == ("weight",) else ():
         if issubclass(base, plain) and all(
             getattr(base, method, None) is getattr(plain, method, None) for method in _FORWARD
         ):
@@ -81,120 +271,167 @@ def known_layer(base: type[nn.Module], name: str) -> type[WeightNormMixin] | Non
     return None
 
 
-def _layer_class(base: type[nn.Module], name: str, dim: int | None, form: str) -> Any:
-    """The class of one module: `base` with the tensor `name` as a property."""
-    key_g, key_v = checkpoints.keys(form, name)
-    stored_g, stored_v = key_g.rpartition(".")[2], key_v.rpartition(".")[2]
-    nested = form == "parametrizations"
-
-    def holder(self: Any) -> Any:
-        return self._modules["parametrizations"]._modules[name] if nested else self
-
-    def tensors(self: Any) -> tuple[Tensor, Tensor]:
-        where = holder(self)
-        own = where._parameters
-        g, v = own.get(stored_g), own.get(stored_v)
-        if g is None or v is None:  # replaced by somebody
-            return getattr(where, stored_g), getattr(where, stored_v)
-        return g, v
-
-    def operands(self: Any) -> Operands:
-        g, v = tensors(self)
-        own = self._parameters
-        bias = own["bias"] if "bias" in own else self.bias  # noqa: SIM401 (lazily)
-        return v, g, bias, dim, 0.0
-
-    def read(self: Any) -> Tensor:
-        g, v = tensors(self)
-        return WF.weight_norm(v, g, dim=dim)
-
-    def set_attribute(self: Any, key: str, value: Any) -> None:
-        if key == name and isinstance(getattr(type(self), name, None), property):
-            checkpoints.assign(value, *tensors(self), dim)
-        else:
-            base.__setattr__(self, key, value)
-
-    def reduce(self: Any, protocol: Any) -> tuple:
-        return _rebuild, (base, name, dim, form), *base.__reduce_ex__(self, protocol)[2:]
-
-    def bring_into_form(self: Any, state_dict: dict[str, Any], prefix: str) -> None:
-        others = {key: t for key, t in self._parameters.items() if key not in (stored_g, stored_v)}
-        checkpoints.bring_into(form, state_dict, prefix, name, *tensors(self), dim, others)
-
-    def load(self: Any, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
-        bring_into_form(self, state_dict, prefix)
-        base._load_from_state_dict(self, state_dict, prefix, *rest)
-
-    def extra_repr(self: Any) -> str:
-        own = base.extra_repr(self)
-        return f"{own}{', ' if own else ''}weight_norm(dim={dim})"
-
-    namespace: dict[str, Any] = {
-        "__doc__": base.__doc__,
-        "__module__": base.__module__,
-        "__qualname__": base.__qualname__,
-        "__reduce_ex__": reduce,
-        "__setattr__": set_attribute,
-        "_bring_into_form": bring_into_form,
-        "_load_from_state_dict": load,
-        "_operands": operands,
-        "_weight_norm_of": (name, dim, form),
-        "extra_repr": extra_repr,
-        name: property(read),
-    }
-    layer = known_layer(base, name)
-    if layer is not None:
-        namespace["forward"] = layer.forward
-    return type(base.__name__, (base,), namespace)
-
-
-def _rebuild(base: type[nn.Module], name: str, dim: int | None, form: str) -> nn.Module:
+def _rebuild(base: type[nn.Module], norms: dict[str, Norm], others: list[str]) -> nn.Module:
     """A fused module without its contents, for `copy` and `pickle`."""
     module = base.__new__(base)
-    module.__class__ = _layer_class(base, name, dim, form)
+    module.__class__ = layer_class(base, norms, others)
     return module
 
 
+def _property(name: str) -> property:
+    """The property that PyTorch gives a class for a parametrized tensor."""
+    module = nn.Module()
+    module.register_buffer(name, torch.zeros(()))
+    parametrize.register_parametrization(module, name, nn.Identity())
+    return vars(type(module))[name]
+
+
+def _set_class(module: nn.Module, base: Any, norms: dict[str, Norm]) -> None:
+    """The class for these weight-normed tensors, and for what else is parametrized."""
+    others = [tensor for tensor in parametrized(module) if tensor not in norms]
+    if norms:
+        module.__class__ = layer_class(base, norms, others)
+    else:
+        module.__class__ = base
+        _give_torch_class(module)
+
+
+def _give_torch_class(module: nn.Module, normed: Iterable[str] = ()) -> None:
+    """The class that PyTorch gives a parametrized module, with its hook for the older form's keys.
+
+    Its functions make both, from parametrizations that are put in the place of the module's own.
+    """
+    modules = dict(module._modules)
+    lists: Any = module._modules.pop("parametrizations", None)
+    if lists is None:
+        return
+    lists.__class__ = nn.ModuleDict
+    with torch.inference_mode(False):
+        for name in lists:
+            module._parameters[name] = nn.Parameter(torch.zeros(1, 1))
+            if name in normed:
+                parametrizations.weight_norm(module, name)
+            else:
+                parametrize.register_parametrization(module, name, nn.Identity())
+    module._modules.clear()
+    module._modules.update(modules)
+
+
+# --- what a module is ----------------------------------------------------------------------------
+
+
+def parametrized(module: Any) -> dict[str, Any]:
+    """PyTorch's lists of parametrizations by tensor, none where the module has none."""
+    return dict(module.parametrizations.items()) if parametrize.is_parametrized(module) else {}
+
+
 def is_fused(module: nn.Module) -> bool:
-    """Whether a module has a class of its own."""
-    return hasattr(type(module), "_weight_norm_of")
+    """Whether a module has the class of a fused one."""
+    return hasattr(type(module), "_norms")
 
 
 def is_wrapped(module: nn.Module) -> bool:
     """Whether somebody has derived another class from a fused module's, as `fully_shard` does."""
-    return is_fused(module) and "_weight_norm_of" not in vars(type(module))
+    return is_fused(module) and "_norms" not in vars(type(module))
 
 
-def options(module: Any) -> tuple[str, int | None, str]:
-    """`(name, dim, form)` of a fused module."""
-    return type(module)._weight_norm_of
+def norms(module: Any) -> dict[str, Norm]:
+    """The weight-normed tensors of a fused module, none of another."""
+    return getattr(type(module), "_norms", {})
 
 
-def tensors(module: Any) -> tuple[Tensor, Tensor]:
+def tensors(module: Any, name: str = "weight") -> tuple[Tensor, Tensor]:
     """`(g, v)` of a fused module."""
-    name, _, form = options(module)
-    g, v = (_attribute(module, key) for key in checkpoints.keys(form, name))
-    return g, v
+    return module._tensors(name)
 
 
-def _attribute(module: nn.Module, key: str) -> Any:
-    path, _, name = key.rpartition(".")
-    return getattr(module.get_submodule(path), name)
+def is_claimed(module: Any, name: str) -> bool:
+    """Whether PyTorch's list of parametrizations has to be called for the weight: another
+    parametrization follows, or somebody has registered a hook there, which may be what fetches `g`
+    and `v`."""
+    if module._norms[name].form == "weight_norm":
+        return False
+    holder = module._modules["parametrizations"]._modules[name]
+    parts = holder._modules
+    first = parts["0"]
+    return bool(
+        len(parts) > 1
+        or type(first) is not Parametrization
+        or holder._forward_pre_hooks
+        or holder._forward_hooks
+        or holder._backward_pre_hooks
+        or holder._backward_hooks
+        or first._forward_pre_hooks
+        or first._forward_hooks
+        or first._backward_pre_hooks
+        or first._backward_hooks
+        or _global_forward_pre_hooks
+        or _global_forward_hooks
+        or "forward" in holder.__dict__
+        or "forward" in first.__dict__
+    )
 
 
-def fuse(module: nn.Module, name: str, dim: int | None, form: str) -> None:
-    """Gives a module that holds `g` and `v` in this form a class of its own."""
-    base: Any = parametrize.type_before_parametrizations(module)
-    if form == "parametrizations":
+def is_stacked(module: nn.Module, name: str) -> bool:
+    """Whether another parametrization follows the weight norm of a tensor."""
+    return len(parametrized(module).get(name, [None])) > 1
+
+
+def is_replaced(module: nn.Module, name: str) -> bool:
+    """Whether something computes `g` or `v` of a tensor in turn, as pruning does."""
+    holder, keys = module, checkpoints.keys("weight_norm", name)
+    if name in parametrized(module):
+        holder, keys = parametrized(module)[name], ("original0", "original1")
+    return any(key not in holder._parameters for key in keys)
+
+
+# --- conversion of one module --------------------------------------------------------------------
+
+
+def computers(module: nn.Module) -> Iterator[tuple[str, str, Any]]:
+    """`(tensor, form, computer)` of every tensor that PyTorch weight-normalised: its hook, or its
+    parametrization if that comes first."""
+    for hook in list(module._forward_pre_hooks.values()):
+        if isinstance(hook, WeightNorm) and type(hook) is not removal.Handle:
+            yield hook.name, "weight_norm", hook
+    for name, items in parametrized(module).items():
+        if isinstance(items[0], _WeightNorm):
+            yield name, "parametrizations", items[0]
+
+
+def is_known(module: nn.Module, computer: Any) -> bool:
+    """Whether the weight is PyTorch's formula, in a module whose class may change."""
+    known = type(computer) in (WeightNorm, _WeightNorm)
+    return known and not isinstance(module, torch.jit.ScriptModule)
+
+
+def fuse(module: Any, found: Iterable[tuple[str, str, Any]]) -> None:
+    """Fuses these of the module's tensors, in the form they have."""
+    base = parametrize.type_before_parametrizations(module)
+    new = dict(norms(module))
+    if new:
+        base = module.plain
+    nested = []
+    for name, form, computer in found:
+        if form == "weight_norm":
+            computer.__class__ = Hook
+            module.__dict__.pop(name, None)
+            v = getattr(module, checkpoints.keys(form, name)[1])
+        else:
+            computer.__class__ = Parametrization
+            nested.append(name)
+            v = parametrized(module)[name].original1
+        new[name] = Norm.of(name, canonical_dim(computer.dim, v.ndim), form)
+    if nested:
+        module.parametrizations.__class__ = removal.Lists
         _drop_load_hook(module)
-    else:
-        module.__dict__.pop(name, None)
-    ndim = _attribute(module, checkpoints.keys(form, name)[1]).ndim
-    module.__class__ = _layer_class(base, name, canonical_dim(dim, ndim), form)
+        removal.attach(module, nested)
+    _set_class(module, base, new)
 
 
 def _drop_load_hook(module: nn.Module) -> None:
-    """torch's, for the older form's keys: our class does its work, and it cannot be pickled."""
+    """Drops PyTorch's hook for the older form's keys: our class does its work, and it cannot be
+    pickled."""
     hooks = module._load_state_dict_pre_hooks
     for key, hook in list(hooks.items()):
         function = getattr(hook, "hook", hook)
@@ -204,70 +441,38 @@ def _drop_load_hook(module: nn.Module) -> None:
 
 def unfuse(module: Any) -> None:
     """Gives a fused module back to PyTorch, with the parameters it has."""
-    name, dim, form = options(module)
-    g, v = tensors(module)
-    module.__class__ = type(module).__bases__[0]
-    if form == "weight_norm":
-        hook = next((h for h in module._forward_pre_hooks.values() if _is_hook(h, name)), None)
-        if hook is None:
-            hook = WeightNorm(name, -1 if dim is None else dim)
-            module.register_forward_pre_hook(hook)
-        hook.__class__ = WeightNorm
-        setattr(module, name, hook.compute_weight(module))
-    else:
-        del module.parametrizations
-        module.register_parameter(name, v)
-        parametrizations.weight_norm(module, name, -1 if dim is None else dim)
-        originals = module.parametrizations[name]
-        originals.original0, originals.original1 = g, v
+    before = norms(module)
+    module.__class__ = module.plain
+    nested = [name for name, norm in before.items() if norm.form == "parametrizations"]
+    for name in nested:
+        removal.detach(module, name)
+        parametrized(module)[name][0].__class__ = _WeightNorm
+    _give_torch_class(module, nested)
+    for name, norm in before.items():
+        if norm.form == "weight_norm":
+            hooks = module._forward_pre_hooks.values()
+            hook: Any = next((h for h in hooks if type(h) is Hook and h.name == name), None)
+            if hook is None:
+                hook = WeightNorm(name, -1 if norm.dim is None else norm.dim)
+                module.register_forward_pre_hook(hook)
+            hook.__class__ = WeightNorm
+            with torch.inference_mode(False):
+                setattr(module, name, hook.compute_weight(module))
+    if isinstance(module, nn.RNNBase):
+        module._init_flat_weights()
 
 
-def fold(module: Any) -> None:
-    """Leaves a fused module with a plain weight, of the class it had before weight norm."""
-    name, _, _ = options(module)
-    _bake(module)
-    for key, hook in list(module._forward_pre_hooks.items()):
-        if _is_hook(hook, name):
-            del module._forward_pre_hooks[key]
+def _baked_parameter(module: Any, name: str) -> nn.Parameter:
+    """The weight of one tensor as a parameter, with what is stacked on it.
 
-
-def _bake(module: Any) -> None:
-    name, dim, form = options(module)
-    g, v = tensors(module)
-    weight = _plain(v, g, dim, 0.0)
-    module.__class__ = type(module).__bases__[0]
-    if form == "parametrizations":
-        del module.parametrizations
-    _replace_parameters(module, name, weight)
-
-
-def fold_own(module: Any) -> None:
-    """The same for a layer of this package."""
-    weight = _plain(module.weight_v, module.weight_g, module.dim, module.eps)
-    module.__class__ = next(plain for plain, own in LAYERS.items() if type(module) is own)
-    del module.__dict__["dim"], module.__dict__["eps"]
-    _replace_parameters(module, "weight", weight)
-
-
-def _plain(v: Tensor, g: Tensor, dim: int | None, eps: float) -> nn.Parameter:
-    with torch.no_grad():
-        weight = WF.weight_norm(v, g, dim=dim, eps=eps)
-    return nn.Parameter(weight, requires_grad=v.requires_grad or g.requires_grad)
-
-
-def _replace_parameters(module: nn.Module, name: str, weight: nn.Parameter) -> None:
-    """Puts the weight first, as torch.nn's layers have it, in the place of `g` and `v`."""
-    gone = checkpoints.keys("weight_norm", name)
-    rest = {key: t for key, t in module._parameters.items() if key not in gone}
-    module._parameters.clear()
-    module.register_parameter(name, weight)
-    module._parameters.update(rest)
-
-
-def _is_hook(hook: Callable, name: str) -> bool:
-    return isinstance(hook, WeightNorm) and hook.name == name
-
-
-def parametrized(module: Any) -> dict[str, Any]:
-    """torch's parametrization lists by tensor, none where the module has none."""
-    return dict(module.parametrizations.items()) if parametrize.is_parametrized(module) else {}
+    Raises:
+        RuntimeError: something computes `g` or `v` in turn.
+    """
+    norm = module._norms[name]
+    removal.check_held(module, name, module._holder(name), (norm.key_g, norm.key_v))
+    g, v = module._tensors(name)
+    if not is_stacked(module, name):
+        return removal.baked(v, g, norm.dim, 0.0)
+    with torch.inference_mode(False), torch.no_grad():
+        weight = module._holder(name)()
+    return removal.plain_weight(weight, v.requires_grad or g.requires_grad)
