@@ -85,3 +85,49 @@ def test_a_shape_mismatch_changes_nothing(form, assign):
         assert "Unexpected" not in str(error.value)
         for key, t in model.state_dict().items():
             assert_same_bits(t, before[key], key)
+
+
+class Shared(nn.Module):
+    """One layer at two places."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.encode = layer
+        self.decode = nn.Sequential(layer, nn.ReLU())
+
+    def forward(self, input):
+        return self.decode(self.encode(input))
+
+
+@pytest.mark.parametrize("is_fused", [False, True])
+@pytest.mark.parametrize("form", [*FORMS, "own"])
+def test_a_module_at_two_places(form, is_fused):
+    torch.manual_seed(0)
+    for make in (lambda: nn.Linear(4, 4), lambda: nn.Conv1d(4, 4, 1)):
+        layer = make()
+        if form == "own":
+            layer = wn_kernels.WNLinear(4, 4) if isinstance(layer, nn.Linear) else None
+            layer = layer or wn_kernels.WNConv1d(4, 4, 1)
+        else:
+            NORMALISE[form](layer)
+        model = Shared(layer)
+        if is_fused:
+            wn_kernels.fuse(model)
+        x = torch.randn(3, 4, 4)
+        right = model.double()(x.double()).detach()  # PyTorch's older form cannot be copied
+        model.float()
+        for saved_form in (*FORMS, "plain"):
+            state = wn_kernels.state_dict(model, saved_form)
+            other = make()
+            if saved_form != "plain":
+                NORMALISE[saved_form](other)
+            other = Shared(other)
+            assert set(state) == set(other.state_dict())
+            other.load_state_dict(state)
+            assert_matches(other(x), right, torch.float32, 16, roundings=4)
+            if is_fused or form == "own":
+                model.load_state_dict(state)
+                assert_matches(model(x), right, torch.float32, 16, roundings=4)
+        assert len(wn_kernels.fold(model)) == 1
+        assert list(model.state_dict()) == list(Shared(make()).state_dict())
+        assert model.encode is model.decode[0]

@@ -13,8 +13,9 @@ stands for that dictionary on a layer that has none; its length is zero, so that
 `is_parametrized(module)` stays false. The layer finishes the removal when the parameter is
 registered (`finish`).
 
-A module that takes part has two methods: `_normed()`, the names of its weight-normed tensors, and
-`_bake(name, weight=None)`, which puts a plain parameter in the place of one of them.
+A module that takes part has `_normed()`, the names of its weight-normed tensors, `_tensors(name)`,
+the `g` and `v` of one, `_expose(name)`, which gives it a class that may be changed, and
+`_bake(name, weight=None)`, which puts a plain parameter in the place of one.
 """
 
 from __future__ import annotations
@@ -198,6 +199,16 @@ class Parametrization:
         """The parameter that takes the weight; from here on the class of the module is its own, and
         the property may be deleted from it."""
         return self.module._expose(self.name)
+
+    @property
+    def original0(self) -> Tensor:
+        """`g`, under PyTorch's name."""
+        return self.module._tensors(self.name)[0]
+
+    @property
+    def original1(self) -> Tensor:
+        """`v`, under PyTorch's name."""
+        return self.module._tensors(self.name)[1]
 
     def append(self, parametrization: nn.Module) -> None:
         """Refuses a second parametrization, as PyTorch's hook form does.

@@ -32,6 +32,12 @@ _OPTIONS = [
 ]
 
 
+def _is_inference(t: Tensor) -> bool:
+    """Whether a tensor, which may have no shape yet, was made under inference mode."""
+    with torch._C.DisableTorchFunctionSubclass():
+        return t.is_inference()
+
+
 class WeightNormMixin(nn.Module):
     """What every weight-normalised layer shares.
 
@@ -82,7 +88,7 @@ class WeightNormMixin(nn.Module):
 
     def _materialize(self, shape: tuple[int, ...], outputs: int) -> None:
         """Gives a lazy layer's parameters their shapes and values."""
-        with torch.inference_mode(False), torch.no_grad():
+        with torch.inference_mode(_is_inference(self.weight_v)), torch.no_grad():
             self.weight_v.materialize(shape)  # type: ignore[attr-defined]
             self.weight_g.materialize(kept_shape(shape, self.dim))  # type: ignore[attr-defined]
             if self.bias is not None:
@@ -175,6 +181,10 @@ class WeightNormMixin(nn.Module):
 
     def _normed(self) -> tuple[str, ...]:
         return ("weight",)
+
+    def _tensors(self, name: str = "weight") -> tuple[Tensor, Tensor]:
+        """`(g, v)`."""
+        return self.weight_g, self.weight_v
 
     def _own_class(self) -> type:
         """The layer's class, past the one that `_expose` gives it."""
