@@ -3,6 +3,8 @@ fetch its parameters, `parametrize.cached()`, and writes of an initialisation.""
 
 import copy
 import pickle
+import warnings
+import weakref
 
 import pytest
 import torch
@@ -329,3 +331,63 @@ def test_apply_warns_where_there_is_no_way_back():
     STACKED["twice"](layer)
     with pytest.warns(UserWarning, match="written into weight of Linear is lost: .*Twice"):
         layer.apply(lambda m: m.weight.data.zero_() if isinstance(m, nn.Linear) else None)
+
+
+IN_PLACE = {
+    "init": lambda layer: nn.init.orthogonal_(layer.weight),
+    "no_grad": lambda layer: torch.no_grad()(lambda: layer.weight.clamp_(-1, 1))(),
+    "detached": lambda layer: layer.weight.detach().zero_(),
+    "kept": lambda layer: [w.add_(1) for w in [layer.weight]],
+    "a view": lambda layer: nn.init.zeros_(layer.weight[0]),
+}
+SILENT = {
+    "assigned": lambda layer: setattr(layer, "weight", nn.init.orthogonal_(layer.weight)),
+    "applied": lambda layer: layer.apply(
+        lambda m: nn.init.orthogonal_(m.weight) if isinstance(m, nn.Linear) else None
+    ),
+    "read": lambda layer: layer.weight.square().sum().backward(),
+    "a copy": lambda layer: layer.weight.clone().zero_(),
+    "inference": lambda layer: torch.inference_mode()(lambda: layer.weight.norm())(),
+    "func": lambda layer: torch.func.grad(lambda x: (x * layer.weight).sum())(torch.ones(4, 6)),
+}
+
+
+@pytest.mark.parametrize("then", ["forward", "read"])
+@pytest.mark.parametrize("write", IN_PLACE)
+@pytest.mark.parametrize("form", [*NORMALISE, "own"])
+def test_a_lost_write_warns_once(form, write, then):
+    layer = subject("linear", form)[0][0]
+    use = (lambda: layer(torch.ones(6))) if then == "forward" else (lambda: layer.weight)
+    before = layer.weight.detach().clone()
+    IN_PLACE[write](layer)
+    with pytest.warns(UserWarning, match=r"weight of .*Linear was written to in place"):
+        use()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        IN_PLACE[write](layer)
+        use()
+    assert_same_bits(layer.weight.detach(), before)
+    assert b"Reads" not in pickle.dumps(wn_kernels.remove_weight_norm(layer))
+
+
+@pytest.mark.parametrize("use", SILENT)
+@pytest.mark.parametrize("form", [*NORMALISE, "own"])
+def test_nothing_else_warns(form, use):
+    layer = subject("linear", form)[0][0]
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(3):
+            SILENT[use](layer)
+            for other in (layer, copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+                other(torch.ones(2, 6)).square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+
+def test_a_read_holds_no_memory():
+    for form in (*NORMALISE, "own"):
+        layer = subject("linear", form)[0][0]
+        weight = weakref.ref(layer.weight)
+        assert weight() is None
+        assert all(not t.untyped_storage().size() for t, _ in layer.__dict__["_reads"].values())

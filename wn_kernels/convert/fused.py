@@ -115,6 +115,8 @@ class _Fused:
         """What our `forward` computes with, `None` where it has to take the weight as a tensor."""
         if parametrize._cache_enabled or is_claimed(self, "weight"):
             return None
+        if self._is_read:
+            reading.warn_of_writes(self)
         g, v = self._tensors("weight")
         own = self._parameters
         bias = own["bias"] if "bias" in own else self.bias  # noqa: SIM401 (lazily)
@@ -133,11 +135,13 @@ class _Fused:
     def __setattr__(self: Any, key: str, value: Any) -> None:
         if key not in self._norms:
             self.plain.__setattr__(self, key, value)
-        elif is_stacked(self, key):
+            return
+        if is_stacked(self, key):
             self._holder(key).right_inverse(value)
         else:
             g, v = self._tensors(key)
             checkpoints.assign(value, g, v, self._norms[key].dim)
+        reading.forget(self)
 
     def __reduce_ex__(self: Any, protocol: Any) -> tuple:
         state, *rest = self.plain.__reduce_ex__(self, protocol)[2:]
@@ -216,7 +220,10 @@ class _FusedRecurrent:
         self._init_flat_weights()
 
     def _init_flat_weights(self: Any) -> None:
-        weights = [getattr(self, name, None) for name in self._flat_weights_names]
+        weights = [
+            reading.form(self, name) if name in self._norms else getattr(self, name, None)
+            for name in self._flat_weights_names
+        ]
         self._flat_weights = weights
         self._flat_weight_refs = [w if w is None else weakref.ref(w) for w in weights]
         self.flatten_parameters()
@@ -241,6 +248,7 @@ def layer_class(base: Any, norms: dict[str, Norm], others: Iterable[str] = ()) -
         "__doc__": base.__doc__,
         "__module__": base.__module__,
         "__qualname__": base.__qualname__,
+        "_is_read": False,
         "_norms": norms,
         "plain": base,
     }
@@ -442,6 +450,8 @@ def _drop_load_hook(module: nn.Module) -> None:
 def unfuse(module: Any) -> None:
     """Gives a fused module back to PyTorch, with the parameters it has."""
     before = norms(module)
+    for key in ("_reads", "_is_read"):
+        module.__dict__.pop(key, None)
     module.__class__ = module.plain
     nested = [name for name, norm in before.items() if norm.form == "parametrizations"]
     for name in nested:

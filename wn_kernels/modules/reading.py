@@ -1,5 +1,10 @@
 """Reads of `.weight`: computed anew, once inside `torch.nn.utils.parametrize.cached()`, and watched
-while `Module.apply` runs a function that may initialise it."""
+while `Module.apply` runs a function that may initialise it.
+
+A write into what was read changes nothing of the layer. A layer keeps, of every weight that it has
+handed out, a tensor of no elements that shares the weight's version counter. The next read or
+forward warns where that counter has moved. A write through `.data` moves no counter.
+"""
 
 from __future__ import annotations
 
@@ -9,17 +14,88 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 from torch.nn.utils import parametrize
 
 # The weights that the function of a running `apply` has read, each with a copy of what it was.
 _watched: dict[tuple[int, str], tuple[Tensor, Tensor]] | None = None
 
 
+_EMPTY: dict[torch.device, Tensor] = {}
+
+
+class Reads(dict[str, tuple[Tensor, int]]):
+    """The version counters of the weights that a layer has handed out since its last forward, by
+    tensor: a tensor that shares the counter, and what it stood at. A copied layer has none."""
+
+    is_warned = False
+
+    def __reduce__(self) -> tuple:
+        return Reads, ()
+
+
 def read(module: Any, name: str) -> Tensor:
     """`module.weight`; the module's `_form(name)` computes it."""
     if parametrize._cache_enabled or _watched is not None:
+        return form(module, name)
+    weight = module._form(name)
+    if not is_compiling():
+        _keep_counter(module, name, weight)
+    return weight
+
+
+def form(module: Any, name: str) -> Tensor:
+    """`module.weight` for the layer's own use."""
+    if parametrize._cache_enabled or _watched is not None:
         return _read_specially(module, name)
     return module._form(name)
+
+
+def _keep_counter(module: Any, name: str, weight: Tensor) -> None:
+    if module._is_read:
+        warn_of_writes(module)
+    if (
+        type(weight) is not Tensor
+        or weight.is_inference()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._get_tracing_state() is not None
+    ):
+        return
+    empty = _EMPTY.get(weight.device)
+    if empty is None:
+        with torch.inference_mode(False):
+            empty = _EMPTY[weight.device] = torch.empty(0, device=weight.device)
+    counter = weight.detach()  # it shares the counter,
+    counter.data = empty  # and keeps it when it gives up the weight's memory
+    state = module.__dict__
+    state.setdefault("_reads", Reads())[name] = counter, counter._version
+    state["_is_read"] = True
+
+
+def warn_of_writes(module: Any) -> None:
+    """Warns, once for a layer, where a weight that it has handed out was written to in place."""
+    if is_compiling():
+        return
+    reads = module.__dict__["_reads"]
+    written = [name for name, (counter, version) in reads.items() if counter._version != version]
+    forget(module)
+    if written and not reads.is_warned:
+        reads.is_warned = True
+        name = written[0]
+        warnings.warn(
+            f"{name} of {type(module).__name__} was written to in place, which does not change the "
+            f"layer: {name} is computed from g and v. Assign to it (layer.{name} = values), or "
+            "initialise it in model.apply(function).",
+            stacklevel=4,
+        )
+
+
+def forget(module: Any) -> None:
+    """Drops the counters, after an assignment or a look at them."""
+    if module._is_read:
+        module.__dict__["_is_read"] = False
+        module.__dict__["_reads"].clear()
 
 
 def _read_specially(module: Any, name: str) -> Tensor:

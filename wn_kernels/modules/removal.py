@@ -81,6 +81,8 @@ def place(module: nn.Module, name: str, weight: nn.Parameter) -> None:
     parameters = dict(
         sorted(parameters.items(), key=lambda item: order.index(item[0]) if item[0] in order else 0)
     )
+    for key in ("_reads", "_is_read"):
+        module.__dict__.pop(key, None)
     module._buffers.pop(name, None)
     module._parameters.clear()
     module._parameters.update(parameters)

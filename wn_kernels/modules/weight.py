@@ -55,6 +55,7 @@ class WeightNormMixin(nn.Module):
     eps: float
     weight_ndim: int  # of the class
     plain: Any  # the class of torch.nn that the layer stands for
+    _is_read = False  # see modules/reading.py
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Shows the plain layer's arguments, and our two, as the constructor's."""
@@ -114,6 +115,8 @@ class WeightNormMixin(nn.Module):
         past `nn.Module.__getattr__`, which costs 1 µs a parameter."""
         if parametrize._cache_enabled:
             return None
+        if self._is_read:
+            reading.warn_of_writes(self)
         own = self._parameters
         v, g = own.get("weight_v"), own.get("weight_g")
         if v is None or g is None or "bias" not in own:  # parametrized or pruned by somebody
@@ -140,6 +143,7 @@ class WeightNormMixin(nn.Module):
             self._adopt(value)
         else:
             checkpoints.assign(value, self.weight_g, self.weight_v, self.dim)
+            reading.forget(self)
 
     def _bring_into_form(self, state_dict: dict[str, Any], prefix: str) -> None:
         v, g, bias = self.weight_v, self.weight_g, {"bias": self.bias}
