@@ -103,30 +103,31 @@ class _Fused:
 
     def _tensors(self: Any, name: str) -> tuple[Tensor, Tensor]:
         """`(g, v)`."""
-        norm = self._norms[name]
-        holder = self._holder(name)
-        own = holder._parameters
-        g, v = own.get(norm.key_g), own.get(norm.key_v)
-        if g is None or v is None:  # pruned, for one
-            return getattr(holder, norm.key_g), getattr(holder, norm.key_v)
-        return g, v
+        return _parts(self._holder(name), self._norms[name])
 
     def _operands(self: Any) -> Operands | None:
         """What our `forward` computes with, `None` where it has to take the weight as a tensor."""
-        if parametrize._cache_enabled or is_claimed(self, "weight"):
+        if parametrize._cache_enabled:
             return None
+        norm = self._norms["weight"]
+        holder = self
+        if norm.form != "weight_norm":
+            holder = self._modules["parametrizations"]._modules["weight"]
+            if is_claimed(holder):
+                return None
         if self._is_read:
             reading.warn_of_writes(self)
-        g, v = self._tensors("weight")
+        g, v = _parts(holder, norm)
         own = self._parameters
         bias = own["bias"] if "bias" in own else self.bias  # noqa: SIM401 (lazily)
-        return v, g, bias, self._norms["weight"].dim, 0.0
+        return v, g, bias, norm.dim, 0.0
 
     def _form(self: Any, name: str) -> Tensor:
-        if is_claimed(self, name):
-            return self._holder(name)()
-        g, v = self._tensors(name)
-        return WF.weight_norm(v, g, dim=self._norms[name].dim)
+        norm, holder = self._norms[name], self._holder(name)
+        if holder is not self and is_claimed(holder):
+            return holder()
+        g, v = _parts(holder, norm)
+        return WF.weight_norm(v, g, dim=norm.dim)
 
     def apply(self: Any, fn: Callable[[nn.Module], None]) -> Any:
         """As `nn.Module.apply`; what `fn` writes into the weight has effect."""
@@ -229,6 +230,15 @@ class _FusedRecurrent:
         self.flatten_parameters()
 
 
+def _parts(holder: Any, norm: Norm) -> tuple[Tensor, Tensor]:
+    """`(g, v)`, past `nn.Module.__getattr__`, which costs 1 µs a parameter."""
+    own = holder._parameters
+    g, v = own.get(norm.key_g), own.get(norm.key_v)
+    if g is None or v is None:  # pruned, for one
+        return getattr(holder, norm.key_g), getattr(holder, norm.key_v)
+    return g, v
+
+
 def _own_parametrizations(module: Any) -> nn.ModuleDict:
     own = module.__dict__.get("_modules", {}).get("parametrizations")
     return removal.Parametrizations(module) if own is None else own
@@ -250,6 +260,7 @@ def layer_class(base: Any, norms: dict[str, Norm], others: Iterable[str] = ()) -
         "__qualname__": base.__qualname__,
         "_is_read": False,
         "_norms": norms,
+        "_watches": reading.WATCHES,
         "plain": base,
     }
     if not any(norm.form == "parametrizations" for norm in norms.values()):
@@ -353,30 +364,28 @@ def tensors(module: Any, name: str = "weight") -> tuple[Tensor, Tensor]:
     return module._tensors(name)
 
 
-def is_claimed(module: Any, name: str) -> bool:
+def is_claimed(parametrization: Any) -> bool:
     """Whether PyTorch's list of parametrizations has to be called for the weight: another
     parametrization follows, or somebody has registered a hook there, which may be what fetches `g`
     and `v`."""
-    if module._norms[name].form == "weight_norm":
-        return False
-    holder = module._modules["parametrizations"]._modules[name]
-    parts = holder._modules
+    parts = parametrization._modules
     first = parts["0"]
+    of_list, of_first = parametrization.__dict__, first.__dict__
     return bool(
         len(parts) > 1
         or type(first) is not Parametrization
-        or holder._forward_pre_hooks
-        or holder._forward_hooks
-        or holder._backward_pre_hooks
-        or holder._backward_hooks
-        or first._forward_pre_hooks
-        or first._forward_hooks
-        or first._backward_pre_hooks
-        or first._backward_hooks
+        or of_list["_forward_pre_hooks"]
+        or of_list["_forward_hooks"]
+        or of_list["_backward_pre_hooks"]
+        or of_list["_backward_hooks"]
+        or of_first["_forward_pre_hooks"]
+        or of_first["_forward_hooks"]
+        or of_first["_backward_pre_hooks"]
+        or of_first["_backward_hooks"]
         or _global_forward_pre_hooks
         or _global_forward_hooks
-        or "forward" in holder.__dict__
-        or "forward" in first.__dict__
+        or "forward" in of_list
+        or "forward" in of_first
     )
 
 
@@ -450,7 +459,7 @@ def _drop_load_hook(module: nn.Module) -> None:
 def unfuse(module: Any) -> None:
     """Gives a fused module back to PyTorch, with the parameters it has."""
     before = norms(module)
-    for key in ("_reads", "_is_read"):
+    for key in reading.STATE:
         module.__dict__.pop(key, None)
     module.__class__ = module.plain
     nested = [name for name, norm in before.items() if norm.form == "parametrizations"]

@@ -3,7 +3,8 @@ while `Module.apply` runs a function that may initialise it.
 
 A write into what was read changes nothing of the layer. A layer keeps, of every weight that it has
 handed out, a tensor of no elements that shares the weight's version counter. The next read or
-forward warns where that counter has moved. A write through `.data` moves no counter.
+forward warns where that counter has moved. A write through `.data` moves no counter. This is for
+initialisation: after the first few reads (`WATCHES`) a read costs what it costs without it.
 """
 
 from __future__ import annotations
@@ -20,6 +21,10 @@ from torch.nn.utils import parametrize
 # The weights that the function of a running `apply` has read, each with a copy of what it was.
 _watched: dict[tuple[int, str], tuple[Tensor, Tensor]] | None = None
 
+
+# The reads of a layer whose weights are looked after, and the attributes of a layer for that.
+WATCHES = 8
+STATE = ("_reads", "_is_read", "_watches")
 
 _EMPTY: dict[torch.device, Tensor] = {}
 
@@ -39,7 +44,7 @@ def read(module: Any, name: str) -> Tensor:
     if parametrize._cache_enabled or _watched is not None:
         return form(module, name)
     weight = module._form(name)
-    if not is_compiling():
+    if not is_compiling() and module._watches:
         _keep_counter(module, name, weight)
     return weight
 
@@ -71,6 +76,7 @@ def _keep_counter(module: Any, name: str, weight: Tensor) -> None:
     state = module.__dict__
     state.setdefault("_reads", Reads())[name] = counter, counter._version
     state["_is_read"] = True
+    state["_watches"] = module._watches - 1
 
 
 def warn_of_writes(module: Any) -> None:

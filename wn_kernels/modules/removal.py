@@ -30,7 +30,7 @@ from torch.nn.utils import parametrize
 from torch.nn.utils.weight_norm import WeightNorm
 
 from .. import functional as WF
-from . import checkpoints
+from . import checkpoints, reading
 
 # --- the weight ----------------------------------------------------------------------------------
 
@@ -81,7 +81,7 @@ def place(module: nn.Module, name: str, weight: nn.Parameter) -> None:
     parameters = dict(
         sorted(parameters.items(), key=lambda item: order.index(item[0]) if item[0] in order else 0)
     )
-    for key in ("_reads", "_is_read"):
+    for key in reading.STATE:
         module.__dict__.pop(key, None)
     module._buffers.pop(name, None)
     module._parameters.clear()

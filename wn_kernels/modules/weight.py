@@ -56,6 +56,7 @@ class WeightNormMixin(nn.Module):
     weight_ndim: int  # of the class
     plain: Any  # the class of torch.nn that the layer stands for
     _is_read = False  # see modules/reading.py
+    _watches = reading.WATCHES
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Shows the plain layer's arguments, and our two, as the constructor's."""
