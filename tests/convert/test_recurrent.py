@@ -116,3 +116,23 @@ def test_folds(kind, form, fuse_first):
         assert_matches(output(moved, x.double()), right, torch.float32, 64, roundings=8)
         other.load_state_dict(plain.state_dict())
         assert_same_bits(output(other, x).detach(), output(plain, x).detach())
+
+
+def test_both_forms_in_one_cell():
+    torch.manual_seed(4)
+    plain = nn.GRUCell(6, 4)
+    x = torch.randn(3, 6)
+    right = output(copy.deepcopy(plain).double(), x.double()).detach()
+    NORMALISE["weight_norm"](plain, "weight_ih")
+    NORMALISE["parametrizations"](plain, "weight_hh")
+    wn_kernels.fuse(plain)
+    for convert in (copy.deepcopy, wn_kernels.unfuse, wn_kernels.fuse, wn_kernels.fold):
+        other = pickle.loads(pickle.dumps(plain))
+        convert(other)
+        assert_matches(output(other, x), right, torch.float32, 64, roundings=8)
+    for first, second in (("weight_ih", "weight_hh"), ("weight_hh", "weight_ih")):
+        other = copy.deepcopy(plain)
+        nn.utils.remove_weight_norm(other, first)
+        nn.utils.remove_weight_norm(other, second)
+        assert type(other) is nn.GRUCell
+        assert_matches(output(other, x), right, torch.float32, 64, roundings=8)
