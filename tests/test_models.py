@@ -2,7 +2,6 @@
 
 import copy
 import pickle
-import warnings
 
 import pytest
 import torch
@@ -13,7 +12,7 @@ import wn_kernels
 from bench.models import MODELS, assert_as_good, built
 from tests.comparison import assert_matches, assert_same_bits
 
-pytest.importorskip("transformers", reason="the extra 'models' is not installed")
+transformers = pytest.importorskip("transformers", reason="the extra 'models' is not installed")
 pytest.importorskip("pytorch_tcn", reason="the extra 'models' is not installed")
 
 
@@ -96,26 +95,71 @@ def test_lives_on(name):
         assert_same_bits(call(ours, x), call(eager, x))
 
 
-def test_hifigans_own_removal():
-    """It looks for the older form, which it does not apply itself. Given that, it works fused."""
-    model, x = built("hifigan")
-    for own in (model, copy.deepcopy(model)):
+# Vocoders whose `remove_weight_norm()` calls PyTorch's function for the older form, though their
+# `apply_weight_norm()` uses the newer: class, configuration, the shape of the input.
+VOCODERS = {
+    "SpeechT5HifiGan": ({"upsample_initial_channel": 32}, (1, 12, 80)),
+    "FastSpeech2ConformerHifiGan": ({"upsample_initial_channel": 32}, (1, 12, 80)),
+    "UnivNetModel": ({"model_hidden_channels": 8}, None),
+    "VitsModel": (
+        {
+            "hidden_size": 16,
+            "num_hidden_layers": 1,
+            "ffn_dim": 16,
+            "flow_size": 16,
+            "upsample_initial_channel": 32,
+            "spectrogram_bins": 9,
+        },
+        None,
+    ),
+}
+
+
+def vocoder(name):
+    """A vocoder under weight norm, and a call of it."""
+    options, shape = VOCODERS[name]
+    torch.manual_seed(0)
+    config = getattr(transformers, name.removesuffix("Model") + "Config")(**options)
+    model = getattr(transformers, name)(config).eval()
+    inputs = [torch.randn(shape)] if shape else []
+    call = model
+    if name == "UnivNetModel":
+        inputs = [
+            torch.randn(1, 12, config.num_mel_bins),
+            torch.randn(1, 12, config.model_in_channels),
+        ]
+        call = lambda *x: model(*x).waveforms  # noqa: E731
+    elif name == "VitsModel":
+        model = model.decoder
+        inputs = [torch.randn(1, config.flow_size, 12)]
+        call = model
+    model.apply_weight_norm()
+    for key, p in model.named_parameters():
+        if key.endswith(("_g", "original0")):
+            p.data.mul_(torch.rand_like(p) + 0.5)
+    return model, lambda dtype: call(*(x.to(dtype) for x in inputs))
+
+
+@pytest.mark.parametrize("convert", [wn_kernels.fuse, None])
+@pytest.mark.parametrize("name", VOCODERS)
+@torch.no_grad()
+def test_their_own_removal(name, convert):
+    model, call = vocoder(name)
+    model.double()
+    right = call(torch.float64)
+    model.float()
+    if convert is None:
         with pytest.raises(ValueError, match="not found"):
-            own.remove_weight_norm()
-        wn_kernels.fuse(own)
-    right = model(x).detach().double()
-    plain = copy.deepcopy(model)
-    wn_kernels.fold(plain)
-    layers = [m for m in plain.modules() if isinstance(m, (nn.Conv1d, nn.ConvTranspose1d))]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)
-        for layer in layers:
-            nn.utils.weight_norm(layer)
-    wn_kernels.fuse(plain)
-    plain.remove_weight_norm()
-    assert not any(m._forward_pre_hooks for m in layers)
+            model.remove_weight_norm()
+        return
+    convert(model)
+    model.remove_weight_norm()
+    assert wn_kernels.fold(model) == []
+    layers = [m for m in model.modules() if isinstance(m, (nn.Conv1d, nn.ConvTranspose1d))]
     assert {type(m) for m in layers} == {nn.Conv1d, nn.ConvTranspose1d}
-    assert_matches(plain(x), right, torch.float32, 512, roundings=20)
+    assert all(isinstance(m.weight, nn.Parameter) for m in layers)
+    assert not any(list(m._forward_pre_hooks.items()) for m in layers)
+    assert_matches(call(torch.float32), right, torch.float32, 512, roundings=20)
 
 
 def test_torchs_own_removal():

@@ -18,7 +18,8 @@ from torch.distributed.tensor import DeviceMesh, Replicate, Shard, distribute_te
 from torch.distributed.tensor.parallel import ColwiseParallel as _ColwiseParallel
 from torch.distributed.tensor.parallel import RowwiseParallel as _RowwiseParallel
 
-from .modules import forms, fused
+from .convert import fused
+from .modules import checkpoints
 from .modules.weight import WeightNormMixin
 
 
@@ -27,10 +28,10 @@ def _split(module: nn.Module, mesh: DeviceMesh, side: int) -> None:
     if isinstance(module, WeightNormMixin):
         dim, form = module.dim, "weight_norm"
     elif fused.is_fused(module):
-        _, dim, form = fused.options(module)
+        dim, form, *_ = fused.norms(module)["weight"]
     else:
         return
-    key_g, key_v = forms.keys(form, "weight")
+    key_g, key_v = checkpoints.keys(form, "weight")
     _distribute(module, key_v, mesh, Shard(side))
     _distribute(module, key_g, mesh, Shard(side) if dim == side else Replicate())
     _distribute(module, "bias", mesh, Shard(0) if side == 0 else Replicate())

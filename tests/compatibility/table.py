@@ -26,7 +26,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Replicate
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
-from torch.nn.utils import parametrizations
+from torch.nn.utils import parametrizations, parametrize
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, Dataset
 
@@ -424,6 +424,47 @@ def _assign(normalise):
     weight = torch.randn(4, 6)
     layer.weight = weight
     assert_right(layer(x), (x.double() @ weight.double().t() + layer.bias.double()).detach())
+
+
+@row("`model.apply` of a function that writes into `.weight.data`")
+def _apply(normalise):
+    layer, x = layer_of(normalise), data()
+    weight = torch.randn(4, 6)
+    layer.apply(lambda m: m.weight.data.copy_(weight) if isinstance(m, nn.Linear) else None)
+    assert_right(layer(x), (x.double() @ weight.double().t() + layer.bias.double()).detach())
+
+
+def _removed(normalise, remove):
+    layer, x = layer_of(normalise), data()
+    right = layer_of(lambda plain, dim: plain).double()(x.double()).detach()
+    with torch.inference_mode():
+        remove(layer)
+    assert type(layer) is nn.Linear
+    y = layer(x)
+    assert_right(y, right)
+    y.sum().backward()
+    assert layer.weight.grad is not None
+
+
+@row("`torch.nn.utils.remove_weight_norm`, under inference mode, then training")
+def _remove_weight_norm(normalise):
+    _removed(normalise, nn.utils.remove_weight_norm)
+
+
+@row("`parametrize.remove_parametrizations`, under inference mode, then training")
+def _remove_parametrizations(normalise):
+    _removed(normalise, lambda layer: parametrize.remove_parametrizations(layer, "weight"))
+
+
+@row("`parametrize.cached()`")
+def _cached(normalise):
+    layer, x = layer_of(normalise), data()
+    right = layer_of(lambda plain, dim: plain).double()(x.double()).detach()
+    with parametrize.cached():
+        assert_right(layer(x), right)
+        first = layer.weight
+        layer(x)
+        assert layer.weight is first
 
 
 @row("`copy.deepcopy` after a forward")

@@ -1,11 +1,13 @@
 """`torch.compile`: one graph, forward and backward, and no compilation for another batch."""
 
+import copy
+
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import wn_kernels.functional as WF
-from tests.comparison import assert_same_bits
+from tests.comparison import assert_matches, assert_same_bits
 from tests.compatibility.layers import LAYERS, assert_right, gradients, made
 from wn_kernels import use_backend
 
@@ -94,3 +96,26 @@ def test_functionals(function, arguments):
     if function not in (WF.weight_norm, WF.slice_norm):  # whose first argument is the weight
         assert_same_bits(compiled(batch, *arguments[1:]), on_aten(batch, *arguments[1:]))
     assert counter.frame_count == count > 0
+
+
+@pytest.mark.parametrize("name", ["linear", "conv2d", "transposed", "fused"])
+def test_beside_hooks_and_reads(name):
+    """A user's hook is in the graph, and a read of the weight between calls compiles nothing."""
+    layer, x = made(name)
+    layer.register_forward_pre_hook(lambda module, inputs: (2 * inputs[0],))
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(torch.nn.Sequential(layer), fullgraph=True, backend=counter)
+    wide = copy.deepcopy(layer).double()(x.double()).detach()
+    for _ in range(3):
+        assert layer.weight.norm() > 0
+        assert_matches(compiled(x), wide, torch.float32, 256, roundings=4)
+    assert counter.frame_count == 1
+
+
+def test_a_list_with_hooks():
+    """A hook on PyTorch's list of parametrizations is in the graph as well."""
+    layer, x = made("fused")
+    layer.parametrizations.weight.register_forward_hook(lambda *args: 2 * args[-1])
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    wide = copy.deepcopy(layer).double()(x.double()).detach()
+    assert_matches(compiled(x), wide, torch.float32, 256, roundings=4)

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import wn_kernels
-from tests.comparison import assert_matches, assert_same_bits
+from tests.comparison import assert_matches, assert_same_bits, assert_zero
 from tests.compatibility.layers import LAYERS, assert_right, gradients, made
 
 OWN = [name for name in LAYERS if name != "fused"]
@@ -110,3 +110,44 @@ def test_lazy(kind):
     with torch.no_grad():
         layer.weight_g.mul_(1.5)
     assert_right(*gradients(layer, x), layer, x)
+
+
+SIZES = {
+    "Linear": [(0, 3), (3, 0), (0, 0)],
+    "Conv1d": [(0, 3, 2), (3, 0, 2), (3, 4, 1)],
+    "Conv2d": [(0, 3, 2)],
+    "Conv3d": [(0, 3, 2)],
+    "ConvTranspose1d": [(0, 3, 2), (3, 0, 2)],
+    "ConvTranspose2d": [(0, 3, 2)],
+    "ConvTranspose3d": [(0, 3, 2)],
+}
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors:UserWarning")
+@pytest.mark.parametrize("dim", [0, 1, None])
+@pytest.mark.parametrize(
+    ("kind", "sizes"), [(kind, sizes) for kind, some in SIZES.items() for sizes in some]
+)
+def test_every_size_is_initialised(kind, sizes, dim, monkeypatch):
+    """Memory that is not initialised would keep the NaN that is put there."""
+    empty, new_empty = torch.empty, torch.Tensor.new_empty
+    monkeypatch.setattr(torch, "empty", lambda *a, **k: empty(*a, **k).fill_(torch.nan))
+    monkeypatch.setattr(
+        torch.Tensor, "new_empty", lambda *a, **k: new_empty(*a, **k).fill_(torch.nan)
+    )
+    torch.manual_seed(3)
+    try:
+        plain = getattr(nn, kind)(*sizes)
+    except (ValueError, RuntimeError, ZeroDivisionError) as error:
+        with pytest.raises(type(error)):
+            getattr(wn_kernels, f"WN{kind}")(*sizes, dim=dim)
+        return
+    torch.manual_seed(3)
+    layer = getattr(wn_kernels, f"WN{kind}")(*sizes, dim=dim)
+    assert not any(p.isnan().any() for p in layer.parameters())
+    if plain.bias.numel() and not plain.bias.norm():
+        assert_zero(layer.bias.detach())
+    elif plain.bias.numel() and not plain.bias.isnan().any():  # torch.nn leaves some as they are
+        assert_same_bits(layer.bias.detach(), plain.bias.detach())
+    assert layer.weight.shape == plain.weight.shape
+    assert (layer.weight_g >= 0).all()

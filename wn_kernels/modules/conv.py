@@ -15,11 +15,14 @@ class _Convolution(WeightNormMixin):
     """What the three convolutions share beyond the constructor, which is torch.nn's."""
 
     def forward(self: Any, input: Tensor) -> Tensor:
+        operands = self._operands()
+        if operands is None:
+            return self.plain.forward(self, input)
+        v, g, bias, dim, eps = operands
         padding = self.padding
         if self.padding_mode != "zeros":
             input = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode)
             padding = 0
-        v, g, bias, dim, eps = self._operands()
         return WF.convolution(
             v.ndim - 2,
             input,
@@ -41,6 +44,10 @@ class _ConvolutionTranspose(WeightNormMixin):
     """What the three transposed convolutions share."""
 
     def forward(self: Any, input: Tensor, output_size: list[int] | None = None) -> Tensor:
+        operands = self._operands()
+        if operands is None:
+            return self.plain.forward(self, input, output_size)
+        v, g, bias, dim, eps = operands
         output_padding = self.output_padding
         if output_size is not None:
             output_padding = self._output_padding(
@@ -52,7 +59,6 @@ class _ConvolutionTranspose(WeightNormMixin):
                 len(self.kernel_size),
                 self.dilation,
             )
-        v, g, bias, dim, eps = self._operands()
         return WF.convolution(
             v.ndim - 2,
             input,
@@ -119,18 +125,21 @@ class WNConv1d(_Convolution, nn.Conv1d):  # type: ignore[override]
     """
 
     weight_ndim = 3
+    plain = nn.Conv1d
 
 
 class WNConv2d(_Convolution, nn.Conv2d):  # type: ignore[override]
     """`torch.nn.Conv2d` with a weight-normalised weight; see `WNConv1d`."""
 
     weight_ndim = 4
+    plain = nn.Conv2d
 
 
 class WNConv3d(_Convolution, nn.Conv3d):  # type: ignore[override]
     """`torch.nn.Conv3d` with a weight-normalised weight; see `WNConv1d`."""
 
     weight_ndim = 5
+    plain = nn.Conv3d
 
 
 class WNConvTranspose1d(_ConvolutionTranspose, nn.ConvTranspose1d):  # type: ignore[override]
@@ -149,18 +158,21 @@ class WNConvTranspose1d(_ConvolutionTranspose, nn.ConvTranspose1d):  # type: ign
     """
 
     weight_ndim = 3
+    plain = nn.ConvTranspose1d
 
 
 class WNConvTranspose2d(_ConvolutionTranspose, nn.ConvTranspose2d):  # type: ignore[override]
     """`torch.nn.ConvTranspose2d` with a weight-normalised weight; see `WNConvTranspose1d`."""
 
     weight_ndim = 4
+    plain = nn.ConvTranspose2d
 
 
 class WNConvTranspose3d(_ConvolutionTranspose, nn.ConvTranspose3d):  # type: ignore[override]
     """`torch.nn.ConvTranspose3d` with a weight-normalised weight; see `WNConvTranspose1d`."""
 
     weight_ndim = 5
+    plain = nn.ConvTranspose3d
 
 
 class WNLazyConv1d(_Lazy, _Convolution, nn.LazyConv1d):  # type: ignore[misc, override]

@@ -35,9 +35,13 @@ class WNLinear(WeightNormMixin, nn.Linear):  # type: ignore[override]
     """
 
     weight_ndim = 2
+    plain = nn.Linear
 
     def forward(self, input: Tensor) -> Tensor:
-        v, g, bias, dim, eps = self._operands()
+        operands = self._operands()
+        if operands is None:
+            return self.plain.forward(self, input)
+        v, g, bias, dim, eps = operands
         return WF.wn_linear(input, v, g, bias, dim=dim, eps=eps)
 
 

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import inspect
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.parameter import UninitializedParameter, is_lazy
+from torch.nn.utils import parametrize
 
 from .. import functional as WF
 from ..call import canonical_dim, canonical_eps, kept_shape
-from . import forms
+from . import checkpoints, reading, removal
 
 # (v, g, bias, dim, eps)
 Operands = tuple[Tensor, Tensor, Tensor | None, int | None, float]
@@ -27,6 +30,12 @@ _OPTIONS = [
     inspect.Parameter("dim", inspect.Parameter.KEYWORD_ONLY, default=0, annotation="int | None"),
     inspect.Parameter("eps", inspect.Parameter.KEYWORD_ONLY, default=0.0, annotation="float"),
 ]
+
+
+def _is_inference(t: Tensor) -> bool:
+    """Whether a tensor, which may have no shape yet, was made under inference mode."""
+    with torch._C.DisableTorchFunctionSubclass():
+        return t.is_inference()
 
 
 class WeightNormMixin(nn.Module):
@@ -45,6 +54,9 @@ class WeightNormMixin(nn.Module):
     dim: int | None
     eps: float
     weight_ndim: int  # of the class
+    plain: Any  # the class of torch.nn that the layer stands for
+    _is_read = False  # see modules/reading.py
+    _watches = reading.WATCHES
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Shows the plain layer's arguments, and our two, as the constructor's."""
@@ -68,15 +80,17 @@ class WeightNormMixin(nn.Module):
 
     def _adopt(self, v: nn.Parameter) -> None:
         """Takes what the plain layer's constructor made for its weight as the direction."""
+        removal.attach(self, ["weight"])
         self.weight_v = v
         if is_lazy(v):
             self.weight_g = UninitializedParameter(device=v.device, dtype=v.dtype)
         else:
-            self.weight_g = nn.Parameter(v.new_empty(kept_shape(v.shape, self.dim)))
+            g = v.new_empty(kept_shape(v.shape, self.dim))
+            self.weight_g = nn.Parameter(g, requires_grad=v.requires_grad)
 
     def _materialize(self, shape: tuple[int, ...], outputs: int) -> None:
         """Gives a lazy layer's parameters their shapes and values."""
-        with torch.no_grad():
+        with torch.inference_mode(_is_inference(self.weight_v)), torch.no_grad():
             self.weight_v.materialize(shape)  # type: ignore[attr-defined]
             self.weight_g.materialize(kept_shape(shape, self.dim))  # type: ignore[attr-defined]
             if self.bias is not None:
@@ -85,7 +99,9 @@ class WeightNormMixin(nn.Module):
 
     def reset_parameters(self) -> None:
         """Initialises as the plain layer does: from the same seed, `.weight` starts equal."""
-        if is_lazy(self.weight_v) or not self.weight_v.numel():
+        if is_lazy(self.weight_v) or (
+            isinstance(self, LazyModuleMixin) and not self.weight_v.numel()
+        ):
             return
         nn.init.kaiming_uniform_(self.weight_v, a=math.sqrt(5))
         with torch.no_grad():
@@ -95,19 +111,30 @@ class WeightNormMixin(nn.Module):
             bound = 1 / math.sqrt(fan_in) if fan_in > 0 else 0
             nn.init.uniform_(self.bias, -bound, bound)
 
-    def _operands(self) -> Operands:
-        """What `forward` computes with. It goes past `nn.Module.__getattr__`, which costs 1 µs a
-        parameter."""
+    def _operands(self) -> Operands | None:
+        """What `forward` computes with, `None` where it has to take the weight as a tensor. It goes
+        past `nn.Module.__getattr__`, which costs 1 µs a parameter."""
+        if parametrize._cache_enabled:
+            return None
+        if self._is_read:
+            reading.warn_of_writes(self)
         own = self._parameters
         v, g = own.get("weight_v"), own.get("weight_g")
         if v is None or g is None or "bias" not in own:  # parametrized or pruned by somebody
             return self.weight_v, self.weight_g, self.bias, self.dim, self.eps
         return v, g, own["bias"], self.dim, self.eps
 
+    def _form(self, name: str = "weight") -> Tensor:
+        return WF.weight_norm(self.weight_v, self.weight_g, dim=self.dim, eps=self.eps)
+
     @property
     def weight(self) -> Tensor:
         """The weight `g · V / ‖V‖`, computed anew and differentiable."""
-        return WF.weight_norm(self.weight_v, self.weight_g, dim=self.dim, eps=self.eps)
+        return reading.read(self, "weight")
+
+    def apply(self, fn: Callable[[nn.Module], None]) -> Any:
+        """As `nn.Module.apply`; what `fn` writes into `.weight` has effect."""
+        return reading.apply(self, fn)
 
     def __setattr__(self, name: str, value: Any) -> None:
         # nn.Module would register a Parameter of this name before it looks at the property.
@@ -116,11 +143,12 @@ class WeightNormMixin(nn.Module):
         elif is_lazy(value) or not hasattr(self, "weight_v"):
             self._adopt(value)
         else:
-            forms.assign(value, self.weight_g, self.weight_v, self.dim)
+            checkpoints.assign(value, self.weight_g, self.weight_v, self.dim)
+            reading.forget(self)
 
     def _bring_into_form(self, state_dict: dict[str, Any], prefix: str) -> None:
         v, g, bias = self.weight_v, self.weight_g, {"bias": self.bias}
-        forms.bring_into("weight_norm", state_dict, prefix, "weight", g, v, self.dim, bias)
+        checkpoints.bring_into("weight_norm", state_dict, prefix, "weight", g, v, self.dim, bias)
 
     def _load_from_state_dict(
         self,
@@ -142,6 +170,66 @@ class WeightNormMixin(nn.Module):
             unexpected_keys,
             error_msgs,
         )
+
+    @property
+    def parametrizations(self) -> nn.ModuleDict:
+        """What was registered on other tensors, or what PyTorch's removal function looks for."""
+        own: Any = self.__dict__.get("_modules", {}).get("parametrizations")
+        return removal.Parametrizations(self) if own is None else own
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """As `nn.Module.register_parameter`; a weight takes the place of `g` and `v`."""
+        if name == "weight":
+            removal.finish(self, name, None)
+        else:
+            super().register_parameter(name, param)
+
+    def _normed(self) -> tuple[str, ...]:
+        return ("weight",)
+
+    def _tensors(self, name: str = "weight") -> tuple[Tensor, Tensor]:
+        """`(g, v)`."""
+        return self.weight_g, self.weight_v
+
+    def _own_class(self) -> type:
+        """The layer's class, past the one that `_expose` gives it."""
+        return type(self).__bases__[0] if "_is_exposed" in vars(type(self)) else type(self)
+
+    def _is_own(self) -> bool:
+        """Whether the class is one of this package, of which the plain one is known."""
+        return "plain" in vars(self._own_class())
+
+    def _plain_class(self) -> type[nn.Module]:
+        """The class of the layer without weight norm.
+
+        Raises:
+            TypeError: the layer's class derives from one of this package.
+        """
+        if not self._is_own():
+            raise TypeError(
+                f"{self._own_class().__name__} derives from a layer of wn_kernels: its class "
+                "without weight norm is not known"
+            )
+        return self.plain
+
+    def _expose(self, name: str) -> nn.Parameter:
+        """Gives the layer a class of its own, from which the property may be deleted."""
+        self._plain_class()
+        cls = type(self)
+        namespace = {"__module__": cls.__module__, "_is_exposed": True, "weight": cls.weight}
+        if "_is_exposed" not in vars(cls):
+            self.__class__ = type(cls.__name__, (cls,), namespace)
+        return removal.baked(self.weight_v, self.weight_g, self.dim, self.eps)
+
+    def _bake(self, name: str = "weight", weight: Tensor | None = None) -> None:
+        """Leaves a plain weight, and the class of torch.nn."""
+        plain = self._plain_class()
+        removal.check_held(self, "weight", self, checkpoints.keys("weight_norm", "weight"))
+        baked = removal.baked(self.weight_v, self.weight_g, self.dim, self.eps)
+        self.__class__ = plain  # type: ignore[assignment]
+        del self.__dict__["dim"], self.__dict__["eps"]
+        removal.place(self, name, baked)
+        removal.detach(self, name)
 
     def extra_repr(self) -> str:
         eps = f", eps={self.eps}" if self.eps else ""

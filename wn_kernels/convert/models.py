@@ -5,15 +5,14 @@
     print(wn_kernels.fuse(model))     # every weight-normed layer computes with this package
     wn_kernels.fold(model)            # plain weights, for inference
 
-What happens to one module is in `modules/fused.py`.
+What happens to one module is in `fused.py`.
 """
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -21,13 +20,14 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import _WeightNorm
 from torch.nn.utils.spectral_norm import SpectralNorm
-from torch.nn.utils.weight_norm import WeightNorm
 
-from . import plan, prepare
-from .call import Call, Geometry, canonical_dim
-from .modules import forms, fused
-from .modules.weight import WeightNormMixin
-from .text import aligned
+from .. import functional as WF
+from .. import plan, prepare
+from ..call import Call, Geometry, canonical_dim
+from ..modules import checkpoints, removal
+from ..modules.weight import WeightNormMixin
+from ..text import aligned
+from . import fused
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -78,34 +78,6 @@ class Report(tuple[Layer, ...]):
 # --- what there is -------------------------------------------------------------------------------
 
 
-class _Found(NamedTuple):
-    """A tensor of a module that PyTorch weight-normalised, and who computes it: torch's hook or
-    parametrization."""
-
-    tensor: str
-    form: str
-    computer: Any
-    obstacle: str  # why the module cannot have a class of its own
-
-
-def _found(module: nn.Module) -> list[_Found]:
-    hooks = [h for h in module._forward_pre_hooks.values() if isinstance(h, WeightNorm)]
-    lists = fused.parametrized(module)
-    normed = {name: items[0] for name, items in lists.items() if isinstance(items[0], _WeightNorm)}
-    obstacle = ""
-    if isinstance(module, nn.RNNBase):
-        obstacle = "a recurrent layer keeps its weights in a list"
-    elif len(hooks) + len(normed) > 1:
-        obstacle = "several weight-normed tensors"
-    elif any(len(lists[name]) > 1 for name in normed):
-        obstacle = "a second parametrization of the tensor"
-    elif len(lists) > len(normed):
-        obstacle = "another tensor is parametrized"
-    found = [_Found(hook.name, "weight_norm", hook, obstacle) for hook in hooks]
-    found += [_Found(name, "parametrizations", p, obstacle) for name, p in normed.items()]
-    return found
-
-
 def _others(module: Any) -> Iterator[tuple[str, Any, str]]:
     """Tensors that something else reparametrizes: name, original, and what it is."""
     for name, items in fused.parametrized(module).items():
@@ -117,10 +89,10 @@ def _others(module: Any) -> Iterator[tuple[str, Any, str]]:
             yield hook.name, getattr(module, hook.name + "_orig"), type(hook).__name__
 
 
-def _path(module: Any, base: type[nn.Module], tensor: str, v: torch.Tensor, dim: Any) -> str:
-    """The plan for a nominal input."""
+def _path(module: Any, v: torch.Tensor, dim: Any) -> str:
+    """What `plan` picks for a nominal input."""
     backend = plan.serving(v, dim)
-    if fused.known_layer(base, tensor) is None or backend == "reference":
+    if backend == "reference":
         return f"{backend}: weight"
     if v.ndim == 2:
         call = Call(torch.Size((NOMINAL, v.shape[1])), v.shape, v.dtype, v.dtype, dim)
@@ -164,7 +136,7 @@ def fuse(model: nn.Module, dry_run: bool = False) -> Report:
     prepare.check_module("model", model)
     lines = []
     for prefix, module in model.named_modules():
-        lines += [_fuse(prefix, module, found, dry_run) for found in _found(module)]
+        lines += _fuse(prefix, module, dry_run)
         if isinstance(module, WeightNormMixin):
             note = "of this package"
             lines.append(_line(prefix, module, "weight", module.weight_v, module.dim, "", note))
@@ -186,7 +158,7 @@ def _load_all_or_nothing(model: Any, state_dict: dict[str, Any], prefix: str, *_
             module._bring_into_form(state_dict, start)
         current |= {start + key: t for key, t in module._parameters.items()}
         current |= {start + key: t for key, t in module._buffers.items()}
-    forms.all_or_nothing(state_dict, current)
+    checkpoints.all_or_nothing(state_dict, current)
 
 
 def _load_hooks(model: nn.Module) -> list[int]:
@@ -210,34 +182,35 @@ def _line(
     return Layer(name or "(root)", kind.__name__, tuple(weight.shape), dim, path, note)
 
 
-def _fuse(prefix: str, module: nn.Module, found: _Found, dry_run: bool) -> Layer:
-    tensor, form, computer, obstacle = found
-    if form == "weight_norm":
-        v = getattr(module, tensor + "_v")
-        ours: Any = fused.Hook if obstacle else fused.LayerHook
-    else:
-        v = fused.parametrized(module)[tensor].original1
-        ours = fused.Parametrization
-    dim = canonical_dim(computer.dim, v.ndim)
-    if isinstance(computer, (fused.Hook, fused.Parametrization)):
-        return _line(prefix, module, tensor, v, dim, "", "fused already")
-    if isinstance(module, torch.jit.ScriptModule) or type(computer) not in (
-        WeightNorm,
-        _WeightNorm,
-    ):
-        return _line(prefix, module, tensor, v, dim, "", f"unknown: {type(computer).__name__}")
-    if obstacle:
-        path, note = f"{plan.serving(v, dim)}: weight", obstacle
-    else:
-        base = parametrize.type_before_parametrizations(module)
-        path = _path(module, base, tensor, v, dim)
-        note = "" if fused.known_layer(base, tensor) else "its own forward"
-    line = _line(prefix, module, tensor, v, dim, path, note)
-    if not dry_run:
-        computer.__class__ = ours
-        if not obstacle:
-            fused.fuse(module, tensor, dim, form)
-    return line
+def _fuse(prefix: str, module: nn.Module, dry_run: bool) -> list[Layer]:
+    """Fuses what PyTorch weight-normalised of one module; a line for each tensor."""
+    base = parametrize.type_before_parametrizations(module)
+    found = list(fused.computers(module))
+    fusable = [item for item in found if fused.is_known(module, item[2])]
+    layer = fused.known_layer(base, *(tensor for tensor, _, _ in found))
+    lines = []
+    for item in found:
+        tensor, form, computer = item
+        if form == "weight_norm":
+            v = getattr(module, tensor + "_v")
+        else:
+            v = fused.parametrized(module)[tensor].original1
+        dim = canonical_dim(computer.dim, v.ndim)
+        path, note = "", ""
+        if isinstance(computer, (fused.Hook, fused.Parametrization)):
+            note = "fused already"
+        elif item not in fusable:
+            note = f"unknown: {type(computer).__name__}"
+        elif fused.is_stacked(module, tensor):
+            path, note = f"{plan.serving(v, dim)}: weight", "a second parametrization of the tensor"
+        elif layer is None:
+            path, note = f"{plan.serving(v, dim)}: weight", "its own forward"
+        else:
+            path = _path(module, v, dim)
+        lines.append(_line(prefix, module, tensor, v, dim, path, note))
+    if fusable and not dry_run:
+        fused.fuse(module, fusable)
+    return lines
 
 
 def unfuse(model: nn.Module) -> list[str]:
@@ -253,17 +226,9 @@ def unfuse(model: nn.Module) -> list[str]:
     prepare.check_module("model", model)
     names: list[str] = []
     for name, module in model.named_modules():
-        before = len(names)
-        if fused.is_wrapped(module):
-            continue
-        if fused.is_fused(module):
+        if fused.is_fused(module) and not fused.is_wrapped(module):
             fused.unfuse(module)
             names.append(name)
-        for found in _found(module):
-            if isinstance(found.computer, (fused.Hook, fused.Parametrization)):
-                back: Any = WeightNorm if found.form == "weight_norm" else _WeightNorm
-                found.computer.__class__ = back
-                names[before:] = [name]
         _drop_load_hook(module)
     return names
 
@@ -272,8 +237,9 @@ def fold(model: nn.Module) -> list[str]:
     """Replaces every weight-normed weight by a plain one, in place, for inference: PyTorch's two
     forms, fused or not, and the layers of this package.
 
-    A tensor that something else parametrizes as well is left alone, and so is a layer whose class
-    another tool has derived from (`fully_shard`). A weight is trainable where its `g` or `v` was.
+    A tensor that something else parametrizes or prunes as well is left alone, and so is a layer
+    whose class another tool has derived from (`fully_shard`). A weight is trainable where its `g`
+    or `v` was. It may be called under `torch.no_grad()` and `torch.inference_mode()`.
 
     Returns:
         The names of the folded layers; none are left to a second call.
@@ -284,31 +250,39 @@ def fold(model: nn.Module) -> list[str]:
     prepare.check_module("model", model)
     names: list[str] = []
     for name, module in list(model.named_modules()):
-        before = len(names)
-        if fused.is_wrapped(module):
-            continue
-        if type(module) in fused.LAYERS.values():
-            fused.fold_own(module)
+        if _fold(module, lambda m, tensor: not fused.is_stacked(m, tensor)):
             names.append(name)
-        elif fused.is_fused(module):
-            fused.fold(module)
-            names.append(name)
-        for found in _found(module):
-            if len(fused.parametrized(module).get(found.tensor, [None])) == 1:
-                _fold_tensor(module, found)
-                names[before:] = [name]
         _drop_load_hook(module)
     return names
 
 
-def _fold_tensor(module: nn.Module, found: _Found) -> None:
-    if not found.obstacle and not isinstance(module, torch.jit.ScriptModule):
-        fused.fuse(module, found.tensor, found.computer.dim, found.form)
-        fused.fold(module)
-    elif found.form == "weight_norm":
-        torch.nn.utils.remove_weight_norm(module, found.tensor)
-    else:
-        parametrize.remove_parametrizations(module, found.tensor)
+def _fold(module: Any, wanted: Callable[[nn.Module, str], bool]) -> bool:
+    """Bakes the wanted tensors of one module; whether there were any."""
+    if fused.is_wrapped(module):
+        return False
+    if type(module) in fused.LAYERS.values():
+        tensors = [
+            t for t in module._normed() if not fused.is_replaced(module, t) and wanted(module, t)
+        ]
+        for tensor in tensors:
+            module._bake(tensor)
+        return bool(tensors)
+    found = [
+        item
+        for item in fused.computers(module)
+        if wanted(module, item[0]) and not fused.is_replaced(module, item[0])
+    ]
+    known = [item for item in found if fused.is_known(module, item[2])]
+    if known:
+        fused.fuse(module, known)
+    for tensor, form, _ in found:
+        if tensor in fused.norms(module):
+            module._bake(tensor)
+        elif form == "weight_norm":
+            torch.nn.utils.remove_weight_norm(module, tensor)
+        else:
+            parametrize.remove_parametrizations(module, tensor)
+    return bool(found)
 
 
 # --- one module ----------------------------------------------------------------------------------
@@ -344,10 +318,15 @@ def weight_norm(module: Module, name: str = "weight", dim: int | None = 0) -> Mo
     if not prepare.are_dense(weight, weight, weight, None):
         prepare.reject(**{name: weight})
     dim = canonical_dim(dim, weight.ndim)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)
-        torch.nn.utils.weight_norm(module, name, -1 if dim is None else dim)
-    _fuse("", module, next(found for found in _found(module) if found.tensor == name), False)
+    v = removal.plain_weight(weight, weight.requires_grad)
+    with torch.inference_mode(False):
+        g = nn.Parameter(WF.slice_norm(v.detach(), dim=dim), requires_grad=v.requires_grad)
+    hook = fused.Hook(name, -1 if dim is None else dim)
+    del module._parameters[name]
+    for key, parameter in zip(checkpoints.keys("weight_norm", name), (g, v), strict=True):
+        module.register_parameter(key, parameter)
+    module.register_forward_pre_hook(hook)
+    fused.fuse(module, [(name, "weight_norm", hook)])
     return module
 
 
@@ -365,21 +344,18 @@ def remove_weight_norm(module: Module, name: str = "weight") -> Module:
     prepare.check_module("module", module)
     if not _is_weight_normed(module, name):
         raise ValueError(f"{name} of {type(module).__name__} is not weight-normed")
-    if type(module) in fused.LAYERS.values():
-        fused.fold_own(module)
-    elif fused.is_fused(module):
-        fused.fold(module)
+    owner: Any = module
+    if isinstance(module, WeightNormMixin) or name in fused.norms(module):
+        owner._bake(name)
     else:
-        _fold_tensor(module, next(f for f in _found(module) if f.tensor == name))
+        _fold(module, lambda _, tensor: tensor == name)
     return module
 
 
 def _is_weight_normed(module: nn.Module, name: str) -> bool:
     if isinstance(module, WeightNormMixin):
         return name == "weight"
-    if fused.is_fused(module):
-        return fused.options(module)[0] == name
-    return any(found.tensor == name for found in _found(module))
+    return any(tensor == name for tensor, _, _ in fused.computers(module))
 
 
 # --- checkpoints ---------------------------------------------------------------------------------
@@ -398,20 +374,23 @@ def state_dict(model: nn.Module, form: str) -> dict[str, Any]:
         ValueError: the form is unknown.
     """
     prepare.check_module("model", model)
-    if form != "plain" and form not in forms.FORMS:
-        raise ValueError(f"form is {form!r}; expected one of {[*forms.FORMS, 'plain']}")
+    if form != "plain" and form not in checkpoints.FORMS:
+        raise ValueError(f"form is {form!r}; expected one of {[*checkpoints.FORMS, 'plain']}")
     saved = model.state_dict()
     renamed: dict[str, str] = {}
     baked = {}
-    for prefix, module in model.named_modules():
+    weights: dict[int, list[tuple[str, str, torch.Tensor]]] = {}
+    for prefix, module in model.named_modules(remove_duplicate=False):
         prefix = prefix and prefix + "."
-        for tensor, own, weight in _stored(module):
-            old = forms.keys(own, tensor, prefix)
+        if id(module) not in weights:
+            weights[id(module)] = list(_stored(module))
+        for tensor, own, weight in weights[id(module)]:
+            old = checkpoints.keys(own, tensor, prefix)
             if form == "plain":
                 renamed |= dict.fromkeys(old, prefix + tensor)
                 baked[prefix + tensor] = weight.detach()
             else:
-                renamed |= dict(zip(old, forms.keys(form, tensor, prefix), strict=True))
+                renamed |= dict(zip(old, checkpoints.keys(form, tensor, prefix), strict=True))
     items = [(renamed.get(key, key), value) for key, value in saved.items()]
     saved.clear()
     saved.update((key, baked.get(key, value)) for key, value in items)
@@ -419,13 +398,13 @@ def state_dict(model: nn.Module, form: str) -> dict[str, Any]:
 
 
 def _stored(module: Any) -> Iterator[tuple[str, str, torch.Tensor]]:
-    """Tensor, form and weight of what a module holds weight-normed."""
-    if isinstance(module, WeightNormMixin):
+    """Tensor, form and weight of what a module holds weight-normed, and nobody else has changed."""
+    if isinstance(module, WeightNormMixin) and not fused.is_replaced(module, "weight"):
         yield "weight", "weight_norm", module.weight
-    for found in _found(module):
-        if len(fused.parametrized(module).get(found.tensor, [None])) > 1:
-            continue  # it is not the weight norm alone that makes the tensor
-        if found.form == "weight_norm":
-            yield found.tensor, found.form, found.computer.compute_weight(module)
+    for tensor, form, computer in fused.computers(module):
+        if fused.is_stacked(module, tensor) or fused.is_replaced(module, tensor):
+            continue
+        if form == "weight_norm":
+            yield tensor, form, computer.compute_weight(module)
         else:
-            yield found.tensor, found.form, getattr(module, found.tensor)
+            yield tensor, form, getattr(module, tensor)

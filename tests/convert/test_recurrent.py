@@ -1,0 +1,138 @@
+"""Recurrent layers and cells: they copy, pickle, load and move as any other."""
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+import wn_kernels
+from tests.comparison import assert_matches, assert_same_bits
+from tests.convert.layers import FORMS, NORMALISE
+
+NORMALISED_BY = {**NORMALISE, "wn_kernels.weight_norm": wn_kernels.weight_norm}
+RECURRENT = {
+    "rnn": (lambda: nn.RNN(6, 4), ["weight_hh_l0"]),
+    "lstm": (lambda: nn.LSTM(6, 4, 2), ["weight_ih_l0", "weight_hh_l0", "weight_hh_l1"]),
+    "projected": (lambda: nn.LSTM(6, 4, proj_size=3), ["weight_hr_l0", "weight_hh_l0"]),
+    "gru": (lambda: nn.GRU(6, 4, bidirectional=True, bias=False), ["weight_hh_l0_reverse"]),
+    "rnn cell": (lambda: nn.RNNCell(6, 4), ["weight_hh"]),
+    "lstm cell": (lambda: nn.LSTMCell(6, 4), ["weight_ih", "weight_hh"]),
+    "gru cell": (lambda: nn.GRUCell(6, 4, bias=False), ["weight_ih"]),
+}
+
+
+def pair(kind, form):
+    """A layer that computes with this package, after a forward, and PyTorch's in float64."""
+    torch.manual_seed(2)
+    make, names = RECURRENT[kind]
+    layer, twin = make(), make()
+    twin.load_state_dict(layer.state_dict())
+    for name in names:
+        NORMALISED_BY[form](layer, name)
+        NORMALISE["weight_norm" if form not in FORMS else form](twin, name)
+    for p, q in zip(layer.parameters(), twin.parameters(), strict=True):
+        p.data.mul_(torch.rand_like(p) + 0.5)
+        q.data.copy_(p)
+    wn_kernels.fuse(layer)
+    output(layer, torch.randn(5, 6))
+    return layer, twin.double(), torch.randn(5, 6)
+
+
+def output(layer, x):
+    """The hidden states of two calls, the second from where the first ended."""
+    first = layer(x)
+    if isinstance(layer, nn.RNNBase):
+        return torch.cat([first[0], layer(x, first[1])[0]])
+    second = layer(x, first)
+    return second[0] if isinstance(second, tuple) else second
+
+
+@pytest.mark.parametrize("form", NORMALISED_BY)
+@pytest.mark.parametrize("kind", RECURRENT)
+def test_computes_as_pytorchs(kind, form):
+    layer, twin, x = pair(kind, form)
+    assert list(layer.state_dict()) == list(twin.state_dict())
+    y, right = output(layer, x), output(twin, x.double())
+    assert_matches(y, right.detach(), torch.float32, 64, roundings=8)
+    y.pow(3).sum().backward()
+    right.pow(3).sum().backward()
+    terms = right.norm().item() ** 3 * 8
+    for (name, p), q in zip(layer.named_parameters(), twin.parameters(), strict=True):
+        assert_matches(p.grad, q.grad, torch.float32, 64, terms=terms, roundings=8, what=name)
+
+
+@pytest.mark.parametrize("form", NORMALISED_BY)
+@pytest.mark.parametrize("kind", RECURRENT)
+def test_copies_pickles_loads_and_moves(kind, form):
+    layer, twin, x = pair(kind, form)
+    y, right = output(layer, x).detach(), output(twin, x.double()).detach()
+    saved = io.BytesIO()
+    torch.save(layer, saved)
+    saved.seek(0)
+    copies = [
+        copy.deepcopy(layer),
+        pickle.loads(pickle.dumps(layer)),
+        torch.load(saved, weights_only=False),
+    ]
+    for other in copies:
+        assert list(other.state_dict()) == list(layer.state_dict())
+        assert_same_bits(output(other, x).detach(), y)
+        assert_matches(output(copy.deepcopy(other).double(), x.double()), right, torch.float32, 64)
+        with torch.no_grad():
+            for p in other.parameters():
+                p.mul_(0.5)
+        other.load_state_dict(twin.state_dict())
+        assert_same_bits(output(other, x).detach(), y)
+        for saved_form in (*FORMS, "plain"):
+            state = wn_kernels.state_dict(layer, saved_form)
+            other.load_state_dict(state)
+            assert_matches(output(other, x), right, torch.float32, 64, roundings=8)
+        wn_kernels.unfuse(other)
+        assert_matches(output(other, x), right, torch.float32, 64, roundings=8)
+        wn_kernels.fuse(other)
+    assert_same_bits(output(layer, x).detach(), y)
+
+
+@pytest.mark.parametrize("fuse_first", [False, True])
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("kind", RECURRENT)
+def test_folds(kind, form, fuse_first):
+    layer, twin, x = pair(kind, form)
+    right = output(twin, x.double()).detach()
+    if not fuse_first:
+        wn_kernels.unfuse(layer)
+        output(layer, x)
+    assert wn_kernels.fold(layer) == [""]
+    plain = RECURRENT[kind][0]()
+    assert type(layer) is type(plain)
+    assert list(layer.state_dict()) == list(plain.state_dict())
+    assert not layer._load_state_dict_pre_hooks
+    for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer)), layer):
+        assert_matches(output(other, x), right, torch.float32, 64, roundings=8)
+        moved = copy.deepcopy(other).double()
+        assert_matches(output(moved, x.double()), right, torch.float32, 64, roundings=8)
+        other.load_state_dict(plain.state_dict())
+        assert_same_bits(output(other, x).detach(), output(plain, x).detach())
+
+
+def test_both_forms_in_one_cell():
+    torch.manual_seed(4)
+    plain = nn.GRUCell(6, 4)
+    x = torch.randn(3, 6)
+    right = output(copy.deepcopy(plain).double(), x.double()).detach()
+    NORMALISE["weight_norm"](plain, "weight_ih")
+    NORMALISE["parametrizations"](plain, "weight_hh")
+    wn_kernels.fuse(plain)
+    for convert in (copy.deepcopy, wn_kernels.unfuse, wn_kernels.fuse, wn_kernels.fold):
+        other = pickle.loads(pickle.dumps(plain))
+        convert(other)
+        assert_matches(output(other, x), right, torch.float32, 64, roundings=8)
+    for first, second in (("weight_ih", "weight_hh"), ("weight_hh", "weight_ih")):
+        other = copy.deepcopy(plain)
+        nn.utils.remove_weight_norm(other, first)
+        nn.utils.remove_weight_norm(other, second)
+        assert type(other) is nn.GRUCell
+        assert_matches(output(other, x), right, torch.float32, 64, roundings=8)

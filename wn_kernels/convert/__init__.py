@@ -1,0 +1,14 @@
+"""Conversion of models: see docs/convert.md."""
+
+from .models import Layer, Report, fold, fuse, remove_weight_norm, state_dict, unfuse, weight_norm
+
+__all__ = [
+    "Layer",
+    "Report",
+    "fold",
+    "fuse",
+    "remove_weight_norm",
+    "state_dict",
+    "unfuse",
+    "weight_norm",
+]

@@ -1,0 +1,497 @@
+"""Layers that PyTorch weight-normalised, made to compute with this package where they are.
+
+Parameters, hooks and state dict stay as they were (`modules/checkpoints.py` has the two forms).
+What changes is who computes the weight:
+
+- PyTorch's forward pre-hook or parametrization gets a class of ours, whose weight comes from
+  `functional.weight_norm`;
+- the module gets a class of its own, a subclass of the one it had (`layer_class`). There each
+  weight-normed tensor is a property, and where the module's `forward` was that of torch.nn, it is
+  that of our layer. Every module has its own class, because `remove_parametrizations` deletes the
+  property from the class and then gives the module the first base of that class. A copied or
+  unpickled module gets a new class.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
+from torch.nn.utils import parametrizations, parametrize
+from torch.nn.utils.parametrizations import _WeightNorm
+from torch.nn.utils.weight_norm import WeightNorm
+
+from .. import functional as WF
+from ..call import canonical_dim
+from ..modules import checkpoints, conv, linear, reading, removal
+from ..modules.weight import Operands, WeightNormMixin
+
+# Our layer, by torch.nn's.
+LAYERS: dict[type[nn.Module], type[WeightNormMixin]] = {
+    layer.plain: layer
+    for layer in (
+        linear.WNLinear,
+        conv.WNConv1d,
+        conv.WNConv2d,
+        conv.WNConv3d,
+        conv.WNConvTranspose1d,
+        conv.WNConvTranspose2d,
+        conv.WNConvTranspose3d,
+    )
+}
+
+# The methods of torch.nn's layers that our `forward` takes the place of.
+_FORWARD = ("forward", "_conv_forward")
+
+
+class Hook(removal.Handle):
+    """PyTorch's forward pre-hook on a module whose class computes the weight."""
+
+    def compute_weight(self, module: nn.Module) -> Tensor:
+        return getattr(module, self.name)
+
+
+class Parametrization(_WeightNorm):
+    """PyTorch's parametrization with our weight."""
+
+    def forward(self, weight_g: Tensor, weight_v: Tensor) -> Tensor:
+        return WF.weight_norm(weight_v, weight_g, dim=self.dim)
+
+
+class Norm(NamedTuple):
+    """How one tensor of a fused module is normalised.
+
+    Attributes:
+        dim: the dimension whose slices are normalised, `None` for the whole tensor.
+        form: the form of the state dict.
+        key_g, key_v: the names of `g` and `v` in the module that holds them.
+    """
+
+    dim: int | None
+    form: str
+    key_g: str
+    key_v: str
+
+    @classmethod
+    def of(cls, name: str, dim: int | None, form: str) -> Norm:
+        """For the tensor `name`."""
+        return cls(dim, form, *(key.rpartition(".")[2] for key in checkpoints.keys(form, name)))
+
+
+# --- the class of a fused module -----------------------------------------------------------------
+
+
+class _Fused:
+    """The methods of the class of a fused module. They are copied into that class, whose only base
+    has to be the class that the module had."""
+
+    plain: Any  # the class that the module had
+    _norms: dict[str, Norm]
+
+    def _normed(self: Any) -> tuple[str, ...]:
+        return tuple(self._norms)
+
+    def _holder(self: Any, name: str) -> Any:
+        """The module that holds `g` and `v`."""
+        if self._norms[name].form == "weight_norm":
+            return self
+        return self._modules["parametrizations"]._modules[name]
+
+    def _tensors(self: Any, name: str) -> tuple[Tensor, Tensor]:
+        """`(g, v)`."""
+        return _parts(self._holder(name), self._norms[name])
+
+    def _operands(self: Any) -> Operands | None:
+        """What our `forward` computes with, `None` where it has to take the weight as a tensor."""
+        if parametrize._cache_enabled:
+            return None
+        norm = self._norms["weight"]
+        holder = self
+        if norm.form != "weight_norm":
+            holder = self._modules["parametrizations"]._modules["weight"]
+            if is_claimed(holder):
+                return None
+        if self._is_read:
+            reading.warn_of_writes(self)
+        g, v = _parts(holder, norm)
+        own = self._parameters
+        bias = own["bias"] if "bias" in own else self.bias  # noqa: SIM401 (lazily)
+        return v, g, bias, norm.dim, 0.0
+
+    def _form(self: Any, name: str) -> Tensor:
+        norm, holder = self._norms[name], self._holder(name)
+        if holder is not self and is_claimed(holder):
+            return holder()
+        g, v = _parts(holder, norm)
+        return WF.weight_norm(v, g, dim=norm.dim)
+
+    def apply(self: Any, fn: Callable[[nn.Module], None]) -> Any:
+        """As `nn.Module.apply`; what `fn` writes into the weight has effect."""
+        return reading.apply(self, fn)
+
+    def __setattr__(self: Any, key: str, value: Any) -> None:
+        if key not in self._norms:
+            self.plain.__setattr__(self, key, value)
+            return
+        if is_stacked(self, key):
+            self._holder(key).right_inverse(value)
+        else:
+            g, v = self._tensors(key)
+            checkpoints.assign(value, g, v, self._norms[key].dim)
+        reading.forget(self)
+
+    def __reduce_ex__(self: Any, protocol: Any) -> tuple:
+        state, *rest = self.plain.__reduce_ex__(self, protocol)[2:]
+        if isinstance(self, nn.RNNBase):
+            state = state | {"_flat_weights": [None] * len(self._flat_weights_names)}
+        others = [tensor for tensor in parametrized(self) if tensor not in self._norms]
+        return _rebuild, (self.plain, self._norms, others), state, *rest
+
+    def _bring_into_form(self: Any, state_dict: dict[str, Any], prefix: str) -> None:
+        stored = {key for norm in self._norms.values() for key in (norm.key_g, norm.key_v)}
+        others = {key: t for key, t in self._parameters.items() if key not in stored}
+        for name, norm in self._norms.items():
+            g, v = self._tensors(name)
+            checkpoints.bring_into(norm.form, state_dict, prefix, name, g, v, norm.dim, others)
+
+    def _load_from_state_dict(
+        self: Any, state_dict: dict[str, Any], prefix: str, *rest: Any
+    ) -> None:
+        self._bring_into_form(state_dict, prefix)
+        self.plain._load_from_state_dict(self, state_dict, prefix, *rest)
+
+    def extra_repr(self: Any) -> str:
+        own = self.plain.extra_repr(self)
+        if list(self._norms) == ["weight"]:
+            norms = f"dim={self._norms['weight'].dim}"
+        else:
+            norms = ", ".join(f"{name}: dim={norm.dim}" for name, norm in self._norms.items())
+        return f"{own}{', ' if own else ''}weight_norm({norms})"
+
+    # Removal, see modules/removal.py.
+
+    def register_parameter(self: Any, name: str, param: Any) -> None:
+        if name in self._norms:
+            removal.finish(self, name, param)
+        else:
+            self.plain.register_parameter(self, name, param)
+
+    def register_buffer(self: Any, name: str, tensor: Any, persistent: bool = True) -> None:
+        if name in self._norms:  # PyTorch registers the weight so where it needs no gradient
+            removal.finish(self, name, tensor)
+        else:
+            self.plain.register_buffer(self, name, tensor, persistent)
+
+    def _expose(self: Any, name: str) -> nn.Parameter:
+        if is_wrapped(self):
+            raise TypeError(f"{type(self).__name__} is derived from the class of a fused layer")
+        g, v = self._tensors(name)
+        return removal.baked(v, g, self._norms[name].dim, 0.0)
+
+    def _bake(self: Any, name: str, weight: Tensor | None = None) -> None:
+        """Leaves a plain weight. `weight` is given where `g` and `v` have gone already."""
+        if self._norms[name].form == "weight_norm":
+            weight = _baked_parameter(self, name)
+            for key in checkpoints.keys("weight_norm", name):
+                del self._parameters[key]
+        else:
+            if weight is None:
+                weight = _baked_parameter(self, name)
+                del self.parametrizations[name]
+            weight = removal.plain_weight(weight, self.parametrizations.trainable)
+            if not self.parametrizations:
+                del self._modules["parametrizations"]
+        rest = {key: norm for key, norm in self._norms.items() if key != name}
+        _set_class(self, self.plain, rest)
+        removal.place(self, name, weight)
+        removal.detach(self, name)
+        if isinstance(self, nn.RNNBase):
+            self._init_flat_weights()
+
+
+class _FusedRecurrent:
+    """What the class of a fused recurrent layer has besides: its `forward` takes the weights from a
+    list, which holds them only between a forward and the next."""
+
+    def _update_flat_weights(self: Any) -> None:
+        self._init_flat_weights()
+
+    def _init_flat_weights(self: Any) -> None:
+        weights = [
+            reading.form(self, name) if name in self._norms else getattr(self, name, None)
+            for name in self._flat_weights_names
+        ]
+        self._flat_weights = weights
+        self._flat_weight_refs = [w if w is None else weakref.ref(w) for w in weights]
+        self.flatten_parameters()
+
+
+def _parts(holder: Any, norm: Norm) -> tuple[Tensor, Tensor]:
+    """`(g, v)`, past `nn.Module.__getattr__`, which costs 1 µs a parameter."""
+    own = holder._parameters
+    g, v = own.get(norm.key_g), own.get(norm.key_v)
+    if g is None or v is None:  # pruned, for one
+        return getattr(holder, norm.key_g), getattr(holder, norm.key_v)
+    return g, v
+
+
+def _own_parametrizations(module: Any) -> nn.ModuleDict:
+    own = module.__dict__.get("_modules", {}).get("parametrizations")
+    return removal.Parametrizations(module) if own is None else own
+
+
+def layer_class(base: Any, norms: dict[str, Norm], others: Iterable[str] = ()) -> Any:
+    """The class of one fused module.
+
+    Args:
+        base: the class that it had.
+        norms: its weight-normed tensors; each becomes a property.
+        others: its tensors that only others parametrize.
+    """
+    methods = vars(_Fused) | (vars(_FusedRecurrent) if issubclass(base, nn.RNNBase) else {})
+    namespace = {key: value for key, value in methods.items() if callable(value)}
+    namespace |= {
+        "__doc__": base.__doc__,
+        "__module__": base.__module__,
+        "__qualname__": base.__qualname__,
+        "_is_read": False,
+        "_norms": norms,
+        "_watches": reading.WATCHES,
+        "plain": base,
+    }
+    if not any(norm.form == "parametrizations" for norm in norms.values()):
+        namespace["parametrizations"] = property(_own_parametrizations)
+    layer = known_layer(base, *norms)
+    if layer is not None:
+        namespace["forward"] = layer.forward
+    namespace |= {name: _reader(name) for name in norms}
+    namespace |= {name: _property(name) for name in others}
+    return type(base.__name__, (base,), namespace)
+
+
+def _reader(name: str) -> property:
+    def read(self: Any) -> Tensor:
+        return reading.read(self, name)
+
+    return property(read)
+
+
+def known_layer(base: type[nn.Module], *names: str) -> type[WeightNormMixin] | None:
+    """Our layer whose `forward` does what that of `base` does, if there is one."""
+    for plain, layer in LAYERS.items() if names == ("weight",) else ():
+        if issubclass(base, plain) and all(
+            getattr(base, method, None) is getattr(plain, method, None) for method in _FORWARD
+        ):
+            return layer
+    return None
+
+
+def _rebuild(base: type[nn.Module], norms: dict[str, Norm], others: list[str]) -> nn.Module:
+    """A fused module without its contents, for `copy` and `pickle`."""
+    module = base.__new__(base)
+    module.__class__ = layer_class(base, norms, others)
+    return module
+
+
+def _property(name: str) -> property:
+    """The property that PyTorch gives a class for a parametrized tensor."""
+    module = nn.Module()
+    module.register_buffer(name, torch.zeros(()))
+    parametrize.register_parametrization(module, name, nn.Identity())
+    return vars(type(module))[name]
+
+
+def _set_class(module: nn.Module, base: Any, norms: dict[str, Norm]) -> None:
+    """The class for these weight-normed tensors, and for what else is parametrized."""
+    others = [tensor for tensor in parametrized(module) if tensor not in norms]
+    if norms:
+        module.__class__ = layer_class(base, norms, others)
+    else:
+        module.__class__ = base
+        _give_torch_class(module)
+
+
+def _give_torch_class(module: nn.Module, normed: Iterable[str] = ()) -> None:
+    """The class that PyTorch gives a parametrized module, with its hook for the older form's keys.
+
+    Its functions make both, from parametrizations that are put in the place of the module's own.
+    """
+    modules = dict(module._modules)
+    lists: Any = module._modules.pop("parametrizations", None)
+    if lists is None:
+        return
+    lists.__class__ = nn.ModuleDict
+    with torch.inference_mode(False):
+        for name in lists:
+            module._parameters[name] = nn.Parameter(torch.zeros(1, 1))
+            if name in normed:
+                parametrizations.weight_norm(module, name)
+            else:
+                parametrize.register_parametrization(module, name, nn.Identity())
+    module._modules.clear()
+    module._modules.update(modules)
+
+
+# --- what a module is ----------------------------------------------------------------------------
+
+
+def parametrized(module: Any) -> dict[str, Any]:
+    """PyTorch's lists of parametrizations by tensor, none where the module has none."""
+    return dict(module.parametrizations.items()) if parametrize.is_parametrized(module) else {}
+
+
+def is_fused(module: nn.Module) -> bool:
+    """Whether a module has the class of a fused one."""
+    return hasattr(type(module), "_norms")
+
+
+def is_wrapped(module: nn.Module) -> bool:
+    """Whether somebody has derived another class from a fused module's, as `fully_shard` does."""
+    return is_fused(module) and "_norms" not in vars(type(module))
+
+
+def norms(module: Any) -> dict[str, Norm]:
+    """The weight-normed tensors of a fused module, none of another."""
+    return getattr(type(module), "_norms", {})
+
+
+def tensors(module: Any, name: str = "weight") -> tuple[Tensor, Tensor]:
+    """`(g, v)` of a fused module."""
+    return module._tensors(name)
+
+
+def is_claimed(parametrization: Any) -> bool:
+    """Whether PyTorch's list of parametrizations has to be called for the weight: another
+    parametrization follows, or somebody has registered a hook there, which may be what fetches `g`
+    and `v`."""
+    parts = parametrization._modules
+    first = parts["0"]
+    of_list, of_first = parametrization.__dict__, first.__dict__
+    return bool(
+        len(parts) > 1
+        or type(first) is not Parametrization
+        or of_list["_forward_pre_hooks"]
+        or of_list["_forward_hooks"]
+        or of_list["_backward_pre_hooks"]
+        or of_list["_backward_hooks"]
+        or of_first["_forward_pre_hooks"]
+        or of_first["_forward_hooks"]
+        or of_first["_backward_pre_hooks"]
+        or of_first["_backward_hooks"]
+        or _global_forward_pre_hooks
+        or _global_forward_hooks
+        or "forward" in of_list
+        or "forward" in of_first
+    )
+
+
+def is_stacked(module: nn.Module, name: str) -> bool:
+    """Whether another parametrization follows the weight norm of a tensor."""
+    return len(parametrized(module).get(name, [None])) > 1
+
+
+def is_replaced(module: nn.Module, name: str) -> bool:
+    """Whether something computes `g` or `v` of a tensor in turn, as pruning does."""
+    holder, keys = module, checkpoints.keys("weight_norm", name)
+    if name in parametrized(module):
+        holder, keys = parametrized(module)[name], ("original0", "original1")
+    return any(key not in holder._parameters for key in keys)
+
+
+# --- conversion of one module --------------------------------------------------------------------
+
+
+def computers(module: nn.Module) -> Iterator[tuple[str, str, Any]]:
+    """`(tensor, form, computer)` of every tensor that PyTorch weight-normalised: its hook, or its
+    parametrization if that comes first."""
+    for hook in list(module._forward_pre_hooks.values()):
+        if isinstance(hook, WeightNorm) and type(hook) is not removal.Handle:
+            yield hook.name, "weight_norm", hook
+    for name, items in parametrized(module).items():
+        if isinstance(items[0], _WeightNorm):
+            yield name, "parametrizations", items[0]
+
+
+def is_known(module: nn.Module, computer: Any) -> bool:
+    """Whether the weight is PyTorch's formula, in a module whose class may change."""
+    known = type(computer) in (WeightNorm, _WeightNorm)
+    return known and not isinstance(module, torch.jit.ScriptModule)
+
+
+def fuse(module: Any, found: Iterable[tuple[str, str, Any]]) -> None:
+    """Fuses these of the module's tensors, in the form they have."""
+    base = parametrize.type_before_parametrizations(module)
+    new = dict(norms(module))
+    if new:
+        base = module.plain
+    nested = []
+    for name, form, computer in found:
+        if form == "weight_norm":
+            computer.__class__ = Hook
+            module.__dict__.pop(name, None)
+            v = getattr(module, checkpoints.keys(form, name)[1])
+        else:
+            computer.__class__ = Parametrization
+            nested.append(name)
+            v = parametrized(module)[name].original1
+        new[name] = Norm.of(name, canonical_dim(computer.dim, v.ndim), form)
+    if nested:
+        module.parametrizations.__class__ = removal.Lists
+        _drop_load_hook(module)
+        removal.attach(module, nested)
+    _set_class(module, base, new)
+
+
+def _drop_load_hook(module: nn.Module) -> None:
+    """Drops PyTorch's hook for the older form's keys: our class does its work, and it cannot be
+    pickled."""
+    hooks = module._load_state_dict_pre_hooks
+    for key, hook in list(hooks.items()):
+        function = getattr(hook, "hook", hook)
+        if getattr(function, "__module__", None) == parametrizations.__name__:
+            del hooks[key]
+
+
+def unfuse(module: Any) -> None:
+    """Gives a fused module back to PyTorch, with the parameters it has."""
+    before = norms(module)
+    for key in reading.STATE:
+        module.__dict__.pop(key, None)
+    module.__class__ = module.plain
+    nested = [name for name, norm in before.items() if norm.form == "parametrizations"]
+    for name in nested:
+        removal.detach(module, name)
+        parametrized(module)[name][0].__class__ = _WeightNorm
+    _give_torch_class(module, nested)
+    for name, norm in before.items():
+        if norm.form == "weight_norm":
+            hooks = module._forward_pre_hooks.values()
+            hook: Any = next((h for h in hooks if type(h) is Hook and h.name == name), None)
+            if hook is None:
+                hook = WeightNorm(name, -1 if norm.dim is None else norm.dim)
+                module.register_forward_pre_hook(hook)
+            hook.__class__ = WeightNorm
+            with torch.inference_mode(False):
+                setattr(module, name, hook.compute_weight(module))
+    if isinstance(module, nn.RNNBase):
+        module._init_flat_weights()
+
+
+def _baked_parameter(module: Any, name: str) -> nn.Parameter:
+    """The weight of one tensor as a parameter, with what is stacked on it.
+
+    Raises:
+        RuntimeError: something computes `g` or `v` in turn.
+    """
+    norm = module._norms[name]
+    removal.check_held(module, name, module._holder(name), (norm.key_g, norm.key_v))
+    g, v = module._tensors(name)
+    if not is_stacked(module, name):
+        return removal.baked(v, g, norm.dim, 0.0)
+    with torch.inference_mode(False), torch.no_grad():
+        weight = module._holder(name)()
+    return removal.plain_weight(weight, v.requires_grad or g.requires_grad)

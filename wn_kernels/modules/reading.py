@@ -1,0 +1,155 @@
+"""Reads of `.weight`: computed anew, once inside `torch.nn.utils.parametrize.cached()`, and watched
+while `Module.apply` runs a function that may initialise it.
+
+A write into what was read changes nothing of the layer. A layer keeps, of every weight that it has
+handed out, a tensor of no elements that shares the weight's version counter. The next read or
+forward warns where that counter has moved. A write through `.data` moves no counter. This is for
+initialisation: after the first few reads (`WATCHES`) a read costs what it costs without it.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.compiler import is_compiling
+from torch.nn.utils import parametrize
+
+# The weights that the function of a running `apply` has read, each with a copy of what it was.
+_watched: dict[tuple[int, str], tuple[Tensor, Tensor]] | None = None
+
+
+# The reads of a layer whose weights are looked after, and the attributes of a layer for that.
+WATCHES = 8
+STATE = ("_reads", "_is_read", "_watches")
+
+_EMPTY: dict[torch.device, Tensor] = {}
+
+
+class Reads(dict[str, tuple[Tensor, int]]):
+    """The version counters of the weights that a layer has handed out since its last forward, by
+    tensor: a tensor that shares the counter, and what it stood at. A copied layer has none."""
+
+    is_warned = False
+
+    def __reduce__(self) -> tuple:
+        return Reads, ()
+
+
+def read(module: Any, name: str) -> Tensor:
+    """`module.weight`; the module's `_form(name)` computes it."""
+    if parametrize._cache_enabled or _watched is not None:
+        return form(module, name)
+    weight = module._form(name)
+    if not is_compiling() and module._watches:
+        _keep_counter(module, name, weight)
+    return weight
+
+
+def form(module: Any, name: str) -> Tensor:
+    """`module.weight` for the layer's own use."""
+    if parametrize._cache_enabled or _watched is not None:
+        return _read_specially(module, name)
+    return module._form(name)
+
+
+def _keep_counter(module: Any, name: str, weight: Tensor) -> None:
+    if module._is_read:
+        warn_of_writes(module)
+    if (
+        type(weight) is not Tensor
+        or weight.is_inference()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._get_tracing_state() is not None
+    ):
+        return
+    empty = _EMPTY.get(weight.device)
+    if empty is None:
+        with torch.inference_mode(False):
+            empty = _EMPTY[weight.device] = torch.empty(0, device=weight.device)
+    counter = weight.detach()  # it shares the counter,
+    counter.data = empty  # and keeps it when it gives up the weight's memory
+    state = module.__dict__
+    state.setdefault("_reads", Reads())[name] = counter, counter._version
+    state["_is_read"] = True
+    state["_watches"] = module._watches - 1
+
+
+def warn_of_writes(module: Any) -> None:
+    """Warns, once for a layer, where a weight that it has handed out was written to in place."""
+    if is_compiling():
+        return
+    reads = module.__dict__["_reads"]
+    written = [name for name, (counter, version) in reads.items() if counter._version != version]
+    forget(module)
+    if written and not reads.is_warned:
+        reads.is_warned = True
+        name = written[0]
+        warnings.warn(
+            f"{name} of {type(module).__name__} was written to in place, which does not change the "
+            f"layer: {name} is computed from g and v. Assign to it (layer.{name} = values), or "
+            "initialise it in model.apply(function).",
+            stacklevel=4,
+        )
+
+
+def forget(module: Any) -> None:
+    """Drops the counters, after an assignment or a look at them."""
+    if module._is_read:
+        module.__dict__["_is_read"] = False
+        module.__dict__["_reads"].clear()
+
+
+def _read_specially(module: Any, name: str) -> Tensor:
+    key = (id(module), name)
+    if _watched is not None:
+        if key not in _watched or not _is_written(*_watched[key]):
+            weight = module._form(name)
+            _watched[key] = weight, weight.detach().clone()
+        return _watched[key][0]
+    if torch._C._get_tracing_state() is not None:
+        raise RuntimeError("Cannot trace a model while caching parametrizations.")
+    cache = parametrize._cache
+    cached = cache.get(key)
+    if cached is None:
+        cached = cache[key] = module._form(name)
+    return cached
+
+
+def apply(module: Any, function: Callable[[nn.Module], None]) -> Any:
+    """`nn.Module.apply`, under which a write into `.weight` or `.weight.data` has effect: `g` and
+    `v` are set to give what was written."""
+    global _watched
+    for child in module.children():
+        child.apply(function)
+    outer, _watched = _watched, {}
+    try:
+        function(module)
+    finally:
+        seen, _watched = _watched, outer
+    for name in module._normed() if seen else ():
+        weight, before = seen.get((id(module), name), (None, None))
+        if weight is None or before is None or not _is_written(weight, before):
+            continue
+        try:
+            setattr(module, name, weight.detach())
+        except RuntimeError as error:  # a parametrization that has no inverse
+            warnings.warn(
+                f"what was written into {name} of {type(module).__name__} is lost: {error}",
+                stacklevel=2,
+            )
+    return module
+
+
+@torch.no_grad()
+def _is_written(weight: Tensor, before: Tensor) -> bool:
+    if weight.is_meta or before.is_meta:
+        return False
+    if weight.shape != before.shape:
+        return True
+    same = (weight == before) | (weight.isnan() & before.isnan())
+    return not bool(same.all())

@@ -1,0 +1,257 @@
+"""Removal of weight norm: a plain weight in the place of `g` and `v`, by our functions or by
+either of PyTorch's, whichever form the layer has.
+
+`torch.nn.utils.remove_weight_norm(module, name)` searches `module._forward_pre_hooks.items()` for
+a `WeightNorm` of that name, and calls its `remove`. `Hooks` is a dictionary that shows such a
+`Handle` there and nowhere else: it is empty as long as nobody registers a hook, so that a forward
+costs what it costs without it.
+
+`torch.nn.utils.parametrize.remove_parametrizations(module, name)` reads `module.parametrizations`.
+It takes the tensor's entry out, deletes the property from the module's class, registers the
+parameter, and goes back to the class's first base once nothing is parametrized. `Parametrizations`
+stands for that dictionary on a layer that has none; its length is zero, so that
+`is_parametrized(module)` stays false. The layer finishes the removal when the parameter is
+registered (`finish`).
+
+A module that takes part has `_normed()`, the names of its weight-normed tensors, `_tensors(name)`,
+the `g` and `v` of one, `_expose(name)`, which gives it a class that may be changed, and
+`_bake(name, weight=None)`, which puts a plain parameter in the place of one.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from torch.nn.utils.weight_norm import WeightNorm
+
+from .. import functional as WF
+from . import checkpoints, reading
+
+# --- the weight ----------------------------------------------------------------------------------
+
+
+def plain_weight(weight: Tensor, requires_grad: bool) -> nn.Parameter:
+    """A parameter of these values that can be trained and saved, also under inference mode."""
+    with torch.inference_mode(False), torch.no_grad():
+        values = weight.clone() if weight.is_inference() else weight.detach()
+        return nn.Parameter(values, requires_grad=requires_grad)
+
+
+def baked(v: Tensor, g: Tensor, dim: int | None, eps: float) -> nn.Parameter:
+    """The weight of `v` and `g` as a parameter, trainable where one of them is."""
+    with torch.inference_mode(False), torch.no_grad():
+        weight = WF.weight_norm(v, g, dim=dim, eps=eps)
+    return plain_weight(weight, v.requires_grad or g.requires_grad)
+
+
+def check_held(module: nn.Module, name: str, holder: nn.Module, keys: Iterable[str]) -> None:
+    """Checks that `g` and `v` are parameters of the module that should hold them.
+
+    Raises:
+        RuntimeError: something computes one of them in turn, as pruning does.
+    """
+    for key in keys:
+        if key not in holder._parameters:
+            raise RuntimeError(
+                f"{name} of {type(module).__name__} cannot become a plain parameter: its {key} is "
+                "pruned or parametrized; make that permanent first, with "
+                "torch.nn.utils.prune.remove or torch.nn.utils.parametrize.remove_parametrizations"
+            )
+
+
+def _order(module: Any) -> list[str]:
+    """The parameters of a recurrent layer in torch.nn's order."""
+    if isinstance(module, nn.RNNBase):
+        return module._flat_weights_names
+    is_cell = isinstance(module, nn.RNNCellBase)
+    return ["weight_ih", "weight_hh", "bias_ih", "bias_hh"] if is_cell else []
+
+
+def place(module: nn.Module, name: str, weight: nn.Parameter) -> None:
+    """Registers the weight where torch.nn's layers have it: first, or at its place among those of a
+    recurrent layer. `name_g` and `name_v` go."""
+    gone = (name, *checkpoints.keys("weight_norm", name))
+    parameters = {name: weight} | {k: t for k, t in module._parameters.items() if k not in gone}
+    order = _order(module)
+    parameters = dict(
+        sorted(parameters.items(), key=lambda item: order.index(item[0]) if item[0] in order else 0)
+    )
+    for key in reading.STATE:
+        module.__dict__.pop(key, None)
+    module._buffers.pop(name, None)
+    module._parameters.clear()
+    module._parameters.update(parameters)
+
+
+# --- what torch.nn.utils.remove_weight_norm finds ------------------------------------------------
+
+
+class Handle(WeightNorm):
+    """A forward pre-hook that does nothing but to be found."""
+
+    def __call__(self, module: nn.Module, inputs: Any) -> None:
+        pass
+
+    def remove(self, module: Any) -> None:
+        hooks = module._forward_pre_hooks
+        keys = [key for key, hook in OrderedDict.items(hooks) if hook is self]
+        module._bake(self.name)
+        for key in keys:
+            hooks[key] = self  # for `remove_weight_norm` to delete
+
+
+def _key(name: str) -> Any:
+    """The key of a handle; those of hooks are integers."""
+    return f"weight_norm of {name}"
+
+
+class Hooks(OrderedDict):
+    """The forward pre-hooks of a layer, of which `items()` alone shows the handles.
+
+    Args:
+        names: the weight-normed tensors.
+    """
+
+    def __init__(self, names: Iterable[str] = ()) -> None:
+        super().__init__()
+        self.handles = {_key(name): Handle(name, -1) for name in names}
+
+    def items(self) -> Any:
+        return [*super().items(), *self.handles.items()]
+
+    def __delitem__(self, key: Any) -> None:
+        if isinstance(key, str):
+            self.handles.pop(key, None)
+        else:
+            super().__delitem__(key)
+
+    def __reduce__(self) -> tuple:
+        names = tuple(handle.name for handle in self.handles.values())
+        kind, arguments = (type(self), (names,)) if names else (OrderedDict, ())
+        return kind, arguments, None, None, iter(list(super().items()))
+
+
+def attach(module: nn.Module, names: Iterable[str]) -> None:
+    """Shows a handle for each name among the module's forward pre-hooks."""
+    hooks: Any = module._forward_pre_hooks
+    if not hooks and not isinstance(hooks, Hooks):
+        module.__dict__["_forward_pre_hooks"] = Hooks(names)
+        return
+    # A dictionary with hooks stays the same object: those who registered them hold it.
+    handles = hooks.handles if isinstance(hooks, Hooks) else hooks
+    for name in names:
+        handles[_key(name)] = Handle(name, -1)
+
+
+def detach(module: nn.Module, name: str) -> None:
+    """Takes the handle of a name away, and the hook of PyTorch's form if there is one."""
+    hooks: Any = module._forward_pre_hooks
+    handles = hooks.handles if isinstance(hooks, Hooks) else hooks
+    handles.pop(_key(name), None)
+    for key, hook in list(OrderedDict.items(hooks)):
+        if isinstance(hook, WeightNorm) and hook.name == name:
+            del hooks[key]
+
+
+# --- what torch.nn.utils.parametrize.remove_parametrizations finds -------------------------------
+
+
+class Parametrizations(nn.ModuleDict):
+    """`module.parametrizations` of a layer that is not parametrized, for who removes weight norm.
+
+    It holds nothing, and so its length is zero. A tensor that is weight-normed is in it.
+    """
+
+    def __init__(self, module: Any) -> None:
+        super().__init__()
+        self.__dict__["of"] = module
+
+    def __contains__(self, name: Any) -> bool:
+        return name in self.__dict__["of"]._normed()
+
+    def __getitem__(self, name: str) -> Any:
+        if name not in self:
+            raise KeyError(name)
+        return Parametrization(self.__dict__["of"], name)
+
+    def __getattr__(self, name: str) -> Any:
+        return self[name] if name in self else super().__getattr__(name)
+
+    def __delitem__(self, name: str) -> None:
+        pass  # `finish` does it
+
+
+class Parametrization:
+    """One tensor's entry: what `remove_parametrizations` reads of a list of parametrizations whose
+    result it sets in the place of one original tensor."""
+
+    is_tensor = True
+
+    def __init__(self, module: Any, name: str) -> None:
+        self.module = module
+        self.name = name
+
+    @property
+    def original(self) -> nn.Parameter:
+        """The parameter that takes the weight; from here on the class of the module is its own, and
+        the property may be deleted from it."""
+        return self.module._expose(self.name)
+
+    @property
+    def original0(self) -> Tensor:
+        """`g`, under PyTorch's name."""
+        return self.module._tensors(self.name)[0]
+
+    @property
+    def original1(self) -> Tensor:
+        """`v`, under PyTorch's name."""
+        return self.module._tensors(self.name)[1]
+
+    def append(self, parametrization: nn.Module) -> None:
+        """Refuses a second parametrization, as PyTorch's hook form does.
+
+        Raises:
+            ValueError: always.
+        """
+        layer = type(self.module).__name__
+        raise ValueError(
+            f"{type(parametrization).__name__} cannot be registered on {self.name!r} of {layer}, "
+            f"which holds {self.name}_g and {self.name}_v: normalise the layer with "
+            "torch.nn.utils.parametrizations.weight_norm to stack parametrizations on it, or "
+            f"register on {self.name}_g or {self.name}_v"
+        )
+
+
+class Lists(nn.ModuleDict):
+    """`module.parametrizations` of a fused layer. It keeps whether the tensor that was taken out
+    last is trained: `remove_parametrizations` forgets it under `no_grad`."""
+
+    trainable = True
+
+    def __delitem__(self, key: str) -> None:
+        self.__dict__["trainable"] = any(p.requires_grad for p in originals(self[key]))
+        super().__delitem__(key)
+
+    def _get_name(self) -> str:
+        return "ModuleDict"
+
+
+def originals(parametrization: Any) -> list[Tensor]:
+    """`[g, v]` of one of PyTorch's lists of parametrizations."""
+    return [parametrization.original0, parametrization.original1]
+
+
+def finish(module: Any, name: str, weight: Tensor | None) -> None:
+    """Ends the removal that `remove_parametrizations` has begun, when it registers the weight."""
+    module._bake(name, weight)
+    if parametrize.is_parametrized(module):
+        return
+    # It deletes `module.parametrizations` next and takes the first base of the module's class.
+    module._modules.setdefault("parametrizations", nn.ModuleDict())
+    after = type(module)
+    module.__class__ = type(after.__name__, (after,), {"__module__": after.__module__})
