@@ -7,6 +7,8 @@ import sys
 import pytest
 import torch
 
+from wn_kernels.call import Geometry
+
 NEW = hasattr(torch.backends, "fp32_precision")
 
 # What is set, and whether products of matrices and convolutions then take TF32 on a GPU.
@@ -36,6 +38,8 @@ NEW_SETTINGS = {
 CODE = """
 import json, os, sys, warnings
 import torch
+
+from wn_kernels.call import Geometry
 from wn_kernels.call import takes_tf32
 
 warnings.simplefilter("error")
@@ -80,3 +84,14 @@ def test_tf32_before_the_new_settings(monkeypatch):
     assert not call.takes_tf32(torch.float32)
     monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "high")
     assert call.takes_tf32(torch.float32)
+
+
+@pytest.mark.parametrize("rank", [1, 2, 3])
+@pytest.mark.parametrize("transposed", [True, False])
+def test_a_geometry_is_packed_and_unpacked(rank, transposed):
+    numbers = iter(range(1, 100))
+    stride, padding, dilation, extra = (tuple(next(numbers) for _ in range(rank)) for _ in range(4))
+    conv = Geometry(stride, padding, dilation, transposed, extra, 7)
+    packed = conv.packed()
+    assert all(type(n) is int for n in packed)
+    assert Geometry.unpacked(packed) == conv

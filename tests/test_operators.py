@@ -21,13 +21,14 @@ def check(op, *arguments):
 @pytest.mark.parametrize("shape", [(6, 33, 20), (0, 5, 4), (5, 0, 4), (5, 4, 0)])
 def test_opcheck(shape, dtype, dim):
     case = Case(*shape, dim, dtype)
-    w, n = OPS.weight_norm(case.v, case.g, dim, 0.0, dtype, "")
-    check(OPS.weight_norm, case.v, case.g, dim, 0.0, dtype, "")
-    check(OPS.weight_norm_backward, w, case.v, case.g, n, dim, 0.0, "")
+    weight = None, case.v, case.g, None
+    w, n = OPS.layer(*weight, [], dim, 0.0, dtype, "")
+    check(OPS.layer, *weight, [], dim, 0.0, dtype, "")
+    check(OPS.layer_backward, w, *weight[:3], n, [], dim, 0.0, "", [False, True, True, False])
     for bias in (case.bias, None):
-        check(OPS.linear, case.x, case.v, case.g, bias, dim, 0.0, "")
+        check(OPS.layer, case.x, case.v, case.g, bias, [], dim, 0.0, dtype, "")
     for mask in ([True] * 4, [True, False, False, False], [False, True, True, False]):
-        check(OPS.linear_backward, case.dy, case.x, case.v, case.g, n, dim, 0.0, "", mask)
+        check(OPS.layer_backward, case.dy, case.x, case.v, case.g, n, [], dim, 0.0, "", mask)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -37,21 +38,21 @@ def test_opcheck_layouts(grad, dtype, layout):
     """Every operator, with inputs that want gradients and with inputs that do not."""
     case = Case(6, 33, 20, 0, dtype, layout=layout)
     x, v, g, bias = case.leaves() if grad else (case.x, case.v, case.g, case.bias)
-    check(OPS.weight_norm, v, g, 0, 0.0, torch.bfloat16, "")
-    w, n = OPS.weight_norm(v.detach(), g.detach(), 0, 0.0, dtype, "")
-    check(OPS.weight_norm_backward, w, v, g, n, 0, 0.0, "")
+    check(OPS.layer, None, v, g, None, [], 0, 0.0, torch.bfloat16, "")
+    w, n = OPS.layer(None, v.detach(), g.detach(), None, [], 0, 0.0, dtype, "")
+    check(OPS.layer_backward, w, None, v, g, n, [], 0, 0.0, "", [False, True, True, False])
     for rows, dy in ((x, case.dy), (x.view_as(x)[None, :, None], case.dy[None, :, None])):
-        check(OPS.linear, rows, v, g, bias, 0, 0.0, "")
-        check(OPS.linear_backward, dy, rows, v, g, n, 0, 0.0, "", [True] * 4)
+        check(OPS.layer, rows, v, g, bias, [], 0, 0.0, dtype, "")
+        check(OPS.layer_backward, dy, rows, v, g, n, [], 0, 0.0, "", [True] * 4)
 
 
 def test_triton_backend_through_the_operator(device):
     """The same operators with the backend named."""
     case = Case(6, 33, 20, 0, device=device)
-    y, n = OPS.linear(case.x, case.v, case.g, case.bias, 0, 0.0, "triton")
+    y, n = OPS.layer(case.x, case.v, case.g, case.bias, [], 0, 0.0, case.x.dtype, "triton")
     case.check_forward(y)
-    arguments = (case.dy, case.x, case.v, case.g, n, 0, 0.0, "triton", [True] * 4)
-    case.check_backward(OPS.linear_backward(*arguments))
+    arguments = (case.dy, case.x, case.v, case.g, n, [], 0, 0.0, "triton", [True] * 4)
+    case.check_backward(OPS.layer_backward(*arguments))
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
@@ -89,16 +90,17 @@ CONVOLUTIONS = [
 def test_opcheck_convolution(case, backend):
     if backend == "triton":
         pytest.importorskip("triton")
-    rest = (*case.geometry(), case.dim, 0.0, backend)
+    rest = (case.geometry().packed(), case.dim, 0.0)
+    dtype = case.x.dtype
     for x in (case.x, case.x[:0]):
-        check(OPS.convolution, x, case.v, case.g, case.bias, *rest)
-    y, n = OPS.convolution(case.x, case.v, case.g, case.bias, *rest)
+        check(OPS.layer, x, case.v, case.g, case.bias, *rest, dtype, backend)
+    y, n = OPS.layer(case.x, case.v, case.g, case.bias, *rest, dtype, backend)
     case.check_forward(y)
-    arguments = (case.dy, case.x, case.v, case.g, n, *rest)
+    arguments = (case.dy, case.x, case.v, case.g, n, *rest, backend)
     for mask in ([True] * 4, [True, False, False, False], [False, True, True, False]):
-        check(OPS.convolution_backward, *arguments, mask)
+        check(OPS.layer_backward, *arguments, mask)
     needs = [True, True, True, case.bias is not None]
-    grads = OPS.convolution_backward(*arguments, needs)
+    grads = OPS.layer_backward(*arguments, needs)
     case.check_backward([grad if need else None for grad, need in zip(grads, needs, strict=True)])
 
 
@@ -109,11 +111,11 @@ def test_opcheck_convolution(case, backend):
 def test_opcheck_convolution_layouts(transposed, grad, dtype, layout):
     case = ConvCase(2, 4, 6, (7, 5), (3, 2), 1, dtype, transposed=transposed, layout=layout)
     x, v, g, bias = case.leaves() if grad else (case.x, case.v, case.g, case.bias)
-    rest = (*case.geometry(), case.dim, 0.0, "aten")
+    rest = (case.geometry().packed(), case.dim, 0.0)
     for optional in (bias, None):
-        check(OPS.convolution, x, v, g, optional, *rest)
-    _, n = OPS.convolution(case.x, case.v, case.g, None, *rest)
-    check(OPS.convolution_backward, case.dy, x, v, g, n, *rest, [True] * 4)
+        check(OPS.layer, x, v, g, optional, *rest, dtype, "aten")
+    _, n = OPS.layer(case.x, case.v, case.g, None, *rest, dtype, "aten")
+    check(OPS.layer_backward, case.dy, x, v, g, n, *rest, "aten", [True] * 4)
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")

@@ -87,6 +87,21 @@ class Geometry(NamedTuple):
     output_padding: tuple[int, ...]
     groups: int
 
+    def packed(self) -> list[int]:
+        """All of it in one list of numbers, for an operator's schema."""
+        lists = (self.stride, self.padding, self.dilation, self.output_padding)
+        return [int(self.transposed), self.groups, *(n for numbers in lists for n in numbers)]
+
+    @classmethod
+    def unpacked(cls, numbers: Sequence[int]) -> Geometry:
+        """The reverse of `packed`."""
+        transposed, groups, *rest = numbers
+        rank = len(rest) // 4
+        stride, padding, dilation, extra = (
+            tuple(rest[i * rank : (i + 1) * rank]) for i in range(4)
+        )
+        return cls(stride, padding, dilation, bool(transposed), extra, groups)
+
     def out_channels(self, v_shape: Sequence[int]) -> int:
         return v_shape[1] * self.groups if self.transposed else v_shape[0]
 

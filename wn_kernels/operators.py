@@ -1,25 +1,23 @@
 """The one call into a backend, and the registered operators `torch.ops.wn_kernels.*`.
 
-    weight_norm           (v, g)           -> (W, n)
-    weight_norm_backward  (dW, v, g, n)    -> (dV, dg)
-    linear                (x, v, g, bias)  -> (y, n)
-    linear_backward       (dY, x, v, g, n) -> (dX, dV, dg, db)
-    convolution           (x, v, g, bias)  -> (y, n)
-    convolution_backward  (dY, x, v, g, n) -> (dX, dV, dg, db)
+    layer           (x, v, g, bias)     -> (y, n)
+    layer_backward  (dY, x, v, g, n)    -> (dX, dV, dg, db)
 
-`dim` is canonical (`None` or in `[0, ndim)`), `g` and `n` have the kept shape. `x` is `(*, K)` for
-`linear`, `(B, C, *sizes)` for `convolution`, whose geometry follows it as `torch.convolution` takes
-it. A gradient that `needs` excludes is an empty tensor. `backend` names the backend; where it is
-`""`, the operator chooses when it runs. No operator is differentiable by itself: `autograd.py` is.
+`x` is `(*, K)` for a linear layer, `(B, C, *sizes)` for a convolution, whose geometry is `conv` as
+`Geometry.packed` has it, and absent for the weight alone, whose `W` in `dtype` is `y`. `dim` is
+canonical (`None` or in `[0, ndim)`), `g` and `n` have the kept shape. A gradient that `needs`
+excludes is an empty tensor. `backend` names the backend; where it is `""`, the operator chooses
+when it runs. No operator is differentiable by itself: `autograd.py` is.
 
-`layer` and `layer_backward` call the backend of a plan. They go through the registered operators
-where something records the operations: a compiler, or a dispatch mode on whose tensors a Triton
-kernel must not be launched. The operations of the ATen path can always be recorded by themselves.
+The functions `layer` and `layer_backward` call the backend of a plan. They go through the
+registered operators where something records the operations: a compiler, or a dispatch mode on whose
+tensors a Triton kernel must not be launched. The operations of the ATen path can always be recorded
+by themselves.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -27,7 +25,7 @@ from torch import Tensor
 
 from . import plan as plans
 from .backends import aten
-from .call import Call, Grads, Needs, Operands, kept_shape, recorder, scale_dtype
+from .call import Call, Geometry, Grads, Needs, Operands, kept_shape, recorder, scale_dtype
 from .plan import Plan
 from .prepare import prepare
 
@@ -67,15 +65,9 @@ def layer(
     Raises:
         aten.OutOfRange: a norm on a CPU is beyond the formulas of the ATen path.
     """
-    x, v, g, bias = tensors
-    if _is_direct(plan, v):
+    if _is_direct(plan, tensors.v):
         return _run(call, plan, tensors, keep)
-    if x is None:
-        return *_weight_norm(v, g, call.dim, call.eps, call.x_dtype, plan.backend), None
-    rest = call.dim, call.eps, plan.backend
-    if call.conv is None:
-        return *_linear(x, v, g, bias, *rest), None
-    return *_convolution(x, v, g, bias, *call.conv, *rest), None
+    return *_layer_op(*tensors, *_options(call), call.x_dtype, plan.backend), None
 
 
 def _run(
@@ -100,18 +92,16 @@ def layer_backward(
     needs: Needs,
 ) -> Grads:
     """`(dX, dV, dg, db)`; what `needs` excludes may be `None`."""
-    x, v, g, _ = tensors
-    if _is_direct(plan, v):
+    if _is_direct(plan, tensors.v):
         return _run_backward(call, plan, dy, tensors, n, kept, needs)
-    rest = call.dim, call.eps, plan.backend
-    if x is None:
-        return None, *_weight_norm_backward(dy, v, g, n, *rest), None
-    if call.conv is None:
-        grads = _linear_backward(dy, x, v, g, n, *rest, needs)
-    else:
-        grads = _convolution_backward(dy, x, v, g, n, *call.conv, *rest, needs)
-    dx, dv, dg, db = (grad if need else None for grad, need in zip(grads, needs, strict=True))
+    found = _layer_backward_op(dy, *tensors[:3], n, *_options(call), plan.backend, needs)
+    dx, dv, dg, db = (grad if need else None for grad, need in zip(found, needs, strict=True))
     return dx, dv, dg, db
+
+
+def _options(call: Call) -> tuple[list[int], int | None, float]:
+    """What both operators take of a call."""
+    return call.conv.packed() if call.conv else [], call.dim, call.eps
 
 
 def _run_backward(
@@ -174,36 +164,49 @@ def _directions(call: Call, plan: Plan) -> tuple[Callable[..., Any], Callable[..
 
 # --- the registered operators --------------------------------------------------------------------
 
-_library = torch.library.Library("wn_kernels", "DEF")
 
-_GEOMETRY = (
-    "int[] stride, int[] padding, int[] dilation, bool transposed, int[] output_padding, int groups"
-)
-
-
-def _register(schema: str, implementation: Callable, fake: Callable) -> Any:
-    name = schema.partition("(")[0]
-    _library.define(schema)
-    _library.impl(name, implementation, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"wn_kernels::{name}", fake, lib=_library)
-    return getattr(torch.ops.wn_kernels, name).default
+def _planned(
+    tensors: Operands, conv: list[int], dim: int | None, eps: float, dtype: Any, backend: str
+) -> tuple[Call, Plan]:
+    geometry = Geometry.unpacked(conv) if conv else ()
+    rank = len(geometry[0]) if geometry else 0
+    backend = backend or plans.choose_backend(tensors.v)
+    return prepare(rank, tensors, tuple(geometry), dim, eps, backend, dtype)[:2]
 
 
-def _forward(
-    x: Tensor | None, v: Tensor, g: Tensor, bias: Tensor | None, *rest: Any, dtype: Any = None
+def _layer(
+    x: Tensor | None, v: Tensor, g: Tensor, bias: Tensor | None, *rest: Any
 ) -> tuple[Tensor, Tensor]:
-    """What the three forward operators do; `rest` is a geometry, `dim`, `eps` and the backend."""
     tensors = Operands(x, v, g, bias)
-    return _run(*_planned(tensors, *rest, dtype=dtype), tensors, keep=False, look=False)[:2]
+    return _run(*_planned(tensors, *rest), tensors, keep=False, look=False)[:2]
 
 
-def _backward(
+def _layer_fake(
+    x: Tensor | None,
+    v: Tensor,
+    g: Tensor,
+    bias: Tensor | None,
+    conv: list[int],
+    dim: int | None,
+    eps: float,
+    dtype: torch.dtype,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    n = v.new_empty(kept_shape(v.shape, dim), dtype=scale_dtype(v))
+    if x is None:
+        return torch.empty_like(v, dtype=dtype), n
+    if not conv:
+        return x.new_empty(*x.shape[:-1], v.shape[0]), n
+    return torch.convolution(x, v.to(x.dtype), None, *Geometry.unpacked(conv)), n
+
+
+def _layer_backward(
     dy: Tensor, x: Tensor | None, v: Tensor, g: Tensor, n: Tensor, *rest: Any
 ) -> tuple[Tensor, ...]:
-    """What the three backward operators do; gradients are laid out as in their fakes."""
-    *options, needs = rest
+    """Gradients are laid out as in the fake."""
+    conv, dim, eps, backend, needs = rest
     tensors = Operands(x, v, g, None)
-    call, plan = _planned(tensors, *options)
+    call, plan = _planned(tensors, conv, dim, eps, dy.dtype, backend)
     dx, dv, dg, db = _run_backward(call, plan, dy, tensors, n, None, tuple(needs))
     if dx is not None and x is not None and call.conv is not None:
         dx = _laid_out_like(dx, x)
@@ -214,88 +217,44 @@ def _backward(
     )
 
 
-def _planned(tensors: Operands, *rest: Any, dtype: Any = None) -> tuple[Call, Plan]:
-    *lists, dim, eps, backend = rest
-    geometry = tuple(tuple(o) if isinstance(o, Sequence) else o for o in lists)
-    backend = backend or plans.choose_backend(tensors.v)
-    rank = len(geometry[0]) if geometry else 0
-    return prepare(rank, tensors, geometry, dim, eps, backend, dtype)[:2]
-
-
 def _laid_out_like(t: Tensor, like: Tensor) -> Tensor:
     """`t` in the strides that `torch.empty_like(like)` has."""
     return t if t.stride() == like.stride() else torch.empty_like(like, dtype=t.dtype).copy_(t)
 
 
-def _norm_like(v: Tensor, dim: int | None) -> Tensor:
-    return v.new_empty(kept_shape(v.shape, dim), dtype=scale_dtype(v))
-
-
-def _empty_grads(
-    dx: Tensor, v: Tensor, g: Tensor, dim: int | None, db: Tensor, needs: Sequence[bool]
+def _layer_backward_fake(
+    dy: Tensor, x: Tensor | None, v: Tensor, g: Tensor, n: Tensor, *rest: Any
 ) -> tuple[Tensor, ...]:
-    """What a fake of a layer's backward returns, from its `dx` and `db`."""
-    return (
-        dx if needs[0] else dx.new_empty(0),
-        torch.empty_like(v) if needs[1] else v.new_empty(0),
-        g.new_empty(kept_shape(v.shape, dim) if needs[2] else 0),
-        db if needs[3] else db.new_empty(0),
+    conv, dim, _, _, needs = rest
+    channels = dy.shape[1 if conv else -1] if dy.ndim else 0
+    dx = dy if x is None else torch.empty_like(x) if conv else x.new_empty(x.shape)
+    like = (dx, v, g, dy), (None, None, kept_shape(v.shape, dim), (channels,))
+    return tuple(
+        t.new_empty(0) if not need else torch.empty_like(t) if shape is None else t.new_empty(shape)
+        for t, shape, need in zip(*like, needs, strict=True)
     )
 
 
-_weight_norm = _register(
-    "weight_norm(Tensor v, Tensor g, int? dim, float eps, ScalarType dtype, str backend)"
-    " -> (Tensor, Tensor)",
-    lambda v, g, dim, eps, dtype, backend: _forward(
-        None, v, g, None, dim, eps, backend, dtype=dtype
-    ),
-    lambda v, g, dim, eps, dtype, backend: (torch.empty_like(v, dtype=dtype), _norm_like(v, dim)),
-)
+_library = torch.library.Library("wn_kernels", "DEF")
 
-_weight_norm_backward = _register(
-    "weight_norm_backward(Tensor dw, Tensor v, Tensor g, Tensor n, int? dim, float eps,"
-    " str backend) -> (Tensor, Tensor)",
-    lambda dw, v, g, n, *rest: _backward(dw, None, v, g, n, *rest, (False, True, True, False))[1:3],
-    lambda dw, v, g, n, dim, *rest: (
-        torch.empty_like(v),
-        g.new_empty(kept_shape(v.shape, dim)),
-    ),
-)
 
-_linear = _register(
-    "linear(Tensor x, Tensor v, Tensor g, Tensor? bias, int? dim, float eps, str backend)"
-    " -> (Tensor, Tensor)",
-    _forward,
-    lambda x, v, g, bias, dim, *rest: (
-        x.new_empty(*x.shape[:-1], v.shape[0]),
-        _norm_like(v, dim),
-    ),
-)
+def _register(schema: str, implementation: Callable, fake: Callable) -> Any:
+    name = schema.partition("(")[0]
+    _library.define(schema)
+    _library.impl(name, implementation, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"wn_kernels::{name}", fake, lib=_library)
+    return getattr(torch.ops.wn_kernels, name).default
 
-_linear_backward = _register(
-    "linear_backward(Tensor dy, Tensor x, Tensor v, Tensor g, Tensor n, int? dim, float eps,"
-    " str backend, bool[4] needs) -> (Tensor, Tensor, Tensor, Tensor)",
-    _backward,
-    lambda dy, x, v, g, n, dim, eps, backend, needs: _empty_grads(
-        x.new_empty(x.shape), v, g, dim, dy.new_empty(v.shape[0]), needs
-    ),
-)
 
-_convolution = _register(
-    f"convolution(Tensor x, Tensor v, Tensor g, Tensor? bias, {_GEOMETRY}, int? dim, float eps,"
-    " str backend) -> (Tensor, Tensor)",
-    _forward,
-    lambda x, v, g, bias, *rest: (
-        torch.convolution(x, v.to(x.dtype), None, *rest[:6]),
-        _norm_like(v, rest[6]),
-    ),
+_layer_op = _register(
+    "layer(Tensor? x, Tensor v, Tensor g, Tensor? bias, int[] conv, int? dim, float eps,"
+    " ScalarType dtype, str backend) -> (Tensor, Tensor)",
+    _layer,
+    _layer_fake,
 )
-
-_convolution_backward = _register(
-    f"convolution_backward(Tensor dy, Tensor x, Tensor v, Tensor g, Tensor n, {_GEOMETRY},"
-    " int? dim, float eps, str backend, bool[4] needs) -> (Tensor, Tensor, Tensor, Tensor)",
-    _backward,
-    lambda dy, x, v, g, n, *rest: _empty_grads(
-        torch.empty_like(x), v, g, rest[6], dy.new_empty(dy.shape[1]), rest[-1]
-    ),
+_layer_backward_op = _register(
+    "layer_backward(Tensor dy, Tensor? x, Tensor v, Tensor g, Tensor n, int[] conv, int? dim,"
+    " float eps, str backend, bool[4] needs) -> (Tensor, Tensor, Tensor, Tensor)",
+    _layer_backward,
+    _layer_backward_fake,
 )
