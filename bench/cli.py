@@ -87,8 +87,10 @@ def main(arguments: list[str] | None = None) -> int:
         return pages.main(chosen.results, chosen.output)
     if chosen.command == "traffic":
         os.environ["TRITON_INTERPRET"] = "1"
+        from bench import interpreter
         from bench import traffic as counts
 
+        interpreter.mend()
         return counts.main(chosen.write, chosen.kernels)
     if chosen.command in ("codegen", "bounds"):
         os.environ.pop("TRITON_INTERPRET", None)  # compiles, so must not interpret

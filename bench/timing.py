@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -42,29 +42,72 @@ def warm(run: Callable[[], None], repeats: int, device: torch.device) -> float:
     return time.perf_counter() - begin
 
 
-def cold(run: Callable[[], None], repeats: int, device: torch.device) -> float:
-    """The same on a GPU whose L2 cache holds nothing of the call's before each."""
-    l2 = torch.cuda.get_device_properties(device).L2_cache_size
-    other = torch.empty(2 * l2, dtype=torch.uint8, device=device)
+# Calls after which the host waits for the GPU: fewer than its queue of launches holds.
+QUEUE = 64
+
+
+def host(run: Callable[[], None], repeats: int, device: torch.device) -> float:
+    """Seconds that the processor takes for so many calls, while the GPU's queue is not full."""
     total = 0.0
-    for _ in range(repeats):
-        other.zero_()
-        total += warm(run, 1, device)
+    for done in range(0, repeats, QUEUE):
+        torch.cuda.synchronize(device)
+        begin = time.perf_counter()
+        for _ in range(min(QUEUE, repeats - done)):
+            run()
+        total += time.perf_counter() - begin
+    torch.cuda.synchronize(device)
     return total
 
 
-def replayed(run: Callable[[], None]) -> Callable[[], None]:
-    """A run captured in a CUDA graph: without the CPU's part."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):  # what is set up once must not be captured
-            run()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run()
-    return graph.replay
+# Sets of operands are more than so many times the L2 cache together, but never more sets than that.
+TIMES_L2 = 3
+MOST_SETS = 32
+
+
+def sets_beyond_cache(size: int, device: torch.device) -> int:
+    """How many sets of operands of `size` bytes the calls of a graph rotate over, so that each
+    call finds nothing of its own in the L2 cache. Operands so small that `MOST_SETS` of them fit
+    are read from the cache."""
+    l2 = torch.cuda.get_device_properties(device).L2_cache_size
+    return min(TIMES_L2 * l2 // max(1, size) + 1, MOST_SETS)
+
+
+class Replay:
+    """Calls captured one after the other in a CUDA graph: the kernels' time, without the CPU's
+    part. Called, it replays them all.
+
+    Attributes:
+        calls: how many they are.
+    """
+
+    def __init__(self, runs: Sequence[Callable[[], None]]) -> None:
+        self.calls = len(runs)
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for run in (runs[0], *runs):  # what is set up once must not be captured
+                run()
+        torch.cuda.current_stream().wait_stream(side)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph, stream=side):
+            for run in runs:
+                run()
+
+    def __call__(self) -> None:
+        self.graph.replay()
+
+
+def rotated(run: Any, device: torch.device) -> Replay:
+    """Calls of a runner over sets of operands that the L2 cache does not hold."""
+    sets = sets_beyond_cache(run.operand_bytes(), device)
+    with session_of(run)():
+        return Replay([run, *(run.twin() for _ in range(sets - 1))])
+
+
+def replayed(run: Callable[[], None], device: torch.device) -> Replay:
+    """One call, which finds its operands in the L2 cache as far as they fit."""
+    with session_of(run)():
+        return Replay([run])
 
 
 def interleaved(
@@ -79,8 +122,9 @@ def interleaved(
 
     A sample is as many calls in a row as the fastest runner makes in five milliseconds, the same
     number for all: the first call after another runner finds cold caches, and that share must not
-    depend on a runner's speed. A runner that has a `session` runs inside of one. Where any has, all
-    are called once more before each sample: what a session changes, they may have to find anew.
+    depend on a runner's speed. A runner of several `calls` counts as so many. A runner that has a
+    `session` runs inside of one. Where any has, all are called once more before each sample: what a
+    session changes, they may have to find anew.
     """
     plain = all(session_of(run) is nullcontext for run in runners.values())
 
@@ -99,27 +143,39 @@ def interleaved(
     rounds = 0
     while rounds < 5 or time.perf_counter() - start < seconds:
         for name in order:
-            stats[name].update(timed(runners[name], repeats) / repeats)
+            run = runners[name]
+            stats[name].update(timed(run, repeats) / repeats / getattr(run, "calls", 1))
         order = order[1:] + order[:1]
         rounds += 1
     return stats
 
 
-def ceilings(device: torch.device) -> dict[str, float]:
-    """What this device does at best: bytes per second of a copy, and float32 operations per second
-    of a matmul as PyTorch is set."""
-    elements, n = (1 << 28, 8192) if device.type == "cuda" else (1 << 24, 1024)
-    x, y, m = (torch.ones(s, device=device) for s in (elements, elements, n * n))
-    a = m.view(n, n)
-    b = a.clone()
-    best = {
-        name: min(warm(run, 1, device) for _ in range(7))
-        for name, run in {
-            "copy": lambda: y.copy_(x),
-            "matmul": lambda: torch.mm(a, a, out=b),
-        }.items()
-    }
-    return {"bandwidth": 8 * elements / best["copy"], "rate": 2.0 * n**3 / best["matmul"]}
+def _best(run: Callable[[], None], device: torch.device) -> float:
+    return min(warm(run, 2, device) / 2 for _ in range(5))
+
+
+def bandwidths(device: torch.device) -> dict[str, float]:
+    """Bytes per second of a copy, counted as read and written, and of a sum, which only reads."""
+    elements = 1 << (28 if device.type == "cuda" else 24)
+    x = torch.randn(elements, device=device)
+    y = torch.empty_like(x)
+    copy, read = _best(lambda: y.copy_(x), device), _best(lambda: x.sum(), device)
+    return {"copy": 8 * elements / copy, "read": 4 * elements / read}
+
+
+def product_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """Operations per second of a matmul of random numbers, as PyTorch is set: of ones or zeros a
+    GPU multiplies faster, as fewer of its wires change."""
+    n = 8192 if device.type == "cuda" else 1024
+    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+    out = torch.empty_like(a)
+    return 2.0 * n**3 / _best(lambda: torch.mm(a, b, out=out), device)
+
+
+def ceilings(device: torch.device, dtype: torch.dtype = torch.float32) -> dict[str, float]:
+    """What this device does at best: bytes per second of a copy, and operations per second of a
+    matmul of that dtype."""
+    return {"bandwidth": bandwidths(device)["copy"], "rate": product_rate(device, dtype)}
 
 
 def paired_ratio(ours: Stats, other: Stats) -> dict[str, float]:
