@@ -12,6 +12,8 @@ from typing import Any
 from rich.console import Console
 
 from bench import memory, plots
+from bench.cases import MODES
+from bench.gpu.results import reports as gpu_reports
 from bench.tables import extra_rows, is_slower, rows
 
 STYLE = """
@@ -43,11 +45,11 @@ def _section(report: dict[str, Any]) -> str:
         return "\n".join(parts)
     means = "; ".join(f"{name} {value:.3f}" for name, value in report["means"].items())
     parts.append(f"<p>Geometric means: {html.escape(means)}</p>")
-    parts += [plots.ratios(results, mode) for mode in ("infer", "train")]
-    if suite == "linear":
-        parts.append(plots.by_rows(results))
-    parts.append(plots.by_size(results))
-    if "operations" in results[0]["case"]:
+    if results[0]["case"]["mode"] in MODES:
+        parts += [plots.ratios(results, mode) for mode in MODES]
+        parts += [plots.by_rows(results)] if suite == "linear" else []
+        parts.append(plots.by_size(results))
+    if "operations" in results[0]["case"] and report["ceilings"]:
         parts.append(plots.roofline(results, report["ceilings"]))
     parts.append(_table(rows(results), [is_slower(r) for r in results]))
     parts.append("<p>Highlighted: slower than eager beyond noise.</p>")
@@ -57,7 +59,14 @@ def _section(report: dict[str, Any]) -> str:
 
 
 def _read(paths: list[str]) -> list[dict[str, Any]]:
-    return [json.loads(Path(path).read_text("utf-8")) for path in paths]
+    """The reports of files: one of a suite's, several of a GPU's lines."""
+    found = []
+    for path in map(Path, paths):
+        if path.suffix == ".jsonl":
+            found += gpu_reports(path)
+        else:
+            found.append(json.loads(path.read_text("utf-8")))
+    return found
 
 
 def page(reports: list[dict[str, Any]]) -> str:

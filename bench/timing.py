@@ -3,6 +3,7 @@ falls on all alike and ratios can be taken round by round."""
 
 from __future__ import annotations
 
+import functools
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -59,17 +60,25 @@ def host(run: Callable[[], None], repeats: int, device: torch.device) -> float:
     return total
 
 
-# Sets of operands are more than so many times the L2 cache together, but never more sets than that.
+# Sets of operands are together larger than the L2 cache by this factor, where `MOST_SETS` of them
+# can be; smaller ones are read from it, whatever is done, and a few sets fill a graph.
 TIMES_L2 = 3
-MOST_SETS = 32
+MOST_SETS = 80
+FEW_SETS = 16
 
 
 def sets_beyond_cache(size: int, device: torch.device) -> int:
     """How many sets of operands of `size` bytes the calls of a graph rotate over, so that each
-    call finds nothing of its own in the L2 cache. Operands so small that `MOST_SETS` of them fit
-    are read from the cache."""
+    call finds nothing of its own in the L2 cache."""
     l2 = torch.cuda.get_device_properties(device).L2_cache_size
-    return min(TIMES_L2 * l2 // max(1, size) + 1, MOST_SETS)
+    sets = TIMES_L2 * l2 // max(1, size) + 1
+    return sets if sets <= MOST_SETS else FEW_SETS
+
+
+@functools.cache
+def _side_stream() -> torch.cuda.Stream:
+    """What graphs are captured on: one, whose memory each capture finds again."""
+    return torch.cuda.Stream()
 
 
 class Replay:
@@ -82,16 +91,21 @@ class Replay:
 
     def __init__(self, runs: Sequence[Callable[[], None]]) -> None:
         self.calls = len(runs)
-        side = torch.cuda.Stream()
+        side = _side_stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             for run in (runs[0], *runs):  # what is set up once must not be captured
                 run()
+            side.synchronize()
+            # Not torch.cuda.graph, which gives all cached memory back before each capture.
+            self.graph = torch.cuda.CUDAGraph()
+            self.graph.capture_begin()
+            try:
+                for run in runs:
+                    run()
+            finally:
+                self.graph.capture_end()
         torch.cuda.current_stream().wait_stream(side)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph, stream=side):
-            for run in runs:
-                run()
 
     def __call__(self) -> None:
         self.graph.replay()
@@ -116,11 +130,12 @@ def interleaved(
     seconds: float,
     stats: dict[str, Stats] | None = None,
     sample: Sample = warm,
+    span: float = 5e-3,
 ) -> dict[str, Stats]:
     """Seconds per call of each runner, round by round, within about `seconds` in all; added to
     `stats`, where there are some already.
 
-    A sample is as many calls in a row as the fastest runner makes in five milliseconds, the same
+    A sample is as many calls in a row as the fastest runner makes in `span` seconds, the same
     number for all: the first call after another runner finds cold caches, and that share must not
     depend on a runner's speed. A runner of several `calls` counts as so many. A runner that has a
     `session` runs inside of one. Where any has, all are called once more before each sample: what a
@@ -136,7 +151,7 @@ def interleaved(
 
     for run in runners.values():
         timed(run, 3)  # warm-up: caches, allocator, compilers
-    repeats = max(1, int(5e-3 / min(timed(run, 1) for run in runners.values())))
+    repeats = max(1, int(span / min(timed(run, 1) for run in runners.values())))
     stats = stats or {name: Stats() for name in runners}
     order = list(runners)
     start = time.perf_counter()

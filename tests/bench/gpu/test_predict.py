@@ -1,0 +1,70 @@
+"""What the cost model expects, by hand."""
+
+import pytest
+import torch
+
+from bench.gpu import layers, predict
+from bench.gpu.linear import BF16, FLOAT32
+from wn_kernels import costs, plan
+from wn_kernels.costs import Call
+
+
+@pytest.fixture(autouse=True)
+def h100(monkeypatch):
+    monkeypatch.setattr(costs, "gpu", lambda *_: costs.GPUS["H100"])
+
+
+def case(m, mode, precision="own"):
+    (found,) = (
+        c
+        for c in (*BF16, *FLOAT32)
+        if c.x_shape == (m, 4096)
+        and c.arguments == (4096, 4096)
+        and c.mode == mode
+        and (c.dtype == "bfloat16" if precision == "own" else c.precision == precision)
+    )
+    return found
+
+
+def test_a_layer_that_is_bound_by_its_weight():
+    """An H100 reads 32 MiB in 10 µs; eager reads and writes them first."""
+    weight = 2 * 4096 * 4096 / 3.35e12
+    found = predict.vendors(case(1, "infer"))
+    assert found["plain"] == pytest.approx(4e-6 + weight, rel=0.01)
+    assert found["eager"] == pytest.approx(8e-6 + 3 * weight, rel=0.01)
+    trained = predict.vendors(case(1, "train"))
+    assert trained["plain"] == pytest.approx(3 * found["plain"], rel=0.01)
+    assert trained["eager"] - trained["plain"] == pytest.approx(8e-6 + 5 * weight, rel=0.01)
+
+
+def test_a_layer_that_is_bound_by_products():
+    """By the dtype's rate, which under autocast is bfloat16's."""
+    operations = 2 * 512 * 4096 * 4096
+    for precision, rate in (("tf32", 4.95e14), ("autocast", 9.89e14)):
+        found = predict.vendors(case(512, "infer", precision))["plain"]
+        assert found >= 4e-6 + operations / rate
+        assert predict.rate(case(512, "infer", precision), costs.gpu()) == rate
+
+
+def test_paths_of_ours():
+    """The forward's without gradients, the backward's in a training step; and each kernel alone."""
+    shapes = torch.Size((16, 4096)), torch.Size((4096, 4096))
+    call = Call(*shapes, torch.bfloat16, torch.bfloat16, 0)
+    one_pass = plan.Path("one_pass", "one_pass")
+    assert predict.ours(call, one_pass, "infer") == pytest.approx(14e-6, rel=0.1)
+    found = predict.kernels(call, one_pass, "train", 3)
+    assert sum(found) == pytest.approx(predict.ours(call, one_pass, "train"))
+    assert predict.kernels(call, one_pass, "train", 5) == [None] * 5
+
+
+def test_every_path_that_makes_a_difference(monkeypatch):
+    calls = [
+        (Call(*map(torch.Size, ((16, 64), (32, 64))), torch.bfloat16, torch.bfloat16, 0), "triton")
+    ]
+    monkeypatch.setattr(layers.tuning, "calls_of", lambda layer, inputs: calls)
+    x = torch.empty(16, 64)
+    for mode in ("infer", "train"):
+        found = layers.paths(case(16, mode), torch.nn.Identity(), x)
+        names = {*found.others, found.choice.forward if mode == "infer" else found.choice.backward}
+        assert names == {"scaled", "materialize", "one_pass"}
+        assert found.choice not in found.others.values()
