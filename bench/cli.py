@@ -44,6 +44,7 @@ def main(arguments: list[str] | None = None) -> int:
     device.add_argument(
         "--cache", default=None, help="compiled kernels: to use, or without --out to make"
     )
+    device.add_argument("--predict", default=None, help="write predictions into a Markdown file")
     device.add_argument("--capability", type=int, default=90, help="of the stand-in for a GPU")
 
     compare = commands.add_parser("compare", help="what moved between two results of a suite")
@@ -83,6 +84,10 @@ def main(arguments: list[str] | None = None) -> int:
     if chosen.command == "gpu":
         from bench.gpu import run
 
+        if chosen.predict is not None:
+            from bench.gpu import predictions
+
+            return predictions.write(chosen.predict)
         return run.main(
             chosen.out,
             chosen.sections,

@@ -128,6 +128,14 @@ class Context:
                 return
             print(f"{self.section}: {label(case)}", flush=True)
             yield case
+            self._give_back()
+
+    def _give_back(self) -> None:
+        """Memory that a case has left cached, where it is much: the next one's may not fit."""
+        if self.device.type == "cuda":
+            free, total = torch.cuda.mem_get_info(self.device)
+            if free < total / 2:
+                torch.cuda.empty_cache()
 
     def seconds(self) -> float:
         """What the present case's timing may take of the time that is left."""

@@ -1,9 +1,10 @@
-"""One section's process: `python -m bench.gpu.section NAME --out DIR --until TIME`."""
+"""The process of a section, or of several: `python -m bench.gpu.section NAME,... --out DIR`."""
 
 from __future__ import annotations
 
 import argparse
 import importlib
+import math
 import os
 from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
@@ -16,9 +17,9 @@ from bench.gpu import results
 def main(arguments: list[str] | None = None) -> int:
     """Runs it; 1 where something was wrong or raised."""
     parser = argparse.ArgumentParser(prog="python -m bench.gpu.section", description=__doc__)
-    parser.add_argument("name")
+    parser.add_argument("names", help="with commas between")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--until", type=float, required=True)
+    parser.add_argument("--until", type=float, default=math.inf, help="as time.time() has it")
     parser.add_argument("--most", type=int, default=None)
     parser.add_argument("--dry-run", type=int, default=None, metavar="CAPABILITY")
     chosen = parser.parse_args(arguments)
@@ -38,14 +39,16 @@ def main(arguments: list[str] | None = None) -> int:
         if dry:
             for block in _nothing_computes():
                 stack.enter_context(block)
-        where = suite.environment(device)
-        settings = {"dtype": "", "dry_run": dry}
-        results.append(chosen.out, chosen.name, "environment", environment=where, settings=settings)
-        context = Context(chosen.name, chosen.out, chosen.until, dry, chosen.most, device)
-        importlib.import_module(f"bench.gpu.{chosen.name}").main(context)
-    for message in context.failed:
+        what = {"environment": suite.environment(device), "settings": {"dtype": "", "dry_run": dry}}
+        failed = []
+        for name in chosen.names.split(","):
+            results.append(chosen.out, name, "environment", **what)
+            context = Context(name, chosen.out, chosen.until, dry, chosen.most, device)
+            importlib.import_module(f"bench.gpu.{name}").main(context)
+            failed += context.failed
+    for message in failed:
         print(f"FAILED {message}", flush=True)
-    return 1 if context.failed else 0
+    return 1 if failed else 0
 
 
 def _nothing_computes() -> list[AbstractContextManager[Any]]:

@@ -136,8 +136,8 @@ def _measure(context: Context, sweep: Sweep) -> None:
     """Times every configuration that runs, and writes those that do not."""
     sets = context.clock.sets(Operands(sweep, context.device))
     runs: dict[str, list[Callable[[], None]]] = {}
-    configs = sweep.configs[: context.most and 2 * context.most]
-    for config in (None, *configs):
+    most = 2 * context.most if context.most else None
+    for config in (None, *sweep.configs[:most]):
         name = SHIPPED if config is None else "×".join(map(str, config))
         with context.attempt(f"{sweep.label}, {name}"):
             sets[0](config)

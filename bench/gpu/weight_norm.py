@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -58,18 +58,31 @@ SHAPES = [
 CASES = [Norm(*shape, mode) for shape in SHAPES for mode in MODES]
 
 
+class Operands(NamedTuple):
+    """`V`, `g` and `dW`, which the providers share: the largest `V` takes 4 GB."""
+
+    v: Tensor
+    g: Tensor
+    dw: Tensor
+
+    @staticmethod
+    def of(case: Norm, device: torch.device) -> Operands:
+        """Random ones."""
+        torch.manual_seed(0)
+        dtype = getattr(torch, case.dtype)
+        v = torch.randn(case.v_shape, device=device, dtype=dtype)
+        g = (torch.rand(kept_shape(case.v_shape, case.dim), device=device) + 0.5).to(dtype)
+        if case.mode == "forward":
+            return Operands(v, g, v)
+        return Operands(v, g, torch.randn_like(v).add_(v))  # no ⟨dW, V⟩ is small by chance
+
+
 class NormRunner:
     """One provider set up for one weight and direction: call it to run it once."""
 
-    def __init__(self, case: Norm, name: str, device: torch.device) -> None:
-        torch.manual_seed(0)
+    def __init__(self, case: Norm, name: str, operands: Operands) -> None:
         self.case, self.name = case, name
-        dtype = getattr(torch, case.dtype)
-        self.v = torch.randn(case.v_shape, device=device, dtype=dtype)
-        self.g = (torch.rand(kept_shape(case.v_shape, case.dim), device=device) + 0.5).to(dtype)
-        self.dw = self.v
-        if case.mode == "backward":  # not so far from V that ⟨dW, V⟩ is small by chance
-            self.dw = torch.randn_like(self.v).add_(self.v)
+        self.v, self.g, self.dw = operands
         self.norm = self._norm()
 
     def _norm(self) -> Tensor | None:
@@ -86,7 +99,7 @@ class NormRunner:
 
     def twin(self) -> NormRunner:
         """The same with operands of its own."""
-        return NormRunner(self.case, self.name, self.v.device)
+        return NormRunner(self.case, self.name, Operands.of(self.case, self.v.device))
 
     @torch.no_grad()
     def __call__(self) -> Any:
@@ -141,8 +154,9 @@ def _some_of(t: Tensor, dim: int, slices: int) -> Tensor:
 def main(context: Context) -> None:
     for case in context.cases(CASES, named):
         with context.attempt(named(case)):
+            operands = Operands.of(case, context.device)
             builds: dict[str, Callable[[], Any]] = {
-                name: partial(NormRunner, case, name, context.device)
+                name: partial(NormRunner, case, name, operands)
                 for name in ("plain", "eager", "ours")
             }
             runners = context.checked(builds)

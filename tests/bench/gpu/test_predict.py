@@ -1,12 +1,16 @@
 """What the cost model expects, by hand."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
-from bench.gpu import layers, predict
+from bench.gpu import layers, predict, predictions
 from bench.gpu.linear import BF16, FLOAT32
 from wn_kernels import costs, plan
 from wn_kernels.costs import Call
+
+ROOT = Path(__file__).parents[3]
 
 
 @pytest.fixture(autouse=True)
@@ -68,3 +72,11 @@ def test_every_path_that_makes_a_difference(monkeypatch):
         names = {*found.others, found.choice.forward if mode == "infer" else found.choice.backward}
         assert names == {"scaled", "materialize", "one_pass"}
         assert found.choice not in found.others.values()
+
+
+def test_the_page_has_what_the_model_says():
+    """Labelled as predictions, and of every case of the section."""
+    text = predictions.text()
+    assert text in (ROOT / "docs" / "gpu.md").read_text("utf-8")
+    assert text.count("| infer |") == text.count("| train |") == len(BF16) / 2
+    assert "H100: predicted" in text
