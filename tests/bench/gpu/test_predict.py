@@ -1,6 +1,7 @@
 """What the cost model expects, by hand."""
 
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -11,6 +12,16 @@ from wn_kernels import costs, plan
 from wn_kernels.costs import Call
 
 ROOT = Path(__file__).parents[3]
+
+
+class About(NamedTuple):
+    """What lies within so large a share of a value."""
+
+    value: float
+    share: float
+
+    def __contains__(self, other):
+        return abs(other - self.value) <= self.share * self.value
 
 
 @pytest.fixture(autouse=True)
@@ -34,11 +45,11 @@ def test_a_layer_that_is_bound_by_its_weight():
     """An H100 reads 32 MiB in 10 µs; eager reads and writes them first."""
     weight = 2 * 4096 * 4096 / 3.35e12
     found = predict.vendors(case(1, "infer"))
-    assert found["plain"] == pytest.approx(4e-6 + weight, rel=0.01)
-    assert found["eager"] == pytest.approx(8e-6 + 3 * weight, rel=0.01)
+    assert found["plain"] in About(4e-6 + weight, 0.01)
+    assert found["eager"] in About(8e-6 + 3 * weight, 0.01)
     trained = predict.vendors(case(1, "train"))
-    assert trained["plain"] == pytest.approx(3 * found["plain"], rel=0.01)
-    assert trained["eager"] - trained["plain"] == pytest.approx(8e-6 + 5 * weight, rel=0.01)
+    assert trained["plain"] in About(3 * found["plain"], 0.01)
+    assert trained["eager"] - trained["plain"] in About(8e-6 + 5 * weight, 0.01)
 
 
 def test_a_layer_that_is_bound_by_products():
@@ -55,9 +66,9 @@ def test_paths_of_ours():
     shapes = torch.Size((16, 4096)), torch.Size((4096, 4096))
     call = Call(*shapes, torch.bfloat16, torch.bfloat16, 0)
     one_pass = plan.Path("one_pass", "one_pass")
-    assert predict.ours(call, one_pass, "infer") == pytest.approx(14e-6, rel=0.1)
+    assert predict.ours(call, one_pass, "infer") in About(14e-6, 0.1)
     found = predict.kernels(call, one_pass, "train", 3)
-    assert sum(found) == pytest.approx(predict.ours(call, one_pass, "train"))
+    assert sum(found) in About(predict.ours(call, one_pass, "train"), 1e-9)
     assert predict.kernels(call, one_pass, "train", 5) == [None] * 5
 
 
