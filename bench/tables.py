@@ -97,6 +97,8 @@ def extra_rows(results: list[dict[str, Any]]) -> dict[str, list[list[str]]]:
         found["peak memory of a call"] = _peak_rows(results)
     if "predicted" in results[0]:
         found["measured over predicted by the cost model"] = _predicted_rows(results)
+    if "predicted" in results[0] and "bytes" in results[0]["case"]:
+        found["bytes that have to move, and operations, per second"] = _rate_rows(results)
     if any(r.get("kernels") for r in results):
         found["each kernel alone"] = _kernel_rows(results)
     if "microseconds" in results[0]:
@@ -132,6 +134,24 @@ def _predicted_rows(results: list[dict[str, Any]]) -> list[list[str]]:
             for name in names
         )
         lines.append([r["case"]["label"], r["case"]["mode"], *times])
+    return lines
+
+
+def rates_of(result: dict[str, Any], name: str) -> str:
+    """The bytes that have to move, and the operations, in a second of a provider's time."""
+    case, seconds = result["case"], result["seconds"][name]["median"]
+    found = f"{case['bytes'] / seconds / 1e9:.0f} GB/s"
+    if "operations" in case:
+        found += f", {case['operations'] / seconds / 1e12:.1f} TFLOP/s"
+    return found
+
+
+def _rate_rows(results: list[dict[str, Any]]) -> list[list[str]]:
+    names = competing(results[0]["seconds"])
+    lines = [["case", "mode", *names]]
+    for r in results:
+        rates = (rates_of(r, name) if name in r["seconds"] else "" for name in names)
+        lines.append([r["case"]["label"], r["case"]["mode"], *rates])
     return lines
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from bench.gpu.results import TIMED, Line, of
 from bench.gpu.sections import SECTIONS, Section
 from bench.providers import VARIANT
-from bench.tables import time_of
+from bench.tables import rates_of, time_of
 
 LINES = 60
 WIDTH = 150
@@ -111,6 +111,8 @@ def _case(line: Line) -> str:
     if paths:
         fastest = min(paths, key=lambda name: _median(line, name))
         figures.append(_figure(line, fastest))
+    if "bytes" in case and "ours" in times:
+        figures.append(f"ours {rates_of(line, 'ours')}")
     return f"{' '.join(about)}: {', '.join(figures)}"
 
 

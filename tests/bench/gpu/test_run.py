@@ -43,6 +43,12 @@ def test_seven_minutes_hold_all_sections():
         assert importlib.util.find_spec(f"bench.gpu.{name}") is not None
 
 
+def test_the_page_has_every_section():
+    page = (ROOT / "docs" / "gpu.md").read_text("utf-8")
+    for section in SECTIONS:
+        assert f"| `{section.name}` | {section.limit:.0f} |" in page
+
+
 def test_it_goes_on_after_a_failure(monkeypatch, tmp_path, capsys):
     """With what became of each, in the results and in the table."""
     said = {"facts": "FAILED, exit code 3", "host": "FAILED, killed after 24 s", "sweep": "passed"}
@@ -140,7 +146,9 @@ def test_every_section_runs_without_a_gpu(tmp_path):
 
     page = tmp_path / "page.html"
     assert cli.main(["report", str(out / results.RESULTS), "--output", str(page)]) == 0
-    assert "measured over predicted by the cost model" in page.read_text()
+    text = page.read_text()
+    assert "measured over predicted by the cost model" in text
+    assert "TFLOP/s" in text
 
 
 def test_a_line_is_written_at_once(tmp_path):

@@ -25,7 +25,7 @@ def result(section, label, ours, eager=2e-5):
     return {
         "section": section,
         "kind": "result",
-        "case": {"label": label, "mode": "infer"},
+        "case": {"label": label, "mode": "infer", "bytes": 40_000_000, "operations": 8e9},
         "seconds": {name: {"median": t} for name, t in times.items()},
         "predicted": {"ours": 4e-5},
     }
@@ -39,6 +39,7 @@ def test_losing_cases_come_first():
     assert "geometric means: ours/plain 2.00, ours/eager 1.00" in text
     assert text.index("loses infer") < text.index("wins infer")
     assert "ours 40 µs (40 µs), plain 10 µs, eager 20 µs, scaled 30 µs" in text
+    assert "ours 1000 GB/s, 200.0 TFLOP/s" in text
 
 
 def test_it_has_sixty_lines_at_most():
