@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bench import precision
 from bench.allocation import saved_bytes
 from bench.providers import Provider, providers_of
 from wn_kernels.backends import reference
@@ -31,6 +33,8 @@ class Case:
     dim: int = 0
     is_large: bool = True  # whether its ratio to the plain layer counts in the suite's mean
     dtype: str = "float32"
+    precision: str = "own"  # "autocast": the call's in bfloat16; "tf32": float32 products in TF32
+    channels_last: bool = False  # of the input, and of the weights of two dimensions
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -39,7 +43,21 @@ class Case:
     def layer(self, device: torch.device) -> nn.Module:
         """The plain layer."""
         kind = getattr(nn, self.kind)
-        return kind(*self.arguments, **self.options, device=device, dtype=self.torch_dtype)
+        layer = kind(*self.arguments, **self.options, device=device, dtype=self.torch_dtype)
+        last = self.channels_last and layer.weight.ndim == 4
+        return layer.to(memory_format=torch.channels_last) if last else layer
+
+    def session(self, device: torch.device) -> AbstractContextManager[Any]:
+        """What its calls run inside of."""
+        if self.precision == "autocast":
+            return torch.autocast(device.type, torch.bfloat16)
+        return precision.tf32() if self.precision == "tf32" else nullcontext()
+
+    @property
+    def eps(self) -> float:
+        """The unit of rounding of its products."""
+        rounded = {"autocast": torch.finfo(torch.bfloat16).eps, "tf32": 2.0**-10}
+        return rounded.get(self.precision, torch.finfo(self.torch_dtype).eps)
 
     def competitors(self, device: torch.device, full: bool) -> dict[str, Callable[[], Runner]]:
         """What sets each provider up for this case, by its name."""
@@ -149,16 +167,35 @@ class Runner:
     """One provider set up for one case: call it to run the case once, inside its `session`."""
 
     def __init__(self, case: Case, name: str, provider: Provider, device: torch.device) -> None:
-        self.case, self.name, self.session = case, name, provider.session
+        self.case, self.name, self.provider = case, name, provider
+        self.session = provider.session if case.precision == "own" else self._sessions
         torch.manual_seed(0)
         layer = case.layer(device)
         self.plain = copy.deepcopy(layer).double()
-        self.x = torch.randn(case.x_shape, dtype=case.torch_dtype, device=device)
-        self.x.requires_grad_(case.mode == "train")
-        with torch.no_grad():
+        x = torch.randn(case.x_shape, dtype=case.torch_dtype, device=device)
+        if case.channels_last:
+            x = x.movedim(1, -1).contiguous().movedim(-1, 1)
+        self.x = x.requires_grad_(case.mode == "train")
+        with torch.no_grad(), case.session(device):
             self.dy = torch.randn_like(layer(self.x))
         self.module = provider.make(case, layer)
         self.leaves = [self.x, *self.module.parameters()]
+
+    @contextmanager
+    def _sessions(self) -> Iterator[None]:
+        with self.provider.session(), self.case.session(self.x.device):
+            yield
+
+    def operand_bytes(self) -> int:
+        """What a call reads: input, gradient of the output, and parameters."""
+        return sum(t.numel() * t.element_size() for t in (*self.leaves, self.dy))
+
+    def twin(self) -> Runner:
+        """The same with operands of its own."""
+        twin = copy.deepcopy(self, {id(self.plain): self.plain})
+        if self.module._compiled_call_impl is not None:  # what a copy leaves behind
+            twin.module.compile()
+        return twin
 
     def __call__(self) -> None:
         if self.case.mode == "infer":
@@ -200,19 +237,23 @@ class Runner:
             self._compare(f"gradient of {name}", grad, right, length)
 
     def _compare(self, what: str, actual: Tensor, expected: Tensor, length: int) -> None:
-        check_close(f"{self.name} is wrong for {self.case}: {what}", actual, expected, length)
+        message = f"{self.name} is wrong for {self.case}: {what}"
+        check_close(message, actual, expected, length, self.case.eps)
 
     def saved_bytes(self) -> int:
         return saved_bytes(self.leaves, lambda: self.module(self.x))
 
 
-def check_close(what: str, actual: Tensor, expected: Tensor, length: int) -> None:
-    """Within what the dtype accounts for, and sums of that length in float32 or wider.
+def check_close(
+    what: str, actual: Tensor, expected: Tensor, length: int, product_eps: float = 0.0
+) -> None:
+    """Within what the dtype accounts for, or the products' unit of rounding where that is larger,
+    and sums of that length in float32 or wider.
 
     Raises:
         AssertionError: it is not, or zeros would be.
     """
-    eps = torch.finfo(actual.dtype).eps
+    eps = max(torch.finfo(actual.dtype).eps, product_eps)
     summed = min(eps, torch.finfo(torch.float32).eps)
     error = ((actual.double() - expected).norm() / expected.norm()).item()
     bound = 4 * eps + 4 * length**0.5 * summed

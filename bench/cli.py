@@ -35,7 +35,17 @@ def main(arguments: list[str] | None = None) -> int:
     tuned = commands.add_parser("tuned", help="the cost model's choices beside the fastest")
     tuned.add_argument("--seconds", type=float, default=SECONDS, help="timing of each case")
 
-    commands.add_parser("gpu", help="test, tune and time everything on the GPU at hand")
+    device = commands.add_parser("gpu", help="test and time everything on the GPU at hand")
+    device.add_argument("--out", default=None, help="folder of the results")
+    device.add_argument("--sections", default=None, help="some of them, with commas between")
+    device.add_argument("--seconds", type=float, default=None, help="of all sections")
+    device.add_argument("--most", type=int, default=None, help="cases of each kind at most")
+    device.add_argument("--dry-run", action="store_true", help="without a GPU: nothing is measured")
+    device.add_argument(
+        "--cache", default=None, help="compiled kernels: to use, or without --out to make"
+    )
+    device.add_argument("--predict", default=None, help="write predictions into a Markdown file")
+    device.add_argument("--capability", type=int, default=90, help="of the stand-in for a GPU")
 
     compare = commands.add_parser("compare", help="what moved between two results of a suite")
     compare.add_argument("before", help="a result, or several runs with commas between")
@@ -78,9 +88,21 @@ def main(arguments: list[str] | None = None) -> int:
 
         return held.main(chosen.json, chosen.full)
     if chosen.command == "gpu":
-        from bench import gpu
+        from bench.gpu import run
 
-        return gpu.main()
+        if chosen.predict is not None:
+            from bench.gpu import predictions
+
+            return predictions.write(chosen.predict)
+        return run.main(
+            chosen.out,
+            chosen.sections,
+            chosen.seconds,
+            chosen.dry_run,
+            chosen.cache,
+            chosen.capability,
+            chosen.most,
+        )
     if chosen.command == "compare":
         from bench import compare as comparison
 
@@ -97,8 +119,10 @@ def main(arguments: list[str] | None = None) -> int:
         return calls.main(chosen.json, chosen.seconds, chosen.profile, chosen.write)
     if chosen.command == "traffic":
         os.environ["TRITON_INTERPRET"] = "1"
+        from bench import interpreter
         from bench import traffic as counts
 
+        interpreter.mend()
         return counts.main(chosen.write, chosen.kernels)
     if chosen.command in ("codegen", "bounds"):
         os.environ.pop("TRITON_INTERPRET", None)  # compiles, so must not interpret

@@ -9,7 +9,7 @@ import torch
 from rich.console import Console
 from rich.progress import track
 
-from bench import suite
+from bench import precision, suite
 from bench.allocation import peak_bytes
 from bench.cases import SUITES, Case
 from bench.tables import competing, printed
@@ -40,6 +40,7 @@ def rows(results: list[dict[str, Any]]) -> list[list[str]]:
 def main(path: str, full: bool) -> int:
     """Checks every layer's providers and measures them; 1 where one is wrong."""
     console = Console()
+    precision.set_tf32(False)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     where = suite.environment(device)
     cases = [c for layers in SUITES.values() for c in layers if c.mode == "train"]

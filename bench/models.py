@@ -181,6 +181,14 @@ class ModelRunner:
             wn_kernels.fuse(self.model)
         self.parameters = list(self.model.parameters())
 
+    def operand_bytes(self) -> int:
+        """What a call reads, but for its activations."""
+        return sum(t.numel() * t.element_size() for t in (self.x, *self.parameters))
+
+    def twin(self) -> ModelRunner:
+        """The same with operands of its own."""
+        return copy.deepcopy(self)
+
     def __call__(self) -> None:
         if self.case.mode == "infer":
             with torch.no_grad():

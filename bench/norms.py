@@ -3,6 +3,7 @@ reads and writes a weight once."""
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -73,6 +74,14 @@ class NormRunner:
         if case.mode == "train":
             self.v.requires_grad_()
             self.g.requires_grad_()
+
+    def operand_bytes(self) -> int:
+        """What a call reads."""
+        return sum(t.numel() * t.element_size() for t in (self.v, self.g, self.dw))
+
+    def twin(self) -> NormRunner:
+        """The same with operands of its own."""
+        return copy.deepcopy(self)
 
     def _weight(self) -> Tensor:
         return PROVIDERS[self.name](self.v, self.g, self.case.dim)

@@ -83,7 +83,8 @@ def _over_plain(axes: Axes, label: str, title: str) -> None:
     axes.minorticks_off()
     axes.set_xlabel(label)
     axes.set_title(f"{title}: time over the plain layer's")
-    axes.legend()
+    if axes.get_legend_handles_labels()[0]:  # one size of layer alone has no line over the rows
+        axes.legend()
 
 
 def _slowdown(result: dict[str, Any], name: str) -> float:

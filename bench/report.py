@@ -12,6 +12,8 @@ from typing import Any
 from rich.console import Console
 
 from bench import memory, plots
+from bench.cases import MODES
+from bench.gpu.results import reports as gpu_reports
 from bench.tables import extra_rows, is_slower, rows
 
 STYLE = """
@@ -43,11 +45,11 @@ def _section(report: dict[str, Any]) -> str:
         return "\n".join(parts)
     means = "; ".join(f"{name} {value:.3f}" for name, value in report["means"].items())
     parts.append(f"<p>Geometric means: {html.escape(means)}</p>")
-    parts += [plots.ratios(results, mode) for mode in ("infer", "train")]
-    if suite == "linear":
-        parts.append(plots.by_rows(results))
-    parts.append(plots.by_size(results))
-    if "operations" in results[0]["case"]:
+    if results[0]["case"]["mode"] in MODES:
+        parts += [plots.ratios(results, mode) for mode in MODES]
+        parts += [plots.by_rows(results)] if suite == "linear" else []
+        parts.append(plots.by_size(results))
+    if "operations" in results[0]["case"] and report["ceilings"]:
         parts.append(plots.roofline(results, report["ceilings"]))
     parts.append(_table(rows(results), [is_slower(r) for r in results]))
     parts.append("<p>Highlighted: slower than eager beyond noise.</p>")
@@ -57,7 +59,14 @@ def _section(report: dict[str, Any]) -> str:
 
 
 def _read(paths: list[str]) -> list[dict[str, Any]]:
-    return [json.loads(Path(path).read_text("utf-8")) for path in paths]
+    """The reports of files: one of a suite's, several of a GPU's lines."""
+    found = []
+    for path in map(Path, paths):
+        if path.suffix == ".jsonl":
+            found += gpu_reports(path)
+        else:
+            found.append(json.loads(path.read_text("utf-8")))
+    return found
 
 
 def page(reports: list[dict[str, Any]]) -> str:
@@ -113,7 +122,8 @@ def readme_table(reports: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def _markdown(lines: list[list[str]]) -> str:
+def markdown(lines: list[list[str]]) -> str:
+    """Rows as a table, the header first."""
     header, *rest = lines
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (header, ["---"] * len(header), *rest))
 
@@ -127,25 +137,29 @@ def every_case(reports: list[dict[str, Any]]) -> str:
         facts = f"### {report['suite']}\n\n{facts}, {report['settings']['dtype']}."
         if report["suite"] == "memory":
             what = "KiB of a training step, beyond the input and the parameters."
-            parts += [f"{facts} {what}", _markdown(memory.rows(results))]
+            parts += [f"{facts} {what}", markdown(memory.rows(results))]
             continue
         means = "; ".join(f"{name} {value:.2f}" for name, value in report["means"].items())
-        parts += [f"{facts} Geometric means: {means}.", _markdown(rows(results))]
+        parts += [f"{facts} Geometric means: {means}.", markdown(rows(results))]
         for title, lines in extra_rows(results).items():
-            parts += [f"{title[0].upper()}{title[1:]}:", _markdown(lines)]
+            parts += [f"{title[0].upper()}{title[1:]}:", markdown(lines)]
     return "\n\n".join(parts)
 
 
 def readme(paths: list[str], target: str, every: bool) -> int:
     """Replaces the table between the marks of a Markdown file, by one of means or of `every` case;
     1 where it has none."""
-    path = Path(target)
+    table = (every_case if every else readme_table)(_read(paths))
+    return replaced(Path(target), MARKS, table)
+
+
+def replaced(path: Path, marks: tuple[str, str], table: str) -> int:
+    """Puts `table` between the marks of a file; 1 where it has none."""
     text = path.read_text("utf-8")
-    start, end = MARKS
+    start, end = marks
     if start not in text or end not in text:
-        Console().print(f"{target} has no marks {start} ... {end}")
+        Console().print(f"{path} has no marks {start} ... {end}")
         return 1
     before, after = text.partition(start)[0], text.partition(end)[2]
-    table = (every_case if every else readme_table)(_read(paths))
     path.write_text(f"{before}{start}\n\n{table}\n\n{end}{after}", "utf-8")
     return 0

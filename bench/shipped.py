@@ -60,6 +60,11 @@ class Compilation:
     launch: Launch
     product: bool  # whether it multiplies matrices
 
+    @property
+    def title(self) -> str:
+        """Its kernel and its configuration."""
+        return f"{self.kernel} {self.config}"
+
 
 # Convolutions that between them take every form and tile: (rank, inputs, outputs, taps, stride,
 # transposed, groups). Fewer channels than a block are walked together with the taps.
@@ -89,7 +94,7 @@ def shipped(architecture: str) -> list[Compilation]:
             start = 0
             for end, note in marks:
                 for launch in launches[start:end]:
-                    compilation = _named(launch, dtype, note)
+                    compilation = named(launch, dtype, note)
                     if dtype in AS_OTHERS and not compilation.product:
                         continue
                     key = (compilation.kernel, compilation.config, dtype)
@@ -186,7 +191,7 @@ def _convolution_launches(dtype: str, x_dtype: torch.dtype, v_dtype: torch.dtype
             yield f"{rank}d"
 
 
-def _named(launch: Launch, dtype: str, note: str) -> Compilation:
+def named(launch: Launch, dtype: str, note: str) -> Compilation:
     """The recorded launch, under a name that tells it from the others."""
     name = launch.kernel.__name__
     flags = [

@@ -50,7 +50,7 @@ def activate(capability: tuple[int, int] = (9, 0)) -> None:
         raise RuntimeError(f"the stand-in has to be activated before {KERNELS} is imported")
     library = _built()
     os.environ["TRITON_LIBCUDA_PATH"] = str(library.parent)
-    os.environ.pop("TRITON_INTERPRET", None)
+    os.environ["TRITON_INTERPRET"] = "0"
     ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
 
     from triton.backends.compiler import GPUTarget

@@ -8,6 +8,7 @@ import os
 import platform
 import subprocess
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from statistics import geometric_mean
@@ -18,17 +19,18 @@ from pytest_benchmark.stats import Stats
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from bench import norms, overhead
+from bench import norms, overhead, precision
 from bench.allocation import peak_bytes
 from bench.cases import SUITES, Case
 from bench.tables import tables
 from bench.timing import (
+    Replay,
     ceilings,
-    cold,
     interleaved,
     is_wide,
     paired_ratio,
     replayed,
+    rotated,
     session_of,
 )
 from wn_kernels import plan
@@ -69,13 +71,13 @@ def run_case(
         with session_of(runner)():
             runner.check()
     stats = interleaved(runners, device, seconds)
-    ratios = _ratios(stats)
+    ratios = ratios_of(stats)
     if again and any(map(is_wide, ratios.values())):
         interleaved(runners, device, seconds, stats)
-        ratios = _ratios(stats)
+        ratios = ratios_of(stats)
     result = {
         "case": case.record(),
-        "seconds": _medians(stats),
+        "seconds": medians(stats),
         "ratios": ratios,
         "noisy": any(map(is_wide, ratios.values())),
         "saved_bytes": {
@@ -86,45 +88,58 @@ def run_case(
         result["peak_bytes"] = {name: peak_bytes(run, device) for name, run in runners.items()}
         if full:
             result["conditions"] = {
-                "cold L2": _medians(interleaved(runners, device, seconds / 2, sample=cold)),
-                "CUDA graph": _replays(runners, device, seconds / 2),
+                "CUDA graph": _graphs(runners, replayed, device, seconds / 2),
+                "CUDA graph, cold L2": _graphs(runners, rotated, device, seconds / 2),
             }
     return result
 
 
-def _medians(stats: dict[str, Stats]) -> dict[str, dict[str, float]]:
+def medians(stats: dict[str, Stats]) -> dict[str, dict[str, float]]:
+    """As a result has them."""
     return {
         name: {"median": s.median, "q1": s.q1, "q3": s.q3, "rounds": s.rounds}
         for name, s in stats.items()
     }
 
 
-def _replays(
-    runners: dict[str, Any], device: torch.device, seconds: float
+def _graphs(
+    runners: dict[str, Any],
+    capture: Callable[[Any, torch.device], Replay],
+    device: torch.device,
+    seconds: float,
 ) -> dict[str, dict[str, float]]:
     """Of the runners that a graph can hold."""
-    graphs = {}
+    graphs: dict[str, Callable[[], None]] = {}
     for name, run in runners.items():
         try:
-            with session_of(run)():
-                graphs[name] = replayed(run)
+            graphs[name] = capture(run, device)
         except RuntimeError:  # it reads a value on the CPU
             torch.cuda.synchronize(device)
-    return _medians(interleaved(graphs, device, seconds)) if graphs else {}
+    return medians(interleaved(graphs, device, seconds)) if graphs else {}
 
 
-def _ratios(stats: dict[str, Stats]) -> dict[str, dict[str, float]]:
+def ratios_of(stats: dict[str, Stats]) -> dict[str, dict[str, float]]:
     """Ours over each of the others."""
     others = (name for name in stats if name != "ours")
     return {f"ours/{name}": paired_ratio(stats["ours"], stats[name]) for name in others}
 
 
-def environment(device: torch.device) -> dict[str, Any]:
-    """Where and on what the run was made."""
+def commit() -> str:
+    """The commit that is checked out, with a `+` where files have changed since; `"unknown"`
+    without git, or outside of a repository."""
 
     def git(*arguments: str) -> str:
-        done = subprocess.run(["git", *arguments], capture_output=True, text=True, check=False)
+        done = subprocess.run(["git", *arguments], capture_output=True, text=True, check=True)
         return done.stdout.strip()
+
+    try:
+        return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--short") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """Where and on what the run was made."""
 
     cuda = device.type == "cuda"
     try:
@@ -141,7 +156,8 @@ def environment(device: torch.device) -> dict[str, Any]:
         "torch": torch.__version__,
         "triton": triton_version,
         "python": platform.python_version(),
-        "commit": git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--short") else ""),
+        "float32": precision.settings(),
+        "commit": commit(),
         "time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }
 
@@ -188,8 +204,9 @@ def finish(
 def main(suite: str, path: str, seconds: float, full: bool = False, dtype: str = "float32") -> int:
     """Runs a suite; what is done is kept on Ctrl-C. 1 where a provider is wrong."""
     console = Console()
+    precision.set_tf32(False)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    where, limits = environment(device), ceilings(device)
+    where, limits = environment(device), ceilings(device, getattr(torch, dtype))
     cases = sorted(cases_of(suite), key=lambda case: case.mode)
     if suite in SUITES:
         cases = [replace(case, dtype=dtype) for case in cases]

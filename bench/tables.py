@@ -24,7 +24,7 @@ def rows(results: list[dict[str, Any]]) -> list[list[str]]:
     providers = competing(results[0]["seconds"])
     found = [["case", "mode", *providers, "ours/eager", "ours/plain", "saved, ours", "eager"]]
     for r in results:
-        times = [_time(r["seconds"][name]["median"]) for name in providers]
+        times = [time_of(r["seconds"][name]["median"]) for name in providers]
         ratios = [_ratio(r["ratios"][f"ours/{name}"]) for name in ("eager", "plain")]
         saved = [_size(r["saved_bytes"].get(name)) for name in ("ours", "eager")]
         label = r["case"]["label"] + (" (noisy)" if r["noisy"] else "")
@@ -38,13 +38,14 @@ def variant_rows(results: list[dict[str, Any]]) -> list[list[str]]:
     for r in results:
         for name in r["seconds"]:
             if name.startswith(VARIANT):
-                cells = _time(r["seconds"][name]["median"]), _ratio(r["ratios"][f"ours/{name}"])
+                cells = time_of(r["seconds"][name]["median"]), _ratio(r["ratios"][f"ours/{name}"])
                 path = name.removeprefix(VARIANT)
                 found.append([r["case"]["label"], r["case"]["mode"], path, *cells])
     return found
 
 
-def _time(seconds: float) -> str:
+def time_of(seconds: float) -> str:
+    """In the unit that suits it."""
     return f"{seconds * 1e3:.2f} ms" if seconds >= 1e-3 else f"{seconds * 1e6:.0f} µs"
 
 
@@ -94,6 +95,12 @@ def extra_rows(results: list[dict[str, Any]]) -> dict[str, list[list[str]]]:
         found[condition] = _condition_rows(results, condition)
     if "peak_bytes" in results[0]:
         found["peak memory of a call"] = _peak_rows(results)
+    if "predicted" in results[0]:
+        found["measured over predicted by the cost model"] = _predicted_rows(results)
+    if "predicted" in results[0] and "bytes" in results[0]["case"]:
+        found["bytes that have to move, and operations, per second"] = _rate_rows(results)
+    if any(r.get("kernels") for r in results):
+        found["each kernel alone"] = _kernel_rows(results)
     if "microseconds" in results[0]:
         title = "microseconds of a call by place (shares by cProfile, an estimate)"
         found[title] = overhead.rows(results)
@@ -105,8 +112,55 @@ def _condition_rows(results: list[dict[str, Any]], condition: str) -> list[list[
     lines = [["case", "mode", *names]]
     for r in results:
         found = r["conditions"][condition]
-        times = (_time(found[name]["median"]) if name in found else "" for name in names)
+        times = (time_of(found[name]["median"]) if name in found else "" for name in names)
         lines.append([r["case"]["label"], r["case"]["mode"], *times])
+    return lines
+
+
+def _over(measured: float, predicted: float | None) -> str:
+    """What was measured and, in parentheses, how many times the predicted that is."""
+    over = f" ({measured / predicted:.2f})" if predicted else ""
+    return time_of(measured) + over
+
+
+def _predicted_rows(results: list[dict[str, Any]]) -> list[list[str]]:
+    names = competing(results[0]["seconds"])
+    lines = [["case", "mode", *names]]
+    for r in results:
+        times = (
+            _over(r["seconds"][name]["median"], r["predicted"].get(name))
+            if name in r["seconds"]
+            else ""
+            for name in names
+        )
+        lines.append([r["case"]["label"], r["case"]["mode"], *times])
+    return lines
+
+
+def rates_of(result: dict[str, Any], name: str) -> str:
+    """The bytes that have to move, and the operations, in a second of a provider's time."""
+    case, seconds = result["case"], result["seconds"][name]["median"]
+    found = f"{case['bytes'] / seconds / 1e9:.0f} GB/s"
+    if "operations" in case:
+        found += f", {case['operations'] / seconds / 1e12:.1f} TFLOP/s"
+    return found
+
+
+def _rate_rows(results: list[dict[str, Any]]) -> list[list[str]]:
+    names = competing(results[0]["seconds"])
+    lines = [["case", "mode", *names]]
+    for r in results:
+        rates = (rates_of(r, name) if name in r["seconds"] else "" for name in names)
+        lines.append([r["case"]["label"], r["case"]["mode"], *rates])
+    return lines
+
+
+def _kernel_rows(results: list[dict[str, Any]]) -> list[list[str]]:
+    lines = [["case", "mode", "kernel", "time (over predicted)"]]
+    for r in results:
+        for one in r.get("kernels", ()):
+            time = _over(one["seconds"]["median"], one["predicted"])
+            lines.append([r["case"]["label"], r["case"]["mode"], one["kernel"], time])
     return lines
 
 

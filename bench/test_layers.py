@@ -3,10 +3,12 @@
 import pytest
 import torch
 
+from bench import precision
 from bench.cases import SUITES
 from bench.providers import PROVIDERS
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+precision.set_tf32(False)
 
 
 CASES = [(suite, case) for suite, cases in SUITES.items() for case in cases]

@@ -3,9 +3,10 @@ falls on all alike and ratios can be taken round by round."""
 
 from __future__ import annotations
 
+import functools
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -42,29 +43,85 @@ def warm(run: Callable[[], None], repeats: int, device: torch.device) -> float:
     return time.perf_counter() - begin
 
 
-def cold(run: Callable[[], None], repeats: int, device: torch.device) -> float:
-    """The same on a GPU whose L2 cache holds nothing of the call's before each."""
-    l2 = torch.cuda.get_device_properties(device).L2_cache_size
-    other = torch.empty(2 * l2, dtype=torch.uint8, device=device)
+# Calls after which the host waits for the GPU: fewer than its queue of launches holds.
+QUEUE = 64
+
+
+def host(run: Callable[[], None], repeats: int, device: torch.device) -> float:
+    """Seconds that the processor takes for so many calls, while the GPU's queue is not full."""
     total = 0.0
-    for _ in range(repeats):
-        other.zero_()
-        total += warm(run, 1, device)
+    for done in range(0, repeats, QUEUE):
+        torch.cuda.synchronize(device)
+        begin = time.perf_counter()
+        for _ in range(min(QUEUE, repeats - done)):
+            run()
+        total += time.perf_counter() - begin
+    torch.cuda.synchronize(device)
     return total
 
 
-def replayed(run: Callable[[], None]) -> Callable[[], None]:
-    """A run captured in a CUDA graph: without the CPU's part."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):  # what is set up once must not be captured
-            run()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run()
-    return graph.replay
+# Sets of operands are together larger than the L2 cache by this factor, where `MOST_SETS` of them
+# can be; smaller ones are read from it, whatever is done, and a few sets fill a graph.
+TIMES_L2 = 3
+MOST_SETS = 80
+FEW_SETS = 16
+
+
+def sets_beyond_cache(size: int, device: torch.device) -> int:
+    """How many sets of operands of `size` bytes the calls of a graph rotate over, so that each
+    call finds nothing of its own in the L2 cache."""
+    l2 = torch.cuda.get_device_properties(device).L2_cache_size
+    sets = TIMES_L2 * l2 // max(1, size) + 1
+    return sets if sets <= MOST_SETS else FEW_SETS
+
+
+@functools.cache
+def _side_stream() -> torch.cuda.Stream:
+    """What graphs are captured on: one, whose memory each capture finds again."""
+    return torch.cuda.Stream()
+
+
+class Replay:
+    """Calls captured one after the other in a CUDA graph: the kernels' time, without the CPU's
+    part. Called, it replays them all.
+
+    Attributes:
+        calls: how many they are.
+    """
+
+    def __init__(self, runs: Sequence[Callable[[], None]]) -> None:
+        self.calls = len(runs)
+        side = _side_stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for run in (runs[0], *runs):  # what is set up once must not be captured
+                run()
+            side.synchronize()
+            # Not torch.cuda.graph, which gives all cached memory back before each capture.
+            self.graph = torch.cuda.CUDAGraph()
+            self.graph.capture_begin()
+            try:
+                for run in runs:
+                    run()
+            finally:
+                self.graph.capture_end()
+        torch.cuda.current_stream().wait_stream(side)
+
+    def __call__(self) -> None:
+        self.graph.replay()
+
+
+def rotated(run: Any, device: torch.device) -> Replay:
+    """Calls of a runner over sets of operands that the L2 cache does not hold."""
+    sets = sets_beyond_cache(run.operand_bytes(), device)
+    with session_of(run)():
+        return Replay([run, *(run.twin() for _ in range(sets - 1))])
+
+
+def replayed(run: Callable[[], None], device: torch.device) -> Replay:
+    """One call, which finds its operands in the L2 cache as far as they fit."""
+    with session_of(run)():
+        return Replay([run])
 
 
 def interleaved(
@@ -73,14 +130,16 @@ def interleaved(
     seconds: float,
     stats: dict[str, Stats] | None = None,
     sample: Sample = warm,
+    span: float = 5e-3,
 ) -> dict[str, Stats]:
     """Seconds per call of each runner, round by round, within about `seconds` in all; added to
     `stats`, where there are some already.
 
-    A sample is as many calls in a row as the fastest runner makes in five milliseconds, the same
+    A sample is as many calls in a row as the fastest runner makes in `span` seconds, the same
     number for all: the first call after another runner finds cold caches, and that share must not
-    depend on a runner's speed. A runner that has a `session` runs inside of one. Where any has, all
-    are called once more before each sample: what a session changes, they may have to find anew.
+    depend on a runner's speed. A runner of several `calls` counts as so many. A runner that has a
+    `session` runs inside of one. Where any has, all are called once more before each sample: what a
+    session changes, they may have to find anew.
     """
     plain = all(session_of(run) is nullcontext for run in runners.values())
 
@@ -92,34 +151,46 @@ def interleaved(
 
     for run in runners.values():
         timed(run, 3)  # warm-up: caches, allocator, compilers
-    repeats = max(1, int(5e-3 / min(timed(run, 1) for run in runners.values())))
+    repeats = max(1, int(span / min(timed(run, 1) for run in runners.values())))
     stats = stats or {name: Stats() for name in runners}
     order = list(runners)
     start = time.perf_counter()
     rounds = 0
     while rounds < 5 or time.perf_counter() - start < seconds:
         for name in order:
-            stats[name].update(timed(runners[name], repeats) / repeats)
+            run = runners[name]
+            stats[name].update(timed(run, repeats) / repeats / getattr(run, "calls", 1))
         order = order[1:] + order[:1]
         rounds += 1
     return stats
 
 
-def ceilings(device: torch.device) -> dict[str, float]:
-    """What this device does at best: bytes per second of a copy, and float32 operations per second
-    of a matmul as PyTorch is set."""
-    elements, n = (1 << 28, 8192) if device.type == "cuda" else (1 << 24, 1024)
-    x, y, m = (torch.ones(s, device=device) for s in (elements, elements, n * n))
-    a = m.view(n, n)
-    b = a.clone()
-    best = {
-        name: min(warm(run, 1, device) for _ in range(7))
-        for name, run in {
-            "copy": lambda: y.copy_(x),
-            "matmul": lambda: torch.mm(a, a, out=b),
-        }.items()
-    }
-    return {"bandwidth": 8 * elements / best["copy"], "rate": 2.0 * n**3 / best["matmul"]}
+def _best(run: Callable[[], None], device: torch.device) -> float:
+    return min(warm(run, 2, device) / 2 for _ in range(5))
+
+
+def bandwidths(device: torch.device) -> dict[str, float]:
+    """Bytes per second of a copy, counted as read and written, and of a sum, which only reads."""
+    elements = 1 << (28 if device.type == "cuda" else 24)
+    x = torch.randn(elements, device=device)
+    y = torch.empty_like(x)
+    copy, read = _best(lambda: y.copy_(x), device), _best(lambda: x.sum(), device)
+    return {"copy": 8 * elements / copy, "read": 4 * elements / read}
+
+
+def product_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """Operations per second of a matmul of random numbers, as PyTorch is set: of ones or zeros a
+    GPU multiplies faster, as fewer of its wires change."""
+    n = 8192 if device.type == "cuda" else 1024
+    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+    out = torch.empty_like(a)
+    return 2.0 * n**3 / _best(lambda: torch.mm(a, b, out=out), device)
+
+
+def ceilings(device: torch.device, dtype: torch.dtype = torch.float32) -> dict[str, float]:
+    """What this device does at best: bytes per second of a copy, and operations per second of a
+    matmul of that dtype."""
+    return {"bandwidth": bandwidths(device)["copy"], "rate": product_rate(device, dtype)}
 
 
 def paired_ratio(ours: Stats, other: Stats) -> dict[str, float]:

@@ -13,6 +13,7 @@ from rich.progress import track
 from rich.table import Table
 
 import wn_kernels
+from bench import precision
 from bench.cases import SUITES
 from bench.providers import PROVIDERS
 from wn_kernels.plan import Plan, table
@@ -32,6 +33,7 @@ def loss(line: Tuned) -> float:
 
 def main(seconds: float) -> int:
     """Prints a line for each call; 1 where fewer than 95 % of the defaults are close."""
+    precision.set_tf32(False)
     os.environ[table.VARIABLE] = "results/tuned.json"
     console = Console()
     cases = [case for suite in SUITES.values() for case in suite if case.mode == "train"]

@@ -7,24 +7,30 @@ Fresh memory is filled with NaN, so an element that nobody wrote shows in the va
 happen before torch is imported.
 """
 
+import importlib.util
 import os
 import sys
 
 import pytest
 import torch
+from hypothesis import settings
 
 import bench  # noqa: F401
+from bench import interpreter, precision
 
 if not torch.cuda.is_available() and "ttsem" not in sys.modules:
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton"):
+    interpreter.mend()
+
 if "PYTEST_XDIST_WORKER" in os.environ:  # as many workers as cores, so one thread each
     torch.set_num_threads(1)
 
+precision.set_tf32(False)
+
 # Nothing that was tuned on this machine.
 os.environ["WN_KERNELS_TABLE"] = os.path.join(os.path.dirname(__file__), "no-such-table.json")
-
-from hypothesis import settings
 
 settings.register_profile("suite", deadline=None, derandomize=True, print_blob=True)
 settings.load_profile("suite")

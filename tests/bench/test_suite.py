@@ -138,8 +138,18 @@ def test_tuned(monkeypatch, tmp_path, capsys):
     assert (tmp_path / "results" / "tuned.json").exists()
 
 
+def test_without_git(monkeypatch, tmp_path):
+    """Where it is not installed, and outside of a repository."""
+    monkeypatch.chdir(tmp_path)
+    assert suite.commit() == "unknown"
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert suite.commit() == "unknown"
+
+
 def test_loss_of_a_default():
-    steps = {plan.Path("a", "a"): 1.2, plan.Path("a", "b"): 1.0, "a": 0.1}
-    line = Tuned("call", "aten", steps, plan.Path("a", "a"), plan.Path("a", "b"))
+    steps = {plan.Plan("triton", "a", "a"): 1.2, plan.Plan("triton", "a", "b"): 1.0, "a": 0.1}
+    line = Tuned(
+        "call", "aten", steps, plan.Plan("triton", "a", "a"), plan.Plan("triton", "a", "b")
+    )
     assert tuned.loss(line) == 1.2
-    assert tuned.loss(dataclasses.replace(line, default=plan.Path("b", "b"))) == 1.0
+    assert tuned.loss(dataclasses.replace(line, default=plan.Plan("triton", "b", "b"))) == 1.0

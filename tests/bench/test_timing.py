@@ -4,12 +4,13 @@ import contextlib
 import time
 import types
 
+import pytest
 import torch
 from pytest_benchmark.stats import Stats
 
 from bench import timing
 from bench.timing import interleaved, is_wide, paired_ratio
-from tests.bench.layers import CPU
+from tests.bench.layers import CPU, TINY
 
 
 def test_rounds_are_interleaved():
@@ -42,55 +43,147 @@ def test_interval_of_a_ratio():
     assert not is_wide({"low": 0.98, "high": 1.02, "median": 1.0})
 
 
-def test_a_gpu_is_timed_by_events(monkeypatch):
-    """Warm, with the cache cleared before each call, and replayed: on a stand-in for a GPU whose
-    clock ticks once an operation."""
-    clock, log = [0.0], []
+class FakeCuda:
+    """A GPU whose clock ticks once an operation, in milliseconds, and what was done on it."""
 
-    class Event:
-        def __init__(self, enable_timing):
-            assert enable_timing
+    L2 = 1 << 20
 
-        def record(self):
-            self.time = clock[0]
+    def __init__(self, monkeypatch):
+        self.now, self.log = 0.0, []
+        fake = self
 
-        def elapsed_time(self, end):
-            return end.time - self.time
+        class Event:
+            def __init__(self, enable_timing):
+                assert enable_timing
 
-    class Graph:
-        def replay(self):
-            log.append("replay")
+            def record(self):
+                self.time = fake.now
 
-    class Block(contextlib.nullcontext):
-        def wait_stream(self, other):
-            log.append("wait")
+            def elapsed_time(self, end):
+                return end.time - self.time
 
-    class Buffer:
-        def zero_(self):
-            log.append("clear")
-            clock[0] += 100
+        class Graph:
+            def capture_begin(self):
+                fake.log.append("begin")
 
-    def run():
-        log.append("run")
-        clock[0] += 1
+            def capture_end(self):
+                fake.log.append("end")
 
-    stand_in = types.SimpleNamespace(
-        Event=Event,
-        CUDAGraph=Graph,
-        Stream=Block,
-        stream=Block,
-        graph=Block,
-        current_stream=Block,
-        synchronize=lambda device: None,
-        get_device_properties=lambda device: types.SimpleNamespace(L2_cache_size=1 << 20),
-    )
-    monkeypatch.setattr(timing.torch, "cuda", stand_in)
-    monkeypatch.setattr(timing.torch, "empty", lambda *size, **options: Buffer())
-    device = torch.device("cuda")
-    assert round(timing.warm(run, 5, device), 6) == 5e-3
-    log.clear()
-    assert round(timing.cold(run, 3, device), 6) == 3e-3  # without the time of clearing
-    assert log == ["clear", "run"] * 3
-    log.clear()
-    timing.replayed(run)()
-    assert log == ["wait", "run", "run", "run", "wait", "run", "replay"]
+            def replay(self):
+                fake.log.append("replay")
+
+        class Block(contextlib.nullcontext):
+            def wait_stream(self, other):
+                fake.log.append("wait")
+
+            def synchronize(self):
+                fake.log.append("synchronize")
+
+        stand_in = types.SimpleNamespace(
+            Event=Event,
+            CUDAGraph=Graph,
+            Stream=Block,
+            stream=Block,
+            current_stream=Block,
+            synchronize=lambda device: fake.log.append("synchronize"),
+            get_device_properties=lambda device: types.SimpleNamespace(L2_cache_size=self.L2),
+        )
+        monkeypatch.setattr(timing.torch, "cuda", stand_in)
+        monkeypatch.setattr(timing, "_side_stream", Block)
+        self.device = torch.device("cuda")
+
+    def run(self):
+        self.log.append("run")
+        self.now += 1
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    return FakeCuda(monkeypatch)
+
+
+def test_a_gpu_is_timed_by_events(gpu):
+    assert round(timing.warm(gpu.run, 5, gpu.device), 6) == 5e-3
+
+
+def test_the_processor_is_timed_with_room_in_the_queue(gpu, monkeypatch):
+    """Only the calls, and never more of them than the queue holds before the GPU is waited for."""
+    monkeypatch.setattr(timing, "QUEUE", 3)
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: gpu.now)
+    assert timing.host(gpu.run, 7, gpu.device) == 7
+    some = ["synchronize", *["run"] * 3]
+    assert gpu.log == [*some, *some, "synchronize", "run", "synchronize"]
+
+
+def test_a_graph_holds_several_calls(gpu):
+    """Captured after each was called once, and timed as so many."""
+    replay = timing.Replay([gpu.run, gpu.run])
+    assert gpu.log == [
+        *("wait", "run", "run", "run", "synchronize"),
+        *("begin", "run", "run", "end", "wait"),
+    ]
+    gpu.log.clear()
+    replay()
+    assert gpu.log == ["replay"]
+
+    def clock(run, repeats, device):
+        return 6.0 * repeats
+
+    stats = interleaved({"a": replay}, gpu.device, 0.0, sample=clock)
+    assert stats["a"].median == 3.0
+
+
+def test_operands_rotate_beyond_the_cache(gpu):
+    """In all more than three times the L2 cache, of which no call finds its own operands there."""
+
+    class Layer:
+        def __init__(self, size):
+            self.size, self.twins = size, 0
+
+        def operand_bytes(self):
+            return self.size
+
+        def twin(self):
+            self.twins += 1
+            return gpu.run
+
+        def __call__(self):
+            gpu.run()
+
+    for size in (1, 1 << 19, 1 << 20, (1 << 20) + 1, 1 << 24):
+        layer = Layer(size)
+        calls = timing.rotated(layer, gpu.device).calls
+        assert calls == layer.twins + 1
+        assert (calls - 1) * size <= 3 * gpu.L2
+        if size > 1:
+            assert calls * size > 3 * gpu.L2
+    assert timing.sets_beyond_cache(1, gpu.device) == timing.FEW_SETS, "they are in it anyhow"
+
+
+def test_a_twin_has_operands_of_its_own():
+    (case, *_) = TINY
+    run = case.competitors(CPU, full=False)["ours"]()
+    twin = run.twin()
+    mine, its = ({t.data_ptr() for t in (*r.leaves, r.dy)} for r in (run, twin))
+    assert len(mine) == len(its) == len(run.leaves) + 1
+    assert not mine & its
+    twin.check()
+    sizes = (t.numel() * t.element_size() for t in (run.x, run.dy, *run.module.parameters()))
+    assert run.operand_bytes() == sum(sizes)
+
+
+def test_ceilings_are_of_random_numbers_in_each_dtype(monkeypatch):
+    """Of ones and zeros a GPU multiplies faster than of what a layer has."""
+    seen = []
+    mm = torch.mm
+
+    def watched(a, b, out):
+        seen.append((a.dtype, a.unique().numel(), b.unique().numel()))
+        return mm(a, b, out=out)
+
+    monkeypatch.setattr(timing.torch, "mm", watched)
+    for dtype in (torch.float32, torch.bfloat16):
+        assert timing.product_rate(CPU, dtype) > 0
+        found, first, second = seen[-1]
+        assert found == dtype
+        assert min(first, second) > 1000

@@ -26,7 +26,7 @@ from triton.backends.nvidia.driver import CudaLauncher
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 from wn_kernels.backends import triton as backend
-from wn_kernels.backends.shapes import Geometry
+from wn_kernels.call import Geometry
 from wn_kernels.backends.triton import compiled, configs, launch
 
 launches = []

@@ -58,9 +58,9 @@ def test_every_element_is_visited_once():
             assert flat.flatten(1).sort().values.tolist() == rows.flatten(1).sort().values.tolist()
 
 
-def test_layouts_without_a_common_walk():
+def test_layouts_without_a_common_walk(device):
     """Four reduced groups that do not merge: computed on a contiguous copy."""
-    v = torch.randn(3, 4, 6, 8, 10)[:, ::2, ::2, ::2, ::2]
+    v = torch.randn(3, 4, 6, 8, 10, device=device)[:, ::2, ::2, ::2, ::2]
     assert as_slices([v], 0) is None
     expected = v.double().flatten(1).norm(dim=1).view(3, 1, 1, 1, 1)
     assert_matches(slice_norms(v, 0, 0.0), expected, torch.float32, v.numel())
@@ -74,6 +74,12 @@ def test_wide():
     assert not is_wide(far)
     assert is_wide(torch.empty_strided((3, 5), (1 << 30, 1), device="meta"))
     assert not is_wide(torch.empty(0, 1 << 40, device="meta"))
+
+
+def test_a_launch_without_the_device_is_found():
+    """Such a test would fail on a machine with a GPU, and there alone."""
+    with pytest.raises(AssertionError, match="a test that launches takes `device`"):
+        slice_norms(torch.ones(3, 4), 0, 0.0)
 
 
 @pytest.mark.sanitize

@@ -154,12 +154,28 @@ def test_pinned_configurations(regime, dim, dtype, device):
             run(case, backward=form, config=None, grad_config=None)
 
 
+def runs_on(architecture, device):
+    """Whether kernels as an architecture gets them run on a device: on a GPU its own alone."""
+    return device.type != "cuda" or configs._present() == architecture
+
+
+def test_a_gpu_runs_its_own_kernels(monkeypatch):
+    """`warp_specialize` is Blackwell's, and not for a Hopper."""
+    monkeypatch.setattr(configs, "_present", lambda: "cuda:90")
+    gpu, cpu = torch.device("cuda"), torch.device("cpu")
+    assert runs_on("cuda:90", gpu)
+    assert not runs_on("cuda:100", gpu)
+    assert runs_on("cuda:100", cpu), "the interpreter runs them all"
+
+
 @pytest.mark.sanitize
 @pytest.mark.parametrize("dim", DIMS)
 @pytest.mark.parametrize("architecture", ["cuda:90", "cuda:100"])
 def test_tiles_copied_by_hardware(architecture, dim, device):
     """The tiles of large batches: scaled in the loop or not, of V as it lies and turned, over the
     edges of every matrix."""
+    if not runs_on(architecture, device):
+        pytest.skip(f"this GPU does not run the kernels of {architecture}")
     case = Case(260, 72, 264, dim, torch.bfloat16, device=device)
     scaled = {0: "backward", 1: "forward"}.get(dim)
     wide, tall = (configs.MatmulConfig(*tile, 64, 8, 3) for tile in ((128, 256), (256, 128)))

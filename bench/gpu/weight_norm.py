@@ -1,0 +1,171 @@
+"""The operator alone, forward and backward, beside PyTorch's and the floor: a copy of `V`, and a
+sum of `dW` and `V`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+import wn_kernels.functional as WF
+from bench.cases import check_close
+from bench.gpu import predict
+from bench.gpu.context import Context, named
+from wn_kernels.backends import reference
+from wn_kernels.call import kept_shape
+
+MODES = ("forward", "backward")
+OPS = torch.ops.wn_kernels
+
+# Elements above which a few slices are compared for all.
+LARGE = 1 << 26
+
+
+@dataclass(frozen=True)
+class Norm:
+    """A weight, the dimension whose slices are normalised, and the direction."""
+
+    v_shape: tuple[int, ...]
+    dim: int
+    dtype: str
+    mode: str
+
+    @property
+    def label(self) -> str:
+        return f"{'×'.join(map(str, self.v_shape))}, dim={self.dim}, {self.dtype}"
+
+    @property
+    def bytes(self) -> int:
+        """Of the weight."""
+        return math.prod(self.v_shape) * getattr(torch, self.dtype).itemsize
+
+
+SHAPES = [
+    ((4096, 4096), 0, "bfloat16"),
+    ((64, 512, 512), 0, "float16"),
+    ((64, 64), 0, "bfloat16"),
+    ((768, 48, 128), 2, "float32"),
+    ((1024, 1024), 0, "float32"),
+    ((4096, 4096), 1, "bfloat16"),
+    ((512, 256, 16), 0, "float32"),
+    ((1024, 1024, 1024), 0, "float32"),
+]
+CASES = [Norm(*shape, mode) for shape in SHAPES for mode in MODES]
+
+
+class Operands(NamedTuple):
+    """`V`, `g` and `dW`, which the providers share: the largest `V` takes 4 GB."""
+
+    v: Tensor
+    g: Tensor
+    dw: Tensor
+
+    @staticmethod
+    def of(case: Norm, device: torch.device) -> Operands:
+        """Random ones."""
+        torch.manual_seed(0)
+        dtype = getattr(torch, case.dtype)
+        v = torch.randn(case.v_shape, device=device, dtype=dtype)
+        g = (torch.rand(kept_shape(case.v_shape, case.dim), device=device) + 0.5).to(dtype)
+        if case.mode == "forward":
+            return Operands(v, g, v)
+        return Operands(v, g, torch.randn_like(v).add_(v))  # no ⟨dW, V⟩ is small by chance
+
+
+class NormRunner:
+    """One provider set up for one weight and direction: call it to run it once."""
+
+    def __init__(self, case: Norm, name: str, operands: Operands) -> None:
+        self.case, self.name = case, name
+        self.v, self.g, self.dw = operands
+        self.norm = self._norm()
+
+    def _norm(self) -> Tensor | None:
+        """What the forward keeps for the backward."""
+        if self.case.mode == "forward" or self.name == "plain":
+            return None
+        if self.name == "eager":
+            return torch._weight_norm_interface(self.v, self.g, self.case.dim)[1]
+        operands = None, self.v, self.g, None
+        return OPS.layer(*operands, [], self.case.dim, 0.0, self.v.dtype, "")[1]
+
+    def operand_bytes(self) -> int:
+        """What a call reads."""
+        return self.case.bytes * (1 if self.case.mode == "forward" else 2)
+
+    def twin(self) -> NormRunner:
+        """The same with operands of its own."""
+        return NormRunner(self.case, self.name, Operands.of(self.case, self.v.device))
+
+    @torch.no_grad()
+    def __call__(self) -> Any:
+        v, g, dim = self.v, self.g, self.case.dim
+        if self.case.mode == "forward":
+            if self.name == "plain":
+                return v.clone()
+            return (
+                torch._weight_norm(v, g, dim)
+                if self.name == "eager"
+                else WF.weight_norm(v, g, dim=dim)
+            )
+        if self.name == "plain":
+            return self.dw + v
+        if self.name == "eager":
+            return torch.ops.aten._weight_norm_interface_backward(self.dw, v, g, self.norm, dim)
+        needs = [False, True, True, False]
+        return OPS.layer_backward(self.dw, None, v, g, self.norm, [], dim, 0.0, "", needs)[1:3]
+
+    def check(self) -> None:
+        """Compares with the definition in float64, of a large weight a few slices.
+
+        Raises:
+            AssertionError: the provider is wrong; it must not be timed.
+        """
+        if self.name == "plain":
+            return
+        dim = self.case.dim
+        slices = self.v.shape[dim] if self.v.numel() <= LARGE else 8
+
+        def some(t: Tensor) -> Tensor:
+            return t.narrow(dim, 0, slices).double()
+
+        v, g = some(self.v).requires_grad_(), some(self.g).requires_grad_()
+        w = reference.weight_norm(v, g, dim, 0.0)
+        length = self.v.numel() // max(1, self.g.numel())
+        what = f"{self.name} is wrong for {self.case}"
+        if self.case.mode == "forward":
+            found = self()
+            check_close(f"{what}: output", _some_of(found, dim, slices), w, length)
+            return
+        right = torch.autograd.grad(w, (v, g), some(self.dw))
+        for name, grad, expected in zip("vg", self(), right, strict=True):
+            check_close(
+                f"{what}: gradient of {name}", _some_of(grad, dim, slices), expected, length
+            )
+
+
+def _some_of(t: Tensor, dim: int, slices: int) -> Tensor:
+    return t.narrow(dim, 0, slices)
+
+
+def main(context: Context) -> None:
+    for case in context.cases(CASES, named):
+        with context.attempt(named(case)):
+            operands = Operands.of(case, context.device)
+            builds: dict[str, Callable[[], Any]] = {
+                name: partial(NormRunner, case, name, operands)
+                for name in ("plain", "eager", "ours")
+            }
+            runners = context.checked(builds)
+            sets = {name: context.clock.sets(run) for name, run in runners.items()}
+            stats = context.clock.graphs(sets, context.seconds())
+            record = asdict(case) | {"label": case.label, "is_large": True}
+            record["bytes"] = case.bytes * (2 if case.mode == "forward" else 3)
+            record["parameters"] = math.prod(case.v_shape)
+            predicted = predict.passes(case.bytes, case.mode == "forward")
+            context.result(record, stats, predicted)

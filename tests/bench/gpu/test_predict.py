@@ -1,0 +1,94 @@
+"""What the cost model expects, by hand."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+
+from bench.gpu import layers, predict, predictions
+from bench.gpu.linear import BF16, FLOAT32
+from wn_kernels import plan
+from wn_kernels.call import Call
+from wn_kernels.plan import costs, devices
+
+ROOT = Path(__file__).parents[3]
+
+
+class About(NamedTuple):
+    """What lies within so large a share of a value."""
+
+    value: float
+    share: float
+
+    def __contains__(self, other):
+        return abs(other - self.value) <= self.share * self.value
+
+
+@pytest.fixture(autouse=True)
+def h100(monkeypatch):
+    monkeypatch.setattr(costs, "gpu", lambda *_: devices.GPUS["H100"])
+
+
+def case(m, mode, precision="own"):
+    (found,) = (
+        c
+        for c in (*BF16, *FLOAT32)
+        if c.x_shape == (m, 4096)
+        and c.arguments == (4096, 4096)
+        and c.mode == mode
+        and (c.dtype == "bfloat16" if precision == "own" else c.precision == precision)
+    )
+    return found
+
+
+def test_a_layer_that_is_bound_by_its_weight():
+    """An H100 reads 32 MiB in 10 µs; eager reads and writes them first."""
+    weight = 2 * 4096 * 4096 / 3.35e12
+    found = predict.vendors(case(1, "infer"))
+    assert found["plain"] in About(4e-6 + weight, 0.01)
+    assert found["eager"] in About(8e-6 + 3 * weight, 0.01)
+    trained = predict.vendors(case(1, "train"))
+    assert trained["plain"] in About(3 * found["plain"], 0.01)
+    assert trained["eager"] - trained["plain"] in About(8e-6 + 5 * weight, 0.01)
+
+
+def test_a_layer_that_is_bound_by_products():
+    """By the dtype's rate, which under autocast is bfloat16's."""
+    operations = 2 * 512 * 4096 * 4096
+    for precision, rate in (("tf32", 4.95e14), ("autocast", 9.89e14)):
+        found = predict.vendors(case(512, "infer", precision))["plain"]
+        assert found >= 4e-6 + operations / rate
+        assert predict.rate(case(512, "infer", precision), devices.gpu()) == rate
+
+
+def test_paths_of_ours():
+    """The forward's without gradients, the backward's in a training step; and each kernel alone."""
+    shapes = torch.Size((16, 4096)), torch.Size((4096, 4096))
+    call = Call(*shapes, torch.bfloat16, torch.bfloat16, 0)
+    one_pass = plan.Plan("triton", "one_pass", "one_pass")
+    assert predict.ours(call, one_pass, "infer") in About(14e-6, 0.1)
+    found = predict.kernels(call, one_pass, "train", 3)
+    assert sum(found) in About(predict.ours(call, one_pass, "train"), 1e-9)
+    assert predict.kernels(call, one_pass, "train", 5) == [None] * 5
+
+
+def test_every_path_that_makes_a_difference(monkeypatch):
+    calls = [
+        (Call(*map(torch.Size, ((16, 64), (32, 64))), torch.bfloat16, torch.bfloat16, 0), "triton")
+    ]
+    monkeypatch.setattr(layers.tuning, "calls_of", lambda layer, inputs: calls)
+    x = torch.empty(16, 64)
+    for mode in ("infer", "train"):
+        found = layers.paths(case(16, mode), torch.nn.Identity(), x)
+        names = {*found.others, found.choice.forward if mode == "infer" else found.choice.backward}
+        assert names == {"scaled", "materialize", "one_pass"}
+        assert found.choice not in found.others.values()
+
+
+def test_the_page_has_what_the_model_says():
+    """Labelled as predictions, and of every case of the section."""
+    text = predictions.text()
+    assert text in (ROOT / "docs" / "gpu.md").read_text("utf-8")
+    assert text.count("| infer |") == text.count("| train |") == len(BF16) / 2
+    assert "H100: predicted" in text

@@ -1,0 +1,72 @@
+"""The table at the end, of what there is, the losing cases first."""
+
+from bench.gpu import summary
+from bench.gpu.sections import SECTIONS
+
+
+def environment(section):
+    where = {"device": "a GPU", "torch": "2", "triton": "3", "commit": "abc"}
+    settings = {"dry_run": False}
+    return {"section": section, "kind": "environment", "environment": where, "settings": settings}
+
+
+def status(section):
+    return {
+        "section": section,
+        "kind": "status",
+        "outcome": "passed",
+        "seconds": 3.0,
+        "compiled": 7,
+    }
+
+
+def result(section, label, ours, eager=2e-5):
+    times = {"ours": ours, "plain": 1e-5, "eager": eager, "ours: scaled": 3e-5}
+    return {
+        "section": section,
+        "kind": "result",
+        "case": {"label": label, "mode": "infer", "bytes": 40_000_000, "operations": 8e9},
+        "seconds": {name: {"median": t} for name, t in times.items()},
+        "predicted": {"ours": 4e-5},
+    }
+
+
+def test_losing_cases_come_first():
+    lines = [environment("linear"), result("linear", "wins", 1e-5), result("linear", "loses", 4e-5)]
+    text = summary.table([*lines, status("linear")])
+    assert text.startswith("a GPU: torch 2, triton 3, abc")
+    assert "linear: passed, 3 s, 7 kernels compiled" in text
+    assert "geometric means: ours/plain 2.00, ours/eager 1.00" in text
+    assert text.index("loses infer") < text.index("wins infer")
+    assert "ours 40 µs (40 µs), plain 10 µs, eager 20 µs, scaled 30 µs" in text
+    assert "ours 1000 GB/s, 200.0 TFLOP/s" in text
+
+
+def test_it_has_sixty_lines_at_most():
+    lines = []
+    for section in SECTIONS:
+        name = section.name
+        lines += [environment(name), status(name)]
+        lines += [{"section": name, "kind": "error", "message": "x" * 500}] * 9
+        if name in ("facts", "tests"):
+            more = {"fact": "f", "value": 1.0, "predicted": 2.0, "outcome": "failed"}
+            more |= {"test": "t", "message": "m"}
+            lines += [{"section": name, "kind": "result", **more}] * 50
+        elif name == "sweep":
+            lines += [result(name, "s", 1e-5) | {"seconds": {"shipped": {"median": 1e-5}}}] * 50
+        else:
+            lines += [result(name, "c", 1e-5)] * 50
+    text = summary.table(lines)
+    assert text.count("\n") <= 60
+    assert max(map(len, text.splitlines())) <= summary.WIDTH
+    assert all(f"{section.name}: passed" in text for section in SECTIONS)
+
+
+def test_of_a_run_that_was_cut_off():
+    """A section without a status, and one without ours."""
+    line = result("linear", "a", 1e-5)
+    del line["seconds"]["ours"]
+    text = summary.table([environment("linear"), line])
+    assert "linear: not done" in text
+    assert "a infer: plain 10 µs, eager 20 µs" in text
+    assert summary.table([]) == "nothing was run\n"
