@@ -147,9 +147,7 @@ def test_without_git(monkeypatch, tmp_path):
 
 
 def test_loss_of_a_default():
-    steps = {plan.Plan("triton", "a", "a"): 1.2, plan.Plan("triton", "a", "b"): 1.0, "a": 0.1}
-    line = Tuned(
-        "call", "aten", steps, plan.Plan("triton", "a", "a"), plan.Plan("triton", "a", "b")
-    )
+    one, two, other = (plan.Plan("aten", *names) for names in ("aa", "ab", "bb"))
+    line = Tuned("call", "aten", {one: 1.2, two: 1.0, "a": 0.1}, one, two)
     assert tuned.loss(line) == 1.2
-    assert tuned.loss(dataclasses.replace(line, default=plan.Plan("triton", "b", "b"))) == 1.0
+    assert tuned.loss(dataclasses.replace(line, default=other)) == 1.0
