@@ -1,5 +1,7 @@
-"""How a call is computed: by which backend (`backend.py`), in which variant (`variants.py`), by a
-cost model (`costs.py`) with the constants of devices (`devices.py`), or by what was measured
+"""The planner decides how a call is computed.
+
+`backend.py` chooses the backend, and `variants.py` the variant. The variant comes from the cost
+model (`costs.py`), which uses constants of devices (`devices.py`), or from measurements
 (`table.py`).
 """
 
