@@ -292,7 +292,7 @@ def test_explain_for_a_gpu_that_is_not_there(device):
 def test_explain_refuses():
     with pytest.raises(ValueError, match=r"device is 'V100'; expected one of \['A100'"):
         wn_kernels.explain(WNLinear(2, 3), (1, 2), device="V100")
-    with pytest.raises(ValueError, match="ReLU calls nothing of this package"):
+    with pytest.raises(ValueError, match="ReLU makes no planned call of this package"):
         wn_kernels.explain(nn.ReLU(), (1, 2))
     with pytest.raises(TypeError, match=r"module must be a torch\.nn\.Module, got str"):
         wn_kernels.explain("x", (1, 2))

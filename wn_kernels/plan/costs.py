@@ -93,9 +93,9 @@ def aten_linear(call: Call) -> Costs:
 
     Both compute the norms and the same matmuls. Scaling the output (the input, for dim=1) reads and
     writes `M·N` (`M·K`) numbers. Materialising `W` writes and reads `N·K`. Which is cheaper depends
-    on the batch. In the backward, `dW` has to be read again together with `V` for the dots `⟨dW,
-    V⟩`, unless a smaller product holds them already. For dim=1 and None, that product is `dX`
-    before its scale. For dim=0, it is the forward's `x Vᵀ`. Materialising launches fewer
+    on the batch. In the backward, `dW` has to be read again together with `V` for the dots
+    `⟨dW, V⟩`, unless a smaller product holds them already. For dim=1 and None, that product is
+    `dX` before its scale. For dim=0, it is the forward's `x Vᵀ`. Materialising launches fewer
     operations, which matters most for small layers.
     """
     n, k = call.v_shape
