@@ -1,4 +1,4 @@
-"""This is the command line.
+"""This package has three commands.
 
 python -m wn_kernels info                    prints versions, devices and backends for a bug report
 python -m wn_kernels build                   builds the native library, which is faster on a CPU
@@ -113,7 +113,7 @@ def _native_library() -> list[str]:
 
 def _tuned() -> str:
     path = table.location()
-    return str(path) if os.path.exists(path) else f"none ({path} would be it)"
+    return str(path) if os.path.exists(path) else f"none ({path} does not exist)"
 
 
 def _gpu_build() -> str:

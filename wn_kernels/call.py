@@ -235,7 +235,7 @@ class Call(NamedTuple):
         return self._replace(x_shape=torch.Size(()), conv=None)
 
 
-# Tensor classes whose operators are torch's own.
+# These tensor classes have torch's own operators.
 PLAIN_TYPES = frozenset((Tensor, torch.nn.Parameter))
 
 
@@ -249,8 +249,8 @@ def recorder(v: Tensor) -> Literal["", "compiler", "mode", "composite"]:
                  with operators of its own (such as `DTensor`) does; these need differentiable
                  operations
     """
-    # `torch.func`, forward-mode AD, tracing and dispatch modes have no public query. These private
-    # ones are stable across the supported releases.
+    # `torch.func`, forward-mode AD, tracing and dispatch modes have no public query. The private
+    # queries used here are stable across the supported releases.
     if (
         torch._C._are_functorch_transforms_active()
         or forward_ad._current_level >= 0

@@ -1,4 +1,4 @@
-"""This file holds the public functions. They check their arguments, then make one call down.
+"""This file holds the public functions. They check their arguments and call the engine once.
 
     import wn_kernels.functional as WF
 

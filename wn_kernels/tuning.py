@@ -209,7 +209,7 @@ def _interleaved(
 
 
 class Explanation(str):
-    """A string whose `repr` is its text."""
+    """This is a string whose `repr` is its text."""
 
     __repr__ = str.__str__
 

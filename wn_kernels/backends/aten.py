@@ -57,11 +57,11 @@ from .native.limits import LEFT_ROWS
 
 INF = float("inf")
 
-# A block of rows has so many elements (1 MiB of float32). It stays in the cache between two
+# A block of rows has this many elements (1 MiB of float32). It stays in the cache between two
 # consecutive operations.
 BLOCK = 1 << 18
 
-# The norm of a row of at least so many elements is computed without a copy.
+# The norm of a row of at least this many elements is computed without a copy.
 LONG_ROW = 32
 
 # torch's own kernels compute a norm and a scale, or their gradients, in one operation. They serve
@@ -114,7 +114,7 @@ def _dense_rows(v: Tensor) -> Tensor | None:
 
 
 class OutOfRange(Exception):
-    """A norm is too large or too small for the formulas of this file."""
+    """This error means that a norm is too large or too small for the formulas of this file."""
 
 
 def _is_in_range(n: Tensor) -> bool:
@@ -139,7 +139,7 @@ def norms(v: Tensor, dim: int | None, eps: float, look: bool = False) -> Tensor:
     """Returns `n` with the shape of `g`. The top of this file describes a slice of norm zero.
 
     Raises:
-        OutOfRange: `look` is true and a norm is out of range.
+        OutOfRange: `look` is true, `v` is on a CPU and a norm is out of range.
     """
     dtype = v.dtype
     if dtype is not torch.float32:

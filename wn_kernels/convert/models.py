@@ -31,7 +31,7 @@ from . import fused
 
 Module = TypeVar("Module", bound=nn.Module)
 
-# A report plans for an input of so many rows of a linear layer, or pixels of a convolution.
+# A report plans for an input of this many rows (linear layer) or pixels (convolution).
 NOMINAL = 1024
 
 

@@ -1,6 +1,6 @@
 """A weight-normalised weight has one of three forms in a state dict. This file converts them.
 
-weight_norm        weight_g, weight_v                          torch.nn.utils.weight_norm, and ours
+weight_norm        weight_g, weight_v                          torch.nn.utils.weight_norm and ours
 parametrizations   parametrizations.weight.original0, .original1    ...parametrizations.weight_norm
 plain              weight                                      no weight norm, or folded
 """

@@ -25,7 +25,7 @@ from torch.nn.utils import parametrize
 _watched: dict[tuple[int, str], tuple[Tensor, Tensor]] | None = None
 
 
-# So many reads of a layer are checked for writes. STATE names the layer's attributes for that.
+# The first WATCHES reads of a layer are checked for writes. STATE names the attributes for that.
 WATCHES = 8
 STATE = ("_reads", "_is_read", "_watches")
 

@@ -96,7 +96,7 @@ def place(module: nn.Module, name: str, weight: nn.Parameter) -> None:
 
 
 class Handle(WeightNorm):
-    """A forward pre-hook without effect. PyTorch's removal function looks for it."""
+    """This forward pre-hook has no effect. PyTorch's removal function searches for it."""
 
     def __call__(self, module: nn.Module, inputs: Any) -> None:
         pass
@@ -203,18 +203,18 @@ class Parametrization:
 
     @property
     def original(self) -> nn.Parameter:
-        """The parameter that receives the weight. Reading it gives the module a class of its own,
+        """Returns the parameter that receives the weight. It gives the module a class of its own,
         from which the property may be deleted."""
         return self.module._expose(self.name)
 
     @property
     def original0(self) -> Tensor:
-        """`g` has this name in PyTorch."""
+        """Returns `g`, which has this name in PyTorch."""
         return self.module._tensors(self.name)[0]
 
     @property
     def original1(self) -> Tensor:
-        """`v` has this name in PyTorch."""
+        """Returns `v`, which has this name in PyTorch."""
         return self.module._tensors(self.name)[1]
 
     def append(self, parametrization: nn.Module) -> None:

@@ -18,7 +18,7 @@ from .. import functional as WF
 from ..call import canonical_dim, canonical_eps, kept_shape
 from . import checkpoints, reading, removal
 
-# (v, g, bias, dim, eps)
+# The entries are (v, g, bias, dim, eps).
 Operands = tuple[Tensor, Tensor, Tensor | None, int | None, float]
 
 
@@ -40,7 +40,7 @@ def _is_inference(t: Tensor) -> bool:
 
 
 class WeightNormMixin(nn.Module):
-    """The base of every weight-normalised layer.
+    """This mixin is the base of every weight-normalised layer.
 
     The layer holds `weight_v` (the direction) and `weight_g` (the magnitude) instead of `weight`.
     Reading `.weight` gives the current weight `g · V / ‖V‖`, which is differentiable. Assigning to
@@ -132,7 +132,7 @@ class WeightNormMixin(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The weight `g · V / ‖V‖`. Each read computes it again. It is differentiable."""
+        """Returns the weight `g · V / ‖V‖`, computed by each read and differentiable."""
         return reading.read(self, "weight")
 
     def apply(self, fn: Callable[[nn.Module], None]) -> Any:
@@ -140,7 +140,7 @@ class WeightNormMixin(nn.Module):
         return reading.apply(self, fn)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        # nn.Module would register a Parameter of this name and ignore the property.
+        # nn.Module would register a Parameter of this name before it considers the property.
         if name != "weight":
             super().__setattr__(name, value)
         elif is_lazy(value) or not hasattr(self, "weight_v"):
@@ -176,7 +176,8 @@ class WeightNormMixin(nn.Module):
 
     @property
     def parametrizations(self) -> nn.ModuleDict:
-        """The parametrizations of other tensors, or a substitute for PyTorch's removal function."""
+        """Returns the parametrizations of other tensors. If there are none, it returns a substitute
+        for PyTorch's removal function."""
         own: Any = self.__dict__.get("_modules", {}).get("parametrizations")
         return removal.Parametrizations(self) if own is None else own
 

@@ -1,8 +1,8 @@
 """The planner decides how a call is computed.
 
-`backend.py` chooses the backend, and `variants.py` the variant. The variant comes from the cost
-model (`costs.py`), which uses constants of devices (`devices.py`), or from measurements
-(`table.py`).
+`backend.py` chooses the backend, and `variants.py` chooses the variant. The choice of the variant
+follows measurements (`table.py`) or the cost model (`costs.py`), which uses constants of devices
+(`devices.py`).
 """
 
 from . import costs, devices, table

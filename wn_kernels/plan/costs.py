@@ -17,13 +17,13 @@ from ..backends.native import limits
 from ..call import Call, Geometry, narrows_range
 from .devices import CPU, NATIVE, Device, gpu
 
-# The overhead of a call of PyTorch's own convolution, in stages of the native library.
+# A call of PyTorch's own convolution has the overhead of this many stages of the native library.
 ATEN_CALLS = 8
 # The native library's own products of few columns reach this fraction of the rate.
 UNFOLDED_EFFICIENCY = 0.88
 # PyTorch's convolution reaches this fraction in its backward, which also copies its results back.
 BACKWARD_EFFICIENCY = 0.85
-# An unfolded input may take so many bytes whatever the size of the weight.
+# An unfolded input may take this many bytes whatever the size of the weight.
 UNFOLDED_BYTES = 2**18
 # For a `W` of more bytes than this, the allocator maps fresh pages each time.
 FRESH_PAGES = 2**24

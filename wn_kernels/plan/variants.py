@@ -50,7 +50,7 @@ class Plan(NamedTuple):
         return f"{self.forward}/{self.backward}{kept}"
 
 
-# A convolution's `W` of at most so many bytes is kept for the backward whatever the input's size.
+# A convolution's `W` of at most this many bytes is kept for the backward whatever the input's size.
 KEPT_WEIGHT = 2**21
 
 
@@ -115,7 +115,7 @@ def choose(call: Call, backend: str) -> Plan:
         if plan.entry() == tuned:
             return plan
     warnings.warn(
-        f"{table.location()} has {tuned} for {key(call)}, which cannot serve it: ignored",
+        f"{table.location()}: the entry {tuned} cannot serve {key(call)} and is ignored",
         stacklevel=2,
     )
     return by_cost(call, backend)

@@ -1,6 +1,6 @@
-// Passes over a weight whose slices are not its rows. The slices may lie along any other dimension,
-// such as the positions of a kernel, or one slice may be the whole weight. The weight is read as a
-// matrix, in which each slice occupies a few neighbouring columns.
+// This file makes passes over a weight whose slices are not its rows. The slices may lie along any
+// other dimension, such as the positions of a kernel, or one slice may be the whole weight. The
+// weight is read as a matrix, in which each slice occupies a few neighbouring columns.
 
 #pragma once
 

@@ -1,4 +1,4 @@
-// The convolutions and transposed convolutions with W = s V. The planned variant is one of these:
+// This file computes convolutions and transposed convolutions with W = s V, in three variants:
 //
 //   unfold    V is multiplied by the unfolded image, over few pixels (unfold.h)
 //   late      PyTorch convolves with V, and the channels that the scale belongs to are scaled: the

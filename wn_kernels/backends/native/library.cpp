@@ -1,5 +1,5 @@
-// Weight-normalised layers for a CPU are nodes of PyTorch's autograd graph here. A call runs no
-// Python.
+// This library computes weight-normalised layers on a CPU, as nodes of PyTorch's autograd graph. A
+// call runs no Python.
 //
 // The layers serve dense tensors of one dtype, float32 or float64. Norms are those of the rows of
 // V. A convolution's may also be those of its columns, and those of a weight alone may be of any

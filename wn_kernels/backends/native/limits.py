@@ -15,11 +15,11 @@ FEW_ROWS_INPUTS = 512
 FEW_ROWS_ELEMENTS = 2**18
 # `V xᵀ` is faster than `x Vᵀ` if `x` has fewer rows than this.
 LEFT_ROWS = 256
-# An unfolded input is copied along a line of the kernel if the line has at least so many taps.
+# An unfolded input is copied along a line of the kernel if the line has at least this many taps.
 LONG_LINE = 8
-# A tile of a product with few columns takes so many rows of `V`.
+# A tile of a product with few columns takes this many rows of `V`.
 TILE_ROWS = 4
-# A vector register has so many bytes.
+# A vector register has this many bytes.
 VECTOR_BYTES = 64 if torch.backends.cpu.get_cpu_capability() == "AVX512" else 32
 
 

@@ -1,14 +1,14 @@
-// The linear layer: y = x Wᵀ + b with W = s V.
+// This file computes the linear layer y = x Wᵀ + b with W = s V. There are two variants:
 //
 //   late      y = (x Vᵀ) s + b,  dX = (dY s) V,  dV = (dY s)ᵀ x - c V, with a = sum dY (x Vᵀ)
-//   else      W is formed, in each direction
+//   else      W is formed in the forward and in the backward
 //
 // The late backward computes a from the product x Vᵀ, if the forward kept it. Otherwise it forms dW
 // and computes dV from it. If x has few rows, x Vᵀ and the norms take one read of V, and so do dX
 // and dV (panels.h).
 //
-// If x has one row, or if it has few and V is large, no product comes from a library. The results
-// then do not depend on the number of threads, to the bit.
+// If x has one row, or if it has few and V is large, no product comes from a library. The number of
+// threads then does not change a bit of any result.
 
 #pragma once
 
@@ -28,7 +28,7 @@ inline bool is_few(int64_t rows, const Tensor& v) {
          v.numel() >= kFewRowsElements;
 }
 
-// In a pass over (M, N), a thread takes so many columns. They fill at least a cache line.
+// In a pass over (M, N), a thread takes this many columns. They fill at least a cache line.
 constexpr int64_t kColumns = 64;
 
 struct LinearResult {
@@ -68,7 +68,7 @@ Tensor few_rows_product(const Tensor& d, const Tensor& v) {
   return out;
 }
 
-// One tile of dᵀ V takes so many rows and columns of V. Its sums stay in the first-level cache.
+// One tile of dᵀ V takes this many rows and columns of V. Its sums stay in the first-level cache.
 constexpr int64_t kTileOfRows = 256;
 constexpr int64_t kTileOfColumns = 1024;
 

@@ -1,5 +1,5 @@
-// Products of a weight with a matrix of few columns. Each product reads the weight once. A matmul
-// or a convolution of a library first copies the weight into a layout of its own.
+// This file multiplies a weight by a matrix of few columns. Each product reads the weight once. A
+// matmul or a convolution of a library first copies the weight into a layout of its own.
 //
 //   rows_product     P = V B          (rows, columns)
 //   columns_product  Q += Vᵀ D        (length, columns)
@@ -26,11 +26,11 @@ namespace wn_kernels {
 constexpr int kTileColumns = 6;  // the sums, the columns and a row take 31 of 32 registers
 constexpr int kStackedRows = 8;  // each row takes two vectors, and the sums take two
 #else
-constexpr int kTileColumns = 3;  // 16 of 16 registers
+constexpr int kTileColumns = 3;  // they take 16 of 16 registers
 constexpr int kStackedRows = 6;
 #endif
 
-// So many bytes of each row of a tile stay in the first-level cache.
+// This many bytes of each row of a tile stay in the first-level cache.
 constexpr int64_t kSegmentBytes = 4096;
 
 template <typename T>
@@ -166,8 +166,8 @@ class Stacked {
 
 // --- P = V B -------------------------------------------------------------------------------------
 
-// Adds the products of the rows with N columns of B, over some panels, to sums[j][r]. The lanes of
-// a sum stay apart.
+// Adds the products of the rows with N columns of B, over some panels, to sums[j][r]. Each sum is a
+// vector, whose lanes are added later.
 template <typename T, int N>
 void tile_product(
     const RowBlock<T, kTileRows>& block, const Panels<T>& b, int64_t column, int64_t begin,
@@ -210,10 +210,11 @@ void tile_product(
   tile_product<T, N>(block, b, column, begin, end, sums);
 }
 
-// A B of at most so many bytes stays in a thread's cache from one tile of rows to the next.
+// A B of at most this many bytes stays in a thread's cache from one tile of rows to the next.
 constexpr int64_t kCachedBytes = 3 << 18;
 
-// The rows that share one pass over a segment of a larger B have sums of at most so many bytes.
+// The sums of the rows that share one pass over a segment of a larger B take at most this many
+// bytes.
 constexpr int64_t kSumBytes = 1 << 17;
 
 // Calls f(first, count) for each stack of rows of V that one thread takes together.

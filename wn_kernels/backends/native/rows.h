@@ -1,4 +1,4 @@
-// Passes over a weight whose slices are its rows. Each pass reads a row once.
+// This file makes passes over a weight whose slices are its rows. Each pass reads a row once.
 //
 // One thread processes a whole row and adds its elements in blocks of a fixed size. The result
 // therefore does not depend on the number of threads.
@@ -146,13 +146,13 @@ class Norms {
   std::atomic<bool> in_range_{true};
 };
 
-// w_j = s_j v_j
+// Computes w_j = s_j v_j.
 template <typename T>
 void scale(T* w, const T* v, T s, int64_t length) {
   for (int64_t i = 0; i < length; ++i) w[i] = s * v[i];
 }
 
-// The factors s and c of dV_j = s dW_j - c V_j, and dg_j, follow from a = <dW_j, V_j>.
+// Computes dg_j and the factors s and c of dV_j = s dW_j - c V_j from a = <dW_j, V_j>.
 template <typename T>
 struct Slope {
   Slope(double a, T g, T n, double eps) : dg(static_cast<T>(a) / n), s(g / n) {

@@ -6,9 +6,9 @@
 //   convolution    y = W U(x)         dX = fold(Wᵀ dY)    dW = dY U(x)ᵀ
 //   transposed     y = fold(Wᵀ x)     dX = W U(dY)        dW = x U(dY)ᵀ
 //
-// `fold` adds each element to the element of the image that it came from. y and dY of a convolution
-// are matrices (channels, batch pixels); x and dX are, if it is transposed. A scale of rows
-// multiplies the rows of V. A scale of taps multiplies U.
+// `fold` adds each element to the element of the image that it came from. y and dY of a
+// convolution, and x and dX of a transposed one, are matrices (channels, batch pixels). A scale of
+// rows multiplies the rows of V. A scale of taps multiplies U.
 
 #pragma once
 
@@ -183,7 +183,7 @@ inline Tensor from_matrix(const Tensor& matrix, at::IntArrayRef sizes) {
 
 // --- forward -------------------------------------------------------------------------------------
 
-// So many bytes of V stay in each thread's cache between its squares and its product.
+// This many bytes of V stay in each thread's cache between its squares and its product.
 constexpr int64_t kChunkBytes = 1 << 20;
 
 // Computes Q = Vᵀ S X for the rows of a group, and the norms of these rows.
@@ -201,7 +201,7 @@ void normalised_columns_product(
     const int64_t count = std::min(chunk, rows - first);
     const T* from = v + first * length;
     Stacked<T, kStackedRows> scaled(count, q.columns);
-    // The thread that takes the squares of some columns finds them in its cache for the product.
+    // The thread that computes the squares of some columns has them in its cache for the product.
     for_each_panel_group(q, count, [&](int64_t begin, int64_t end) {
       const int64_t at = begin * kPanel<T>, width = std::min(end * kPanel<T>, length) - at;
       for (int64_t r = 0; r < count; ++r) {
