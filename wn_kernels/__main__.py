@@ -147,7 +147,7 @@ def main(arguments: list[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("info", help="versions, devices, the backend for each dtype")
     commands.add_parser("build", help="build the native library with this machine's C++ compiler")
-    tune = commands.add_parser("tune", help="time the paths of a model's calls, store the fastest")
+    tune = commands.add_parser("tune", help="time the plans of a model's calls, store the fastest")
     tune.add_argument("factory", help="module:function that returns (model, sample input)")
     tune.add_argument("--seconds", type=float, default=1.0, help="how long each call is timed")
     chosen = parser.parse_args(arguments)

@@ -1,7 +1,7 @@
 """This file checks a call and plans it once, from its shapes, dtypes and options.
 
-Only `prepare` makes a `Plan`. Its results are memoised for every backend. The native library keeps
-its own plans in a table, which it fills through `plan_native`.
+Every call gets its plan from `prepare`, which memoises it for every backend. The native library
+keeps its own plans in a table, which it fills through `plan_native`.
 """
 
 from __future__ import annotations
