@@ -48,7 +48,7 @@ def test_info_has_what_a_report_needs(tmp_path):
     flags = vendor.cpu_flags()
     for flag, name in (("avx2", "AVX2"), ("avx512f", "AVX-512"), ("amx_tile", "AMX")):
         assert (name in has.removeprefix("  it has ").strip().split(", ")) == (flag in flags)
-    assert f"tuned table: none ({table} would be it)" in text
+    assert f"tuned table: none ({table} does not exist)" in text
     environment = text[text.index("environment:") :]
     for name, value in held.items():
         assert f"\n  {name}={value}" in environment

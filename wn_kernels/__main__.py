@@ -1,8 +1,8 @@
-"""The command line.
+"""This package has three commands.
 
-python -m wn_kernels info                    what a report needs: versions, the machine, who serves
-python -m wn_kernels build                   builds the native library, which a CPU is faster with
-python -m wn_kernels tune module:factory     times a model's calls and stores the fastest paths
+python -m wn_kernels info                    prints versions, devices and backends for a bug report
+python -m wn_kernels build                   builds the native library, which is faster on a CPU
+python -m wn_kernels tune module:factory     times a model's calls and stores the fastest plans
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ from .plan import table
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-# Instruction sets that decide who computes what, as Linux and as people spell them.
+# These instruction sets decide which kernels run. The keys are Linux's spelling, and the values are
+# the usual one.
 INSTRUCTIONS = {
     "avx2": "AVX2",
     "avx512f": "AVX-512",
@@ -39,7 +40,7 @@ INSTRUCTIONS = {
     "sve": "SVE",
 }
 
-# Variables that change what runs, or how fast: these, and all that begin with these.
+# Variables with these names or prefixes change what runs, or how fast.
 VARIABLES = (
     *vendor.ONEDNN_VARIABLES,
     *("ATEN_CPU_CAPABILITY", "MKL_ENABLE_INSTRUCTIONS", "MKL_CBWR", "OPENBLAS_CORETYPE"),
@@ -49,8 +50,8 @@ PREFIXES = ("WN_KERNELS_", "TRITON_")
 
 
 def info() -> str:
-    """What a report of a fault should contain: versions, the processor, who serves each dtype on
-    each device and why, the native library, the tuned table, and the environment."""
+    """Returns the contents of a bug report. They are the versions, the processor, the backend of
+    each dtype on each device, the native library, the tuned table and the environment."""
     lines = [
         f"wn_kernels  {wn_kernels.__version__}",
         f"python      {platform.python_version()}, {platform.platform()}",
@@ -101,7 +102,8 @@ def _backends(device: torch.device) -> list[str]:
 
 
 def _native_library() -> list[str]:
-    """Whether it is used or why not, where it lies, and the compiler that built it."""
+    """Returns whether the library can be used or why not, its path, and the compiler that built
+    it."""
     if reason := native.unavailable():
         lines = [f"the native library cannot be used: {reason}"]
     else:
@@ -111,7 +113,7 @@ def _native_library() -> list[str]:
 
 def _tuned() -> str:
     path = table.location()
-    return str(path) if os.path.exists(path) else f"none ({path} would be it)"
+    return str(path) if os.path.exists(path) else f"none ({path} does not exist)"
 
 
 def _gpu_build() -> str:
@@ -145,7 +147,7 @@ def main(arguments: list[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("info", help="versions, devices, the backend for each dtype")
     commands.add_parser("build", help="build the native library with this machine's C++ compiler")
-    tune = commands.add_parser("tune", help="time the paths of a model's calls, store the fastest")
+    tune = commands.add_parser("tune", help="time the plans of a model's calls, store the fastest")
     tune.add_argument("factory", help="module:function that returns (model, sample input)")
     tune.add_argument("--seconds", type=float, default=1.0, help="how long each call is timed")
     chosen = parser.parse_args(arguments)
@@ -162,13 +164,13 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _made(factory: str) -> Any:
-    """What the function that `module:function` names returns.
+    """Calls the function that `module:function` names, and returns its result.
 
     Raises:
-        SystemExit: there is none.
+        SystemExit: there is no such function.
     """
     module, _, name = factory.partition(":")
-    sys.path.insert(0, "")  # of the current directory, too
+    sys.path.insert(0, "")  # this allows modules of the current directory
     try:
         make = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:

@@ -1,9 +1,9 @@
-"""Where this package keeps what it measures and what it builds, and what it trusts there.
+"""The package stores its measurements and the library that it builds in a cache of the user's.
 
-The library that is built is code, and the table decides what runs. So both are used only where they
-and their folders belong to the user, or to root, and nobody else may write there. A folder that is
-made here is the user's alone. A file is written elsewhere and then moved into its place, under a
-lock: a process that reads, or one that writes at the same time, never finds half of it.
+The library is code, and the table decides what runs. Both are therefore used only if they and their
+folders belong to the user or to root, and no other user may write there. Only the user may access a
+folder that is made here. A file is written elsewhere and then moved into its place, under a lock.
+Other processes therefore never read an incomplete file.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ _OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
 
 
 def root() -> Path:
-    """The folder of all of the user's caches. A user without a home has none: below the path
-    returned, nothing lies and nothing can be made."""
+    """Returns the folder of all of the user's caches. If the user has no home, it returns a path
+    below which nothing exists and nothing can be made."""
     if named := os.environ.get("XDG_CACHE_HOME"):
         return Path(named)
     try:
@@ -33,24 +33,25 @@ def root() -> Path:
 
 
 def directory() -> Path:
-    """A folder in the user's cache; it need not exist yet."""
+    """Returns this package's folder in the user's cache. It need not exist yet."""
     return root() / "wn_kernels"
 
 
 def _chain(path: Path, top: Path) -> list[Path]:
-    """The folders from `top` down to `path`, and `path`; `path` alone where it is not below."""
+    """Returns the folders from `top` down to `path`, and `path`. If `path` is not below `top`, it
+    returns `path` alone."""
     below = [part for part in path.parents if part.is_relative_to(top)]
     return [*reversed(below), path]
 
 
 def distrust(path: Path, top: Path) -> str | None:
-    """Why `path` must not be used: it, or a folder from `top` down, belongs to somebody else, or
-    somebody else may write to it. `None` where nothing is wrong.
+    """Returns why `path` must not be used, or `None` if it may be. It must not if another user owns
+    it or a folder from `top` down, or may write to one of them.
 
     Raises:
-        OSError: one of them is not there, or cannot be looked at.
+        OSError: one of them does not exist or cannot be examined.
     """
-    if not hasattr(os, "geteuid"):  # not a POSIX system, where the user's folders are protected
+    if not hasattr(os, "geteuid"):  # systems other than POSIX protect the user's folders
         return None
     for part in _chain(path, top):
         found = part.stat()
@@ -62,10 +63,10 @@ def distrust(path: Path, top: Path) -> str | None:
 
 
 def make(folder: Path, top: Path) -> None:
-    """Makes a folder and those above it that are missing, for the user alone.
+    """Makes a folder and those above it that are missing. Only the user may access them.
 
     Raises:
-        OSError: it cannot be made, or it, or one from `top` down, is not to be trusted.
+        OSError: the folder cannot be made, or `distrust` gives a reason not to use it.
     """
     for part in (*reversed(folder.parents), folder):
         if not part.exists():
@@ -76,22 +77,22 @@ def make(folder: Path, top: Path) -> None:
 
 @contextlib.contextmanager
 def replacing(path: Path, top: Path) -> Iterator[Path]:
-    """The path of a new file, in an empty folder beside `path`, whose folder is made if need be. At
-    the end the file takes `path`'s place; where none was written, or an error was raised, nothing
-    is changed. Processes that do this at once take turns.
+    """Yields the path of a new file, in an empty folder beside `path`. It makes the folder of
+    `path` if that is missing. At the end the new file replaces `path`. If no file was written, or
+    an error was raised, nothing changes. Processes that do this at the same time take turns.
 
     Raises:
-        OSError: the folder cannot be made or written, or is not to be trusted.
+        OSError: the folder cannot be made or written, or `distrust` gives a reason not to use it.
     """
     make(path.parent, top)
     with FileLock(path.with_name(path.name + ".lock")):
         prefix = path.name + ".new-"
-        for left in path.parent.glob(prefix + "*"):  # by a process that was killed
+        for left in path.parent.glob(prefix + "*"):  # a process that was killed may leave these
             shutil.rmtree(left)
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=prefix) as folder:
             new = Path(folder) / path.name
             yield new
             if new.exists():
-                # Whatever the user's mask is: what others may write would not be trusted.
+                # The user's mask may let others write, and `distrust` would reject such a file.
                 new.chmod(stat.S_IMODE(new.stat().st_mode) & ~_OTHERS_WRITE)
                 new.replace(path)

@@ -1,8 +1,8 @@
-"""One description of a call, for every part of the engine.
+"""This file describes a call for every part of the engine.
 
-`Call` holds what decides how a layer is computed: shapes, dtypes, layout and options. Beside it are
-the words that it is described in: what `dim` and `eps` mean, the shapes that follow from them, the
-geometry of a convolution, the dtypes of norms and products, and who records a call's operations.
+`Call` holds the shapes, dtypes, layout and options that decide how a layer is computed. The other
+definitions give the meaning of `dim` and `eps`, the shapes that follow from them, the geometry of a
+convolution, the dtypes of norms and products, and what records a call's operations.
 """
 
 from __future__ import annotations
@@ -20,9 +20,10 @@ from torch.compiler import is_compiling, is_exporting
 
 
 def canonical_dim(dim: int | None, ndim: int) -> int | None:
-    """The kept dimension as an index in `[0, ndim)`, or `None` for one norm over the whole tensor.
+    """Returns the kept dimension as an index in `[0, ndim)`, or `None` for one norm over the whole
+    tensor.
 
-    As in `torch._weight_norm`, `-1` also means the whole tensor; `-2`, `-3`, ... count from the
+    As in `torch._weight_norm`, `-1` also means the whole tensor, and `-2`, `-3`, ... count from the
     end.
 
     Raises:
@@ -42,20 +43,20 @@ def canonical_dim(dim: int | None, ndim: int) -> int | None:
 
 
 def kept_shape(shape: Sequence[int], dim: int | None) -> tuple[int, ...]:
-    """The shape of `g` and of the norms: that of `V` with every dimension but `dim` set to 1; `()`
-    for the whole tensor."""
+    """Returns the shape of `g` and of the norms. It is that of `V` with every dimension but `dim`
+    set to 1, and `()` for the whole tensor."""
     if dim is None:
         return ()
     return tuple(size if i == dim else 1 for i, size in enumerate(shape))
 
 
 def reduced_dims(ndim: int, dim: int | None) -> list[int]:
-    """The dimensions the norm sums over."""
+    """Returns the dimensions that the norm sums over."""
     return [i for i in range(ndim) if i != dim]
 
 
 def canonical_eps(eps: float) -> float:
-    """`eps` as a float.
+    """Returns `eps` as a float.
 
     Raises:
         TypeError: `eps` is not a number.
@@ -74,9 +75,9 @@ def canonical_eps(eps: float) -> float:
 
 
 class Geometry(NamedTuple):
-    """The geometry of a convolution: what `torch.convolution` takes after `bias`, in its order.
+    """Holds the arguments of `torch.convolution` after `bias`, in its order.
 
-    The weight is `(out, in / groups, *taps)`, of a transposed convolution
+    The weight is `(out, in / groups, *taps)`. That of a transposed convolution is
     `(in, out / groups, *taps)`. Every tuple has one number for each spatial dimension.
     """
 
@@ -88,13 +89,13 @@ class Geometry(NamedTuple):
     groups: int
 
     def packed(self) -> list[int]:
-        """All of it in one list of numbers, for an operator's schema."""
+        """Returns all fields in one list of numbers, for an operator's schema."""
         lists = (self.stride, self.padding, self.dilation, self.output_padding)
         return [int(self.transposed), self.groups, *(n for numbers in lists for n in numbers)]
 
     @classmethod
     def unpacked(cls, numbers: Sequence[int]) -> Geometry:
-        """The reverse of `packed`."""
+        """Returns the geometry that `packed` turned into `numbers`."""
         transposed, groups, *rest = numbers
         rank = len(rest) // 4
         stride, padding, dilation, extra = (
@@ -106,8 +107,8 @@ class Geometry(NamedTuple):
         return v_shape[1] * self.groups if self.transposed else v_shape[0]
 
     def output_sizes(self, x_sizes: Sequence[int], taps: Sequence[int]) -> list[int]:
-        """The spatial sizes of the output; `torch.nn.Conv3d` and `ConvTranspose3d` document the
-        formula."""
+        """Returns the spatial sizes of the output. `torch.nn.Conv3d` and `ConvTranspose3d` document
+        the formula."""
         reach = [d * (t - 1) for d, t in zip(self.dilation, taps, strict=True)]
         axes = zip(x_sizes, reach, self.stride, self.padding, self.output_padding, strict=True)
         if self.transposed:
@@ -115,8 +116,9 @@ class Geometry(NamedTuple):
         return [(x + 2 * p - r - 1) // s + 1 for x, r, s, p, _ in axes]
 
     def scale_axis(self, dim: int | None) -> str:
-        """What the scale along `dim` of the weight multiplies: whole channels of the "output" or
-        of the "input", "taps" of the kernel, or everything, "whole"."""
+        """Returns what the scale along `dim` of the weight multiplies. It is `"output"` or
+        `"input"` for whole channels of that side, `"taps"` for positions of the kernel, or
+        `"whole"` for everything."""
         if dim is None:
             return "whole"
         if dim > 1:
@@ -124,18 +126,19 @@ class Geometry(NamedTuple):
         return "output" if (dim == 1) == self.transposed else "input"
 
     def owns_slices(self, dim: int | None) -> bool:
-        """Whether all of a slice goes into each pixel of one output channel.
+        """Returns whether each pixel of an output channel depends on all of a slice.
 
-        That of a transposed convolution with a stride sees some of the taps only.
+        In a transposed convolution with a stride, a pixel depends on some of the taps only.
         """
         if self.transposed:
             return dim == 1 and self.groups == 1 and set(self.stride) == {1}
         return dim == 0
 
     def per_channel(self, s: Tensor, dim: int | None, ndim: int) -> Tensor:
-        """The scale of kept shape, to multiply the input or the output of `ndim` dimensions.
+        """Returns the scale, given in the kept shape, in a shape that broadcasts over the channels
+        of an input or an output of `ndim` dimensions.
 
-        Along the weight's second dimension every group has the same ones.
+        Along the weight's second dimension, all groups have the same scales.
         """
         if dim is None:
             return s
@@ -147,29 +150,31 @@ class Geometry(NamedTuple):
 
 
 def scale_dtype(v: Tensor) -> torch.dtype:
-    """The dtype that norms and scales are kept in: float64 for float64, else float32."""
+    """Returns the dtype of norms and scales, which is float64 for a float64 `V` and else
+    float32."""
     return torch.float64 if v.dtype == torch.float64 else torch.float32
 
 
-# Norms that may be squared, and divided by one another's squares, by the dtype they are kept in.
+# Norms in this range may be squared, and divided by one another's squares, without leaving the
+# range of the dtype that they are kept in.
 NORM_RANGE = {torch.float32: (1e-10, 1e10), torch.float64: (1e-80, 1e80)}
 
 
 def narrows_range(x_dtype: torch.dtype, v_dtype: torch.dtype) -> bool:
-    """Whether unscaled elements of `V` may leave the range of the product's dtype: a float16
-    product of a wider `V`. Such a `V` has to be scaled before it is cast."""
+    """Returns whether unscaled elements of `V` may leave the range of the product's dtype. They may
+    in a float16 product of a wider `V`. Such a `V` has to be scaled before it is cast."""
     return x_dtype == torch.float16 and v_dtype != torch.float16
 
 
-# The reader of the settings `fp32_precision` of torch 2.9 and later. A setting inherits from the
-# more general one, and reads what the old settings have set. The old readers raise an error where
-# a new setting is in use.
+# This function reads the settings `fp32_precision` of torch 2.9 and later. A setting inherits from
+# the more general one, and includes what the old settings have set. The old functions raise an
+# error if a new setting is in use.
 _fp32_precision = getattr(torch._C, "_get_fp32_precision_getter", None)
 
 
 def takes_tf32(dtype: torch.dtype, op: str = "matmul") -> bool:
-    """Whether PyTorch is set to take products of this dtype in TF32 on a GPU: those of cuBLAS for
-    the op `"matmul"`, those of cuDNN for `"conv"`."""
+    """Returns whether PyTorch is set to compute products of this dtype in TF32 on a GPU. The op
+    `"matmul"` means products of cuBLAS, and `"conv"` means those of cuDNN."""
     if dtype != torch.float32:
         return False
     if _fp32_precision is not None:
@@ -183,8 +188,8 @@ def takes_tf32(dtype: torch.dtype, op: str = "matmul") -> bool:
 
 
 class Operands(NamedTuple):
-    """The tensors of a call: `x`, which the weight alone has not, `V`, `g` of the kept shape, and
-    the bias."""
+    """Holds the tensors of a call. `x` is `None` for the weight alone, and `g` has the kept
+    shape."""
 
     x: Tensor | None
     v: Tensor
@@ -192,24 +197,24 @@ class Operands(NamedTuple):
     bias: Tensor | None
 
 
-# Of `x`, `V`, `g` and the bias, in this order.
+# The order is `x`, `V`, `g` and the bias.
 Grads = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 Needs = tuple[bool, bool, bool, bool]
 
 
 class Call(NamedTuple):
-    """What a call is planned and computed by.
+    """Describes a call. It is planned and computed by this description.
 
     Attributes:
         x_shape: `(*, K)` for a linear layer, `(B, C, *sizes)` for a convolution, `()` for the
             weight alone.
         v_shape: the shape of `V`.
-        x_dtype: the dtype of the product; of `W`, for the weight alone.
+        x_dtype: the dtype of the product, or of `W` for the weight alone.
         v_dtype: the dtype of `V`.
         dim: the kept dimension, as `canonical_dim` returns it.
         conv: the geometry of a convolution.
-        channels_last: whether `x` or `V` of a convolution lies channels-last.
-        tf32: whether the product is taken in TF32.
+        channels_last: whether `x` or `V` of a convolution is channels-last in memory.
+        tf32: whether the product is computed in TF32.
         eps: the smallest norm.
         device: the GPU that the tensors are on, for the Triton path; `None` is the current one.
     """
@@ -226,25 +231,26 @@ class Call(NamedTuple):
     device: torch.device | None = None
 
     def of_weight(self) -> Call:
-        """The call that forms the `W` of this one alone."""
+        """Returns the call that forms the `W` of this one alone."""
         return self._replace(x_shape=torch.Size(()), conv=None)
 
 
-# Tensor classes whose operators are torch's own.
+# These tensor classes have torch's own operators.
 PLAIN_TYPES = frozenset((Tensor, torch.nn.Parameter))
 
 
 def recorder(v: Tensor) -> Literal["", "compiler", "mode", "composite"]:
-    """Who records the operations of a call with the weight `v`:
+    """Returns what records the operations of a call with the weight `v`.
 
-    ""           nobody: the tensors can be read, and kernels launched on them
-    "compiler"   `torch.compile`
-    "mode"       a dispatch mode, such as that of fake tensors or a counter of operations
+    ""           nothing does; the tensors can be read, and kernels launched on them
+    "compiler"   `torch.compile` does
+    "mode"       a dispatch mode does, such as that of fake tensors or a counter of operations
     "composite"  a `torch.func` transform, forward-mode AD, an export, a trace, or a tensor class
-                 with operators of its own, such as `DTensor`: each needs differentiable operations
+                 with operators of its own (such as `DTensor`) does; these need differentiable
+                 operations
     """
-    # No public query exists for the first, the second, the fourth and the last; all are stable
-    # across the supported releases.
+    # `torch.func`, forward-mode AD, tracing and dispatch modes have no public query. The private
+    # queries used here are stable across the supported releases.
     if (
         torch._C._are_functorch_transforms_active()
         or forward_ad._current_level >= 0

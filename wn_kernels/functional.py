@@ -1,4 +1,4 @@
-"""The public functions: they check their arguments, then make one call down.
+"""This file holds the public functions. They check their arguments and call the engine once.
 
     import wn_kernels.functional as WF
 
@@ -6,8 +6,8 @@
     y = WF.wn_conv1d(x, v, g, bias, padding=1)     # and 2d, 3d, and the transposed ones
     w = WF.weight_norm(v, g)                       # W itself, differentiable
 
-Weight normalisation is Salimans & Kingma, *Weight Normalization: A Simple Reparameterization to
-Accelerate Training of Deep Neural Networks*, 2016, equation (2).
+Weight normalisation was introduced by Salimans & Kingma, *Weight Normalization: A Simple
+Reparameterization to Accelerate Training of Deep Neural Networks*, 2016, equation (2).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from .prepare import are_dense, plan_native, prepare, reject
 
 
 def _autocast(input: Tensor) -> Tensor:
-    """`input` as autocast would hand it to a linear layer: float64 stays as it is."""
+    """Casts `input` as autocast does for a linear layer. float64 stays as it is."""
     device_type = input.device.type
     if torch.is_autocast_enabled(device_type) and input.dtype != torch.float64:
         return input.to(torch.get_autocast_dtype(device_type))
@@ -34,7 +34,7 @@ def _autocast(input: Tensor) -> Tensor:
 
 
 def _library() -> Any:
-    """The native library, or `None` where it cannot be used."""
+    """Returns the native library, or `None` if it cannot be used."""
     return native.library(plan_native, operators.launches)
 
 
@@ -48,8 +48,8 @@ def _run(
     dim: int | None,
     eps: float,
 ) -> Tensor:
-    """The steps of every call that is not the native library's own. `rank` is the number of spatial
-    dimensions of a convolution, and 0 otherwise; the weight alone has no `x`."""
+    """Runs every call that the native library does not serve on a CPU. `rank` is the number of
+    spatial dimensions of a convolution, and 0 otherwise. The weight alone has no `x`."""
     if plan.launches(v) and (library := _library()):
         y = library.launched(rank, x, v, g, bias, geometry, dim, eps)
         if y is not None:
@@ -61,7 +61,7 @@ def _run(
     backend = plan.choose_backend(v)
     tensors = Operands(x, v, g, bias)
     call, chosen, g_shape, pad, batched, fits = prepare(rank, tensors, geometry, dim, eps, backend)
-    if backend == "native":  # it has left the call to others
+    if backend == "native":  # the library has declined the call already
         raise plan.cannot_serve(backend)
     if not fits:
         g = g.view(g_shape)
@@ -90,10 +90,11 @@ def _run(
 
 
 def slice_norm(v: Tensor, *, dim: int | None = 0) -> Tensor:
-    """The norms `‖V_j‖₂` of every slice along `dim`, in the shape of `g` and in `v`'s dtype.
+    """Returns the norms `‖V_j‖₂` of every slice along `dim`, in the shape of `g` and in `v`'s
+    dtype.
 
-    What `torch.norm_except_dim` returns, accumulated in float64 on a CPU and a CUDA device, in
-    float32 or wider elsewhere. Differentiable.
+    They are what `torch.norm_except_dim` returns. Their squares are accumulated in float64 on a CPU
+    and a CUDA device, and in float32 or wider elsewhere. The result is differentiable.
 
     Raises:
         TypeError, ValueError: as `weight_norm`.
@@ -110,14 +111,14 @@ def slice_norm(v: Tensor, *, dim: int | None = 0) -> Tensor:
 
 
 def weight_norm(v: Tensor, g: Tensor, *, dim: int | None = 0, eps: float = 0.0) -> Tensor:
-    """The weight `W = g · V / ‖V‖`, differentiable with respect to `v` and `g`.
+    """Returns the weight `W = g · V / ‖V‖`, differentiable with respect to `v` and `g`.
 
     The norm `‖V_j‖₂` of every slice along `dim` is accumulated and kept in float32 (float64 for a
     float64 `v`). With `eps > 0` it is `max(‖V_j‖₂, eps)`. A slice of norm zero has direction zero:
     its weight is zero and its gradients are finite.
 
-    On a CPU, norms whose squares float32 cannot hold are taken in float64. Nothing looks at them on
-    a GPU, or in a compiled program: there they should lie between 1e-10 and 1e10.
+    On a CPU, norms whose squares float32 cannot hold are computed in float64. On a GPU and in a
+    compiled program norms are not checked. There they should lie between 1e-10 and 1e10.
 
     Args:
         v: the direction, of any shape, in float16, bfloat16, float32 or float64.
@@ -151,12 +152,12 @@ def wn_linear(
     dim: int | None = 0,
     eps: float = 0.0,
 ) -> Tensor:
-    """A linear layer with a weight-normalised weight: `y = x Wᵀ + b`, `W = g · V / ‖V‖`.
+    """Computes a linear layer with a weight-normalised weight: `y = x Wᵀ + b`, `W = g · V / ‖V‖`.
 
-    Equal to `torch.nn.functional.linear(input, weight_norm(v, g, dim=dim, eps=eps), bias)`,
-    without the weight. Dtypes may differ: the product runs in the dtype of `input` (under
-    autocast, in autocast's), norms and scales in float32 or wider, and `v` is read once in its own
-    dtype.
+    It equals `torch.nn.functional.linear(input, weight_norm(v, g, dim=dim, eps=eps), bias)`, but
+    need not form the weight. Dtypes may differ. The product runs in the dtype of `input` (under
+    autocast, in autocast's). Norms and scales are computed in float32 or wider. `v` is read in its
+    own dtype.
 
     Args:
         input: `x`, of shape `(*, K)` with any number of leading dimensions.
@@ -198,7 +199,7 @@ def convolution(
     dim: int | None,
     eps: float,
 ) -> Tensor:
-    """Any of the six convolutions below; `rank` is the number of their spatial dimensions."""
+    """Computes any of the six convolutions below. `rank` is the number of spatial dimensions."""
     geometry = stride, padding, dilation, transposed, output_padding, groups
     if plan.tries_native() and (library := _library()):
         y = library.convolution(rank, input, v, g, bias, *geometry, dim, eps)
@@ -220,11 +221,11 @@ def wn_conv1d(
     dim: int | None = 0,
     eps: float = 0.0,
 ) -> Tensor:
-    """A 1-d convolution with a weight-normalised weight.
+    """Computes a 1-d convolution with a weight-normalised weight.
 
-    Equal to `torch.nn.functional.conv1d(input, weight_norm(v, g, dim=dim, eps=eps), bias, ...)`.
-    Dtypes may differ: the product runs in the dtype of `input` (under autocast, in autocast's),
-    norms and scales in float32 or wider.
+    It equals `torch.nn.functional.conv1d(input, weight_norm(v, g, dim=dim, eps=eps), bias, ...)`.
+    Dtypes may differ. The product runs in the dtype of `input` (under autocast, in autocast's).
+    Norms and scales are computed in float32 or wider.
 
     Args:
         input: `x`, of shape `(B, C, L)` or, unbatched, `(C, L)`.
@@ -242,8 +243,8 @@ def wn_conv1d(
         eps: the smallest norm; see `weight_norm`.
 
     Returns:
-        A tensor of shape `(B, N, L_out)` or `(N, L_out)`, in the dtype of the product:
-        that of `input`, or autocast's.
+        A tensor of shape `(B, N, L_out)` or `(N, L_out)`, in the dtype of the product, which is
+        that of `input` or autocast's.
 
     Raises:
         TypeError: an argument has the wrong type, dtype or layout.
@@ -266,12 +267,12 @@ def wn_conv2d(
     dim: int | None = 0,
     eps: float = 0.0,
 ) -> Tensor:
-    """A 2-d convolution with a weight-normalised weight.
+    """Computes a 2-d convolution with a weight-normalised weight.
 
-    Equal to `torch.nn.functional.conv2d(input, weight_norm(v, g, dim=dim, eps=eps), bias, ...)`.
+    It equals `torch.nn.functional.conv2d(input, weight_norm(v, g, dim=dim, eps=eps), bias, ...)`.
 
-    Args, result and errors as in `wn_conv1d`, with spatial dimensions `(H, W)` and a kernel of
-    `(kh, kw)`.
+    Arguments, result and errors are those of `wn_conv1d`, with spatial dimensions `(H, W)` and a
+    kernel of `(kh, kw)`.
     """
     return convolution(2, input, v, g, bias, stride, padding, dilation, False, 0, groups, dim, eps)
 
@@ -289,12 +290,12 @@ def wn_conv3d(
     dim: int | None = 0,
     eps: float = 0.0,
 ) -> Tensor:
-    """A 3-d convolution with a weight-normalised weight.
+    """Computes a 3-d convolution with a weight-normalised weight.
 
-    Equal to `torch.nn.functional.conv3d(input, weight_norm(v, g, dim=dim, eps=eps), bias, ...)`.
+    It equals `torch.nn.functional.conv3d(input, weight_norm(v, g, dim=dim, eps=eps), bias, ...)`.
 
-    Args, result and errors as in `wn_conv1d`, with spatial dimensions `(D, H, W)` and a kernel of
-    `(kd, kh, kw)`.
+    Arguments, result and errors are those of `wn_conv1d`, with spatial dimensions `(D, H, W)` and a
+    kernel of `(kd, kh, kw)`.
     """
     return convolution(3, input, v, g, bias, stride, padding, dilation, False, 0, groups, dim, eps)
 
@@ -313,9 +314,9 @@ def wn_conv_transpose1d(
     dim: int | None = 0,
     eps: float = 0.0,
 ) -> Tensor:
-    """A 1-d transposed convolution with a weight-normalised weight.
+    """Computes a 1-d transposed convolution with a weight-normalised weight.
 
-    Equal to `torch.nn.functional.conv_transpose1d(input, weight_norm(v, g, dim=dim, eps=eps),
+    It equals `torch.nn.functional.conv_transpose1d(input, weight_norm(v, g, dim=dim, eps=eps),
     bias, ...)`.
 
     Args:
@@ -324,8 +325,8 @@ def wn_conv_transpose1d(
         g: the magnitude, as in `wn_conv1d`.
         bias: of shape `(N,)`, or `None`.
         stride: as in `torch.nn.functional.conv_transpose1d`.
-        padding: what is cut off both sides of the output.
-        output_padding: what is added to one side of the output's size.
+        padding: the number of elements cut off each side of the output.
+        output_padding: the number of elements added at one side of the output.
         groups: the number of groups that channels are divided into.
         dilation: the distance between taps.
         dim: the dimension of `v` whose slices are normalised: 0 (each input channel, PyTorch's
@@ -357,13 +358,13 @@ def wn_conv_transpose2d(
     dim: int | None = 0,
     eps: float = 0.0,
 ) -> Tensor:
-    """A 2-d transposed convolution with a weight-normalised weight.
+    """Computes a 2-d transposed convolution with a weight-normalised weight.
 
-    Equal to `torch.nn.functional.conv_transpose2d(input, weight_norm(v, g, dim=dim, eps=eps),
+    It equals `torch.nn.functional.conv_transpose2d(input, weight_norm(v, g, dim=dim, eps=eps),
     bias, ...)`.
 
-    Args, result and errors as in `wn_conv_transpose1d`, with spatial dimensions `(H, W)` and a
-    kernel of `(kh, kw)`.
+    Arguments, result and errors are those of `wn_conv_transpose1d`, with spatial dimensions
+    `(H, W)` and a kernel of `(kh, kw)`.
     """
     return convolution(
         2, input, v, g, bias, stride, padding, dilation, True, output_padding, groups, dim, eps
@@ -384,13 +385,13 @@ def wn_conv_transpose3d(
     dim: int | None = 0,
     eps: float = 0.0,
 ) -> Tensor:
-    """A 3-d transposed convolution with a weight-normalised weight.
+    """Computes a 3-d transposed convolution with a weight-normalised weight.
 
-    Equal to `torch.nn.functional.conv_transpose3d(input, weight_norm(v, g, dim=dim, eps=eps),
+    It equals `torch.nn.functional.conv_transpose3d(input, weight_norm(v, g, dim=dim, eps=eps),
     bias, ...)`.
 
-    Args, result and errors as in `wn_conv_transpose1d`, with spatial dimensions `(D, H, W)` and a
-    kernel of `(kd, kh, kw)`.
+    Arguments, result and errors are those of `wn_conv_transpose1d`, with spatial dimensions
+    `(D, H, W)` and a kernel of `(kd, kh, kw)`.
     """
     return convolution(
         3, input, v, g, bias, stride, padding, dilation, True, output_padding, groups, dim, eps

@@ -1,12 +1,13 @@
-"""Tensor parallelism for linear layers: plans for `parallelize_module`, as torch's own of the same
-names are for a plain `nn.Linear`.
+"""This module provides tensor parallelism for linear layers. Its classes are plans for
+`parallelize_module`. They correspond to torch's own of the same names for a plain `nn.Linear`.
 
     from torch.distributed.tensor.parallel import parallelize_module
     from wn_kernels.parallel import ColwiseParallel, RowwiseParallel
 
     parallelize_module(model, mesh, {"up": ColwiseParallel(), "down": RowwiseParallel()})
 
-docs/distributed.md says what each moves. Importing this module imports `torch.distributed`.
+docs/distributed.md lists what each communicates. Importing this module imports
+`torch.distributed`.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from .modules.weight import WeightNormMixin
 
 
 def _split(module: nn.Module, mesh: DeviceMesh, side: int) -> None:
-    """Shards `V` along `side`, `g` and the bias with it where they lie along it."""
+    """Shards `V` along `side`. It also shards `g` and the bias if they extend along `side`."""
     if isinstance(module, WeightNormMixin):
         dim, form = module.dim, "weight_norm"
     elif fused.is_fused(module):
@@ -47,17 +48,17 @@ def _distribute(module: nn.Module, key: str, mesh: DeviceMesh, placement: Any) -
 
 
 class ColwiseParallel(_ColwiseParallel):
-    """Splits the outputs: rows of `V` and the bias, and of `g` for `dim=0`, whose norms then need
-    no communication. Arguments as torch's."""
+    """Splits the outputs: the rows of `V`, the bias and, for `dim=0`, `g`. The norms of `dim=0`
+    then need no communication. The arguments are those of torch's class."""
 
     def _partition_linear_fn(self, name: str, module: nn.Module, device_mesh: DeviceMesh) -> None:
         _split(module, device_mesh, 0)
 
 
 class RowwiseParallel(_RowwiseParallel):
-    """Splits the inputs: columns of `V`, and of `g` for `dim=1`. For `dim=0` the sums of squares
-    are reduced over the processes, and the dots `⟨dW, V⟩` in the backward, a number for each
-    output. Arguments as torch's."""
+    """Splits the inputs: the columns of `V` and, for `dim=1`, of `g`. For `dim=0`, the sums of
+    squares and, in the backward, the dots `⟨dW, V⟩` are reduced over the processes. Each reduction
+    moves one number per output. The arguments are those of torch's class."""
 
     def _partition_linear_fn(self, name: str, module: nn.Module, device_mesh: DeviceMesh) -> None:
         _split(module, device_mesh, 1)

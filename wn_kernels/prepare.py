@@ -1,7 +1,7 @@
-"""Checks a call and plans it, once: everything that shapes, dtypes and options decide.
+"""This file checks a call and plans it once, from its shapes, dtypes and options.
 
-`prepare` is the only way to a `Plan`. Its answers are memoised, for every backend alike; the native
-library keeps those that concern it in a table of its own, which it fills through `plan_native`.
+Every call gets its plan from `prepare`, which memoises it for every backend. The native library
+keeps its own plans in a table, which it fills through `plan_native`.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ _DTYPES = frozenset((torch.float16, torch.bfloat16, torch.float32, torch.float64
 
 
 def check_module(name: str, module: Any) -> None:
-    """Raises a `TypeError` where an argument is no module."""
+    """Raises a `TypeError` if an argument is not a module."""
     if not isinstance(module, torch.nn.Module):
         raise TypeError(f"{name} must be a torch.nn.Module, got {type(module).__name__}")
 
 
 def are_dense(x: Tensor, v: Tensor, g: Tensor, bias: Tensor | None) -> bool:
-    """Whether all are dense, real floating-point tensors on one device.
+    """Returns whether all are dense, real floating-point tensors on one device.
 
-    Written out because it runs in every call; `reject` names what a failure was.
+    It is written out because it runs in every call. `reject` names the fault if it returns false.
     """
     try:
         return (
@@ -61,7 +61,7 @@ def are_dense(x: Tensor, v: Tensor, g: Tensor, bias: Tensor | None) -> bool:
 
 
 def reject(**tensors: Tensor | None) -> NoReturn:
-    """Raises the error that names why `are_dense` is false for these arguments."""
+    """Raises an error that names why `are_dense` is false for these arguments."""
     given = {name: t for name, t in tensors.items() if t is not None or name != "bias"}
     for name, t in given.items():
         if not isinstance(t, Tensor):
@@ -81,14 +81,14 @@ def reject(**tensors: Tensor | None) -> NoReturn:
 
 
 class Prepared(NamedTuple):
-    """A checked and planned call.
+    """Holds a checked and planned call.
 
     Attributes:
-        call: the description that backends compute by.
-        plan: how it is computed. It has no variants under a compiler or a tracer, whose sizes may
-            be symbols, and where the native library does not serve the call.
+        call: the description of the call, for the backends.
+        plan: how the call is computed. It has no variants under a compiler or a tracer, whose sizes
+            may be symbols, or if the native library does not serve the call.
         g_shape: the shape that `g` has to be viewed in.
-        pad: what has to be added to the end of each spatial dimension of the input beforehand, in
+        pad: the padding at the end of each spatial dimension that the input needs beforehand, in
             `torch.nn.functional.pad`'s order, or `None`.
         batched: whether the input has a batch dimension.
         fits: whether the tensors can be used as they are.
@@ -105,7 +105,7 @@ class Prepared(NamedTuple):
 def _check_weight(
     v_shape: torch.Size, g_shape: torch.Size, dim: int | None, eps: float
 ) -> tuple[int | None, float, tuple[int, ...]]:
-    """`dim` and `eps` in canonical form, and the shape that `g` has to be viewed in."""
+    """Returns `dim` and `eps` in canonical form, and the shape that `g` has to be viewed in."""
     dim = canonical_dim(dim, len(v_shape))
     shape = kept_shape(v_shape, dim)
     length = math.prod(shape)
@@ -134,7 +134,8 @@ def _check_linear(x_shape: torch.Size, v_shape: torch.Size, bias_shape: torch.Si
 
 
 def _per_axis(name: str, value: Any, rank: int, least: int) -> tuple[int, ...]:
-    """`value` as one number for each of `rank` spatial dimensions, none smaller than `least`."""
+    """Returns `value` as one number for each of `rank` spatial dimensions. None may be smaller than
+    `least`."""
     values = tuple(value) if isinstance(value, Sequence) else (value,)
     if any(isinstance(v, bool) or not isinstance(v, int) for v in values):
         raise TypeError(f"{name} must be an int or a sequence of ints, got {value!r}")
@@ -157,7 +158,7 @@ def _check_convolution(
     output_padding: Any,
     groups: int,
 ) -> tuple[Geometry, torch.Size, list[int] | None]:
-    """The geometry, the input's shape as `(B, C, *sizes)` once it is padded, and that padding."""
+    """Returns the geometry, the padded input's shape `(B, C, *sizes)`, and that padding."""
     if len(v_shape) != rank + 2:
         order = "in_channels, out" if transposed else "out_channels, in"
         raise ValueError(
@@ -257,7 +258,7 @@ def _prepare(
         return Prepared(call, Plan(backend, "", ""), shape, pad, batched, fits)
     call = Call(x_shape, v_shape, x_dtype, v_dtype, dim, conv, channels_last, tf32, eps, device)
     chosen = Plan(backend, "", "")
-    # The native library pads nothing, and takes a flat `g` for rows alone.
+    # The native library pads nothing, and accepts a flat `g` only if slices are rows.
     if backend != "native" or (
         pad is None and batched and (g_shape == shape or dim == 0) and native.serves(call)
     ):
@@ -272,7 +273,7 @@ _memoised = functools.lru_cache(maxsize=4096, typed=True)(_prepare)
 
 
 def _has_symbols() -> bool:
-    """Whether sizes may be symbols, which no plan can be made of."""
+    """Returns whether sizes may be symbols. A call with symbols cannot be planned."""
     return is_compiling() or torch._C._get_tracing_state() is not None
 
 
@@ -290,14 +291,14 @@ def prepare(
     Args:
         rank: the number of spatial dimensions of a convolution; 0 for a linear layer and for the
             weight alone, whose `x` is `None`.
-        tensors: the operands, which `are_dense`.
-        geometry: of a convolution, the arguments of `torch.convolution` after the bias.
-        dim, eps: as the user gave them.
+        tensors: the operands, for which `are_dense` is true.
+        geometry: the arguments of `torch.convolution` after the bias, for a convolution.
+        dim, eps: the user's values.
         backend: the backend that the call is planned for.
-        dtype: the dtype of `W`, for the weight alone; that of `v` by default.
+        dtype: the dtype of `W` for the weight alone, by default that of `v`.
 
     Raises:
-        TypeError, ValueError: shapes or options do not fit; the message names which.
+        TypeError, ValueError: shapes or options do not fit. The message names which.
     """
     x, v, g, bias = tensors
     v_dtype = v.dtype
@@ -325,12 +326,12 @@ def prepare(
     if is_compiling():
         return _prepare(*key)
     if torch._C._get_tracing_state() is not None:
-        with warnings.catch_warnings():  # what is checked need not be in the trace
+        with warnings.catch_warnings():  # the checks need not be part of the trace
             warnings.simplefilter("ignore", torch.jit.TracerWarning)
             return _prepare(*key)
     try:
         return _memoised(*key)
-    except TypeError:  # an argument that cannot be hashed, or the error of a check
+    except TypeError:  # an argument cannot be hashed, or a check failed
         return _prepare(*key)
 
 
@@ -342,8 +343,9 @@ def plan_native(
     eps: float,
     channels_last: bool,
 ) -> tuple | None:
-    """How the native library serves a layer's call, in the form that it reads, or `None` where it
-    does not. The library calls this once for the shapes and options of a call.
+    """Returns the native library's plan of a layer's call, in the form that the library reads, or
+    `None` if it does not serve the call. The library calls this once for each combination of shapes
+    and options.
 
     Raises:
         TypeError, ValueError: as `prepare`.
@@ -362,14 +364,14 @@ _fixed: dict[tuple[Call, str], Plan] = {}
 
 
 def forget() -> None:
-    """Clears everything that is memoised, so that every call is planned anew."""
+    """Clears all memoised plans, so that every call is planned again."""
     _memoised.cache_clear()
     native.forget()
 
 
 @contextmanager
 def watching() -> Iterator[list[tuple[Call, str]]]:
-    """Collects the calls of layers that are planned inside the block, with their backends."""
+    """Collects the layers' calls that are planned inside the block, with their backends."""
     global _watched
     before, _watched = _watched, []
     forget()
@@ -381,7 +383,7 @@ def watching() -> Iterator[list[tuple[Call, str]]]:
 
 @contextmanager
 def fixed(call: Call, chosen: Plan) -> Iterator[None]:
-    """Has a call computed by this plan inside the block."""
+    """Makes a call use this plan inside the block."""
     _fixed[call, chosen.backend] = chosen
     forget()
     try:

@@ -1,10 +1,11 @@
-"""Measures what the planner otherwise estimates, and shows what it estimates.
+"""`tune` measures what the planner otherwise estimates, and `explain` shows the estimates.
 
     print(wn_kernels.tune(model, sample))            # times every candidate, stores the fastest
     print(wn_kernels.explain(layer, input_shape))    # the candidates, and why one is picked
 
-What is tuned holds for calls of the same shapes, dtypes and options, on the same device with the
-same versions (`plan/table.py`); `auto` uses it from then on, in this process and in others.
+A tuned plan holds for calls of the same shapes, dtypes and options, on the same device with the
+same versions (`plan/table.py`). The backend `auto` uses it from then on, in this process and in
+others.
 """
 
 from __future__ import annotations
@@ -25,21 +26,21 @@ from .call import Call
 from .plan import Plan, costs, devices, table
 from .text import aligned
 
-# A candidate has to beat the cost model's choice by this factor to take its place: what differs
-# by less from one process to the next.
+# A candidate replaces the cost model's choice only if its time is below this fraction of it.
+# Smaller differences vary from one process to the next.
 MARGIN = 0.97
 
 
 @dataclass(frozen=True)
 class Tuned:
-    """One call that was tuned.
+    """Describes one call that was tuned.
 
     Attributes:
-        call: its name in the tuned table: shapes, dtypes and options.
-        backend: what serves it.
-        seconds: of a forward without gradients by variant, and of a training step by plan.
+        call: its name in the tuned table, made of shapes, dtypes and options.
+        backend: the backend that serves it.
+        seconds: the time of a forward without gradients by variant, and of a training step by plan.
         default: the cost model's plan.
-        choice: the fastest plan; the default, where no other is faster by 3 %.
+        choice: the fastest plan, or the default if no other is faster by 3 %.
     """
 
     call: str
@@ -50,7 +51,7 @@ class Tuned:
 
 
 class Tuning(tuple[Tuned, ...]):
-    """What `tune` found, a line for each call; prints as a table."""
+    """Holds the results of `tune`, one for each call. It prints as a table."""
 
     def __str__(self) -> str:
         rows = [("call", "backend", "default", "step", "choice", "step")]
@@ -68,8 +69,8 @@ class Tuning(tuple[Tuned, ...]):
 
 
 def calls_of(model: nn.Module, inputs: Sequence[Any]) -> list[tuple[Call, str]]:
-    """The calls of layers that are planned when the model runs, with their backends. Nothing of the
-    model changes."""
+    """Returns the layers' calls that are planned when the model runs, with their backends. The
+    model does not change."""
     training = {module: module.training for module in model.modules()}
     model.eval()
     try:
@@ -86,7 +87,7 @@ def _device(model: nn.Module) -> torch.device:
 
 
 def _operands(call: Call, device: torch.device) -> list[Tensor]:
-    """Random `x, v, g` and bias for a call, each wanting its gradient."""
+    """Returns random `x, v, g` and bias for a call. Each requires its gradient."""
     x = torch.randn(call.x_shape, dtype=call.x_dtype, device=device)
     if call.channels_last:
         x = x.movedim(1, -1).contiguous().movedim(-1, 1)
@@ -108,24 +109,25 @@ def _run(call: Call, operands: Sequence[Tensor]) -> Tensor:
 
 
 def tune(model: nn.Module, sample: Any, *, seconds: float = 1.0) -> Tuning:
-    """Times every path that can serve each call of a model, and stores the fastest.
+    """Times every plan that can serve each call of a model, and stores the fastest.
 
-    The forward's variant is the fastest without gradients, the backward's the fastest in a training
-    step after that forward. Timed alternately, on random values.
+    The forward's variant is the fastest without gradients. The backward's is the fastest in a
+    training step after that forward. The candidates are timed alternately, on random values.
 
     Args:
         model: any module that calls layers or functions of this package. It runs once, in
             evaluation mode and without gradients.
-        sample: its input, or a tuple of its inputs, of the shapes that are to be tuned.
-        seconds: about how long each call is timed.
+        sample: its input, or a tuple of its inputs, of the shapes to tune.
+        seconds: about how long each call is timed, in seconds.
 
     Returns:
-        What was found, which prints as a table. It is stored in `table.location()`, and `auto`
-        uses it from now on.
+        The results, which print as a table. They are stored in `table.location()`, and `auto` uses
+        them from now on.
 
     Raises:
-        TypeError: `model` is no module.
-        ValueError: `seconds` is not positive, or a backend is forced: nothing is left to choose.
+        TypeError: `model` is not a module.
+        ValueError: `seconds` is not positive, or a backend is forced, so that nothing is left to
+            choose.
         OSError: the table cannot be written.
     """
     prepare.check_module("model", model)
@@ -144,7 +146,7 @@ def tune(model: nn.Module, sample: Any, *, seconds: float = 1.0) -> Tuning:
 
 
 def _forget() -> None:
-    """Has every call planned anew, with what the table says now."""
+    """Clears all plans, so that every call is planned again from the current table."""
     table.forget()
     prepare.forget()
 
@@ -183,7 +185,8 @@ def _fastest(times: dict[Any, float], default: Any) -> Any:
 def _interleaved(
     call: Call, run: Callable[[], None], candidates: dict[Any, Plan], seconds: float
 ) -> dict[Any, float]:
-    """Seconds of a run under each candidate: the median of rounds in which all take their turn."""
+    """Returns the seconds of a run under each candidate. They are medians over rounds, in each of
+    which every candidate runs."""
     if len(candidates) == 1:
         return dict.fromkeys(candidates, float("nan"))
     timer = Timer("run()", globals={"run": run}, num_threads=torch.get_num_threads())
@@ -193,9 +196,9 @@ def _interleaved(
     while len(samples[next(iter(samples))]) < 5 or time.perf_counter() - start < seconds:
         for name, choice in candidates.items():
             with prepare.fixed(call, choice):
-                run()  # plans anew
+                run()  # plans the call again
                 samples[name].append(timer.timeit(repeats).mean)
-        if repeats == 1:  # the first round only finds how often to run in the others
+        if repeats == 1:  # the first round only determines the number of runs in the others
             fastest = min(times[0] for times in samples.values())
             repeats = max(2, int(seconds / (20 * len(candidates) * fastest)))
             samples = {name: [] for name in candidates}
@@ -206,7 +209,7 @@ def _interleaved(
 
 
 class Explanation(str):
-    """Text that shows as it is."""
+    """This is a string whose `repr` is its text."""
 
     __repr__ = str.__str__
 
@@ -218,22 +221,23 @@ def explain(
     dtype: torch.dtype | None = None,
     device: str | None = None,
 ) -> Explanation:
-    """The paths that can serve each call that a module makes: what they move, compute and launch,
-    the time that the cost model estimates for it, and which is picked.
+    """Lists the variants that can serve each call of a module. For each, it gives the bytes,
+    operations and launches, and the time that the cost model estimates. It marks the one that is
+    picked.
 
     Args:
         module: a layer of this package, a fused one, or any module that holds some. It runs once,
             in evaluation mode, on zeros.
         input_shape: the shape of its input.
-        dtype: the input's; that of the module's first parameter by default.
-        device: the name of a GPU in `devices.GPUS` ("H100", ...), for what Triton's path would be
-            there. By default, what serves the module where it is.
+        dtype: the dtype of its input, by default that of the module's first parameter.
+        device: the name of a GPU in `devices.GPUS` ("H100", ...), whose Triton variants are listed.
+            By default, the table lists the backend that serves the module on its own device.
 
     Returns:
-        A table for each call, as text that prints as it is.
+        A string with a table for each call. Its `repr` is its text.
 
     Raises:
-        TypeError: `module` is no module.
+        TypeError: `module` is not a module.
         ValueError: the device is unknown, or the module calls nothing of this package.
     """
     prepare.check_module("module", module)
@@ -243,7 +247,7 @@ def explain(
     x = torch.zeros(tuple(input_shape), dtype=dtype, device=_device(module))
     calls = calls_of(module, (x,))
     if not calls:
-        raise ValueError(f"{type(module).__name__} calls nothing of this package that is planned")
+        raise ValueError(f"{type(module).__name__} makes no planned call of this package")
     if device is not None:
         calls = [(call, "triton") for call, _ in calls]
     return Explanation("\n\n".join(_explained(*call, device) for call in dict.fromkeys(calls)))

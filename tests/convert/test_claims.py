@@ -329,7 +329,7 @@ def test_apply_warns_where_there_is_no_way_back():
     layer, _ = made("linear", "parametrizations")
     wn_kernels.fuse(layer)
     STACKED["twice"](layer)
-    with pytest.warns(UserWarning, match="written into weight of Linear is lost: .*Twice"):
+    with pytest.warns(UserWarning, match="written into weight of Linear are lost: .*Twice"):
         layer.apply(lambda m: m.weight.data.zero_() if isinstance(m, nn.Linear) else None)
 
 

@@ -1,33 +1,34 @@
-"""The fast path from ATen operations: the CPU, and any device without Triton.
+"""The ATen path computes layers from ATen operations, on a CPU and on any device without Triton.
 
-Shared by every backend: `norm` has the shape of `g`, in float32 (float64 for float64), and is
-`+inf` for a slice of norm zero, so that its scale `s = g / n`, its `dg = a / n` and its `dV` come
-out as zero without a special case.
+In every backend, the norms `n` have the shape of `g`, in float32 (float64 for a float64 `V`). The
+norm of a slice of zeros is stored as `+inf`. Its scale `s = g / n`, its `dg = a / n` and its `dV`
+are then zero without a special case.
 
-Forward of a linear layer, in two variants:
+The forward of a linear layer has two variants:
 
     scaled       y = (x Vᵀ) ⊙ s + b   (dim=0, None)        y = (x ⊙ s) Vᵀ + b   (dim=1)
     materialize  W = s ⊙ V, then y = x Wᵀ + b
 
-and backward, with `a_j = ⟨dW_j, V_j⟩`, `dg = a / n` and `c = s · dg / n`:
+The backward uses `a_j = ⟨dW_j, V_j⟩`, `dg = a / n` and `c = s · dg / n`:
 
     dX = (dY ⊙ s) V,   dV = s ⊙ (dYᵀ X) - c ⊙ V
 
-`a` needs no pass over the weights where a smaller product already holds it:
-`a_j = Σ_m dY_mj (x Vᵀ)_mj` for dim=0, `a_k = Σ_m x_mk (dY V)_mk` for dim=1, its sum for `None`.
-`dV` then starts as `-c ⊙ V` and the matmul accumulates onto it: one write of `dV` in all.
+A smaller product may hold `a` already, and then `a` needs no pass over the weights. It is
+`a_j = Σ_m dY_mj (x Vᵀ)_mj` for dim=0, `a_k = Σ_m x_mk (dY V)_mk` for dim=1, and the sum of the
+latter for `None`. `dV` then starts as `-c ⊙ V`, and the matmul accumulates onto it. `dV` is thus
+written once.
 
-A convolution has the same variants: `output` scales the channels of its output, `input` those of
-its input, whichever the scale belongs to, and `materialize` forms `W`. With the input scaled, `a`
-comes from a smaller product again: `a_c = Σ x_c dX_c` over the batch and the pixels, with `dX`
-before its scale.
+A convolution has the variants `output`, `input` and `materialize`. `output` scales the channels of
+its output, and `input` those of its input. The scale belongs to one of these sides. `materialize`
+forms `W`. If the input is scaled, `a` comes from a smaller product again. It is `a_c = Σ x_c dX_c`
+over the batch and the pixels, with `dX` before its scale.
 
-Scaling after a product is for float32 and float64 only: an unscaled float16 product can overflow
-where the scaled one does not, so the planner gives lower precisions to `materialize`.
+Only float32 and float64 are scaled after a product. An unscaled float16 product can overflow where
+the scaled one does not, so the planner gives lower precisions to `materialize`.
 
-Norms far from one are not for these formulas either: their squares leave float32's range, and so
-may an unscaled product. A caller that asks for a `look` at them gets `OutOfRange`, and turns to the
-definition in float64.
+These formulas do not hold for norms far from one. Their squares leave float32's range, and so may
+an unscaled product. If a caller passes `look`, norms out of range raise `OutOfRange`. The caller
+then computes the definition in float64.
 """
 
 from __future__ import annotations
@@ -56,17 +57,17 @@ from .native.limits import LEFT_ROWS
 
 INF = float("inf")
 
-# Elements in a block of rows that two operations in a row visit while it is in cache (1 MiB of
-# float32).
+# A block of rows has this many elements (1 MiB of float32). It stays in the cache between two
+# consecutive operations.
 BLOCK = 1 << 18
 
-# Elements of a row from which its norm is taken where it lies.
+# The norm of a row of at least this many elements is computed without a copy.
 LONG_ROW = 32
 
-# torch's own kernels, which take a norm and a scale (their gradients) in one operation, serve
-# weights up to 32 MiB of float32; beyond, the allocator maps fresh pages for every result, whose
-# faults cost more than the operation saves. A gradient that may take the place of `dW` needs no
-# fresh result at all, which tells from 8 MiB on.
+# torch's own kernels compute a norm and a scale, or their gradients, in one operation. They serve
+# weights up to 32 MiB of float32. For larger ones the allocator maps fresh pages for every result,
+# and the page faults cost more than the operation saves. A gradient that may take the place of `dW`
+# needs no fresh result, which pays off from 8 MiB on.
 FUSED_MAX = 1 << 23
 IN_PLACE_MIN = 1 << 21
 _FUSED_DTYPES = frozenset((torch.float32, torch.float64, torch.bfloat16, torch.float16))
@@ -78,16 +79,16 @@ _fused_grad = torch.ops.aten._weight_norm_interface_backward.default
 
 
 def _blocks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """The tensors in step, in blocks of rows that fit in cache."""
+    """Iterates over the tensors together, in blocks of rows that fit in cache."""
     first = tensors[0]
     rows = max(1, BLOCK // max(1, first[0].numel())) if len(first) else 1
     return zip(*(t.split(rows) for t in tensors), strict=True)
 
 
 def _slice_dots(a: Tensor, b: Tensor, dim: int | None, dtype: torch.dtype) -> Tensor:
-    """`⟨A_j, B_j⟩` for every slice, keeping dimensions, accumulated in `dtype`.
+    """Returns `⟨A_j, B_j⟩` for every slice, with dimensions kept, accumulated in `dtype`.
 
-    Reads each tensor once and writes no product of full size. Blocks are added in order.
+    It reads each tensor once and writes no product of full size. It adds blocks in order.
     """
     if a.numel() == 0 or a.ndim == 0:
         product = a.to(dtype) * b.to(dtype)
@@ -104,7 +105,8 @@ def _slice_dots(a: Tensor, b: Tensor, dim: int | None, dtype: torch.dtype) -> Te
 
 
 def _dense_rows(v: Tensor) -> Tensor | None:
-    """`V` as a matrix of contiguous rows, for the layouts that convolutions use."""
+    """Returns `V` as a matrix of contiguous rows, or `None` if `V` is neither contiguous nor
+    channels-last."""
     if v.is_contiguous():
         return v.flatten(1)
     last = v.movedim(1, -1)
@@ -112,31 +114,32 @@ def _dense_rows(v: Tensor) -> Tensor | None:
 
 
 class OutOfRange(Exception):
-    """A norm is too large or too small for the formulas of this file."""
+    """This error means that a norm is too large or too small for the formulas of this file."""
 
 
 def _is_in_range(n: Tensor) -> bool:
-    """Whether all norms are; false for NaN."""
+    """Returns whether all norms are in range. The result is false for NaN."""
     least, most = NORM_RANGE[n.dtype]
     low, high = n.aminmax()
     return low.item() >= least and high.item() <= most
 
 
 def _check_range(v: Tensor, n: Tensor) -> None:
-    """Raises `OutOfRange` where it has to; on the CPU alone, where a look costs no wait."""
+    """Raises `OutOfRange` if a norm is out of range. It checks tensors on a CPU only, because a
+    check elsewhere would have to wait for the device."""
     if not v.is_cpu or not n.numel() or recorder(v) or _is_in_range(n):
         return
-    dead = n.isinf()  # of norm zero, or too large
+    dead = n.isinf()  # the norm is zero or too large
     live = n[~dead]
     if (live.numel() and not _is_in_range(live)) or torch.where(dead, v, 0.0).any():
         raise OutOfRange
 
 
 def norms(v: Tensor, dim: int | None, eps: float, look: bool = False) -> Tensor:
-    """`n`, with the shape of `g`; see the top of this file for a slice of norm zero.
+    """Returns `n` with the shape of `g`. The top of this file describes a slice of norm zero.
 
     Raises:
-        OutOfRange: `look` asks for it, and a norm is.
+        OutOfRange: `look` is true, `v` is on a CPU and a norm is out of range.
     """
     dtype = v.dtype
     if dtype is not torch.float32:
@@ -149,7 +152,7 @@ def norms(v: Tensor, dim: int | None, eps: float, look: bool = False) -> Tensor:
     elif dim == 0 and v.ndim > 2 and v.numel() and (rows := _dense_rows(v)) is not None:
         n = torch.linalg.vector_norm(rows, 2, 1, dtype=dtype).view(kept_shape(v.shape, 0))
     elif dim is None and v.is_contiguous() and v.ndim > 1 and v.numel():
-        # Rows first: one reduction over everything would keep to one accumulator.
+        # Rows are reduced first, because one reduction over everything would use one accumulator.
         rows = torch.linalg.vector_norm(v.flatten(1), 2, 1, dtype=dtype)
         n = torch.linalg.vector_norm(rows)
     elif dim is not None and 0 < dim < v.ndim - 1 and v.numel() and v.is_contiguous():
@@ -163,7 +166,8 @@ def norms(v: Tensor, dim: int | None, eps: float, look: bool = False) -> Tensor:
 
 
 def _interior_norms(v: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
-    """Of the rows behind `dim` first where they are long, else of a copy in which they are."""
+    """Returns the flat norms along an interior `dim`. If the rows behind `dim` are long, it
+    computes their norms first. Otherwise it copies `V` so that slices are rows."""
     if v.stride(dim) >= LONG_ROW:
         rows = torch.linalg.vector_norm(v.flatten(dim + 1), 2, -1, dtype=dtype)
         return torch.linalg.vector_norm(rows.flatten(0, dim - 1), 2, 0)
@@ -173,7 +177,8 @@ def _interior_norms(v: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
 def weight_norm(
     v: Tensor, g: Tensor, dim: int | None, eps: float, dtype: torch.dtype, look: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """`(W, n)`, `W` in `dtype` and in `V`'s memory layout; `look` as for `norms`."""
+    """Returns `(W, n)`. `W` has `dtype` and `V`'s memory layout. `look` has the meaning of
+    `norms`."""
     fused = fused_weight_norm(v, g, dim, eps, dtype)
     if fused is not None:
         return fused
@@ -184,10 +189,11 @@ def weight_norm(
 def fused_weight_norm(
     v: Tensor, g: Tensor, dim: int | None, eps: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor] | None:
-    """`(W, n)` by torch's own kernel, where it serves: differentiable, but once only.
+    """Returns `(W, n)` from torch's own kernel, or `None` if that does not serve the call. The
+    result is differentiable, but only once.
 
-    It makes NaN of a slice of norm zero, and its gradient divides by the norm's third power, so the
-    norms have to be looked at.
+    The kernel returns NaN for a slice of norm zero, and its gradient divides by the norm's third
+    power. The norms are therefore checked.
     """
     if dtype is v.dtype and _fused_serves(v, g, dim, eps) and not recorder(v):
         assert dim is not None
@@ -217,13 +223,14 @@ def _scale(g: Tensor, n: Tensor) -> Tensor:
 
 def _scaled_weight(v: Tensor, s: Tensor, dtype: torch.dtype) -> Tensor:
     w = v * s
-    if w.dtype != s.dtype:  # a 0-d scale does not promote: multiply where the scale is kept
+    if w.dtype != s.dtype:  # a 0-d scale does not promote, so the product is taken in its dtype
         w = v.to(s.dtype) * s
     return w if w.dtype == dtype else w.to(dtype)
 
 
 def _dot_coefficient(s: Tensor, dg: Tensor, n: Tensor, eps: float) -> Tensor:
-    """`c = s · dg / n`, zero where `n` was clamped: there the norm is a constant."""
+    """Returns `c = s · dg / n`. It is zero where `n` was clamped, because the norm is constant
+    there."""
     c = (s * dg).div_(n)
     return c.masked_fill_(n <= eps, 0.0) if eps > 0 else c
 
@@ -237,8 +244,8 @@ def weight_norm_backward(
     eps: float,
     overwrite: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """`(dV, dg)` from `dW`, in the dtypes of `V` and `g`; in `V`'s layout, unless `dW` may be
-    overwritten."""
+    """Returns `(dV, dg)` from `dW`, in the dtypes of `V` and `g`. `dV` has `V`'s layout unless `dW`
+    may be overwritten."""
     in_place = overwrite and v.numel() >= IN_PLACE_MIN
     if (
         not in_place
@@ -255,9 +262,9 @@ def weight_norm_backward(
 def _finish_weight_grad_(
     dw: Tensor, v: Tensor, g: Tensor, n: Tensor, dim: int | None, eps: float
 ) -> Tensor:
-    """Turns `dW`, in place, into `dV = s ⊙ dW - c ⊙ V`; returns `dg`."""
+    """Turns `dW`, in place, into `dV = s ⊙ dW - c ⊙ V`, and returns `dg`."""
     s = _scale(g, n)
-    if dim == 0 and dw.numel():  # a slice is a row: its dot and its update meet in cache
+    if dim == 0 and dw.numel():  # a slice is a row, which stays in cache from its dot to its update
         dims = reduced_dims(v.ndim, 0)
         dgs = []
         for dw_rows, v_rows, s_rows, n_rows in _blocks(dw, v, s, n):
@@ -294,10 +301,10 @@ def linear(
     keep_product: bool,
     look: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """`(y, n, product)` for `x` of shape `(M, K)`; `look` as for `norms`.
+    """Returns `(y, n, product)` for `x` of shape `(M, K)`. `look` has the meaning of `norms`.
 
-    `product` is the unscaled `x Vᵀ` where `keep_product` asks for it and the variant forms it
-    (scaled, dim=0): `M·N` numbers that save the backward a pass over the weights.
+    `product` is the unscaled `x Vᵀ` if `keep_product` is true and the variant forms it (scaled,
+    dim=0), and `None` otherwise. These `M·N` numbers save the backward a pass over the weights.
     """
     if bias is not None and bias.dtype != x.dtype:
         bias = bias.to(x.dtype)
@@ -311,8 +318,8 @@ def linear(
 
     if dim == 0:
         s = s.view(-1)
-    # MKL is up to twice as fast with `V` on the left, for a few rows; the epilogue transposes the
-    # product on its way out.
+    # For a few rows, MKL is up to twice as fast with `V` on the left. The epilogue transposes the
+    # product when it writes the output.
     product = torch.mm(v, x.t()).t() if 1 < len(x) < LEFT_ROWS else torch.mm(x, v.t())
     kept = product if keep_product and dim == 0 else None
     y = product if kept is None and product.is_contiguous() else x.new_empty(product.shape)
@@ -335,7 +342,8 @@ def linear_backward(
     variant: str,
     needs: Needs,
 ) -> Grads:
-    """`(dX, dV, dg, db)`, `None` where `needs` says so; `dY` is `(M, N)`, `x` is `(M, K)`."""
+    """Returns `(dX, dV, dg, db)`, with `None` for those that `needs` excludes. `dY` is `(M, N)` and
+    `x` is `(M, K)`."""
     needs_x, needs_v, needs_g, needs_bias = needs
     needs_weight = needs_v or needs_g
     dx = dv = dg = None
@@ -372,7 +380,7 @@ def linear_backward(
 def _scaled_grad(
     lhs: Tensor, rhs: Tensor, v: Tensor, s: Tensor, dg: Tensor, n: Tensor, eps: float
 ) -> Tensor:
-    """`dV = lhsᵀ rhs - c ⊙ V`, where either factor carries the scale already."""
+    """Returns `dV = lhsᵀ rhs - c ⊙ V`. One of the two factors includes the scale already."""
     dv = torch.mul(v, _dot_coefficient(s, dg, n, eps).neg_())
     return dv.addr_(lhs[0], rhs[0]) if len(lhs) == 1 else dv.addmm_(lhs.t(), rhs)
 
@@ -391,7 +399,7 @@ def convolution(
     variant: str,
     look: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """`(y, n)` for `x` of shape `(B, C, *sizes)`; `look` as for `norms`."""
+    """Returns `(y, n)` for `x` of shape `(B, C, *sizes)`. `look` has the meaning of `norms`."""
     if bias is not None and bias.dtype != x.dtype:
         bias = bias.to(x.dtype)
     if variant == "materialize":
@@ -419,12 +427,12 @@ def convolution_backward(
     variant: str,
     needs: Needs,
 ) -> Grads:
-    """`(dX, dV, dg, db)`, `None` where `needs` says so."""
+    """Returns `(dX, dV, dg, db)`, with `None` for those that `needs` excludes."""
     needs_x, needs_v, needs_g, needs_bias = needs
     needs_weight = needs_v or needs_g
     s = _scale(g, n)
     if variant == "input" and needs_x and needs_weight:
-        # With its input scaled, one call gives dX before its scale and s ⊙ dW.
+        # If the input is scaled, one call gives dX before its scale and s ⊙ dW.
         s_x = conv.per_channel(s, dim, x.ndim)
         dx, dv, db = convolution_grads(dy, x * s_x, v, conv, True, True, needs_bias)
         wide_dg = _channel_dots(x, dx, conv, dim).view_as(n).div_(n)
@@ -434,7 +442,7 @@ def convolution_backward(
     dx = dv = None
     dg: Tensor | None = None
     if needs_x:
-        if variant == "materialize":  # W is gone before dW takes its memory
+        if variant == "materialize":  # W is freed before dW is allocated
             w = _scaled_weight(v, s, x.dtype)
             dx, _, _ = convolution_grads(dy, x, w, conv, True, False, False)
             del w
@@ -453,10 +461,12 @@ def convolution_backward(
 def convolution_grads(
     dy: Tensor, x: Tensor, w: Tensor, conv: Geometry, *needs: bool
 ) -> tuple[Any, Any, Any]:
-    """`(dX, dW, db)` of the plain convolution of `x` with `w`, `None` where `needs` says so."""
+    """Returns `(dX, dW, db)` of the plain convolution of `x` with `w`, with `None` for those that
+    `needs` excludes."""
     needs_x, needs_weight, needs_bias = needs
     db = None
-    # Alone, ATen would compute the weight's gradient beside it; in float16, it sums in float16.
+    # For db alone, ATen would compute the weight's gradient as well. It would sum a float16 dY in
+    # float16.
     if needs_bias and (not needs_weight or dy.element_size() == 2):
         db = dy.sum([i for i in range(dy.ndim) if i != 1])
     if not (needs_x or needs_weight):
@@ -467,7 +477,7 @@ def convolution_grads(
 
 
 def _channel_dots(x: Tensor, dx: Tensor, conv: Geometry, dim: int | None) -> Tensor:
-    """`a = ⟨dW, V⟩` of the slices along the input channels, from `dX` before its scale."""
+    """Returns `a = ⟨dW, V⟩` of the slices along the input channels, from `dX` before its scale."""
     dots = x * dx
     if dim is None:
         return dots.sum()
@@ -481,8 +491,9 @@ def _channel_dots(x: Tensor, dx: Tensor, conv: Geometry, dim: int | None) -> Ten
 def layer(
     call: Call, plan: Any, tensors: Operands, keep: bool, look: bool = False
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """`(y, n, kept)` as `plan` says: the output, which is `W` where there is no `x`, the norms, and
-    what a linear layer saves for the backward where `keep` allows it. Its `x` is 2-d."""
+    """Computes a call by `plan` and returns `(y, n, kept)`. `y` is the output, or `W` if there is
+    no `x`. `n` are the norms. `kept` is the product that a linear layer saves for the backward if
+    `keep` is true. The `x` of a linear layer is 2-d."""
     x, v, g, bias = tensors
     if x is None:
         return *weight_norm(v, g, call.dim, call.eps, call.x_dtype, look), None
@@ -501,7 +512,8 @@ def layer_backward(
     kept: Tensor | None,
     needs: Needs,
 ) -> Grads:
-    """`(dX, dV, dg, db)`, `None` where `needs` says so and no other output brings it along."""
+    """Returns `(dX, dV, dg, db)`. A gradient that `needs` excludes is `None`, unless another output
+    yields it at no extra cost."""
     x, v, g, _ = tensors
     if x is None:
         return None, *weight_norm_backward(dy, v, g, n, call.dim, call.eps), None

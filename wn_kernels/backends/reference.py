@@ -1,13 +1,14 @@
-"""The definition: weight norm and the layers built on it, from differentiable ATen operations.
+"""This file defines weight norm and the layers built on it, in differentiable ATen operations.
 
     n_j = ‖V_j‖₂,  with eps > 0: max(‖V_j‖₂, eps)
     s_j = g_j / n_j,  0 where n_j = 0
     W   = s ⊙ V
 
-Norms and scales are computed and kept in float32, in float64 for a float64 `V`. The product runs
-in the input's dtype. Every derivative of every order is the composite's own, and finite on a slice
-of norm zero, whose direction is defined as zero. The other backends are tested against this file
-in float64; a double backward and `torch.func` transforms run on it.
+Norms and scales are computed and kept in float32, or in float64 for a float64 `V`. The product runs
+in the input's dtype. Autograd derives every derivative of every order from these operations. The
+direction of a slice of norm zero is defined as zero, so that its derivatives are finite. The other
+backends are tested against this file in float64. A double backward and `torch.func` transforms run
+on it.
 """
 
 from __future__ import annotations
@@ -24,15 +25,15 @@ from . import vendor
 
 
 def slice_scale(v: Tensor, g: Tensor, dim: int | None, eps: float) -> Tensor:
-    """`s = g / n`, in `scale_dtype(v)`, with the shape of `g`."""
+    """Returns `s = g / n` in `scale_dtype(v)`, with the shape of `g`."""
     v = v.to(scale_dtype(v))
     squares = v.square()
-    if dims := reduced_dims(v.ndim, dim):  # to `sum`, an empty list would mean every dimension
-        # The addition has a DTensor's partial sums reduced here, once.
+    if dims := reduced_dims(v.ndim, dim):  # an empty list would make `sum` reduce every dimension
+        # The addition reduces a DTensor's partial sums here, once.
         squares = squares.sum(dims, keepdim=dim is not None) + 0.0
     zero = squares == 0
-    # The inner `where` keeps the infinite slope of the root at zero out of the graph: a product of
-    # the outer mask's zero with it would be NaN.
+    # The slope of the root at zero is infinite, and its product with the outer mask's zero would be
+    # NaN. The inner `where` keeps it out of the graph.
     n = torch.where(zero, 1.0, squares).sqrt()
     if eps > 0:
         n = torch.where(zero | (n <= eps), eps, n)
@@ -43,14 +44,14 @@ def slice_scale(v: Tensor, g: Tensor, dim: int | None, eps: float) -> Tensor:
 def weight_norm(
     v: Tensor, g: Tensor, dim: int | None, eps: float, dtype: torch.dtype | None = None
 ) -> Tensor:
-    """`W = s ⊙ V` in `dtype` (`V`'s own by default)."""
+    """Returns `W = s ⊙ V` in `dtype`, which is `V`'s own by default."""
     return (v * slice_scale(v, g, dim, eps)).to(dtype or v.dtype)
 
 
 def linear(
     x: Tensor, v: Tensor, g: Tensor, bias: Tensor | None, dim: int | None, eps: float
 ) -> Tensor:
-    """`y = x Wᵀ + b` for `x` of shape `(*, K)` and `V` of shape `(N, K)`, in `x`'s dtype."""
+    """Returns `y = x Wᵀ + b` in `x`'s dtype. `x` has the shape `(*, K)`, and `V` has `(N, K)`."""
     w = weight_norm(v, g, dim, eps, x.dtype)
     return F.linear(x, w, None if bias is None else bias.to(x.dtype))
 
@@ -64,7 +65,7 @@ def convolution(
     dim: int | None,
     eps: float,
 ) -> Tensor:
-    """The convolution of `x`, `(B, C, *sizes)`, with `W`, plus the bias, in `x`'s dtype."""
+    """Returns the convolution of `x`, `(B, C, *sizes)`, with `W`, plus the bias, in `x`'s dtype."""
     w = weight_norm(v, g, dim, eps, x.dtype)
     return vendor.convolution(x, w, None if bias is None else bias.to(x.dtype), conv)
 
@@ -78,8 +79,8 @@ def layer(
     dim: int | None,
     eps: float,
 ) -> Tensor:
-    """The call of a layer: a convolution where there is a geometry, `W` itself where there is no
-    `x`, a linear layer otherwise. `g` has the kept shape, or is flat."""
+    """Computes the call of a layer. It returns `W` if there is no `x`, a convolution if there is a
+    geometry, and a linear layer otherwise. `g` has the kept shape, or is flat."""
     if g.ndim == 1:
         g = g.view(kept_shape(v.shape, dim))
     if x is None:
@@ -92,7 +93,7 @@ def layer(
 def layer_in_float64(
     x: Tensor | None, v: Tensor, g: Tensor, bias: Tensor | None, *options: Any
 ) -> Tensor:
-    """The same, computed in float64 and returned in the dtype of the product."""
+    """Computes `layer` in float64 and returns it in the dtype of the product."""
     wide: Any = (None if t is None else t.double() for t in (x, v, g, bias))
     return layer(*wide, *options).to((v if x is None else x).dtype)
 
@@ -108,15 +109,15 @@ def differentiable_grads(
     eps: float,
     needs: Sequence[bool],
 ) -> list[Tensor | None]:
-    """`(dX, dV, dg, db)` of `layer` as part of the graph, `None` where `needs` is false or too
-    short."""
+    """Returns `(dX, dV, dg, db)` of `layer` as part of the graph. A gradient is `None` if its entry
+    of `needs` is false or missing."""
     inputs = (x, v, g, bias)
     needs = [*needs, *[False] * (len(inputs) - len(needs))]
     with torch.enable_grad():
-        # Aliases, because an input's own history may lead to another input.
+        # Aliases separate the inputs, because an input's own history may lead to another input.
         aliases = [None if t is None else t.view_as(t) for t in inputs]
         wanted = [t for t, need in zip(aliases, needs, strict=True) if need and t is not None]
         y = layer(*aliases, conv, dim, eps)  # type: ignore[arg-type, call-arg]
-        y = y.to(dy.dtype)  # of `W` alone, which may be wanted in another dtype
+        y = y.to(dy.dtype)  # `W` alone may be needed in another dtype
         grads = iter(torch.autograd.grad(y, wanted, dy, create_graph=True))
     return [next(grads) if need else None for need in needs]

@@ -1,10 +1,10 @@
-"""PyTorch's own convolution, as every path calls it that leaves a product to PyTorch.
+"""Every path that leaves a convolution to PyTorch calls it through this file.
 
 On a processor with AMX, oneDNN's convolutions of bfloat16 tensors with three spatial dimensions
-read memory that is not theirs: their results are wrong by up to 1e15, and some calls crash. There,
-these products are computed in float32 and rounded once, in every direction. That is slower, and
-right. It holds for the definition in `reference.py`, too, because a definition must not depend on
-the processor. float16 is treated alike where the processor has AMX instructions for it: the same
+read out of bounds. Their results are wrong by up to 1e15, and some calls crash. There, these
+products are computed in float32 and rounded once, forward and backward. That is slower, but
+correct. The definition in `reference.py` does the same, because a definition must not depend on the
+processor. float16 is treated alike if the processor has AMX instructions for it, because the same
 kernels serve it.
 """
 
@@ -20,7 +20,8 @@ from ..call import Geometry
 
 _plain_backward = torch.ops.aten.convolution_backward.default
 
-# What oneDNN may be held to that has no AMX, by its variable, whose older spelling comes second.
+# These variables limit the instruction sets that oneDNN uses; the older spelling comes second. The
+# values below exclude AMX.
 ONEDNN_VARIABLES = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA")
 _WITHOUT_AMX = frozenset(
     (
@@ -31,10 +32,10 @@ _WITHOUT_AMX = frozenset(
 
 
 def cpu_flags() -> frozenset[str]:
-    """The instruction sets that the operating system reports of this processor, as it spells them;
-    none where it has no such list."""
+    """Returns the instruction sets that the operating system reports for this processor, in its
+    spelling. The set is empty if the system has no such list."""
     try:
-        with open("/proc/cpuinfo") as lines:  # of one core: a list of all takes its time
+        with open("/proc/cpuinfo") as lines:  # one core is enough; reading all of them is slow
             first = next((line for line in lines if line.startswith(("flags", "Features"))), ":")
     except OSError:
         return frozenset()
@@ -42,7 +43,8 @@ def cpu_flags() -> frozenset[str]:
 
 
 def _wrong_in_3d() -> frozenset[torch.dtype]:
-    """The dtypes whose convolutions with three spatial dimensions PyTorch gets wrong here."""
+    """Returns the dtypes whose convolutions with three spatial dimensions are wrong in PyTorch on
+    this machine."""
     held = next((os.environ[name] for name in ONEDNN_VARIABLES if name in os.environ), "")
     if held.upper() in _WITHOUT_AMX:
         return frozenset()
@@ -51,7 +53,7 @@ def _wrong_in_3d() -> frozenset[torch.dtype]:
     return frozenset(dtype for flag, dtype in kinds.items() if flag in flags)
 
 
-# Found once: oneDNN, too, reads its variable once.
+# This is computed once, because oneDNN also reads its variable once.
 WRONG_IN_3D = _wrong_in_3d()
 
 
@@ -60,7 +62,8 @@ def _is_wrong(x: Tensor) -> bool:
 
 
 def convolution(x: Tensor, w: Tensor, bias: Tensor | None, conv: Geometry) -> Tensor:
-    """`torch.convolution` of `x`, `(B, C, *sizes)`, with `w`, all of one dtype. Differentiable."""
+    """Computes `torch.convolution` of `x`, `(B, C, *sizes)`, with `w`. All tensors have one dtype.
+    The result is differentiable."""
     if not _is_wrong(x):
         return torch.convolution(x, w, bias, *conv)
     with torch.autocast("cpu", enabled=False):
@@ -71,7 +74,7 @@ def convolution(x: Tensor, w: Tensor, bias: Tensor | None, conv: Geometry) -> Te
 def convolution_backward(
     dy: Tensor, x: Tensor, w: Tensor, conv: Geometry, needs: tuple[bool, bool, bool]
 ) -> tuple[Any, Any, Any]:
-    """`(dX, dW, db)` of `convolution`, `None` where `needs` says so."""
+    """Returns `(dX, dW, db)` of `convolution`, with `None` for those that `needs` excludes."""
     sizes = [dy.shape[1]]
     if not _is_wrong(x):
         return _plain_backward(dy, x, w, sizes, *conv, needs)

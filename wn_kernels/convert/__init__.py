@@ -1,4 +1,4 @@
-"""Conversion of models: see docs/convert.md."""
+"""This package converts models; docs/convert.md describes it."""
 
 from .models import Layer, Report, fold, fuse, remove_weight_norm, state_dict, unfuse, weight_norm
 

@@ -1,12 +1,12 @@
-"""Layers that PyTorch weight-normalised, made to compute with this package where they are.
+"""This file makes layers that PyTorch weight-normalised compute with this package, in place.
 
-Parameters, hooks and state dict stay as they were (`modules/checkpoints.py` has the two forms).
-What changes is who computes the weight:
+Parameters, hooks and state dict stay as they were (`modules/checkpoints.py` lists the two forms).
+The computation of the weight changes:
 
-- PyTorch's forward pre-hook or parametrization gets a class of ours, whose weight comes from
-  `functional.weight_norm`;
-- the module gets a class of its own, a subclass of the one it had (`layer_class`). There each
-  weight-normed tensor is a property, and where the module's `forward` was that of torch.nn, it is
+- PyTorch's forward pre-hook or parametrization gets a class of ours, which computes the weight by
+  `functional.weight_norm`.
+- The module gets a class of its own, a subclass of the one it had (`layer_class`). There each
+  weight-normed tensor is a property. If the module's `forward` was that of torch.nn, it becomes
   that of our layer. Every module has its own class, because `remove_parametrizations` deletes the
   property from the class and then gives the module the first base of that class. A copied or
   unpickled module gets a new class.
@@ -30,7 +30,7 @@ from ..call import canonical_dim
 from ..modules import checkpoints, conv, linear, reading, removal
 from ..modules.weight import Operands, WeightNormMixin
 
-# Our layer, by torch.nn's.
+# This maps each layer of torch.nn to ours.
 LAYERS: dict[type[nn.Module], type[WeightNormMixin]] = {
     layer.plain: layer
     for layer in (
@@ -44,26 +44,26 @@ LAYERS: dict[type[nn.Module], type[WeightNormMixin]] = {
     )
 }
 
-# The methods of torch.nn's layers that our `forward` takes the place of.
+# Our `forward` replaces these methods of torch.nn's layers.
 _FORWARD = ("forward", "_conv_forward")
 
 
 class Hook(removal.Handle):
-    """PyTorch's forward pre-hook on a module whose class computes the weight."""
+    """Replaces PyTorch's forward pre-hook on a module whose class computes the weight."""
 
     def compute_weight(self, module: nn.Module) -> Tensor:
         return getattr(module, self.name)
 
 
 class Parametrization(_WeightNorm):
-    """PyTorch's parametrization with our weight."""
+    """Replaces PyTorch's parametrization. It computes the weight with this package."""
 
     def forward(self, weight_g: Tensor, weight_v: Tensor) -> Tensor:
         return WF.weight_norm(weight_v, weight_g, dim=self.dim)
 
 
 class Norm(NamedTuple):
-    """How one tensor of a fused module is normalised.
+    """Describes how one tensor of a fused module is normalised.
 
     Attributes:
         dim: the dimension whose slices are normalised, `None` for the whole tensor.
@@ -78,7 +78,7 @@ class Norm(NamedTuple):
 
     @classmethod
     def of(cls, name: str, dim: int | None, form: str) -> Norm:
-        """For the tensor `name`."""
+        """Returns the description for the tensor `name`."""
         return cls(dim, form, *(key.rpartition(".")[2] for key in checkpoints.keys(form, name)))
 
 
@@ -86,8 +86,8 @@ class Norm(NamedTuple):
 
 
 class _Fused:
-    """The methods of the class of a fused module. They are copied into that class, whose only base
-    has to be the class that the module had."""
+    """Holds the methods of the class of a fused module. They are copied into that class, whose only
+    base has to be the class that the module had."""
 
     plain: Any  # the class that the module had
     _norms: dict[str, Norm]
@@ -96,17 +96,18 @@ class _Fused:
         return tuple(self._norms)
 
     def _holder(self: Any, name: str) -> Any:
-        """The module that holds `g` and `v`."""
+        """Returns the module that holds `g` and `v`."""
         if self._norms[name].form == "weight_norm":
             return self
         return self._modules["parametrizations"]._modules[name]
 
     def _tensors(self: Any, name: str) -> tuple[Tensor, Tensor]:
-        """`(g, v)`."""
+        """Returns `(g, v)`."""
         return _parts(self._holder(name), self._norms[name])
 
     def _operands(self: Any) -> Operands | None:
-        """What our `forward` computes with, `None` where it has to take the weight as a tensor."""
+        """Returns the operands of our `forward`, or `None` if it has to use the weight as a
+        tensor."""
         if parametrize._cache_enabled:
             return None
         norm = self._norms["weight"]
@@ -130,7 +131,7 @@ class _Fused:
         return WF.weight_norm(v, g, dim=norm.dim)
 
     def apply(self: Any, fn: Callable[[nn.Module], None]) -> Any:
-        """As `nn.Module.apply`; what `fn` writes into the weight has effect."""
+        """Does what `nn.Module.apply` does. Writes of `fn` into the weight take effect."""
         return reading.apply(self, fn)
 
     def __setattr__(self: Any, key: str, value: Any) -> None:
@@ -172,7 +173,7 @@ class _Fused:
             norms = ", ".join(f"{name}: dim={norm.dim}" for name, norm in self._norms.items())
         return f"{own}{', ' if own else ''}weight_norm({norms})"
 
-    # Removal, see modules/removal.py.
+    # The following methods serve the removal of weight norm (modules/removal.py).
 
     def register_parameter(self: Any, name: str, param: Any) -> None:
         if name in self._norms:
@@ -181,7 +182,7 @@ class _Fused:
             self.plain.register_parameter(self, name, param)
 
     def register_buffer(self: Any, name: str, tensor: Any, persistent: bool = True) -> None:
-        if name in self._norms:  # PyTorch registers the weight so where it needs no gradient
+        if name in self._norms:  # PyTorch registers a weight without gradient as a buffer
             removal.finish(self, name, tensor)
         else:
             self.plain.register_buffer(self, name, tensor, persistent)
@@ -193,7 +194,7 @@ class _Fused:
         return removal.baked(v, g, self._norms[name].dim, 0.0)
 
     def _bake(self: Any, name: str, weight: Tensor | None = None) -> None:
-        """Leaves a plain weight. `weight` is given where `g` and `v` have gone already."""
+        """Replaces `g` and `v` by a plain weight. `weight` is given if they are removed already."""
         if self._norms[name].form == "weight_norm":
             weight = _baked_parameter(self, name)
             for key in checkpoints.keys("weight_norm", name):
@@ -214,8 +215,8 @@ class _Fused:
 
 
 class _FusedRecurrent:
-    """What the class of a fused recurrent layer has besides: its `forward` takes the weights from a
-    list, which holds them only between a forward and the next."""
+    """Holds additional methods of the class of a fused recurrent layer. Its `forward` takes the
+    weights from a list, which holds them only until the next forward."""
 
     def _update_flat_weights(self: Any) -> None:
         self._init_flat_weights()
@@ -231,10 +232,10 @@ class _FusedRecurrent:
 
 
 def _parts(holder: Any, norm: Norm) -> tuple[Tensor, Tensor]:
-    """`(g, v)`, past `nn.Module.__getattr__`, which costs 1 µs a parameter."""
+    """Returns `(g, v)`. It avoids `nn.Module.__getattr__`, which costs 1 µs per parameter."""
     own = holder._parameters
     g, v = own.get(norm.key_g), own.get(norm.key_v)
-    if g is None or v is None:  # pruned, for one
+    if g is None or v is None:  # for example, pruning replaces a parameter
         return getattr(holder, norm.key_g), getattr(holder, norm.key_v)
     return g, v
 
@@ -245,12 +246,12 @@ def _own_parametrizations(module: Any) -> nn.ModuleDict:
 
 
 def layer_class(base: Any, norms: dict[str, Norm], others: Iterable[str] = ()) -> Any:
-    """The class of one fused module.
+    """Returns the class of one fused module.
 
     Args:
-        base: the class that it had.
-        norms: its weight-normed tensors; each becomes a property.
-        others: its tensors that only others parametrize.
+        base: the class that the module had.
+        norms: its weight-normed tensors. Each becomes a property.
+        others: its tensors that have parametrizations, but no weight norm.
     """
     methods = vars(_Fused) | (vars(_FusedRecurrent) if issubclass(base, nn.RNNBase) else {})
     namespace = {key: value for key, value in methods.items() if callable(value)}
@@ -281,7 +282,7 @@ def _reader(name: str) -> property:
 
 
 def known_layer(base: type[nn.Module], *names: str) -> type[WeightNormMixin] | None:
-    """Our layer whose `forward` does what that of `base` does, if there is one."""
+    """Returns our layer whose `forward` does what that of `base` does, or `None`."""
     for plain, layer in LAYERS.items() if names == ("weight",) else ():
         if issubclass(base, plain) and all(
             getattr(base, method, None) is getattr(plain, method, None) for method in _FORWARD
@@ -291,14 +292,14 @@ def known_layer(base: type[nn.Module], *names: str) -> type[WeightNormMixin] | N
 
 
 def _rebuild(base: type[nn.Module], norms: dict[str, Norm], others: list[str]) -> nn.Module:
-    """A fused module without its contents, for `copy` and `pickle`."""
+    """Returns a fused module without its contents, for `copy` and `pickle`."""
     module = base.__new__(base)
     module.__class__ = layer_class(base, norms, others)
     return module
 
 
 def _property(name: str) -> property:
-    """The property that PyTorch gives a class for a parametrized tensor."""
+    """Returns the property that PyTorch adds to a class for a parametrized tensor."""
     module = nn.Module()
     module.register_buffer(name, torch.zeros(()))
     parametrize.register_parametrization(module, name, nn.Identity())
@@ -306,7 +307,8 @@ def _property(name: str) -> property:
 
 
 def _set_class(module: nn.Module, base: Any, norms: dict[str, Norm]) -> None:
-    """The class for these weight-normed tensors, and for what else is parametrized."""
+    """Gives the module the class for these weight-normed tensors and its other parametrized
+    tensors."""
     others = [tensor for tensor in parametrized(module) if tensor not in norms]
     if norms:
         module.__class__ = layer_class(base, norms, others)
@@ -316,9 +318,11 @@ def _set_class(module: nn.Module, base: Any, norms: dict[str, Norm]) -> None:
 
 
 def _give_torch_class(module: nn.Module, normed: Iterable[str] = ()) -> None:
-    """The class that PyTorch gives a parametrized module, with its hook for the older form's keys.
+    """Gives the module PyTorch's class of a parametrized module, and PyTorch's hook for the keys of
+    the older form.
 
-    Its functions make both, from parametrizations that are put in the place of the module's own.
+    PyTorch's functions make both, from placeholders that replace the module's own parametrizations
+    meanwhile.
     """
     modules = dict(module._modules)
     lists: Any = module._modules.pop("parametrizations", None)
@@ -340,34 +344,34 @@ def _give_torch_class(module: nn.Module, normed: Iterable[str] = ()) -> None:
 
 
 def parametrized(module: Any) -> dict[str, Any]:
-    """PyTorch's lists of parametrizations by tensor, none where the module has none."""
+    """Returns PyTorch's lists of parametrizations by tensor. It is empty if the module has none."""
     return dict(module.parametrizations.items()) if parametrize.is_parametrized(module) else {}
 
 
 def is_fused(module: nn.Module) -> bool:
-    """Whether a module has the class of a fused one."""
+    """Returns whether a module has the class of a fused one."""
     return hasattr(type(module), "_norms")
 
 
 def is_wrapped(module: nn.Module) -> bool:
-    """Whether somebody has derived another class from a fused module's, as `fully_shard` does."""
+    """Returns whether a fused module's class was derived from, as `fully_shard` does."""
     return is_fused(module) and "_norms" not in vars(type(module))
 
 
 def norms(module: Any) -> dict[str, Norm]:
-    """The weight-normed tensors of a fused module, none of another."""
+    """Returns the weight-normed tensors of a fused module. It is empty for another module."""
     return getattr(type(module), "_norms", {})
 
 
 def tensors(module: Any, name: str = "weight") -> tuple[Tensor, Tensor]:
-    """`(g, v)` of a fused module."""
+    """Returns `(g, v)` of a fused module."""
     return module._tensors(name)
 
 
 def is_claimed(parametrization: Any) -> bool:
-    """Whether PyTorch's list of parametrizations has to be called for the weight: another
-    parametrization follows, or somebody has registered a hook there, which may be what fetches `g`
-    and `v`."""
+    """Returns whether PyTorch's list of parametrizations has to be called for the weight. It has to
+    be if another parametrization follows, or if a hook is registered there, which may fetch `g` and
+    `v`."""
     parts = parametrization._modules
     first = parts["0"]
     of_list, of_first = parametrization.__dict__, first.__dict__
@@ -390,12 +394,12 @@ def is_claimed(parametrization: Any) -> bool:
 
 
 def is_stacked(module: nn.Module, name: str) -> bool:
-    """Whether another parametrization follows the weight norm of a tensor."""
+    """Returns whether another parametrization follows the weight norm of a tensor."""
     return len(parametrized(module).get(name, [None])) > 1
 
 
 def is_replaced(module: nn.Module, name: str) -> bool:
-    """Whether something computes `g` or `v` of a tensor in turn, as pruning does."""
+    """Returns whether `g` or `v` of a tensor is itself computed, as by pruning."""
     holder, keys = module, checkpoints.keys("weight_norm", name)
     if name in parametrized(module):
         holder, keys = parametrized(module)[name], ("original0", "original1")
@@ -406,8 +410,8 @@ def is_replaced(module: nn.Module, name: str) -> bool:
 
 
 def computers(module: nn.Module) -> Iterator[tuple[str, str, Any]]:
-    """`(tensor, form, computer)` of every tensor that PyTorch weight-normalised: its hook, or its
-    parametrization if that comes first."""
+    """Yields `(tensor, form, computer)` of every tensor that PyTorch weight-normalised. The
+    computer is PyTorch's hook, or its parametrization if that is the tensor's first."""
     for hook in list(module._forward_pre_hooks.values()):
         if isinstance(hook, WeightNorm) and type(hook) is not removal.Handle:
             yield hook.name, "weight_norm", hook
@@ -417,13 +421,13 @@ def computers(module: nn.Module) -> Iterator[tuple[str, str, Any]]:
 
 
 def is_known(module: nn.Module, computer: Any) -> bool:
-    """Whether the weight is PyTorch's formula, in a module whose class may change."""
+    """Returns whether the weight follows PyTorch's formula and the module's class may change."""
     known = type(computer) in (WeightNorm, _WeightNorm)
     return known and not isinstance(module, torch.jit.ScriptModule)
 
 
 def fuse(module: Any, found: Iterable[tuple[str, str, Any]]) -> None:
-    """Fuses these of the module's tensors, in the form they have."""
+    """Fuses these tensors of the module and keeps their forms."""
     base = parametrize.type_before_parametrizations(module)
     new = dict(norms(module))
     if new:
@@ -447,8 +451,8 @@ def fuse(module: Any, found: Iterable[tuple[str, str, Any]]) -> None:
 
 
 def _drop_load_hook(module: nn.Module) -> None:
-    """Drops PyTorch's hook for the older form's keys: our class does its work, and it cannot be
-    pickled."""
+    """Drops PyTorch's hook for the keys of the older form. Our class does its work, and the hook
+    cannot be pickled."""
     hooks = module._load_state_dict_pre_hooks
     for key, hook in list(hooks.items()):
         function = getattr(hook, "hook", hook)
@@ -457,7 +461,7 @@ def _drop_load_hook(module: nn.Module) -> None:
 
 
 def unfuse(module: Any) -> None:
-    """Gives a fused module back to PyTorch, with the parameters it has."""
+    """Gives a fused module back to PyTorch, with its current parameters."""
     before = norms(module)
     for key in reading.STATE:
         module.__dict__.pop(key, None)
@@ -482,10 +486,10 @@ def unfuse(module: Any) -> None:
 
 
 def _baked_parameter(module: Any, name: str) -> nn.Parameter:
-    """The weight of one tensor as a parameter, with what is stacked on it.
+    """Returns the weight of one tensor as a parameter, with stacked parametrizations applied.
 
     Raises:
-        RuntimeError: something computes `g` or `v` in turn.
+        RuntimeError: `g` or `v` is itself computed, as by pruning.
     """
     norm = module._norms[name]
     removal.check_held(module, name, module._holder(name), (norm.key_g, norm.key_v))

@@ -1,11 +1,11 @@
-"""Conversion of whole models: `fuse`, `unfuse`, `fold`, and weight norm for one module.
+"""This file converts whole models by `fuse`, `unfuse` and `fold`, and weight-normalises one module.
 
     import wn_kernels
 
     print(wn_kernels.fuse(model))     # every weight-normed layer computes with this package
     wn_kernels.fold(model)            # plain weights, for inference
 
-What happens to one module is in `fused.py`.
+`fused.py` converts one module.
 """
 
 from __future__ import annotations
@@ -31,23 +31,23 @@ from . import fused
 
 Module = TypeVar("Module", bound=nn.Module)
 
-# The input that a report plans for: rows of a linear layer, pixels of a convolution.
+# A report plans for an input of this many rows (linear layer) or pixels (convolution).
 NOMINAL = 1024
 
 
 @dataclass(frozen=True)
 class Layer:
-    """A line of a report.
+    """Holds a line of a report.
 
     Attributes:
-        name: the module's name in the model and, where it is not `weight`, the tensor's.
+        name: the module's name in the model, and the tensor's name if that is not `weight`.
         kind: the module's class.
-        shape: that of the weight.
-        dim: the dimension whose slices are normalised, `None` for the whole.
+        shape: the shape of the weight.
+        dim: the dimension whose slices are normalised, or `None` for the whole tensor.
         path: the backend and the variants (forward/backward) that `plan` picks for a nominal input
-            of 1024 rows or pixels; `weight` where only the weight is computed by this package;
-            empty for what was left alone.
-        note: why something was left alone, or not fused in full.
+            of 1024 rows or pixels. It is the backend and `weight` if this package computes only the
+            weight, and empty if the tensor was left alone.
+        note: why a tensor was left alone, or not fused in full.
     """
 
     name: str
@@ -59,7 +59,7 @@ class Layer:
 
 
 class Report(tuple[Layer, ...]):
-    """What `fuse` found, a line for each tensor; prints as a table."""
+    """Holds the results of `fuse`, a line for each tensor. It prints as a table."""
 
     def __str__(self) -> str:
         header = ("layer", "class", "shape", "dim", "path", "note")
@@ -79,7 +79,8 @@ class Report(tuple[Layer, ...]):
 
 
 def _others(module: Any) -> Iterator[tuple[str, Any, str]]:
-    """Tensors that something else reparametrizes: name, original, and what it is."""
+    """Yields the tensors with another reparametrization. Each comes as its name, the original
+    tensor and the name of the reparametrization."""
     for name, items in fused.parametrized(module).items():
         if not isinstance(items[0], _WeightNorm):
             original = items.original if items.is_tensor else items.original0
@@ -90,7 +91,7 @@ def _others(module: Any) -> Iterator[tuple[str, Any, str]]:
 
 
 def _path(module: Any, v: torch.Tensor, dim: Any) -> str:
-    """What `plan` picks for a nominal input."""
+    """Returns what `plan` picks for a nominal input."""
     backend = plan.serving(v, dim)
     if backend == "reference":
         return f"{backend}: weight"
@@ -120,18 +121,19 @@ def fuse(model: nn.Module, dry_run: bool = False) -> Report:
     """Makes every layer that PyTorch weight-normalised, with either of its APIs, compute with this
     package, in place.
 
-    Parameters stay the same objects under the same names, so optimizers and checkpoints go on;
-    hooks, buffers, `requires_grad` and `isinstance` hold. docs/convert.md has the whole list.
+    Parameters stay the same objects under the same names, so optimizers and checkpoints still work.
+    Hooks, buffers, `requires_grad` and `isinstance` are preserved. docs/convert.md has the whole
+    list.
 
     Args:
-        model: any module; it may be weight-normed itself.
-        dry_run: only report.
+        model: any module. It may be weight-normed itself.
+        dry_run: whether to report only, without changes.
 
     Returns:
         A report, which prints as a table.
 
     Raises:
-        TypeError: `model` is no module.
+        TypeError: `model` is not a module.
     """
     prepare.check_module("model", model)
     lines = []
@@ -149,8 +151,8 @@ def fuse(model: nn.Module, dry_run: bool = False) -> Report:
 
 
 def _load_all_or_nothing(model: Any, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
-    """A hook: where a checkpoint does not fit in shape, PyTorch's report comes before anything of
-    the model has changed."""
+    """This hook prevents partial loads. If a shape in a checkpoint does not fit, PyTorch reports it
+    and the model does not change."""
     current: dict[str, torch.Tensor | None] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         start = prefix + name + "." if name else prefix
@@ -162,7 +164,7 @@ def _load_all_or_nothing(model: Any, state_dict: dict[str, Any], prefix: str, *_
 
 
 def _load_hooks(model: nn.Module) -> list[int]:
-    """The keys of that hook in a model."""
+    """Returns the keys of the hook `_load_all_or_nothing` in a model."""
     hooks = model._load_state_dict_pre_hooks.items()
     return [key for key, hook in hooks if getattr(hook, "hook", hook) is _load_all_or_nothing]
 
@@ -183,7 +185,8 @@ def _line(
 
 
 def _fuse(prefix: str, module: nn.Module, dry_run: bool) -> list[Layer]:
-    """Fuses what PyTorch weight-normalised of one module; a line for each tensor."""
+    """Fuses the tensors of one module that PyTorch weight-normalised, and returns a line for
+    each."""
     base = parametrize.type_before_parametrizations(module)
     found = list(fused.computers(module))
     fusable = [item for item in found if fused.is_known(module, item[2])]
@@ -215,13 +218,13 @@ def _fuse(prefix: str, module: nn.Module, dry_run: bool) -> list[Layer]:
 
 def unfuse(model: nn.Module) -> list[str]:
     """Gives every layer that `fuse` or `weight_norm` converted back to PyTorch's weight norm, in
-    place, with the parameters it has.
+    place, with its current parameters.
 
     Returns:
         The names of the layers.
 
     Raises:
-        TypeError: `model` is no module.
+        TypeError: `model` is not a module.
     """
     prepare.check_module("model", model)
     names: list[str] = []
@@ -234,18 +237,18 @@ def unfuse(model: nn.Module) -> list[str]:
 
 
 def fold(model: nn.Module) -> list[str]:
-    """Replaces every weight-normed weight by a plain one, in place, for inference: PyTorch's two
-    forms, fused or not, and the layers of this package.
+    """Replaces every weight-normed weight by a plain one, in place, for inference. It covers
+    PyTorch's two forms, fused or not, and the layers of this package.
 
-    A tensor that something else parametrizes or prunes as well is left alone, and so is a layer
-    whose class another tool has derived from (`fully_shard`). A weight is trainable where its `g`
-    or `v` was. It may be called under `torch.no_grad()` and `torch.inference_mode()`.
+    A tensor that is also pruned or has another parametrization is left alone. So is a layer from
+    whose class another tool derived a class (`fully_shard`). A weight is trainable if its `g` or
+    `v` was. The function may be called under `torch.no_grad()` and `torch.inference_mode()`.
 
     Returns:
-        The names of the folded layers; none are left to a second call.
+        The names of the folded layers. A second call returns none.
 
     Raises:
-        TypeError: `model` is no module.
+        TypeError: `model` is not a module.
     """
     prepare.check_module("model", model)
     names: list[str] = []
@@ -257,7 +260,7 @@ def fold(model: nn.Module) -> list[str]:
 
 
 def _fold(module: Any, wanted: Callable[[nn.Module, str], bool]) -> bool:
-    """Bakes the wanted tensors of one module; whether there were any."""
+    """Bakes the wanted tensors of one module, and returns whether there were any."""
     if fused.is_wrapped(module):
         return False
     if type(module) in fused.LAYERS.values():
@@ -289,22 +292,24 @@ def _fold(module: Any, wanted: Callable[[nn.Module, str], bool]) -> bool:
 
 
 def weight_norm(module: Module, name: str = "weight", dim: int | None = 0) -> Module:
-    """Weight-normalises a parameter of a module, in place: `torch.nn.utils.weight_norm`'s signature
-    and state dict (`weight_g`, `weight_v`), computed by this package.
+    """Weight-normalises a parameter of a module, in place. The signature and the state dict
+    (`weight_g`, `weight_v`) are those of `torch.nn.utils.weight_norm`. This package computes the
+    weight.
 
     Args:
-        module: the module; a linear layer or a convolution runs fused, any other gets its weight
-            from this package.
-        name: the parameter.
-        dim: the dimension whose slices are normalised, `None` or -1 for one norm over the whole.
+        module: the module. A linear layer or a convolution runs fused. For any other, this package
+            computes the weight alone.
+        name: the name of the parameter.
+        dim: the dimension whose slices are normalised, or `None` or -1 for one norm over the whole
+            tensor.
 
     Returns:
         The module.
 
     Raises:
         AttributeError: the module has no such parameter.
-        RuntimeError: it is weight-normed already.
-        TypeError: `module` is no module, or the parameter's dtype or layout is not served.
+        RuntimeError: the parameter is weight-normed already.
+        TypeError: `module` is not a module, or the parameter's dtype or layout is not supported.
         ValueError: the parameter has no shape yet, or `dim` is out of range.
     """
     prepare.check_module("module", module)
@@ -314,7 +319,7 @@ def weight_norm(module: Module, name: str = "weight", dim: int | None = 0) -> Mo
     if weight is None:
         raise AttributeError(f"{type(module).__name__} has no parameter {name!r}")
     if is_lazy(weight):
-        raise ValueError(f"{name} of {type(module).__name__} has no shape yet: run it once before")
+        raise ValueError(f"{name} of {type(module).__name__} has no shape yet: run the module once")
     if not prepare.are_dense(weight, weight, weight, None):
         prepare.reject(**{name: weight})
     dim = canonical_dim(dim, weight.ndim)
@@ -331,14 +336,14 @@ def weight_norm(module: Module, name: str = "weight", dim: int | None = 0) -> Mo
 
 
 def remove_weight_norm(module: Module, name: str = "weight") -> Module:
-    """Bakes a weight-normed tensor of a module into a plain parameter, in place:
-    `torch.nn.utils.remove_weight_norm`'s signature, for both of PyTorch's forms and ours.
+    """Bakes a weight-normed tensor of a module into a plain parameter, in place. The signature is
+    that of `torch.nn.utils.remove_weight_norm`. It serves both of PyTorch's forms, and ours.
 
     Returns:
         The module.
 
     Raises:
-        TypeError: `module` is no module.
+        TypeError: `module` is not a module.
         ValueError: the tensor is not weight-normed.
     """
     prepare.check_module("module", module)
@@ -362,15 +367,15 @@ def _is_weight_normed(module: nn.Module, name: str) -> bool:
 
 
 def state_dict(model: nn.Module, form: str) -> dict[str, Any]:
-    """`model.state_dict()` with every weight-normed weight in one form, for whoever reads it.
+    """Returns `model.state_dict()` with every weight-normed weight in one form.
 
     Args:
-        model: the model: layers of this package, fused ones and PyTorch's own.
+        model: any module. It converts layers of this package, fused ones and PyTorch's own.
         form: `"weight_norm"` (`weight_g`, `weight_v`), `"parametrizations"`
             (`parametrizations.weight.original0`, `original1`) or `"plain"` (`weight`).
 
     Raises:
-        TypeError: `model` is no module.
+        TypeError: `model` is not a module.
         ValueError: the form is unknown.
     """
     prepare.check_module("model", model)
@@ -398,7 +403,8 @@ def state_dict(model: nn.Module, form: str) -> dict[str, Any]:
 
 
 def _stored(module: Any) -> Iterator[tuple[str, str, torch.Tensor]]:
-    """Tensor, form and weight of what a module holds weight-normed, and nobody else has changed."""
+    """Yields the name, the form and the weight of each weight-normed tensor of a module. It skips
+    tensors that are pruned or have other parametrizations."""
     if isinstance(module, WeightNormMixin) and not fused.is_replaced(module, "weight"):
         yield "weight", "weight_norm", module.weight
     for tensor, form, computer in fused.computers(module):

@@ -1,4 +1,4 @@
-"""Drop-in layers with a weight-normalised weight."""
+"""This package contains drop-in layers with a weight-normalised weight."""
 
 from .conv import (
     WNConv1d,

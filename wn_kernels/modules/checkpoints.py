@@ -1,6 +1,6 @@
-"""The forms that a weight-normalised weight takes in a state dict, and the way from one to another.
+"""A weight-normalised weight has one of three forms in a state dict. This file converts them.
 
-weight_norm        weight_g, weight_v                          torch.nn.utils.weight_norm, and ours
+weight_norm        weight_g, weight_v                          torch.nn.utils.weight_norm and ours
 parametrizations   parametrizations.weight.original0, .original1    ...parametrizations.weight_norm
 plain              weight                                      no weight norm, or folded
 """
@@ -16,7 +16,7 @@ from torch.nn.parameter import is_lazy
 
 from .. import functional as WF
 
-# The names of g and v.
+# These are the names of g and v in each form.
 FORMS = {
     "weight_norm": ("{}_g", "{}_v"),
     "parametrizations": ("parametrizations.{}.original0", "parametrizations.{}.original1"),
@@ -24,15 +24,15 @@ FORMS = {
 
 
 def keys(form: str, name: str, prefix: str = "") -> tuple[str, str]:
-    """The keys of `g` and `v` in a form, for the tensor `name` of a layer."""
+    """Returns the keys of `g` and `v` in a form, for the tensor `name` of a layer."""
     g, v = FORMS[form]
     return prefix + g.format(name), prefix + v.format(name)
 
 
 def split(weight: Tensor, v: Tensor, dim: int | None) -> tuple[Tensor, Tensor]:
-    """`(g, v)` of a plain weight that takes the place of `v`.
+    """Returns `(g, v)` of a plain weight that replaces `v`.
 
-    A slice that is zero takes `g = 0` and keeps the direction it has, so that it can still learn.
+    A slice of zeros gets `g = 0` and keeps its direction from `v`, so that it can still learn.
     """
     g = WF.slice_norm(weight, dim=dim)
     if is_lazy(v) or v.shape != weight.shape or v.device != weight.device:
@@ -44,7 +44,7 @@ def assign(weight: Tensor, g: Tensor, v: Tensor, dim: int | None) -> None:
     """Sets `g` and `v` so that the weight is `weight`.
 
     Raises:
-        TypeError, ValueError: it is not a tensor of `v`'s shape.
+        TypeError, ValueError: `weight` is not a tensor of `v`'s shape.
     """
     if not isinstance(weight, Tensor):
         raise TypeError(f"weight must be a torch.Tensor, got {type(weight).__name__}")
@@ -66,10 +66,10 @@ def bring_into(
     dim: int | None,
     others: Mapping[str, Tensor | None],
 ) -> None:
-    """Brings a layer's entries of `state_dict`, in place, into the form it loads.
+    """Brings a layer's entries of `state_dict`, in place, into the form that the layer loads.
 
-    Where one of them does not fit in shape, PyTorch reports it and the layer stays as it is;
-    `others` are its further parameters by name.
+    If the shape of one of them does not fit, PyTorch reports it and the layer does not change.
+    `others` are the layer's further parameters by name.
     """
     own_g, own_v = keys(form, name, prefix)
     for other in FORMS:
@@ -89,8 +89,9 @@ def bring_into(
 
 
 def all_or_nothing(state_dict: dict[str, Any], current: Mapping[str, Tensor | None]) -> None:
-    """Where an entry does not fit what it is loaded into, `current` by key, puts what is there
-    already in the place of those that do."""
+    """Prevents a partial load. `current` holds the tensors that the entries are loaded into, by
+    key. If one entry does not fit its tensor, the entries that fit are replaced by the current
+    values."""
     loaded = {
         key: t
         for key, t in current.items()
@@ -102,5 +103,6 @@ def all_or_nothing(state_dict: dict[str, Any], current: Mapping[str, Tensor | No
 
 
 def _fits(given: Tensor, current: Tensor) -> bool:
-    """Whether PyTorch loads it: one number may have a dimension."""
+    """Returns whether PyTorch loads `given` into `current`. A single number may have a
+    dimension."""
     return given.shape == current.shape or (current.ndim == 0 and given.shape == (1,))

@@ -1,4 +1,4 @@
-"""The convolutions and the transposed convolutions."""
+"""This file contains the convolutions and the transposed convolutions."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .weight import WeightNormMixin
 
 
 class _Convolution(WeightNormMixin):
-    """What the three convolutions share beyond the constructor, which is torch.nn's."""
+    """Holds the `forward` of the three convolutions. Their constructors are those of torch.nn."""
 
     def forward(self: Any, input: Tensor) -> Tensor:
         operands = self._operands()
@@ -41,7 +41,7 @@ class _Convolution(WeightNormMixin):
 
 
 class _ConvolutionTranspose(WeightNormMixin):
-    """What the three transposed convolutions share."""
+    """Holds the `forward` of the three transposed convolutions."""
 
     def forward(self: Any, input: Tensor, output_size: list[int] | None = None) -> Tensor:
         operands = self._operands()
@@ -77,10 +77,10 @@ class _ConvolutionTranspose(WeightNormMixin):
 
 
 class _Lazy(WeightNormMixin):
-    """What the lazy ones share: `in_channels` is taken from the first input."""
+    """Takes `in_channels` of the lazy convolutions from the first input."""
 
     def initialize_parameters(self: Any, input: Tensor, *args: Any, **kwargs: Any) -> None:
-        """Gives the parameters their shapes and values, once the input's size is known."""
+        """Gives the parameters their shapes and values from the first input."""
         if not self.has_uninitialized_params():
             return
         channels = self._get_in_channels(input)
@@ -97,10 +97,10 @@ class _Lazy(WeightNormMixin):
 
 
 class WNConv1d(_Convolution, nn.Conv1d):  # type: ignore[override]
-    """`torch.nn.Conv1d` with a weight-normalised weight.
+    """Replaces `torch.nn.Conv1d` with a weight-normalised weight.
 
-    Drop-in: it takes the same arguments, is an instance of `nn.Conv1d`, starts from the same
-    weight for the same seed, and reads and assigns `.weight`.
+    It takes the same arguments and is an instance of `nn.Conv1d`. It starts from the same weight
+    for the same seed. `.weight` can be read and assigned.
 
     Args:
         *args: as in `torch.nn.Conv1d`: `in_channels, out_channels, kernel_size, stride, padding,
@@ -118,7 +118,7 @@ class WNConv1d(_Convolution, nn.Conv1d):  # type: ignore[override]
         bias: of shape `(out_channels,)`, or `None`.
 
     Shape:
-        As `torch.nn.Conv1d`; channels-last inputs give channels-last outputs.
+        The shapes are those of `torch.nn.Conv1d`. Channels-last inputs give channels-last outputs.
 
     Raises:
         ValueError: an option is out of range.
@@ -129,25 +129,25 @@ class WNConv1d(_Convolution, nn.Conv1d):  # type: ignore[override]
 
 
 class WNConv2d(_Convolution, nn.Conv2d):  # type: ignore[override]
-    """`torch.nn.Conv2d` with a weight-normalised weight; see `WNConv1d`."""
+    """Replaces `torch.nn.Conv2d` with a weight-normalised weight; see `WNConv1d`."""
 
     weight_ndim = 4
     plain = nn.Conv2d
 
 
 class WNConv3d(_Convolution, nn.Conv3d):  # type: ignore[override]
-    """`torch.nn.Conv3d` with a weight-normalised weight; see `WNConv1d`."""
+    """Replaces `torch.nn.Conv3d` with a weight-normalised weight; see `WNConv1d`."""
 
     weight_ndim = 5
     plain = nn.Conv3d
 
 
 class WNConvTranspose1d(_ConvolutionTranspose, nn.ConvTranspose1d):  # type: ignore[override]
-    """`torch.nn.ConvTranspose1d` with a weight-normalised weight.
+    """Replaces `torch.nn.ConvTranspose1d` with a weight-normalised weight.
 
-    Drop-in, as `WNConv1d` is. Its weight is `(in_channels, out_channels / groups, kernel_size)`, so
-    `dim=0`, PyTorch's default here too, normalises each *input* channel, and `dim=1` each output
-    channel of a group.
+    It is a drop-in layer, as `WNConv1d` is. Its weight is
+    `(in_channels, out_channels / groups, kernel_size)`. Therefore `dim=0`, PyTorch's default here
+    too, normalises each *input* channel, and `dim=1` each output channel of a group.
 
     Args:
         *args: as in `torch.nn.ConvTranspose1d`: `in_channels, out_channels, kernel_size, stride,
@@ -162,57 +162,62 @@ class WNConvTranspose1d(_ConvolutionTranspose, nn.ConvTranspose1d):  # type: ign
 
 
 class WNConvTranspose2d(_ConvolutionTranspose, nn.ConvTranspose2d):  # type: ignore[override]
-    """`torch.nn.ConvTranspose2d` with a weight-normalised weight; see `WNConvTranspose1d`."""
+    """Replaces `torch.nn.ConvTranspose2d` with a weight-normalised weight; see
+    `WNConvTranspose1d`."""
 
     weight_ndim = 4
     plain = nn.ConvTranspose2d
 
 
 class WNConvTranspose3d(_ConvolutionTranspose, nn.ConvTranspose3d):  # type: ignore[override]
-    """`torch.nn.ConvTranspose3d` with a weight-normalised weight; see `WNConvTranspose1d`."""
+    """Replaces `torch.nn.ConvTranspose3d` with a weight-normalised weight; see
+    `WNConvTranspose1d`."""
 
     weight_ndim = 5
     plain = nn.ConvTranspose3d
 
 
 class WNLazyConv1d(_Lazy, _Convolution, nn.LazyConv1d):  # type: ignore[misc, override]
-    """`torch.nn.LazyConv1d` with a weight-normalised weight: `in_channels` is taken from the first
-    input, whereupon the layer is a `WNConv1d`."""
+    """Replaces `torch.nn.LazyConv1d` with a weight-normalised weight. `in_channels` is taken from
+    the first input, and the layer then becomes a `WNConv1d`."""
 
     weight_ndim = 3
     cls_to_become = WNConv1d
 
 
 class WNLazyConv2d(_Lazy, _Convolution, nn.LazyConv2d):  # type: ignore[misc, override]
-    """`torch.nn.LazyConv2d`, weight-normalised; see `WNLazyConv1d`."""
+    """Replaces `torch.nn.LazyConv2d` with a weight-normalised weight; see `WNLazyConv1d`."""
 
     weight_ndim = 4
     cls_to_become = WNConv2d
 
 
 class WNLazyConv3d(_Lazy, _Convolution, nn.LazyConv3d):  # type: ignore[misc, override]
-    """`torch.nn.LazyConv3d`, weight-normalised; see `WNLazyConv1d`."""
+    """Replaces `torch.nn.LazyConv3d` with a weight-normalised weight; see `WNLazyConv1d`."""
 
     weight_ndim = 5
     cls_to_become = WNConv3d
 
 
 class WNLazyConvTranspose1d(_Lazy, _ConvolutionTranspose, nn.LazyConvTranspose1d):  # type: ignore[misc, override]
-    """`torch.nn.LazyConvTranspose1d`, weight-normalised; see `WNLazyConv1d`."""
+    """Replaces `torch.nn.LazyConvTranspose1d` with a weight-normalised weight; see
+    `WNLazyConv1d`."""
 
     weight_ndim = 3
     cls_to_become = WNConvTranspose1d
 
 
 class WNLazyConvTranspose2d(_Lazy, _ConvolutionTranspose, nn.LazyConvTranspose2d):  # type: ignore[misc, override]
-    """`torch.nn.LazyConvTranspose2d`, weight-normalised; see `WNLazyConv1d`."""
+    """Replaces `torch.nn.LazyConvTranspose2d` with a weight-normalised weight; see
+    `WNLazyConv1d`."""
 
     weight_ndim = 4
     cls_to_become = WNConvTranspose2d
 
 
 class WNLazyConvTranspose3d(_Lazy, _ConvolutionTranspose, nn.LazyConvTranspose3d):  # type: ignore[misc, override]
-    """`torch.nn.LazyConvTranspose3d`, weight-normalised; see `WNLazyConv1d`."""
+    """Replaces `torch.nn.LazyConvTranspose3d` with a weight-normalised weight; see
+    `WNLazyConv1d`."""
 
     weight_ndim = 5
     cls_to_become = WNConvTranspose3d

@@ -1,4 +1,4 @@
-"""The linear layer."""
+"""This file contains the linear layer."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from .weight import WeightNormMixin
 
 
 class WNLinear(WeightNormMixin, nn.Linear):  # type: ignore[override]
-    """`torch.nn.Linear` with a weight-normalised weight: `y = x Wᵀ + b`, `W = g · V / ‖V‖`.
+    """Replaces `torch.nn.Linear` with a weight-normalised weight. It computes `y = x Wᵀ + b` with
+    `W = g · V / ‖V‖`.
 
-    Drop-in: it takes the same arguments, is an instance of `nn.Linear`, starts from the same
-    weight for the same seed, and reads and assigns `.weight`.
+    It takes the same arguments and is an instance of `nn.Linear`. It starts from the same weight
+    for the same seed. `.weight` can be read and assigned.
 
     Args:
         *args: as in `torch.nn.Linear`: `in_features` (K), `out_features` (N), `bias`, `device`,
@@ -46,8 +47,8 @@ class WNLinear(WeightNormMixin, nn.Linear):  # type: ignore[override]
 
 
 class WNLazyLinear(WeightNormMixin, nn.LazyLinear):  # type: ignore[misc, override]
-    """`torch.nn.LazyLinear` with a weight-normalised weight: `in_features` is taken from the first
-    input, whereupon the layer is a `WNLinear`.
+    """Replaces `torch.nn.LazyLinear` with a weight-normalised weight. `in_features` is taken from
+    the first input, and the layer then becomes a `WNLinear`.
 
     Args:
         *args: as in `torch.nn.LazyLinear`: `out_features, bias, device, dtype`.
@@ -60,7 +61,7 @@ class WNLazyLinear(WeightNormMixin, nn.LazyLinear):  # type: ignore[misc, overri
     cls_to_become = WNLinear
 
     def initialize_parameters(self, input: Tensor) -> None:
-        """Gives the parameters their shapes and values, once the input's size is known."""
+        """Gives the parameters their shapes and values from the first input."""
         if self.has_uninitialized_params():
             self.in_features = input.shape[-1]
             self._materialize((self.out_features, self.in_features), self.out_features)

@@ -1,10 +1,12 @@
-"""Reads of `.weight`: computed anew, once inside `torch.nn.utils.parametrize.cached()`, and watched
-while `Module.apply` runs a function that may initialise it.
+"""Every read of `.weight` computes the weight again. Inside `torch.nn.utils.parametrize.cached()`
+it is computed once. While `Module.apply` runs, the weights that its function reads are compared
+with copies afterwards, because the function may initialise them.
 
-A write into what was read changes nothing of the layer. A layer keeps, of every weight that it has
-handed out, a tensor of no elements that shares the weight's version counter. The next read or
-forward warns where that counter has moved. A write through `.data` moves no counter. This is for
-initialisation: after the first few reads (`WATCHES`) a read costs what it costs without it.
+Otherwise a write into a weight that was read does not change the layer. For every weight that it
+returns, a layer keeps an empty tensor that shares the weight's version counter. If the counter has
+changed, the next read or forward warns. A write through `.data` does not change the counter. The
+warning is meant for initialisation, so only the first few reads (`WATCHES`) are checked. Later
+reads have no extra cost.
 """
 
 from __future__ import annotations
@@ -18,11 +20,12 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 from torch.nn.utils import parametrize
 
-# The weights that the function of a running `apply` has read, each with a copy of what it was.
+# While `apply` runs, this holds the weights that its function has read, each with a copy of its
+# original value.
 _watched: dict[tuple[int, str], tuple[Tensor, Tensor]] | None = None
 
 
-# The reads of a layer whose weights are looked after, and the attributes of a layer for that.
+# The first WATCHES reads of a layer are checked for writes. STATE names the attributes for that.
 WATCHES = 8
 STATE = ("_reads", "_is_read", "_watches")
 
@@ -30,8 +33,9 @@ _EMPTY: dict[torch.device, Tensor] = {}
 
 
 class Reads(dict[str, tuple[Tensor, int]]):
-    """The version counters of the weights that a layer has handed out since its last forward, by
-    tensor: a tensor that shares the counter, and what it stood at. A copied layer has none."""
+    """Holds the version counters of the weights that a layer has returned since its last forward,
+    by name. An entry is a tensor that shares the counter, and the counter's value at the read. A
+    copied layer has no entries."""
 
     is_warned = False
 
@@ -40,7 +44,7 @@ class Reads(dict[str, tuple[Tensor, int]]):
 
 
 def read(module: Any, name: str) -> Tensor:
-    """`module.weight`; the module's `_form(name)` computes it."""
+    """Returns `module.weight`, which the module's `_form(name)` computes."""
     if parametrize._cache_enabled or _watched is not None:
         return form(module, name)
     weight = module._form(name)
@@ -50,7 +54,7 @@ def read(module: Any, name: str) -> Tensor:
 
 
 def form(module: Any, name: str) -> Tensor:
-    """`module.weight` for the layer's own use."""
+    """Returns `module.weight` for the layer's own use. Writes into it are not checked."""
     if parametrize._cache_enabled or _watched is not None:
         return _read_specially(module, name)
     return module._form(name)
@@ -71,8 +75,8 @@ def _keep_counter(module: Any, name: str, weight: Tensor) -> None:
     if empty is None:
         with torch.inference_mode(False):
             empty = _EMPTY[weight.device] = torch.empty(0, device=weight.device)
-    counter = weight.detach()  # it shares the counter,
-    counter.data = empty  # and keeps it when it gives up the weight's memory
+    counter = weight.detach()  # this tensor shares the counter,
+    counter.data = empty  # and still does after it has released the weight's memory
     state = module.__dict__
     state.setdefault("_reads", Reads())[name] = counter, counter._version
     state["_is_read"] = True
@@ -80,7 +84,7 @@ def _keep_counter(module: Any, name: str, weight: Tensor) -> None:
 
 
 def warn_of_writes(module: Any) -> None:
-    """Warns, once for a layer, where a weight that it has handed out was written to in place."""
+    """Warns, once per layer, if a weight that the layer returned was written to in place."""
     if is_compiling():
         return
     reads = module.__dict__["_reads"]
@@ -98,7 +102,7 @@ def warn_of_writes(module: Any) -> None:
 
 
 def forget(module: Any) -> None:
-    """Drops the counters, after an assignment or a look at them."""
+    """Drops the counters after an assignment or a check."""
     if module._is_read:
         module.__dict__["_is_read"] = False
         module.__dict__["_reads"].clear()
@@ -121,8 +125,8 @@ def _read_specially(module: Any, name: str) -> Tensor:
 
 
 def apply(module: Any, function: Callable[[nn.Module], None]) -> Any:
-    """`nn.Module.apply`, under which a write into `.weight` or `.weight.data` has effect: `g` and
-    `v` are set to give what was written."""
+    """Does what `nn.Module.apply` does. A write into `.weight` or `.weight.data` takes effect: `g`
+    and `v` are set so that they give the written values."""
     global _watched
     for child in module.children():
         child.apply(function)
@@ -137,9 +141,9 @@ def apply(module: Any, function: Callable[[nn.Module], None]) -> Any:
             continue
         try:
             setattr(module, name, weight.detach())
-        except RuntimeError as error:  # a parametrization that has no inverse
+        except RuntimeError as error:  # a parametrization has no inverse
             warnings.warn(
-                f"what was written into {name} of {type(module).__name__} is lost: {error}",
+                f"the values written into {name} of {type(module).__name__} are lost: {error}",
                 stacklevel=2,
             )
     return module

@@ -1,21 +1,24 @@
-"""Removal of weight norm: a plain weight in the place of `g` and `v`, by our functions or by
-either of PyTorch's, whichever form the layer has.
+"""This file removes weight norm: a plain weight replaces `g` and `v`. Our functions and both of
+PyTorch's can do it, whichever form the layer has.
 
 `torch.nn.utils.remove_weight_norm(module, name)` searches `module._forward_pre_hooks.items()` for
-a `WeightNorm` of that name, and calls its `remove`. `Hooks` is a dictionary that shows such a
-`Handle` there and nowhere else: it is empty as long as nobody registers a hook, so that a forward
-costs what it costs without it.
+a `WeightNorm` of that name, and calls its `remove`. `Hooks` is a dictionary that lists such a
+`Handle` in `items()` and nowhere else. It is empty unless a hook is registered, so that a forward
+has no extra cost.
 
 `torch.nn.utils.parametrize.remove_parametrizations(module, name)` reads `module.parametrizations`.
-It takes the tensor's entry out, deletes the property from the module's class, registers the
-parameter, and goes back to the class's first base once nothing is parametrized. `Parametrizations`
-stands for that dictionary on a layer that has none; its length is zero, so that
+It takes the tensor's entry out, deletes the property from the module's class and registers the
+parameter. When no tensor is parametrized any more, it gives the module the class's first base.
+`Parametrizations` replaces that dictionary on a layer that has none. Its length is zero, so that
 `is_parametrized(module)` stays false. The layer finishes the removal when the parameter is
 registered (`finish`).
 
-A module that takes part has `_normed()`, the names of its weight-normed tensors, `_tensors(name)`,
-the `g` and `v` of one, `_expose(name)`, which gives it a class that may be changed, and
-`_bake(name, weight=None)`, which puts a plain parameter in the place of one.
+These functions need four methods of a module:
+
+    _normed()                   returns the names of its weight-normed tensors
+    _tensors(name)              returns the `g` and `v` of one
+    _expose(name)               gives the module a class that may be changed
+    _bake(name, weight=None)    replaces the `g` and `v` of one by a plain parameter
 """
 
 from __future__ import annotations
@@ -36,14 +39,15 @@ from . import checkpoints, reading
 
 
 def plain_weight(weight: Tensor, requires_grad: bool) -> nn.Parameter:
-    """A parameter of these values that can be trained and saved, also under inference mode."""
+    """Returns a parameter of these values. It can be trained and saved even if it was made under
+    inference mode."""
     with torch.inference_mode(False), torch.no_grad():
         values = weight.clone() if weight.is_inference() else weight.detach()
         return nn.Parameter(values, requires_grad=requires_grad)
 
 
 def baked(v: Tensor, g: Tensor, dim: int | None, eps: float) -> nn.Parameter:
-    """The weight of `v` and `g` as a parameter, trainable where one of them is."""
+    """Returns the weight of `v` and `g` as a parameter. It is trainable if one of them is."""
     with torch.inference_mode(False), torch.no_grad():
         weight = WF.weight_norm(v, g, dim=dim, eps=eps)
     return plain_weight(weight, v.requires_grad or g.requires_grad)
@@ -53,7 +57,7 @@ def check_held(module: nn.Module, name: str, holder: nn.Module, keys: Iterable[s
     """Checks that `g` and `v` are parameters of the module that should hold them.
 
     Raises:
-        RuntimeError: something computes one of them in turn, as pruning does.
+        RuntimeError: one of them is itself computed, as by pruning.
     """
     for key in keys:
         if key not in holder._parameters:
@@ -65,7 +69,7 @@ def check_held(module: nn.Module, name: str, holder: nn.Module, keys: Iterable[s
 
 
 def _order(module: Any) -> list[str]:
-    """The parameters of a recurrent layer in torch.nn's order."""
+    """Returns the names of a recurrent layer's parameters in torch.nn's order."""
     if isinstance(module, nn.RNNBase):
         return module._flat_weights_names
     is_cell = isinstance(module, nn.RNNCellBase)
@@ -73,8 +77,8 @@ def _order(module: Any) -> list[str]:
 
 
 def place(module: nn.Module, name: str, weight: nn.Parameter) -> None:
-    """Registers the weight where torch.nn's layers have it: first, or at its place among those of a
-    recurrent layer. `name_g` and `name_v` go."""
+    """Registers the weight in torch.nn's order and removes `name_g` and `name_v`. The weight comes
+    first, or at its place among the weights of a recurrent layer."""
     gone = (name, *checkpoints.keys("weight_norm", name))
     parameters = {name: weight} | {k: t for k, t in module._parameters.items() if k not in gone}
     order = _order(module)
@@ -92,7 +96,7 @@ def place(module: nn.Module, name: str, weight: nn.Parameter) -> None:
 
 
 class Handle(WeightNorm):
-    """A forward pre-hook that does nothing but to be found."""
+    """This forward pre-hook has no effect. PyTorch's removal function searches for it."""
 
     def __call__(self, module: nn.Module, inputs: Any) -> None:
         pass
@@ -102,16 +106,16 @@ class Handle(WeightNorm):
         keys = [key for key, hook in OrderedDict.items(hooks) if hook is self]
         module._bake(self.name)
         for key in keys:
-            hooks[key] = self  # for `remove_weight_norm` to delete
+            hooks[key] = self  # `remove_weight_norm` deletes it
 
 
 def _key(name: str) -> Any:
-    """The key of a handle; those of hooks are integers."""
+    """Returns the key of a handle. The keys of hooks are integers."""
     return f"weight_norm of {name}"
 
 
 class Hooks(OrderedDict):
-    """The forward pre-hooks of a layer, of which `items()` alone shows the handles.
+    """Holds the forward pre-hooks of a layer. Only `items()` lists the handles.
 
     Args:
         names: the weight-normed tensors.
@@ -137,19 +141,19 @@ class Hooks(OrderedDict):
 
 
 def attach(module: nn.Module, names: Iterable[str]) -> None:
-    """Shows a handle for each name among the module's forward pre-hooks."""
+    """Adds a handle for each name to the module's forward pre-hooks."""
     hooks: Any = module._forward_pre_hooks
     if not hooks and not isinstance(hooks, Hooks):
         module.__dict__["_forward_pre_hooks"] = Hooks(names)
         return
-    # A dictionary with hooks stays the same object: those who registered them hold it.
+    # A dictionary with hooks stays the same object, because the handles of its hooks refer to it.
     handles = hooks.handles if isinstance(hooks, Hooks) else hooks
     for name in names:
         handles[_key(name)] = Handle(name, -1)
 
 
 def detach(module: nn.Module, name: str) -> None:
-    """Takes the handle of a name away, and the hook of PyTorch's form if there is one."""
+    """Removes the handle of a name, and PyTorch's hook if there is one."""
     hooks: Any = module._forward_pre_hooks
     handles = hooks.handles if isinstance(hooks, Hooks) else hooks
     handles.pop(_key(name), None)
@@ -162,9 +166,10 @@ def detach(module: nn.Module, name: str) -> None:
 
 
 class Parametrizations(nn.ModuleDict):
-    """`module.parametrizations` of a layer that is not parametrized, for who removes weight norm.
+    """Replaces `module.parametrizations` of a layer that is not parametrized, for PyTorch's removal
+    function.
 
-    It holds nothing, and so its length is zero. A tensor that is weight-normed is in it.
+    It stores nothing, so its length is zero. But it contains each weight-normed tensor.
     """
 
     def __init__(self, module: Any) -> None:
@@ -187,8 +192,8 @@ class Parametrizations(nn.ModuleDict):
 
 
 class Parametrization:
-    """One tensor's entry: what `remove_parametrizations` reads of a list of parametrizations whose
-    result it sets in the place of one original tensor."""
+    """Replaces one tensor's list of parametrizations. It has the attributes that
+    `remove_parametrizations` reads of a list with one original tensor."""
 
     is_tensor = True
 
@@ -198,18 +203,18 @@ class Parametrization:
 
     @property
     def original(self) -> nn.Parameter:
-        """The parameter that takes the weight; from here on the class of the module is its own, and
-        the property may be deleted from it."""
+        """Returns the parameter that receives the weight. It gives the module a class of its own,
+        from which the property may be deleted."""
         return self.module._expose(self.name)
 
     @property
     def original0(self) -> Tensor:
-        """`g`, under PyTorch's name."""
+        """Returns `g`, which has this name in PyTorch."""
         return self.module._tensors(self.name)[0]
 
     @property
     def original1(self) -> Tensor:
-        """`v`, under PyTorch's name."""
+        """Returns `v`, which has this name in PyTorch."""
         return self.module._tensors(self.name)[1]
 
     def append(self, parametrization: nn.Module) -> None:
@@ -228,8 +233,8 @@ class Parametrization:
 
 
 class Lists(nn.ModuleDict):
-    """`module.parametrizations` of a fused layer. It keeps whether the tensor that was taken out
-    last is trained: `remove_parametrizations` forgets it under `no_grad`."""
+    """Replaces `module.parametrizations` of a fused layer. It records whether the tensor that was
+    removed last is trained, because `remove_parametrizations` loses this under `no_grad`."""
 
     trainable = True
 
@@ -242,16 +247,16 @@ class Lists(nn.ModuleDict):
 
 
 def originals(parametrization: Any) -> list[Tensor]:
-    """`[g, v]` of one of PyTorch's lists of parametrizations."""
+    """Returns `[g, v]` of one of PyTorch's lists of parametrizations."""
     return [parametrization.original0, parametrization.original1]
 
 
 def finish(module: Any, name: str, weight: Tensor | None) -> None:
-    """Ends the removal that `remove_parametrizations` has begun, when it registers the weight."""
+    """Finishes the removal when `remove_parametrizations` registers the weight."""
     module._bake(name, weight)
     if parametrize.is_parametrized(module):
         return
-    # It deletes `module.parametrizations` next and takes the first base of the module's class.
+    # Next, it deletes `module.parametrizations` and gives the module the first base of its class.
     module._modules.setdefault("parametrizations", nn.ModuleDict())
     after = type(module)
     module.__class__ = type(after.__name__, (after,), {"__module__": after.__module__})

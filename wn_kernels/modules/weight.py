@@ -1,4 +1,5 @@
-"""The weight-normalised weight as a mixin: parameters, `.weight`, initialisation, checkpoints."""
+"""This mixin gives a layer a weight-normalised weight. It handles parameters, `.weight`,
+initialisation and checkpoints."""
 
 from __future__ import annotations
 
@@ -17,12 +18,12 @@ from .. import functional as WF
 from ..call import canonical_dim, canonical_eps, kept_shape
 from . import checkpoints, reading, removal
 
-# (v, g, bias, dim, eps)
+# The entries are (v, g, bias, dim, eps).
 Operands = tuple[Tensor, Tensor, Tensor | None, int | None, float]
 
 
 def _arguments(cls: type) -> list[inspect.Parameter]:
-    """Of a class's constructor."""
+    """Returns the parameters of a class's constructor."""
     return list(inspect.signature(cls.__init__).parameters.values())[1:]  # type: ignore[misc]
 
 
@@ -33,16 +34,17 @@ _OPTIONS = [
 
 
 def _is_inference(t: Tensor) -> bool:
-    """Whether a tensor, which may have no shape yet, was made under inference mode."""
+    """Returns whether a tensor, which may have no shape yet, was made under inference mode."""
     with torch._C.DisableTorchFunctionSubclass():
         return t.is_inference()
 
 
 class WeightNormMixin(nn.Module):
-    """What every weight-normalised layer shares.
+    """This mixin is the base of every weight-normalised layer.
 
     The layer holds `weight_v` (the direction) and `weight_g` (the magnitude) instead of `weight`.
-    `.weight` reads the current weight `g · V / ‖V‖`, differentiable; assigning to it sets both.
+    Reading `.weight` gives the current weight `g · V / ‖V‖`, which is differentiable. Assigning to
+    it sets both.
 
     State dicts load in all three forms in use: `weight_g` / `weight_v`, PyTorch's
     `parametrizations.weight.original0` / `original1`, and a plain `weight`.
@@ -53,33 +55,33 @@ class WeightNormMixin(nn.Module):
     bias: Any  # an nn.Parameter or None; torch.nn declares it as one or the other
     dim: int | None
     eps: float
-    weight_ndim: int  # of the class
-    plain: Any  # the class of torch.nn that the layer stands for
+    weight_ndim: int  # each class sets it
+    plain: Any  # the class of torch.nn that the layer replaces
     _is_read = False  # see modules/reading.py
     _watches = reading.WATCHES
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
-        """Shows the plain layer's arguments, and our two, as the constructor's."""
+        """Gives the constructor the signature of the plain layer, with our two arguments added."""
         super().__init_subclass__(**kwargs)
         constructors = [c for c in cls.__mro__ if "__init__" in vars(c)]
         plain = constructors[constructors.index(WeightNormMixin) + 1]
-        if constructors[0] is not WeightNormMixin:  # somebody's own
+        if constructors[0] is not WeightNormMixin:  # the subclass has a constructor of its own
             arguments = _arguments(constructors[0])
         elif plain is not nn.Module:
             arguments = sorted([*_arguments(plain), *_OPTIONS], key=lambda p: p.kind)
-        else:  # another mixin
+        else:  # the class is another mixin
             return
         cls.__signature__ = inspect.Signature(arguments)  # type: ignore[attr-defined]
 
     def __init__(self, *args: Any, dim: int | None = 0, eps: float = 0.0, **kwargs: Any) -> None:
-        # Before nn.Module's own, and so past its __setattr__: the plain layer's constructor, in
-        # the middle of which the weight is assigned, comes last.
+        # The plain layer's constructor assigns the weight, which needs these two. They are set
+        # before nn.Module's own constructor runs, and therefore without its __setattr__.
         self.__dict__["dim"] = canonical_dim(dim, self.weight_ndim)
         self.__dict__["eps"] = canonical_eps(eps)
         super().__init__(*args, **kwargs)
 
     def _adopt(self, v: nn.Parameter) -> None:
-        """Takes what the plain layer's constructor made for its weight as the direction."""
+        """Uses the weight that the plain layer's constructor made as the direction."""
         removal.attach(self, ["weight"])
         self.weight_v = v
         if is_lazy(v):
@@ -98,7 +100,8 @@ class WeightNormMixin(nn.Module):
             self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Initialises as the plain layer does: from the same seed, `.weight` starts equal."""
+        """Initialises the parameters as the plain layer does. From the same seed, `.weight` has the
+        same values."""
         if is_lazy(self.weight_v) or (
             isinstance(self, LazyModuleMixin) and not self.weight_v.numel()
         ):
@@ -112,15 +115,15 @@ class WeightNormMixin(nn.Module):
             nn.init.uniform_(self.bias, -bound, bound)
 
     def _operands(self) -> Operands | None:
-        """What `forward` computes with, `None` where it has to take the weight as a tensor. It goes
-        past `nn.Module.__getattr__`, which costs 1 µs a parameter."""
+        """Returns the operands of `forward`, or `None` if it has to use the weight as a tensor. It
+        avoids `nn.Module.__getattr__`, which costs 1 µs per parameter."""
         if parametrize._cache_enabled:
             return None
         if self._is_read:
             reading.warn_of_writes(self)
         own = self._parameters
         v, g = own.get("weight_v"), own.get("weight_g")
-        if v is None or g is None or "bias" not in own:  # parametrized or pruned by somebody
+        if v is None or g is None or "bias" not in own:  # one is parametrized or pruned
             return self.weight_v, self.weight_g, self.bias, self.dim, self.eps
         return v, g, own["bias"], self.dim, self.eps
 
@@ -129,15 +132,15 @@ class WeightNormMixin(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The weight `g · V / ‖V‖`, computed anew and differentiable."""
+        """Returns the weight `g · V / ‖V‖`, computed by each read and differentiable."""
         return reading.read(self, "weight")
 
     def apply(self, fn: Callable[[nn.Module], None]) -> Any:
-        """As `nn.Module.apply`; what `fn` writes into `.weight` has effect."""
+        """Does what `nn.Module.apply` does. Writes of `fn` into `.weight` take effect."""
         return reading.apply(self, fn)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        # nn.Module would register a Parameter of this name before it looks at the property.
+        # nn.Module would register a Parameter of this name before it considers the property.
         if name != "weight":
             super().__setattr__(name, value)
         elif is_lazy(value) or not hasattr(self, "weight_v"):
@@ -173,12 +176,13 @@ class WeightNormMixin(nn.Module):
 
     @property
     def parametrizations(self) -> nn.ModuleDict:
-        """What was registered on other tensors, or what PyTorch's removal function looks for."""
+        """Returns the parametrizations of other tensors. If there are none, it returns a substitute
+        for PyTorch's removal function."""
         own: Any = self.__dict__.get("_modules", {}).get("parametrizations")
         return removal.Parametrizations(self) if own is None else own
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        """As `nn.Module.register_parameter`; a weight takes the place of `g` and `v`."""
+        """Does what `nn.Module.register_parameter` does. A weight replaces `g` and `v`."""
         if name == "weight":
             removal.finish(self, name, None)
         else:
@@ -188,19 +192,19 @@ class WeightNormMixin(nn.Module):
         return ("weight",)
 
     def _tensors(self, name: str = "weight") -> tuple[Tensor, Tensor]:
-        """`(g, v)`."""
+        """Returns `(g, v)`."""
         return self.weight_g, self.weight_v
 
     def _own_class(self) -> type:
-        """The layer's class, past the one that `_expose` gives it."""
+        """Returns the layer's class without the subclass that `_expose` adds."""
         return type(self).__bases__[0] if "_is_exposed" in vars(type(self)) else type(self)
 
     def _is_own(self) -> bool:
-        """Whether the class is one of this package, of which the plain one is known."""
+        """Returns whether the class is one of this package, which names its plain class."""
         return "plain" in vars(self._own_class())
 
     def _plain_class(self) -> type[nn.Module]:
-        """The class of the layer without weight norm.
+        """Returns the class of the layer without weight norm.
 
         Raises:
             TypeError: the layer's class derives from one of this package.
@@ -222,7 +226,7 @@ class WeightNormMixin(nn.Module):
         return removal.baked(self.weight_v, self.weight_g, self.dim, self.eps)
 
     def _bake(self, name: str = "weight", weight: Tensor | None = None) -> None:
-        """Leaves a plain weight, and the class of torch.nn."""
+        """Replaces `g` and `v` by a plain weight, and the class by that of torch.nn."""
         plain = self._plain_class()
         removal.check_held(self, "weight", self, checkpoints.keys("weight_norm", "weight"))
         baked = removal.baked(self.weight_v, self.weight_g, self.dim, self.eps)

@@ -1,6 +1,8 @@
-"""How a call is computed: by which backend (`backend.py`), in which variant (`variants.py`), by a
-cost model (`costs.py`) with the constants of devices (`devices.py`), or by what was measured
-(`table.py`).
+"""The planner decides how a call is computed.
+
+`backend.py` chooses the backend, and `variants.py` chooses the variant. The choice of the variant
+follows measurements (`table.py`) or the cost model (`costs.py`), which uses constants of devices
+(`devices.py`).
 """
 
 from . import costs, devices, table

@@ -1,8 +1,9 @@
-"""Which backend serves a call: a forced one (`use_backend`, or the environment variable
-`WN_KERNELS_BACKEND`) or, by default, Triton for tensors on a GPU, the native library for those on a
-CPU where it was built and serves the call, and ATen for everything else.
+"""This file chooses the backend that serves a call.
 
-A forced backend that cannot serve a call raises and says why.
+A backend can be forced by `use_backend` or by the environment variable `WN_KERNELS_BACKEND`. A call
+that the forced backend cannot serve raises an error that gives the reason. By default, Triton
+serves tensors on a GPU. The native library serves those on a CPU if it was built and supports the
+call. ATen serves everything else.
 """
 
 from __future__ import annotations
@@ -49,11 +50,12 @@ def use_backend(name: str) -> Iterator[None]:
 
     Args:
         name: `"triton"`, `"native"`, `"aten"`, `"reference"`, or `"auto"` for the planner's own
-            choice. The backward of a layer runs where its forward did, also outside the block.
+            choice. The backward of a layer runs on the backend of its forward, also outside the
+            block.
 
     Raises:
         ValueError: the name is unknown. A call that the forced backend cannot serve raises
-            `RuntimeError` and says why; it never falls back in silence.
+            `RuntimeError` with the reason. It never falls back silently.
     """
     global _forced
     before = _forced
@@ -65,13 +67,13 @@ def use_backend(name: str) -> Iterator[None]:
 
 
 def is_forced() -> bool:
-    """Whether a backend is forced."""
+    """Returns whether a backend is forced."""
     return _forced is not None
 
 
 @functools.cache
 def triton_unavailable() -> str | None:
-    """Why Triton cannot be used in this process, or `None` if it can."""
+    """Returns why Triton cannot be used in this process, or `None` if it can."""
     if importlib.util.find_spec("triton") is None:
         return "the package triton is not installed"
     try:
@@ -88,9 +90,10 @@ def triton_unavailable() -> str | None:
 
 
 def choose_backend(v: Tensor) -> str:
-    """The backend for a call with the weight `v` that the native library does not serve: `"native"`
-    only where that is forced, and `""` under a compiler, where the registered operator chooses when
-    it runs.
+    """Returns the backend for a call with the weight `v` that the native library does not serve.
+
+    The result is `"native"` only if that is forced. Under a compiler it is `""`, because the
+    registered operator chooses when it runs.
 
     Raises:
         RuntimeError: a forced backend cannot serve the call.
@@ -116,7 +119,7 @@ def choose_backend(v: Tensor) -> str:
 
 
 def serving(v: Tensor, dim: int | None = 0) -> str:
-    """The backend for the plainest call with a weight like `v`.
+    """Returns the backend for the simplest call with a weight like `v`.
 
     Raises:
         RuntimeError: a forced backend cannot serve it.
@@ -128,19 +131,19 @@ def serving(v: Tensor, dim: int | None = 0) -> str:
 
 
 def cannot_serve(backend: str, reason: str = "") -> RuntimeError:
-    """The error for a call that a forced backend cannot serve."""
+    """Returns the error for a call that a forced backend cannot serve."""
     reason = reason or native.unavailable() or native.SERVES
     return RuntimeError(f"backend {backend!r} was forced but cannot serve this call: {reason}")
 
 
 def tries_native() -> bool:
-    """Whether calls go to the native library first, which returns `None` for those that it does
-    not serve."""
+    """Returns whether calls go to the native library first. The library returns `None` for calls
+    that it does not serve."""
     return (_forced is None or _forced == "native") and not is_compiling()
 
 
 def launches(v: Tensor) -> bool:
-    """Whether Triton's kernels are to serve a call with the weight `v`, as nodes of the native
-    library where it was built."""
+    """Returns whether Triton's kernels serve a call with the weight `v`. If the native library was
+    built, its nodes launch them."""
     wanted = _forced == "triton" if _forced else type(v) in PLAIN_TYPES and v.is_cuda
     return wanted and not is_compiling() and triton_unavailable() is None

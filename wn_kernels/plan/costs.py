@@ -1,11 +1,11 @@
-"""What a call costs on each path: bytes, operations and launches, and an estimate of the time.
+"""The cost model counts the bytes, operations and launches of a call, and estimates its time.
 
-A candidate is a list of stages that run one after the other; its time is estimated as
+A candidate is a list of stages that run one after the other. Its time is estimated as
 
     Σ overhead + max(bytes / bandwidth, operations / rate)
 
-over its stages. The constants are those of a device class, not of one machine: they have to rank
-the candidates, not to predict the clock. `variants.py` picks the cheapest.
+over its stages. The constants are those of a device class, not of one machine. They serve to rank
+the candidates, not to predict times. `variants.py` picks the cheapest.
 """
 
 from __future__ import annotations
@@ -17,27 +17,27 @@ from ..backends.native import limits
 from ..call import Call, Geometry, narrows_range
 from .devices import CPU, NATIVE, Device, gpu
 
-# What a call of PyTorch's own convolution takes beside its work, in stages of the native library's.
+# A call of PyTorch's own convolution has the overhead of this many stages of the native library.
 ATEN_CALLS = 8
-# What the native library's own products reach of the rate, with few columns, and PyTorch's
-# convolution in its backward, which has its results to copy back as well.
+# The native library's own products of few columns reach this fraction of the rate.
 UNFOLDED_EFFICIENCY = 0.88
+# PyTorch's convolution reaches this fraction in its backward, which also copies its results back.
 BACKWARD_EFFICIENCY = 0.85
-# Bytes that an unfolded input may take whatever the weight's.
+# An unfolded input may take this many bytes whatever the size of the weight.
 UNFOLDED_BYTES = 2**18
-# Bytes from which the allocator maps fresh pages for every `W`.
+# For a `W` of more bytes than this, the allocator maps fresh pages each time.
 FRESH_PAGES = 2**24
 
 
 class Stage(NamedTuple):
-    """One launched operation of a candidate: what it moves and what it computes."""
+    """A stage is one launched operation of a candidate. It moves bytes and computes operations."""
 
     bytes: float
     operations: float = 0.0
 
 
 class Costs(NamedTuple):
-    """The candidates of each direction, by variant, on a device that computes at `rate`."""
+    """Holds the candidates of each direction by variant, on a device that computes at `rate`."""
 
     forward: dict[str, list[Stage]]
     backward: dict[str, list[Stage]]
@@ -45,7 +45,7 @@ class Costs(NamedTuple):
     rate: float
 
     def seconds(self, stages: list[Stage]) -> float:
-        """The estimated time of a candidate."""
+        """Returns the estimated time of a candidate in seconds."""
         device = self.device
         return sum(
             device.overhead + max(s.bytes / device.bandwidth, s.operations / self.rate)
@@ -53,7 +53,7 @@ class Costs(NamedTuple):
         )
 
     def cheapest(self) -> tuple[str, str]:
-        """The first of the fastest of each direction."""
+        """Returns the fastest candidate of each direction. The first one wins a tie."""
         forward, backward = (
             min(candidates, key=lambda name: self.seconds(candidates[name]))
             for candidates in (self.forward, self.backward)
@@ -62,7 +62,7 @@ class Costs(NamedTuple):
 
 
 def costs(call: Call, backend: str, device: Device | None = None) -> Costs:
-    """The candidates of a backend for a call, on the call's GPU by default."""
+    """Returns the candidates of a backend for a call, on the call's GPU by default."""
     if backend == "aten":
         return aten_linear(call) if call.conv is None else aten_convolution(call, call.conv)
     if backend == "native":
@@ -77,25 +77,26 @@ def costs(call: Call, backend: str, device: Device | None = None) -> Costs:
 
 
 def scales_late(call: Call) -> bool:
-    """Whether the ATen path may scale after a product: it must not in lower precision, whose range
-    an unscaled product may leave."""
+    """Returns whether the ATen path may scale after a product. In lower precision it must not,
+    because an unscaled product may leave the range of the dtype."""
     return call.x_dtype == call.v_dtype and call.x_dtype.itemsize >= 4
 
 
 def keeps_product(call: Call) -> bool:
-    """Whether `x Vᵀ` is at most an eighth of `V`'s size: kept for the backward, it leaves the
-    memory saved that of the plain layer within 1/8 of its weight."""
+    """Returns whether `x Vᵀ` is at most an eighth of `V`'s size. If it is kept for the backward,
+    the layer saves at most 1/8 of its weight more than the plain layer does."""
     return call.dim == 0 and 8 * math.prod(call.x_shape[:-1]) <= call.v_shape[1]
 
 
 def aten_linear(call: Call) -> Costs:
-    """`scaled` or `materialize` on the ATen path.
+    """Returns the candidates `scaled` and `materialize` of the ATen path.
 
-    Both take the norms and do the same matmuls. Scaling the output (the input, for dim=1) reads and
-    writes `M·N` (`M·K`) numbers, materialising `W` writes and reads `N·K`: the batch decides. In
-    the backward, `dW` has to be read again beside `V` for the dots `⟨dW, V⟩`, unless a smaller
-    product holds them already: `dX` before its scale, for dim=1 and None, or the forward's `x Vᵀ`.
-    Materialising launches fewer operations, which is what counts for small layers.
+    Both compute the norms and the same matmuls. Scaling the output (the input, for dim=1) reads and
+    writes `M·N` (`M·K`) numbers. Materialising `W` writes and reads `N·K`. Which is cheaper depends
+    on the batch. In the backward, `dW` has to be read again together with `V` for the dots
+    `⟨dW, V⟩`, unless a smaller product holds them already. For dim=1 and None, that product is
+    `dX` before its scale. For dim=0, it is the forward's `x Vᵀ`. Materialising launches fewer
+    operations, which matters most for small layers.
     """
     n, k = call.v_shape
     m = math.prod(call.x_shape[:-1])
@@ -106,7 +107,7 @@ def aten_linear(call: Call) -> Costs:
     forward = {"materialize": [Stage(3 * w), product]}
     backward = {"materialize": [Stage(2 * w), product, product, Stage(5 * w)]}
     if scales_late(call):
-        # In the order that breaks a tie.
+        # The first candidate wins a tie.
         forward = {"scaled": [Stage(w), Stage(2 * activation), product]} | forward
         if keeps_product(call) or call.dim != 0:
             finish = [*[Stage(2 * activation)] * 3, Stage(2 * w), *[Stage(0)] * 5]
@@ -117,16 +118,17 @@ def aten_linear(call: Call) -> Costs:
 
 
 def aten_convolution(call: Call, conv: Geometry) -> Costs:
-    """`output`, `input` or `materialize` on the ATen path.
+    """Returns the candidates `output`, `input` and `materialize` of the ATen path.
 
-    All take the norms and run the same convolution. Scaling a side reads and writes its
-    activations, materialising `W` writes and reads the weight: long signals and large images
-    materialise, wide layers over few pixels scale. A scale along taps belongs to neither side, one
-    over the whole weight to both, and then the smaller one is scaled.
+    All compute the norms and run the same convolution. Scaling a side reads and writes its
+    activations. Materialising `W` writes and reads the weight. Long signals and large images are
+    therefore cheaper to materialise, and wide layers over few pixels are cheaper to scale. A scale
+    along taps belongs to neither side. One scale for the whole weight belongs to both, and then the
+    smaller side is scaled.
 
-    In the backward, scaling the output takes one more convolution call, since `dX` wants the
-    scaled `dY` and `⟨dW, V⟩` the unscaled one. Scaling the input takes the dots from `x` and `dX`
-    instead of from the weight's gradient, and finishes `dV` in one pass over it.
+    In the backward, scaling the output takes one more convolution call, because `dX` needs the
+    scaled `dY` and `⟨dW, V⟩` needs the unscaled one. If the input is scaled, the dots come from `x`
+    and `dX` instead of the weight's gradient, and one pass over `dV` completes it.
     """
     size = call.x_dtype.itemsize
     x, y, w, operations = _convolution_sizes(call, conv)
@@ -148,7 +150,8 @@ def aten_convolution(call: Call, conv: Geometry) -> Costs:
 
 
 def _convolution_sizes(call: Call, conv: Geometry) -> tuple[float, float, float, float]:
-    """Bytes of the input, of the output and of `W`, and the operations of the product."""
+    """Returns the bytes of the input, of the output and of `W`, and the operations of the
+    product."""
     size = call.x_dtype.itemsize
     sizes = conv.output_sizes(call.x_shape[2:], call.v_shape[2:])
     batch, weight = call.x_shape[0], math.prod(call.v_shape)
@@ -161,8 +164,9 @@ def _convolution_sizes(call: Call, conv: Geometry) -> tuple[float, float, float,
 
 
 def native_linear(call: Call) -> Costs:
-    """`scaled` or `materialize` in the native library, for dim=0: as on the ATen path, one pass
-    where that takes several operations. With few rows, the norms are taken beside the product."""
+    """Returns the candidates `scaled` and `materialize` of the native library, for dim=0. They are
+    those of the ATen path, with one pass in place of several operations. With few rows, the pass of
+    the product also computes the norms."""
     n, k = call.v_shape
     m = math.prod(call.x_shape[:-1])
     size = call.x_dtype.itemsize
@@ -173,7 +177,7 @@ def native_linear(call: Call) -> Costs:
     )
     finish = Stage(2 * w if keeps_product(call) else 3 * w)
     return Costs(
-        # A third stage: PyTorch's layer, called with `W`.
+        # The empty stage is the call of PyTorch's layer with `W`.
         {"scaled": scaled, "materialize": [Stage(2 * w), Stage(0), product]},
         {
             "scaled": [Stage(2 * y), product, product, finish],
@@ -185,17 +189,17 @@ def native_linear(call: Call) -> Costs:
 
 
 def native_convolution(call: Call, conv: Geometry) -> Costs:
-    """`output` or `input`, `unfold`, and `materialize`, in the native library.
+    """Returns the candidates `output` or `input`, `unfold` and `materialize` of the native library.
 
-    The first two and the last are as on the ATen path, with one pass where that takes several
-    operations. PyTorch's convolution copies its weight into a layout of its own first. A fresh `W`
-    costs more than its bytes: in the forward it lies in the caches of the threads that wrote it,
-    not of those that read, and a large one has every page mapped anew. In the backward, scaling the
-    output takes a second convolution call, which reads everything once more.
+    `output`, `input` and `materialize` are those of the ATen path, with one pass in place of
+    several operations. PyTorch's convolution first copies its weight into a layout of its own. A
+    fresh `W` costs more than its bytes. In the forward it is in the caches of the threads that
+    wrote it, which are not those that read it, and every page of a large one is mapped anew. In the
+    backward, scaling the output takes a second convolution call, which reads everything once more.
 
-    `unfold` lays out what the taps see, a number for every tap and pixel, and multiplies by it with
-    one read of `V`: for a large weight over few pixels. It is a candidate where those numbers are
-    few, or not many more than the weight's.
+    `unfold` writes the unfolded input, a number for every tap and pixel, and multiplies it by `V`
+    with one read of `V`. It suits a large weight over few pixels. It is a candidate if those
+    numbers are few, or not many more than the weight's.
     """
     size = call.x_dtype.itemsize
     x, y, w, operations = _convolution_sizes(call, conv)
@@ -207,7 +211,7 @@ def native_convolution(call: Call, conv: Geometry) -> Costs:
     pages = 10 * w if w > FRESH_PAGES else 0
     forward = {"materialize": [Stage(4 * weight + pages), *product]}
     backward = {"materialize": [Stage(2 * weight + pages), *grad, *grad, Stage(3 * weight)]}
-    if call.dim == 0:  # a scale of taps belongs to neither side
+    if call.dim == 0:  # a scale along taps belongs to neither side
         if conv.transposed:
             forward["input"] = [Stage(weight), *product, Stage(2 * x)]
             backward["input"] = [Stage(2 * x), *grad, *grad, Stage(3 * weight)]
@@ -227,9 +231,15 @@ def native_convolution(call: Call, conv: Geometry) -> Costs:
 
 
 class Unfolded(NamedTuple):
-    """An unfolded convolution: its numbers, the runs along taps or pixels that they are copied in,
-    each worth 64 bytes, and the operations of a product with it, whose tiles are padded to whole
-    panels and tiles."""
+    """Describes an unfolded convolution.
+
+    Attributes:
+        numbers: the elements of the unfolded input.
+        runs: the runs along taps or pixels in which they are copied. A run costs as much as 64
+            bytes.
+        operations: the operations of a product with it. Its sizes are padded to whole panels and
+            tiles.
+    """
 
     numbers: float
     runs: float
@@ -252,18 +262,18 @@ class Unfolded(NamedTuple):
 
 
 def one_pass_rows(itemsize: int) -> int:
-    """The rows that one tile of the one-pass kernels holds, by the wider of x's and V's elements:
-    with more, it would not fit the registers."""
+    """Returns how many rows one tile of the one-pass kernels holds. `itemsize` is that of the wider
+    of `x` and `V`. A tile of more rows would not fit the registers."""
     return 64 if itemsize == 2 else 32
 
 
 def triton_linear(call: Call, device: Device) -> Costs:
-    """`one_pass`, `scaled` or `materialize` on a GPU.
+    """Returns the candidates `one_pass`, `scaled` and `materialize` on a GPU.
 
-    Small batches are bound by the bytes of `V`: one pass reads it once and launches once. Larger
-    ones are bound by the tensor cores, where squares in the loop cost more than a norm kernel
-    beforehand; the largest by the matmul itself, where the vendor's own on a materialised `W` wins
-    as soon as its lead in efficiency pays for writing `W`.
+    Small batches are bound by the bytes of `V`. One pass reads it once and launches once. Larger
+    batches are bound by the tensor cores, and squares in the loop cost more than a norm kernel
+    beforehand. The largest are bound by the matmul itself. The vendor's matmul of a materialised
+    `W` wins there, as soon as its lead in efficiency pays for writing `W`.
     """
     n, k = call.v_shape
     m = math.prod(call.x_shape[:-1])
@@ -298,22 +308,22 @@ def triton_linear(call: Call, device: Device) -> Costs:
 
 
 def triton_convolution(call: Call, conv: Geometry, device: Device) -> Costs:
-    """`one_pass`, `scaled`, `packed` or `materialize` on a GPU.
+    """Returns the candidates `one_pass`, `scaled`, `packed` and `materialize` on a GPU.
 
-    Our kernels read channels-last activations. Given others, they pay for repacking the input and
-    the output, which the vendor's library does not: beyond a few pixels `materialize` wins there.
+    Our kernels read channels-last activations. For others, they have to repack the input and the
+    output, which the vendor's library does not. Beyond a few pixels `materialize` wins there.
 
-    The forms differ in what they do with the weight, which is small beside the activations, and
-    in what the loop does with its tile. `one_pass` launches once and takes the norms beside the
-    product, again for every tile of pixels: it is for few pixels. `scaled` takes the norms first;
-    with the scale along the output it costs the loop nothing, elsewhere it is multiplied into
-    every tile. Both gather `V` as it lies, taps innermost, which bounds their loops by issue slots.
-    `packed` writes `W` once, in the product's dtype and with channels innermost, and its loop is
-    that of a plain convolution.
+    The variants differ in how they treat the weight, which is small compared with the activations,
+    and in what the loop does with its tile. `one_pass` launches once and computes the norms
+    together with the product. It repeats them for every tile of pixels, so it suits few pixels.
+    `scaled` computes the norms first. A scale along the output costs its loop nothing; any other
+    scale is multiplied into every tile. Both gather `V` in its own layout, taps innermost, so their
+    loops are bound by issue slots. `packed` writes `W` once, in the product's dtype and with
+    channels innermost. Its loop is that of a plain convolution.
 
-    In the backward the weight's gradient is the same product over pixels in every form of ours.
-    Groups of a few channels are bound by the bytes of their activations whatever their form: one
-    pass where it applies, the scale in the loop otherwise.
+    In the backward, the weight's gradient is the same product over pixels in every variant of ours.
+    Groups of a few channels are bound by the bytes of their activations in every variant. One pass
+    serves them where it applies, and the scale in the loop otherwise.
     """
     x, y, w, product = _convolution_sizes(call, conv)
     weight = w / call.x_dtype.itemsize

@@ -1,4 +1,4 @@
-"""The constants of device classes that the cost model computes with."""
+"""This file holds the constants of device classes for the cost model."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ import torch
 
 @dataclass(frozen=True)
 class Device:
-    """The constants of a device class.
+    """This class holds the constants of a device class.
 
     Attributes:
-        name: what it is called.
+        name: the name of the device class.
         bandwidth: bytes per second from memory.
         rates: floating-point operations per second of the vendor's matmul in 16, 32 and 64 bits.
         overhead: seconds per launched operation.
-        efficiency: what our own matmul kernel reaches of the vendor's.
-        inline_norm: factor on the operations of a matmul whose loop also takes the norm.
+        efficiency: the rate of our own matmul kernel as a fraction of the vendor's.
+        inline_norm: factor on the operations of a matmul whose loop also computes the norm.
         prologue: factor on the operations of a matmul whose loop scales its tile of `V`.
         tf32_rate: operations per second of a float32 matmul in TF32.
-        gather: factor on the operations of a convolution whose loop reads `V` as it lies, taps
-            innermost.
+        gather: factor on the operations of a convolution whose loop reads `V` in its own layout,
+            taps innermost.
     """
 
     name: str
@@ -35,20 +35,21 @@ class Device:
     gather: float = 1.0
 
     def rate(self, itemsize: int, tf32: bool = False) -> float:
-        """Operations per second for elements of that many bytes."""
+        """Returns the operations per second for elements of `itemsize` bytes."""
         return self.tf32_rate if tf32 else self.rates[itemsize.bit_length() - 2]
 
 
-# Two cores of a current server: measured, docs/performance.md.
+# These constants were measured on two cores of a current server (docs/performance.md).
 CPU = Device("CPU", bandwidth=2e10, rates=(1e11, 1e11, 5e10), overhead=8e-6)
 # The native library starts a pass without a dispatcher, and without Python.
 NATIVE = replace(CPU, overhead=1e-6)
 
-# Of the data sheets: the SXM or OAM part, dense, without sparsity; bfloat16, float32, float64 and
-# TF32. The efficiency is an assumption, and so is the overhead. The factors are read from compiled
-# code (docs/benchmarks.md): those of the inline norm and of the prologue take the issue cycles that
-# they add to the loop of a large tile for time lost beside what bounds a plain matmul there; the
-# gather's is the bound of a convolution's loop over that of the packed form's, product for product.
+# Bandwidths and rates come from the data sheets, for the SXM or OAM part and dense matrices. The
+# rates are those of bfloat16, float32, float64 and TF32. The efficiency and the overhead are
+# assumptions. The factors are derived from compiled code (docs/benchmarks.md). `inline_norm` and
+# `prologue` count the issue cycles that they add to the loop of a large tile as time lost, relative
+# to the bound of a plain matmul. `gather` is the bound of a convolution's loop divided by that of
+# the packed variant's, per product.
 GPUS = {
     device.name: device
     for device in (
@@ -62,8 +63,8 @@ GPUS = {
 
 
 def gpu(device: torch.device | None = None) -> Device:
-    """The constants of a GPU, by default of the current one; those of an H100 for an unknown one,
-    and where there is none."""
+    """Returns the constants of a GPU, by default of the current one. If it is unknown, or there is
+    none, the constants are those of an H100."""
     on_gpu = torch.cuda.is_available() and (device is None or device.type == "cuda")
     name = torch.cuda.get_device_name(device) if on_gpu else ""
     return next((known for key, known in GPUS.items() if key in name), GPUS["H100"])

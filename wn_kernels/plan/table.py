@@ -1,11 +1,11 @@
-"""The tuned table: what was measured to be the fastest on this machine, in a JSON file.
+"""The tuned table is a JSON file with the plans that were measured to be the fastest.
 
     {machine and versions: {call: {"forward": variant, "backward": variant, ...}}}
 
-`variants.py` reads it, `tuning.py` writes it. A file is written whole and then takes the old one's
-place, under a lock: processes that tune at the same time all keep what they found. One that cannot
-be read, or that others may write to (`cache.py`), is ignored with a warning, and put aside by the
-next that is written.
+`variants.py` reads it, and `tuning.py` writes it. A new file is written whole and then replaces the
+old one, under a lock. Processes that tune at the same time therefore lose no results. A file that
+cannot be read, or that other users may write to (`cache.py`), is ignored with a warning. The next
+write renames it.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ _entries: Entries | None = None
 
 
 def location() -> Path:
-    """The file: what the environment variable `WN_KERNELS_TABLE` names, or the user's cache."""
+    """Returns the table's path. The environment variable `WN_KERNELS_TABLE` names it; by default it
+    is in the user's cache."""
     named = os.environ.get(VARIABLE)
     if named:
         return Path(named)
@@ -39,14 +40,14 @@ def location() -> Path:
 
 
 def _top(path: Path) -> Path:
-    """From where on the table's folders have to be the user's: a file that was named may lie
-    anywhere."""
+    """Returns the topmost folder that must belong to the user. If the file was named, which may be
+    anywhere, that is the file's own folder."""
     return cache.root() if path.is_relative_to(cache.root()) else path.parent
 
 
 @functools.cache
 def processor() -> str:
-    """The name of the CPU, and the instructions that PyTorch uses of it."""
+    """Returns the name of the CPU and the instruction set that PyTorch uses."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         name = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
@@ -56,8 +57,8 @@ def processor() -> str:
 
 
 def machine(backend: str, device: torch.device | None = None) -> str:
-    """What a measurement holds for: the device and the versions. A GPU is that of the tensors, or
-    the current one."""
+    """Returns the name of the device and the versions for which a measurement is valid. `device` is
+    the tensors' GPU. The default is the current one."""
     if backend in ("aten", "native"):
         name = f"{processor()}, {torch.get_num_threads()} threads"
     else:
@@ -78,7 +79,8 @@ def _version(package: str) -> str:
 
 
 def _read(path: Path) -> Entries | None:
-    """The file's contents, none where there is no file; `None` where it cannot be read."""
+    """Returns the file's contents, which are empty if there is no file. It returns `None` if the
+    file cannot be read."""
     try:
         if reason := cache.distrust(path, _top(path)):
             raise PermissionError(reason)
@@ -92,13 +94,14 @@ def _read(path: Path) -> Entries | None:
         isinstance(calls, dict) and all(isinstance(choice, dict) for choice in calls.values())
         for calls in entries.values()
     ):
-        warnings.warn(f"the tuned table {path} is ignored: it is none", stacklevel=3)
+        warnings.warn(f"the tuned table {path} is ignored: its structure is wrong", stacklevel=3)
         return None
     return entries
 
 
 def find(backend: str, call: str, device: torch.device | None = None) -> dict[str, Any] | None:
-    """What is stored for a call on this machine and device. The file is read once in a process."""
+    """Returns the entry of a call on this machine and device, or `None`. A process reads the file
+    once."""
     global _entries
     if _entries is None:
         _entries = _read(location()) or {}
@@ -108,10 +111,11 @@ def find(backend: str, call: str, device: torch.device | None = None) -> dict[st
 def store(
     backend: str, calls: dict[str, dict[str, Any]], device: torch.device | None = None
 ) -> Path:
-    """Adds what was measured for some calls to the file, and returns its path.
+    """Adds the entries of some calls to the file, and returns its path.
 
     Raises:
-        OSError: it cannot be written, or its folder is not to be trusted; what was there stays.
+        OSError: the file cannot be written, or other users may write to its folder. The old file
+            stays.
     """
     path = location()
     with cache.replacing(path, _top(path)) as new:
@@ -126,6 +130,6 @@ def store(
 
 
 def forget() -> None:
-    """Has the file read anew."""
+    """Drops the entries that were read, so that the file is read again."""
     global _entries
     _entries = None

@@ -1,6 +1,7 @@
-"""Which variant of a backend serves a call: the one that was measured to be the fastest on this
-machine, where `wn_kernels.tune` was run for such a call (`table.py`), and otherwise the cheapest by
-the cost model (`costs.py`).
+"""This file chooses the variant of a backend that serves a call.
+
+If `wn_kernels.tune` was run for such a call on this machine, the variant is the fastest that it
+measured (`table.py`). Otherwise it is the cheapest by the cost model (`costs.py`).
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from .costs import costs, keeps_product, scales_late
 
 
 class Plan(NamedTuple):
-    """How a call is computed.
+    """A plan states how a call is computed.
 
     Attributes:
         backend: `"triton"`, `"native"`, `"aten"` or `"reference"`.
@@ -33,15 +34,15 @@ class Plan(NamedTuple):
 
     @property
     def recorded(self) -> str:
-        """The variant of the forward in a training step: `W` is there to be kept."""
+        """The variant of the forward in a training step. It forms `W` if `W` is kept."""
         return "materialize" if self.keeps == "weight" else self.forward
 
     def of_weight(self) -> Plan:
-        """The plan of the call that forms `W` alone."""
+        """Returns the plan of the call that forms `W` alone."""
         return Plan(self.backend, "materialize", "materialize")
 
     def entry(self) -> dict[str, str]:
-        """What the tuned table stores."""
+        """Returns the plan's entry in the tuned table."""
         return {"forward": self.forward, "backward": self.backward, "keeps": self.keeps}
 
     def __str__(self) -> str:
@@ -49,17 +50,18 @@ class Plan(NamedTuple):
         return f"{self.forward}/{self.backward}{kept}"
 
 
-# Bytes of a convolution's `W` that are kept for the backward whatever the input's size.
+# A convolution's `W` of at most this many bytes is kept for the backward whatever the input's size.
 KEPT_WEIGHT = 2**21
 
 
 def _may_keep(call: Call, backend: str, forward: str, backward: str) -> bool:
-    """Whether more may be saved for the backward than the plain layer saves, within 1/8 of the size
-    of the weight (the product of a linear layer on a CPU) or of the input (the `W` of a
-    convolution). A small `W` is kept whatever the input's size, since computing it again is all
-    overhead. The native library forms `W` for a training step, whatever its forward does without
-    gradients, and keeps any that is normalised by position: to form it twice takes longer than
-    eager does.
+    """Returns whether more may be saved for the backward than the plain layer saves.
+
+    The product of a linear layer on a CPU may take 1/8 of the size of the weight. The `W` of a
+    convolution may take 1/8 of the size of the input. A small `W` is kept whatever the input's
+    size, since computing it again is all overhead. The native library forms `W` for a training
+    step, whatever its forward does without gradients. It keeps every `W` that is normalised along
+    taps, because forming it twice takes longer than eager does.
     """
     if backend != "triton" and not scales_late(call):
         return False
@@ -69,7 +71,7 @@ def _may_keep(call: Call, backend: str, forward: str, backward: str) -> bool:
     if backward != "materialize" or (forward != "materialize" and backend != "native"):
         return False
     if backend == "native" and call.conv.scale_axis(call.dim) == "taps":
-        return True  # nothing but `W` can be scaled
+        return True  # a scale along taps can be applied to `W` only
     if backend == "aten" and call.conv.scale_axis(call.dim) == "taps":
         return False
     size = call.x_dtype.itemsize
@@ -83,15 +85,15 @@ def _plan(call: Call, backend: str, forward: str, backward: str, keeps: bool) ->
 
 
 def by_cost(call: Call, backend: str) -> Plan:
-    """The cheapest plan by the cost model."""
-    if not call.x_shape or backend == "reference":  # there is one way
+    """Returns the cheapest plan by the cost model."""
+    if not call.x_shape or backend == "reference":  # there is only one plan
         return Plan(backend, "materialize", "materialize")
     forward, backward = costs(call, backend).cheapest()
     return _plan(call, backend, forward, backward, _may_keep(call, backend, forward, backward))
 
 
 def choices(call: Call, backend: str) -> list[Plan]:
-    """Every plan of a backend for the call of a layer, the cost model's first."""
+    """Returns every plan of a backend for the call of a layer. The cost model's comes first."""
     found = costs(call, backend)
     every = {
         _plan(call, backend, forward, backward, keeps): None
@@ -105,7 +107,7 @@ def choices(call: Call, backend: str) -> list[Plan]:
 
 
 def choose(call: Call, backend: str) -> Plan:
-    """The plan of a backend for a call."""
+    """Returns the plan of a backend for a call."""
     tuned = None if not call.x_shape else table.find(backend, key(call), call.device)
     if tuned is None:
         return by_cost(call, backend)
@@ -113,14 +115,14 @@ def choose(call: Call, backend: str) -> Plan:
         if plan.entry() == tuned:
             return plan
     warnings.warn(
-        f"{table.location()} has {tuned} for {key(call)}, which cannot serve it: ignored",
+        f"{table.location()}: the entry {tuned} cannot serve {key(call)} and is ignored",
         stacklevel=2,
     )
     return by_cost(call, backend)
 
 
 def key(call: Call) -> str:
-    """The name of a layer's call in the tuned table."""
+    """Returns the name of a layer's call in the tuned table."""
     shapes = "·".join("×".join(map(str, shape)) for shape in (call.x_shape, call.v_shape))
     dtypes = "·".join(str(dtype).removeprefix("torch.") for dtype in (call.x_dtype, call.v_dtype))
     words = ["linear" if call.conv is None else "convolution", shapes, dtypes, f"dim={call.dim}"]

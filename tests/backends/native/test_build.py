@@ -42,7 +42,7 @@ with wn_kernels.use_backend("native"):
 """
     done = run("-c", code, XDG_CACHE_HOME=str(tmp_path))
     assert done.stdout.startswith("aten\n"), done.stderr
-    assert "it was not built (python -m wn_kernels build does)" in done.stdout
+    assert "it was not built (run python -m wn_kernels build)" in done.stdout
 
 
 def test_a_broken_library_is_no_obstacle(tmp_path):

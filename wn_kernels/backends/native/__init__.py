@@ -1,20 +1,20 @@
-"""The fast path of a CPU in C++: the layers as nodes of the autograd graph.
+"""The native library is the fast path of a CPU. Its layers are nodes of the autograd graph, in C++.
 
-    limits.h        thresholds that the cost model computes with as well (limits.py)
-    rows.h          passes over the rows of a weight, each read once
-    columns.h       and over one whose slices are something else
+    limits.h        thresholds that the cost model uses as well (limits.py)
+    rows.h          passes over a weight whose slices are its rows
+    columns.h       passes over a weight whose slices are not its rows
     call.h          which calls are served, and how
     weight.h        W, its norms and its gradients
-    panels.h        products of a weight with few columns, from one read of it
-    unfold.h        and a convolution over few pixels as one of them
+    panels.h        products of a weight with few columns, from one read of the weight
+    unfold.h        a convolution over few pixels as such a product
     linear.h, convolution.h
-    library.cpp     what Python sees
+    library.cpp     the Python bindings
 
-It is built once for a machine, by the compiler that `torch.compile` uses there, too:
+The library is built once for a machine, by the compiler that `torch.compile` also uses there:
 
     python -m wn_kernels build
 
-and loaded by the first call that it may serve. Without it, the ATen path serves every call.
+The first call that it may serve loads it. Without it, the ATen path serves every call.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from . import limits
 
 NAME = "wn_kernels_native"
 
-# More flags for the compiler and the linker; a library that is built with others is another file.
+# This variable adds flags for the compiler and the linker. Other flags give another file.
 FLAGS_VARIABLE = "WN_KERNELS_CXXFLAGS"
 
 DTYPES = frozenset((torch.float32, torch.float64))
@@ -53,22 +53,22 @@ SERVES = (
 
 
 def serves_dim(dim: int | None, ndim: int) -> bool:
-    """Whether a layer's slices along `dim` of its `ndim` dimensions are rows or, for a convolution,
-    columns."""
+    """Returns whether a layer's slices along `dim` of its `ndim` dimensions are rows or, for a
+    convolution, columns."""
     return dim == 0 or (dim == ndim - 1 and ndim > 2)
 
 
 def serves(call: Call) -> bool:
-    """Whether the library serves a layer's call, as far as its description tells."""
+    """Returns whether the library serves a layer's call, as far as its description decides."""
     return bool(call.x_shape) and serves_dim(call.dim, len(call.v_shape))
 
 
-# The library's numbers of the variants; "late" is the name there of whichever side is scaled.
+# The library numbers the variants. It calls a variant "late", whichever side is scaled.
 _VARIANTS = {"materialize": 0, "scaled": 1, "input": 1, "output": 1, "unfold": 2}
 
 
 def encoded(call: Call, plan: Any) -> tuple:
-    """A plan in the form that the library reads (`Plan` in call.h)."""
+    """Returns a plan in the form that the library reads (`Plan` in call.h)."""
     sizes: tuple[int, ...] = ()
     if call.conv is not None:
         outputs = call.conv.output_sizes(call.x_shape[2:], call.v_shape[2:])
@@ -80,7 +80,8 @@ def encoded(call: Call, plan: Any) -> tuple:
 _HERE = Path(__file__).parent
 SOURCES = sorted((*_HERE.glob("*.cpp"), *_HERE.glob("*.h")))
 
-# The instructions that PyTorch itself uses on this machine, and no others: a cache may be shared.
+# The library uses the instructions that PyTorch itself uses on this machine, and no others, because
+# machines may share a cache.
 _INSTRUCTIONS = {
     "AVX2": ["-mavx2", "-mfma"],
     "AVX512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma"],
@@ -88,7 +89,8 @@ _INSTRUCTIONS = {
 
 
 def location() -> Path:
-    """The library's file, named after everything that it is built from and for."""
+    """Returns the path of the library. Its name is a hash of the sources, the versions, the target
+    and the compiler's flags."""
     target = (sys.platform, platform.machine(), sys.implementation.cache_tag)
     key = hashlib.sha256(repr((torch.__version__, *target, *_flags())).encode())
     for source in SOURCES:
@@ -112,11 +114,11 @@ def _more_flags() -> list[str]:
 
 
 def build() -> Path:
-    """Builds the library, unless it is there; returns its file.
+    """Builds the library unless it exists, and returns its path.
 
     Raises:
-        RuntimeError: there is no C++ compiler or no ninja, or the compiler fails, or the file
-            cannot be written, or somebody else may write where it belongs; the message says which.
+        RuntimeError: there is no C++ compiler or no ninja, the compiler fails, the file cannot be
+            written, or another user may write to its folder. The message says which.
     """
     path = location()
     try:
@@ -153,11 +155,11 @@ def _compile(folder: Path) -> None:
 
 @functools.cache
 def _loaded() -> tuple[Any, str]:
-    """The library, or `None` and the reason."""
+    """Returns the library and an empty string, or `None` and the reason."""
     path = location()
     try:
         if not path.exists():
-            return None, "it was not built (python -m wn_kernels build does)"
+            return None, "it was not built (run python -m wn_kernels build)"
         if reason := cache.distrust(path, cache.root()):
             return None, f"{path} is not loaded: {reason}"
         loader = importlib.machinery.ExtensionFileLoader(NAME, str(path))
@@ -171,8 +173,8 @@ def _loaded() -> tuple[Any, str]:
 
 
 def library(*callbacks: Callable[..., tuple | None]) -> Any:
-    """The library, which plans new calls by these: `prepare.plan_native` and `operators.launches`.
-    `None` where it cannot be used."""
+    """Returns the library, or `None` if it cannot be used. The callbacks `prepare.plan_native` and
+    `operators.launches` plan its new calls."""
     found = _loaded()[0]
     if found is not None:
         _connect(found, *callbacks)
@@ -196,10 +198,10 @@ def forget() -> None:
 
 
 def compiler() -> str:
-    """The compiler that built the library, which has to be usable."""
+    """Returns the name of the compiler that built the library, which must be usable."""
     return _loaded()[0].compiler
 
 
 def unavailable() -> str | None:
-    """Why the library cannot be used in this process, or `None` if it can."""
+    """Returns why the library cannot be used in this process, or `None` if it can."""
     return _loaded()[1] or None

@@ -1,6 +1,6 @@
-// Passes over a weight whose slices are not its rows: slices along any other dimension, such as the
-// positions of a kernel, or the whole of it. It is read as a matrix, of whose columns each slice has
-// a few neighbours.
+// This file makes passes over a weight whose slices are not its rows. The slices may lie along any
+// other dimension, such as the positions of a kernel, or one slice may be the whole weight. The
+// weight is read as a matrix, in which each slice occupies a few neighbouring columns.
 
 #pragma once
 
@@ -13,34 +13,34 @@
 
 namespace wn_kernels {
 
-// Columns that are worth a vector, that are worth a row of their own, and that fit the caches a few
-// times.
+// These are limits of the width. At least 16 columns fill a vector. Rows narrower than 512 columns
+// are joined. A row has at most 2^14 columns, so that several rows fit in the cache.
 constexpr int64_t kFewColumns = 16;
 constexpr int64_t kSomeColumns = 512;
 constexpr int64_t kManyColumns = 1 << 14;
 
-// Rows that a sum takes before it is added to a wider one.
+// A sum takes this many rows before it is added to a double.
 constexpr int64_t kBlockOfRows = 64;
 
-// Elements that are worth a chunk of blocks, which a thread takes, and the most chunks: every one has
-// sums of its own, which another thread reads.
+// A thread takes a chunk of blocks, of at least kChunk elements. There are at most kChunks chunks,
+// because every chunk has its own sums, which another thread reads later.
 constexpr int64_t kChunk = 1 << 16;
 constexpr int64_t kChunks = 8;
 
-// A weight as (rows, repeats, count, inner), of `count` slices.
+// A weight is viewed in the shape (rows, repeats, count, inner). It has `count` slices.
 struct Columns {
   int64_t rows = 1, repeats = 1, count = 1, inner = 1;
 
-  int64_t step() const { return count * inner; }  // to where a slice goes on
+  int64_t step() const { return count * inner; }  // distance to the slice's next run
   int64_t width() const { return repeats * step(); }
 
-  // Two short rows are a longer one, with every slice twice.
+  // Joins two short rows into one, in which every slice occurs twice, until the row is wide enough.
   void widen() {
     while (rows % 2 == 0 && width() < kSomeColumns) rows /= 2, repeats *= 2;
   }
 };
 
-// A number f(j) of each slice, for each of its columns.
+// Returns a row that holds f(j) in every column of slice j.
 template <typename T, typename F>
 std::vector<T> spread(const Columns& of, const F& f) {
   std::vector<T> each(of.count);
@@ -53,7 +53,7 @@ std::vector<T> spread(const Columns& of, const F& f) {
   return all;
 }
 
-// Whether slice j is all zeros.
+// Returns whether slice j is all zeros.
 template <typename T>
 bool is_zero(const T* v, int64_t j, const Columns& of) {
   for (int64_t at = j * of.inner; at < of.rows * of.width(); at += of.step())
@@ -62,7 +62,8 @@ bool is_zero(const T* v, int64_t j, const Columns& of) {
   return true;
 }
 
-// part_j += <a_j, b_j>. Of four rows at once, as every sum is loaded and stored.
+// Computes part_j += <a_j, b_j>. It takes four rows at once, because every pass loads and stores
+// the sums.
 template <typename T>
 void add_dots(T* __restrict part, const T* a, const T* b, int64_t rows, int64_t columns) {
   int64_t i = 0;
@@ -76,7 +77,7 @@ void add_dots(T* __restrict part, const T* a, const T* b, int64_t rows, int64_t 
     for (int64_t j = 0; j < columns; ++j) part[j] += a[i * columns + j] * b[i * columns + j];
 }
 
-// <A_j, B_j> of every slice. Chunks of rows are added in order, whoever took them.
+// Returns <A_j, B_j> of every slice. Chunks of rows are added in order, whichever thread took them.
 template <typename T>
 std::vector<double> column_dots(const T* a, const T* b, const Columns& of) {
   const int64_t width = of.width(), blocks = (of.rows + kBlockOfRows - 1) / kBlockOfRows,

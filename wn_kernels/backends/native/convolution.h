@@ -1,10 +1,9 @@
-// The convolutions, transposed ones too, with W = s V: a product of V with what the taps see, or
-// PyTorch's own.
+// This file computes convolutions and transposed convolutions with W = s V, in three variants:
 //
-//   unfold    over few pixels: unfold.h
-//   late      the channels of the side that the scale belongs to are scaled: a transposed
-//             convolution's input, another's output
-//   else      W is formed, and kept for the backward where that is asked for
+//   unfold    V is multiplied by the unfolded image, over few pixels (unfold.h)
+//   late      PyTorch convolves with V, and the channels that the scale belongs to are scaled: the
+//             input's of a transposed convolution, the output's of any other
+//   else      W is formed, and PyTorch convolves with it; W is kept for the backward if planned
 
 #pragma once
 
@@ -16,11 +15,11 @@
 namespace wn_kernels {
 
 struct ConvolutionResult {
-  Tensor y, n, w;  // W only where it is kept
+  Tensor y, n, w;  // W is defined only if it is kept
 };
 
-// The scale of V's first dimension, to multiply the channels of the side that it belongs to: a
-// transposed convolution's input, another's output.
+// Returns the scale of V's first dimension in a shape that broadcasts over channels. These are the
+// input's channels of a transposed convolution, and the output's of any other.
 inline Tensor per_channel(const Tensor& g, const Tensor& n, int64_t ndim) {
   Sizes shape(ndim - 1, 1);
   shape[0] = n.numel();
@@ -33,7 +32,7 @@ inline Tensor plain(const Tensor& x, const Tensor& w, const Tensor& bias, const 
       conv.output_padding, conv.groups);
 }
 
-// y = y s + b, in place.
+// Computes y = y s + b in place.
 inline void scale_channels(Tensor& y, const Tensor& s, const Tensor& bias) {
   const int64_t channels = s.numel(), pixels = y.numel() / (y.size(0) * channels);
   if (!y.is_contiguous()) {
@@ -121,7 +120,7 @@ struct Convolution : Function<Convolution> {
     }
     at::AutoDispatchBelowADInplaceOrView below;
     const auto variant = static_cast<Variant>(data["variant"].toInt());
-    // Alone, ATen would compute the weight's gradient beside the bias's.
+    // For a bias's gradient alone, ATen would compute the weight's gradient as well.
     if (needs_bias && (!needs_weight || variant == Variant::unfold)) out[3] = bias_grad(dy, 1);
     if (variant == Variant::unfold) {
       RECORD_FUNCTION("wn_kernels::convolution_backward, unfold", {});
@@ -130,7 +129,8 @@ struct Convolution : Function<Convolution> {
       return out;
     }
     Tensor dw;
-    // What is asked for of the plain convolution of x with `weight`; the bias's rides with dW.
+    // Computes the needed gradients of the plain convolution of x with `weight`. The bias's
+    // gradient comes with dW.
     const auto take = [&](const Tensor& grad, const Tensor& weight, bool for_x, bool for_weight) {
       if (!for_x && !for_weight) return;
       auto found = plain_grads(grad, x, weight, conv, for_x, for_weight, for_weight && needs_bias);
@@ -144,14 +144,14 @@ struct Convolution : Function<Convolution> {
         {});
     if (variant == Variant::late) {
       const Tensor s = per_channel(g, n, x.dim());
-      if (conv.transposed) {  // the input's scale: dX = s (dY * V), beside dW
+      if (conv.transposed) {  // one call gives dW and dX before its scale: dX = s (dY * V)
         take(dy, v, needs_x, needs_weight);
         if (needs_x) out[0].mul_(s);
       } else {
         if (needs_x) take(dy * s, v, true, false);
         take(dy, v, false, needs_weight);
       }
-    } else if (needs_x && !w.defined()) {  // W is large, and gone before dW takes its memory
+    } else if (needs_x && !w.defined()) {  // W is large; it is freed before dW is allocated
       take(dy, scaled_weight(v, g, n), true, false);
       take(dy, v, false, needs_weight);
     } else {
@@ -162,7 +162,7 @@ struct Convolution : Function<Convolution> {
   }
 };
 
-// `options` are those of functional.convolution, from the stride on.
+// The arguments from `stride` on are those of functional.convolution.
 inline MaybeTensor convolution(
     int64_t rank, py::handle x, py::handle v, py::handle g, py::handle bias, py::handle stride,
     py::handle padding, py::handle dilation, py::handle transposed, py::handle output_padding,

@@ -1,9 +1,11 @@
-// Weight-normalised layers for a CPU, as nodes of PyTorch's autograd graph: no Python in a call.
+// This library computes weight-normalised layers on a CPU, as nodes of PyTorch's autograd graph. A
+// call runs no Python.
 //
-// They serve dense tensors of one dtype, float32 or float64, and norms of the rows of V, of the
-// columns of a convolution's, or of any slices of a weight alone, in the variants of the ATen path
-// (backends/aten.py). The profiler shows which variant ran. A backward that is itself differentiated
-// runs on the composite formula (backends/reference.py).
+// The layers serve dense tensors of one dtype, float32 or float64. Norms are those of the rows of
+// V. A convolution's may also be those of its columns, and those of a weight alone may be of any
+// slices. The variants are those of the ATen path (backends/aten.py). The profiler shows which one
+// ran. A backward that is itself differentiated runs on the composite formula
+// (backends/reference.py).
 
 #include "convolution.h"
 #include "launched.h"

@@ -1,5 +1,5 @@
-"""The thresholds of the native library: the cost model computes with them, and the sources are
-compiled with them.
+"""The thresholds of the native library are stated here. The cost model computes with them, and the
+sources are compiled with them.
 """
 
 from __future__ import annotations
@@ -8,35 +8,35 @@ import torch
 
 from ...call import NORM_RANGE
 
-# A linear layer of several rows of `x`, but no more than these, reads `V` once if it has at least
-# so many inputs and elements.
+# A linear layer reads `V` once if `x` has 2 to FEW_ROWS rows, and `V` has at least FEW_ROWS_INPUTS
+# columns and FEW_ROWS_ELEMENTS elements.
 FEW_ROWS = 32
 FEW_ROWS_INPUTS = 512
 FEW_ROWS_ELEMENTS = 2**18
-# Rows of `x` below which `V xᵀ` beats `x Vᵀ`.
+# `V xᵀ` is faster than `x Vᵀ` if `x` has fewer rows than this.
 LEFT_ROWS = 256
-# Taps of a line of the kernel from which an unfolded input is copied along them.
+# An unfolded input is copied along a line of the kernel if the line has at least this many taps.
 LONG_LINE = 8
-# Rows of `V` in a tile of a product with few columns.
+# A tile of a product with few columns takes this many rows of `V`.
 TILE_ROWS = 4
-# Bytes of a vector register.
+# A vector register has this many bytes.
 VECTOR_BYTES = 64 if torch.backends.cpu.get_cpu_capability() == "AVX512" else 32
 
 
 def reads_once(rows: int, outputs: int, inputs: int) -> bool:
-    """Whether the native library's products of few rows serve a linear layer."""
+    """Returns whether the native library's products of few rows serve a linear layer."""
     return (
         1 < rows <= FEW_ROWS and inputs >= FEW_ROWS_INPUTS and outputs * inputs >= FEW_ROWS_ELEMENTS
     )
 
 
 def panel(itemsize: int) -> int:
-    """Columns of `V` in a panel of a product with few columns."""
+    """Returns how many columns of `V` a panel of a product with few columns takes."""
     return 2 * VECTOR_BYTES // itemsize
 
 
 def definitions() -> list[str]:
-    """The compiler's flags that define all of these in the sources."""
+    """Returns the compiler's flags that define these constants in the sources."""
     numbers: dict[str, float] = {
         name: value
         for name, value in globals().items()

@@ -1,12 +1,14 @@
-// The linear layer: y = x Wᵀ + b with W = s V.
+// This file computes the linear layer y = x Wᵀ + b with W = s V. There are two variants:
 //
 //   late      y = (x Vᵀ) s + b,  dX = (dY s) V,  dV = (dY s)ᵀ x - c V, with a = sum dY (x Vᵀ)
-//             where the forward kept that product; otherwise dW is formed and finished. With few
-//             rows of x, x Vᵀ and the norms take one read of V, and so do dX and dV (panels.h).
-//   else      W is formed, in each direction
+//   else      W is formed in the forward and in the backward
 //
-// With one row of x, or with few and a large V, no product is a library's, and so the number of
-// threads does not change a bit of any result.
+// The late backward computes a from the product x Vᵀ, if the forward kept it. Otherwise it forms dW
+// and computes dV from it. If x has few rows, x Vᵀ and the norms take one read of V, and so do dX
+// and dV (panels.h).
+//
+// If x has one row, or if it has few and V is large, no product comes from a library. The number of
+// threads then does not change a bit of any result.
 
 #pragma once
 
@@ -19,20 +21,21 @@
 
 namespace wn_kernels {
 
-// Whether one read of V beats a library's product: several rows of x, but few, and no small V.
+// Returns whether one read of V beats a library's product. x must have several rows, but few, and V
+// must not be small.
 inline bool is_few(int64_t rows, const Tensor& v) {
   return rows > 1 && rows <= kFewRows && v.size(1) >= kFewRowsInputs &&
          v.numel() >= kFewRowsElements;
 }
 
-// Columns that a thread takes of a pass over (M, N): a cache line, and more.
+// In a pass over (M, N), a thread takes this many columns. They fill at least a cache line.
 constexpr int64_t kColumns = 64;
 
 struct LinearResult {
-  Tensor y, n, product;  // the product x Vᵀ only where it is kept
+  Tensor y, n, product;  // the product x Vᵀ is defined only if it is kept
 };
 
-// y = p s + b for p = x Vᵀ, which may lie transposed.
+// Computes y = p s + b for p = x Vᵀ, which may be stored transposed.
 template <typename T>
 void epilogue(Tensor& y, const Tensor& p, const Tensor& g, const Tensor& n, const Tensor& b) {
   const int64_t rows = p.size(0), columns = p.size(1), p_row = p.stride(0), p_column = p.stride(1);
@@ -55,7 +58,7 @@ void epilogue(Tensor& y, const Tensor& p, const Tensor& g, const Tensor& n, cons
   });
 }
 
-// Dᵀ V, for a D of few columns.
+// Returns Dᵀ V for a D of few columns.
 template <typename T>
 Tensor few_rows_product(const Tensor& d, const Tensor& v) {
   const Tensor out = at::empty({d.size(1), v.size(1)}, v.options());
@@ -65,12 +68,12 @@ Tensor few_rows_product(const Tensor& d, const Tensor& v) {
   return out;
 }
 
-// Rows and columns of V that one tile of dᵀ V takes: its sums stay in the first cache.
+// One tile of dᵀ V takes this many rows and columns of V. Its sums stay in the first-level cache.
 constexpr int64_t kTileOfRows = 256;
 constexpr int64_t kTileOfColumns = 1024;
 
-// to += dᵀ V for some rows and `width` columns of V. Of eight rows at once, as every sum is loaded
-// and stored.
+// Computes to += dᵀ V for some rows and `width` columns of V. It takes eight rows at once, because
+// every pass loads and stores the sums.
 template <typename T>
 void add_scaled_rows(
     T* __restrict to, const T* d, const T* v, int64_t rows, int64_t length, int64_t width) {
@@ -86,7 +89,8 @@ void add_scaled_rows(
     for (int64_t k = 0; k < width; ++k) to[k] += d[j] * v[j * length + k];
 }
 
-// dᵀ V, for a row dᵀ. V is read once, in tiles whose sums are added in order, whoever took them.
+// Returns dᵀ V for a row dᵀ. V is read once, in tiles. Their sums are added in order, whichever
+// thread took them.
 template <typename T>
 Tensor one_row_product(const Tensor& d, const Tensor& v) {
   const int64_t rows = v.size(0), length = v.size(1);
@@ -112,7 +116,7 @@ Tensor one_row_product(const Tensor& d, const Tensor& v) {
   return out;
 }
 
-// D V.
+// Returns D V.
 inline Tensor rows_times(const Tensor& d, const Tensor& v) {
   if (d.size(0) > 1) return at::mm(d, v);
   Tensor out;
@@ -121,7 +125,8 @@ inline Tensor rows_times(const Tensor& d, const Tensor& v) {
   return out;
 }
 
-// The columns of dY: scaled = dY s, db = sum dY and, with p = x Vᵀ, a = sum dY p, over its rows.
+// Computes scaled = dY s and db = sum dY in one pass over dY. If p = x Vᵀ is given, it also
+// computes a = sum dY p. The sums run over the rows.
 template <typename T>
 void column_pass(
     Tensor& scaled, Tensor& db, Tensor& a, const Tensor& dy, const Tensor& p, const Tensor& g,
@@ -250,7 +255,7 @@ struct Linear : Function<Linear> {
       AT_DISPATCH_FLOATING_TYPES(v.scalar_type(), "linear_backward", [&] {
         column_pass<scalar_t>(scaled, db, a, dy, p, g, n);
       });
-      // A row for each of V, as panels.h takes it.
+      // The products in panels.h take a matrix with one row for each row of V.
       const Tensor few = is_few(dy.size(0), v) ? scaled.t().contiguous() : Tensor();
       if (needs_x && few.defined())
         AT_DISPATCH_FLOATING_TYPES(v.scalar_type(), "linear_backward", [&] {
@@ -272,8 +277,8 @@ struct Linear : Function<Linear> {
     return out;
   }
 
-  // dV = (dY s)ᵀ x - c V, with a = <dW, V> at hand: dV starts as the last term, and the product
-  // is added to it.
+  // Computes dV = (dY s)ᵀ x - c V and dg from a = <dW, V>. dV starts as the last term, and the
+  // product is added to it.
   static std::pair<Tensor, Tensor> grads_from_dots(
       const Tensor& a, const Tensor& scaled, const Tensor& few, const Tensor& x, const Tensor& v,
       const Tensor& g, const Tensor& n, double eps) {

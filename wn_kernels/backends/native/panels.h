@@ -1,13 +1,13 @@
-// Products of a weight with a matrix of few columns, each with one read of the weight. A library's
-// matmul, and a convolution beside it, copy a weight into a layout of their own first.
+// This file multiplies a weight by a matrix of few columns. Each product reads the weight once. A
+// matmul or a convolution of a library first copies the weight into a layout of its own.
 //
 //   rows_product     P = V B          (rows, columns)
 //   columns_product  Q += Vᵀ D        (length, columns)
 //   outer_product    dW = D Bᵀ        (rows, length)
 //
-// V (rows, length) lies row by row. What shares its long side, B and Q (length, columns), lies in
-// panels: a panel holds kPanel of the length for every column, column by column, so that each
-// vector of V that is loaded meets vectors of B in order. The last one is filled up with zeros.
+// V (rows, length) is stored row by row. B and Q (length, columns) are stored in panels. A panel
+// holds kPanel elements of the length for every column, one column after the other. Each vector of
+// V is therefore multiplied by consecutive vectors of B. The last panel is padded with zeros.
 
 #pragma once
 
@@ -23,14 +23,14 @@
 namespace wn_kernels {
 
 #if WN_VECTOR_BYTES == 64
-constexpr int kTileColumns = 6;  // the tile's sums, its columns and a row: 31 of 32 registers
-constexpr int kStackedRows = 8;  // two vectors each, and two sums
+constexpr int kTileColumns = 6;  // the sums, the columns and a row take 31 of 32 registers
+constexpr int kStackedRows = 8;  // each row takes two vectors, and the sums take two
 #else
-constexpr int kTileColumns = 3;  // 16 of 16 registers
+constexpr int kTileColumns = 3;  // they take 16 of 16 registers
 constexpr int kStackedRows = 6;
 #endif
 
-// Bytes of a row that stay in the first cache, with the others of a tile.
+// This many bytes of each row of a tile stay in the first-level cache.
 constexpr int64_t kSegmentBytes = 4096;
 
 template <typename T>
@@ -54,7 +54,7 @@ inline void store(T* to, Vector<T> value) {
   std::memcpy(to, &value, sizeof value);
 }
 
-// A matrix (length, columns) in panels.
+// This class stores a matrix (length, columns) in panels.
 template <typename T>
 class Panels {
  public:
@@ -75,7 +75,7 @@ class Panels {
   void zero() {
     for_each(count, columns * kPanel<T>, [&](int64_t i) { clear(i); });
   }
-  // What fills up the last panel.
+  // Zeroes the last panel if it is not full.
   void zero_rest() {
     if (full < count) clear(full);
   }
@@ -88,7 +88,8 @@ class Panels {
   std::unique_ptr<T[]> data_;
 };
 
-// A matrix whose columns lie one after the other, into panels and out of them.
+// `pack` copies a matrix whose columns lie one after the other into panels. `unpack` copies it
+// back.
 template <typename T>
 void pack(const T* from, Panels<T>& to) {
   to.zero_rest();
@@ -107,14 +108,14 @@ void unpack(const Panels<T>& from, T* to) {
   });
 }
 
-// R rows of V, the last one repeated where there are fewer, and what is left of each after its full
-// panels, filled up with zeros.
+// This class holds R rows of V. It repeats the last row if there are fewer than R. The elements
+// after a row's full panels are copied and padded with zeros.
 template <typename T, int R>
 class RowBlock {
  public:
   using Rows = std::array<const T*, R>;
 
-  // Up to the panel `end`.
+  // The block serves the panels before `end`.
   RowBlock(const T* v, int64_t count, int64_t length, int64_t end) : full_(length / kPanel<T>) {
     for (int r = 0; r < R; ++r) {
       row_[r] = v + std::min<int64_t>(r, count - 1) * length;
@@ -124,7 +125,7 @@ class RowBlock {
     }
   }
 
-  // f(i, rows) of the panels from begin to end, with the rows where they meet panel i.
+  // Calls f(i, rows) for the panels from begin to end. `rows` points to the elements of panel i.
   template <typename F>
   void for_each_panel(int64_t begin, int64_t end, const F& f) const {
     Rows at = row_;
@@ -143,7 +144,8 @@ class RowBlock {
   T rest_[R][kPanel<T>];
 };
 
-// D with R rows at a time, column by column; zeros where the last of them have no row.
+// This class stores D in stacks of R rows. Within a stack the columns lie one after the other. The
+// last stack is padded with zeros.
 template <typename T, int R>
 class Stacked {
  public:
@@ -154,7 +156,7 @@ class Stacked {
     T* to = data_.data() + row / R * R * columns_ + row % R;
     for (int64_t j = 0; j < columns_; ++j) to[j * R] = factor * values[j];
   }
-  // The rows from `row` on, the first of a stack.
+  // Returns the stack that starts at `row`.
   const T* stack(int64_t row) const { return data_.data() + row * columns_; }
 
  private:
@@ -164,7 +166,8 @@ class Stacked {
 
 // --- P = V B -------------------------------------------------------------------------------------
 
-// Adds to sums[j][r] the products of the rows and of N columns of B over some panels, lane by lane.
+// Adds the products of the rows with N columns of B, over some panels, to sums[j][r]. Each sum is a
+// vector, whose lanes are added later.
 template <typename T, int N>
 void tile_product(
     const RowBlock<T, kTileRows>& block, const Panels<T>& b, int64_t column, int64_t begin,
@@ -207,13 +210,14 @@ void tile_product(
   tile_product<T, N>(block, b, column, begin, end, sums);
 }
 
-// Bytes of B that stay in a thread's cache from one tile of rows to the next.
+// A B of at most this many bytes stays in a thread's cache from one tile of rows to the next.
 constexpr int64_t kCachedBytes = 3 << 18;
 
-// Bytes of the sums of rows that meet a segment of a larger B together.
+// The sums of the rows that share one pass over a segment of a larger B take at most this many
+// bytes.
 constexpr int64_t kSumBytes = 1 << 17;
 
-// Rows of V that a thread takes together: f(first, count).
+// Calls f(first, count) for each stack of rows of V that one thread takes together.
 template <typename T, typename F>
 void for_each_stack(int64_t rows, const Panels<T>& b, const F& f) {
   const int64_t tiles = (rows + kTileRows - 1) / kTileRows, threads = at::get_num_threads();
@@ -227,7 +231,7 @@ void for_each_stack(int64_t rows, const Panels<T>& b, const F& f) {
   });
 }
 
-// f(segment's first panel, its end) of the panels in segments.
+// Calls f(first panel, end) for each segment of the panels.
 template <typename T, typename F>
 void for_each_segment(const Panels<T>& b, const F& f) {
   constexpr int64_t segment = kSegmentBytes / sizeof(T) / kPanel<T>;
@@ -235,7 +239,8 @@ void for_each_segment(const Panels<T>& b, const F& f) {
     f(begin, std::min(b.count, begin + segment));
 }
 
-// P = V B for some rows: finish(j, P_j, <V_j, V_j>) of each, the square only where it is asked for.
+// Computes P = V B for some rows and calls finish(j, P_j, <V_j, V_j>) for each. The third argument
+// is zero unless `squares` is true.
 template <typename T, bool squares, typename Finish>
 void rows_product(
     const T* v, int64_t first, int64_t count, const Panels<T>& b, const Finish& finish) {
@@ -251,7 +256,7 @@ void rows_product(
     const int64_t at = begin * kPanel<T>, size = std::min(end * kPanel<T>, b.length) - at;
     for (int64_t i = 0; i < static_cast<int64_t>(blocks.size()); ++i) {
       for (int64_t tile = 0; tile < tiles; ++tile) {
-        // Of the same width, or nearly.
+        // The widths of the tiles differ by at most one.
         const int64_t column = tile * columns / tiles, next = (tile + 1) * columns / tiles;
         tile_product<T>(
             next - column, blocks[i], b, column, begin, end,
@@ -275,10 +280,11 @@ void rows_product(
 
 // --- Q += Vᵀ D -----------------------------------------------------------------------------------
 
-// Panels that a thread takes: of a row, what makes a stream, but enough for many threads.
+// Returns how many panels a thread takes. A group is long enough to read a row as a stream, and
+// there are enough groups for many threads.
 inline int64_t panel_group(int64_t count) { return std::clamp<int64_t>(count / 8, 1, 16); }
 
-// f(first panel, end) of every group of panels.
+// Calls f(first panel, end) for every group of panels.
 template <typename T, typename F>
 void for_each_panel_group(const Panels<T>& q, int64_t rows, const F& f) {
   const int64_t group = panel_group(q.count);
@@ -287,7 +293,7 @@ void for_each_panel_group(const Panels<T>& q, int64_t rows, const F& f) {
   });
 }
 
-// Q += Vᵀ D for `rows` rows of V and D, and for some panels of Q.
+// Computes Q += Vᵀ D for `rows` rows of V and D, and for some panels of Q.
 template <typename T>
 void columns_product(
     Panels<T>& q, int64_t begin, int64_t end, const T* v, int64_t rows,
@@ -315,7 +321,7 @@ void columns_product(
   }
 }
 
-// Q = Vᵀ D.
+// Computes Q = Vᵀ D.
 template <typename T>
 void columns_product(Panels<T>& q, const T* v, int64_t rows, const T* d) {
   Stacked<T, kStackedRows> stacked(rows, q.columns);
@@ -328,7 +334,7 @@ void columns_product(Panels<T>& q, const T* v, int64_t rows, const T* d) {
 
 // --- dW = D Bᵀ -----------------------------------------------------------------------------------
 
-// Rows `first` and following of dW = D Bᵀ; less c V where V is given.
+// Computes `count` rows of dW = D Bᵀ from row `first` on. If V is given, it subtracts c V.
 template <typename T>
 void outer_product(
     T* dw, const T* d, int64_t first, int64_t count, const Panels<T>& b, const T* v = nullptr,
@@ -362,7 +368,7 @@ void outer_product(
   });
 }
 
-// Rows `first` and following of dV and dg, from dW, which takes dV's place for a while.
+// Computes `count` rows of dV and dg from row `first` on. dW is formed in the memory of dV.
 template <typename T>
 void weight_rows(
     T* dv, T* dg, const T* d, const T* v, const T* g, const T* n, double eps, int64_t first,

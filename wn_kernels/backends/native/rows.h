@@ -1,7 +1,7 @@
-// Passes over a weight whose slices are its rows, each made once.
+// This file makes passes over a weight whose slices are its rows. Each pass reads a row once.
 //
-// A pass gives every row to one thread, and a row's sums are taken in blocks of a fixed size: the
-// result does not depend on the number of threads.
+// One thread processes a whole row and adds its elements in blocks of a fixed size. The result
+// therefore does not depend on the number of threads.
 
 #pragma once
 
@@ -20,15 +20,16 @@
 
 namespace wn_kernels {
 
-// Elements that a sum takes before it is added to a wider one, and partial sums that it is kept in:
-// four vectors of 256 bits.
+// A sum takes kBlock elements before it is added to a double. It is held in kLanes partial sums,
+// which fill four vectors of 256 bits in float32.
 constexpr int64_t kBlock = 4096;
 constexpr int kLanes = 32;
 
-// Elements of a row that are not worth partial sums: a depthwise convolution's.
+// A row of at most kShort elements is added up without partial sums. Depthwise convolutions have
+// such rows.
 constexpr int64_t kShort = 16;
 
-// Elements that are worth a thread.
+// A thread takes at least this many elements.
 constexpr int64_t kGrain = 32768;
 
 template <typename F>
@@ -39,7 +40,7 @@ void for_each(int64_t count, int64_t length, const F& f) {
   });
 }
 
-// The sum of some lanes, halved until one is left, within registers.
+// Adds `count` lanes. It halves them until one is left, within registers.
 template <int64_t count, typename T>
 T total(const T* from) {
   if constexpr (count == 1) {
@@ -58,7 +59,7 @@ T total(const T* from) {
   }
 }
 
-// The sums over a row of N products: term(i) gives those of element i.
+// Computes N sums over a row. term(i) returns the N terms of element i.
 template <typename T, size_t N, typename Term>
 std::array<double, N> sums(int64_t length, const Term& term) {
   std::array<double, N> all{};
@@ -80,7 +81,7 @@ std::array<double, N> sums(int64_t length, const Term& term) {
   return all;
 }
 
-// <a, b>
+// Returns <a, b>.
 template <typename T>
 double dot(const T* a, const T* b, int64_t length) {
   if (length <= kShort) {
@@ -91,20 +92,20 @@ double dot(const T* a, const T* b, int64_t length) {
   return sums<T, 1>(length, [=](int64_t i) { return std::array<T, 1>{a[i] * b[i]}; })[0];
 }
 
-// <v, v> and <v, x>, with one read of v
+// Returns <v, v> and <v, x>, and reads v once.
 template <typename T>
 std::array<double, 2> square_and_dot(const T* v, const T* x, int64_t length) {
   return sums<T, 2>(length, [=](int64_t i) { return std::array<T, 2>{v[i] * v[i], v[i] * x[i]}; });
 }
 
-// The norms n = max(||V_j||, eps), infinite for a slice of zeros where eps = 0: its scale g / n is
-// zero then.
+// This class stores the norms n = max(||V_j||, eps). If eps = 0, the norm of a slice of zeros is
+// stored as infinity, so that its scale g / n is zero.
 template <typename T>
 class Norms {
  public:
   Norms(T* n, double eps) : n_(n), eps_(static_cast<T>(eps)) {}
 
-  // From the square of a slice, of which is_zero() tells whether it is all zeros.
+  // Sets n_j from the slice's sum of squares. is_zero() returns whether the slice is all zeros.
   template <typename F>
   T set(int64_t j, double square, const F& is_zero) {
     T n = from(square);
@@ -115,12 +116,12 @@ class Norms {
     return n_[j] = n;
   }
 
-  // Of a slice that is a row.
+  // Sets n_j of a slice that is a row.
   T set(int64_t j, double square, const T* row, int64_t length) {
     return set(j, square, [=] { return std::all_of(row, row + length, [](T v) { return v == 0; }); });
   }
 
-  // Of all slices; is_zero(j) tells of one.
+  // Sets the norms of all slices. is_zero(j) returns whether slice j is all zeros.
   template <typename F>
   void set_all(const std::vector<double>& squares, const F& is_zero) {
     const int64_t count = squares.size();
@@ -133,25 +134,25 @@ class Norms {
       for (int64_t j = 0; j < count; ++j) set(j, squares[j], [&] { return is_zero(j); });
   }
 
-  // Whether the formulas of this package's fast paths hold for all of them.
+  // Returns whether the formulas of the fast paths hold for all norms.
   bool in_range() const { return in_range_.load(); }
 
  private:
   T from(double square) const { return std::max(static_cast<T>(std::sqrt(square)), eps_); }
-  static bool is_usual(T n) { return n >= kLeast<T> && n <= kMost<T>; }  // not where it is NaN
+  static bool is_usual(T n) { return n >= kLeast<T> && n <= kMost<T>; }  // false for NaN
 
   T* n_;
   T eps_;
   std::atomic<bool> in_range_{true};
 };
 
-// w_j = s_j v_j
+// Computes w_j = s_j v_j.
 template <typename T>
 void scale(T* w, const T* v, T s, int64_t length) {
   for (int64_t i = 0; i < length; ++i) w[i] = s * v[i];
 }
 
-// What dV_j = s dW_j - c V_j and dg_j take of a = <dW_j, V_j>.
+// Computes dg_j and the factors s and c of dV_j = s dW_j - c V_j from a = <dW_j, V_j>.
 template <typename T>
 struct Slope {
   Slope(double a, T g, T n, double eps) : dg(static_cast<T>(a) / n), s(g / n) {
@@ -162,7 +163,7 @@ struct Slope {
   T dg, s, c;
 };
 
-// dV_j from dW_j, which may be where it goes; returns dg_j.
+// Writes dV_j and returns dg_j. dV_j may overwrite dW_j.
 template <typename T>
 T weight_grad(T* dv, const T* dw, const T* v, T g, T n, double eps, int64_t length) {
   const Slope<T> slope(dot(dw, v, length), g, n, eps);

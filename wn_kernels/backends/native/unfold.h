@@ -1,13 +1,14 @@
-// A convolution over few pixels as a product with what its taps see, from one read of the weight.
+// A convolution over few pixels is computed as a product of V with the unfolded image U. It reads
+// the weight once.
 //
 //   U[(channel, tap), (batch, pixel)] = image[batch, channel, pixel stride - padding + tap dilation]
 //
 //   convolution    y = W U(x)         dX = fold(Wᵀ dY)    dW = dY U(x)ᵀ
 //   transposed     y = fold(Wᵀ x)     dX = W U(dY)        dW = x U(dY)ᵀ
 //
-// where fold adds each element to the one of the image that it came from, and y and dY of a
-// convolution, x and dX of a transposed one, are matrices (channels, batch pixels). The scale goes
-// with the rows of V; that of taps goes with U.
+// `fold` adds each element to the element of the image that it came from. y and dY of a
+// convolution, and x and dX of a transposed one, are matrices (channels, batch pixels). A scale of
+// rows multiplies the rows of V. A scale of taps multiplies U.
 
 #pragma once
 
@@ -19,7 +20,7 @@
 
 namespace wn_kernels {
 
-// Spatial dimensions, the leading ones of size 1 where there are fewer.
+// Holds three spatial dimensions. Missing leading ones are filled in; their size is 1.
 using Triple = std::array<int64_t, 3>;
 
 inline Triple triple(at::IntArrayRef sizes, int64_t fill) {
@@ -30,13 +31,13 @@ inline Triple triple(at::IntArrayRef sizes, int64_t fill) {
 
 inline int64_t product(const Triple& sizes) { return sizes[0] * sizes[1] * sizes[2]; }
 
-// What is unfolded has its channels first; PyTorch gives an input or a weight that lies otherwise an
-// output that does.
+// Returns whether a tensor's channels come first in memory. Only such tensors are unfolded, because
+// for other layouts PyTorch's output has that layout too.
 inline bool is_channels_first(const Tensor& t) {
   return t.is_contiguous() && t.suggest_memory_format() == at::MemoryFormat::Contiguous;
 }
 
-// One group of a convolution: `channels` of the image meet `rows` of V.
+// Describes one group of a convolution. Its `channels` of the image are paired with `rows` of V.
 struct Unfolding {
   Unfolding(const Geometry& conv, const Tensor& v, at::IntArrayRef x, at::IntArrayRef y)
       : groups(conv.groups), rows(v.size(0) / groups), channels(v.size(1)), batch(x[0]),
@@ -47,16 +48,17 @@ struct Unfolding {
 
   int64_t length() const { return channels * product(taps); }
   int64_t columns() const { return batch * product(pixels); }
-  int64_t image() const { return groups * channels * product(sizes); }  // of an element of the batch
+  int64_t image() const { return groups * channels * product(sizes); }  // elements per sample
 
-  int64_t begins(int64_t group) const { return group * channels * product(sizes); }  // its image
+  int64_t begins(int64_t group) const { return group * channels * product(sizes); }  // in a sample
 
   bool pads() const { return padding != Triple{}; }
 
-  // Where a channel's taps meet the image: f(k, column, at, tap, count, along_taps). U's element k
-  // of this column is the image's at, that of this tap in its line, and so on for `count` of them:
-  // along a line of the kernel, within a panel of `width` of them, where lines are long, and
-  // otherwise along a line of pixels.
+  // Calls f(k, column, at, tap, count, along_taps) for every run of a channel's elements. A run
+  // starts at element k of this column of U and at element `at` of the image, and `tap` is its
+  // position in the line of the kernel. It has `count` elements. If the kernel's lines are long, a
+  // run follows a line of the kernel within a panel of `width` elements. Otherwise it follows a
+  // line of pixels.
   template <int64_t width, typename F>
   void for_each_run(int64_t channel, const F& f) const {
     int64_t k = channel * product(taps);
@@ -79,7 +81,7 @@ struct Unfolding {
   const Triple sizes, pixels, taps, stride, padding, dilation;
 
  private:
-  // The i from 0 to `count` with 0 <= first + i step < size, from begin to end.
+  // Returns (begin, end) of the i from 0 to `count` for which 0 <= first + i step < size.
   static std::pair<int64_t, int64_t> within(
       int64_t first, int64_t step, int64_t count, int64_t size) {
     const int64_t rest = size - first;
@@ -110,7 +112,7 @@ struct Unfolding {
   }
 };
 
-// U of a group, whose image this is; its elements times s of their tap, where there is one.
+// Computes U from the image of a group. If s is given, each element is multiplied by its tap's s.
 template <typename T>
 void unfold(const Unfolding& of, const T* image, const T* s, Panels<T>& u) {
   constexpr int64_t width = kPanel<T>;
@@ -132,8 +134,8 @@ void unfold(const Unfolding& of, const T* image, const T* s, Panels<T>& u) {
   });
 }
 
-// The image of a group: every element of Q, times s of its tap where there is one, is added to
-// where it came from, on top of the channel's bias.
+// Computes the image of a group. It starts from the channel's bias and adds every element of Q to
+// the place that the element came from. If s is given, each element is multiplied by its tap's s.
 template <typename T>
 void fold(const Unfolding& of, const Panels<T>& q, const T* s, const T* bias, T* image) {
   constexpr int64_t width = kPanel<T>;
@@ -157,8 +159,8 @@ void fold(const Unfolding& of, const Panels<T>& q, const T* s, const T* bias, T*
   });
 }
 
-// f(i) of every group: a thread to each where there are enough of them, so that nobody reads what
-// another has just written; otherwise all to one after the other.
+// Calls f(i) for every group. If there are enough groups, each gets one thread, so that no thread
+// reads what another has just written. Otherwise all threads share one group after the other.
 template <typename F>
 void for_each_group(const Unfolding& of, const F& f) {
   const int64_t threads = at::get_num_threads();
@@ -168,7 +170,8 @@ void for_each_group(const Unfolding& of, const F& f) {
     for (int64_t i = 0; i < of.groups; ++i) f(i);
 }
 
-// (batch, channels, *) as a matrix (channels, batch pixels), and back.
+// `as_matrix` turns (batch, channels, *) into a matrix (channels, batch pixels). `from_matrix` is
+// its inverse.
 inline Tensor as_matrix(const Tensor& t) {
   return t.transpose(0, 1).reshape({t.size(1), -1}).contiguous();
 }
@@ -180,10 +183,10 @@ inline Tensor from_matrix(const Tensor& matrix, at::IntArrayRef sizes) {
 
 // --- forward -------------------------------------------------------------------------------------
 
-// Bytes of V that stay in the threads' caches between its squares and its product.
+// This many bytes of V stay in each thread's cache between its squares and its product.
 constexpr int64_t kChunkBytes = 1 << 20;
 
-// Q = Vᵀ S X of the rows of a group, with the norms of all of them.
+// Computes Q = Vᵀ S X for the rows of a group, and the norms of these rows.
 template <typename T>
 void normalised_columns_product(
     Panels<T>& q, const T* v, const T* g, int64_t first_row, int64_t rows, const T* x,
@@ -198,7 +201,7 @@ void normalised_columns_product(
     const int64_t count = std::min(chunk, rows - first);
     const T* from = v + first * length;
     Stacked<T, kStackedRows> scaled(count, q.columns);
-    // The thread that takes the squares of some columns finds them in its cache for the product.
+    // The thread that computes the squares of some columns has them in its cache for the product.
     for_each_panel_group(q, count, [&](int64_t begin, int64_t end) {
       const int64_t at = begin * kPanel<T>, width = std::min(end * kPanel<T>, length) - at;
       for (int64_t r = 0; r < count; ++r) {
@@ -219,7 +222,7 @@ void normalised_columns_product(
   }
 }
 
-// y and n; nothing where a norm is out of range.
+// Returns y and n, or nothing if a norm is out of range.
 inline std::optional<std::pair<Tensor, Tensor>> unfolded_forward(
     const Tensor& x, const Tensor& v, const Tensor& g, const Tensor& bias, const Geometry& conv,
     at::IntArrayRef y_sizes, double eps) {
@@ -288,14 +291,15 @@ inline std::optional<std::pair<Tensor, Tensor>> unfolded_forward(
 
 // --- backward ------------------------------------------------------------------------------------
 
-// (dX, dV, dg), those that are asked for.
+// Returns (dX, dV, dg). A gradient that is not needed is undefined.
 inline std::tuple<Tensor, Tensor, Tensor> unfolded_backward(
     const Tensor& grad, const Tensor& x, const Tensor& v, const Tensor& g, const Tensor& n,
     const Geometry& conv, double eps, bool needs_x, bool needs_weight) {
   const bool scales_taps = Extents(v, g).columns;
   const Unfolding of(conv, v, x.sizes(), grad.sizes());
   const Tensor dy = grad.contiguous(), s = g / n;
-  // The matrix (rows, columns) beside V and the image: x and dY of a transposed convolution.
+  // Both products take the matrix (rows, columns), and the image. If the convolution is transposed,
+  // they are x and dY; otherwise they are dY and x.
   const Tensor matrix = as_matrix(conv.transposed ? x : dy);
   const Tensor& image = conv.transposed ? dy : x;
   Tensor dx, dv, dg;
@@ -335,7 +339,7 @@ inline std::tuple<Tensor, Tensor, Tensor> unfolded_backward(
           weight_rows(dvs, dgs, factors, vs, gs, ns, eps, row + first, count, panels);
       };
       const bool with_x = needs_x && conv.transposed;
-      if (with_x && needs_weight && !scales_taps) {  // of the same U: V is read once
+      if (with_x && needs_weight && !scales_taps) {  // both take the same U, so V is read once
         unfold<T>(of, images + at, nullptr, panels);
         for_each_stack(rows, panels, [&](int64_t first, int64_t count) {
           x_rows(first, count);

@@ -1,4 +1,4 @@
-// The weight itself: its norms, W, its gradients, and W as a node of the graph.
+// This file computes the norms of the weight, W and its gradients, and makes W a node of the graph.
 //
 //   n_j = ||V_j||   s = g / n   W = s V   dg_j = <dW_j, V_j> / n_j   dV = s dW - c V,  c = s dg / n
 
@@ -21,7 +21,7 @@ using torch::autograd::AutogradContext;
 using torch::autograd::Function;
 using torch::autograd::variable_list;
 
-// How the passes below read V, by the shape of g.
+// Describes how the passes below read V. It follows from the shape of g.
 struct Extents {
   Extents(const Tensor& v, const Tensor& g) : count(g.numel()), length(v.numel() / count) {
     if (g.dim() > 0 && count == v.size(0) && g.size(0) == count) {
@@ -29,7 +29,7 @@ struct Extents {
       return;
     }
     columns = true;
-    if (count == 1) {  // the whole of V, in rows of a few of its last dimensions
+    if (count == 1) {  // one slice is the whole of V; a few of its last dimensions form a row
       for (int64_t d = v.dim() - 1; d >= 0 && of.inner < kFewColumns; --d) of.inner *= v.size(d);
     } else {
       axis = v.dim() - 1;
@@ -40,13 +40,13 @@ struct Extents {
     of.widen();
   }
 
-  bool columns = false;  // or the slices are rows
-  int64_t axis = -1;     // that they lie along; the whole of V lies along none
+  bool columns = false;  // false if the slices are rows
+  int64_t axis = -1;     // the slices lie along this axis; -1 if one slice is the whole of V
   int64_t count, length;
   Columns of;
 };
 
-// Whether the slices of V lie as the passes need them.
+// Returns whether the slices of V have a memory layout that the passes can read.
 inline bool has_slices(const Tensor& v, const Tensor& g) {
   const bool flat = g.dim() != v.dim() && g.dim() != 0;
   if (g.numel() == 0 || (flat && g.numel() != v.size(0))) return false;
@@ -56,7 +56,7 @@ inline bool has_slices(const Tensor& v, const Tensor& g) {
          e.of.width() >= kFewColumns && e.of.width() <= kManyColumns;
 }
 
-// n, or nothing where a norm is out of range.
+// Returns n, or nothing if a norm is out of range.
 inline MaybeTensor norms(const Tensor& v, const Tensor& g, double eps) {
   const Extents e(v, g);
   Tensor n = at::empty_like(g);
@@ -77,7 +77,7 @@ inline MaybeTensor norms(const Tensor& v, const Tensor& g, double eps) {
   return in_range ? MaybeTensor(n) : std::nullopt;
 }
 
-// W from n.
+// Computes W from n.
 inline Tensor scaled_weight(const Tensor& v, const Tensor& g, const Tensor& n) {
   const Extents e(v, g);
   Tensor w = at::empty_like(v);
@@ -101,8 +101,8 @@ inline Tensor scaled_weight(const Tensor& v, const Tensor& g, const Tensor& n) {
   return w;
 }
 
-// (W, n), with one read of V from memory where slices are rows; nothing where a norm is out of
-// range.
+// Returns (W, n), or nothing if a norm is out of range. If slices are rows, V is read from memory
+// once.
 inline std::optional<std::pair<Tensor, Tensor>> weight(
     const Tensor& v, const Tensor& g, double eps) {
   const Extents e(v, g);
@@ -128,7 +128,7 @@ inline std::optional<std::pair<Tensor, Tensor>> weight(
   return std::make_pair(w, n);
 }
 
-// (dV, dg) from dW, in its place if it may be overwritten.
+// Computes (dV, dg) from dW. dV takes the memory of dW if `overwrite` is true.
 inline std::pair<Tensor, Tensor> weight_grads(
     const Tensor& grad, const Tensor& v, const Tensor& g, const Tensor& n, double eps,
     bool overwrite) {
@@ -170,7 +170,8 @@ inline std::pair<Tensor, Tensor> weight_grads(
 
 // --- second derivatives ------------------------------------------------------------------------
 
-// Where the gradient is itself differentiated, or is one of a batch.
+// Returns whether the composite formula has to serve a backward. It does if the gradient is itself
+// differentiated, or belongs to a batch of gradients.
 inline bool goes_to_composite(const Tensor& dy) {
   return at::GradMode::is_enabled() || !is_plain(dy);
 }
@@ -193,7 +194,7 @@ inline variable_list composite_grads(
   return out;
 }
 
-// The gradient of a bias along dimension `channel` of dY.
+// Returns the gradient of a bias along dimension `channel` of dY.
 inline Tensor bias_grad(const Tensor& dy, int64_t channel) {
   Sizes others;
   for (int64_t i = 0; i < dy.dim(); ++i)
@@ -228,7 +229,7 @@ struct WeightNorm : Function<WeightNorm> {
   }
 };
 
-// The axis that `dim` names, -1 for the whole of V; nothing where it names none.
+// Returns the axis that `dim` names, or -1 for the whole of V. Returns nothing if `dim` is invalid.
 inline std::optional<int64_t> axis_of(py::handle dim, int64_t ndim) {
   if (dim.is_none()) return -1;
   if (!PyLong_CheckExact(dim.ptr())) return std::nullopt;
@@ -244,7 +245,7 @@ inline MaybeTensor weight_norm(py::handle v, py::handle g, py::handle dim, py::h
   if (!t || !PyFloat_CheckExact(eps.ptr())) return std::nullopt;
   const auto axis = axis_of(dim, t->v.dim());
   const double least = PyFloat_AS_DOUBLE(eps.ptr());
-  // Of the shape that dim asks for, or flat; what else there is to know, has_slices knows.
+  // g has to be flat, or of the shape that dim implies. has_slices checks the rest.
   const auto fits = [&](const Tensor& scales) {
     if (*axis < 0 || scales.dim() == 0) return *axis < 0 && scales.dim() == 0;
     const bool shaped = scales.dim() == t->v.dim() && scales.size(*axis) == scales.numel();
