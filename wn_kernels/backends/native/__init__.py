@@ -8,6 +8,8 @@
     panels.h        products of a weight with few columns, from one read of it
     unfold.h        and a convolution over few pixels as one of them
     linear.h, convolution.h
+    passes.h        prepared launches of Triton's kernels, run without Python
+    launched.h      and the layers that consist of them
     library.cpp     what Python sees
 
 It is built once for a machine, by the compiler that `torch.compile` uses there, too:
