@@ -18,13 +18,13 @@ by themselves.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import plan as plans
-from .backends import aten
+from .backends import aten, vendor
 from .call import Call, Geometry, Grads, Needs, Operands, kept_shape, recorder, scale_dtype
 from .plan import Plan
 from .prepare import prepare
@@ -121,45 +121,91 @@ def _run_backward(
     return dx if dx is None else dx.view(x.shape), dv, dg, db
 
 
+class Launches(NamedTuple):
+    """What a node of the native library holds of a call on the Triton path.
+
+    Attributes:
+        forward: a function of `(x, v, g, bias)` that returns `(y, n)`.
+        backward: a function of `(dy, x, v, g, bias, n, needs)` that returns the gradients.
+        run: the pass of the forward, where it is one.
+        prepare_backward: a function of `(dy, x, v, g, needs)` that returns the pass of the backward
+            for these layouts, or `None` where it is none.
+        forms_forward, forms_backward: whether PyTorch's product with a formed `W` serves them.
+        keeps: whether a training step keeps that `W`.
+        weight: the same of `W` alone, where it is formed.
+        conv, dim: as in `Call`.
+    """
+
+    forward: Callable[..., tuple[Tensor, Tensor]]
+    backward: Callable[..., Grads]
+    run: Callable[..., Any] | None
+    prepare_backward: Callable[..., Callable[..., Any] | None]
+    forms_forward: bool
+    forms_backward: bool
+    keeps: bool
+    weight: Launches | None
+    conv: Geometry | None
+    dim: int | None
+
+
 def launches(
     rank: int,
     tensors: tuple[Tensor | None, Tensor, Tensor, Tensor | None],
     geometry: tuple[Any, ...],
     dim: int | None,
     eps: float,
-) -> tuple | None:
-    """What a node of the native library holds of a call on the Triton path, or `None` where Python
-    has to serve the call: the functions of both directions, the same of `W` alone where a training
-    step keeps it, the geometry and `dim`. The library calls this once for a call's dtypes, layouts
-    and options.
+) -> Launches | None:
+    """What the native library holds of a call, or `None` where Python has to serve the call. The
+    library calls this once for a call's dtypes, layouts and options.
 
     Raises:
         TypeError, ValueError: as `prepare`.
     """
-    found = prepare(rank, Operands(*tensors), geometry, dim, eps, "triton")
+    operands = Operands(*tensors)
+    found = prepare(rank, operands, geometry, dim, eps, "triton")
     if not found.fits:
         return None
-    call, plan = found.call, found.plan
+    return _launches(found.call, found.plan, operands)
+
+
+def _launches(call: Call, plan: Plan, tensors: Operands) -> Launches | None:
+    module, x = _module("triton"), tensors.x
+    if x is not None and call.conv is None:
+        tensors = tensors._replace(x=_rows(x))
+    forms_forward, forms_backward = (
+        x is not None and way == "materialize" for way in (plan.forward, plan.backward)
+    )
     weight = None
-    if plan.keeps:
-        weight = (*_directions(call.of_weight(), plan.of_weight()), None, None, call.dim)
-    return *_directions(call, plan), weight, call.conv, call.dim
-
-
-def _directions(call: Call, plan: Plan) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """`forward(x, v, g, bias)` returns `(y, n)`, `backward(dy, x, v, g, bias, n, needs)` the
-    gradients."""
+    if x is not None and (forms_forward or forms_backward):
+        if vendor.is_wrong(x):  # PyTorch's product is
+            return None
+        of_weight = Operands(None, tensors.v, tensors.g, None)
+        weight = _launches(call.of_weight(), plan.of_weight(), of_weight)
 
     def forward(*tensors: Any) -> tuple[Tensor, Tensor]:
         return _run(call, plan, Operands(*tensors), False)[:2]
 
     def backward(dy: Tensor, *tensors: Any) -> Grads:
         *operands, n, needs = tensors
-        dx, dv, dg, db = _run_backward(call, plan, dy, Operands(*operands), n, None, needs)
-        bias = operands[3]
-        return dx, dv, dg, db if db is None or bias is None else db.to(bias.dtype)
+        return _run_backward(call, plan, dy, Operands(*operands), n, None, needs)
 
-    return forward, backward
+    def prepare_backward(
+        dy: Tensor, x: Tensor | None, v: Tensor, g: Tensor, needs: Needs
+    ) -> Callable[..., Any] | None:
+        return module.pass_backward(call, plan, dy, Operands(x, v, g, None), needs)
+
+    return Launches(
+        forward=forward,
+        backward=backward,
+        run=None if forms_forward else module.pass_forward(call, plan, tensors),
+        prepare_backward=prepare_backward,
+        forms_forward=forms_forward,
+        forms_backward=forms_backward,
+        keeps=bool(plan.keeps),
+        weight=weight,
+        conv=call.conv,
+        dim=call.dim,
+    )
 
 
 # --- the registered operators --------------------------------------------------------------------

@@ -57,14 +57,15 @@ def _wrong_in_3d() -> frozenset[torch.dtype]:
 WRONG_IN_3D = _wrong_in_3d()
 
 
-def _is_wrong(x: Tensor) -> bool:
+def is_wrong(x: Tensor) -> bool:
+    """Whether PyTorch's own convolution of `x` is wrong on this processor."""
     return x.ndim == 5 and x.dtype in WRONG_IN_3D and x.is_cpu
 
 
 def convolution(x: Tensor, w: Tensor, bias: Tensor | None, conv: Geometry) -> Tensor:
     """Computes `torch.convolution` of `x`, `(B, C, *sizes)`, with `w`. All tensors have one dtype.
     The result is differentiable."""
-    if not _is_wrong(x):
+    if not is_wrong(x):
         return torch.convolution(x, w, bias, *conv)
     with torch.autocast("cpu", enabled=False):
         wide = None if bias is None else bias.float()
@@ -76,7 +77,7 @@ def convolution_backward(
 ) -> tuple[Any, Any, Any]:
     """Returns `(dX, dW, db)` of `convolution`, with `None` for those that `needs` excludes."""
     sizes = [dy.shape[1]]
-    if not _is_wrong(x):
+    if not is_wrong(x):
         return _plain_backward(dy, x, w, sizes, *conv, needs)
     with torch.autocast("cpu", enabled=False):
         grads = _plain_backward(dy.float(), x.float(), w.float(), sizes, *conv, needs)

@@ -43,6 +43,7 @@ def spy(self, *arguments):
     return launcher_s_call(self, *arguments)
 
 CudaLauncher.__call__ = spy
+is_plain, compiled._is_plain = compiled._is_plain, lambda run: False  # our launches, too, go there
 
 def launched(run):
     launches.clear()
@@ -152,6 +153,47 @@ print(json.dumps(found))
     assert counts["linear, one pass"] == counts["norms"] == counts["weight"] == 1
     assert counts["dX and dV, one pass"] == counts["norms, split"] == 2
     assert counts["dX and dV, scaled"] == counts["convolution, backward"] == 4
+
+
+def test_the_c_function_is_given_what_triton_gives_it():
+    """Every kernel, where `Compiled` calls the C function behind Triton's launcher by itself."""
+    found = run("""
+compiled._is_plain = is_plain
+seen = []
+launcher_s_init = CudaLauncher.__init__
+
+def init(self, *arguments):
+    launcher_s_init(self, *arguments)
+    real = self.launch
+
+    def launch(*arguments):
+        *kept, operands = arguments
+        # The metadata of the launch and the hooks, which ours does without.
+        kept[8:11] = []
+        values = [o.data_ptr() if isinstance(o, torch.Tensor) else o for o in operands]
+        values = ["address" if isinstance(o, int) and o >= 2**32 else o for o in values]
+        seen.append((kept, [type(o).__name__ if hasattr(o, "base") else o for o in values]))
+        return real(*arguments)
+
+    self.launch = launch
+
+CudaLauncher.__init__ = init
+found = {}
+for name, call in CALLS.items():
+    launch.forget()
+    call()
+    first, count = list(seen), len(launches)
+    seen.clear()
+    call()
+    found[name] = [len(first), str(first) == str(seen), len(launches) - count]
+    seen.clear()
+print(json.dumps([found, compiled._VERSION]))
+""")
+    found, version = found
+    for name, (count, same, by_triton) in found.items():
+        assert count > 0, name
+        assert same, name
+        assert by_triton == 0 or version != "3.7", name
 
 
 def test_unaligned_addresses_have_kernels_of_their_own():

@@ -8,6 +8,8 @@
     panels.h        products of a weight with few columns, from one read of the weight
     unfold.h        a convolution over few pixels as such a product
     linear.h, convolution.h
+    passes.h        prepared launches of Triton's kernels, run without Python
+    launched.h      the layers that consist of such passes
     library.cpp     the Python bindings
 
 The library is built once for a machine, by the compiler that `torch.compile` also uses there:

@@ -1,45 +1,167 @@
-// Layers on a GPU, whose kernels Python launches, as nodes of the graph.
+// Layers on a GPU, whose kernels are Triton's, as nodes of the graph.
 //
 // Python prepares both directions of a call once, for its dtypes, layouts and options
-// (backends/triton). A node calls what was prepared; a backward that is itself differentiated runs on
-// the composite formula.
+// (`operators.launches`). What only allocates and launches is a `Pass`, which runs here, and so does
+// PyTorch's own product with a `W` that a pass forms. Anything else is a Python function. A backward
+// that is itself differentiated runs on the composite formula.
 
 #pragma once
 
 #include <torch/custom_class.h>
 
-#include "call.h"
-#include "weight.h"
+#include "convolution.h"
+#include "passes.h"
 
 namespace wn_kernels {
 
-// One prepared call. Its Python objects are released with the GIL held.
+using Needs = std::array<bool, 4>;  // of x, V, g and the bias
+
+inline py::object as_object(const Tensor& t) { return t.defined() ? py::cast(t) : py::none(); }
+
+inline py::tuple as_tuple(const Needs& needs) {
+  return py::make_tuple(needs[0], needs[1], needs[2], needs[3]);
+}
+
+// `(*, K)` as `(M, K)`.
+inline Tensor as_rows(const Tensor& x) {
+  if (x.dim() == 2) return x;
+  return x.dim() > 2 ? x.flatten(0, -2) : x.unsqueeze(0);
+}
+
+// One prepared call. Its functions are called with the GIL held.
 struct Launches : torch::CustomClassHolder {
-  // (forward, backward, weight, geometry, dim), as Python gives it.
-  Launches(const py::tuple& prepared, double eps)
-      : forward(prepared[0]), backward(prepared[1]), geometry(prepared[3]), dim(prepared[4]), eps(eps) {
-    if (!prepared[2].is_none())
-      weight = c10::make_intrusive<Launches>(prepared[2].cast<py::tuple>(), eps);
+  Launches(const py::object& prepared, double eps)
+      : forms_forward(prepared.attr("forms_forward").cast<bool>()),
+        forms_backward(prepared.attr("forms_backward").cast<bool>()),
+        keeps(prepared.attr("keeps").cast<bool>()), eps(eps),
+        geometry(references.keep(prepared.attr("conv"))),
+        dim(references.keep(prepared.attr("dim"))),
+        python_forward(references.keep(prepared.attr("forward"))),
+        python_backward(references.keep(prepared.attr("backward"))),
+        prepare_backward(references.keep(prepared.attr("prepare_backward"))),
+        pass(as_pass(prepared.attr("run"))) {
+    if (const py::object w = prepared.attr("weight"); !w.is_none())
+      weight = c10::make_intrusive<Launches>(w, eps);
     if (!geometry.is_none())
       conv = std::make_from_tuple<Geometry>(
           geometry.cast<std::tuple<Sizes, Sizes, Sizes, bool, Sizes, int64_t>>());
   }
 
-  ~Launches() override {
-    if (!Py_IsInitialized()) {
-      for (py::object* o : {&forward, &backward, &geometry, &dim}) o->release();
-      return;
+  // (y, n); (W, n) without x.
+  std::pair<Tensor, Tensor> forward(
+      const Tensor& x, const Tensor& v, const Tensor& g, const Tensor& bias) {
+    if (forms_forward) {
+      const auto [w, n] = weight->forward({}, v, g, {});
+      py::gil_scoped_release released;
+      return {product(x, w, bias), n};
     }
-    py::gil_scoped_acquire gil;
-    for (py::object* o : {&forward, &backward, &geometry, &dim}) *o = py::object();
+    if (!pass)
+      return python_forward(as_object(x), v, g, as_object(bias)).cast<std::pair<Tensor, Tensor>>();
+    if (!x.defined()) {
+      const auto found = (*pass)({v, g});
+      return {found[0], found[1]};
+    }
+    const bool is_flat = conv || x.dim() == 2;
+    const auto found = (*pass)({is_flat ? x : as_rows(x), v, g, bias});
+    if (is_flat) return {found[0], found[1]};
+    auto sizes = x.sizes().vec();
+    sizes.back() = v.size(0);
+    return {found[0].view(sizes), found[1]};
   }
 
-  py::object forward;   // (x, v, g, bias) -> (y, n)
-  py::object backward;  // (dY, x, v, g, bias, n, needs) -> (dX, dV, dg, db)
-  c10::intrusive_ptr<Launches> weight;  // of W alone, where a training step keeps W
-  py::object geometry, dim;
-  std::optional<Geometry> conv;
+  // The product of x with a W that is formed, by PyTorch.
+  Tensor product(const Tensor& x, const Tensor& w, const Tensor& bias) const {
+    const Tensor cast = bias.defined() ? bias.to(w.scalar_type()) : bias;
+    return conv ? plain(x, w, cast, *conv) : at::linear(x, w, maybe(cast));
+  }
+
+  // (dX, dV, dg, db); what is not needed may be undefined.
+  variable_list backward(
+      const Tensor& dy, const Tensor& x, const Tensor& v, const Tensor& g, const Tensor& bias,
+      const Tensor& n, const Needs& needs) {
+    if (forms_backward) return backward_of_product(dy, x, v, g, n, needs);
+    const bool is_flat = !x.defined() || conv || x.dim() == 2;
+    const Tensor flat_dy = is_flat ? dy : as_rows(dy), flat_x = is_flat ? x : as_rows(x);
+    if (const auto prepared = backward_pass(flat_dy, flat_x, v, g, needs)) {
+      if (!x.defined()) {
+        const auto found = (*prepared)({dy, v, g, n});
+        return {Tensor(), found[0], found[1], Tensor()};
+      }
+      auto found = (*prepared)({flat_dy, flat_x, v, g, n});
+      if (!is_flat && found[0].defined()) found[0] = found[0].view(x.sizes());
+      return found;
+    }
+    const auto found = python_backward(
+        dy, as_object(x), v, g, as_object(bias), n, as_tuple(needs));
+    variable_list out;
+    for (auto& grad : found.cast<std::vector<MaybeTensor>>()) out.push_back(grad.value_or(Tensor()));
+    return out;
+  }
+
+  // The same around PyTorch's product, the layout of whose dW it alone determines.
+  variable_list backward_of_product(
+      const Tensor& dy, const Tensor& x, const Tensor& v, const Tensor& g, const Tensor& n,
+      const Needs& needs) {
+    const bool needs_weight = needs[1] || needs[2];
+    const Tensor formed = needs[0] ? weight->forward({}, v, g, {}).first : Tensor();
+    Tensor dx, dw, db;
+    {
+      py::gil_scoped_release released;
+      if (conv) {
+        // Alone, ATen would compute the weight's gradient beside it; in float16, it sums in float16.
+        if (needs[3] && (!needs_weight || dy.element_size() == 2)) db = bias_grad(dy, 1);
+        const bool rides = needs[3] && !db.defined();
+        const Tensor w = needs[0] ? formed : v.to(x.scalar_type());
+        if (needs[0] || needs_weight) {
+          auto found = plain_grads(dy, x, w, *conv, needs[0], needs_weight, rides);
+          std::tie(dx, dw) = std::tie(std::get<0>(found), std::get<1>(found));
+          if (rides) db = std::get<2>(found);
+        }
+      } else {
+        const Tensor rows = as_rows(dy);
+        if (needs[0]) dx = rows.mm(formed).view(x.sizes());
+        if (needs_weight) dw = rows.t().mm(as_rows(x));
+        if (needs[3]) db = rows.sum(0);
+      }
+    }
+    variable_list out{dx, {}, {}, db};
+    if (needs_weight) {
+      const auto found = weight->backward(dw, {}, v, g, {}, n, {false, true, true, false});
+      out[1] = found[1];
+      out[2] = found[2];
+    }
+    return out;
+  }
+
+  // The backward's pass for a layout of dY; null where Python serves it, and for the ninth layout.
+  std::shared_ptr<Pass> backward_pass(
+      const Tensor& dy, const Tensor& x, const Tensor& v, const Tensor& g, const Needs& needs) {
+    for (const auto& each : backwards)
+      if (each.needs == needs && dy.strides() == at::IntArrayRef(each.strides)) return each.pass;
+    if (backwards.size() == 8) return nullptr;
+    const auto prepared = as_pass(prepare_backward(dy, as_object(x), v, g, as_tuple(needs)));
+    backwards.push_back({needs, dy.strides().vec(), prepared});
+    return prepared;
+  }
+
+  struct Backward {
+    Needs needs;
+    Sizes strides;  // of dY
+    std::shared_ptr<Pass> pass;
+  };
+
+  References references;
+  bool forms_forward, forms_backward;  // whether PyTorch's product with W serves a direction
+  bool keeps;                          // whether a training step keeps that W
   double eps;
+  py::handle geometry, dim;
+  py::handle python_forward;    // (x, v, g, bias) -> (y, n)
+  py::handle python_backward;   // (dY, x, v, g, bias, n, needs) -> (dX, dV, dg, db)
+  py::handle prepare_backward;  // (dY, x, v, g, needs) -> its pass, or None
+  std::shared_ptr<Pass> pass;   // of the forward; null where Python serves it
+  c10::intrusive_ptr<Launches> weight;  // of W alone, where PyTorch's product serves a direction
+  std::optional<Geometry> conv;
+  std::vector<Backward> backwards;
 };
 
 using Prepared = c10::intrusive_ptr<Launches>;
@@ -63,20 +185,19 @@ struct Launched : Function<Launched> {
     const bool needs_x = x.defined() && ctx->needs_input_grad(edge++),
                needs_v = ctx->needs_input_grad(edge++), needs_g = ctx->needs_input_grad(edge++),
                needs_bias = bias.defined() && ctx->needs_input_grad(edge);
-    const auto needs = std::make_tuple(needs_x, needs_v, needs_g, needs_bias);
-    py::gil_scoped_acquire gil;
-    const auto object = [](const Tensor& t) { return t.defined() ? py::cast(t) : py::none(); };
-    py::object found;
-    if (at::GradMode::is_enabled() || !is_plain(grads[0], v.device().type())) {
-      found = callbacks().differentiable_grads(
-          grads[0], object(x), v, g, object(bias), launches->geometry, launches->dim,
-          launches->eps, needs);
-    } else {
-      found = launches->backward(grads[0], object(x), v, g, object(bias), n, needs);
-    }
+    const Needs needs{needs_x, needs_v, needs_g, needs_bias};
     variable_list out;
-    for (auto& grad : found.cast<std::vector<MaybeTensor>>())
-      out.push_back(grad.value_or(Tensor()));
+    py::gil_scoped_acquire gil;
+    if (at::GradMode::is_enabled() || !is_plain(grads[0], v.device().type())) {
+      const auto found = callbacks().differentiable_grads(
+          grads[0], as_object(x), v, g, as_object(bias), launches->geometry, launches->dim,
+          launches->eps, as_tuple(needs));
+      for (auto& grad : found.cast<std::vector<MaybeTensor>>())
+        out.push_back(grad.value_or(Tensor()));
+    } else {
+      out = launches->backward(grads[0], x, v, g, bias, n, needs);
+      if (out[3].defined() && bias.defined()) out[3] = out[3].to(bias.scalar_type());
+    }
     out.resize(6);
     return out;
   }
@@ -104,27 +225,25 @@ inline std::optional<Prepared> prepared(
   if (t.x.defined() && t.x.scalar_type() == at::kFloat)
     key.number(callbacks().takes_tf32(rank).cast<bool>());
   return launches_memo().find(key.bytes(), [&]() -> std::optional<Prepared> {
-    const auto object = [](const Tensor& t) { return t.defined() ? py::cast(t) : py::none(); };
     const auto answer = callbacks().launches(
-        rank, py::make_tuple(object(t.x), t.v, t.g, object(t.bias)), geometry, dim, eps);
+        rank, py::make_tuple(as_object(t.x), t.v, t.g, as_object(t.bias)), geometry, dim, eps);
     if (answer.is_none()) return std::nullopt;
-    return c10::make_intrusive<Launches>(answer.cast<py::tuple>(), py::cast<double>(eps));
+    return c10::make_intrusive<Launches>(answer, py::cast<double>(eps));
   });
 }
 
-inline Tensor run(const MaybeTensor& x, const Operands& t, const Prepared& launches) {
-  const auto object = [](const MaybeTensor& t) { return t ? py::cast(*t) : py::none(); };
+inline Tensor run(const Tensor& x, const Operands& t, const Tensor& bias, const Prepared& launches) {
   std::pair<Tensor, Tensor> result;
-  const MaybeTensor bias = x ? maybe(t.bias) : std::nullopt;
   {
     at::AutoDispatchBelowADInplaceOrView below;
     const at::NoGradGuard no_grad;
-    result = launches->forward(object(x), t.v, t.g, object(bias)).cast<std::pair<Tensor, Tensor>>();
+    result = launches->forward(x, t.v, t.g, bias);
   }
-  const bool recorded = at::GradMode::is_enabled() &&
-                        (t.needs_weight_grad() || (x && x->requires_grad()) ||
-                         (bias && bias->requires_grad()));
-  return recorded ? Launched::apply(x, t.v, t.g, bias, result, launches) : result.first;
+  const auto needs = [](const Tensor& tensor) { return tensor.defined() && tensor.requires_grad(); };
+  const bool recorded =
+      at::GradMode::is_enabled() && (t.needs_weight_grad() || needs(x) || needs(bias));
+  if (!recorded) return result.first;
+  return Launched::apply(maybe(x), t.v, t.g, maybe(bias), result, launches);
 }
 
 inline MaybeTensor launched(
@@ -135,13 +254,10 @@ inline MaybeTensor launched(
   const auto found = prepared(rank, *t, geometry, dim, eps);
   if (!found) return std::nullopt;
   const Prepared& launches = *found;
-  if (!launches->weight || !t->needs_grad()) return run(maybe(t->x), *t, launches);
-  const Tensor w = run(std::nullopt, *t, launches->weight);
-  const Geometry& conv = *launches->conv;
+  if (!launches->keeps || !t->needs_grad()) return run(t->x, *t, t->bias, launches);
+  const Tensor w = run({}, *t, {}, launches->weight);
   py::gil_scoped_release released;
-  return at::convolution(
-      t->x, w, maybe(t->bias), conv.stride, conv.padding, conv.dilation, conv.transposed,
-      conv.output_padding, conv.groups);
+  return launches->product(t->x, w, t->bias);
 }
 
 }  // namespace wn_kernels

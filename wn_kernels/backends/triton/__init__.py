@@ -9,9 +9,16 @@ from torch import Tensor
 
 from ...call import Call, Grads, Needs, Operands
 from .conv import convolution, convolution_backward
-from .linear import linear, linear_backward
+from .launch import target_of
+from .linear import linear, linear_backward, remembered_linear, remembered_linear_backward
 from .norm import slice_norms
-from .weight import weight_norm, weight_norm_backward
+from .passes import Pass
+from .weight import (
+    remembered_weight_norm,
+    remembered_weight_norm_backward,
+    weight_norm,
+    weight_norm_backward,
+)
 
 __all__ = [
     "convolution",
@@ -20,6 +27,8 @@ __all__ = [
     "layer_backward",
     "linear",
     "linear_backward",
+    "pass_backward",
+    "pass_forward",
     "slice_norms",
     "weight_norm",
     "weight_norm_backward",
@@ -56,3 +65,35 @@ def layer_backward(
     if call.conv is not None:
         return convolution_backward(dy, x, v, g, n, call.conv, *options)
     return linear_backward(dy, x, v, g, n, *options)
+
+
+def pass_forward(call: Call, plan: Any, tensors: Operands) -> Pass | None:
+    """The pass that computes `layer` for tensors of these layouts, `x` of a linear layer being 2-d;
+    `None` where more happens than allocations and launches."""
+    x, v, g, bias = tensors
+    target, options = target_of(v), (call.dim, call.eps)
+    if x is None:
+        return _as_pass(remembered_weight_norm(target, (v, g), *options, call.x_dtype))
+    if call.conv is not None:
+        return None
+    how = plan.forward, call.tf32
+    return _as_pass(remembered_linear(target, (x, v, g, bias), *options, *how))
+
+
+def pass_backward(
+    call: Call, plan: Any, dy: Tensor, tensors: Operands, needs: Needs
+) -> Pass | None:
+    """The pass that computes `layer_backward`, or `None`, as `pass_forward`. For the weight alone
+    its arguments are `(dW, v, g, n)`, and its results `(dV, dg)`."""
+    x, v, g, _ = tensors
+    target, options = target_of(v), (call.dim, call.eps)
+    if x is None:
+        return _as_pass(remembered_weight_norm_backward(target, (dy, v, g), *options))
+    if call.conv is not None:
+        return None
+    how = plan.backward, needs, call.tf32
+    return _as_pass(remembered_linear_backward(target, (dy, x, v, g), *options, *how))
+
+
+def _as_pass(run: Any) -> Pass | None:
+    return run if isinstance(run, Pass) and run.only_launches() else None

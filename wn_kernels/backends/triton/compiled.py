@@ -10,7 +10,7 @@ launched from here, and the caller goes on with `kernel[grid](...)`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import triton
@@ -21,10 +21,8 @@ from triton.runtime.jit import JITFunction
 VERSIONS = ("3.5", "3.6", "3.7", "3.8")
 
 _triton_s_run = JITFunction.run
-_is_supported = (
-    ".".join(triton.__version__.split(".")[:2]) in VERSIONS
-    and _triton_s_run.__module__ == "triton.runtime.jit"
-)
+_VERSION = ".".join(triton.__version__.split(".")[:2])
+_is_supported = _VERSION in VERSIONS and _triton_s_run.__module__ == "triton.runtime.jit"
 _runtime = triton.knobs.runtime
 
 
@@ -40,36 +38,75 @@ def is_watched() -> bool:
     )
 
 
+class Compiled:
+    """A compiled kernel with everything but its tensors. A call launches it on the current stream
+    of its device, which has to be the current one; it takes the kernel's first arguments, addresses
+    or tensor descriptors.
+
+    Attributes:
+        function: Triton's launcher. It takes the grid, the stream, the `fixed` arguments, and the
+            kernel's, all in one tuple where `is_nested`.
+        constants: the kernel's arguments after the tensors.
+    """
+
+    __slots__ = ("constants", "current_stream", "device", "fixed", "function", "grid", "is_nested")
+
+    def __init__(
+        self, compiled: CompiledKernel, grid: tuple[int, ...], device: int, constants: Sequence[Any]
+    ) -> None:
+        run = compiled.run
+        self.grid = (*grid, 1, 1)[:3]
+        self.constants = tuple(constants)
+        self.device, self.current_stream = device, driver.active.get_current_stream
+        if device < 0:  # tensors on no GPU, over a driver that takes them
+            self.device = driver.active.get_current_device()
+        # Nobody watches: no metadata of the launch, and no hook before and after it.
+        unwatched = (None, None, None)
+        self.is_nested = _is_plain(run)
+        if self.is_nested:
+            kind = run.launch_cooperative_grid, run.launch_pdl
+            scratch = (None, None)
+            signature = run.arg_annotations, run.kernel_signature
+            self.function = run.launch
+            self.fixed: tuple[Any, ...] = (
+                compiled.function,
+                *kind,
+                compiled.packed_metadata,
+                *unwatched,
+                *scratch,
+                *signature,
+            )
+        else:
+            self.function = run
+            self.fixed = compiled.function, compiled.packed_metadata, *unwatched
+
+    def __call__(self, arguments: Sequence[Any]) -> None:
+        stream = self.current_stream(self.device)
+        if self.is_nested:
+            self.function(*self.grid, stream, *self.fixed, (*arguments, *self.constants))
+        else:
+            self.function(*self.grid, stream, *self.fixed, *arguments, *self.constants)
+
+
+def _is_plain(run: Any) -> bool:
+    """Whether `run`, a kernel's launcher, is the one of an NVIDIA GPU in version 3.7, and would do
+    nothing but to call its C function: the kernel needs no scratch memory."""
+    if _VERSION != "3.7" or f"{type(run).__module__}.{type(run).__name__}" != _LAUNCHER:
+        return False
+    return not (run.global_scratch_size or run.profile_scratch_size)
+
+
+_LAUNCHER = "triton.backends.nvidia.driver.CudaLauncher"
+
+
 def launcher(
     compiled: Any, grid: tuple[int, ...], device: int, constants: Sequence[Any]
-) -> Callable[[Sequence[Any]], None] | None:
-    """A function that launches the kernel on the current stream of the device, which has to be the
-    current one. It takes the kernel's first arguments, addresses or tensor descriptors;
-    `constants` are all the others in the kernel's order.
+) -> Compiled | None:
+    """What launches the kernel on a device; `constants` are all of its arguments after the tensors,
+    in the kernel's order.
 
     `compiled` is what `kernel[grid](...)` returned. `None` where its launcher is not known.
     """
     if not _is_supported or not isinstance(compiled, CompiledKernel):
         return None
-    run, function, metadata = compiled.run, compiled.function, compiled.packed_metadata
-    x, y, z = (*grid, 1, 1)[:3]
-    current_stream = driver.active.get_current_stream
-    if device < 0:  # tensors on no GPU, over a driver that takes them
-        device = driver.active.get_current_device()
-    # The launch's metadata and the hooks before and after it: nobody watches.
-    unwatched = (None, None, None)
-
-    def launch(arguments: Sequence[Any]) -> None:
-        run(
-            x,
-            y,
-            z,
-            current_stream(device),
-            function,
-            metadata,
-            *unwatched,
-            *arguments,
-            *constants,
-        )
-
-    return launch
+    return Compiled(compiled, grid, device, constants)

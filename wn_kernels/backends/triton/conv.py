@@ -23,8 +23,9 @@ from . import configs, weight
 from .configs import Target
 from .conv_grad import prepare_weight_grad
 from .conv_product import prepare_product
-from .launch import allocator, remembered, target_of, unallocated
+from .launch import remembered, target_of, unallocated
 from .norm import remembered_slice_norms
+from .passes import Pass
 from .pixels import channels_last, repacker
 
 
@@ -126,11 +127,12 @@ def _prepare_weights(
     if variant == "packed":
         options = dim, eps, x.dtype, None, None, True
         return weight.remembered_weight_norm(target, (v, g), *options)
+    run = Pass("v", "g")
     if variant == "one_pass" and len(x):  # without an input, no program would run
-        norms = allocator(unallocated(g.shape, scale_dtype(v)))
+        run.new(n=unallocated(g.shape, scale_dtype(v)))
     else:
-        norms = remembered_slice_norms(target, (v,), dim, eps)
-    return lambda v, g: (v, norms(v))
+        run.call(remembered_slice_norms(target, (v,), dim, eps), "v", gives=("n",))
+    return run.returning("v", "n")
 
 
 Grads = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]

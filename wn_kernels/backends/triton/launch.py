@@ -3,7 +3,8 @@
 A launcher has two parts. Its `prepare_...` function works out all that the layouts of its tensors
 and its options determine: configurations, grids, the kernels' constant arguments, and the layouts
 of its results. It returns a function of the tensors that allocates the results, fills in their
-addresses and launches. The public functions keep what was prepared (`remembered`).
+addresses and launches: a `Pass` (passes.py) where that is all. The public functions keep what was
+prepared (`remembered`).
 """
 
 from __future__ import annotations
@@ -59,6 +60,12 @@ def recording() -> Iterator[list[Launch]]:
         _recorded = before
 
 
+def is_observed() -> bool:
+    """Whether launches have to go through `Launcher` one by one: they are recorded, or something
+    observes them."""
+    return _recorded is not None or compiled.is_watched()
+
+
 class Launcher:
     """A kernel with everything but its tensors: the grid and the constant arguments, by name.
 
@@ -95,7 +102,8 @@ class Launcher:
         count = len(kernel.arg_names) - len(constants)
         self.tensors = kernel.arg_names[:count]
         self.values = tuple(constants[name] for name in kernel.arg_names[count:])
-        self.compiled: dict[tuple[bool, ...] | None, Callable[[Sequence[Any]], None]] = {}
+        # By the tensors whose addresses are no multiples of 16 bytes: bit i stands for tensor i.
+        self.compiled: dict[int, compiled.Compiled] = {}
 
     def __call__(self, *tensors: Any) -> None:
         if _recorded is not None:
@@ -110,7 +118,7 @@ class Launcher:
                 self._launch(tensors)
 
     def _launch(self, tensors: tuple[Any, ...]) -> None:
-        bits = 0
+        bits = unaligned = 0
         if self.descriptors:
             arguments: Sequence[Any] = tensors
             addresses = [_memory(t).data_ptr() for t in tensors]
@@ -118,12 +126,12 @@ class Launcher:
             arguments = addresses = [t.data_ptr() for t in tensors]
         for address in addresses:
             bits |= address
-        # Which addresses are multiples of 16 bytes; `None` is all of them.
-        aligned = None if not bits & 15 else tuple(not address & 15 for address in addresses)
-        launch = self.compiled.get(aligned)
+        if bits & 15:
+            unaligned = sum(1 << i for i, address in enumerate(addresses) if address & 15)
+        launch = self.compiled.get(unaligned)
         if launch is None:
             with _compiling:  # once, whichever thread comes first
-                self._compile(tensors, aligned)
+                self._compile(tensors, unaligned)
         elif compiled.is_watched():
             self._launch_by_triton(tensors)
         else:
@@ -132,13 +140,13 @@ class Launcher:
     def _launch_by_triton(self, tensors: tuple[Any, ...]) -> Any:
         return self.kernel[self.grid](*tensors, **self.constants, **self.options)
 
-    def _compile(self, tensors: tuple[Any, ...], aligned: tuple[bool, ...] | None) -> None:
+    def _compile(self, tensors: tuple[Any, ...], unaligned: int) -> None:
         """Launches by Triton, and keeps what it compiled."""
         result = self._launch_by_triton(tensors)
-        if aligned not in self.compiled and not compiled.is_watched():
+        if unaligned not in self.compiled and not compiled.is_watched():
             launch = compiled.launcher(result, self.grid, self.device, self.values)
             if launch is not None:
-                self.compiled[aligned] = launch
+                self.compiled[unaligned] = launch
 
 
 def _memory(t: Tensor | TensorDescriptor) -> Tensor:

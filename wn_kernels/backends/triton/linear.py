@@ -43,6 +43,7 @@ from .launch import (
 )
 from .linear_grad import prepare_weight_grad
 from .norm import remembered_slice_norms
+from .passes import Pass
 
 # --- kernels -----------------------------------------------------------------------------------
 
@@ -190,7 +191,7 @@ def linear(
     """`(y, n)` for `x` of shape `(M, K)`; variants as in `costs.triton_linear`."""
     g = g.contiguous()
     options = dim, eps, variant, takes_tf32(x.dtype), config
-    return _linear(target_of(x), (x, v, g, bias), *options)(x, v, g, bias)
+    return remembered_linear(target_of(x), (x, v, g, bias), *options)(x, v, g, bias)
 
 
 def prepare_linear(
@@ -219,20 +220,17 @@ def prepare_linear(
     if variant == "one_pass" and dim != 0:
         raise ValueError(f"one_pass needs dim=0, got dim={dim}")
     form = "one_pass" if variant == "one_pass" else _form(dim, 1, narrows_range(x.dtype, v.dtype))
+    run = Pass("x", "v", "g", "bias")
     if form == "one_pass" and len(x):  # without a row, no program would run
-        norms = allocator(unallocated((len(v), 1), scale_dtype(v)))
+        run.new(n=unallocated((len(v), 1), scale_dtype(v)))
     else:
-        norms = remembered_slice_norms(target, (v,), dim, eps)
+        run.call(remembered_slice_norms(target, (v,), dim, eps), "v", gives=("n",))
     product = _prepare_matmul(target, x, v, bias, dim, form, eps, tf32, config)
-
-    def run(x: Tensor, v: Tensor, g: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-        n = norms(v)
-        return product(x, v, g, n, bias), n
-
-    return run
+    run.call(product, "x", "v", "g", "n", "bias", gives=("y",))
+    return run.returning("y", "n")
 
 
-_linear = remembered(prepare_linear)
+remembered_linear = remembered(prepare_linear)
 
 
 def _form(dim: int | None, reduced: int, narrows: bool) -> str:
@@ -253,12 +251,11 @@ def _prepare_matmul(
     tf32: bool,
     config: configs.MatmulConfig | None,
     may_copy: bool = True,
-) -> Callable[[Tensor, Tensor, Tensor, Tensor, Tensor | None], Tensor]:
-    """`run(a, v, g, n, bias)` returns `C = A Wᵀ + bias` for `a` of shape `(M, R)` and `v` laid out
+) -> Callable[[Tensor, Tensor, Tensor, Tensor, Tensor | None], tuple[Tensor]]:
+    """`run(a, v, g, n, bias)` returns `(A Wᵀ + bias,)` for `a` of shape `(M, R)` and `v` laid out
     here as `(O, R)`; `run` takes either view of its memory."""
     (m, r), o = a.shape, v.shape[0]
     c = unallocated((m, o), a.dtype)
-    new_c = allocator(c)
     turned = v.stride(1) != 1
     lying = v.t() if turned else v
     size = max(a.element_size(), v.element_size())  # V's tile is held in its own dtype
@@ -301,28 +298,29 @@ def _prepare_matmul(
         **config._asdict(),
     )
 
-    def run(a: Tensor, v: Tensor, g: Tensor, n: Tensor, bias: Tensor | None) -> Tensor:
-        c = new_c(a)
-        launch(a, v, g, n, c if bias is None else bias, c)
-        return c
-
     if not described:
-        return run
+        run = Pass("a", "v", "g", "n", "bias")
+        run.new(c=c)
+        run.call(launch, "a", "v", "g", "n", "c" if bias is None else "bias", "c")
+        return run.returning("c")
+    new_c = allocator(c)
     block_m, block_o, block_r = config[:3]
     describe_a = describer(a, (block_m, block_r))
     describe_v = describer(lying, (block_r, block_o) if turned else (block_o, block_r))
     layouts = a, v, bias
 
     @cache
-    def unaligned() -> Callable[[Tensor, Tensor, Tensor, Tensor, Tensor | None], Tensor]:
+    def unaligned() -> Callable[[Tensor, Tensor, Tensor, Tensor, Tensor | None], tuple[Tensor]]:
         return _prepare_matmul(target, *layouts, dim, form, eps, tf32, None, may_copy=False)
 
-    def run_described(a: Tensor, v: Tensor, g: Tensor, n: Tensor, bias: Tensor | None) -> Tensor:
+    def run_described(
+        a: Tensor, v: Tensor, g: Tensor, n: Tensor, bias: Tensor | None
+    ) -> tuple[Tensor]:
         if (a.data_ptr() | v.data_ptr()) & 15:
             return unaligned()(a, v, g, n, bias)
         c = new_c(a)
         launch(describe_a(a), describe_v(v), g, n, c if bias is None else bias, c)
-        return c
+        return (c,)
 
     return run_described
 
@@ -347,7 +345,7 @@ def linear_backward(
     """`(dX, dV, dg, db)`, `None` where `needs` says so and no other output brings it along."""
     g = g.contiguous()
     options = dim, eps, variant, needs, takes_tf32(x.dtype), matmul_config, grad_config
-    return _linear_backward(target_of(x), (dy, x, v, g), *options)(dy, x, v, g, n)
+    return remembered_linear_backward(target_of(x), (dy, x, v, g), *options)(dy, x, v, g, n)
 
 
 def prepare_linear_backward(
@@ -378,22 +376,23 @@ def prepare_linear_backward(
             return dx, dv, dg, dy.sum(0) if needs_bias else None
 
         return run_materialized
+    run = Pass("dy", "x", "v", "g", "n")
     if needs_x:
         form = _form(dim, 0, narrows_range(x.dtype, v.dtype))
         product = _prepare_matmul(target, dy, v.t(), None, dim, form, eps, tf32, matmul_config)
+        run.call(product, "dy", "v", "g", "n", None, gives=("dx",))
+    dx = "dx" if needs_x else None
     if needs_weight:
         one_pass = variant == "one_pass"
         weight_grad = prepare_weight_grad(
             target, dy, x, v, g, dim, eps, one_pass, needs_bias, tf32, grad_config
         )
-
-    def run(dy: Tensor, x: Tensor, v: Tensor, g: Tensor, n: Tensor) -> Grads:
-        dx = product(dy, v, g, n, None) if needs_x else None
-        if needs_weight:
-            return dx, *weight_grad(dy, x, v, g, n)
-        return dx, None, None, dy.sum(0) if needs_bias else None
-
-    return run
+        run.call(weight_grad, "dy", "x", "v", "g", "n", gives=("dv", "dg", "db"))
+        return run.returning(dx, "dv", "dg", "db")
+    if not needs_bias:
+        return run.returning(dx, None, None, None)
+    run.call(lambda dy: (dy.sum(0),), "dy", gives=("db",))
+    return run.returning(dx, None, None, "db")
 
 
-_linear_backward = remembered(prepare_linear_backward)
+remembered_linear_backward = remembered(prepare_linear_backward)

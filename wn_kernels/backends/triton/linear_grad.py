@@ -24,6 +24,7 @@ from . import configs, weight
 from .common import dot, dot_coefficient, offsets
 from .configs import Target
 from .launch import Launcher, allocator, is_wide, product_types, unallocated
+from .passes import Pass
 
 # --- kernels -----------------------------------------------------------------------------------
 
@@ -199,9 +200,8 @@ def prepare_weight_grad(
         config = configs.grad_one_pass(m, size, target) if one_pass else configs.grad(size, target)
     if one_pass and m > config.BLOCK_M:
         raise ValueError(f"one_pass holds {config.BLOCK_M} rows in its tile, got {m}")
-    new_dv, new_dg = allocator(dv), allocator(g)
-    new_db = allocator(unallocated(dy.shape[1:], dy.dtype))
     if o == 0 or r == 0:  # no tile would run
+        new_dv = allocator(dv)
         return lambda dy, x, v, g, n: (
             new_dv(v),
             torch.zeros_like(g),
@@ -225,30 +225,24 @@ def prepare_weight_grad(
         **config._asdict(),
     }
     tiles_o, tiles_r = triton.cdiv(o, config.BLOCK_O), triton.cdiv(r, config.BLOCK_R)
+    run = Pass("dy", "x", "v", "g", "n")
+    run.new(dv=dv)
+    if needs_bias:
+        run.new(db=unallocated(dy.shape[1:], dy.dtype))
+    db = "db" if needs_bias else "dv"
+    factors = ("x", "dy") if swaps else ("dy", "x")
     if one_pass:
         stages = config.num_stages
         launch = Launcher(
             grad_one_pass_kernel, target, (tiles_o,), EPS=eps, STAGES=stages, **constants
         )
+        run.new(dg=g)
+        run.call(launch, *factors, "v", "g", "n", "dv", "dg", db)
     else:
         launch = Launcher(grad_kernel, target, (tiles_o, tiles_r), **constants)
         partial = unallocated((tiles_r, o), scale_dtype(v))
-        new_partial = allocator(partial)
+        run.new(partial=partial)
+        run.call(launch, *factors, "v", "dv", "partial", db)
         finish = weight.prepare_finish_weight_grad(target, dv, partial, v, g, dim, eps)
-
-    def run(
-        dy: Tensor, x: Tensor, v: Tensor, g: Tensor, n: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        dv = new_dv(v)
-        db = new_db(dy) if needs_bias else None
-        p, q = (x, dy) if swaps else (dy, x)
-        if one_pass:
-            dg = new_dg(g)
-            launch(p, q, v, g, n, dv, dg, dv if db is None else db)
-        else:
-            partial = new_partial(v)
-            launch(p, q, v, dv, partial, dv if db is None else db)
-            dg = finish(dv, partial, v, g, n)
-        return dv, dg, db
-
-    return run
+        run.call(finish, "dv", "partial", "v", "g", "n", gives=("dg",))
+    return run.returning("dv", "dg", "db" if needs_bias else None)

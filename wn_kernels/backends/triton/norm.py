@@ -22,12 +22,12 @@ from .launch import (
     Launcher,
     Walk,
     acc_type,
-    allocator,
     as_slices,
     remembered,
     target_of,
     unallocated,
 )
+from .passes import Pass
 
 # --- kernels -----------------------------------------------------------------------------------
 
@@ -193,7 +193,8 @@ def slice_norms(
     splits: int | None = None,
 ) -> Tensor:
     """`n` for every slice, in the kept shape."""
-    return remembered_slice_norms(target_of(v), (v,), dim, eps, config, splits)(v)
+    (n,) = remembered_slice_norms(target_of(v), (v,), dim, eps, config, splits)(v)
+    return n
 
 
 def prepare_slice_norms(
@@ -203,7 +204,7 @@ def prepare_slice_norms(
     eps: float,
     config: configs.SliceConfig | None = None,
     splits: int | None = None,
-) -> Callable[[Tensor], Tensor]:
+) -> Callable[[Tensor], tuple[Tensor]]:
     """`run(v)` returns the norms."""
     slices = as_slices([v], dim)
     if slices is None:
@@ -211,8 +212,7 @@ def prepare_slice_norms(
         return lambda v: run_dense(v.contiguous())
     walk = Walk(slices, [v], target, config, splits)
     split = walk.splits > 1
-    layout = unallocated(kept_shape(v.shape, dim), scale_dtype(v))
-    new_norm = allocator(layout)
+    norm = unallocated(kept_shape(v.shape, dim), scale_dtype(v))
     launch = Launcher(
         slice_sum_kernel,
         target,
@@ -225,26 +225,17 @@ def prepare_slice_norms(
         **walk.strides(a=0, b=0),
         **walk.arguments,
     )
-    if not split:
-
-        def run(v: Tensor) -> Tensor:
-            norm = new_norm(v)
-            launch(v, v, norm)
-            return norm
-
-        return run
-
-    layout = unallocated((walk.splits, slices.n), layout.dtype)
-    new_partial = allocator(layout)
-    finish = prepare_finish(target, layout, eps, grad=False)
-
-    def run_split(v: Tensor) -> Tensor:
-        norm, partial = new_norm(v), new_partial(v)
-        launch(v, v, partial)
-        finish(partial, norm, norm, norm, norm)
-        return norm
-
-    return run_split
+    run = Pass("v")
+    run.new(norm=norm)
+    if split:
+        partial = unallocated((walk.splits, slices.n), norm.dtype)
+        finish = prepare_finish(target, partial, eps, grad=False)
+        run.new(partial=partial)
+        run.call(launch, "v", "v", "partial")
+        run.call(finish, "partial", "norm", "norm", "norm", "norm")
+    else:
+        run.call(launch, "v", "v", "norm")
+    return run.returning("norm")
 
 
 remembered_slice_norms = remembered(prepare_slice_norms)

@@ -37,6 +37,7 @@ from .norm import (
     slice_sum_kernel,
     slice_sums,
 )
+from .passes import Pass
 from .pixels import with_channels_last
 
 # --- kernels -----------------------------------------------------------------------------------
@@ -204,11 +205,11 @@ def prepare_weight_norm(
 ) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
     """`run(v, g)` returns `(W, n)`, `W` in `V`'s memory layout or with its channels contiguous."""
     w = packed(v, dtype) if channels_last else torch.empty_like(v, dtype=dtype)
-    new_w = allocator(w)
     slices = as_slices([w, v], dim)
     if slices is None:
         dense = v.contiguous()
         run_dense = prepare_weight_norm(target, dense, g, dim, eps, dtype, config, splits)
+        new_w = allocator(w)
 
         def run_copied(v: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
             w, norm = run_dense(v.contiguous(), g)
@@ -217,9 +218,6 @@ def prepare_weight_norm(
         return run_copied
     walk = Walk(slices, [w, v], target, config, splits)
     fused = walk.splits == 1
-    norms = allocator(unallocated(kept_shape(v.shape, dim), scale_dtype(v)))
-    if not fused:
-        norms = remembered_slice_norms(target, (v,), dim, eps, config, splits)
     launch = Launcher(
         weight_kernel,
         target,
@@ -230,12 +228,15 @@ def prepare_weight_norm(
         **walk.arguments,
     )
 
-    def run(v: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
-        w, norm = new_w(v), norms(v)
-        launch(v, g, norm, w)
-        return w, norm
-
-    return run
+    run = Pass("v", "g")
+    run.new(w=w)
+    if fused:
+        run.new(norm=unallocated(kept_shape(v.shape, dim), scale_dtype(v)))
+    else:
+        norms = remembered_slice_norms(target, (v,), dim, eps, config, splits)
+        run.call(norms, "v", gives=("norm",))
+    run.call(launch, "v", "g", "norm", "w")
+    return run.returning("w", "norm")
 
 
 remembered_weight_norm = remembered(prepare_weight_norm)
@@ -276,13 +277,13 @@ def prepare_weight_norm_backward(
 ) -> Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]:
     """`run(dw, v, g, norm)` returns `(dV, dg)`."""
     dv = torch.empty_like(v)
-    new_dv, new_dg = allocator(dv), allocator(g)
     in_parts = dw.ndim > v.ndim
     parts = dw if in_parts else dw[None]
     slices = as_slices([dv, parts[0], v], dim)
     if slices is None:
         dense = parts[0].contiguous(), v.contiguous(), g
         run_dense = prepare_weight_norm_backward(target, *dense, dim, eps, config, splits)
+        new_dv = allocator(dv)
 
         def run_copied(dw: Tensor, v: Tensor, g: Tensor, norm: Tensor) -> tuple[Tensor, Tensor]:
             dw = (dw.sum(0) if in_parts else dw).contiguous()
@@ -291,17 +292,14 @@ def prepare_weight_norm_backward(
 
         return run_copied
     walk = Walk(slices, [dv, parts, v], target, config, splits)
+    run = Pass("dw", "v", "g", "norm")
+    run.new(dv=dv)
     if walk.splits == 1:
+        run.new(dg=g)
         launch = _weight_grad_launcher(walk, target, parts, eps, fused=True)
-
-        def run(dw: Tensor, v: Tensor, g: Tensor, norm: Tensor) -> tuple[Tensor, Tensor]:
-            dv, dg = new_dv(v), new_dg(g)
-            launch(dw, v, g, norm, dg, norm, dv)
-            return dv, dg
-
-        return run
+        run.call(launch, "dw", "v", "g", "norm", "dg", "norm", "dv")
+        return run.returning("dv", "dg")
     partial = unallocated((walk.splits, walk.slices.n), scale_dtype(v))
-    new_partial = allocator(partial)
     dots = Launcher(
         slice_sum_kernel,
         target,
@@ -314,14 +312,11 @@ def prepare_weight_norm_backward(
         **walk.strides(a=1, b=2),
         **walk.arguments,
     )
+    run.new(partial=partial)
+    run.call(dots, "dw", "v", "partial")
     finish = _prepare_finish(walk, target, partial, parts, g, eps)
-
-    def run_split(dw: Tensor, v: Tensor, g: Tensor, norm: Tensor) -> tuple[Tensor, Tensor]:
-        dv, partial = new_dv(v), new_partial(v)
-        dots(dw, v, partial)
-        return dv, finish(partial, dw, v, g, norm, dv)
-
-    return run_split
+    run.call(finish, "partial", "dw", "v", "g", "norm", "dv", gives=("dg",))
+    return run.returning("dv", "dg")
 
 
 remembered_weight_norm_backward = remembered(prepare_weight_norm_backward)
@@ -335,9 +330,9 @@ def prepare_finish_weight_grad(
     g: Tensor,
     dim: int | None,
     eps: float,
-) -> Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]:
-    """`run(dw, partial, v, g, norm)` returns `dg`, and turns the matrix `dW`, in place, into `dV`,
-    given partial dots.
+) -> Pass:
+    """`run(dw, partial, v, g, norm)` returns `(dg,)`, and turns the matrix `dW`, in place, into
+    `dV`, given partial dots.
 
     `partial` is `(splits, N)`; for `dim=None` all of it belongs to the one slice.
     """
@@ -347,25 +342,22 @@ def prepare_finish_weight_grad(
         partial = partial.view(-1, 1)
     walk = Walk(slices, [dw, dw, v], target, None, None)
     finish = _prepare_finish(walk, target, partial, dw[None], g, eps)
-    return lambda dw, partial, v, g, norm: finish(partial, dw, v, g, norm, dw)
+    run = Pass("dw", "partial", "v", "g", "norm")
+    run.call(finish, "partial", "dw", "v", "g", "norm", "dw", gives=("dg",))
+    return run.returning("dg")
 
 
 def _prepare_finish(
     walk: Walk, target: Target, partial: Tensor, parts: Tensor, g: Tensor, eps: float
-) -> Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]:
-    """`run(partial, dw, v, g, norm, dv)` sums the dots, then writes `dV`; it returns `dg`."""
-    new_dg = allocator(g)
-    new_coef = allocator(unallocated(g.shape, partial.dtype))
+) -> Pass:
+    """`run(partial, dw, v, g, norm, dv)` sums the dots, then writes `dV`; it returns `(dg,)`."""
+    run = Pass("partial", "dw", "v", "g", "norm", "dv")
+    run.new(dg=g, coef=unallocated(g.shape, partial.dtype))
     finish = prepare_finish(target, partial, eps, grad=True)
+    run.call(finish, "partial", "g", "norm", "dg", "coef")
     launch = _weight_grad_launcher(walk, target, parts, eps, fused=False)
-
-    def run(partial: Tensor, dw: Tensor, v: Tensor, g: Tensor, norm: Tensor, dv: Tensor) -> Tensor:
-        dg, coef = new_dg(g), new_coef(g)
-        finish(partial, g, norm, dg, coef)
-        launch(dw, v, g, norm, dg, coef, dv)
-        return dg
-
-    return run
+    run.call(launch, "dw", "v", "g", "norm", "dg", "coef", "dv")
+    return run.returning("dg")
 
 
 def _weight_grad_launcher(

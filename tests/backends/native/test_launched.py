@@ -1,0 +1,373 @@
+"""Triton's calls as nodes of the native library: passes that run without Python, the functions that
+it falls back to, and what surrounds them."""
+
+import functools
+import gc
+import json
+import os
+import subprocess
+import sys
+import weakref
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+import wn_kernels.functional as WF
+from tests.comparison import Case, ConvCase, assert_matches, assert_same_bits
+from wn_kernels import operators, plan, prepare, use_backend
+from wn_kernels.backends import native, reference, vendor
+from wn_kernels.backends.triton import launch
+
+ROOT = Path(__file__).parents[3]
+HALF = torch.bfloat16
+CASES = {
+    "linear, one pass": Case(4, 20, 12, 0),
+    "linear, inputs": Case(10, 24, 12, 1),
+    "linear, whole": Case(9, 24, 12, None),
+    "linear, wide weight": Case(5, 24, 12, 0, HALF, torch.float32),
+    "1d": ConvCase(2, 6, 8, (9,), (3,), 0),
+    "1d, wide weight": ConvCase(2, 6, 8, (9,), (3,), 0, HALF, torch.float32),
+    "2d": ConvCase(2, 6, 8, (7, 5), (3, 3), 0),
+    "2d, channels last": ConvCase(2, 8, 6, (7, 5), (3, 3), 0, layout="channels-last"),
+    "3d": ConvCase(1, 3, 4, (4, 4, 4), (2, 2, 2), 0),
+    "up": ConvCase(2, 6, 8, (9,), (4,), 0, transposed=True, stride=2),
+}
+
+
+@pytest.fixture(autouse=True)
+def _through_the_library(monkeypatch):
+    """Every call is a node: Python's own way is closed."""
+    native.build()
+    launch.forget()
+
+    def closed(*_):
+        raise AssertionError("Python served the call")
+
+    monkeypatch.setattr(operators, "layer", closed)
+    with use_backend("triton"):
+        yield
+    launch.forget()
+
+
+def no_functions(monkeypatch):
+    """Leaves passes alone."""
+
+    def closed(*_):
+        raise AssertionError("a function of Python served a direction")
+
+    monkeypatch.setattr(operators, "_run", closed)
+    monkeypatch.setattr(operators, "_run_backward", closed)
+
+
+@pytest.fixture
+def planned(monkeypatch):
+    """A function that has every layer planned so."""
+    real = plan.choose
+
+    def plans(forward, backward, keeps=""):
+        def choose(call, backend):
+            if not call.x_shape or backend != "triton":
+                return real(call, backend)
+            return plan.Plan(backend, forward, backward, keeps)
+
+        monkeypatch.setattr(plan, "choose", choose)
+        prepare.forget()
+
+    yield plans
+    monkeypatch.undo()
+    prepare.forget()
+
+
+def layer(name):
+    """Ours, of the case."""
+    case = CASES[name]
+    if isinstance(case, ConvCase):
+        return case.layer
+    return functools.partial(WF.wn_linear, dim=case.dim, eps=case.eps)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_as_planned(name):
+    """The plan of the cost model: values and gradients."""
+    CASES[name].check(layer(name))
+
+
+@pytest.mark.parametrize("keeps", ["", "weight"])
+@pytest.mark.parametrize("name", [name for name in CASES if name[0] != "l"])
+def test_formed_weight(name, keeps, planned, monkeypatch):
+    """`W` by a pass, then PyTorch's product, in both directions: no function of Python runs."""
+    planned("materialize", "materialize", keeps)
+    no_functions(monkeypatch)
+    CASES[name].check(layer(name))
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if name[0] == "l"])
+@pytest.mark.parametrize("variant", ["one_pass", "scaled", "materialize"])
+def test_linear(name, variant, planned, monkeypatch):
+    """Passes alone, in both directions, whatever the forward is paired with."""
+    case = CASES[name]
+    owns = {0: ("one_pass", "one_pass"), 1: ("scaled", "one_pass"), None: ("scaled", "scaled")}
+    planned(*(owns[case.dim] if variant == "one_pass" else (variant, variant)))
+    no_functions(monkeypatch)
+    case.check(layer(name))
+
+
+@pytest.mark.parametrize("shape", [(20,), (2, 3, 20), (0, 20)])
+def test_rows(shape, planned, monkeypatch):
+    """`x` of any number of dimensions, and without a row."""
+    no_functions(monkeypatch)
+    case = Case(6, 20, 12, 0)
+    x = torch.randn(shape, requires_grad=True)
+    leaves = [t.detach().requires_grad_() for t in (case.v, case.g, case.bias)]
+    y = WF.wn_linear(x, *leaves)
+    wide = [t.detach().double().requires_grad_() for t in (x, *leaves)]
+    w = reference.weight_norm(*wide[1:3], 0, 0.0)
+    expected = torch.nn.functional.linear(wide[0], w, wide[3])
+    dy = torch.randn_like(y)
+    found = y, *torch.autograd.grad(y, [x, *leaves], dy)
+    right = expected, *torch.autograd.grad(expected, wide, dy.double())
+    for t, other in zip(found, right, strict=True):
+        assert t.shape == other.shape
+        if other.numel() and other.abs().max() > 0:
+            assert_matches(t, other, torch.float32, 240, terms=10 * other.norm().item())
+
+
+def weight():
+    v, g = torch.randn(6, 5), torch.rand(6, 1) + 0.5
+    return v.requires_grad_(), g.requires_grad_()
+
+
+def test_layouts_of_the_gradient(monkeypatch):
+    """Each has its own pass, and the ninth is right as well."""
+    v, g = weight()
+    w = WF.weight_norm(v, g)
+    right = reference.weight_norm(v.double(), g.double(), 0, 0.0)
+    for i in range(1, 12):
+        dw = torch.randn(6, 5 * i)[:, ::i]
+        found = torch.autograd.grad(w, (v, g), dw, retain_graph=True)
+        expected = torch.autograd.grad(right, (v, g), dw.double(), retain_graph=True)
+        for grad, other in zip(found, expected, strict=True):
+            assert_matches(grad, other.double(), torch.float32, 30, terms=20.0)
+
+
+def test_second_order():
+    v, g = (t.detach().double().requires_grad_() for t in weight())
+    assert torch.autograd.gradgradcheck(lambda v, g: WF.weight_norm(v, g), (v, g))
+    x = torch.randn(3, 5, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradgradcheck(lambda *t: WF.wn_linear(*t), (x, v, g))
+
+
+def test_the_graph_is_kept_or_freed():
+    v, g = weight()
+    w, dw = WF.weight_norm(v, g), torch.randn(6, 5)
+    first = torch.autograd.grad(w, (v, g), dw, retain_graph=True)
+    second = torch.autograd.grad(w, (v, g), dw)
+    for a, b in zip(first, second, strict=True):
+        assert_same_bits(a, b)
+    with pytest.raises(RuntimeError, match="second time"):
+        torch.autograd.grad(w, (v, g), dw)
+    w = WF.weight_norm(v, g)
+    with torch.no_grad():
+        v.mul_(2)
+    with pytest.raises(RuntimeError, match="inplace operation"):
+        w.backward(dw)
+
+
+@pytest.mark.parametrize("kernel", ["weight_kernel", "weight_grad_kernel"])
+def test_an_error_of_a_launch_surfaces(kernel, monkeypatch):
+    """In the forward and in the backward; the next call is right."""
+    v, g = weight()
+    real = launch.Launcher.__call__
+
+    def fails(self, *tensors):
+        if self.kernel.__name__ == kernel:
+            raise ZeroDivisionError(kernel)
+        return real(self, *tensors)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(launch.Launcher, "__call__", fails)
+        with pytest.raises(ZeroDivisionError, match=kernel):
+            WF.weight_norm(v, g).backward(torch.ones(6, 5))
+    WF.weight_norm(v, g).backward(torch.ones(6, 5))
+    assert v.grad.isfinite().all()
+
+
+def test_recorded_launches():
+    """`recording` sees both directions, and nothing runs."""
+    v, g = weight()
+    with launch.recording() as launches:
+        WF.weight_norm(v, g).backward(torch.ones(6, 5))
+    names = [each.kernel.__name__ for each in launches]
+    assert names == ["weight_kernel", "weight_grad_kernel"]
+
+
+def test_where_the_vendor_s_product_is_wrong(monkeypatch):
+    """Python serves the call, and widens it."""
+    monkeypatch.setattr(vendor, "WRONG_IN_3D", frozenset((HALF,)))
+    case = ConvCase(1, 3, 4, (4, 4, 4), (2, 2, 2), 0, HALF)
+    with pytest.raises(AssertionError, match="Python served"), torch.no_grad():
+        case.layer(case.x, case.v, case.g, case.bias)
+
+
+def test_nothing_is_held():
+    """Of a call, no tensor; of a prepared call that is forgotten, no launcher."""
+
+    def launchers():
+        gc.collect()
+        return sum(isinstance(o, launch.Launcher) for o in gc.get_objects())
+
+    v, g = weight()
+    before = launchers()
+    w = WF.weight_norm(v, g)
+    w.backward(torch.ones(6, 5))
+    tensors = [weakref.ref(t) for t in (v, g, w, v.grad, g.grad)]
+    assert launchers() == before + 2
+    del v, g, w
+    assert not any(t() is not None for t in tensors)
+    launch.forget()
+    assert launchers() == before
+
+
+SETUP = """
+import gc, json, sys, threading
+from bench import stand_in
+stand_in.activate()
+import torch, triton, wn_kernels
+from triton.runtime.jit import JITFunction
+from wn_kernels import functional as WF, operators
+from wn_kernels.backends.triton import launch
+
+v, g = torch.randn(64, 64, requires_grad=True), torch.rand(64, 1, requires_grad=True)
+x, bias = torch.randn(16, 64, requires_grad=True), torch.randn(64, requires_grad=True)
+dw, dy = torch.randn(64, 64), torch.randn(16, 64)
+
+def step():
+    WF.weight_norm(v, g).backward(dw)
+    WF.wn_linear(x, v, g, bias).backward(dy)
+
+def launchers():
+    return [o for o in gc.get_objects() if isinstance(o, launch.Launcher)]
+
+called = []
+real = launch.Launcher.__call__
+
+def counts(self, *tensors):
+    called.append(self.kernel.__name__)
+    return real(self, *tensors)
+
+launch.Launcher.__call__ = counts
+forced = wn_kernels.use_backend("triton")
+forced.__enter__()
+"""
+
+
+def compiled(code):
+    """What `code` prints, in a process that compiles, over a driver that does nothing."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-c", SETUP + code],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=environment,
+        cwd=ROOT,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_launches_without_python():
+    """Python's launcher compiles, and is not called again; hooks and a launch checker see every
+    launch, in both directions."""
+    first, second, hooked, replaced, again = compiled("""
+found = []
+def record():
+    called.clear()
+    step()
+    found.append(list(called))
+
+record(), record()
+seen = []
+hook = lambda metadata: seen.append(metadata.get()["name"])
+triton.knobs.runtime.launch_enter_hook.add(hook)
+step()
+found.append(list(seen))
+triton.knobs.runtime.launch_enter_hook.remove(hook)
+triton_s_run = JITFunction.run
+JITFunction.run = lambda self, *a, **k: triton_s_run(self, *a, **k)  # a launch checker's
+record()
+JITFunction.run = triton_s_run
+record()
+print(json.dumps(found))
+""")
+    assert len(first) == 5
+    assert second == again == []
+    assert first == hooked == replaced
+
+
+def test_addresses_have_kernels_of_their_own():
+    """A view that is no multiple of 16 bytes has another kernel, compiled once."""
+    assert compiled("""
+moved = torch.empty(64 * 64 + 1)[1:].view(64, 64)
+found = []
+for t in (v, moved, v, moved):
+    called.clear()
+    with torch.no_grad():
+        WF.weight_norm(t, g)
+    found.append(len(called))
+(launcher,) = launchers()
+print(json.dumps([found, sorted(launcher.compiled)]))
+""") == [[1, 1, 0, 0], [0, 1]]
+
+
+def test_threads():
+    """Threads that start together, forward and backward: nothing is lost, nothing fails."""
+    assert (
+        compiled("""
+failed = []
+barrier = threading.Barrier(8)
+
+def work():
+    mine = [t.detach().clone().requires_grad_() for t in (x, v, g, bias)]
+    barrier.wait()
+    try:
+        for i in range(60):
+            if i % 20 == 19:
+                launch.forget()  # while others launch
+            y = WF.wn_linear(*mine)
+            grads = torch.autograd.grad(y, mine, dy)
+            assert [t.shape for t in grads] == [t.shape for t in mine]
+    except BaseException as error:
+        failed.append(repr(error))
+
+threads = [threading.Thread(target=work) for _ in range(8)]
+for t in threads: t.start()
+for t in threads: t.join()
+print(json.dumps(failed))
+""")
+        == []
+    )
+
+
+def test_references():
+    """A thousand calls leave every count of references as it was."""
+    assert compiled("""
+step()
+kernels = [c for l in launchers() for c in l.compiled.values()]
+assert kernels
+def counts_now():
+    # The arguments that no other object shares.
+    shared = [o for c in kernels for o in (*c.fixed, *c.constants, c.function, c.current_stream)]
+    return [sys.getrefcount(o) for o in shared if not isinstance(o, (int, type(None)))]
+
+for _ in range(10): step()
+before, objects, blocks = counts_now(), len(gc.get_objects()), sys.getallocatedblocks()
+for _ in range(1000): step()
+gc.collect()
+after = counts_now()
+print(json.dumps([before == after, len(gc.get_objects()) - objects < 50,
+                  sys.getallocatedblocks() - blocks < 500]))
+""") == [True, True, True]

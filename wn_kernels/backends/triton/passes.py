@@ -1,0 +1,114 @@
+"""A prepared pass as data: the tensors that it allocates, its launches, and its results.
+
+The native library executes one without Python in between (backends/native/passes.h); otherwise
+`Pass.__call__` does the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import launch
+from .launch import Launcher
+
+Layout = tuple[Sequence[int], Sequence[int], torch.dtype]  # shape, strides, dtype
+Indices = tuple[int | None, ...]  # of tensors; `None` for no tensor
+
+
+class Pass:
+    """The steps of a function of some tensors, written down once and executed by every call.
+
+        run = Pass("v", "g")                                # its arguments
+        run.new(w=layout)                                   # a tensor of that layout
+        run.call(norms, "v", gives=("n",))                  # another pass, or any function
+        run.call(launcher, "v", "g", "n", "w")              # a launch
+        return run.returning("w", "n")
+
+    A call allocates every tensor first, on the device of the first argument, then takes the steps
+    in their order. It returns a tuple. An argument may be `None` where no step takes it.
+
+    Attributes:
+        arguments: how many arguments there are. They are the tensors 0, 1, ...
+        layouts: the layouts of the tensors that follow; `None` for the result of a function.
+        steps: a function, the tensors that it takes, and those that it returns.
+        results: the tensors that are returned.
+    """
+
+    __slots__ = ("_names", "arguments", "layouts", "results", "steps")
+
+    is_observed = staticmethod(launch.is_observed)
+
+    def __init__(self, *arguments: str) -> None:
+        self.arguments = len(arguments)
+        self._names: dict[str | None, int | None] = {name: i for i, name in enumerate(arguments)}
+        self._names[None] = None
+        self.layouts: list[Layout | None] = []
+        self.steps: list[tuple[Callable[..., Any], Indices, Indices]] = []
+        self.results: Indices = ()
+
+    def new(self, **layouts: Tensor) -> None:
+        """Adds tensors of these layouts, by name."""
+        for name, t in layouts.items():
+            self._names[name] = self._add((t.shape, t.stride(), t.dtype))
+
+    def call(
+        self, function: Callable[..., Any], *given: str | None, gives: tuple[str, ...] = ()
+    ) -> None:
+        """Adds a step. A function other than a launcher returns a tuple, whose elements get the
+        names `gives`; the steps of another pass are taken over. `None` stands for no tensor."""
+        tensors = tuple(self._names[name] for name in given)
+        if isinstance(function, Pass):
+            found = self._take_over(function, tensors)
+        else:
+            found = tuple(self._add(None) for _ in gives)
+            self.steps.append((function, tensors, found))
+        self._names.update(zip(gives, found, strict=True))
+
+    def _add(self, layout: Layout | None) -> int:
+        self.layouts.append(layout)
+        return self.arguments + len(self.layouts) - 1
+
+    def _take_over(self, other: Pass, given: Indices) -> Indices:
+        assert len(given) == other.arguments
+        here = (*given, *(self._add(layout) for layout in other.layouts))
+        for function, *lists in other.steps:
+            taken, found = (_chosen(here, indices) for indices in lists)
+            self.steps.append((function, taken, found))
+        return _chosen(here, other.results)
+
+    def returning(self, *names: str | None) -> Pass:
+        """The pass itself, whose results are the tensors of these names, `None` for no tensor."""
+        self.results = tuple(self._names[name] for name in names)
+        return self
+
+    def __call__(self, *tensors: Any) -> tuple[Any, ...]:
+        held = [*tensors]
+        new = tensors[0].new_empty_strided
+        for layout in self.layouts:
+            if layout is None:
+                held.append(None)
+            else:
+                shape, strides, dtype = layout
+                held.append(new(shape, strides, dtype=dtype))
+        for function, given, found in self.steps:
+            results = function(*_chosen(held, given))
+            if found:
+                for i, t in zip(found, results, strict=True):
+                    held[i] = t  # type: ignore[index]
+        return _chosen(held, self.results)
+
+    def only_launches(self) -> bool:
+        """Whether every step is a launch whose tensors are passed by their addresses."""
+        return all(
+            isinstance(function, Launcher) and not function.descriptors
+            for function, _, _ in self.steps
+        )
+
+
+def _chosen(values: Sequence[Any], indices: Indices) -> tuple[Any, ...]:
+    """The values at these indices, `None` for no index."""
+    return tuple([None if i is None else values[i] for i in indices])
