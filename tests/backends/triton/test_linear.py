@@ -156,12 +156,12 @@ def test_pinned_configurations(regime, dim, dtype, device):
 
 def runs_on(architecture, device):
     """Whether kernels as an architecture gets them run on a device: on a GPU its own alone."""
-    return device.type != "cuda" or configs._present() == architecture
+    return device.type != "cuda" or configs.target(device.index or 0).architecture == architecture
 
 
 def test_a_gpu_runs_its_own_kernels(monkeypatch):
     """`warp_specialize` is Blackwell's, and not for a Hopper."""
-    monkeypatch.setattr(configs, "_present", lambda: "cuda:90")
+    monkeypatch.setattr(configs, "target", lambda index: configs.Target(index, "cuda:90", 132))
     gpu, cpu = torch.device("cuda"), torch.device("cpu")
     assert runs_on("cuda:90", gpu)
     assert not runs_on("cuda:100", gpu)
