@@ -65,7 +65,7 @@ def layer(call: Call, plan: Plan, tensors: Operands) -> Tensor:
     """The call of a layer, differentiable."""
     x, v, g, bias = tensors
     if plan.keeps == "weight" and x is not None and call.conv is not None:
-        w = layer(call.of_weight(), plan.of_weight(), Operands(None, v, g, None))
+        w = layer(call, plan, Operands(None, v, g, None))  # without x, of W alone
         if bias is not None and bias.dtype != w.dtype:
             bias = bias.to(w.dtype)
         return vendor.convolution(x, w, bias, call.conv)

@@ -3,6 +3,7 @@ it falls back to, and what surrounds them."""
 
 import functools
 import gc
+import itertools
 import json
 import os
 import subprocess
@@ -151,6 +152,46 @@ def test_layouts_of_the_gradient(monkeypatch):
         expected = torch.autograd.grad(right, (v, g), dw.double(), retain_graph=True)
         for grad, other in zip(found, expected, strict=True):
             assert_matches(grad, other.double(), torch.float32, 30, terms=20.0)
+
+
+@pytest.mark.parametrize("name", ["linear, one pass", "1d", "up"])
+@pytest.mark.parametrize("keeps", [None, "", "weight"])
+def test_gradients_that_are_wanted(name, keeps, planned):
+    """Every choice of them, by the plan of the cost model and with a formed `W`."""
+    if keeps is not None:
+        planned("materialize", "materialize", keeps)
+    case = CASES[name]
+    for chosen in itertools.product((False, True), repeat=4):
+        if not any(chosen):
+            continue
+        tensors = (case.x, case.v, case.g, case.bias)
+        leaves = [t.detach().requires_grad_(want) for t, want in zip(tensors, chosen, strict=True)]
+        y = layer(name)(*leaves)
+        case.check_forward(y)
+        y.backward(case.dy)
+        for t, want, expected in zip(leaves, chosen, case.grads, strict=True):
+            assert (t.grad is not None) == want
+            if want:
+                scale = case.terms["dv"]
+                assert_matches(t.grad, expected, torch.float32, case.length, terms=scale)
+
+
+def test_hooks_on_saved_tensors():
+    """Each operand and the norms pass through them, and come back."""
+    v, g = weight()
+    x, dy = torch.randn(3, 5, requires_grad=True), torch.randn(3, 6)
+    right = torch.autograd.grad(WF.wn_linear(x, v, g), (x, v, g), dy)
+    packed = []
+
+    def pack(t):
+        packed.append(t.shape)
+        return t.clone()
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        y = WF.wn_linear(x, v, g)
+    assert packed == [(3, 5), (6, 5), (6, 1), (6, 1)]
+    for a, b in zip(torch.autograd.grad(y, (x, v, g), dy), right, strict=True):
+        assert_same_bits(a, b)
 
 
 def test_second_order():

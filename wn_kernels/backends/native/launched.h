@@ -7,6 +7,9 @@
 
 #pragma once
 
+#include <torch/csrc/autograd/function.h>
+#include <torch/csrc/autograd/functions/utils.h>
+#include <torch/csrc/autograd/saved_variable.h>
 #include <torch/custom_class.h>
 
 #include "convolution.h"
@@ -166,41 +169,67 @@ struct Launches : torch::CustomClassHolder {
 
 using Prepared = c10::intrusive_ptr<Launches>;
 
-struct Launched : Function<Launched> {
-  static Tensor forward(
-      AutogradContext* ctx, const MaybeTensor& x, const Tensor& v, const Tensor& g,
-      const MaybeTensor& bias, const std::pair<Tensor, Tensor>& result, const Prepared& launches) {
-    ctx->save_for_backward(
-        {x.value_or(Tensor()), v, g, bias.value_or(Tensor()), result.second});
-    ctx->saved_data["launches"] = c10::IValue::make_capsule(launches);
-    return result.first;
+// The node of a call. It is no `Function`, whose context takes longer than a launch does.
+class Launched : public torch::autograd::Node {
+  // In what holds a node: a shared_ptr or an intrusive_ptr, by the version of torch.
+  template <typename Pointer>
+  static auto make() {
+    if constexpr (std::is_same_v<Pointer, std::shared_ptr<Node>>)
+      return std::shared_ptr<Launched>(new Launched, [](auto* node) { deleteNode(node); });
+    else
+      return c10::make_intrusive<Launched>();
   }
 
-  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
-    const auto saved = ctx->get_saved_variables();
-    const auto &x = saved[0], &v = saved[1], &g = saved[2], &bias = saved[3], &n = saved[4];
-    const auto launches =
-        c10::static_intrusive_pointer_cast<Launches>(ctx->saved_data["launches"].toCapsule());
-    size_t edge = 0;  // absent tensors have none
-    const bool needs_x = x.defined() && ctx->needs_input_grad(edge++),
-               needs_v = ctx->needs_input_grad(edge++), needs_g = ctx->needs_input_grad(edge++),
-               needs_bias = bias.defined() && ctx->needs_input_grad(edge);
-    const Needs needs{needs_x, needs_v, needs_g, needs_bias};
-    variable_list out;
-    py::gil_scoped_acquire gil;
-    if (at::GradMode::is_enabled() || !is_plain(grads[0], v.device().type())) {
-      const auto found = callbacks().differentiable_grads(
-          grads[0], as_object(x), v, g, as_object(bias), launches->geometry, launches->dim,
-          launches->eps, as_tuple(needs));
-      for (auto& grad : found.cast<std::vector<MaybeTensor>>())
-        out.push_back(grad.value_or(Tensor()));
-    } else {
-      out = launches->backward(grads[0], x, v, g, bias, n, needs);
-      if (out[3].defined() && bias.defined()) out[3] = out[3].to(bias.scalar_type());
+ public:
+  // y with a node that holds these tensors.
+  static Tensor recorded(
+      const Tensor& y, const Tensor& x, const Tensor& v, const Tensor& g, const Tensor& bias,
+      const Tensor& n, const Prepared& launches) {
+    const auto node = make<decltype(torch::autograd::Edge::function)>();
+    node->set_next_edges(torch::autograd::collect_next_edges(x, v, g, bias));
+    node->launches_ = launches;
+    size_t i = 0;
+    for (const Tensor* t : {&x, &v, &g, &bias, &n})
+      node->saved_[i++] = torch::autograd::SavedVariable(*t, /*is_output=*/false);
+    torch::autograd::set_history(y, node);
+    return y;
+  }
+
+  std::string name() const override { return "wn_kernels::Launched"; }
+
+  void release_variables() override {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    for (auto& each : saved_) each.reset_data();
+  }
+
+  variable_list apply(variable_list&& grads) override {
+    const Tensor& dy = grads[0];
+    if (!dy.defined()) return variable_list(4);
+    std::array<Tensor, 5> tensors;
+    {
+      const std::lock_guard<std::mutex> lock(mutex_);
+      for (size_t i = 0; i < tensors.size(); ++i) tensors[i] = saved_[i].unpack();
     }
-    out.resize(6);
+    const auto& [x, v, g, bias, n] = tensors;
+    Needs needs;
+    for (size_t i = 0; i < needs.size(); ++i) needs[i] = task_should_compute_output(i);
+    py::gil_scoped_acquire gil;
+    if (!at::GradMode::is_enabled() && is_plain(dy, v.device().type())) {
+      auto out = launches_->backward(dy, x, v, g, bias, n, needs);
+      if (out[3].defined()) out[3] = out[3].to(bias.scalar_type());
+      return out;
+    }
+    const auto found = callbacks().differentiable_grads(
+        dy, as_object(x), v, g, as_object(bias), launches_->geometry, launches_->dim,
+        launches_->eps, as_tuple(needs));
+    variable_list out;
+    for (auto& grad : found.cast<std::vector<MaybeTensor>>()) out.push_back(grad.value_or(Tensor()));
     return out;
   }
+
+ private:
+  std::array<torch::autograd::SavedVariable, 5> saved_;  // x, V, g, the bias and n
+  Prepared launches_;
 };
 
 inline Memo<Prepared>& launches_memo() {
@@ -243,7 +272,7 @@ inline Tensor run(const Tensor& x, const Operands& t, const Tensor& bias, const 
   const bool recorded =
       at::GradMode::is_enabled() && (t.needs_weight_grad() || needs(x) || needs(bias));
   if (!recorded) return result.first;
-  return Launched::apply(maybe(x), t.v, t.g, maybe(bias), result, launches);
+  return Launched::recorded(result.first, x, t.v, t.g, bias, result.second, launches);
 }
 
 inline MaybeTensor launched(

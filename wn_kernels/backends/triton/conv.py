@@ -61,6 +61,11 @@ def convolution(
 ) -> tuple[Tensor, Tensor]:
     """`(y, n)` for `x` of shape `(B, C, *sizes)`; variants as in `costs.triton_convolution`."""
     g = g.contiguous()
+    if variant == "materialize":
+        w, n = weight.weight_norm(v, g, dim, eps, x.dtype)
+        if bias is not None and bias.dtype != x.dtype:
+            bias = bias.to(x.dtype)
+        return vendor.convolution(x, w, bias, conv), n
     options = conv, dim, eps, variant, takes_tf32(x.dtype, "conv"), config
     return _convolution(target_of(x), (x, v, g, bias), *options)(x, v, g, bias)
 
@@ -79,16 +84,6 @@ def prepare_convolution(
     config: configs.MatmulConfig | configs.DirectConfig | None = None,
 ) -> Callable[[Tensor, Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor]]:
     """`run(x, v, g, bias)` returns `(y, n)`."""
-    if variant == "materialize":
-        weight_norm = weight.remembered_weight_norm(target, (v, g), dim, eps, x.dtype)
-
-        def run_materialized(
-            x: Tensor, v: Tensor, g: Tensor, bias: Tensor | None
-        ) -> tuple[Tensor, Tensor]:
-            w, n = weight_norm(v, g)
-            return vendor.convolution(x, w, None if bias is None else bias.to(x.dtype), conv), n
-
-        return run_materialized
     sizes = conv.output_sizes(x.shape[2:], v.shape[2:])
     narrows = narrows_range(x.dtype, v.dtype)
     form = _form(conv, dim, narrows, forward=True) if variant == "scaled" else variant

@@ -89,13 +89,9 @@ class Pass:
         held = [*tensors]
         new = tensors[0].new_empty_strided
         for layout in self.layouts:
-            if layout is None:
-                held.append(None)
-            else:
-                shape, strides, dtype = layout
-                held.append(new(shape, strides, dtype=dtype))
+            held.append(None if layout is None else new(layout[0], layout[1], dtype=layout[2]))
         for function, given, found in self.steps:
-            results = function(*_chosen(held, given))
+            results = function(*[None if i is None else held[i] for i in given])
             if found:
                 for i, t in zip(found, results, strict=True):
                     held[i] = t  # type: ignore[index]
