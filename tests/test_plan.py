@@ -97,6 +97,20 @@ def test_a_forced_backend_refuses_transforms():
         torch.func.grad(lambda x: WF.wn_linear(x, case.v, case.g).sum())(case.x)
 
 
+def test_a_compiled_backward_needs_a_node_in_python():
+    """The native library's nodes launch Triton's kernels, unless a compiler traces the backward."""
+    pytest.importorskip("triton")
+    import torch._dynamo
+
+    v = torch.randn(4, 3)
+    assert not plan.launches(v)
+    with use_backend("triton"):
+        assert plan.launches(v)
+        with torch._dynamo.config.patch(compiled_autograd=True):
+            assert not plan.launches(v)
+        assert plan.launches(v)
+
+
 @pytest.mark.parametrize("dim", [0, 1, None])
 def test_backward_runs_where_the_forward_did(dim, monkeypatch):
     """Also when `backward` is called outside the block, and on another thread."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -144,6 +145,10 @@ def tries_native() -> bool:
 
 def launches(v: Tensor) -> bool:
     """Returns whether Triton's kernels serve a call with the weight `v`. If the native library was
-    built, its nodes launch them."""
+    built, its nodes launch them, except where a compiler is set to trace the backward, which needs
+    a node in Python."""
     wanted = _forced == "triton" if _forced else type(v) in PLAIN_TYPES and v.is_cuda
-    return wanted and not is_compiling() and triton_unavailable() is None
+    if not wanted or is_compiling() or triton_unavailable() is not None:
+        return False
+    dynamo = sys.modules.get("torch._dynamo")
+    return dynamo is None or not dynamo.config.compiled_autograd
