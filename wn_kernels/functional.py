@@ -39,7 +39,7 @@ def _library() -> Any:
 
 
 def _run(
-    rank: int,
+    rank: int | None,
     x: Tensor | None,
     v: Tensor,
     g: Tensor,
@@ -49,7 +49,12 @@ def _run(
     eps: float,
 ) -> Tensor:
     """Runs every call that the native library does not serve on a CPU. `rank` is the number of
-    spatial dimensions of a convolution, and 0 otherwise. The weight alone has no `x`."""
+    spatial dimensions of a convolution, 0 for a linear layer, and `None` for the weight alone,
+    which has no `x`."""
+    if rank is None:
+        rank = 0
+    elif x is None:
+        reject(input=x, v=v, g=g, bias=bias)
     if plan.launches(v) and (library := _library()):
         y = library.launched(rank, x, v, g, bias, geometry, dim, eps)
         if y is not None:
@@ -140,7 +145,7 @@ def weight_norm(v: Tensor, g: Tensor, *, dim: int | None = 0, eps: float = 0.0) 
         w = library.weight_norm(v, g, dim, eps)
         if w is not None:
             return w
-    return _run(0, None, v, g, None, (), dim, eps)
+    return _run(None, None, v, g, None, (), dim, eps)
 
 
 def wn_linear(

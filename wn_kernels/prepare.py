@@ -264,7 +264,7 @@ def _prepare(
     ):
         if _watched is not None and x_shape and backend != "reference":
             _watched.append((call, backend))
-        chosen = _fixed.get((call, backend)) or plan.choose(call, backend)
+        chosen = planned(call, backend)
     return Prepared(call, chosen, shape, pad, batched, fits)
 
 
@@ -379,6 +379,11 @@ def watching() -> Iterator[list[tuple[Call, str]]]:
         yield _watched
     finally:
         _watched = before
+
+
+def planned(call: Call, backend: str) -> Plan:
+    """Returns the plan that a call gets: a fixed one, or the planner's."""
+    return _fixed.get((call, backend)) or plan.choose(call, backend)
 
 
 @contextmanager

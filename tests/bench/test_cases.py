@@ -8,7 +8,7 @@ import torch
 from bench import cases, cli, norms
 from bench.providers import variants
 from tests.bench.layers import CONV, CPU, QUICK, TINY
-from wn_kernels import plan, tuning
+from wn_kernels import plan, prepare, tuning
 
 
 @pytest.mark.parametrize("case", TINY + CONV)
@@ -36,9 +36,9 @@ def test_every_path_is_right_and_taken(case):
             runner.check()
             if ", " in name:
                 ((call, backend),) = tuning.calls_of(runner.module, (runner.x,))
-                choice = plan.choose(call, backend)
+                choice = prepare.planned(call, backend)
                 assert f"ours: {backend}, {choice}" == name
-    assert not plan._fixed
+    assert not prepare._fixed
     assert not plan.is_forced()
 
 

@@ -120,6 +120,11 @@ enum class Variant { materialize, late, unfold };
 
 // What torch.convolution takes after the bias.
 struct Geometry {
+  using Fields = std::tuple<Sizes, Sizes, Sizes, bool, Sizes, int64_t>;  // as Python gives them
+  static Geometry of(const Fields& fields) {
+    return std::apply([](const auto&... field) { return Geometry{field...}; }, fields);
+  }
+
   Sizes stride, padding, dilation;
   bool transposed;
   Sizes output_padding;
@@ -146,15 +151,13 @@ struct Plan {
   // The geometry of a convolution, the sizes of its output, the variants of the forward in a
   // training step, of the forward otherwise and of the backward, and whether the training step keeps
   // x Vᵀ or a convolution's W for the backward.
-  using Encoded = std::tuple<
-      std::optional<std::tuple<Sizes, Sizes, Sizes, bool, Sizes, int64_t>>, Sizes, int, int, int,
-      bool>;
+  using Encoded = std::tuple<std::optional<Geometry::Fields>, Sizes, int, int, int, bool>;
 
   explicit Plan(const Encoded& encoded)
       : y_sizes(std::get<1>(encoded)), recorded(static_cast<Variant>(std::get<2>(encoded))),
         forward(static_cast<Variant>(std::get<3>(encoded))),
         backward(static_cast<Variant>(std::get<4>(encoded))), keeps(std::get<5>(encoded)) {
-    if (const auto& geometry = std::get<0>(encoded)) conv = std::make_from_tuple<Geometry>(*geometry);
+    if (const auto& geometry = std::get<0>(encoded)) conv = Geometry::of(*geometry);
   }
 
   Geometry conv;

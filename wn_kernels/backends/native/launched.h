@@ -45,9 +45,7 @@ struct Launches : torch::CustomClassHolder {
         pass(as_pass(prepared.attr("run"))) {
     if (const py::object w = prepared.attr("weight"); !w.is_none())
       weight = c10::make_intrusive<Launches>(w, eps);
-    if (!geometry.is_none())
-      conv = std::make_from_tuple<Geometry>(
-          geometry.cast<std::tuple<Sizes, Sizes, Sizes, bool, Sizes, int64_t>>());
+    if (!geometry.is_none()) conv = Geometry::of(geometry.cast<Geometry::Fields>());
   }
 
   // (y, n); (W, n) without x.
