@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import triton
 
 from wn_kernels.backends.triton import compiled
 
@@ -155,6 +156,9 @@ print(json.dumps(found))
     assert counts["dX and dV, scaled"] == counts["convolution, backward"] == 4
 
 
+@pytest.mark.skipif(
+    not triton.__version__.startswith("3.7."), reason="other versions go through Triton's launcher"
+)
 def test_the_c_function_is_given_what_triton_gives_it():
     """Every kernel, where `Compiled` calls the C function behind Triton's launcher by itself."""
     found = run("""
@@ -187,13 +191,12 @@ for name, call in CALLS.items():
     call()
     found[name] = [len(first), str(first) == str(seen), len(launches) - count]
     seen.clear()
-print(json.dumps([found, compiled._VERSION]))
+print(json.dumps(found))
 """)
-    found, version = found
     for name, (count, same, by_triton) in found.items():
         assert count > 0, name
         assert same, name
-        assert by_triton == 0 or version != "3.7", name
+        assert by_triton == 0, name
 
 
 def test_unaligned_addresses_have_kernels_of_their_own():
@@ -299,6 +302,8 @@ def test_the_interpreter_is_never_bypassed():
     code = """
 import os; os.environ["TRITON_INTERPRET"] = "1"
 import torch
+from bench import interpreter
+interpreter.mend()
 from wn_kernels.backends import triton as backend
 v, g = torch.randn(5, 7), torch.rand(5, 1) + 0.5
 for _ in range(3):
