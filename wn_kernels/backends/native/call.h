@@ -126,9 +126,9 @@ struct Geometry {
   }
 
   Sizes stride, padding, dilation;
-  bool transposed;
+  bool transposed = false;
   Sizes output_padding;
-  int64_t groups;
+  int64_t groups = 1;
 
   // As one list of numbers, and back: what a node saves costs it by the piece.
   Sizes packed() const {
