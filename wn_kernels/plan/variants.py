@@ -70,10 +70,8 @@ def _may_keep(call: Call, backend: str, forward: str, backward: str) -> bool:
         return late and keeps_product(call)
     if backward != "materialize" or (forward != "materialize" and backend != "native"):
         return False
-    if backend == "native" and call.conv.scale_axis(call.dim) == "taps":
-        return True  # a scale along taps can be applied to `W` only
-    if backend == "aten" and call.conv.scale_axis(call.dim) == "taps":
-        return False
+    if backend != "triton" and call.conv.scale_axis(call.dim) == "taps":
+        return backend == "native"  # it can scale nothing but `W`
     size = call.x_dtype.itemsize
     w, input = size * math.prod(call.v_shape), size * math.prod(call.x_shape)
     return w <= max(input / 8, KEPT_WEIGHT)
