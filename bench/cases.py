@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -160,7 +160,30 @@ CONV = [
     *_conv("2d 3→48 5×5, 4×48²", "Conv2d", (3, 48, 5), (4, 3, 48, 48), padding=2),
 ]
 
-SUITES = {"linear": LINEAR, "conv": CONV}
+
+def _narrow(dtype: str, cases: list[Case]) -> list[Case]:
+    """The cases in half precision, or in float32 under autocast."""
+    options = {"precision": dtype} if dtype == "autocast" else {"dtype": dtype}
+    return [replace(case, label=f"{dtype} {case.label}", **options) for case in cases]
+
+
+_CONV_HALF = [
+    *_conv("1d 256→256 k3, 256", "Conv1d", (256, 256, 3), (1, 256, 256), padding=1),
+    *_conv("up 512→256 k16 s8, 32", "ConvTranspose1d", (512, 256, 16, 8), (1, 512, 32), padding=4),
+]
+HALF = [
+    *_narrow("bfloat16", _linear(8, 1024, 1024)),
+    *_narrow("bfloat16", _linear(512, 1024, 1024)),
+    *_narrow("bfloat16", _linear(16, 4096, 4096)),
+    *_narrow("bfloat16", _CONV_HALF),
+    *_narrow("float16", _linear(8, 1024, 1024)),
+    *_narrow("float16", _linear(16, 3072, 3072)[:1]),  # eager's training step takes a second
+    *_narrow("autocast", _linear(100, 512, 2048)),
+    *_narrow("autocast", _linear(16, 4096, 4096)),
+    *_narrow("autocast", _CONV_HALF),
+]
+
+SUITES = {"linear": LINEAR, "conv": CONV, "half": HALF}
 
 
 class Runner:

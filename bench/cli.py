@@ -5,14 +5,18 @@ from __future__ import annotations
 import argparse
 import os
 
-SUITES = {"linear": "linear layers", "conv": "convolutions"}
+SUITES = {
+    "linear": "linear layers",
+    "conv": "convolutions",
+    "half": "layers in half precision and under autocast",
+}
 MORE = {
     "norm": "the operator alone",
     "overhead": "layers so small that only the calls count",
     "models": "whole models (needs the extra of that name)",
 }
 DTYPES = ("float32", "bfloat16", "float16")
-SECONDS = 4.0  # a case, so that all of them take five minutes on two cores
+SECONDS = 3.0  # a case, so that all of them take five minutes on two cores
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -25,7 +29,7 @@ def main(arguments: list[str] | None = None) -> int:
         layers.add_argument("--seconds", type=float, default=SECONDS, help="timing of each case")
         layers.add_argument("--threads", type=int, default=2, help="of torch on a CPU")
         layers.add_argument("--full", action="store_true", help="every provider, every condition")
-        if suite in SUITES:
+        if suite in SUITES and suite != "half":
             layers.add_argument("--dtype", choices=DTYPES, default="float32", help="of the layers")
 
     memory = commands.add_parser("memory", help="what training steps of the layers hold")

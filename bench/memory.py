@@ -22,7 +22,7 @@ def _measured(case: Case, device: torch.device, full: bool) -> dict[str, dict[st
         with run.session():
             run.check()
             found["saved_bytes"][name] = run.saved_bytes()
-        found["peak_bytes"][name] = peak_bytes(run, device)
+            found["peak_bytes"][name] = peak_bytes(run, device)
     return found
 
 

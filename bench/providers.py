@@ -130,7 +130,9 @@ def variants(case: Case, device: torch.device) -> dict[str, Provider]:
     for backend in plan.BACKENDS:
         if backend not in served:
             sessions[backend] = partial(wn_kernels.use_backend, backend)
-    for call, backend in tuning.calls_of(layer, (x,)):
+    with case.session(device):
+        calls = tuning.calls_of(layer, (x,))
+    for call, backend in calls:
         for choice in plan.choices(call, backend):
             name = f"{backend}, {choice}"
             sessions[name] = partial(prepare.fixed, call, choice)

@@ -209,7 +209,9 @@ def main(suite: str, path: str, seconds: float, full: bool = False, dtype: str =
     where, limits = environment(device), ceilings(device, getattr(torch, dtype))
     cases = sorted(cases_of(suite), key=lambda case: case.mode)
     if suite in SUITES:
-        cases = [replace(case, dtype=dtype) for case in cases]
+        if dtype != "float32":
+            cases = [replace(case, dtype=dtype) for case in cases]
+        dtype = ", ".join(sorted({case.dtype for case in cases}))
     results: list[dict[str, Any]] = []
     wrong: list[str] = []
     end = time.perf_counter() + BUDGET * seconds * len(cases)

@@ -23,13 +23,14 @@ NAMES = [name for name, provider in PROVIDERS.items() if provider.competes(DEVIC
 )
 def test_layer(benchmark, suite, case, name):
     runner = case.competitors(DEVICE, full=False)[name]()
-    runner.check()
     benchmark.group = f"{suite} {case.label} {case.mode}"
-    benchmark.extra_info["saved_bytes"] = runner.saved_bytes() if case.mode == "train" else 0
 
     def run():
         runner()
         if DEVICE.type == "cuda":
             torch.cuda.synchronize()
 
-    benchmark(run)
+    with runner.session():
+        runner.check()
+        benchmark.extra_info["saved_bytes"] = runner.saved_bytes() if case.mode == "train" else 0
+        benchmark(run)

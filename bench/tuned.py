@@ -44,9 +44,10 @@ def main(seconds: float) -> int:
     for case in track(cases, "tuning", console=console, transient=True):
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         layer = PROVIDERS["ours"].make(case, case.layer(device))
-        for line in wn_kernels.tune(
-            layer, torch.randn(case.x_shape, device=device), seconds=seconds
-        ):
+        x = torch.randn(case.x_shape, dtype=case.torch_dtype, device=device)
+        with case.session(device):
+            lines = wn_kernels.tune(layer, x, seconds=seconds)
+        for line in lines:
             losses.append(loss(line))
             names = str(line.default), str(line.choice)
             style = "yellow" if losses[-1] > CLOSE else ""

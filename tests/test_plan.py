@@ -11,6 +11,8 @@ import torch
 import wn_kernels.functional as WF
 from tests.comparison import Case
 from wn_kernels import plan, use_backend
+from wn_kernels.backends import vendor
+from wn_kernels.backends.native import limits
 from wn_kernels.call import Call, Geometry
 from wn_kernels.plan import backend, costs, devices, table
 
@@ -18,6 +20,7 @@ F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float6
 
 
 MATERIALIZE = ("materialize", "materialize", "")
+WIDEN = ("widen", "widen", "")
 
 
 def aten(m, k, n, dim=0, x=F32, v=F32):
@@ -38,9 +41,51 @@ def test_aten_variants():
     assert not aten(512, 1024, 4096).keeps
     assert not aten(16, 4096, 4096, dim=1).keeps
     # Scaling after the matmul is for float32 and float64 alone.
-    for x, v in ((BF16, BF16), (F16, F16), (BF16, F32), (F32, BF16)):
+    for x, v in ((F16, F16), (BF16, F32), (F32, BF16)):
         assert aten(16, 4096, 4096, x=x, v=v)[1:] == MATERIALIZE
+    # The range of bfloat16 is that of float32: the gradient of the output may be scaled.
+    assert aten(16, 4096, 4096, x=BF16, v=BF16)[1:] == ("materialize", "scaled", "")
     assert aten(16, 4096, 4096, x=F64, v=F64).forward == "scaled"
+
+
+def test_native_half_precision(monkeypatch):
+    """oneDNN's products where there are any, without a `W` in bfloat16; float32 where there are
+    none; few rows by the library itself, where that saves forming `W`."""
+
+    def native(m, k, n, x, v):
+        call = Call(torch.Size((m, k)), torch.Size((n, k)), x, v, 0)
+        return *plan.by_cost(call, "native")[1:], limits.is_own(call)
+
+    monkeypatch.setattr(vendor, "SLOW", frozenset({F16}))
+    assert native(1, 1024, 1024, BF16, BF16) == ("scaled", "scaled", "", True)
+    assert native(16, 4096, 4096, BF16, BF16) == ("scaled", "scaled", "", False)
+    assert native(8, 4096, 4096, BF16, F32) == ("scaled", "scaled", "", True)
+    assert native(64, 4096, 4096, BF16, F32) == (*MATERIALIZE, False)
+    for v in (F16, F32):
+        assert native(16, 4096, 4096, F16, v) == ("scaled", "scaled", "", True)
+        assert native(64, 4096, 4096, F16, v) == (*WIDEN, False)
+    monkeypatch.setattr(vendor, "SLOW", frozenset({F16, BF16}))
+    assert native(64, 4096, 4096, BF16, BF16) == (*WIDEN, False)
+    monkeypatch.setattr(vendor, "SLOW", frozenset())
+    assert native(64, 4096, 4096, F16, F16) == (*MATERIALIZE, False)
+    assert native(64, 4096, 4096, BF16, BF16) == ("scaled", "scaled", "", False)
+
+
+def test_native_convolutions_in_half_precision(monkeypatch):
+    """`W` is kept where it is small, in the dtype of the product; never one in float32."""
+    call = Call(torch.Size((1, 256, 256)), torch.Size((256, 256, 3)), BF16, F32, 0)
+    call = call._replace(conv=Geometry((1,), (1,), (1,), False, (0,), 1))
+    for slow, kept in ((frozenset(), ("materialize", "materialize", "weight")), ({BF16}, WIDEN)):
+        monkeypatch.setattr(vendor, "SLOW", frozenset(slow))
+        assert plan.by_cost(call, "native")[1:] == kept
+    solid = Geometry((1,) * 3, (1,) * 3, (1,) * 3, False, (0,) * 3, 1)
+    call = Call(torch.Size((1, 8, 9, 9, 9)), torch.Size((8, 8, 3, 3, 3)), BF16, BF16, 0, solid)
+    monkeypatch.setattr(vendor, "SLOW", frozenset())
+    monkeypatch.setattr(vendor, "WRONG_IN_3D", frozenset())
+    assert plan.by_cost(call, "native").keeps == plan.by_cost(call, "aten").keeps == "weight"
+    monkeypatch.setattr(vendor, "WRONG_IN_3D", frozenset({BF16}))
+    assert plan.by_cost(call, "native")[1:] == WIDEN
+    assert not plan.by_cost(call, "aten").keeps
 
 
 def test_triton_variants():

@@ -14,9 +14,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import wn_kernels
 import wn_kernels.functional as WF
 from bench import onednn
-from tests.comparison import ConvCase, assert_matches
-from wn_kernels import use_backend
-from wn_kernels.backends import vendor
+from tests.comparison import ConvCase, assert_matches, assert_same_bits
+from wn_kernels import prepare, use_backend
+from wn_kernels.backends import native, vendor
 
 HALVES = (torch.bfloat16, torch.float16)
 CASES = {
@@ -120,6 +120,24 @@ def test_other_convolutions_stay(dtype):
     with use_backend("aten"), Convolutions() as ran:
         case.check(case.layer)
     assert all(dtypes == {dtype} for dtypes in ran.dtypes)
+
+
+@pytest.mark.usefixtures("_wrong")
+@pytest.mark.parametrize(
+    ("dtype", "v_dtype"), [(dtype, None) for dtype in HALVES] + [(torch.bfloat16, torch.float32)]
+)
+@pytest.mark.parametrize("transposed", [False, True])
+def test_the_native_library_widens(dtype, v_dtype, transposed):
+    """It computes with a W in float32 and rounds once, to the same bits."""
+    native.build()
+    case = ConvCase(2, 6, 4, (5, 4, 4), (3, 3, 3), 0, dtype, v_dtype, transposed=transposed)
+    prepare.forget()
+    with use_backend("native"):
+        y, _ = case.check(case.layer)
+        w = WF.weight_norm(case.v.float(), case.g.float())
+    wide = case.plain(case.x.float(), w, case.bias.float())
+    assert_same_bits(y, wide.to(dtype))
+    prepare.forget()
 
 
 def test_nothing_is_widened_where_nothing_is_wrong(monkeypatch):

@@ -24,7 +24,8 @@ forms `W`. If the input is scaled, `a` comes from a smaller product again. It is
 over the batch and the pixels, with `dX` before its scale.
 
 Only float32 and float64 are scaled after a product. An unscaled float16 product can overflow where
-the scaled one does not, so the planner gives lower precisions to `materialize`.
+the scaled one does not, so the planner gives lower precisions to `materialize`. In bfloat16, whose
+range is that of float32, `dY` may be scaled for `dX`.
 
 These formulas do not hold for norms far from one. Their squares leave float32's range, and so may
 an unscaled product. If a caller passes `look`, norms out of range raise `OutOfRange`. The caller
@@ -65,9 +66,10 @@ BLOCK = 1 << 18
 LONG_ROW = 32
 
 # torch's own kernels compute a norm and a scale, or their gradients, in one operation. They serve
-# weights up to 32 MiB of float32. For larger ones the allocator maps fresh pages for every result,
-# and the page faults cost more than the operation saves. A gradient that may take the place of `dW`
-# needs no fresh result, which pays off from 8 MiB on.
+# every weight in half precision, which no other operation reads without a copy in float32. They
+# serve wider weights up to 32 MiB of float32. For larger ones the allocator maps fresh pages for
+# every result, and the page faults cost more than the operation saves. A gradient that may take the
+# place of `dW` needs no fresh result, which pays off from 8 MiB on.
 FUSED_MAX = 1 << 23
 IN_PLACE_MIN = 1 << 21
 _FUSED_DTYPES = frozenset((torch.float32, torch.float64, torch.bfloat16, torch.float16))
@@ -148,7 +150,8 @@ def norms(v: Tensor, dim: int | None, eps: float, look: bool = False) -> Tensor:
         if v.dtype is dtype:
             n = torch.linalg.vector_norm(v, 2, 1, True)
         else:
-            n = torch.linalg.vector_norm(v, 2, 1, True, dtype=dtype)
+            parts = [torch.linalg.vector_norm(r, 2, 1, True, dtype=dtype) for (r,) in _blocks(v)]
+            n = torch.cat(parts)
     elif dim == 0 and v.ndim > 2 and v.numel() and (rows := _dense_rows(v)) is not None:
         n = torch.linalg.vector_norm(rows, 2, 1, dtype=dtype).view(kept_shape(v.shape, 0))
     elif dim is None and v.is_contiguous() and v.ndim > 1 and v.numel():
@@ -179,9 +182,11 @@ def weight_norm(
 ) -> tuple[Tensor, Tensor]:
     """Returns `(W, n)`. `W` has `dtype` and `V`'s memory layout. `look` has the meaning of
     `norms`."""
-    fused = fused_weight_norm(v, g, dim, eps, dtype)
-    if fused is not None:
-        return fused
+    if dtype is v.dtype or (dtype.itemsize < v.element_size() and v.numel() <= IN_PLACE_MIN):
+        fused = fused_weight_norm(v, g, dim, eps, v.dtype)
+        if fused is not None:
+            w, n = fused
+            return w.to(dtype), n
     n = norms(v, dim, eps, look)
     return _scaled_weight(v, _scale(g, n), dtype), n
 
@@ -212,7 +217,8 @@ def _fused_serves(v: Tensor, g: Tensor, dim: int | None, eps: float) -> bool:
         and v.is_cpu
         and v.is_contiguous()
         and g.is_contiguous()
-        and 0 < v.numel() <= FUSED_MAX
+        and v.numel() > 0
+        and (v.numel() <= FUSED_MAX or v.element_size() == 2)
         and v.ndim > 1
     )
 
@@ -222,10 +228,15 @@ def _scale(g: Tensor, n: Tensor) -> Tensor:
 
 
 def _scaled_weight(v: Tensor, s: Tensor, dtype: torch.dtype) -> Tensor:
-    w = v * s
-    if w.dtype != s.dtype:  # a 0-d scale does not promote, so the product is taken in its dtype
-        w = v.to(s.dtype) * s
-    return w if w.dtype == dtype else w.to(dtype)
+    if v.dtype is s.dtype is dtype:
+        return v * s
+    w = torch.empty_like(v, dtype=dtype)
+    if v.ndim == 0 or not v.numel():
+        return w.copy_(v.to(s.dtype) * s)
+    # The product in float32 stays in cache until it is rounded.
+    for w_rows, v_rows, s_rows in _blocks(w, v, s.expand_as(v)):
+        w_rows.copy_(v_rows.to(s.dtype) * s_rows)
+    return w
 
 
 def _dot_coefficient(s: Tensor, dg: Tensor, n: Tensor, eps: float) -> Tensor:
@@ -246,45 +257,53 @@ def weight_norm_backward(
 ) -> tuple[Tensor, Tensor]:
     """Returns `(dV, dg)` from `dW`, in the dtypes of `V` and `g`. `dV` has `V`'s layout unless `dW`
     may be overwritten."""
-    in_place = overwrite and v.numel() >= IN_PLACE_MIN
+    in_place = overwrite and v.numel() >= IN_PLACE_MIN and v.element_size() > 2
     if (
         not in_place
         and _fused_serves(v, g, dim, eps)
-        and dw.dtype is v.dtype
+        and (
+            dw.dtype is v.dtype
+            or (dw.element_size() < v.element_size() and v.numel() <= IN_PLACE_MIN)
+        )
         and dw.is_contiguous()
     ):
-        return _fused_grad(dw, v, g, n, dim)
-    dv = dw.to(n.dtype) if overwrite else torch.empty_like(v, dtype=n.dtype).copy_(dw)
-    dg = _finish_weight_grad_(dv, v, g, n, dim, eps)
-    return dv.to(v.dtype), dg
+        return _fused_grad(dw.to(v.dtype), v, g, n, dim)
+    dv = dw if overwrite and dw.dtype is v.dtype else torch.empty_like(v)
+    return dv, _write_weight_grad(dv, dw, v, g, n, dim, eps)
 
 
-def _finish_weight_grad_(
-    dw: Tensor, v: Tensor, g: Tensor, n: Tensor, dim: int | None, eps: float
+def _write_weight_grad(
+    dv: Tensor, dw: Tensor, v: Tensor, g: Tensor, n: Tensor, dim: int | None, eps: float
 ) -> Tensor:
-    """Turns `dW`, in place, into `dV = s ⊙ dW - c ⊙ V`, and returns `dg`."""
+    """Writes `dV = s ⊙ dW - c ⊙ V`, which may take the memory of `dW`, and returns `dg`."""
     s = _scale(g, n)
     if dim == 0 and dw.numel():  # a slice is a row, which stays in cache from its dot to its update
         dims = reduced_dims(v.ndim, 0)
         dgs = []
-        for dw_rows, v_rows, s_rows, n_rows in _blocks(dw, v, s, n):
-            v_rows = v_rows.to(dw.dtype)
-            product = dw_rows * v_rows
+        for dv_rows, dw_rows, v_rows, s_rows, n_rows in _blocks(dv, dw, v, s, n):
+            wide_dw, wide_v = dw_rows.to(n.dtype), v_rows.to(n.dtype)
+            product = wide_dw * wide_v
             a = product.sum(dims, keepdim=True) if dims else product
             dg = a.div_(n_rows)
             c = _dot_coefficient(s_rows, dg, n_rows, eps)
-            dw_rows.mul_(s_rows).addcmul_(v_rows, c, value=-1)
+            _write_difference(dv_rows, wide_dw, wide_v, s_rows, c)
             dgs.append(dg)
         dg = torch.cat(dgs)
     else:
         dg = _slice_dots(dw, v, dim, n.dtype).div_(n)
         c = _dot_coefficient(s, dg, n, eps)
-        if dw.ndim == 0 or not dw.numel():
-            dw.mul_(s).addcmul_(v.to(dw.dtype), c, value=-1)
-        else:
-            for dw_rows, v_rows in _blocks(dw, v):
-                dw_rows.mul_(s).addcmul_(v_rows.to(dw.dtype), c, value=-1)
+        every = [(dv, dw, v)] if dw.ndim == 0 or not dw.numel() else _blocks(dv, dw, v)
+        for dv_rows, dw_rows, v_rows in every:
+            _write_difference(dv_rows, dw_rows.to(n.dtype), v_rows.to(n.dtype), s, c)
     return dg.to(g.dtype)
+
+
+def _write_difference(dv: Tensor, dw: Tensor, v: Tensor, s: Tensor, c: Tensor) -> None:
+    """Writes `dV = s ⊙ dW - c ⊙ V`. `dV` may be narrower than the other tensors."""
+    if dv.dtype is dw.dtype:
+        torch.mul(dw, s, out=dv).addcmul_(v, c, value=-1)
+    else:
+        dv.copy_((dw * s).addcmul_(v, c, value=-1))
 
 
 # --- linear ------------------------------------------------------------------------------------
@@ -354,7 +373,7 @@ def linear_backward(
         if needs_x:
             dx = torch.mm(dy, _scaled_weight(v, s, x.dtype))
     elif dim == 0:
-        scaled_dy = dy * s.view(-1)
+        scaled_dy = (dy * s.view(-1)).to(x.dtype)
         if needs_x:
             dx = torch.mm(scaled_dy, v)
         if needs_weight and product is not None:

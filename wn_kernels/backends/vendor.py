@@ -57,9 +57,31 @@ def _wrong_in_3d() -> frozenset[torch.dtype]:
 WRONG_IN_3D = _wrong_in_3d()
 
 
+def _slow() -> frozenset[torch.dtype]:
+    """Returns the dtypes in half precision whose products oneDNN does not compute on this
+    machine."""
+    if not torch.backends.mkldnn.is_available():
+        return frozenset()
+    supports = {
+        torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported,
+        torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported,
+    }
+    return frozenset(dtype for dtype, is_supported in supports.items() if not is_supported())
+
+
+# PyTorch computes products of these dtypes with loops of its own. They take longer than the same
+# products in float32, a backward up to a hundred times as long.
+SLOW = _slow()
+
+
 def is_wrong(x: Tensor) -> bool:
     """Whether PyTorch's own convolution of `x` is wrong on this processor."""
-    return x.ndim == 5 and x.dtype in WRONG_IN_3D and x.is_cpu
+    return x.is_cpu and is_wrong_for(x.dtype, x.ndim)
+
+
+def is_wrong_for(dtype: torch.dtype, ndim: int) -> bool:
+    """Whether PyTorch's own convolution of tensors on a CPU with `ndim` dimensions is wrong."""
+    return ndim == 5 and dtype in WRONG_IN_3D
 
 
 def convolution(x: Tensor, w: Tensor, bias: Tensor | None, conv: Geometry) -> Tensor:

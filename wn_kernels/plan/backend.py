@@ -125,7 +125,7 @@ def serving(v: Tensor, dim: int | None = 0) -> str:
     Raises:
         RuntimeError: a forced backend cannot serve it.
     """
-    served = native.serves_dim(dim, v.ndim) and v.dtype in native.DTYPES
+    served = native.serves_dim(dim, v.ndim)
     if served and v.is_cpu and tries_native() and native.unavailable() is None:
         return "native"
     return choose_backend(v)

@@ -13,6 +13,9 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
+import torch
+
+from ..backends import vendor
 from ..backends.native import limits
 from ..call import Call, Geometry, narrows_range
 from .devices import CPU, NATIVE, Device, gpu
@@ -25,6 +28,9 @@ UNFOLDED_EFFICIENCY = 0.88
 BACKWARD_EFFICIENCY = 0.85
 # An unfolded input may take this many bytes whatever the size of the weight.
 UNFOLDED_BYTES = 2**18
+# PyTorch's own loops for half precision (`vendor.SLOW`) take this many times as long as a product
+# in float32, in the forward and in the backward.
+SLOW_FORWARD, SLOW_BACKWARD = 4, 50
 # For a `W` of more bytes than this, the allocator maps fresh pages each time.
 FRESH_PAGES = 2**24
 
@@ -106,6 +112,8 @@ def aten_linear(call: Call) -> Costs:
     product = Stage(x + y + w, 2.0 * m * n * k)
     forward = {"materialize": [Stage(3 * w), product]}
     backward = {"materialize": [Stage(2 * w), product, product, Stage(5 * w)]}
+    if call.dim == 0 and call.x_dtype == call.v_dtype == torch.bfloat16:
+        backward = {"scaled": [Stage(2 * activation), product, product, Stage(5 * w)]}
     if scales_late(call):
         # The first candidate wins a tie.
         forward = {"scaled": [Stage(w), Stage(2 * activation), product]} | forward
@@ -164,28 +172,47 @@ def _convolution_sizes(call: Call, conv: Geometry) -> tuple[float, float, float,
 
 
 def native_linear(call: Call) -> Costs:
-    """Returns the candidates `scaled` and `materialize` of the native library, for dim=0. They are
-    those of the ATen path, with one pass in place of several operations. With few rows, the pass of
-    the product also computes the norms."""
+    """Returns the candidates `scaled`, `materialize` and `widen` of the native library, for dim=0.
+
+    The first two are those of the ATen path, with one pass in place of several operations. With few
+    rows, the pass of the product also computes the norms. These products of few rows are computed
+    in float32 from a `V` of any dtype. Otherwise `scaled` needs one dtype, which must not be
+    float16, and a product of oneDNN. `widen` forms `W` in float32 for an `x` in half precision.
+    """
     n, k = call.v_shape
     m = math.prod(call.x_shape[:-1])
     size = call.x_dtype.itemsize
-    x, y, w = size * m * k, size * m * n, size * n * k
-    product = Stage(x + y + w, 2.0 * m * n * k)
-    scaled = (
-        [product] if m == 1 or limits.reads_once(m, n, k) else [Stage(w), product, Stage(2 * y)]
-    )
-    finish = Stage(2 * w if keeps_product(call) else 3 * w)
-    return Costs(
-        # The empty stage is the call of PyTorch's layer with `W`.
-        {"scaled": scaled, "materialize": [Stage(2 * w), Stage(0), product]},
-        {
-            "scaled": [Stage(2 * y), product, product, finish],
-            "materialize": [Stage(2 * w), product, product, Stage(3 * w)],
-        },
-        NATIVE,
-        NATIVE.rate(size),
-    )
+    x, y, w, v = size * m * k, size * m * n, size * n * k, call.v_dtype.itemsize * n * k
+    operations = 2.0 * m * n * k
+    forward, backward = {}, {}
+    own, slow = limits.is_own(call), call.x_dtype in vendor.SLOW
+    if own or (call.x_dtype == call.v_dtype != torch.float16 and not slow):
+        product = Stage(x + y + v, operations)
+        forward["scaled"] = [product] if own else [Stage(v), product, Stage(2 * y)]
+        finish = Stage(2 * v if own or keeps_product(call) else w + 2 * v)
+        backward["scaled"] = [Stage(2 * y), product, product, finish]
+    # The empty stage is the call of PyTorch's layer with `W`.
+    for name, (slowness, slowness_of_grad), wider in _formed(call):
+        size = wider * w
+        product = Stage(wider * (x + y) + size, operations)
+        casts = [Stage(3 * x), Stage(3 * y)] if wider > 1 else []
+        forward[name] = [Stage(v + size), Stage(0), *casts, *_slower([product], slowness)]
+        grads = _slower([product, product], slowness_of_grad)
+        backward[name] = [Stage(v + size), *casts, *grads, Stage(size + 2 * v)]
+    return Costs(forward, backward, NATIVE, NATIVE.rate(call.x_dtype.itemsize))
+
+
+def _formed(call: Call) -> list[tuple[str, tuple[float, float], int]]:
+    """Returns the native library's variants that form `W`. For each, it returns the slowness of
+    PyTorch's forward and backward with that `W`, and how many times as wide `W` is as `x`."""
+    if call.x_dtype.itemsize > 2:
+        return [("materialize", (1, 1), 1)]
+    widened = ("widen", (1.0, 1.0), 2)
+    if call.conv is not None and vendor.is_wrong_for(call.x_dtype, len(call.v_shape)):
+        return [widened]
+    if call.x_dtype in vendor.SLOW:
+        return [("materialize", (SLOW_FORWARD, SLOW_BACKWARD), 1), widened]
+    return [("materialize", (1, 1), 1)]
 
 
 def native_convolution(call: Call, conv: Geometry) -> Costs:
@@ -209,9 +236,14 @@ def native_convolution(call: Call, conv: Geometry) -> Costs:
     product = [*call_of_pytorch, Stage(x + y + weight, operations)]
     grad = [*call_of_pytorch, Stage(x + y + weight, operations / BACKWARD_EFFICIENCY)]
     pages = 10 * w if w > FRESH_PAGES else 0
-    forward = {"materialize": [Stage(4 * weight + pages), *product]}
-    backward = {"materialize": [Stage(2 * weight + pages), *grad, *grad, Stage(3 * weight)]}
-    if call.dim == 0:  # a scale along taps belongs to neither side
+    forward, backward = {}, {}
+    for name, (slow, slow_grad), wider in _formed(call):
+        casts = [Stage(3 * x), Stage(3 * y)] if wider > 1 else []
+        formed = [Stage(wider * 4 * weight + pages), *casts]
+        forward[name] = [*formed, *_slower(product, slow)]
+        formed = [Stage(wider * 2 * weight + pages), *casts]
+        backward[name] = [*formed, *_slower([*grad, *grad], slow_grad), Stage(3 * weight)]
+    if call.dim == 0 and scales_late(call):  # a scale along taps belongs to neither side
         if conv.transposed:
             forward["input"] = [Stage(weight), *product, Stage(2 * x)]
             backward["input"] = [Stage(2 * x), *grad, *grad, Stage(3 * weight)]
@@ -220,7 +252,8 @@ def native_convolution(call: Call, conv: Geometry) -> Costs:
             again = Stage(2 * (x + y + weight))
             backward["output"] = [Stage(2 * y), *grad, again, *grad, Stage(3 * weight)]
     unfolded = Unfolded.of(call, conv)
-    if not call.channels_last and size * unfolded.numbers <= max(2 * w, UNFOLDED_BYTES):
+    few = size * unfolded.numbers <= max(2 * w, UNFOLDED_BYTES)
+    if few and scales_late(call) and not call.channels_last:
         lay_out = Stage(size * unfolded.numbers + 64 * unfolded.runs)
         own = Stage(x + y + weight, unfolded.operations / UNFOLDED_EFFICIENCY)
         norms = [] if call.dim == 0 else [Stage(weight)]
@@ -228,6 +261,10 @@ def native_convolution(call: Call, conv: Geometry) -> Costs:
         forward["unfold"] = [*norms, lay_out, own]
         backward["unfold"] = [lay_out, own, lay_out, own, finish]
     return Costs(forward, backward, NATIVE, NATIVE.rate(size))
+
+
+def _slower(stages: list[Stage], slowness: float) -> list[Stage]:
+    return [stage._replace(operations=slowness * stage.operations) for stage in stages]
 
 
 class Unfolded(NamedTuple):

@@ -10,6 +10,7 @@ import math
 import warnings
 from typing import Literal, NamedTuple
 
+from ..backends import vendor
 from ..call import Call
 from . import table
 from .costs import costs, keeps_product, scales_late
@@ -59,17 +60,18 @@ def _may_keep(call: Call, backend: str, forward: str, backward: str) -> bool:
 
     The product of a linear layer on a CPU may take 1/8 of the size of the weight. The `W` of a
     convolution may take 1/8 of the size of the input. A small `W` is kept whatever the input's
-    size, since computing it again is all overhead. The native library forms `W` for a training
-    step, whatever its forward does without gradients. It keeps every `W` that is normalised along
-    taps, because forming it twice takes longer than eager does.
+    size, since computing it again is all overhead. A `W` in float32 for a layer in half precision
+    is not kept. The native library forms `W` for a training step, whatever its forward does without
+    gradients. It keeps every `W` that is normalised along taps, because forming it twice takes
+    longer than eager does.
     """
-    if backend != "triton" and not scales_late(call):
-        return False
     if call.conv is None:
         late = backend != "triton" and forward == backward == "scaled"
-        return late and keeps_product(call)
+        return late and scales_late(call) and keeps_product(call)
     if backward != "materialize" or (forward != "materialize" and backend != "native"):
         return False
+    if backend == "aten" and vendor.is_wrong_for(call.x_dtype, len(call.v_shape)):
+        return False  # PyTorch would save `x` and `W` in float32
     if backend != "triton" and call.conv.scale_axis(call.dim) == "taps":
         return backend == "native"  # it can scale nothing but `W`
     size = call.x_dtype.itemsize

@@ -1,6 +1,7 @@
 """The native library is the fast path of a CPU. Its layers are nodes of the autograd graph, in C++.
 
     limits.h        thresholds that the cost model uses as well (limits.py)
+    vectors.h       vectors of float32 or float64, read from any dtype and written to any
     rows.h          passes over a weight whose slices are its rows
     columns.h       passes over a weight whose slices are not its rows
     call.h          which calls are served, and how
@@ -45,12 +46,11 @@ NAME = "wn_kernels_native"
 # This variable adds flags for the compiler and the linker. Other flags give another file.
 FLAGS_VARIABLE = "WN_KERNELS_CXXFLAGS"
 
-DTYPES = frozenset((torch.float32, torch.float64))
 SERVES = (
-    "the native library needs non-empty CPU tensors of one dtype, float32 or float64, with a batch "
-    "dimension, in an eager call without autocast. Slices must be rows of memory; for convolutions "
-    "columns also work, and for a weight alone any slices of a dense one. Norms must lie between "
-    "1e-10 and 1e10"
+    "the native library needs non-empty CPU tensors with a batch dimension, in an eager call. g "
+    "must have the dtype of v, and float64 tensors go with no others. Slices must be rows of "
+    "memory; for convolutions columns also work, and for a weight alone any slices of a dense one. "
+    "Norms must lie between 1e-10 and 1e10"
 )
 
 
@@ -65,8 +65,10 @@ def serves(call: Call) -> bool:
     return bool(call.x_shape) and serves_dim(call.dim, len(call.v_shape))
 
 
-# The library numbers the variants. It calls a variant "late", whichever side is scaled.
-_VARIANTS = {"materialize": 0, "scaled": 1, "input": 1, "output": 1, "unfold": 2}
+# The library numbers the variants. It calls a variant "late", whichever side is scaled, or "own" if
+# its products are the library's own.
+_VARIANTS = {"materialize": 0, "scaled": 1, "input": 1, "output": 1, "unfold": 2, "widen": 3}
+_OWN = 4
 
 
 def encoded(call: Call, plan: Any) -> tuple:
@@ -75,7 +77,11 @@ def encoded(call: Call, plan: Any) -> tuple:
     if call.conv is not None:
         outputs = call.conv.output_sizes(call.x_shape[2:], call.v_shape[2:])
         sizes = (call.x_shape[0], call.conv.out_channels(call.v_shape), *outputs)
-    variants = (_VARIANTS[name] for name in (plan.recorded, plan.forward, plan.backward))
+    own = call.conv is None and limits.is_own(call)
+    variants = (
+        _OWN if own and name == "scaled" else _VARIANTS[name]
+        for name in (plan.recorded, plan.forward, plan.backward)
+    )
     return call.conv, sizes, *variants, bool(plan.keeps)
 
 
@@ -85,7 +91,7 @@ SOURCES = sorted((*_HERE.glob("*.cpp"), *_HERE.glob("*.h")))
 # The library uses the instructions that PyTorch itself uses on this machine, and no others, because
 # machines may share a cache.
 _INSTRUCTIONS = {
-    "AVX2": ["-mavx2", "-mfma"],
+    "AVX2": ["-mavx2", "-mfma", "-mf16c"],
     "AVX512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma"],
 }
 

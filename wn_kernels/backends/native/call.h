@@ -29,15 +29,18 @@ using MaybeTensor = std::optional<Tensor>;
 
 // --- what is served ----------------------------------------------------------------------------
 
-// Whether nobody sees through the call: no torch.func transform, forward-mode AD, trace, autocast,
-// dispatch or function mode.
-inline bool is_eager(at::DeviceType device = at::kCPU) {
+// Whether nobody sees through the call: no torch.func transform, forward-mode AD, trace, dispatch or
+// function mode.
+inline bool is_seen_by_nobody() {
   const auto& included = c10::impl::tls_local_dispatch_key_set().included_;
   return !included.has(c10::DispatchKey::FuncTorchDynamicLayerFrontMode) &&
          !included.has(c10::DispatchKey::FuncTorchDynamicLayerBackMode) &&
          !torch::autograd::ForwardADLevel::try_get_by_idx(0) && !torch::jit::tracer::isTracing() &&
-         !at::autocast::is_autocast_enabled(device) && !c10::impl::dispatch_mode_enabled() &&
-         !at::impl::torch_function_mode_enabled();
+         !c10::impl::dispatch_mode_enabled() && !at::impl::torch_function_mode_enabled();
+}
+
+inline bool is_eager(at::DeviceType device) {
+  return is_seen_by_nobody() && !at::autocast::is_autocast_enabled(device);
 }
 
 // Of torch's own kind, with memory to read: no transform's wrapper, no lazy negative.
@@ -59,6 +62,27 @@ inline bool has_rows(const Tensor& v) {
          (v.size(0) == 1 || v.stride(0) == v.numel() / v.size(0));
 }
 
+// `t` in this dtype.
+inline Tensor as(const Tensor& t, at::ScalarType dtype) {
+  return !t.defined() || t.scalar_type() == dtype ? t : t.to(dtype);
+}
+
+// The input of a layer, which autocast casts as that of torch.nn's layers. float64 stays as it is.
+inline Tensor as_autocast(const Tensor& x) {
+  if (x.scalar_type() == at::kDouble || !at::autocast::is_autocast_enabled(at::kCPU)) return x;
+  return as(x, at::autocast::get_autocast_dtype(at::kCPU));
+}
+
+// In this scope, neither autograd nor autocast sees the operations.
+struct BelowAutograd {
+  at::AutoDispatchBelowADInplaceOrView below;
+  c10::impl::ExcludeDispatchKeyGuard no_autocast{c10::autocast_dispatch_keyset};
+};
+
+inline bool is_floating(at::ScalarType dtype) {
+  return dtype == at::kFloat || dtype == at::kDouble || dtype == at::kHalf || dtype == at::kBFloat16;
+}
+
 // A layer's tensors, where they are served.
 struct Operands {
   Tensor x, v, g, bias;  // the bias may be undefined
@@ -73,18 +97,22 @@ struct Operands {
 // A tensor, no subclass.
 inline bool is_tensor(py::handle object) { return THPVariable_CheckExact(object.ptr()); }
 
+// g has the dtype of v. The other dtypes may differ, but float64 goes with itself alone.
 inline std::optional<Operands> operands(py::handle x, py::handle v, py::handle g, py::handle bias) {
   if (!is_tensor(x) || !is_tensor(v) || !is_tensor(g) || !(bias.is_none() || is_tensor(bias)) ||
-      !is_eager())
+      !is_seen_by_nobody())
     return std::nullopt;
   Operands out{THPVariable_Unpack(x.ptr()), THPVariable_Unpack(v.ptr()),
                THPVariable_Unpack(g.ptr()), {}};
   if (!bias.is_none()) out.bias = THPVariable_Unpack(bias.ptr());
   const auto dtype = out.v.scalar_type();
-  const auto fits = [&](const Tensor& t) { return t.scalar_type() == dtype && is_plain(t); };
-  const bool served = (dtype == at::kFloat || dtype == at::kDouble) && fits(out.x) && fits(out.v) &&
-                      fits(out.g) && out.x.numel() > 0 && out.v.numel() > 0 &&
-                      out.v.dim() > 0 && out.g.is_contiguous() &&
+  const auto fits = [&](const Tensor& t) {
+    const auto own = t.scalar_type();
+    return is_floating(own) && (own == at::kDouble) == (dtype == at::kDouble) && is_plain(t);
+  };
+  const bool served = fits(out.x) && fits(out.v) && fits(out.g) && out.g.scalar_type() == dtype &&
+                      out.x.numel() > 0 && out.v.numel() > 0 && out.v.dim() > 0 &&
+                      out.g.is_contiguous() &&
                       (!out.bias.defined() || (fits(out.bias) && out.bias.is_contiguous()));
   return served ? std::make_optional(std::move(out)) : std::nullopt;
 }
@@ -102,10 +130,7 @@ inline std::optional<Operands> launched_operands(
   const auto device = out.v.device();
   if (!is_eager(device.type())) return std::nullopt;
   const auto fits = [&](const Tensor& t) {
-    const auto dtype = t.scalar_type();
-    return (dtype == at::kFloat || dtype == at::kDouble || dtype == at::kHalf ||
-            dtype == at::kBFloat16) &&
-           t.device() == device && is_plain(t, device.type());
+    return is_floating(t.scalar_type()) && t.device() == device && is_plain(t, device.type());
   };
   const bool served = fits(out.v) && fits(out.g) && out.g.is_contiguous() &&
                       (!out.x.defined() || fits(out.x)) && (!out.bias.defined() || fits(out.bias));
@@ -115,8 +140,9 @@ inline std::optional<Operands> launched_operands(
 // --- what shapes and options decide ------------------------------------------------------------
 
 // How a layer is computed in a direction: with a W that is formed, with a side that is scaled
-// instead, or as a product with the unfolded input.
-enum class Variant { materialize, late, unfold };
+// instead, as a product with the unfolded input, with a W and a product in float32 of a layer in half
+// precision, or late with products of this library's own.
+enum class Variant { materialize, late, unfold, widen, own };
 
 // What torch.convolution takes after the bias.
 struct Geometry {
@@ -280,6 +306,7 @@ inline std::optional<Plan> planned(
     py::handle eps, bool channels_last) {
   static thread_local Key key;
   key.clear();
+  key.number(static_cast<char>(t.x.scalar_type()));
   key.number(static_cast<char>(t.v.scalar_type()));
   key.number(static_cast<char>(2 * rank + channels_last));
   for (const Tensor* tensor : {&t.x, &t.v, &t.g, &t.bias})

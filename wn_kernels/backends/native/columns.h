@@ -54,32 +54,38 @@ std::vector<T> spread(const Columns& of, const F& f) {
 }
 
 // Returns whether slice j is all zeros.
-template <typename T>
-bool is_zero(const T* v, int64_t j, const Columns& of) {
+template <typename V>
+bool is_zero(const V* v, int64_t j, const Columns& of) {
   for (int64_t at = j * of.inner; at < of.rows * of.width(); at += of.step())
     for (int64_t i = 0; i < of.inner; ++i)
-      if (v[at + i] != 0) return false;
+      if (static_cast<Wide<V>>(v[at + i]) != 0) return false;
   return true;
 }
 
 // Computes part_j += <a_j, b_j>. It takes four rows at once, because every pass loads and stores
 // the sums.
-template <typename T>
-void add_dots(T* __restrict part, const T* a, const T* b, int64_t rows, int64_t columns) {
-  int64_t i = 0;
-  for (; i + 4 <= rows; i += 4) {
-    const T *a0 = a + i * columns, *a1 = a0 + columns, *a2 = a1 + columns, *a3 = a2 + columns;
-    const T *b0 = b + i * columns, *b1 = b0 + columns, *b2 = b1 + columns, *b3 = b2 + columns;
-    for (int64_t j = 0; j < columns; ++j)
-      part[j] += (a0[j] * b0[j] + a1[j] * b1[j]) + (a2[j] * b2[j] + a3[j] * b3[j]);
-  }
-  for (; i < rows; ++i)
-    for (int64_t j = 0; j < columns; ++j) part[j] += a[i * columns + j] * b[i * columns + j];
+template <typename A, typename B>
+void add_dots(Wide<A>* part, const A* a, const B* b, int64_t rows, int64_t columns) {
+  using T = Wide<A>;
+  int64_t row = 0;
+  for (; row + 4 <= rows; row += 4, a += 4 * columns, b += 4 * columns)
+    for_each_vector<T>(columns, [=](int64_t j, auto count) {
+      const auto term = [=](int64_t r) {
+        return load(a + r * columns + j, count) * load(b + r * columns + j, count);
+      };
+      store(part + j, load(part + j, count) + ((term(0) + term(1)) + (term(2) + term(3))), count);
+    });
+  for (; row < rows; ++row, a += columns, b += columns)
+    for_each_vector<T>(columns, [=](int64_t j, auto count) {
+      const Vector<T> term = load(a + j, count) * load(b + j, count);
+      store(part + j, load(part + j, count) + term, count);
+    });
 }
 
 // Returns <A_j, B_j> of every slice. Chunks of rows are added in order, whichever thread took them.
-template <typename T>
-std::vector<double> column_dots(const T* a, const T* b, const Columns& of) {
+template <typename A, typename B>
+std::vector<double> column_dots(const A* a, const B* b, const Columns& of) {
+  using T = Wide<A>;
   const int64_t width = of.width(), blocks = (of.rows + kBlockOfRows - 1) / kBlockOfRows,
                 chunks = std::clamp(of.rows * width / kChunk, int64_t{1}, std::min(blocks, kChunks));
   std::vector<double> all(chunks * width);

@@ -1,9 +1,11 @@
-// This file computes convolutions and transposed convolutions with W = s V, in three variants:
+// This file computes convolutions and transposed convolutions with W = s V, in four variants:
 //
-//   unfold    V is multiplied by the unfolded image, over few pixels (unfold.h)
-//   late      PyTorch convolves with V, and the channels that the scale belongs to are scaled: the
-//             input's of a transposed convolution, the output's of any other
-//   else      W is formed, and PyTorch convolves with it; W is kept for the backward if planned
+//   unfold       V is multiplied by the unfolded image, over few pixels (unfold.h)
+//   late         PyTorch convolves with V, and the channels that the scale belongs to are scaled:
+//                the input's of a transposed convolution, the output's of any other
+//   materialize  W is formed in the dtype of x, and PyTorch convolves with it; W is kept for the
+//                backward if planned
+//   widen        the same in float32, for an x in half precision
 
 #pragma once
 
@@ -26,10 +28,13 @@ inline Tensor per_channel(const Tensor& g, const Tensor& n, int64_t ndim) {
   return (g / n).view(shape);
 }
 
+// Returns PyTorch's convolution, computed in the dtype of W and returned in that of x.
 inline Tensor plain(const Tensor& x, const Tensor& w, const Tensor& bias, const Geometry& conv) {
-  return at::convolution(
-      x, w, maybe(bias), conv.stride, conv.padding, conv.dilation, conv.transposed,
-      conv.output_padding, conv.groups);
+  const auto dtype = w.scalar_type();
+  const Tensor y = at::convolution(
+      as(x, dtype), w, maybe(as(bias, dtype)), conv.stride, conv.padding, conv.dilation,
+      conv.transposed, conv.output_padding, conv.groups);
+  return as(y, x.scalar_type());
 }
 
 // Computes y = y s + b in place.
@@ -51,12 +56,18 @@ inline void scale_channels(Tensor& y, const Tensor& s, const Tensor& bias) {
   });
 }
 
+// Returns (dX, dW, db) of PyTorch's convolution, computed in the dtype of W. A gradient that is not
+// needed is undefined.
 inline std::tuple<Tensor, Tensor, Tensor> plain_grads(
     const Tensor& dy, const Tensor& x, const Tensor& w, const Geometry& conv, bool needs_x,
     bool needs_w, bool needs_bias) {
-  return at::convolution_backward(
-      dy, x, w, at::IntArrayRef{dy.size(1)}, conv.stride, conv.padding, conv.dilation,
-      conv.transposed, conv.output_padding, conv.groups, {needs_x, needs_w, needs_bias});
+  const auto dtype = w.scalar_type();
+  auto found = at::convolution_backward(
+      as(dy, dtype), as(x, dtype), w, at::IntArrayRef{dy.size(1)}, conv.stride, conv.padding,
+      conv.dilation, conv.transposed, conv.output_padding, conv.groups,
+      {needs_x, needs_w, needs_bias});
+  std::get<0>(found) = as(std::get<0>(found), x.scalar_type());
+  return found;
 }
 
 inline std::optional<ConvolutionResult> convolution_forward(
@@ -68,9 +79,12 @@ inline std::optional<ConvolutionResult> convolution_forward(
     if (!result) return std::nullopt;
     return ConvolutionResult{result->first, result->second, Tensor()};
   }
-  if (variant == Variant::materialize) {
-    RECORD_FUNCTION("wn_kernels::convolution, materialize", {});
-    auto result = weight(v, g, eps);
+  if (variant != Variant::late) {
+    RECORD_FUNCTION(
+        variant == Variant::widen ? "wn_kernels::convolution, widen"
+                                  : "wn_kernels::convolution, materialize",
+        {});
+    auto result = weight(v, g, eps, product_dtype(variant, x, v));
     if (!result) return std::nullopt;
     auto& [w, n] = *result;
     return ConvolutionResult{plain(x, w, bias, conv), n, keeps ? w : Tensor()};
@@ -93,7 +107,7 @@ struct Convolution : Function<Convolution> {
       Variant variant) {
     ctx->save_for_backward({x, v, g, result.n, result.w});
     auto& data = ctx->saved_data;
-    data["bias"] = bias.has_value();
+    if (bias) data["bias"] = static_cast<int64_t>(bias->scalar_type());
     data["eps"] = eps;
     data["variant"] = static_cast<int64_t>(variant);
     data["geometry"] = conv.packed();
@@ -107,21 +121,27 @@ struct Convolution : Function<Convolution> {
     auto& data = ctx->saved_data;
     const double eps = data["eps"].toDouble();
     const auto conv = Geometry::unpacked(data["geometry"].toIntVector());
+    const auto bias = data.find("bias");
     const bool needs_x = ctx->needs_input_grad(0), needs_v = ctx->needs_input_grad(1),
-               needs_g = ctx->needs_input_grad(2),
-               needs_bias = data["bias"].toBool() && ctx->needs_input_grad(3);
-    const bool needs_weight = needs_v || needs_g;
+               needs_g = ctx->needs_input_grad(2), needs_weight = needs_v || needs_g,
+               needs_bias = bias != data.end() && ctx->needs_input_grad(3);
+    const auto bias_dtype =
+        needs_bias ? static_cast<at::ScalarType>(bias->second.toInt()) : at::kFloat;
     variable_list out(8);
     if (goes_to_composite(dy)) {
       auto found = composite_grads(dy, x, v, g, conv, eps, {needs_x, needs_v, needs_g});
       std::move(found.begin(), found.end(), out.begin());
-      if (needs_bias) out[3] = bias_grad(dy, 1);
+      if (needs_bias) out[3] = bias_grad(dy, 1, bias_dtype);
       return out;
     }
-    at::AutoDispatchBelowADInplaceOrView below;
+    const BelowAutograd below;
     const auto variant = static_cast<Variant>(data["variant"].toInt());
-    // For a bias's gradient alone, ATen would compute the weight's gradient as well.
-    if (needs_bias && (!needs_weight || variant == Variant::unfold)) out[3] = bias_grad(dy, 1);
+    const auto dtype = product_dtype(variant, x, v);
+    // For a bias's gradient alone, ATen would compute the weight's gradient as well. It would round
+    // that of a bias in another dtype, and add up a float16 dY in float16.
+    const bool with_weight = needs_weight && variant != Variant::unfold && bias_dtype == dtype &&
+                             dtype != at::kHalf;
+    if (needs_bias && !with_weight) out[3] = bias_grad(dy, 1, bias_dtype);
     if (variant == Variant::unfold) {
       RECORD_FUNCTION("wn_kernels::convolution_backward, unfold", {});
       std::tie(out[0], out[1], out[2]) =
@@ -133,12 +153,15 @@ struct Convolution : Function<Convolution> {
     // gradient comes with dW.
     const auto take = [&](const Tensor& grad, const Tensor& weight, bool for_x, bool for_weight) {
       if (!for_x && !for_weight) return;
-      auto found = plain_grads(grad, x, weight, conv, for_x, for_weight, for_weight && needs_bias);
+      const bool for_bias = for_weight && needs_bias && with_weight;
+      auto found = plain_grads(grad, x, weight, conv, for_x, for_weight, for_bias);
       if (for_x) out[0] = std::get<0>(found);
-      if (for_weight) std::tie(std::ignore, dw, out[3]) = found;
+      if (for_weight) dw = std::get<1>(found);
+      if (for_bias) out[3] = std::get<2>(found);
     };
     RECORD_FUNCTION(
         variant == Variant::materialize ? "wn_kernels::convolution_backward, materialize"
+        : variant == Variant::widen     ? "wn_kernels::convolution_backward, widen"
         : conv.transposed               ? "wn_kernels::convolution_backward, input"
                                         : "wn_kernels::convolution_backward, output",
         {});
@@ -151,11 +174,16 @@ struct Convolution : Function<Convolution> {
         if (needs_x) take(dy * s, v, true, false);
         take(dy, v, false, needs_weight);
       }
-    } else if (needs_x && !w.defined()) {  // W is large; it is freed before dW is allocated
-      take(dy, scaled_weight(v, g, n), true, false);
-      take(dy, v, false, needs_weight);
     } else {
-      take(dy, w.defined() ? w : v, needs_x, needs_weight);
+      const bool forms = needs_x && !w.defined();
+      // The elements of W do not matter to dW. A W that is formed is freed before dW is allocated.
+      const auto stand_in = [&] {
+        return w.defined()                ? w
+               : v.scalar_type() == dtype ? v
+                                          : at::empty_like(v, v.options().dtype(dtype));
+      };
+      if (forms) take(dy, scaled_weight(v, g, n, dtype), true, false);
+      if (needs_weight || !forms) take(dy, stand_in(), needs_x && !forms, needs_weight);
     }
     if (needs_weight) std::tie(out[1], out[2]) = weight_grads(dw, v, g, n, eps, true);
     return out;
@@ -167,8 +195,9 @@ inline MaybeTensor convolution(
     int64_t rank, py::handle x, py::handle v, py::handle g, py::handle bias, py::handle stride,
     py::handle padding, py::handle dilation, py::handle transposed, py::handle output_padding,
     py::handle groups, py::handle dim, py::handle eps) {
-  const auto t = operands(x, v, g, bias);
+  auto t = operands(x, v, g, bias);
   if (!t || !has_slices(t->v, t->g)) return std::nullopt;
+  t->x = as_autocast(t->x);
   const bool channels_last = !(is_channels_first(t->x) && is_channels_first(t->v));
   const auto found = planned(
       rank, *t, {stride, padding, dilation, transposed, output_padding, groups}, dim, eps,
@@ -180,7 +209,7 @@ inline MaybeTensor convolution(
   const bool recorded = t->needs_grad();
   std::optional<ConvolutionResult> result;
   {
-    at::AutoDispatchBelowADInplaceOrView below;
+    const BelowAutograd below;
     result = convolution_forward(
         t->x, t->v, t->g, t->bias, plan.conv, plan.y_sizes, least,
         recorded ? plan.recorded : plan.forward, plan.keeps && recorded);

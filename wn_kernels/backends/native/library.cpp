@@ -1,11 +1,11 @@
 // This library computes weight-normalised layers on a CPU, as nodes of PyTorch's autograd graph. A
 // call runs no Python.
 //
-// The layers serve dense tensors of one dtype, float32 or float64. Norms are those of the rows of
-// V. A convolution's may also be those of its columns, and those of a weight alone may be of any
-// slices. The variants are those of the ATen path (backends/aten.py). The profiler shows which one
-// ran. A backward that is itself differentiated runs on the composite formula
-// (backends/reference.py).
+// The layers serve dense tensors in float64, or in any mixture of float32, bfloat16 and float16. g has
+// the dtype of V. Under autocast, x is cast first. Norms are those of the rows of V. A convolution's
+// may also be those of its columns, and those of a weight alone may be of any slices. The variants are
+// those of the ATen path (backends/aten.py) and `widen`. The profiler shows which one ran. A backward
+// that is itself differentiated runs on the composite formula (backends/reference.py).
 
 #include "convolution.h"
 #include "launched.h"

@@ -6,15 +6,12 @@
 #include <cstdint>
 #include <type_traits>
 
-#ifndef WN_FEW_ROWS
+#ifndef WN_LEFT_ROWS
 #error "python -m wn_kernels build defines the thresholds of limits.py"
 #endif
 
 namespace wn_kernels {
 
-constexpr int64_t kFewRows = WN_FEW_ROWS;
-constexpr int64_t kFewRowsInputs = WN_FEW_ROWS_INPUTS;
-constexpr int64_t kFewRowsElements = WN_FEW_ROWS_ELEMENTS;
 constexpr int64_t kLeftRows = WN_LEFT_ROWS;
 constexpr int64_t kLongLine = WN_LONG_LINE;
 constexpr int kTileRows = WN_TILE_ROWS;

@@ -4,13 +4,19 @@ sources are compiled with them.
 
 from __future__ import annotations
 
+import math
+
 import torch
 
-from ...call import NORM_RANGE
+from ...call import NORM_RANGE, Call
+from .. import vendor
 
-# A linear layer reads `V` once if `x` has 2 to FEW_ROWS rows, and `V` has at least FEW_ROWS_INPUTS
-# columns and FEW_ROWS_ELEMENTS elements.
+# A linear layer is computed by products of the library's own, which read `V` once, if `x` has 2 to
+# FEW_ROWS rows, and `V` has at least FEW_ROWS_INPUTS columns and FEW_ROWS_ELEMENTS elements. These
+# products are computed in float32 or float64. oneDNN's of bfloat16 are faster if `x` has more than
+# FEW_MIXED_ROWS, or if `W` need not be formed for them.
 FEW_ROWS = 32
+FEW_MIXED_ROWS = 8
 FEW_ROWS_INPUTS = 512
 FEW_ROWS_ELEMENTS = 2**18
 # `V xᵀ` is faster than `x Vᵀ` if `x` has fewer rows than this.
@@ -23,11 +29,16 @@ TILE_ROWS = 4
 VECTOR_BYTES = 64 if torch.backends.cpu.get_cpu_capability() == "AVX512" else 32
 
 
-def reads_once(rows: int, outputs: int, inputs: int) -> bool:
-    """Returns whether the native library's products of few rows serve a linear layer."""
-    return (
-        1 < rows <= FEW_ROWS and inputs >= FEW_ROWS_INPUTS and outputs * inputs >= FEW_ROWS_ELEMENTS
-    )
+def is_own(call: Call) -> bool:
+    """Returns whether the products of a linear layer's variant `scaled` are the library's own.
+    Those with one row always are."""
+    outputs, inputs = call.v_shape
+    rows = math.prod(call.x_shape[:-1])
+    most = FEW_ROWS
+    if call.x_dtype.itemsize == 2 and call.x_dtype not in vendor.SLOW:
+        most = FEW_MIXED_ROWS if call.x_dtype != call.v_dtype else 1
+    large = inputs >= FEW_ROWS_INPUTS and outputs * inputs >= FEW_ROWS_ELEMENTS
+    return rows == 1 or (rows <= most and large)
 
 
 def panel(itemsize: int) -> int:

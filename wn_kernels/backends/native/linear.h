@@ -1,14 +1,13 @@
-// This file computes the linear layer y = x Wᵀ + b with W = s V. There are two variants:
+// This file computes the linear layer y = x Wᵀ + b with W = s V. There are four variants:
 //
-//   late      y = (x Vᵀ) s + b,  dX = (dY s) V,  dV = (dY s)ᵀ x - c V, with a = sum dY (x Vᵀ)
-//   else      W is formed in the forward and in the backward
+//   late         y = (x Vᵀ) s + b,  dX = (dY s) V,  dV = (dY s)ᵀ x - c V, with a = sum dY (x Vᵀ)
+//   own          the same in float32 or float64, for few rows of x; no product comes from a library
+//   materialize  W is formed in the forward and in the backward, in the dtype of x
+//   widen        the same in float32, for an x in half precision
 //
 // The late backward computes a from the product x Vᵀ, if the forward kept it. Otherwise it forms dW
-// and computes dV from it. If x has few rows, x Vᵀ and the norms take one read of V, and so do dX
-// and dV (panels.h).
-//
-// If x has one row, or if it has few and V is large, no product comes from a library. The number of
-// threads then does not change a bit of any result.
+// and computes dV from it. In the variant `own`, x Vᵀ and the norms take one read of V, and so do dX
+// and dV (panels.h). The number of threads does not change a bit of any result.
 
 #pragma once
 
@@ -21,13 +20,6 @@
 
 namespace wn_kernels {
 
-// Returns whether one read of V beats a library's product. x must have several rows, but few, and V
-// must not be small.
-inline bool is_few(int64_t rows, const Tensor& v) {
-  return rows > 1 && rows <= kFewRows && v.size(1) >= kFewRowsInputs &&
-         v.numel() >= kFewRowsElements;
-}
-
 // In a pass over (M, N), a thread takes this many columns. They fill at least a cache line.
 constexpr int64_t kColumns = 64;
 
@@ -35,36 +27,43 @@ struct LinearResult {
   Tensor y, n, product;  // the product x Vᵀ is defined only if it is kept
 };
 
-// Computes y = p s + b for p = x Vᵀ, which may be stored transposed.
-template <typename T>
+// Computes y = p s + b for p = x Vᵀ, which may be stored transposed. The bias has the dtype of n.
+template <typename Y>
 void epilogue(Tensor& y, const Tensor& p, const Tensor& g, const Tensor& n, const Tensor& b) {
+  using T = Wide<Y>;
   const int64_t rows = p.size(0), columns = p.size(1), p_row = p.stride(0), p_column = p.stride(1);
-  const auto *ps = p.const_data_ptr<T>(), *gs = g.const_data_ptr<T>(), *ns = n.const_data_ptr<T>();
+  const auto* ps = p.const_data_ptr<Y>();
+  const auto *gs = g.const_data_ptr<T>(), *ns = n.const_data_ptr<T>();
   const auto* bs = b.defined() ? b.const_data_ptr<T>() : nullptr;
-  auto* ys = y.mutable_data_ptr<T>();
+  auto* ys = y.mutable_data_ptr<Y>();
   for_each((columns + kColumns - 1) / kColumns, rows * kColumns, [&](int64_t block) {
     const int64_t begin = block * kColumns, width = std::min(kColumns, columns - begin);
     T s[kColumns], shift[kColumns] = {};
     for (int64_t j = 0; j < width; ++j) s[j] = gs[begin + j] / ns[begin + j];
     if (bs) std::copy_n(bs + begin, width, shift);
     for (int64_t m = 0; m < rows; ++m) {
-      const T* in = ps + m * p_row + begin * p_column;
-      T* out = ys + m * columns + begin;
+      const Y* in = ps + m * p_row + begin * p_column;
+      Y* out = ys + m * columns + begin;
       if (p_column == 1)
-        for (int64_t j = 0; j < width; ++j) out[j] = in[j] * s[j] + shift[j];
+        for_each_vector<T>(width, [&](int64_t j, auto count) {
+          store(out + j, load(in + j, count) * load(s + j) + load(shift + j), count);
+        });
       else
-        for (int64_t j = 0; j < width; ++j) out[j] = in[j * p_column] * s[j] + shift[j];
+        for (int64_t j = 0; j < width; ++j)
+          out[j] = static_cast<Y>(static_cast<T>(in[j * p_column]) * s[j] + shift[j]);
     }
   });
 }
 
 // Returns Dᵀ V for a D of few columns.
-template <typename T>
-Tensor few_rows_product(const Tensor& d, const Tensor& v) {
-  const Tensor out = at::empty({d.size(1), v.size(1)}, v.options());
-  Panels<T> q(v.size(1), d.size(1));
-  columns_product(q, v.const_data_ptr<T>(), v.size(0), d.const_data_ptr<T>());
-  unpack(q, out.mutable_data_ptr<T>());
+inline Tensor few_rows_product(const Tensor& d, const Tensor& v) {
+  const Tensor out = at::empty({d.size(1), v.size(1)}, d.options());
+  with_dtype(v.scalar_type(), [&](auto number) {
+    using V = decltype(number);
+    Panels<Wide<V>> q(v.size(1), d.size(1));
+    columns_product(q, v.const_data_ptr<V>(), v.size(0), d.const_data_ptr<Wide<V>>());
+    unpack(q, out.mutable_data_ptr<Wide<V>>());
+  });
   return out;
 }
 
@@ -74,31 +73,36 @@ constexpr int64_t kTileOfColumns = 1024;
 
 // Computes to += dᵀ V for some rows and `width` columns of V. It takes eight rows at once, because
 // every pass loads and stores the sums.
-template <typename T>
+template <typename V>
 void add_scaled_rows(
-    T* __restrict to, const T* d, const T* v, int64_t rows, int64_t length, int64_t width) {
-  int64_t j = 0;
-  for (; j + 8 <= rows; j += 8) {
-    const T *a = v + j * length, *b = a + length, *c = b + length, *e = c + length,
-            *f = e + length, *h = f + length, *p = h + length, *q = p + length, *s = d + j;
-    for (int64_t k = 0; k < width; ++k)
-      to[k] += ((s[0] * a[k] + s[1] * b[k]) + (s[2] * c[k] + s[3] * e[k])) +
-               ((s[4] * f[k] + s[5] * h[k]) + (s[6] * p[k] + s[7] * q[k]));
-  }
-  for (; j < rows; ++j)
-    for (int64_t k = 0; k < width; ++k) to[k] += d[j] * v[j * length + k];
+    Wide<V>* to, const Wide<V>* d, const V* v, int64_t rows, int64_t length, int64_t width) {
+  using T = Wide<V>;
+  int64_t row = 0;
+  for (; row + 8 <= rows; row += 8, d += 8, v += 8 * length)
+    for_each_vector<T>(width, [=](int64_t k, auto count) {
+      const auto term = [=](int64_t r) { return d[r] * load(v + r * length + k, count); };
+      const Vector<T> low = (term(0) + term(1)) + (term(2) + term(3)),
+                      high = (term(4) + term(5)) + (term(6) + term(7));
+      store(to + k, load(to + k, count) + (low + high), count);
+    });
+  for (; row < rows; ++row, ++d, v += length)
+    for_each_vector<T>(width, [=](int64_t k, auto count) {
+      store(to + k, load(to + k, count) + *d * load(v + k, count), count);
+    });
 }
 
 // Returns dᵀ V for a row dᵀ. V is read once, in tiles. Their sums are added in order, whichever
 // thread took them.
-template <typename T>
+template <typename V>
 Tensor one_row_product(const Tensor& d, const Tensor& v) {
+  using T = Wide<V>;
   const int64_t rows = v.size(0), length = v.size(1);
   const int64_t stacks = (rows + kTileOfRows - 1) / kTileOfRows,
                 strips = (length + kTileOfColumns - 1) / kTileOfColumns;
-  const Tensor out = at::empty({1, length}, v.options());
+  const Tensor out = at::empty({1, length}, d.options());
   const std::unique_ptr<T[]> rest(new T[(stacks - 1) * length]);
-  const auto *ds = d.const_data_ptr<T>(), *vs = v.const_data_ptr<T>();
+  const auto* ds = d.const_data_ptr<T>();
+  const auto* vs = v.const_data_ptr<V>();
   T* to = out.mutable_data_ptr<T>();
   for_each(stacks * strips, kTileOfRows * kTileOfColumns, [&](int64_t i) {
     const int64_t stack = i / strips, row = stack * kTileOfRows, k = i % strips * kTileOfColumns;
@@ -116,42 +120,47 @@ Tensor one_row_product(const Tensor& d, const Tensor& v) {
   return out;
 }
 
-// Returns D V.
+// Returns D V in the dtype of D, which is that of V or a wider one.
 inline Tensor rows_times(const Tensor& d, const Tensor& v) {
   if (d.size(0) > 1) return at::mm(d, v);
   Tensor out;
-  AT_DISPATCH_FLOATING_TYPES(
-      v.scalar_type(), "rows_times", [&] { out = one_row_product<scalar_t>(d, v); });
-  return out;
+  with_dtype(v.scalar_type(), [&](auto number) {
+    out = one_row_product<decltype(number)>(as(d, wide_dtype(v)), v);
+  });
+  return as(out, d.scalar_type());
 }
 
-// Computes scaled = dY s and db = sum dY in one pass over dY. If p = x Vᵀ is given, it also
-// computes a = sum dY p. The sums run over the rows.
-template <typename T>
+// Computes db = sum dY, and scaled = dY s and a = sum dY p if they are given, in one pass over dY.
+// The sums run over the rows.
+template <typename Y>
 void column_pass(
-    Tensor& scaled, Tensor& db, Tensor& a, const Tensor& dy, const Tensor& p, const Tensor& g,
+    const Tensor& dy, Tensor& db, Tensor& scaled, Tensor& a, const Tensor& p, const Tensor& g,
     const Tensor& n) {
+  using T = Wide<Y>;
   const int64_t rows = dy.size(0), columns = dy.size(1);
-  const bool dots = p.defined();
+  const bool scales = scaled.defined(), dots = a.defined();
   const int64_t p_row = dots ? p.stride(0) : 0, p_column = dots ? p.stride(1) : 0;
-  const auto *dys = dy.const_data_ptr<T>(), *gs = g.const_data_ptr<T>(),
-             *ns = n.const_data_ptr<T>(), *ps = dots ? p.const_data_ptr<T>() : nullptr;
-  auto *out = scaled.mutable_data_ptr<T>(), *dbs = db.mutable_data_ptr<T>(),
-       *as = dots ? a.mutable_data_ptr<T>() : nullptr;
+  const auto* dys = dy.const_data_ptr<Y>();
+  const auto *gs = scales ? g.const_data_ptr<T>() : nullptr,
+             *ns = scales ? n.const_data_ptr<T>() : nullptr,
+             *ps = dots ? p.const_data_ptr<T>() : nullptr;
+  auto* out = scales ? scaled.mutable_data_ptr<Y>() : nullptr;
+  auto *dbs = db.mutable_data_ptr<T>(), *as = dots ? a.mutable_data_ptr<T>() : nullptr;
   for_each((columns + kColumns - 1) / kColumns, rows * kColumns, [&](int64_t block) {
     const int64_t begin = block * kColumns, width = std::min(kColumns, columns - begin);
     T s[kColumns], sums[kColumns] = {}, products[kColumns] = {};
-    for (int64_t j = 0; j < width; ++j) s[j] = gs[begin + j] / ns[begin + j];
+    for (int64_t j = 0; scales && j < width; ++j) s[j] = gs[begin + j] / ns[begin + j];
     for (int64_t m = 0; m < rows; ++m) {
-      const T* row = dys + m * columns + begin;
-      T* to = out + m * columns + begin;
-      for (int64_t j = 0; j < width; ++j) {
-        to[j] = row[j] * s[j];
-        sums[j] += row[j];
-      }
+      const Y* row = dys + m * columns + begin;
+      for_each_vector<T>(width, [&](int64_t j, auto count) {
+        const Vector<T> value = load(row + j, count);
+        store(sums + j, load(sums + j) + value);
+        if (scales) store(out + m * columns + begin + j, value * load(s + j), count);
+      });
       if (dots) {
         const T* with = ps + m * p_row + begin * p_column;
-        for (int64_t j = 0; j < width; ++j) products[j] += row[j] * with[j * p_column];
+        for (int64_t j = 0; j < width; ++j)
+          products[j] += static_cast<T>(row[j]) * with[j * p_column];
       }
     }
     std::copy_n(sums, width, dbs + begin);
@@ -159,61 +168,78 @@ void column_pass(
   });
 }
 
+// Computes y, n and, if it is kept, x Vᵀ by this library's own products, all of them in the dtype of
+// n. It returns nothing if a norm is out of range.
+template <typename V>
+std::optional<LinearResult> own_forward(
+    const Tensor& x, const Tensor& v, const Tensor& g, const Tensor& bias, double eps, bool keeps) {
+  using T = Wide<V>;
+  const int64_t rows = x.size(0), outputs = v.size(0), inputs = v.size(1);
+  LinearResult out;
+  out.y = at::empty({rows, outputs}, x.options());
+  out.n = empty_norms(v, g);
+  if (keeps) out.product = at::empty({outputs, rows}, x.options()).t();
+  const auto *vs = v.const_data_ptr<V>(), *gs = g.const_data_ptr<V>();
+  const auto *xs = x.const_data_ptr<T>(), *bs = bias.defined() ? bias.const_data_ptr<T>() : nullptr;
+  auto *ys = out.y.mutable_data_ptr<T>(),
+       *kept = keeps ? out.product.mutable_data_ptr<T>() : nullptr;
+  Norms<T> all(out.n.mutable_data_ptr<T>(), eps);
+  const auto finish = [&](int64_t j, const T* p, double square) {
+    const T s = static_cast<T>(gs[j]) / all.set(j, square, vs + j * inputs, inputs);
+    for (int64_t m = 0; m < rows; ++m) ys[m * outputs + j] = p[m] * s + (bs ? bs[j] : 0);
+    if (kept) std::copy_n(p, rows, kept + j * rows);
+  };
+  if (rows == 1) {
+    for_each(outputs, inputs, [&](int64_t j) {
+      const auto [square, product] = square_and_dot(vs + j * inputs, xs, inputs);
+      const auto p = static_cast<T>(product);
+      finish(j, &p, square);
+    });
+  } else {
+    Panels<T> panels(inputs, rows);
+    pack(xs, panels);
+    for_each_stack(outputs, panels, [&](int64_t first, int64_t count) {
+      rows_product<true>(vs, first, count, panels, finish);
+    });
+  }
+  return all.in_range() ? std::make_optional(out) : std::nullopt;
+}
+
 inline std::optional<LinearResult> linear_forward(
     const Tensor& x, const Tensor& v, const Tensor& g, const Tensor& bias, double eps,
     Variant variant, bool keeps) {
-  const int64_t rows = x.size(0), outputs = v.size(0), inputs = v.size(1);
-  if (variant == Variant::materialize) {
-    RECORD_FUNCTION("wn_kernels::linear, materialize", {});
-    auto result = weight(v, g, eps);
+  const auto dtype = x.scalar_type(), wide = wide_dtype(v);
+  if (variant == Variant::materialize || variant == Variant::widen) {
+    RECORD_FUNCTION(
+        variant == Variant::widen ? "wn_kernels::linear, widen" : "wn_kernels::linear, materialize",
+        {});
+    const auto of_product = product_dtype(variant, x, v);
+    auto result = weight(v, g, eps, of_product);
     if (!result) return std::nullopt;
-    return LinearResult{at::linear(x, result->first, maybe(bias)), result->second, Tensor()};
+    const Tensor y =
+        at::linear(as(x, of_product), result->first, maybe(as(bias, of_product)));
+    return LinearResult{as(y, dtype), result->second, Tensor()};
   }
   RECORD_FUNCTION("wn_kernels::linear, scaled", {});
-  LinearResult out;
-  if (rows == 1 || is_few(rows, v)) {
-    bool in_range = true;
-    out.y = at::empty({rows, outputs}, x.options());
-    out.n = at::empty_like(g);
-    if (keeps) out.product = at::empty({outputs, rows}, x.options()).t();
-    const Tensor input = x.contiguous();
-    AT_DISPATCH_FLOATING_TYPES(v.scalar_type(), "linear", [&] {
-      const auto *vs = v.const_data_ptr<scalar_t>(), *gs = g.const_data_ptr<scalar_t>(),
-                 *bs = bias.defined() ? bias.const_data_ptr<scalar_t>() : nullptr;
-      auto *ys = out.y.mutable_data_ptr<scalar_t>(),
-           *kept = keeps ? out.product.mutable_data_ptr<scalar_t>() : nullptr;
-      Norms<scalar_t> all(out.n.mutable_data_ptr<scalar_t>(), eps);
-      const auto finish = [&](int64_t j, const scalar_t* p, double square) {
-        const scalar_t s = gs[j] / all.set(j, square, vs + j * inputs, inputs);
-        for (int64_t m = 0; m < rows; ++m) ys[m * outputs + j] = p[m] * s + (bs ? bs[j] : 0);
-        if (kept) std::copy_n(p, rows, kept + j * rows);
-      };
-      if (rows == 1) {
-        const auto* xs = input.const_data_ptr<scalar_t>();
-        for_each(outputs, inputs, [&](int64_t j) {
-          const auto [square, product] = square_and_dot(vs + j * inputs, xs, inputs);
-          const auto p = static_cast<scalar_t>(product);
-          finish(j, &p, square);
-        });
-      } else {
-        Panels<scalar_t> xs(inputs, rows);
-        pack(input.const_data_ptr<scalar_t>(), xs);
-        for_each_stack(outputs, xs, [&](int64_t first, int64_t count) {
-          rows_product<scalar_t, true>(vs, first, count, xs, finish);
-        });
-      }
-      in_range = all.in_range();
+  const Tensor shift = as(bias, wide);
+  std::optional<LinearResult> out;
+  if (variant == Variant::own) {
+    with_dtype(v.scalar_type(), [&](auto number) {
+      out = own_forward<decltype(number)>(as(x, wide).contiguous(), v, g, shift, eps, keeps);
     });
-    return in_range ? std::make_optional(out) : std::nullopt;
+    if (out) out->y = as(out->y, dtype);
+    return out;
   }
   const auto n = norms(v, g, eps);
   if (!n) return std::nullopt;
-  out.n = *n;
-  const Tensor p = rows < kLeftRows ? at::mm(v, x.t()).t() : at::mm(x, v.t());
-  if (keeps) out.product = p;
-  out.y = !keeps && p.is_contiguous() ? p : at::empty(p.sizes(), x.options());
-  AT_DISPATCH_FLOATING_TYPES(
-      v.scalar_type(), "linear", [&] { epilogue<scalar_t>(out.y, p, g, out.n, bias); });
+  // Float32 products of few rows are faster with V on the left.
+  const bool left = dtype == wide && x.size(0) < kLeftRows;
+  const Tensor p = left ? at::mm(v, x.t()).t() : at::mm(x, v.t());
+  out = LinearResult{Tensor(), *n, keeps ? p : Tensor()};
+  out->y = !keeps && p.is_contiguous() ? p : at::empty(p.sizes(), x.options());
+  with_dtype(dtype, [&](auto number) {
+    epilogue<decltype(number)>(out->y, p, as(g, wide), *n, shift);
+  });
   return out;
 }
 
@@ -221,7 +247,7 @@ struct Linear : Function<Linear> {
   static Tensor forward(
       AutogradContext* ctx, const Tensor& x, const Tensor& v, const Tensor& g,
       const MaybeTensor& bias, const LinearResult& result, double eps, Variant variant) {
-    ctx->saved_data["bias"] = bias.has_value();
+    if (bias) ctx->saved_data["bias"] = static_cast<int64_t>(bias->scalar_type());
     ctx->save_for_backward({x, v, g, result.n, result.product});
     ctx->saved_data["eps"] = eps;
     ctx->saved_data["variant"] = static_cast<int64_t>(variant);
@@ -232,53 +258,65 @@ struct Linear : Function<Linear> {
     const auto saved = ctx->get_saved_variables();
     const auto &input = saved[0], &v = saved[1], &g = saved[2], &n = saved[3], &p = saved[4];
     const double eps = ctx->saved_data["eps"].toDouble();
+    const auto bias = ctx->saved_data.find("bias");
     const bool needs_x = ctx->needs_input_grad(0), needs_v = ctx->needs_input_grad(1),
-               needs_g = ctx->needs_input_grad(2),
-               needs_bias = ctx->saved_data["bias"].toBool() && ctx->needs_input_grad(3);
+               needs_g = ctx->needs_input_grad(2), needs_weight = needs_v || needs_g,
+               needs_bias = bias != ctx->saved_data.end() && ctx->needs_input_grad(3);
+    const auto bias_dtype = needs_bias ? static_cast<at::ScalarType>(bias->second.toInt()) : at::kFloat;
     variable_list out(7);
     if (goes_to_composite(grads[0])) {
       auto found = composite_grads(
           grads[0], input, v, g, std::nullopt, eps, {needs_x, needs_v, needs_g});
       std::move(found.begin(), found.end(), out.begin());
-      if (needs_bias) out[3] = bias_grad(grads[0], grads[0].dim() - 1);
+      if (needs_bias) out[3] = bias_grad(grads[0], grads[0].dim() - 1, bias_dtype);
       return out;
     }
-    at::AutoDispatchBelowADInplaceOrView below;
+    const BelowAutograd below;
     const Tensor dy = grads[0].reshape({-1, v.size(0)}).contiguous();
     const Tensor x = input.reshape({-1, v.size(1)});
-    Tensor dx, a, db;
-    if (static_cast<Variant>(ctx->saved_data["variant"].toInt()) == Variant::late) {
-      RECORD_FUNCTION("wn_kernels::linear_backward, scaled", {});
-      Tensor scaled = at::empty_like(dy);
-      db = at::empty({dy.size(1)}, dy.options());
-      if (p.defined()) a = at::empty_like(g);
-      AT_DISPATCH_FLOATING_TYPES(v.scalar_type(), "linear_backward", [&] {
-        column_pass<scalar_t>(scaled, db, a, dy, p, g, n);
+    const auto variant = static_cast<Variant>(ctx->saved_data["variant"].toInt());
+    Tensor dx, db, scaled, a;
+    const auto pass_over = [&](const Tensor& grad) {
+      db = at::empty({grad.size(1)}, n.options());
+      with_dtype(grad.scalar_type(), [&](auto number) {
+        column_pass<decltype(number)>(grad, db, scaled, a, p, as(g, n.scalar_type()), n);
       });
+    };
+    const bool own = variant == Variant::own;
+    if (own || variant == Variant::late) {
+      RECORD_FUNCTION("wn_kernels::linear_backward, scaled", {});
+      const Tensor grad = own ? as(dy, n.scalar_type()) : dy;
+      scaled = at::empty_like(grad);
+      if (p.defined()) a = at::empty_like(n);
+      pass_over(grad);
       // The products in panels.h take a matrix with one row for each row of V.
-      const Tensor few = is_few(dy.size(0), v) ? scaled.t().contiguous() : Tensor();
-      if (needs_x && few.defined())
-        AT_DISPATCH_FLOATING_TYPES(v.scalar_type(), "linear_backward", [&] {
-          dx = few_rows_product<scalar_t>(few, v);
-        });
-      else if (needs_x)
-        dx = rows_times(scaled, v);
+      const Tensor few = own && dy.size(0) > 1 ? scaled.t().contiguous() : Tensor();
+      if (needs_x) dx = few.defined() ? few_rows_product(few, v) : rows_times(scaled, v);
       if (p.defined())
         std::tie(out[1], out[2]) = grads_from_dots(a, scaled, few, x, v, g, n, eps);
+      else if (needs_weight && own)
+        std::tie(out[1], out[2]) = own_weight_grads(grad, as(x, n.scalar_type()), v, g, n, eps);
     } else {
-      RECORD_FUNCTION("wn_kernels::linear_backward, materialize", {});
-      if (needs_bias) db = bias_grad(dy, 1);
-      if (needs_x) dx = rows_times(dy, scaled_weight(v, g, n));
+      RECORD_FUNCTION(
+          variant == Variant::widen ? "wn_kernels::linear_backward, widen"
+                                    : "wn_kernels::linear_backward, materialize",
+          {});
+      if (needs_bias) pass_over(dy);
+      const auto dtype = product_dtype(variant, x, v);
+      if (needs_x) dx = rows_times(as(dy, dtype), scaled_weight(v, g, n, dtype));
     }
-    if ((needs_v || needs_g) && !out[1].defined())
-      std::tie(out[1], out[2]) = weight_grads(at::mm(dy.t(), x), v, g, n, eps, true);
-    if (needs_x) out[0] = dx.view(input.sizes());
-    if (needs_bias) out[3] = db;
+    if (needs_weight && !out[1].defined()) {
+      const auto dtype = product_dtype(variant, x, v);
+      const Tensor dw = at::mm(as(dy, dtype).t(), as(x, dtype));
+      std::tie(out[1], out[2]) = weight_grads(dw, v, g, n, eps, true);
+    }
+    if (needs_x) out[0] = as(dx, input.scalar_type()).view(input.sizes());
+    if (needs_bias) out[3] = as(db, bias_dtype);
     return out;
   }
 
-  // Computes dV = (dY s)ᵀ x - c V and dg from a = <dW, V>. dV starts as the last term, and the
-  // product is added to it.
+  // Computes dV = (dY s)ᵀ x - c V and dg from a = <dW, V>, all in one dtype. dV starts as the last
+  // term, and the product is added to it.
   static std::pair<Tensor, Tensor> grads_from_dots(
       const Tensor& a, const Tensor& scaled, const Tensor& few, const Tensor& x, const Tensor& v,
       const Tensor& g, const Tensor& n, double eps) {
@@ -309,7 +347,7 @@ struct Linear : Function<Linear> {
         const T* row = vs + j * length;
         T* to = dvs + j * length;
         if (single)
-          for (int64_t i = 0; i < length; ++i) to[i] = ds[j] * xs[i] - c[j] * row[i];
+          difference(to, xs, row, ds[j], c[j], length);
         else
           scale(to, row, -c[j], length);
       });
@@ -317,12 +355,46 @@ struct Linear : Function<Linear> {
     if (!single && !few.defined()) dv.addmm_(scaled.t(), x);
     return {dv, dg};
   }
+
+  // Computes (dV, dg) from dY and x, which have the dtype of n. Rows of dW = dYᵀ x stay in the cache
+  // until their dV is written.
+  static std::pair<Tensor, Tensor> own_weight_grads(
+      const Tensor& dy, const Tensor& x, const Tensor& v, const Tensor& g, const Tensor& n,
+      double eps) {
+    Tensor dv = at::empty_like(v), dg = at::empty_like(g);
+    const Tensor d = dy.t().contiguous(), input = x.contiguous();
+    const int64_t rows = x.size(0), outputs = v.size(0), length = v.size(1);
+    with_dtype(v.scalar_type(), [&](auto number) {
+      using V = decltype(number);
+      using T = Wide<V>;
+      const auto *vs = v.const_data_ptr<V>(), *gs = g.const_data_ptr<V>();
+      const auto *ns = n.const_data_ptr<T>(), *ds = d.const_data_ptr<T>(),
+                 *xs = input.const_data_ptr<T>();
+      auto *dvs = dv.mutable_data_ptr<V>(), *dgs = dg.mutable_data_ptr<V>();
+      if (rows == 1) {
+        for_each(outputs, length, [&](int64_t j) {
+          const V* row = vs + j * length;
+          const Slope<T> slope(ds[j] * dot(row, xs, length), gs[j], ns[j], eps);
+          dgs[j] = static_cast<V>(slope.dg);
+          difference(dvs + j * length, xs, row, slope.s * ds[j], slope.c, length);
+        });
+        return;
+      }
+      Panels<T> panels(length, rows);
+      pack(xs, panels);
+      for_each_stack(outputs, panels, [&](int64_t first, int64_t count) {
+        weight_rows(dvs, dgs, ds, vs, gs, ns, eps, first, count, panels);
+      });
+    });
+    return {dv, dg};
+  }
 };
 
 inline MaybeTensor linear(
     py::handle x, py::handle v, py::handle g, py::handle bias, py::handle dim, py::handle eps) {
-  const auto t = operands(x, v, g, bias);
+  auto t = operands(x, v, g, bias);
   if (!t || !t->v.is_contiguous()) return std::nullopt;
+  t->x = as_autocast(t->x);
   const auto found = planned(0, *t, {}, dim, eps, false);
   if (!found) return std::nullopt;
   const Plan& plan = *found;
@@ -331,7 +403,7 @@ inline MaybeTensor linear(
   const bool recorded = t->needs_grad();
   std::optional<LinearResult> result;
   {
-    at::AutoDispatchBelowADInplaceOrView below;
+    const BelowAutograd below;
     const bool keeps = plan.keeps && recorded && t->needs_weight_grad();
     const Tensor rows = t->x.dim() == 2 ? t->x : t->x.reshape({-1, t->v.size(1)});
     result = linear_forward(

@@ -34,25 +34,7 @@ constexpr int kStackedRows = 6;
 constexpr int64_t kSegmentBytes = 4096;
 
 template <typename T>
-struct Lanes {
-  typedef T Vector __attribute__((vector_size(kVectorBytes)));
-  static constexpr int64_t count = kVectorBytes / sizeof(T);
-};
-template <typename T>
-using Vector = typename Lanes<T>::Vector;
-template <typename T>
 constexpr int64_t kPanel = 2 * Lanes<T>::count;
-
-template <typename T>
-inline Vector<T> load(const T* from) {
-  Vector<T> out;
-  std::memcpy(&out, from, sizeof out);
-  return out;
-}
-template <typename T>
-inline void store(T* to, Vector<T> value) {
-  std::memcpy(to, &value, sizeof value);
-}
 
 // This class stores a matrix (length, columns) in panels.
 template <typename T>
@@ -110,18 +92,18 @@ void unpack(const Panels<T>& from, T* to) {
 
 // This class holds R rows of V. It repeats the last row if there are fewer than R. The elements
 // after a row's full panels are copied and padded with zeros.
-template <typename T, int R>
+template <typename V, int R>
 class RowBlock {
  public:
-  using Rows = std::array<const T*, R>;
+  using Rows = std::array<const V*, R>;
 
   // The block serves the panels before `end`.
-  RowBlock(const T* v, int64_t count, int64_t length, int64_t end) : full_(length / kPanel<T>) {
+  RowBlock(const V* v, int64_t count, int64_t length, int64_t end) : full_(length / kWidth_) {
     for (int r = 0; r < R; ++r) {
       row_[r] = v + std::min<int64_t>(r, count - 1) * length;
       if (end <= full_) continue;
-      std::fill_n(rest_[r], kPanel<T>, T(0));
-      std::copy(row_[r] + full_ * kPanel<T>, row_[r] + length, rest_[r]);
+      std::fill_n(rest_[r], kWidth_, V{});
+      std::copy(row_[r] + full_ * kWidth_, row_[r] + length, rest_[r]);
     }
   }
 
@@ -129,19 +111,21 @@ class RowBlock {
   template <typename F>
   void for_each_panel(int64_t begin, int64_t end, const F& f) const {
     Rows at = row_;
-    for (auto& row : at) row += begin * kPanel<T>;
+    for (auto& row : at) row += begin * kWidth_;
     for (int64_t i = begin; i < end; ++i) {
       if (i == full_)
         for (int r = 0; r < R; ++r) at[r] = rest_[r];
       f(i, at);
-      for (auto& row : at) row += kPanel<T>;
+      for (auto& row : at) row += kWidth_;
     }
   }
 
  private:
+  static constexpr int64_t kWidth_ = kPanel<Wide<V>>;
+
   int64_t full_;
   Rows row_;
-  T rest_[R][kPanel<T>];
+  V rest_[R][kWidth_];
 };
 
 // This class stores D in stacks of R rows. Within a stack the columns lie one after the other. The
@@ -168,10 +152,11 @@ class Stacked {
 
 // Adds the products of the rows with N columns of B, over some panels, to sums[j][r]. Each sum is a
 // vector, whose lanes are added later.
-template <typename T, int N>
+template <int N, typename V>
 void tile_product(
-    const RowBlock<T, kTileRows>& block, const Panels<T>& b, int64_t column, int64_t begin,
-    int64_t end, Vector<T>* sums) {
+    const RowBlock<V, kTileRows>& block, const Panels<Wide<V>>& b, int64_t column, int64_t begin,
+    int64_t end, Vector<Wide<V>>* sums) {
+  using T = Wide<V>;
   constexpr int64_t lanes = Lanes<T>::count;
   Vector<T> sum[N][kTileRows];
 #pragma GCC unroll 8
@@ -201,13 +186,13 @@ void tile_product(
     for (int r = 0; r < kTileRows; ++r) sums[j * kTileRows + r] = sum[j][r];
 }
 
-template <typename T, int N = kTileColumns>
+template <int N = kTileColumns, typename V>
 void tile_product(
-    int64_t width, const RowBlock<T, kTileRows>& block, const Panels<T>& b, int64_t column,
-    int64_t begin, int64_t end, Vector<T>* sums) {
+    int64_t width, const RowBlock<V, kTileRows>& block, const Panels<Wide<V>>& b, int64_t column,
+    int64_t begin, int64_t end, Vector<Wide<V>>* sums) {
   if constexpr (N > 1)
-    if (width < N) return tile_product<T, N - 1>(width, block, b, column, begin, end, sums);
-  tile_product<T, N>(block, b, column, begin, end, sums);
+    if (width < N) return tile_product<N - 1>(width, block, b, column, begin, end, sums);
+  tile_product<N>(block, b, column, begin, end, sums);
 }
 
 // A B of at most this many bytes stays in a thread's cache from one tile of rows to the next.
@@ -241,12 +226,13 @@ void for_each_segment(const Panels<T>& b, const F& f) {
 
 // Computes P = V B for some rows and calls finish(j, P_j, <V_j, V_j>) for each. The third argument
 // is zero unless `squares` is true.
-template <typename T, bool squares, typename Finish>
+template <bool squares, typename V, typename Finish>
 void rows_product(
-    const T* v, int64_t first, int64_t count, const Panels<T>& b, const Finish& finish) {
+    const V* v, int64_t first, int64_t count, const Panels<Wide<V>>& b, const Finish& finish) {
+  using T = Wide<V>;
   const int64_t columns = b.columns, tiles = (columns + kTileColumns - 1) / kTileColumns;
-  const T* rows = v + first * b.length;
-  std::vector<RowBlock<T, kTileRows>> blocks;
+  const V* rows = v + first * b.length;
+  std::vector<RowBlock<V, kTileRows>> blocks;
   for (int64_t r = 0; r < count; r += kTileRows)
     blocks.emplace_back(
         rows + r * b.length, std::min<int64_t>(kTileRows, count - r), b.length, b.count);
@@ -258,13 +244,13 @@ void rows_product(
       for (int64_t tile = 0; tile < tiles; ++tile) {
         // The widths of the tiles differ by at most one.
         const int64_t column = tile * columns / tiles, next = (tile + 1) * columns / tiles;
-        tile_product<T>(
+        tile_product(
             next - column, blocks[i], b, column, begin, end,
             sums.data() + (i * columns + column) * kTileRows);
       }
       if constexpr (squares)
         for (int64_t r = i * kTileRows; r < std::min(count, (i + 1) * kTileRows); ++r) {
-          const T* part = rows + r * b.length + at;
+          const V* part = rows + r * b.length + at;
           square[r] += dot(part, part, size);
         }
     }
@@ -294,15 +280,16 @@ void for_each_panel_group(const Panels<T>& q, int64_t rows, const F& f) {
 }
 
 // Computes Q += Vᵀ D for `rows` rows of V and D, and for some panels of Q.
-template <typename T>
+template <typename V>
 void columns_product(
-    Panels<T>& q, int64_t begin, int64_t end, const T* v, int64_t rows,
-    const Stacked<T, kStackedRows>& d) {
+    Panels<Wide<V>>& q, int64_t begin, int64_t end, const V* v, int64_t rows,
+    const Stacked<Wide<V>, kStackedRows>& d) {
+  using T = Wide<V>;
   constexpr int64_t lanes = Lanes<T>::count;
   const int64_t columns = q.columns;
   for (int64_t first = 0; first < rows; first += kStackedRows) {
     const int64_t count = std::min<int64_t>(kStackedRows, rows - first);
-    const RowBlock<T, kStackedRows> block(v + first * q.length, count, q.length, end);
+    const RowBlock<V, kStackedRows> block(v + first * q.length, count, q.length, end);
     block.for_each_panel(begin, end, [&](int64_t i, const auto& from) {
       Vector<T> value[kStackedRows][2];
 #pragma GCC unroll 8
@@ -322,8 +309,9 @@ void columns_product(
 }
 
 // Computes Q = Vᵀ D.
-template <typename T>
-void columns_product(Panels<T>& q, const T* v, int64_t rows, const T* d) {
+template <typename V>
+void columns_product(Panels<Wide<V>>& q, const V* v, int64_t rows, const Wide<V>* d) {
+  using T = Wide<V>;
   Stacked<T, kStackedRows> stacked(rows, q.columns);
   for_each(rows, q.columns, [&](int64_t r) { stacked.set(r, d + r * q.columns); });
   q.zero();
@@ -352,14 +340,16 @@ void outer_product(
       for (int r = 0; r < kTileRows; ++r)
         sum[r][0] += low * factor[r], sum[r][1] += high * factor[r];
     }
-    const int64_t width = std::min(kPanel<T>, b.length - i * kPanel<T>);
     for (int64_t r = top; r < std::min(count, top + kTileRows); ++r) {
       const int64_t row = first + r, at = row * b.length + i * kPanel<T>;
-      T out[kPanel<T>];
-      std::memcpy(out, sum[r - top], sizeof out);
-      if (v)
-        for (int64_t l = 0; l < width; ++l) out[l] -= c[row] * v[at + l];
-      std::memcpy(dw + at, out, width * sizeof(T));
+      const auto write = [&](int64_t l, auto part) {
+        const Vector<T> product = sum[r - top][l / lanes];
+        store(dw + at + l, v ? product - c[row] * load(v + at + l, part) : product, part);
+      };
+      if (i < b.full)
+        write(0, All{}), write(lanes, All{});
+      else
+        for_each_vector<T>(b.length - i * kPanel<T>, write);
     }
   };
   for_each_segment(b, [&](int64_t begin, int64_t end) {
@@ -368,15 +358,27 @@ void outer_product(
   });
 }
 
-// Computes `count` rows of dV and dg from row `first` on. dW is formed in the memory of dV.
-template <typename T>
+// Computes `count` rows of dV and dg from row `first` on. dW is formed in the memory of dV if that
+// has its dtype.
+template <typename V>
 void weight_rows(
-    T* dv, T* dg, const T* d, const T* v, const T* g, const T* n, double eps, int64_t first,
-    int64_t count, const Panels<T>& b) {
-  outer_product(dv, d, first, count, b);
-  for (int64_t j = first; j < first + count; ++j) {
-    T* row = dv + j * b.length;
-    dg[j] = weight_grad(row, row, v + j * b.length, g[j], n[j], eps, b.length);
+    V* dv, V* dg, const Wide<V>* d, const V* v, const V* g, const Wide<V>* n, double eps,
+    int64_t first, int64_t count, const Panels<Wide<V>>& b) {
+  using T = Wide<V>;
+  const auto finish = [&](const T* dw, int64_t j) {
+    const int64_t at = j * b.length;
+    dg[j] = static_cast<V>(weight_grad(dv + at, dw, v + at, g[j], n[j], eps, b.length));
+  };
+  if constexpr (std::is_same_v<T, V>) {
+    outer_product(dv, d, first, count, b);
+    for (int64_t j = first; j < first + count; ++j) finish(dv + j * b.length, j);
+  } else {
+    const std::unique_ptr<T[]> dw(new T[kTileRows * b.length]);
+    for (int64_t top = first; top < first + count; top += kTileRows) {
+      const int64_t rows = std::min<int64_t>(kTileRows, first + count - top);
+      outer_product(dw.get(), d + top * b.columns, 0, rows, b);
+      for (int64_t r = 0; r < rows; ++r) finish(dw.get() + r * b.length, top + r);
+    }
   }
 }
 

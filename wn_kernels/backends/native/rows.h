@@ -16,7 +16,7 @@
 
 #include <ATen/Parallel.h>
 
-#include "limits.h"
+#include "vectors.h"
 
 namespace wn_kernels {
 
@@ -59,43 +59,52 @@ T total(const T* from) {
   }
 }
 
-// Computes N sums over a row. term(i) returns the N terms of element i.
+// Computes N sums over a row. term(i, count) returns a vector of the terms of each sum, for the
+// elements from i on.
 template <typename T, size_t N, typename Term>
 std::array<double, N> sums(int64_t length, const Term& term) {
+  constexpr int64_t lanes = Lanes<T>::count, vectors = kLanes / lanes;
   std::array<double, N> all{};
   for (int64_t start = 0; start < length; start += kBlock) {
     const int64_t end = std::min(length, start + kBlock);
-    T lanes[N][kLanes] = {}, rest[N] = {};
+    Vector<T> parts[N][vectors] = {};
+    const auto add = [&](int64_t vector, const std::array<Vector<T>, N>& terms) {
+      for (size_t k = 0; k < N; ++k) parts[k][vector] += terms[k];
+    };
     int64_t i = start;
     for (; i + kLanes <= end; i += kLanes)
-      for (int l = 0; l < kLanes; ++l) {
-        const std::array<T, N> terms = term(i + l);
-        for (size_t k = 0; k < N; ++k) lanes[k][l] += terms[k];
-      }
-    for (; i < end; ++i) {
-      const std::array<T, N> terms = term(i);
-      for (size_t k = 0; k < N; ++k) rest[k] += terms[k];
-    }
-    for (size_t k = 0; k < N; ++k) all[k] += total<kLanes>(lanes[k]) + rest[k];
+      for (int64_t l = 0; l < vectors; ++l) add(l, term(i + l * lanes, All{}));
+    for_each_vector<T>(
+        end - i, [&](int64_t at, auto count) { add(at / lanes, term(i + at, count)); });
+    for (size_t k = 0; k < N; ++k)
+      all[k] += total<kLanes>(reinterpret_cast<const T*>(parts[k]));
   }
   return all;
 }
 
 // Returns <a, b>.
-template <typename T>
-double dot(const T* a, const T* b, int64_t length) {
+template <typename A, typename B>
+double dot(const A* a, const B* b, int64_t length) {
+  using T = Wide<A>;
   if (length <= kShort) {
     double sum = 0;
-    for (int64_t i = 0; i < length; ++i) sum += static_cast<double>(a[i]) * b[i];
+    for (int64_t i = 0; i < length; ++i)
+      sum += static_cast<double>(static_cast<T>(a[i])) * static_cast<T>(b[i]);
     return sum;
   }
-  return sums<T, 1>(length, [=](int64_t i) { return std::array<T, 1>{a[i] * b[i]}; })[0];
+  return sums<T, 1>(length, [=](int64_t i, auto count) {
+    return std::array<Vector<T>, 1>{load(a + i, count) * load(b + i, count)};
+  })[0];
 }
 
 // Returns <v, v> and <v, x>, and reads v once.
-template <typename T>
-std::array<double, 2> square_and_dot(const T* v, const T* x, int64_t length) {
-  return sums<T, 2>(length, [=](int64_t i) { return std::array<T, 2>{v[i] * v[i], v[i] * x[i]}; });
+template <typename V>
+std::array<double, 2> square_and_dot(const V* v, const Wide<V>* x, int64_t length) {
+  using T = Wide<V>;
+  return sums<T, 2>(length, [=](int64_t i, auto count) {
+    const Vector<T> value = load(v + i, count);
+    return std::array<Vector<T>, 2>{value * value, value * load(x + i, count)};
+  });
 }
 
 // This class stores the norms n = max(||V_j||, eps). If eps = 0, the norm of a slice of zeros is
@@ -117,8 +126,11 @@ class Norms {
   }
 
   // Sets n_j of a slice that is a row.
-  T set(int64_t j, double square, const T* row, int64_t length) {
-    return set(j, square, [=] { return std::all_of(row, row + length, [](T v) { return v == 0; }); });
+  template <typename V>
+  T set(int64_t j, double square, const V* row, int64_t length) {
+    return set(j, square, [=] {
+      return std::all_of(row, row + length, [](V v) { return static_cast<T>(v) == 0; });
+    });
   }
 
   // Sets the norms of all slices. is_zero(j) returns whether slice j is all zeros.
@@ -147,9 +159,10 @@ class Norms {
 };
 
 // Computes w_j = s_j v_j.
-template <typename T>
-void scale(T* w, const T* v, T s, int64_t length) {
-  for (int64_t i = 0; i < length; ++i) w[i] = s * v[i];
+template <typename W, typename V>
+void scale(W* w, const V* v, Wide<V> s, int64_t length) {
+  for_each_vector<Wide<V>>(
+      length, [=](int64_t i, auto count) { store(w + i, s * load(v + i, count), count); });
 }
 
 // Computes dg_j and the factors s and c of dV_j = s dW_j - c V_j from a = <dW_j, V_j>.
@@ -163,11 +176,20 @@ struct Slope {
   T dg, s, c;
 };
 
+// Computes to = s a - c b. `to` may overwrite a.
+template <typename To, typename A, typename B>
+void difference(To* to, const A* a, const B* b, Wide<A> s, Wide<A> c, int64_t length) {
+  for_each_vector<Wide<A>>(length, [=](int64_t i, auto count) {
+    store(to + i, s * load(a + i, count) - c * load(b + i, count), count);
+  });
+}
+
 // Writes dV_j and returns dg_j. dV_j may overwrite dW_j.
-template <typename T>
-T weight_grad(T* dv, const T* dw, const T* v, T g, T n, double eps, int64_t length) {
-  const Slope<T> slope(dot(dw, v, length), g, n, eps);
-  for (int64_t i = 0; i < length; ++i) dv[i] = slope.s * dw[i] - slope.c * v[i];
+template <typename W, typename V>
+Wide<V> weight_grad(
+    V* dv, const W* dw, const V* v, Wide<V> g, Wide<V> n, double eps, int64_t length) {
+  const Slope<Wide<V>> slope(dot(dw, v, length), g, n, eps);
+  difference(dv, dw, v, slope.s, slope.c, length);
   return slope.dg;
 }
 

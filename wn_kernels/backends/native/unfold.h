@@ -278,9 +278,9 @@ inline std::optional<std::pair<Tensor, Tensor>> unfolded_forward(
           for (int64_t t = 0; t < pixels; ++t) to[t] = p[t] * factor + shift;
         };
         if (scales_taps)
-          rows_product<T, false>(from, first, count, panels, finish);
+          rows_product<false>(from, first, count, panels, finish);
         else
-          rows_product<T, true>(from, first, count, panels, finish);
+          rows_product<true>(from, first, count, panels, finish);
       });
     });
     in_range = all.in_range();
@@ -328,7 +328,7 @@ inline std::tuple<Tensor, Tensor, Tensor> unfolded_backward(
         fold<T>(of, panels, taps, nullptr, outs + at);
       }
       const auto x_rows = [&](int64_t first, int64_t count) {
-        rows_product<T, false>(from, first, count, panels, [&](int64_t j, const T* p, double) {
+        rows_product<false>(from, first, count, panels, [&](int64_t j, const T* p, double) {
           scale(outs + (row + j) * pixels, p, scales_taps ? T(1) : ss[row + j], pixels);
         });
       };

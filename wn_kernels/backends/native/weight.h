@@ -7,7 +7,6 @@
 #include <tuple>
 #include <utility>
 
-#include <ATen/Dispatch.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <torch/csrc/autograd/custom_function.h>
 
@@ -56,14 +55,30 @@ inline bool has_slices(const Tensor& v, const Tensor& g) {
          e.of.width() >= kFewColumns && e.of.width() <= kManyColumns;
 }
 
+// Returns the dtype of the norms of V.
+inline at::ScalarType wide_dtype(const Tensor& v) {
+  return v.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+}
+
+// Returns the dtype of W and of the products with it, for an input x.
+inline at::ScalarType product_dtype(Variant variant, const Tensor& x, const Tensor& v) {
+  return variant == Variant::widen ? wide_dtype(v) : x.scalar_type();
+}
+
+// Returns memory for the norms.
+inline Tensor empty_norms(const Tensor& v, const Tensor& g) {
+  return at::empty_like(g, g.options().dtype(wide_dtype(v)));
+}
+
 // Returns n, or nothing if a norm is out of range.
 inline MaybeTensor norms(const Tensor& v, const Tensor& g, double eps) {
   const Extents e(v, g);
-  Tensor n = at::empty_like(g);
+  Tensor n = empty_norms(v, g);
   bool in_range = true;
-  AT_DISPATCH_FLOATING_TYPES(v.scalar_type(), "norms", [&] {
-    const auto* vs = v.const_data_ptr<scalar_t>();
-    Norms<scalar_t> all(n.mutable_data_ptr<scalar_t>(), eps);
+  with_dtype(v.scalar_type(), [&](auto number) {
+    using V = decltype(number);
+    const auto* vs = v.const_data_ptr<V>();
+    Norms<Wide<V>> all(n.mutable_data_ptr<Wide<V>>(), eps);
     if (e.columns) {
       all.set_all(column_dots(vs, vs, e.of), [&](int64_t j) { return is_zero(vs, j, e.of); });
     } else {
@@ -77,50 +92,61 @@ inline MaybeTensor norms(const Tensor& v, const Tensor& g, double eps) {
   return in_range ? MaybeTensor(n) : std::nullopt;
 }
 
-// Computes W from n.
-inline Tensor scaled_weight(const Tensor& v, const Tensor& g, const Tensor& n) {
+// Computes W from n in this dtype.
+inline Tensor scaled_weight(
+    const Tensor& v, const Tensor& g, const Tensor& n, at::ScalarType dtype) {
   const Extents e(v, g);
-  Tensor w = at::empty_like(v);
-  AT_DISPATCH_FLOATING_TYPES(v.scalar_type(), "scaled_weight", [&] {
-    const auto *vs = v.const_data_ptr<scalar_t>(), *gs = g.const_data_ptr<scalar_t>(),
-               *ns = n.const_data_ptr<scalar_t>();
-    auto* ws = w.mutable_data_ptr<scalar_t>();
+  Tensor w = at::empty_like(v, v.options().dtype(dtype));
+  with_dtypes(dtype, v.scalar_type(), [&](auto to, auto from) {
+    using W = decltype(to);
+    using V = decltype(from);
+    using T = Wide<V>;
+    const auto *vs = v.const_data_ptr<V>(), *gs = g.const_data_ptr<V>();
+    const auto* ns = n.const_data_ptr<T>();
+    auto* ws = w.mutable_data_ptr<W>();
+    const auto s = [=](int64_t j) { return static_cast<T>(gs[j]) / ns[j]; };
     if (e.columns) {
       const int64_t width = e.of.width();
-      const auto s = spread<scalar_t>(e.of, [&](int64_t j) { return gs[j] / ns[j]; });
-      const scalar_t* scales = s.data();
+      const auto all = spread<T>(e.of, s);
+      const T* scales = all.data();
       for_each(e.of.rows, width, [=](int64_t i) {
-        for (int64_t j = 0; j < width; ++j) ws[i * width + j] = scales[j] * vs[i * width + j];
+        const int64_t at = i * width;
+        for_each_vector<T>(width, [=](int64_t j, auto count) {
+          store(ws + at + j, load(scales + j, count) * load(vs + at + j, count), count);
+        });
       });
     } else {
       for_each(e.count, e.length, [&](int64_t j) {
-        scale(ws + j * e.length, vs + j * e.length, gs[j] / ns[j], e.length);
+        scale(ws + j * e.length, vs + j * e.length, s(j), e.length);
       });
     }
   });
   return w;
 }
 
-// Returns (W, n), or nothing if a norm is out of range. If slices are rows, V is read from memory
-// once.
+// Returns W in this dtype, and n, or nothing if a norm is out of range. If slices are rows, V is
+// read from memory once.
 inline std::optional<std::pair<Tensor, Tensor>> weight(
-    const Tensor& v, const Tensor& g, double eps) {
+    const Tensor& v, const Tensor& g, double eps, at::ScalarType dtype) {
   const Extents e(v, g);
   if (e.columns) {
     const auto n = norms(v, g, eps);
     if (!n) return std::nullopt;
-    return std::make_pair(scaled_weight(v, g, *n), *n);
+    return std::make_pair(scaled_weight(v, g, *n, dtype), *n);
   }
-  Tensor w = at::empty_like(v), n = at::empty_like(g);
+  Tensor w = at::empty_like(v, v.options().dtype(dtype)), n = empty_norms(v, g);
   bool in_range = true;
-  AT_DISPATCH_FLOATING_TYPES(v.scalar_type(), "weight", [&] {
-    const auto *vs = v.const_data_ptr<scalar_t>(), *gs = g.const_data_ptr<scalar_t>();
-    auto* ws = w.mutable_data_ptr<scalar_t>();
-    Norms<scalar_t> all(n.mutable_data_ptr<scalar_t>(), eps);
+  with_dtypes(dtype, v.scalar_type(), [&](auto to, auto from) {
+    using W = decltype(to);
+    using V = decltype(from);
+    using T = Wide<V>;
+    const auto *vs = v.const_data_ptr<V>(), *gs = g.const_data_ptr<V>();
+    auto* ws = w.mutable_data_ptr<W>();
+    Norms<T> all(n.mutable_data_ptr<T>(), eps);
     for_each(e.count, e.length, [&](int64_t j) {
       const auto* row = vs + j * e.length;
-      const scalar_t norm = all.set(j, dot(row, row, e.length), row, e.length);
-      scale(ws + j * e.length, row, gs[j] / norm, e.length);
+      const T norm = all.set(j, dot(row, row, e.length), row, e.length);
+      scale(ws + j * e.length, row, static_cast<T>(gs[j]) / norm, e.length);
     });
     in_range = all.in_range();
   });
@@ -128,40 +154,47 @@ inline std::optional<std::pair<Tensor, Tensor>> weight(
   return std::make_pair(w, n);
 }
 
-// Computes (dV, dg) from dW. dV takes the memory of dW if `overwrite` is true.
+// Computes (dV, dg), in the dtype of V, from dW. dV takes the memory of dW if `overwrite` is true
+// and the dtypes are the same.
 inline std::pair<Tensor, Tensor> weight_grads(
     const Tensor& grad, const Tensor& v, const Tensor& g, const Tensor& n, double eps,
     bool overwrite) {
   const Extents e(v, g);
   Tensor dw = grad;
   if (dw.strides() != v.strides()) {
-    dw = at::empty_like(v).copy_(grad);
+    dw = at::empty_like(v, v.options().dtype(grad.scalar_type())).copy_(grad);
     overwrite = true;
   }
+  overwrite = overwrite && dw.scalar_type() == v.scalar_type();
   Tensor dv = overwrite ? dw : at::empty_like(v), dg = at::empty_like(g);
-  AT_DISPATCH_FLOATING_TYPES(v.scalar_type(), "weight_grads", [&] {
-    const auto *dws = dw.const_data_ptr<scalar_t>(), *vs = v.const_data_ptr<scalar_t>(),
-               *gs = g.const_data_ptr<scalar_t>(), *ns = n.const_data_ptr<scalar_t>();
-    auto *dvs = dv.mutable_data_ptr<scalar_t>(), *dgs = dg.mutable_data_ptr<scalar_t>();
+  with_dtypes(dw.scalar_type(), v.scalar_type(), [&](auto of_dw, auto of_v) {
+    using W = decltype(of_dw);
+    using V = decltype(of_v);
+    using T = Wide<V>;
+    const auto* dws = dw.const_data_ptr<W>();
+    const auto *vs = v.const_data_ptr<V>(), *gs = g.const_data_ptr<V>();
+    const auto* ns = n.const_data_ptr<T>();
+    auto *dvs = dv.mutable_data_ptr<V>(), *dgs = dg.mutable_data_ptr<V>();
     if (e.columns) {
       const auto dots = column_dots(dws, vs, e.of);
-      const auto slope = [&](int64_t j) {
-        return Slope<scalar_t>(dots[j], gs[j], ns[j], eps);
-      };
-      for (int64_t j = 0; j < e.count; ++j) dgs[j] = slope(j).dg;
-      const auto s = spread<scalar_t>(e.of, [&](int64_t j) { return slope(j).s; }),
-                 c = spread<scalar_t>(e.of, [&](int64_t j) { return slope(j).c; });
+      const auto slope = [&](int64_t j) { return Slope<T>(dots[j], gs[j], ns[j], eps); };
+      for (int64_t j = 0; j < e.count; ++j) dgs[j] = static_cast<V>(slope(j).dg);
+      const auto s = spread<T>(e.of, [&](int64_t j) { return slope(j).s; }),
+                 c = spread<T>(e.of, [&](int64_t j) { return slope(j).c; });
       const int64_t width = e.of.width();
-      const scalar_t *ss = s.data(), *cs = c.data();
+      const T *ss = s.data(), *cs = c.data();
       for_each(e.of.rows, width, [=](int64_t i) {
         const int64_t at = i * width;
-        for (int64_t j = 0; j < width; ++j)
-          dvs[at + j] = ss[j] * dws[at + j] - cs[j] * vs[at + j];
+        for_each_vector<T>(width, [=](int64_t j, auto count) {
+          const auto scaled = load(ss + j, count) * load(dws + at + j, count);
+          store(dvs + at + j, scaled - load(cs + j, count) * load(vs + at + j, count), count);
+        });
       });
     } else {
       for_each(e.count, e.length, [&](int64_t j) {
         const int64_t at = j * e.length;
-        dgs[j] = weight_grad(dvs + at, dws + at, vs + at, gs[j], ns[j], eps, e.length);
+        dgs[j] = static_cast<V>(
+            weight_grad(dvs + at, dws + at, vs + at, gs[j], ns[j], eps, e.length));
       });
     }
   });
@@ -194,12 +227,13 @@ inline variable_list composite_grads(
   return out;
 }
 
-// Returns the gradient of a bias along dimension `channel` of dY.
-inline Tensor bias_grad(const Tensor& dy, int64_t channel) {
+// Returns the gradient of a bias along dimension `channel` of dY, in this dtype or that of dY.
+inline Tensor bias_grad(
+    const Tensor& dy, int64_t channel, std::optional<at::ScalarType> dtype = std::nullopt) {
   Sizes others;
   for (int64_t i = 0; i < dy.dim(); ++i)
     if (i != channel) others.push_back(i);
-  return others.empty() ? dy : dy.sum(others);
+  return others.empty() ? as(dy, dtype.value_or(dy.scalar_type())) : dy.sum(others, false, dtype);
 }
 
 // --- weight_norm -------------------------------------------------------------------------------
@@ -223,7 +257,7 @@ struct WeightNorm : Function<WeightNorm> {
           grads[0], std::nullopt, v, g, std::nullopt, eps, {false, needs_v, needs_g});
       return {out[1], out[2], Tensor(), Tensor()};
     }
-    at::AutoDispatchBelowADInplaceOrView below;
+    const BelowAutograd below;
     auto [dv, dg] = weight_grads(grads[0], v, g, n, eps, false);
     return {dv, dg, Tensor(), Tensor()};
   }
@@ -256,8 +290,8 @@ inline MaybeTensor weight_norm(py::handle v, py::handle g, py::handle dim, py::h
   py::gil_scoped_release released;
   std::optional<std::pair<Tensor, Tensor>> result;
   {
-    at::AutoDispatchBelowADInplaceOrView below;
-    result = weight(t->v, t->g, least);
+    const BelowAutograd below;
+    result = weight(t->v, t->g, least, t->v.scalar_type());
   }
   if (!result) return std::nullopt;
   if (!t->needs_grad()) return result->first;
