@@ -44,20 +44,36 @@ def test_aten_variants():
 
 
 def test_triton_variants():
-    """Small batches take one pass; large ones the vendor's matmul, as soon as it leads."""
+    """Few rows take one pass, more the vendor's product scaled late; the largest materialise, as
+    soon as passes over activations cost more than writing W."""
     for m in (1, 16):
         assert triton(m, 4096, 4096)[1:3] == ("one_pass", "one_pass")
-    assert triton(16384, 8192, 8192)[1:] == MATERIALIZE
-    assert triton(128, 4096, 4096).forward == "scaled"
-    # A tile of V scaled in the loop is dear: large batches with the scale along the reduction
-    # materialise, which for dim=0 is the backward's dX.
-    assert triton(4096, 4096, 4096, dim=1).forward == "materialize"
-    assert triton(4096, 4096, 4096).backward == "materialize"
-    assert triton(16, 4096, 4096, dim=1).forward == "scaled"
-    assert triton(16, 4096, 4096, dim=1).backward == "one_pass"
-    assert triton(16, 4096, 4096, dim=None).backward != "one_pass"
-    assert triton(16, 4096, 4096, x=F16, v=F32).forward == "scaled"
+    for dim in (0, 1, None):
+        assert triton(512, 4096, 4096, dim=dim)[1:3] == ("scaled", "scaled")
+        assert triton(16384, 8192, 8192, dim=dim)[1:] == MATERIALIZE
+    assert triton(16, 4096, 4096, dim=1)[1:3] == ("scaled", "one_pass")
+    assert triton(16, 4096, 4096, dim=None)[1:3] == ("scaled", "scaled")
+    # What must not be scaled late forms W, or scales in the accumulator.
+    for x, v in ((F16, F16), (BF16, F32), (F16, F32)):
+        assert triton(512, 4096, 4096, x=x, v=v)[1:3] == ("materialize", "materialize")
+    assert triton(16, 4096, 4096, x=BF16, v=F32)[1:3] == ("one_pass", "one_pass")
+    assert triton(16, 4096, 4096, x=F16, v=F32)[1:3] == ("materialize", "one_pass")
     assert triton(costs.one_pass_rows(8) + 1, 4096, 4096, x=F64, v=F64).forward != "one_pass"
+
+
+def test_a_small_weight_is_kept():
+    """Then a training step launches what eager PyTorch launches. One that is not small beside the
+    input is not kept, and where another path is faster nothing is."""
+    small = triton(512, 1024, 1024)
+    assert small[1:] == ("materialize", "materialize", "weight")
+    assert small.recorded == "materialize"
+    assert not triton(512, 4096, 4096).keeps
+    assert not triton(16, 1024, 1024).keeps
+    assert triton(2**17, 4096, 4096)[1:] == ("materialize", "materialize", "weight")
+    every = plan.choices(Call(torch.Size((16, 64)), torch.Size((64, 64)), BF16, BF16, 0), "triton")
+    kept = {choice.forward for choice in every if choice.keeps}
+    assert kept == {"one_pass", "scaled", "materialize"}, "a training step forms W all the same"
+    assert {choice.backward for choice in every if choice.keeps} == {"materialize"}
 
 
 def test_one_pass_never_exceeds_its_tile():
@@ -65,8 +81,18 @@ def test_one_pass_never_exceeds_its_tile():
     for itemsize in (2, 4, 8):
         rows = costs.one_pass_rows(itemsize)
         for m in range(1, rows + 1):
-            assert m <= configs.grad_one_pass(m, itemsize, configs.target(-1)).BLOCK_M
             assert m <= configs.one_pass(m, 4096, itemsize, configs.target(-1)).BLOCK_M
+        for m in range(1, costs.one_pass_rows(itemsize, grad=True) + 1):
+            assert m <= configs.grad_one_pass(m, itemsize, configs.target(-1)).BLOCK_M
+
+
+def test_the_model_counts_on_the_kernels():
+    """On their blocks, and on what rides along."""
+    configs = pytest.importorskip("wn_kernels.backends.triton.configs")
+    assert costs.SUMMED_ROWS == configs.SUMMED_ROWS
+    for m, itemsize in ((1, 2), (16, 2), (64, 2), (32, 4)):
+        found = configs.grad_one_pass(m, itemsize, configs.target(-1))
+        assert found.BLOCK_O == costs.GRAD_SLICES
 
 
 def test_forcing(monkeypatch):
@@ -211,12 +237,11 @@ def test_gpus(device):
     for m in (1, 16):
         assert linear_on(device, m) == ("one_pass", "one_pass")
         assert linear_on(device, m, dim=1)[0] == "scaled"
-    # The vendor's matmul wins as soon as its lead pays for writing W, and not without one.
     assert linear_on(device, 16384, 8192) == ("materialize", "materialize")
-    even = dataclasses.replace(device, efficiency=1.0, prologue=1.0)
-    assert linear_on(even, 16384, 8192) == ("scaled", "scaled")
-    # A launch more costs more than the bytes of a small layer.
-    assert linear_on(device, 32, 64)[0] == "one_pass"
+    # Where all is overhead, the fewest launches win.
+    for m, size in ((1, 16), (32, 64), (64, 128)):
+        assert linear_on(device, m, size) == ("one_pass", "one_pass")
+    assert linear_on(device, 200, 64) == ("materialize", "scaled")
     # Fewer bytes in a faster dtype, never slower.
     call = Call(torch.Size((512, 4096)), torch.Size((4096, 4096)), F32, F32, 0)
     wide = costs.costs(call, "triton", device)

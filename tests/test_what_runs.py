@@ -24,6 +24,8 @@ CASES = {
     "linear, inputs": Case(40, 512, 300, 1),
     "linear, whole": Case(9, 512, 300, None),
     "linear, half": Case(9, 512, 300, 0, HALF),
+    "linear, half of a wide weight": Case(9, 512, 300, 0, HALF, torch.float32),
+    "linear, kept": Case(600, 300, 200, 0, HALF),
     "1d, few pixels": ConvCase(1, 96, 80, (9,), (7,), 0),
     "1d, many pixels": ConvCase(2, 6, 8, (900,), (3,), 0),
     "1d, wide": ConvCase(1, 700, 700, (16,), (3,), 0),
@@ -158,25 +160,26 @@ def test_triton(name):
 
 
 def forms_of(launches):
-    """Whether `W` is written, and the forms of the products with it."""
-    writes = any("weight_kernel" in launch.kernel.__name__ for launch in launches)
+    """Whether `W` is written, the forms of the products with it, and the kernels of a linear layer
+    that stand for a form."""
+    names = {launch.kernel.__name__.removesuffix("_kernel") for launch in launches}
     forms = {a for launch in launches if (a := launch.arguments.get("FORM"))}
-    one_pass = any("one_pass" in launch.kernel.__name__ for launch in launches)
-    return writes, frozenset(forms | ({"grad one_pass"} if one_pass else set()))
+    return "weight" in names, frozenset(forms | (names & {"one_pass", "grad_one_pass", "scale"}))
 
 
-SCALED = ("epilogue", "prologue_r", "prologue_o")
+SCALED = ("epilogue", "prologue_r", "prologue_o", "scale")
 SIGNS = {
     "one_pass": [(False, frozenset({"one_pass"}))],
     "scaled": [(False, frozenset({form})) for form in SCALED],
     "packed": [(True, frozenset({"packed"}))],
     "materialize": [(True, frozenset())],
 }
-BACKWARD_SIGNS = {
-    "one_pass": [(False, frozenset({form, "grad one_pass"})) for form in SCALED],
-    "scaled": SIGNS["scaled"],
-    "packed": SIGNS["packed"],
-    "materialize": SIGNS["materialize"],
+BACKWARD_SIGNS = SIGNS | {
+    # `dX` takes `W` where its product must not be scaled late.
+    "one_pass": [
+        (False, frozenset({"scale", "grad_one_pass"})),
+        (True, frozenset({"grad_one_pass"})),
+    ],
 }
 
 

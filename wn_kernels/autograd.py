@@ -5,8 +5,8 @@ differentiated (`create_graph=True`) runs on the composite formula of `backends/
 whose derivatives of every order are right.
 
 The Function saves neither its output, so an in-place activation after the layer works, nor `W`.
-Where the plan of a convolution keeps a small `W`, the weight is differentiable and PyTorch's own
-convolution does the rest, without Python in its backward.
+Where the plan keeps a small `W`, the weight is differentiable and PyTorch's own layer does the
+rest, without Python in its backward.
 
 The Function takes `ctx` in `forward` because the `setup_context` form costs 40 µs more a call (it
 binds the arguments through `inspect`). `torch.func` transforms, which need that form, are served by
@@ -20,6 +20,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from . import operators
@@ -64,10 +65,12 @@ class Layer(torch.autograd.Function):
 def layer(call: Call, plan: Plan, tensors: Operands) -> Tensor:
     """The call of a layer, differentiable."""
     x, v, g, bias = tensors
-    if plan.keeps == "weight" and x is not None and call.conv is not None:
+    if plan.keeps == "weight" and x is not None:
         w = layer(call, plan, Operands(None, v, g, None))  # without x, of W alone
         if bias is not None and bias.dtype != w.dtype:
             bias = bias.to(w.dtype)
+        if call.conv is None:
+            return F.linear(x, w, bias)
         return vendor.convolution(x, w, bias, call.conv)
     if x is None and plan.backend == "aten" and plan.forward:
         fused = _fused_weight(v, g, call)

@@ -166,6 +166,12 @@ def narrows_range(x_dtype: torch.dtype, v_dtype: torch.dtype) -> bool:
     return x_dtype == torch.float16 and v_dtype != torch.float16
 
 
+def fits_unscaled(x_dtype: torch.dtype, v_dtype: torch.dtype) -> bool:
+    """Returns whether a product of `x` with `V` itself stays in its dtype's range, to be scaled
+    afterwards. Both have to be of that dtype, and float16 has too small a range."""
+    return x_dtype == v_dtype != torch.float16
+
+
 # This function reads the settings `fp32_precision` of torch 2.9 and later. A setting inherits from
 # the more general one, and includes what the old settings have set. The old functions raise an
 # error if a new setting is in use.

@@ -130,8 +130,8 @@ class Launches(NamedTuple):
         run: the pass of the forward, where it is one.
         prepare_backward: a function of `(dy, x, v, g, needs)` that returns the pass of the backward
             for these layouts, or `None` where it is none.
-        forms_forward, forms_backward: whether PyTorch's product with a formed `W` serves them.
-        keeps: whether a training step keeps that `W`.
+        forms_forward, forms_backward: whether PyTorch's convolution with a formed `W` serves them.
+        keeps: whether a training step keeps its `W`.
         weight: the same of `W` alone, where it is formed.
         conv, dim: as in `Call`.
     """
@@ -173,11 +173,13 @@ def _launches(call: Call, plan: Plan, tensors: Operands) -> Launches | None:
     if x is not None and call.conv is None:
         tensors = tensors._replace(x=_rows(x))
     forms_forward, forms_backward = (
-        x is not None and way == "materialize" for way in (plan.forward, plan.backward)
+        call.conv is not None and way == "materialize" for way in (plan.forward, plan.backward)
     )
     weight = None
-    if x is not None and (forms_forward or forms_backward):
-        if vendor.is_wrong(x):  # PyTorch's product is
+    if forms_forward or forms_backward or plan.keeps:
+        if (
+            call.conv is not None and x is not None and vendor.is_wrong(x)
+        ):  # PyTorch's convolution is
             return None
         of_weight = Operands(None, tensors.v, tensors.g, None)
         weight = _launches(call.of_weight(), plan.of_weight(), of_weight)

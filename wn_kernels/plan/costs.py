@@ -2,7 +2,7 @@
 
 A candidate is a list of stages that run one after the other. Its time is estimated as
 
-    Σ overhead + max(bytes / bandwidth, operations / rate)
+    Σ launches · overhead + max(bytes / bandwidth, operations / rate, least)
 
 over its stages. The constants are those of a device class, not of one machine. They serve to rank
 the candidates, not to predict times. `variants.py` picks the cheapest.
@@ -14,7 +14,7 @@ import math
 from typing import NamedTuple
 
 from ..backends.native import limits
-from ..call import Call, Geometry, narrows_range
+from ..call import Call, Geometry, fits_unscaled, narrows_range
 from .devices import CPU, NATIVE, Device, gpu
 
 # A call of PyTorch's own convolution has the overhead of this many stages of the native library.
@@ -30,27 +30,48 @@ FRESH_PAGES = 2**24
 
 
 class Stage(NamedTuple):
-    """A stage is one launched operation of a candidate. It moves bytes and computes operations."""
+    """A stage is one launched operation of a candidate.
+
+    Attributes:
+        bytes: what it moves.
+        operations: what it computes.
+        least: seconds that it takes whatever it moves and computes.
+        launches: how many launches' overhead it has.
+    """
 
     bytes: float
     operations: float = 0.0
+    least: float = 0.0
+    launches: int = 1
 
 
 class Costs(NamedTuple):
-    """Holds the candidates of each direction by variant, on a device that computes at `rate`."""
+    """Holds the candidates of each direction by variant, on a device that computes at `rate`.
+    `kept` is the backward of a training step that keeps `W`, if that is a candidate of its own."""
 
     forward: dict[str, list[Stage]]
     backward: dict[str, list[Stage]]
     device: Device
     rate: float
+    kept: list[Stage] | None = None
 
     def seconds(self, stages: list[Stage]) -> float:
         """Returns the estimated time of a candidate in seconds."""
         device = self.device
         return sum(
-            device.overhead + max(s.bytes / device.bandwidth, s.operations / self.rate)
+            s.launches * device.overhead
+            + max(s.bytes / device.bandwidth, s.operations / self.rate, s.least)
             for s in stages
         )
+
+    def keeping_pays(self) -> bool:
+        """Returns whether a training step that keeps `W`, if it is a candidate, is faster than one
+        of the fastest candidates."""
+        if self.kept is None:
+            return False
+        forward, backward = self.cheapest()
+        without = self.forward[forward] + self.backward[backward]
+        return self.seconds(self.forward["materialize"] + self.kept) < self.seconds(without)
 
     def cheapest(self) -> tuple[str, str]:
         """Returns the fastest candidate of each direction. The first one wins a tie."""
@@ -261,50 +282,83 @@ class Unfolded(NamedTuple):
 # --- the Triton path -----------------------------------------------------------------------------
 
 
-def one_pass_rows(itemsize: int) -> int:
-    """Returns how many rows one tile of the one-pass kernels holds. `itemsize` is that of the wider
-    of `x` and `V`. A tile of more rows would not fit the registers."""
-    return 64 if itemsize == 2 else 32
+# A product of the vendor's takes the overhead of this many launches, since its kernels take longer
+# to begin and to end than a pass does.
+PRODUCT_LAUNCHES = 2
+# The vendor's products round the rows of `x` up to a multiple of this. One row is a case of its own.
+VENDOR_ROWS = 128
+# Each program of the one-pass gradient has this many slices.
+GRAD_SLICES = 16
+# Up to this many rows of `dY`, the pass that scales them sums their columns as well.
+SUMMED_ROWS = 256
+
+
+def one_pass_rows(itemsize: int, grad: bool = False) -> int:
+    """Returns how many rows one tile of the one-pass kernels holds, of the forward or of the
+    weight's gradient. `itemsize` is that of the wider of `x` and `V`. A tile of more rows would not
+    fit the registers."""
+    if itemsize > 2:
+        return 32
+    return 64 if grad else 128
 
 
 def triton_linear(call: Call, device: Device) -> Costs:
     """Returns the candidates `one_pass`, `scaled` and `materialize` on a GPU.
 
-    Small batches are bound by the bytes of `V`. One pass reads it once and launches once. Larger
-    batches are bound by the tensor cores, and squares in the loop cost more than a norm kernel
-    beforehand. The largest are bound by the matmul itself. The vendor's matmul of a materialised
-    `W` wins there, as soon as its lead in efficiency pays for writing `W`.
+    `one_pass` reads `V` once and launches once, for a few rows. Each of its programs reads all of
+    `x`, so it is bound by what a multiprocessor takes in. In the backward it recomputes `dW`, and
+    writes nothing but `dV`. `scaled` has the vendor's product with `V` itself, after a pass that
+    reads `V` for the norms, and scales the smaller activations in another pass. `materialize`
+    writes `W` instead, which costs less than these passes for many rows. In the backward all but
+    `one_pass` form `dW` and finish it in a pass.
+
+    A `W` that is kept from the forward spares the backward a pass.
     """
     n, k = call.v_shape
     m = math.prod(call.x_shape[:-1])
     x_size, v_size = call.x_dtype.itemsize, call.v_dtype.itemsize
     x, y, v, w = x_size * m * k, x_size * m * n, v_size * n * k, x_size * n * k
-    matmul = 2.0 * m * n * k
-    own = matmul / device.efficiency
-    dim, narrows = call.dim, narrows_range(call.x_dtype, call.v_dtype)
+    dim, size = call.dim, max(x_size, v_size)
+    rows = m if m == 1 else math.ceil(m / VENDOR_ROWS) * VENDOR_ROWS
 
-    prologue = device.prologue if dim == 1 or narrows else 1.0
-    forward = {
-        "scaled": [Stage(v), Stage(x + v + y, own * prologue)],
-        "materialize": [Stage(v + w), Stage(x + w + y, matmul)],
-    }
-    fits = m <= one_pass_rows(max(x_size, v_size))
-    if dim == 0 and fits and not narrows:
-        forward["one_pass"] = [Stage(x + v + y, own * device.inline_norm)]
+    def passes(moved: float) -> Stage:
+        return Stage(moved / device.passes)
 
-    dx = Stage(y + v + x, own * (device.prologue if dim == 0 or narrows else 1.0))
-    backward = {
-        "scaled": [dx, Stage(x + y + 2 * v, own), Stage(0), Stage(3 * v)],
-        "materialize": [
-            Stage(v + w),
-            Stage(y + w + x, matmul),
-            Stage(x + y + w, matmul),
-            Stage(w + 2 * v),
-        ],
-    }
-    if dim is not None and fits:
-        backward["one_pass"] = [dx, Stage(x + y + 3 * v, 2 * own)]
-    return Costs(forward, backward, device, device.rate(x_size, call.tf32))
+    product = Stage(x + y + w, 2.0 * rows * n * k, launches=PRODUCT_LAUNCHES)
+    form = passes(v + w)
+    late = fits_unscaled(call.x_dtype, call.v_dtype)
+    scale, sums, finish = passes(2 * (x if dim == 1 else y)), passes(y), passes(w + 2 * v)
+
+    forward = {"materialize": [form, product]}
+    if late:
+        forward = {"scaled": [passes(v), product, scale]} | forward
+    if dim == 0 and m <= one_pass_rows(size) and not narrows_range(call.x_dtype, call.v_dtype):
+        # A program has as many rows of `V` as leave no multiprocessor idle, or 16.
+        programs = max(1, min(device.multiprocessors, n / 16))
+        tile = 64 if m <= 64 else 128
+        taken_in = v / programs + (tile if size == 2 else m) * x_size * k
+        intake = device.intake if size == 2 else device.wide_intake
+        products = 0.0 if x_size < 4 or call.tf32 else 2.0 * m * n * k / device.ieee
+        least = taken_in / intake
+        forward = {"one_pass": [Stage(x + v + y, products, least)]} | forward
+
+    dx = [form, product]
+    if late:
+        dx = [product, scale] if dim == 1 else [scale, product]
+    backward = {"materialize": [form, product, product, sums, finish]}
+    if late:  # the pass over `dY` sums its columns as well, for a few rows
+        bias = [sums] if dim == 1 or m > SUMMED_ROWS else []
+        backward = {"scaled": [*dx, *bias, product, finish]} | backward
+    if dim is not None and m <= one_pass_rows(size, grad=True):
+        slices, length, walked = (k, n, y) if dim == 1 else (n, k, x)
+        programs = math.ceil(slices / GRAD_SLICES)
+        busy = min(device.multiprocessors, programs)
+        taken_in = 3 * v / busy + 2 * walked * programs / busy
+        products = 0.0 if x_size < 4 or call.tf32 else 8.0 * m * n * k
+        grad = Stage((x + y + 3 * v) / device.passes, products, taken_in / device.grad_intake)
+        backward = {"one_pass": [*dx, grad]} | backward
+    kept = [product, product, sums, finish]
+    return Costs(forward, backward, device, device.rate(x_size, call.tf32), kept)
 
 
 def triton_convolution(call: Call, conv: Geometry, device: Device) -> Costs:

@@ -1,9 +1,9 @@
 // Layers on a GPU, whose kernels are Triton's, as nodes of the graph.
 //
 // Python prepares both directions of a call once, for its dtypes, layouts and options
-// (`operators.launches`). What only allocates and launches is a `Pass`, which runs here, and so does
-// PyTorch's own product with a `W` that a pass forms. Anything else is a Python function. A backward
-// that is itself differentiated runs on the composite formula.
+// (`operators.launches`). What only allocates, launches and multiplies matrices is a `Pass`, which runs
+// here, and so does PyTorch's own convolution with a `W` that a pass forms. Anything else is a Python
+// function. A backward that is itself differentiated runs on the composite formula.
 
 #pragma once
 
@@ -70,7 +70,7 @@ struct Launches : torch::CustomClassHolder {
     return {found[0].view(sizes), found[1]};
   }
 
-  // The product of x with a W that is formed, by PyTorch.
+  // The layer with a W that is formed or kept, by PyTorch.
   Tensor product(const Tensor& x, const Tensor& w, const Tensor& bias) const {
     const Tensor cast = bias.defined() ? bias.to(w.scalar_type()) : bias;
     return conv ? plain(x, w, cast, *conv) : at::linear(x, w, maybe(cast));
@@ -80,7 +80,7 @@ struct Launches : torch::CustomClassHolder {
   variable_list backward(
       const Tensor& dy, const Tensor& x, const Tensor& v, const Tensor& g, const Tensor& bias,
       const Tensor& n, const Needs& needs) {
-    if (forms_backward) return backward_of_product(dy, x, v, g, n, needs);
+    if (forms_backward) return backward_of_convolution(dy, x, v, g, n, needs);
     const bool is_flat = !x.defined() || conv || x.dim() == 2;
     const Tensor flat_dy = is_flat ? dy : as_rows(dy), flat_x = is_flat ? x : as_rows(x);
     if (const auto prepared = backward_pass(flat_dy, flat_x, v, g, needs)) {
@@ -99,8 +99,8 @@ struct Launches : torch::CustomClassHolder {
     return out;
   }
 
-  // The same around PyTorch's product, the layout of whose dW it alone determines.
-  variable_list backward_of_product(
+  // The same around PyTorch's convolution, the layout of whose dW it alone determines.
+  variable_list backward_of_convolution(
       const Tensor& dy, const Tensor& x, const Tensor& v, const Tensor& g, const Tensor& n,
       const Needs& needs) {
     const bool needs_weight = needs[1] || needs[2];
@@ -108,21 +108,14 @@ struct Launches : torch::CustomClassHolder {
     Tensor dx, dw, db;
     {
       py::gil_scoped_release released;
-      if (conv) {
-        // Alone, ATen would compute the weight's gradient beside it; in float16, it sums in float16.
-        if (needs[3] && (!needs_weight || dy.element_size() == 2)) db = bias_grad(dy, 1);
-        const bool rides = needs[3] && !db.defined();
-        const Tensor w = needs[0] ? formed : v.to(x.scalar_type());
-        if (needs[0] || needs_weight) {
-          auto found = plain_grads(dy, x, w, *conv, needs[0], needs_weight, rides);
-          std::tie(dx, dw) = std::tie(std::get<0>(found), std::get<1>(found));
-          if (rides) db = std::get<2>(found);
-        }
-      } else {
-        const Tensor rows = as_rows(dy);
-        if (needs[0]) dx = rows.mm(formed).view(x.sizes());
-        if (needs_weight) dw = rows.t().mm(as_rows(x));
-        if (needs[3]) db = rows.sum(0);
+      // Alone, ATen would compute the weight's gradient beside it; in float16, it sums in float16.
+      if (needs[3] && (!needs_weight || dy.element_size() == 2)) db = bias_grad(dy, 1);
+      const bool rides = needs[3] && !db.defined();
+      const Tensor w = needs[0] ? formed : v.to(x.scalar_type());
+      if (needs[0] || needs_weight) {
+        auto found = plain_grads(dy, x, w, *conv, needs[0], needs_weight, rides);
+        std::tie(dx, dw) = std::tie(std::get<0>(found), std::get<1>(found));
+        if (rides) db = std::get<2>(found);
       }
     }
     variable_list out{dx, {}, {}, db};
@@ -152,7 +145,7 @@ struct Launches : torch::CustomClassHolder {
   };
 
   References references;
-  bool forms_forward, forms_backward;  // whether PyTorch's product with W serves a direction
+  bool forms_forward, forms_backward;  // whether PyTorch's convolution by W serves a direction
   bool keeps;                          // whether a training step keeps that W
   double eps;
   py::handle geometry, dim;
@@ -160,7 +153,7 @@ struct Launches : torch::CustomClassHolder {
   py::handle python_backward;   // (dY, x, v, g, bias, n, needs) -> (dX, dV, dg, db)
   py::handle prepare_backward;  // (dY, x, v, g, needs) -> its pass, or None
   std::shared_ptr<Pass> pass;   // of the forward; null where Python serves it
-  c10::intrusive_ptr<Launches> weight;  // of W alone, where PyTorch's product serves a direction
+  c10::intrusive_ptr<Launches> weight;  // of W alone, where it is formed
   std::optional<Geometry> conv;
   std::vector<Backward> backwards;
 };

@@ -1,5 +1,5 @@
-// Prepared passes, as backends/triton/passes.py describes them: tensors to allocate, and kernels to
-// launch on them.
+// Prepared passes, as backends/triton/passes.py describes them: tensors to allocate, kernels to
+// launch on them, and operations of PyTorch's between the launches.
 //
 // A kernel is launched through Triton's own launcher, whose arguments are prepared
 // (backends/triton/compiled.py). A launch goes through Python's `Launcher` where its kernel is not
@@ -14,6 +14,7 @@
 #include <torch/csrc/autograd/variable.h>
 
 #include "call.h"
+#include "operations.h"
 
 namespace wn_kernels {
 
@@ -95,8 +96,9 @@ class Compiled {
   size_t stream_;
 };
 
-// A launch of a pass.
+// A launch of a pass, or an operation of PyTorch's.
 struct Step {
+  std::optional<Operation> operation;
   py::handle launcher;
   py::handle compiled;       // the launcher's dictionary of compiled kernels
   std::vector<int> tensors;
@@ -108,13 +110,16 @@ class Pass {
  public:
   explicit Pass(const py::object& pass) : is_observed_(references_.keep(pass.attr("is_observed"))) {
     for (const auto& each : pass.attr("layouts")) {
+      auto& here = layouts_.emplace_back();
+      if (each.is_none()) continue;
       const auto layout = py::reinterpret_borrow<py::tuple>(each);
-      layouts_.push_back({layout[0].cast<Sizes>(), layout[1].cast<Sizes>(), layout[2].cast<at::ScalarType>()});
+      here = {layout[0].cast<Sizes>(), layout[1].cast<Sizes>(), layout[2].cast<at::ScalarType>()};
     }
     for (const auto& each : pass.attr("steps")) {
       const auto step = py::reinterpret_borrow<py::tuple>(each);
-      const py::object launcher = step[0];
       auto& here = steps_.emplace_back();
+      if ((here.operation = Operation::of(step))) continue;
+      const py::object launcher = step[0];
       here.launcher = references_.keep(launcher);
       here.compiled = references_.keep(launcher.attr("compiled"));
       here.tensors = step[1].cast<std::vector<int>>();
@@ -130,11 +135,17 @@ class Pass {
       const auto options = tensors[0].options();
       for (const auto& layout : layouts_)
         tensors.push_back(
-            at::empty_strided(layout.sizes, layout.strides, options.dtype(layout.dtype)));
+            layout ? at::empty_strided(layout->sizes, layout->strides, options.dtype(layout->dtype))
+                   : Tensor());  // the result of an operation
     }
     const c10::DeviceGuard guard(tensors[0].device());
     const bool observed = is_observed_().cast<bool>();
-    for (auto& step : steps_) launch(step, tensors, observed);
+    for (auto& step : steps_) {
+      if (step.operation)
+        (*step.operation)(tensors);
+      else
+        launch(step, tensors, observed);
+    }
     variable_list out;
     for (const int i : results_) out.push_back(i < 0 ? Tensor() : tensors[i]);
     return out;
@@ -174,7 +185,7 @@ class Pass {
 
   References references_;
   py::handle is_observed_;
-  std::vector<Layout> layouts_;
+  std::vector<std::optional<Layout>> layouts_;
   std::list<Step> steps_;
   std::vector<int> results_;
 };

@@ -69,7 +69,7 @@ def layer_backward(
 
 def pass_forward(call: Call, plan: Any, tensors: Operands) -> Pass | None:
     """The pass that computes `layer` for tensors of these layouts, `x` of a linear layer being 2-d;
-    `None` where more happens than allocations and launches."""
+    `None` where more happens than allocations, launches and PyTorch's own products."""
     x, v, g, bias = tensors
     target, options = target_of(v), (call.dim, call.eps)
     if x is None:
@@ -96,4 +96,4 @@ def pass_backward(
 
 
 def _as_pass(run: Any) -> Pass | None:
-    return run if isinstance(run, Pass) and run.only_launches() else None
+    return run if isinstance(run, Pass) and run.needs_no_python() else None

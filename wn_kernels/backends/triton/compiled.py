@@ -40,8 +40,8 @@ def is_watched() -> bool:
 
 class Compiled:
     """A compiled kernel with everything but its tensors. A call launches it on the current stream
-    of its device, which has to be the current one; it takes the kernel's first arguments, addresses
-    or tensor descriptors.
+    of its device, which has to be the current one; it takes the addresses of the
+    kernel's tensors, which are its first arguments.
 
     Attributes:
         function: Triton's launcher. It takes the grid, the stream, the `fixed` arguments, and the

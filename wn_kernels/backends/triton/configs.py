@@ -15,12 +15,6 @@ import torch
 
 from .. import native
 
-# Architectures whose hardware copies tiles, by tensor descriptors.
-COPYING = ("cuda:90", "cuda:100")
-
-# Programs that fill a GPU, or nearly: it has 108 to 148 multiprocessors.
-PROGRAMS = 128
-
 
 class Target(NamedTuple):
     """What configurations and grids depend on of the place where a kernel runs.
@@ -105,6 +99,15 @@ class GradConfig(NamedTuple):
     num_stages: int
 
 
+class ScaleConfig(NamedTuple):
+    """A tile of `BLOCK_M` rows by `BLOCK_C` columns."""
+
+    BLOCK_M: int
+    BLOCK_C: int
+    num_warps: int
+    num_stages: int
+
+
 class DirectConfig(NamedTuple):
     """A tile of `BLOCK_M` pixels by `BLOCK_O` channels, without `tl.dot`."""
 
@@ -137,18 +140,23 @@ def one_pass(m: int, o: int, itemsize: int, target: Target) -> MatmulConfig:
     """A single row tile over the batch: bound by the bytes of `V`, so deep in flight and narrow
     enough in `O` to occupy the machine. `itemsize` is the wider one of x's and V's.
 
-    Blackwell's memory outruns its shared memory in a tile of 32 rows: in one of 64 its tensor cores
-    read both factors themselves. With a program to a multiprocessor it takes more stages to have as
-    many bytes in flight as the memory's latency is worth.
+    Hopper's and Blackwell's tensor cores read both factors of a tile of at least 64 rows
+    themselves. On an H200 it takes less time than one of 16 rows, however few there are. Blackwell
+    has a multiprocessor's memory latency to fill with one program: more stages.
     """
-    if itemsize == 2 and target.architecture == "cuda:100":
+    stages = target.stages(4 if itemsize < 8 else 2)
+    block_o = 32 if o <= 8192 else 64
+    if itemsize > 2:
+        return MatmulConfig(_up_to(m, 16, 32), block_o, 256 // itemsize, 4, stages)
+    if m > 64:
+        stages = target.stages(4 if block_o == 32 else 3)
+        return MatmulConfig(128, block_o, 64 if target.is_amd else 128, 8, stages)
+    if target.architecture == "cuda:90":
+        return MatmulConfig(64, block_o, 128, 4, stages)
+    if target.architecture == "cuda:100":
         block_o, stages = (32, 6) if o <= 4096 else (64, 4)
         return MatmulConfig(16 if m <= 16 else 64, block_o, 128, 4, stages)
-    block_m = _up_to(m, 16, 32, 64) if itemsize == 2 else _up_to(m, 16, 32)
-    block_o = 32 if o <= 8192 else 64
-    return MatmulConfig(
-        block_m, block_o, 256 // itemsize, 4, target.stages(4 if itemsize < 8 else 2)
-    )
+    return MatmulConfig(_up_to(m, 16, 32, 64), block_o, 128, 4, stages)
 
 
 def split(config: MatmulConfig, itemsize: int) -> int:
@@ -159,65 +167,30 @@ def split(config: MatmulConfig, itemsize: int) -> int:
     return config.num_warps if few and 16 * config.num_warps <= config.BLOCK_R else 1
 
 
-def matmul(
-    m: int, o: int, itemsize: int, prologue: bool, ieee: bool, copies: bool, target: Target
-) -> MatmulConfig:
-    """The scaled form, bound by the tensor cores as soon as the batch allows it.
-
-    A tile of V that is scaled in the loop lives in registers meanwhile, and so does all of an IEEE
-    float32 product: both take smaller tiles. Hopper's and Blackwell's tensor cores outrun the L2
-    cache at 128×128: twice that, where enough programs are left and hardware `copies` tiles. V's
-    side is the short one where its tile is scaled, so that more rows share the scaling.
-    """
-    if itemsize == 8:
-        return MatmulConfig(32, 32, 16, 4, 2)
-    if ieee:
-        return MatmulConfig(_up_to(m, 16, 32), 64, 16 if prologue else 32, 4, target.stages(3))
-    if m <= 64:
-        return MatmulConfig(_up_to(m, 16, 32, 64), 64, 128 // itemsize, 4, target.stages(3))
-    if itemsize == 4:
-        return MatmulConfig(64, 128, 32, 8, target.stages(3))
-    if copies and m * o >= PROGRAMS * 256 * 128:
-        return MatmulConfig(256, 128, 64, 8, 3) if prologue else MatmulConfig(128, 256, 64, 8, 3)
-    return MatmulConfig(128, 128, 32 if target.is_amd else 64, 8, target.stages(3))
-
-
-def may_copy(m: int, itemsize: int, target: Target) -> bool:
-    """Whether the tiles of a matmul may be copied by hardware, where their rows are aligned."""
-    return m > 128 and itemsize == 2 and target.architecture in COPYING
-
-
-def loads(config: MatmulConfig, form: str, target: Target) -> str:
-    """How the programs of a matmul that `may_copy` move their tiles. `"descriptors"`: by the
-    hardware that copies tiles, which takes fewer instructions and registers than `"pointers"`: by
-    these the large tiles spill. `"specialized"`: the same, by a warp of its own while another
-    multiplies and the rest scale V's."""
-    if config.BLOCK_M * config.BLOCK_O < 256 * 128:
-        return "pointers"
-    scales = form.startswith("prologue") and target.architecture == "cuda:100"
-    return "specialized" if scales else "descriptors"
-
-
 def grad_one_pass(m: int, itemsize: int, target: Target) -> GradConfig:
     """The recompute form of `dV`: the whole batch in one tile, few rows a program; deep in flight,
     as it is bound by the bytes of `V` and `dV`. The tile of `dY` is read from shared memory for
-    every step: on Blackwell, where that would be the bound, of twice the width."""
+    every step: steps of twice the width halve that, where a tile of 16 rows leaves room."""
     if itemsize == 8:
         return GradConfig(_up_to(m, 16, 32), 16, 16, 4, 1)
-    block_m = _up_to(m, 16, 32, 64) if itemsize == 2 else _up_to(m, 16, 32)
-    block_r = 64 if itemsize == 4 and block_m == 32 else 128
-    if itemsize == 2 and block_m == 16 and target.architecture == "cuda:100":
-        block_r = 256
-    return GradConfig(block_m, 16, block_r, 4, target.stages(4))
-
-
-def grad(itemsize: int, target: Target) -> GradConfig:
-    """The two-phase form of `dV`: a matmul over the batch."""
-    if itemsize == 8:
-        return GradConfig(16, 32, 32, 4, 2)
     if itemsize == 4:
-        return GradConfig(32, 64, 128, 8, target.stages(3))
-    return GradConfig(64, 128, 128, 8, target.stages(3))
+        return GradConfig(*((16, 16, 128) if m <= 16 else (32, 16, 64)), 4, target.stages(4))
+    if m <= 16:
+        return GradConfig(16, 16, 256, 4, target.stages(5))
+    return GradConfig(_up_to(m, 32, 64), 16, 128, 4, target.stages(4))
+
+
+# Rows of `dY` up to which the pass that scales them sums their columns as well. The cost model
+# counts on it (plan/costs.py).
+SUMMED_ROWS = 256
+
+
+def scale(m: int, sums: bool) -> ScaleConfig:
+    """A pass over a matrix of `m` rows: 4096 elements a step. One that `sums` columns has all rows
+    of a few."""
+    if sums:
+        return ScaleConfig(_up_to(m, 4, 16, 64), 64, 4, 3)
+    return ScaleConfig(_up_to(m, 1, 4, 16), 256, 4, 1)
 
 
 def conv(

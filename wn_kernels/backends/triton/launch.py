@@ -19,7 +19,6 @@ import torch
 import triton.language as tl
 from torch import Tensor
 from triton import cdiv
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ...call import reduced_dims
 from .. import native
@@ -69,15 +68,15 @@ def is_observed() -> bool:
 class Launcher:
     """A kernel with everything but its tensors: the grid and the constant arguments, by name.
 
-    It is called with the kernel's first arguments, in their order: tensors, or descriptors of some
-    (`descriptors`). They have to be on the `target`'s device and to have the dtypes of every other
-    call. The first launch goes through `kernel[grid](...)`, which compiles it. The following ones
-    call the compiled kernel, of which there is one for every set of addresses that are multiples of
-    16 bytes: that is all that Triton specialises for and that may differ between calls.
+    It is called with the kernel's first arguments, in their order: tensors. They have to be on the
+    `target`'s device and to have the dtypes of every other call. The first launch goes through
+    `kernel[grid](...)`, which compiles it. The following ones call the compiled kernel, of which
+    there is one for every set of addresses that are multiples of 16 bytes: that is all that Triton
+    specialises for and that may differ between calls.
     """
 
     __slots__ = (
-        *("kernel", "device", "grid", "is_empty", "options", "descriptors"),
+        *("kernel", "device", "grid", "is_empty", "options"),
         *("constants", "tensors", "values", "compiled"),
     )
 
@@ -89,7 +88,6 @@ class Launcher:
         *,
         num_warps: int,
         num_stages: int,
-        descriptors: bool = False,
         **constants: Any,
     ) -> None:
         self.kernel = kernel
@@ -97,7 +95,6 @@ class Launcher:
         self.grid = grid
         self.is_empty = not math.prod(grid)
         self.options = {"num_warps": num_warps, "num_stages": num_stages}
-        self.descriptors = descriptors
         self.constants = constants
         count = len(kernel.arg_names) - len(constants)
         self.tensors = kernel.arg_names[:count]
@@ -119,11 +116,7 @@ class Launcher:
 
     def _launch(self, tensors: tuple[Any, ...]) -> None:
         bits = unaligned = 0
-        if self.descriptors:
-            arguments: Sequence[Any] = tensors
-            addresses = [_memory(t).data_ptr() for t in tensors]
-        else:
-            arguments = addresses = [t.data_ptr() for t in tensors]
+        addresses = [t.data_ptr() for t in tensors]
         for address in addresses:
             bits |= address
         if bits & 15:
@@ -135,7 +128,7 @@ class Launcher:
         elif compiled.is_watched():
             self._launch_by_triton(tensors)
         else:
-            launch(arguments)
+            launch(addresses)
 
     def _launch_by_triton(self, tensors: tuple[Any, ...]) -> Any:
         return self.kernel[self.grid](*tensors, **self.constants, **self.options)
@@ -147,10 +140,6 @@ class Launcher:
             launch = compiled.launcher(result, self.grid, self.device, self.values)
             if launch is not None:
                 self.compiled[unaligned] = launch
-
-
-def _memory(t: Tensor | TensorDescriptor) -> Tensor:
-    return t.base if isinstance(t, TensorDescriptor) else t
 
 
 # --- preparing -----------------------------------------------------------------------------------
@@ -229,26 +218,6 @@ def is_wide(*tensors: Tensor | None) -> bool:
             if reach >= 2**31:
                 return True
     return False
-
-
-def is_describable(t: Tensor) -> bool:
-    """Whether hardware can copy tiles of a matrix: rows that are multiples of 16 bytes apart. Its
-    first one has to be aligned so as well."""
-    rows, columns = t.stride()
-    return (
-        columns == 1
-        and rows > 0
-        and rows * t.element_size() % 16 == 0
-        and t.numel() > 0
-        and max(t.shape) < 2**31
-    )
-
-
-def describer(layout: Tensor, tile: tuple[int, int]) -> Callable[[Tensor], TensorDescriptor]:
-    """A function of a tensor's memory, seen as a matrix of that layout, that returns what hardware
-    copies its tiles by; what lies outside the matrix it loads as zero."""
-    shape, stride, block = [*layout.shape], [*layout.stride()], [*tile]
-    return lambda t: TensorDescriptor(t, shape, stride, block)
 
 
 class Slices(NamedTuple):

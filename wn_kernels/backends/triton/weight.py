@@ -322,31 +322,6 @@ def prepare_weight_norm_backward(
 remembered_weight_norm_backward = remembered(prepare_weight_norm_backward)
 
 
-def prepare_finish_weight_grad(
-    target: Target,
-    dw: Tensor,
-    partial: Tensor,
-    v: Tensor,
-    g: Tensor,
-    dim: int | None,
-    eps: float,
-) -> Pass:
-    """`run(dw, partial, v, g, norm)` returns `(dg,)`, and turns the matrix `dW`, in place, into
-    `dV`, given partial dots.
-
-    `partial` is `(splits, N)`; for `dim=None` all of it belongs to the one slice.
-    """
-    slices = as_slices([dw, dw, v], dim)
-    assert slices is not None  # two dimensions always have a common walk
-    if dim is None:
-        partial = partial.view(-1, 1)
-    walk = Walk(slices, [dw, dw, v], target, None, None)
-    finish = _prepare_finish(walk, target, partial, dw[None], g, eps)
-    run = Pass("dw", "partial", "v", "g", "norm")
-    run.call(finish, "partial", "dw", "v", "g", "norm", "dw", gives=("dg",))
-    return run.returning("dg")
-
-
 def _prepare_finish(
     walk: Walk, target: Target, partial: Tensor, parts: Tensor, g: Tensor, eps: float
 ) -> Pass:
