@@ -7,11 +7,13 @@ came about is in docs/performance.md; `make codegen` compiles them all.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
+from triton import cdiv, next_power_of_2
 
 from .. import native
 
@@ -71,12 +73,28 @@ def target(device: int) -> Target:
 
 
 class SliceConfig(NamedTuple):
-    """A tile of `BLOCK_N` slices by `BLOCK_R` reduced elements."""
+    """A tile of `BLOCK_N` slices by `BLOCK_P` and `BLOCK_R` elements of their middle and their
+    innermost loop."""
 
     BLOCK_N: int
+    BLOCK_P: int
     BLOCK_R: int
     num_warps: int
-    num_stages: int = 2
+    num_stages: int = 1
+
+    @property
+    def size(self) -> int:
+        """Its elements."""
+        return self.BLOCK_N * self.BLOCK_P * self.BLOCK_R
+
+
+class FinishConfig(NamedTuple):
+    """A tile of `BLOCK_S` partial sums of `BLOCK_N` slices."""
+
+    BLOCK_N: int
+    BLOCK_S: int
+    num_warps: int
+    num_stages: int
 
 
 class MatmulConfig(NamedTuple):
@@ -122,18 +140,68 @@ def _up_to(size: int, *blocks: int) -> int:
     return next((b for b in blocks if size <= b), blocks[-1])
 
 
-def slices(n: int, r: int, n_is_fast: bool) -> SliceConfig:
-    """Wide along the axis that memory is contiguous in: `n` (a kept last dimension) or `r`."""
-    if n == 1:
-        return SliceConfig(1, 4096, 4)
-    if n_is_fast or r <= 16:
-        return SliceConfig(128, 16, 4)
-    return SliceConfig(8, 128, 4) if r <= 128 else SliceConfig(4, 1024, 4)
+# Warps that a multiprocessor runs at a time, of 2048 threads.
+WARPS_PER_SM = 64
+
+# Elements of a tile for every thread: two wide loads of a half-precision tensor.
+PER_THREAD = 16
+
+# Tiles of a slice that one program walks, where there are slices enough.
+WALKED = 8
 
 
-def finish(itemsize: int) -> SliceConfig:
+def _tile(block_n: int, block_p: int, block_r: int) -> SliceConfig:
+    size = block_n * block_p * block_r
+    return SliceConfig(block_n, block_p, block_r, min(16, max(1, size // (32 * PER_THREAD))))
+
+
+def slices(
+    n: int, loops: tuple[int, int, int], abreast: int, itemsize: int, programs: int
+) -> SliceConfig:
+    """A tile that holds whole slices, where they are short enough: several short ones, as long as
+    `programs` are left, which fill the machine. Otherwise a tile that is a part of them.
+
+    `abreast` slices lie side by side in 128 bytes, and `itemsize` is the widest tensor's.
+    """
+    outer, middle, inner = (next_power_of_2(max(1, size)) for size in loops)
+    abreast = min(next_power_of_2(abreast), next_power_of_2(max(1, n)))
+    # A processor's registers: half of what 16 warps have. The largest tile has to be filled well.
+    most = 16384 if itemsize <= 4 else 8192
+    if outer * middle * inner > most // 2 and 3 * math.prod(loops) < 2 * outer * middle * inner:
+        most //= 2
+    if outer == 1 and abreast * middle * inner <= most:
+        block_n = abreast
+        while block_n > max(1, abreast // 4) and 2 * cdiv(n, block_n) < programs:
+            block_n //= 2  # runs of 32 bytes at least
+        while block_n * middle * inner < 2048 and cdiv(n, 2 * block_n) >= programs:
+            block_n *= 2
+        return _tile(block_n, middle, inner)
+    if abreast == 1 and middle == outer == 1:
+        return _tile(1, 1, 8192)
+    # Wide along the middle loop as well, in which another tensor may be contiguous.
+    rest = 4096 // abreast
+    block_r = min(inner, max(64, rest // middle))
+    return _tile(abreast, min(middle, rest // block_r), block_r)
+
+
+def splits(config: SliceConfig, blocks_n: int, tiles: int, programs: int, target: Target) -> int:
+    """The programs that share a slice of so many tiles: one where those of other slices, so many
+    `programs`, fill the machine, or where there is little to share.
+
+    Slices that together leave the cache before their second walk gain nothing from having one
+    program each, and even shares end together. All programs read `splits²` partial sums of a slice.
+    These take a quarter of its bytes at most, at two bytes an element.
+    """
+    if tiles <= (WALKED if blocks_n >= programs else 2):
+        return 1
+    wanted = WARPS_PER_SM // config.num_warps * target.multiprocessors // max(1, blocks_n)
+    most = math.isqrt(tiles * config.size // config.BLOCK_N // 8)
+    return max(1, min(tiles, max(wanted, tiles // WALKED), most))
+
+
+def finish(itemsize: int) -> FinishConfig:
     """The second stage of a split reduction: partial sums of several slices, 128 splits a step."""
-    return SliceConfig(16 if itemsize == 8 else 32, 128, 4, 1)
+    return FinishConfig(16 if itemsize == 8 else 32, 128, 4, 1)
 
 
 def one_pass(m: int, o: int, itemsize: int, target: Target) -> MatmulConfig:

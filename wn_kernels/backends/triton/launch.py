@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 import triton.language as tl
 from torch import Tensor
-from triton import cdiv
+from triton import cdiv, next_power_of_2
 
 from ...call import reduced_dims
 from .. import native
@@ -253,6 +253,8 @@ def as_slices(tensors: Sequence[Tensor], dim: int | None) -> Slices | None:
         return None
     none = (0,) * len(tensors)
     (outer, a), (middle, b), (inner, c) = [(1, none)] * (3 - len(groups)) + groups
+    if min(a) < min(b) and outer > 1:  # a tensor's narrowest strides belong in one tile
+        (outer, a), (middle, b) = (middle, b), (outer, a)
     n = 1 if dim is None else first.shape[dim]
     along = none if dim is None else tuple(t.stride(dim) for t in tensors)
     return Slices(n, (outer, middle, inner), list(zip(along, a, b, c, strict=True)))
@@ -262,8 +264,25 @@ def as_slices(tensors: Sequence[Tensor], dim: int | None) -> Slices | None:
 PROGRAMS_PER_SM = 2
 
 
+def _abreast(t: Tensor, strides: tuple[int, ...], loops: tuple[int, ...]) -> int:
+    """How many slices lie side by side in a run of 128 bytes: one where a slice has as long a run
+    of its own, or where its neighbour is elsewhere."""
+    run = 1
+    for stride, size in sorted(zip(strides[1:], loops, strict=True)):
+        if size > 1:
+            if stride != run:
+                break
+            run *= size
+    return max(1, 128 // (run * t.element_size())) if strides[0] == run else 1
+
+
 class Walk:
-    """How programs share the slices: the grid, and what the kernels of slices take of it."""
+    """How programs share the slices: the grid, and what the kernels of slices take of it.
+
+    Attributes:
+        form: how the sum of a slice comes about (`weight.py`): `"held"`, `"walked"` or `"partial"`.
+        splits: the programs that share a slice.
+    """
 
     def __init__(
         self,
@@ -274,26 +293,39 @@ class Walk:
         splits: int | None,
     ) -> None:
         self.slices = slices
-        n, r = slices.n, math.prod(slices.loops)
-        self.config = config or configs.slices(n, r, n_is_fast=slices.strides[0][0] == 1)
+        n, loops = slices.n, slices.loops
+        abreast = max(
+            _abreast(t, strides, loops) for t, strides in zip(tensors, slices.strides, strict=True)
+        )
+        itemsize = max(t.element_size() for t in tensors)
+        programs = PROGRAMS_PER_SM * target.multiprocessors
+        self.config = config or configs.slices(n, loops, abreast, itemsize, programs)
         blocks_n = cdiv(n, self.config.BLOCK_N)
-        blocks_r = cdiv(r, self.config.BLOCK_R)
+        outer, middle, inner = loops
+        tiles = outer * cdiv(middle, self.config.BLOCK_P) * cdiv(inner, self.config.BLOCK_R)
         if splits is None:
-            wanted = PROGRAMS_PER_SM * target.multiprocessors
-            splits = max(1, min(blocks_r // 4, wanted // max(1, blocks_n)))
-        steps = cdiv(blocks_r, splits)
-        self.splits = max(1, cdiv(blocks_r, max(1, steps)))
+            splits = configs.splits(self.config, blocks_n, tiles, programs, target)
+        steps = cdiv(tiles, splits)
+        self.splits = max(1, cdiv(tiles, max(1, steps)))
+        self.form = "partial" if self.splits > 1 else "held" if steps == 1 else "walked"
         self.grid = (blocks_n, self.splits)
+        block_r = max(self.config.BLOCK_P, self.config.BLOCK_R)
         self.arguments = {
             "N": n,
-            "R": r,
-            "loops": slices.loops,
+            "loops": loops,
             "steps": steps,
-            "NESTED": sum(size > 1 for size in slices.loops[:2]),
-            "WIDE": is_wide(*tensors) or r + self.config.BLOCK_R >= 2**31,
+            "NESTED": sum(size > 1 for size in loops[:2]),
+            "WIDE": is_wide(*tensors) or math.prod(loops) + block_r >= 2**31,
             "ACC": acc_type(tensors[-1]),
             **self.config._asdict(),
         }
+
+    def finishing(self, form: str, splits: int) -> dict[str, Any]:
+        """The arguments of a kernel that turns sums into results: partial ones of so many splits,
+        in that form."""
+        splits = splits if form == "partial" else 1
+        block_s = min(next_power_of_2(splits), max(1, 2048 // self.config.BLOCK_N))
+        return {**self.arguments, "FORM": form, "SPLITS": splits, "BLOCK_S": block_s}
 
     def strides(self, **names: int) -> dict[str, Any]:
         """Stride arguments: `strides(v=0)` is `stride_v`, those of tensor 0."""
