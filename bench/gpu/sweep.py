@@ -22,7 +22,8 @@ BF16 = torch.bfloat16
 
 @dataclass(frozen=True)
 class Sweep:
-    """One kernel at one size, and its configurations; `m` is 0 for the kernels of a weight."""
+    """One kernel at one size, and its configurations; `m` is 0 for the kernels of a weight, one of
+    which `reads_dw`."""
 
     label: str
     m: int
@@ -30,6 +31,7 @@ class Sweep:
     n: int
     configs: tuple[Any, ...]
     call: Callable[[Operands, Any], Any]
+    reads_dw: bool = False
 
     def seconds(self) -> float:
         """What the cost model expects of a kernel that reads and writes everything once."""
@@ -49,12 +51,13 @@ class Operands:
 
         self.x, self.dy = random(sweep.m, sweep.k), random(sweep.m, sweep.n)
         self.v, self.g = random(sweep.n, sweep.k), random(sweep.n, 1)
+        self.dw = random(sweep.n if sweep.reads_dw else 0, sweep.k)
         self.norm = torch.rand(sweep.n, 1, device=device) + 1.0
         self.sweep = sweep
 
     def operand_bytes(self) -> int:
         """What a call reads."""
-        return sum(t.numel() * t.element_size() for t in (self.x, self.dy, self.v))
+        return sum(t.numel() * t.element_size() for t in (self.x, self.dy, self.v, self.dw))
 
     def twin(self) -> Operands:
         """Others of the same sizes."""
@@ -95,7 +98,7 @@ def _weight(o: Operands, config: Any) -> Any:
 def _weight_grad(o: Operands, config: Any) -> Any:
     from wn_kernels.backends.triton import weight_norm_backward
 
-    return weight_norm_backward(o.v, o.v, o.g, o.norm, 0, 0.0, config=config)
+    return weight_norm_backward(o.dw, o.v, o.g, o.norm, 0, 0.0, config=config)
 
 
 def _product(kind: type, *axes: tuple[int, ...]) -> Iterator[Any]:
@@ -114,13 +117,13 @@ def sweeps() -> list[Sweep]:
     dx = of(MatmulConfig, (16,), (32, 64, 128), (64, 128), (4,), (3, 4))
     dv = of(GradConfig, (16,), (16, 32), (64, 128, 256), (4,), (3, 5))
     dw = of(GradConfig, (64,), (64, 128), (128,), (4, 8), (3,))
-    slices = of(SliceConfig, (1, 2, 4, 8), (512, 1024), (4,))
+    slices = of(SliceConfig, (1, 2), (1,), (2048, 4096), (4, 8, 16))
     return [
         Sweep("one-pass forward, 16 rows", 16, 4096, 4096, thin, _forward("one_pass")),
         Sweep("dX, 16 rows", 16, 4096, 4096, dx, _backward("scaled", "dx")),
         Sweep("dV in one pass, 16 rows", 16, 4096, 4096, dv, _backward("one_pass", "dv")),
         Sweep("W of a weight", 0, 4096, 4096, slices, _weight),
-        Sweep("dV of a weight", 0, 4096, 4096, slices, _weight_grad),
+        Sweep("dV of a weight", 0, 4096, 4096, slices, _weight_grad, True),
         Sweep("one-pass forward, 64 rows", 64, 4096, 4096, middle, _forward("one_pass")),
         Sweep("dV in two phases, 512 rows", 512, 4096, 4096, dw, _backward("scaled", "dv")),
     ]

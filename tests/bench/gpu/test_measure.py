@@ -161,7 +161,8 @@ def test_sweep(measured, monkeypatch):
     real = sweep.sweeps()
     assert 55 <= sum(len(one.configs) for one in real) <= 75
     small = [
-        sweep.Sweep(one.label, min(one.m, 16), 64, 32, one.configs[:2], one.call) for one in real
+        sweep.Sweep(one.label, min(one.m, 16), 64, 32, one.configs[:2], one.call, one.reads_dw)
+        for one in real
     ]
     monkeypatch.setattr(sweep, "sweeps", lambda: small)
     found = measured("sweep", sweep.main)
