@@ -8,6 +8,33 @@ import torch
 
 
 @dataclass(frozen=True)
+class Convolution:
+    """This class holds the constants of convolutions on a device class, in seconds.
+
+    Attributes:
+        step: a step of the loop of our products (`backends/tiles.py`).
+        direct: our kernels for groups of few channels.
+        flat: the factor on a step whose channels have taps of their own, for each dimension.
+        ieee: the fraction of the rate that our products reach without tensor cores.
+        vendor: a call of the vendor's convolution, with the layouts that it converts.
+        vendor_native: the same for images with channels last, whose layouts stay.
+        vendor_direct: the same for groups of few channels.
+        vendor_step: for each of the products that an element of its result sums.
+        vendor_grouped: the fraction of the rate of 16 bits that other groups reach.
+    """
+
+    step: float = 4e-7
+    direct: float = 3e-6
+    flat: float = 3.0
+    ieee: float = 0.3
+    vendor: float = 1e-5
+    vendor_native: float = 5e-6
+    vendor_direct: float = 1.2e-6
+    vendor_step: float = 4e-9
+    vendor_grouped: float = 1e-2
+
+
+@dataclass(frozen=True)
 class Device:
     """This class holds the constants of a device class.
 
@@ -20,8 +47,8 @@ class Device:
         inline_norm: factor on the operations of a matmul whose loop also computes the norm.
         prologue: factor on the operations of a matmul whose loop scales its tile of `V`.
         tf32_rate: operations per second of a float32 matmul in TF32.
-        gather: factor on the operations of a convolution whose loop reads `V` in its own layout,
-            taps innermost.
+        multiprocessors: their number.
+        convolution: the constants of convolutions.
     """
 
     name: str
@@ -32,7 +59,8 @@ class Device:
     inline_norm: float = 1.0
     prologue: float = 1.0
     tf32_rate: float = 0.0
-    gather: float = 1.0
+    multiprocessors: int = 132
+    convolution: Convolution = Convolution()
 
     def rate(self, itemsize: int, tf32: bool = False) -> float:
         """Returns the operations per second for elements of `itemsize` bytes."""
@@ -48,16 +76,16 @@ NATIVE = replace(CPU, overhead=1e-6)
 # rates are those of bfloat16, float32, float64 and TF32. The efficiency and the overhead are
 # assumptions. The factors are derived from compiled code (docs/benchmarks.md). `inline_norm` and
 # `prologue` count the issue cycles that they add to the loop of a large tile as time lost, relative
-# to the bound of a plain matmul. `gather` is the bound of a convolution's loop divided by that of
-# the packed variant's, per product.
+# to the bound of a plain matmul. The constants of convolutions were measured on an H200
+# (docs/results/gpu-h200); that they hold on the others is an assumption.
 GPUS = {
     device.name: device
     for device in (
-        Device("A100", 2.04e12, (3.12e14, 1.95e13, 1.95e13), 4e-6, 0.8, 1.2, 1.4, 1.56e14, 2.1),
-        Device("H100", 3.35e12, (9.89e14, 6.7e13, 6.7e13), 4e-6, 0.8, 1.2, 1.3, 4.95e14, 1.9),
-        Device("H200", 4.8e12, (9.89e14, 6.7e13, 6.7e13), 4e-6, 0.8, 1.2, 1.3, 4.95e14, 1.9),
-        Device("B200", 8.0e12, (2.25e15, 8.0e13, 4.0e13), 4e-6, 0.8, 1.2, 1.4, 1.1e15, 2.4),
-        Device("MI300X", 5.3e12, (1.307e15, 1.634e14, 1.634e14), 4e-6, 0.8, 1.1, 2.5, 6.54e14, 1.3),
+        Device("A100", 2.04e12, (3.12e14, 1.95e13, 1.95e13), 2e-6, 0.8, 1.2, 1.4, 1.56e14, 108),
+        Device("H100", 3.35e12, (9.89e14, 6.7e13, 6.7e13), 2e-6, 0.8, 1.2, 1.3, 4.95e14),
+        Device("H200", 4.8e12, (9.89e14, 6.7e13, 6.7e13), 2e-6, 0.8, 1.2, 1.3, 4.95e14),
+        Device("B200", 8.0e12, (2.25e15, 8.0e13, 4.0e13), 2e-6, 0.8, 1.2, 1.4, 1.1e15, 148),
+        Device("MI300X", 5.3e12, (1.307e15, 1.634e14, 1.634e14), 2e-6, 0.8, 1.1, 2.5, 6.54e14, 304),
     )
 }
 
