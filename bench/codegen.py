@@ -161,9 +161,8 @@ def inspect(compilation: Compilation, target: Target) -> Record:
         record.failures.append(f"needs {record.shared_bytes} of {target.shared_limit} bytes shared")
     half = compilation.dtype.split("·")[0] in ("fp16", "bf16", "tf32")
     # With channels last, all loads of activations and of packed weights are as wide as they come.
-    packed = compilation.launch.arguments.get("FORM") == "packed"
     flat = compilation.launch.arguments.get("FLAT")
-    if compilation.kernel == "conv_kernel" and packed and not flat and record.load_bits < 128:
+    if compilation.kernel == "conv_kernel" and not flat and record.load_bits < 128:
         record.failures.append(f"loads {record.load_bits} bits, not 128")
     if half and compilation.product and not record.tensor_core_instructions:
         record.failures.append("uses no tensor cores")

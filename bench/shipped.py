@@ -67,12 +67,16 @@ class Compilation:
 
 
 # Convolutions that between them take every form and tile: (rank, inputs, outputs, taps, stride,
-# transposed, groups). Fewer channels than a block are walked together with the taps.
+# transposed, groups, size). Fewer channels than a block are walked together with the taps; with few
+# pixels, programs share the taps.
 CONVOLUTIONS = [
-    (2, 256, 256, 3, 1, False, 1),
-    (2, 256, 256, 4, 2, True, 1),
-    (2, 3, 64, 5, 1, False, 1),
-    (2, 768, 768, 3, 1, False, 768),
+    (2, 256, 256, 3, 1, False, 1, 32),
+    (2, 256, 256, 4, 2, True, 1, 32),
+    (2, 3, 64, 5, 1, False, 1, 32),
+    (2, 768, 768, 3, 1, False, 768, 32),
+    (1, 256, 512, 7, 1, False, 1, 4),
+    (1, 512, 256, 16, 8, True, 1, 4),
+    (1, 64, 64, 3, 1, False, 1, 128),
 ]
 
 
@@ -164,31 +168,28 @@ def _convolution_launches(dtype: str, x_dtype: torch.dtype, v_dtype: torch.dtype
     convolutions = list(CONVOLUTIONS)
     if dtype == "bf16":  # the other ranks
         convolutions += [(rank, *CONVOLUTIONS[0][1:]) for rank in (1, 3)]
-    # A scale along the other channels takes the same kernels in the other direction.
-    both = dtype in ("bf16", "bf16·fp32")
-    for rank, inputs, outputs, taps, stride, transposed, groups in convolutions:
-        for dim in (0, 1) if both and groups == 1 else (0,):
-            first, second = (inputs, outputs) if transposed else (outputs, inputs)
-            v = torch.empty(first, second // groups, *(taps,) * rank, dtype=v_dtype, device="meta")
-            each = (1,) * rank
-            conv = Geometry((stride,) * rank, each, each, transposed, (0,) * rank, groups)
-            x_sizes = (32,) * rank
-            y_sizes = conv.output_sizes(x_sizes, v.shape[2:])
-            x, dy = (
-                torch.empty(8, *sizes, channels, dtype=x_dtype, device="meta").movedim(-1, 1)
-                for sizes, channels in ((x_sizes, inputs), (y_sizes, outputs))
-            )
-            bias = v.new_empty(outputs)
-            g, n = _scales(v, dim)
-            forms = ["scaled", "packed"]
-            if conv.owns_slices(dim) and not narrows_range(x_dtype, v_dtype):
-                forms.append("one_pass")
-            for form in forms:
-                backend.convolution(x, v, g, bias, conv, dim, 0.0, form)
-            for form in ("scaled", "packed"):
-                needs = (True, True, True, True)
-                backend.convolution_backward(dy, x, v, g, n, conv, dim, 0.0, form, needs)
-            yield f"{rank}d"
+    for rank, inputs, outputs, taps, stride, transposed, groups, size in convolutions:
+        first, second = (inputs, outputs) if transposed else (outputs, inputs)
+        v = torch.empty(first, second // groups, *(taps,) * rank, dtype=v_dtype, device="meta")
+        each = (1,) * rank
+        conv = Geometry((stride,) * rank, each, each, transposed, (0,) * rank, groups)
+        x_sizes = (size,) * rank
+        y_sizes = conv.output_sizes(x_sizes, v.shape[2:])
+        x, dy = (
+            torch.empty(8, *sizes, channels, dtype=x_dtype, device="meta").movedim(-1, 1)
+            for sizes, channels in ((x_sizes, inputs), (y_sizes, outputs))
+        )
+        bias = v.new_empty(outputs)
+        g, n = _scales(v, 0)
+        # Of activations with channels first, those of one layer are enough.
+        layouts = [(x, dy)] if size == 32 else [(x, dy), (x.contiguous(), dy.contiguous())]
+        for x, dy in layouts:
+            backend.convolution(x, v, g, bias, conv, 0, 0.0, "packed")
+            needs = (True, True, True, True)
+            backend.convolution_backward(dy, x, v, g, n, conv, 0, 0.0, "packed", needs)
+            if conv.has_small_groups(v.shape) and not narrows_range(x_dtype, v_dtype):
+                backend.convolution(x, v, g, bias, conv, 0, 0.0, "one_pass")
+        yield f"{rank}d"
 
 
 def named(launch: Launch, dtype: str, note: str) -> Compilation:

@@ -134,6 +134,11 @@ class Geometry(NamedTuple):
             return dim == 1 and self.groups == 1 and set(self.stride) == {1}
         return dim == 0
 
+    def has_small_groups(self, v_shape: Sequence[int]) -> bool:
+        """Returns whether the groups have too few channels for a tile of a matrix product, whose
+        sides are 16 at least. Depthwise convolutions have such groups."""
+        return self.groups > 1 and max(v_shape[0] // self.groups, v_shape[1]) < 16
+
     def per_channel(self, s: Tensor, dim: int | None, ndim: int) -> Tensor:
         """Returns the scale, given in the kept shape, in a shape that broadcasts over the channels
         of an input or an output of `ndim` dimensions.

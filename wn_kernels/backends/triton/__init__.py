@@ -8,7 +8,12 @@ from typing import Any
 from torch import Tensor
 
 from ...call import Call, Grads, Needs, Operands
-from .conv import convolution, convolution_backward
+from .conv import (
+    convolution,
+    convolution_backward,
+    remembered_convolution,
+    remembered_convolution_backward,
+)
 from .launch import target_of
 from .linear import linear, linear_backward, remembered_linear, remembered_linear_backward
 from .norm import slice_norms
@@ -38,13 +43,14 @@ __all__ = [
 def layer(
     call: Call, plan: Any, tensors: Operands, keep: bool
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """`(y, n, kept)`, as `aten.layer`; nothing is kept."""
+    """`(y, n, kept)`, as `aten.layer`."""
     x, v, g, bias = tensors
     if x is None:
         return *weight_norm(v, g, call.dim, call.eps, call.x_dtype), None
     options = call.dim, call.eps, plan.forward
     if call.conv is not None:
-        return *convolution(x, v, g, bias, call.conv, *options), None
+        y, n, w = convolution(x, v, g, bias, call.conv, *options)
+        return y, n, w if keep and plan.keeps else None
     return *linear(x, v, g, bias, *options), None
 
 
@@ -63,7 +69,7 @@ def layer_backward(
         return None, *weight_norm_backward(dy, v, g, n, call.dim, call.eps), None
     options = call.dim, call.eps, plan.backward, needs
     if call.conv is not None:
-        return convolution_backward(dy, x, v, g, n, call.conv, *options)
+        return convolution_backward(dy, x, v, g, n, call.conv, *options, kept)
     return linear_backward(dy, x, v, g, n, *options)
 
 
@@ -74,9 +80,10 @@ def pass_forward(call: Call, plan: Any, tensors: Operands) -> Pass | None:
     target, options = target_of(v), (call.dim, call.eps)
     if x is None:
         return _as_pass(remembered_weight_norm(target, (v, g), *options, call.x_dtype))
-    if call.conv is not None:
-        return None
     how = plan.forward, call.tf32
+    if call.conv is not None:
+        run = remembered_convolution(target, (x, v, g, bias), call.conv, *options, *how)
+        return _as_pass(run)
     return _as_pass(remembered_linear(target, (x, v, g, bias), *options, *how))
 
 
@@ -89,9 +96,11 @@ def pass_backward(
     target, options = target_of(v), (call.dim, call.eps)
     if x is None:
         return _as_pass(remembered_weight_norm_backward(target, (dy, v, g), *options))
-    if call.conv is not None:
-        return None
     how = plan.backward, needs, call.tf32
+    if call.conv is not None:
+        given = dy, x, v, g, None
+        run = remembered_convolution_backward(target, given, call.conv, *options, *how)
+        return _as_pass(run)
     return _as_pass(remembered_linear_backward(target, (dy, x, v, g), *options, *how))
 
 

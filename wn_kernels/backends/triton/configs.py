@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from triton import cdiv, next_power_of_2
 
-from .. import native
+from .. import native, tiles
 
 
 class Target(NamedTuple):
@@ -107,6 +107,17 @@ class MatmulConfig(NamedTuple):
     num_stages: int
 
 
+class ConvConfig(NamedTuple):
+    """As `MatmulConfig`, for pixels and channels; `splits` programs share the steps of a tile."""
+
+    BLOCK_M: int
+    BLOCK_O: int
+    BLOCK_R: int
+    num_warps: int
+    num_stages: int
+    splits: int = 1
+
+
 class GradConfig(NamedTuple):
     """A `(BLOCK_O, BLOCK_R)` tile of `dW`, summed over the batch in steps of `BLOCK_M`."""
 
@@ -135,9 +146,7 @@ class DirectConfig(NamedTuple):
     num_stages: int
 
 
-def _up_to(size: int, *blocks: int) -> int:
-    """The smallest block that covers `size`, or the largest."""
-    return next((b for b in blocks if size <= b), blocks[-1])
+_up_to = tiles.up_to
 
 
 # Warps that a multiprocessor runs at a time, of 2048 threads.
@@ -262,33 +271,22 @@ def scale(m: int, sums: bool) -> ScaleConfig:
 
 
 def conv(
-    m: int, o: int, r: int, itemsize: int, form: str, ieee: bool, target: Target
-) -> MatmulConfig:
-    """A product over `m` pixels, with `o` and `r` channels a group.
-
-    A tile of A takes registers for its addresses besides: half the steps of a matmul's. A tile of
-    V with taps innermost, and one that is scaled, pass through registers and take smaller tiles
-    than a packed one.
-    """
-    block_o, block_r = _up_to(o, 16, 32, 64), _up_to(r, 16, 32)
-    if itemsize == 8:
-        return MatmulConfig(_up_to(m, 16, 32), 16, 16, 4, 2)
-    if ieee:
-        # A wide load takes 16 bytes for each of the tile's threads, of which gfx942 has 64 a warp.
-        warps = 2 if target.is_amd else 4
-        return MatmulConfig(_up_to(m, 16, 32), min(block_o, 32), 16, warps, 2)
-    large = 128 if form == "packed" and itemsize == 2 else 64
-    return MatmulConfig(_up_to(m, 16, 32, 64, large), block_o, block_r, 4, target.stages(3))
+    m: int, o: int, r: int, taps: float, rest: int, itemsize: int, ieee: bool, target: Target
+) -> ConvConfig:
+    """A product over pixels, as `tiles.product` describes it. Its steps are long, and several are
+    in flight: they are bound by latency."""
+    tile = tiles.product(m, o, r, taps, rest, itemsize, ieee, target.multiprocessors)
+    # A wide load takes 16 bytes for each of the tile's threads, of which gfx942 has 64 a warp.
+    warps = 2 if target.is_amd and ieee else 4
+    stages = 3 if tile.BLOCK_R == 128 and tile.BLOCK_M >= 64 else 4
+    if itemsize == 8 or ieee:
+        stages = 2
+    return ConvConfig(*tile[:3], warps, target.stages(stages), tile.splits)
 
 
 def conv_grad(o: int, r: int, itemsize: int) -> GradConfig:
     """The gradient of a convolution's weight: a product over pixels."""
-    if itemsize == 8:
-        return GradConfig(16, 16, 32, 4, 2)
-    block_o = _up_to(o, 16, 32, 64)
-    if r < 16:
-        return GradConfig(32, block_o, 32, 4, 2)
-    return GradConfig(64 if itemsize == 2 else 32, block_o, _up_to(r, 16, 32, 64), 4, 2)
+    return GradConfig(*tiles.gradient(o, r, itemsize), 4, 2)
 
 
 def direct(itemsize: int) -> DirectConfig:
