@@ -202,7 +202,7 @@ def named(launch: Launch, dtype: str, note: str) -> Compilation:
     ]
     blocks = [
         str(launch.arguments[block])
-        for block in ("BLOCK_M", "BLOCK_O", "BLOCK_N", "BLOCK_P", "BLOCK_R")
+        for block in ("BLOCK_M", "BLOCK_O", "BLOCK_N", "BLOCK_P", "BLOCK_R", "BLOCK_S")
         if block in launch.arguments
     ]
     words = ["x".join(blocks), f"w{launch.num_warps}", f"s{launch.num_stages}", *flags]

@@ -115,6 +115,7 @@ def slice_sums(
     BLOCK_N: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_R: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """`⟨A_j, B_j⟩` over the `steps` tiles from the `first`; `A` alone if SQUARE. `A` is the sum of
     PARTS.
@@ -122,7 +123,7 @@ def slice_sums(
     The sum across lanes comes once, after the loop.
     """
     sums = tl.zeros((BLOCK_P, BLOCK_N, BLOCK_R), ACC)
-    for step in range(steps):
+    for step in tl.range(0, steps, num_stages=STAGES):
         outer, offs_p, offs_r, mask = tile_offsets(
             first + step, offs_n, N, loops, NESTED, WIDE, BLOCK_P, BLOCK_R
         )
@@ -177,6 +178,7 @@ def slice_sum_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_R: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """OUT[split, j] = Σ A_j B_j over this split; with AS_NORM (one split) the norm of it."""
     offs_n = offsets(tl.program_id(0), BLOCK_N, WIDE)
@@ -200,6 +202,7 @@ def slice_sum_kernel(
         BLOCK_N,
         BLOCK_P,
         BLOCK_R,
+        STAGES,
     )
     if AS_NORM:
         sums = as_norm(sums, EPS)

@@ -75,6 +75,7 @@ def weight_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_R: tl.constexpr,
+    STAGES: tl.constexpr,
     BLOCK_S: tl.constexpr,
 ):
     """W = g / n ⊙ V, and NORM. Only the form "partial" reads PARTIAL, the sums of squares."""
@@ -109,13 +110,14 @@ def weight_kernel(
             BLOCK_N,
             BLOCK_P,
             BLOCK_R,
+            STAGES,
         )
     else:
         squares = partial_sums(PARTIAL, offs_n, N, SPLITS, ACC, BLOCK_N, BLOCK_S)
     n = as_norm(squares, EPS)
     tl.store(NORM + offs_n, n, mask=mask_n & (split == 0))
     scale = tl.load(G + offs_n, mask=mask_n, other=0.0).to(ACC) / n
-    for step in range(steps):
+    for step in tl.range(0, steps, num_stages=STAGES):
         outer, offs_p, offs_r, mask = tile_offsets(
             first + steps - 1 - step, offs_n, N, loops, NESTED, WIDE, BLOCK_P, BLOCK_R
         )
@@ -153,6 +155,7 @@ def weight_grad_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_R: tl.constexpr,
+    STAGES: tl.constexpr,
     BLOCK_S: tl.constexpr,
 ):
     """DV = g / n ⊙ DW - c ⊙ V, and DG; DV may be DW, which is the sum of PARTS. Only the form
@@ -192,6 +195,7 @@ def weight_grad_kernel(
             BLOCK_N,
             BLOCK_P,
             BLOCK_R,
+            STAGES,
         )
     else:
         dots = partial_sums(PARTIAL, offs_n, N, SPLITS, ACC, BLOCK_N, BLOCK_S)
@@ -199,7 +203,7 @@ def weight_grad_kernel(
     tl.store(DG + offs_n, dg, mask=mask_n & (split == 0))
     scale = g / n
     coef = dot_coefficient(g, n, dg, EPS)
-    for step in range(steps):
+    for step in tl.range(0, steps, num_stages=STAGES):
         outer, offs_p, offs_r, mask = tile_offsets(
             first + steps - 1 - step, offs_n, N, loops, NESTED, WIDE, BLOCK_P, BLOCK_R
         )
