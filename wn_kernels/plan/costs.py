@@ -285,7 +285,7 @@ class Unfolded(NamedTuple):
 # A product of the vendor's takes the overhead of this many launches, since its kernels take longer
 # to begin and to end than a pass does.
 PRODUCT_LAUNCHES = 2
-# The vendor's products round the rows of `x` up to a multiple of this. One row is a case of its own.
+# The vendor's products round the rows of `x` up to a multiple of this, but for a single row.
 VENDOR_ROWS = 128
 # Each program of the one-pass gradient has this many slices.
 GRAD_SLICES = 16

@@ -59,9 +59,10 @@ CPU = Device("CPU", bandwidth=2e10, rates=(1e11, 1e11, 5e10), overhead=8e-6)
 NATIVE = replace(CPU, overhead=1e-6)
 
 # The constants of the H200 were measured (docs/results/gpu-h200), except for the rate of float64,
-# for which that of float32 stands, and the factors of convolutions. The overhead is that of a launch
-# in a graph, with the beginning and the end of its kernel. The H100 is the same chip with other
-# memory. Its bandwidth is the H200's by the ratio of the data sheets; nothing was measured on one.
+# for which that of float32 stands, and the factors of convolutions. The overhead is that of a
+# launch in a graph, with the beginning and the end of its kernel. The H100 is the same chip with
+# other memory. Its bandwidth is the H200's by the ratio of the data sheets; nothing was measured on
+# one.
 #
 # Bandwidths and rates of the others come from the data sheets, for the SXM or OAM part and dense
 # matrices. The rates are those of bfloat16, float32, float64 and TF32. The H200's fractions and its
