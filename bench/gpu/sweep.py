@@ -94,7 +94,7 @@ def _product(kind: type, *axes: tuple[int, ...]) -> Iterator[Any]:
 
 
 def sweeps() -> list[Sweep]:
-    """Some sixty configurations in all."""
+    """Some fifty configurations in all."""
     from wn_kernels.backends.triton.configs import GradConfig, MatmulConfig, SliceConfig
 
     def of(kind: type, *axes: tuple[int, ...]) -> tuple[Any, ...]:
