@@ -2,8 +2,8 @@
 
 The results have every path as it was then. What replaced some of them is put together from
 measured parts: the vendor's products from the plain layer, the norms and the one-pass gradient from
-their kernels alone. Only passes over activations, and those that form `W` and finish `dV`, are the model's
-estimates.
+their kernels alone. Only passes over activations, and those that form `W` and finish `dV`, are the
+model's estimates.
 """
 
 import json
@@ -106,7 +106,7 @@ class Parts:
     def one_pass(self):
         """The forward in one pass: of up to 64 rows in bfloat16 in the tile of 64."""
         key = (64, self.k, self.n, self.call.x_dtype, self.call.v_dtype, False)
-        line = MEASURED[key] if key in MEASURED else self.lines
+        line = MEASURED.get(key, self.lines)
         return min(
             one["seconds"]["median"]
             for one in line["infer"]["kernels"]
