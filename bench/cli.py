@@ -65,8 +65,7 @@ def main(arguments: list[str] | None = None) -> int:
     codegen.add_argument("--only", default=None, help="kernels, configurations or targets with it")
     codegen.add_argument("--write", action="store_true", help="replace the committed baseline")
 
-    bounds = commands.add_parser("bounds", help="what bounds the matmul's loop, by compiled code")
-    bounds.add_argument("--every-kernel", action="store_true", help="not the matmul alone")
+    commands.add_parser("bounds", help="what bounds each kernel's loop, by compiled code")
 
     traffic = commands.add_parser("traffic", help="count what Triton's kernels move, without a GPU")
     traffic.add_argument("--kernels", action="store_true", help="list each path's kernels")
@@ -129,7 +128,7 @@ def main(arguments: list[str] | None = None) -> int:
         if chosen.command == "bounds":
             from bench import bounds as cycles
 
-            return cycles.main(chosen.every_kernel)
+            return cycles.main()
         from bench import codegen as check
 
         return check.main(chosen.json, chosen.only, chosen.write)

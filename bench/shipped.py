@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from wn_kernels.call import Geometry, kept_shape, narrows_range
+from wn_kernels.call import Geometry, fits_unscaled, kept_shape, narrows_range
 from wn_kernels.plan.costs import one_pass_rows
 
 if TYPE_CHECKING:
@@ -29,21 +29,14 @@ TYPES = {
 }
 
 # The flags that tell a kernel's variants apart.
-FLAGS = (
-    *("FORM", "PHASED", "FLAT", "BIAS", "FUSED", "SQUARE", "AS_NORM", "GRAD", "WIDE"),
-    *("LOADS", "TURNED"),
-)
-
-# Their values that are not worth a word.
-DEFAULTS = ("", "pointers")
+FLAGS = (*("FORM", "PHASED", "FLAT", "BIAS", "FUSED", "SQUARE", "AS_NORM", "GRAD", "SUM", "WIDE"),)
 
 # Dtypes whose kernels without a product are those of another one, but for a conversion.
 AS_OTHERS = ("tf32", "fp16", "fp16·fp32")
 
 # The kernels that multiply matrices.
 PRODUCTS = (
-    "matmul_kernel",
-    "grad_kernel",
+    "one_pass_kernel",
     "grad_one_pass_kernel",
     "conv_kernel",
     "conv_grad_kernel",
@@ -139,22 +132,22 @@ def _linear_launches(dtype: str, x_dtype: torch.dtype, v_dtype: torch.dtype) -> 
     from wn_kernels.backends import triton as backend
 
     needs = (True, True, True, True)
-    few = [(m, 4096, o) for m in (16, 32, 64) for o in (4096, 8192, 65536)]
-    sizes = [*few, (128, 4096, 4096), (4096, 4096, 4096)]
-    sizes += [(4096, 4095, 4095)]  # whose rows no descriptor reaches
+    few = [(m, 4096, o) for m in (16, 32, 64, 128) for o in (4096, 8192, 65536)]
+    sizes = [(1, 4096, 4096), *few, (4096, 4096, 4096)]
     if dtype == "bf16":  # 64-bit offsets
-        sizes += [(16, 65536, 65536), (128, 65536, 65536), (512, 65536, 65536)]
+        sizes += [(16, 65536, 65536), (128, 65536, 65536), (65536, 65536, 65536)]
     for dim, (m, k, o) in itertools.product((0, 1, None), sizes):
         x, dy = (torch.empty(m, size, dtype=x_dtype, device="meta") for size in (k, o))
         v = torch.empty(o, k, dtype=v_dtype, device="meta")
         bias = v.new_empty(o)
         g, n = _scales(v, dim)
-        fits = m <= one_pass_rows(max(x.element_size(), v.element_size()))
-        backend.linear(x, v, g, bias, dim, 0.0, "scaled")
-        backend.linear_backward(dy, x, v, g, n, dim, 0.0, "scaled", needs)
-        if fits and dim == 0 and not narrows_range(x_dtype, v_dtype):
+        size = max(x.element_size(), v.element_size())
+        if fits_unscaled(x_dtype, v_dtype):
+            backend.linear(x, v, g, bias, dim, 0.0, "scaled")
+            backend.linear_backward(dy, x, v, g, n, dim, 0.0, "scaled", needs)
+        if m <= one_pass_rows(size) and dim == 0 and not narrows_range(x_dtype, v_dtype):
             backend.linear(x, v, g, bias, dim, 0.0, "one_pass")
-        if fits and dim is not None:
+        if m <= one_pass_rows(size, grad=True) and dim is not None:
             backend.linear_backward(dy, x, v, g, n, dim, 0.0, "one_pass", needs)
         w, _ = backend.weight_norm(v, g, dim, 0.0, x_dtype)
         backend.weight_norm_backward(w, v, g, n, dim, 0.0)
@@ -198,11 +191,13 @@ def named(launch: Launch, dtype: str, note: str) -> Compilation:
     flags = [
         flag if value is True else f"{flag}={value}"
         for flag, value in launch.arguments.items()
-        if flag in FLAGS and (value is True or (isinstance(value, str) and value not in DEFAULTS))
+        if flag in FLAGS and (value is True or (isinstance(value, str) and value))
     ]
     blocks = [
         str(launch.arguments[block])
-        for block in ("BLOCK_M", "BLOCK_O", "BLOCK_N", "BLOCK_P", "BLOCK_R", "BLOCK_S")
+        for block in (
+            *("BLOCK_M", "BLOCK_O", "BLOCK_N", "BLOCK_P", "BLOCK_R", "BLOCK_S", "BLOCK_C"),
+        )
         if block in launch.arguments
     ]
     words = ["x".join(blocks), f"w{launch.num_warps}", f"s{launch.num_stages}", *flags]

@@ -45,7 +45,7 @@ def paths(case: Case, layer: nn.Module, x: torch.Tensor) -> Paths | None:
             if case.mode == "infer" and other.backward == choice.backward:
                 found[other.forward] = other
             elif case.mode == "train" and other.forward == choice.forward:
-                found[other.backward] = other
+                found[str(other).partition("/")[2]] = other
         return Paths(call, choice, {key: o for key, o in found.items() if o != choice})
     return None
 

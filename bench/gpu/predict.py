@@ -29,28 +29,32 @@ def vendors(case: Case) -> dict[str, float]:
     device = devices.gpu()
     operations, moved = case.work()
     products = 1 if case.mode == "infer" else 3
-    plain = [Stage(moved / products, operations / products)] * products
+    launches = costs.PRODUCT_LAUNCHES
+    plain = [Stage(moved / products, operations / products, launches=launches)] * products
     weight = float(case.size() * case.torch_dtype.itemsize)
     norms = [Stage(2 * weight)] + ([Stage(3 * weight)] if case.mode == "train" else [])
     fast = rate(case, device)
     return {"plain": seconds(plain, device, fast), "eager": seconds(plain + norms, device, fast)}
 
 
+def _stages(found: costs.Costs, choice: Any, mode: str) -> list[Stage]:
+    """Of a path of ours."""
+    if mode == "infer":
+        return found.forward[choice.forward]
+    kept = found.kept if choice.keeps else None
+    return [*found.forward[choice.recorded], *(kept or found.backward[choice.backward])]
+
+
 def ours(call: Call, choice: Any, mode: str) -> float:
     """Of a path of ours."""
     found = costs.costs(call, "triton")
-    stages = list(found.forward[choice.forward])
-    if mode == "train":
-        stages += found.backward[choice.backward]
-    return found.seconds(stages)
+    return found.seconds(_stages(found, choice, mode))
 
 
 def kernels(call: Call, choice: Any, mode: str, launches: int) -> list[float | None]:
     """Of each kernel of a path alone; nothing, where the model counts other launches."""
     found = costs.costs(call, "triton")
-    stages = list(found.forward[choice.forward])
-    if mode == "train":
-        stages += found.backward[choice.backward]
+    stages = _stages(found, choice, mode)
     if len(stages) != launches:
         return [None] * launches
     return [found.seconds([stage]) for stage in stages]

@@ -26,7 +26,7 @@ def _linear() -> list[list[str]]:
         call = Call(torch.Size((m, k)), torch.Size((n, k)), torch.bfloat16, torch.bfloat16, 0)
         choice = plan.by_cost(call, "triton")
         vendors, ours = predict.vendors(case), predict.ours(call, choice, case.mode)
-        path = choice.forward if case.mode == "infer" else f"{choice.forward}/{choice.backward}"
+        path = choice.forward if case.mode == "infer" else str(choice)
         times = [time_of(seconds) for seconds in (vendors["plain"], vendors["eager"], ours)]
         lines.append([case.label, case.mode, *times, path, f"{ours / vendors['eager']:.2f}"])
     return lines
@@ -51,9 +51,11 @@ def text() -> str:
         ["products in TF32", f"{device.tf32_rate / 1e12:.0f} TFLOP/s", "facts"],
         ["products of float32", f"{device.rates[1] / 1e12:.0f} TFLOP/s", "facts"],
         ["a launch", time_of(device.overhead), "facts, host"],
-        ["our matmul over the vendor's", f"{device.efficiency:.2f}", "linear"],
-        ["a loop that takes the norm", f"{device.inline_norm:.2f}", "linear"],
-        ["a loop that scales V", f"{device.prologue:.2f}", "linear"],
+        ["passes over the bandwidth", f"{device.passes:.2f}", "weight_norm"],
+        ["what a multiprocessor takes in", f"{device.intake / 1e9:.0f} GB/s", "linear"],
+        ["our convolution over the vendor's", f"{device.efficiency:.2f}", "conv"],
+        ["a loop that takes the norm", f"{device.inline_norm:.2f}", "conv"],
+        ["a loop that scales V", f"{device.prologue:.2f}", "conv"],
         ["a convolution's loop over V as it lies", f"{device.gather:.2f}", "conv"],
     ]
     return "\n\n".join(

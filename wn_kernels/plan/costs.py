@@ -351,7 +351,7 @@ def triton_linear(call: Call, device: Device) -> Costs:
         bias = [sums] if dim == 1 or m > SUMMED_ROWS else []
         backward = {"scaled": [*dx, *bias, product, finish]} | backward
     if dim is not None and m <= one_pass_rows(size, grad=True):
-        slices, length, walked = (k, n, y) if dim == 1 else (n, k, x)
+        slices, walked = (k, y) if dim == 1 else (n, x)
         programs = math.ceil(slices / GRAD_SLICES)
         busy = min(device.multiprocessors, programs)
         taken_in = 3 * v / busy + 2 * walked * programs / busy
