@@ -161,8 +161,14 @@ def forms_of(launches):
     """Whether `W` is written, and the forms of the products with it."""
     writes = any("weight_kernel" in launch.kernel.__name__ for launch in launches)
     forms = {a for launch in launches if (a := launch.arguments.get("FORM"))}
-    one_pass = any("one_pass" in launch.kernel.__name__ for launch in launches)
-    return writes, frozenset(forms | ({"grad one_pass"} if one_pass else set()))
+    names = {launch.kernel.__name__ for launch in launches}
+    of_kernel = {
+        "grad_one_pass_kernel": "grad one_pass",
+        "conv_kernel": "packed",
+        "conv_grad_kernel": "weight_grad",
+        "direct_grad_kernel": "weight_grad",
+    }
+    return writes, frozenset(forms | {of_kernel[name] for name in names & of_kernel.keys()})
 
 
 SCALED = ("epilogue", "prologue_r", "prologue_o")
@@ -175,7 +181,8 @@ SIGNS = {
 BACKWARD_SIGNS = {
     "one_pass": [(False, frozenset({form, "grad one_pass"})) for form in SCALED],
     "scaled": SIGNS["scaled"],
-    "packed": SIGNS["packed"],
+    "packed": [(True, frozenset({"packed", "weight_grad"}))],
+    "weight_grad": [(True, frozenset({"weight_grad"}))],
     "materialize": SIGNS["materialize"],
 }
 

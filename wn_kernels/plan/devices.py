@@ -12,6 +12,7 @@ class Convolution:
     """This class holds the constants of convolutions on a device class, in seconds.
 
     Attributes:
+        launch: a launch in a graph, with the beginning and the end of its kernel.
         step: a step of the loop of our products (`backends/tiles.py`).
         direct: our kernels for groups of few channels.
         flat: the factor on a step whose channels have taps of their own, for each dimension.
@@ -23,6 +24,7 @@ class Convolution:
         vendor_grouped: the fraction of the rate of 16 bits that other groups reach.
     """
 
+    launch: float = 2e-6
     step: float = 4e-7
     direct: float = 3e-6
     flat: float = 3.0
@@ -81,11 +83,11 @@ NATIVE = replace(CPU, overhead=1e-6)
 GPUS = {
     device.name: device
     for device in (
-        Device("A100", 2.04e12, (3.12e14, 1.95e13, 1.95e13), 2e-6, 0.8, 1.2, 1.4, 1.56e14, 108),
-        Device("H100", 3.35e12, (9.89e14, 6.7e13, 6.7e13), 2e-6, 0.8, 1.2, 1.3, 4.95e14),
-        Device("H200", 4.8e12, (9.89e14, 6.7e13, 6.7e13), 2e-6, 0.8, 1.2, 1.3, 4.95e14),
-        Device("B200", 8.0e12, (2.25e15, 8.0e13, 4.0e13), 2e-6, 0.8, 1.2, 1.4, 1.1e15, 148),
-        Device("MI300X", 5.3e12, (1.307e15, 1.634e14, 1.634e14), 2e-6, 0.8, 1.1, 2.5, 6.54e14, 304),
+        Device("A100", 2.04e12, (3.12e14, 1.95e13, 1.95e13), 4e-6, 0.8, 1.2, 1.4, 1.56e14, 108),
+        Device("H100", 3.35e12, (9.89e14, 6.7e13, 6.7e13), 4e-6, 0.8, 1.2, 1.3, 4.95e14),
+        Device("H200", 4.8e12, (9.89e14, 6.7e13, 6.7e13), 4e-6, 0.8, 1.2, 1.3, 4.95e14),
+        Device("B200", 8.0e12, (2.25e15, 8.0e13, 4.0e13), 4e-6, 0.8, 1.2, 1.4, 1.1e15, 148),
+        Device("MI300X", 5.3e12, (1.307e15, 1.634e14, 1.634e14), 4e-6, 0.8, 1.1, 2.5, 6.54e14, 304),
     )
 }
 
