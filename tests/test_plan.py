@@ -1,14 +1,17 @@
 """Which backend and which variant serves a call."""
 
 import dataclasses
+import json
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 import torch
 
 import wn_kernels.functional as WF
+from bench.cases import Case as BenchCase
 from tests.comparison import Case
 from wn_kernels import plan, use_backend
 from wn_kernels.call import Call, Geometry
@@ -263,6 +266,44 @@ def test_convolutions_on_gpus(device):
     assert forward(512) == "materialize"
     assert forward(16, 256) == "one_pass"
     assert forward(16, 256, channels_last=False) == "materialize"
+
+
+def measured_convolutions():
+    """What the first run on an H200 took for a convolution, by case: the call, and the seconds."""
+    path = Path(__file__).parents[1] / "docs" / "results" / "gpu-h200" / "first.jsonl"
+    for line in map(json.loads, path.read_text("utf-8").splitlines()):
+        if line["kind"] != "result" or line["section"] != "conv" or "seconds" not in line:
+            continue
+        about = line["case"]
+        if about["mode"] != "infer" or about["options"].get("padding_mode"):
+            continue
+        names = {field.name for field in dataclasses.fields(BenchCase)}
+        case = BenchCase(**{key: value for key, value in about.items() if key in names})
+        layer = case.layer(torch.device("meta"))
+        conv = Geometry(
+            *(tuple(getattr(layer, name)) for name in ("stride", "padding", "dilation")),
+            "Transpose" in case.kind,
+            tuple(layer.output_padding),
+            layer.groups,
+        )
+        shapes = torch.Size(case.x_shape), layer.weight.shape
+        call = Call(*shapes, BF16, BF16, case.dim, conv, case.channels_last)
+        yield case, call, {name: s["median"] for name, s in line["seconds"].items()}
+
+
+def test_the_vendors_convolutions_on_an_h200():
+    """The model's estimate of cuDNN's call lies near what was measured, and below it for groups of
+    many taps, which are far slower than anything else."""
+    count = 0
+    for case, call, seconds in measured_convolutions():
+        found = costs.costs(call, "triton", devices.GPUS["H200"])
+        estimate = found.seconds(found.forward["materialize"][1:])
+        if call.conv.groups == 16:
+            assert estimate < seconds["plain"], case.label
+        else:
+            assert 0.55 < estimate / seconds["plain"] < 1.25, (case.label, estimate)
+        count += 1
+    assert count >= 20
 
 
 @pytest.mark.parametrize("device", devices.GPUS.values(), ids=devices.GPUS)
