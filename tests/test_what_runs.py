@@ -159,27 +159,41 @@ def test_triton(name):
     assert forms_of(launches) in signs, (chosen, forms_of(launches))
 
 
+# What a kernel computes of a layer. Those of a weight alone are not among them.
+OF_KERNEL = {
+    "one_pass": "one_pass",
+    "scale": "scale",
+    "grad_one_pass": "grad one_pass",
+    "conv": "packed",
+    "conv_grad": "weight_grad",
+    "direct_grad": "weight_grad",
+}
+
+
 def forms_of(launches):
-    """Whether `W` is written, the forms of the products with it, and the kernels of a linear layer
-    that stand for a form."""
+    """Whether `W` is written, and what the kernels of a product compute."""
     names = {launch.kernel.__name__.removesuffix("_kernel") for launch in launches}
-    forms = {a for launch in launches if (a := launch.arguments.get("FORM"))}
-    return "weight" in names, frozenset(forms | (names & {"one_pass", "grad_one_pass", "scale"}))
+    direct = (launch for launch in launches if launch.kernel.__name__ == "direct_kernel")
+    forms = {OF_KERNEL[name] for name in names & OF_KERNEL.keys()}
+    return "weight" in names, frozenset(forms | {launch.arguments["FORM"] for launch in direct})
 
 
-SCALED = ("epilogue", "prologue_r", "prologue_o", "scale")
 SIGNS = {
     "one_pass": [(False, frozenset({"one_pass"}))],
-    "scaled": [(False, frozenset({form})) for form in SCALED],
+    "scaled": [(False, frozenset({"scale"}))],
     "packed": [(True, frozenset({"packed"}))],
     "materialize": [(True, frozenset())],
 }
-BACKWARD_SIGNS = SIGNS | {
+BACKWARD_SIGNS = {
     # `dX` takes `W` where its product must not be scaled late.
     "one_pass": [
-        (False, frozenset({"scale", "grad_one_pass"})),
-        (True, frozenset({"grad_one_pass"})),
+        (False, frozenset({"scale", "grad one_pass"})),
+        (True, frozenset({"grad one_pass"})),
     ],
+    "scaled": SIGNS["scaled"],
+    "packed": [(True, frozenset({"packed", "weight_grad"}))],
+    "weight_grad": [(True, frozenset({"weight_grad"}))],
+    "materialize": SIGNS["materialize"],
 }
 
 

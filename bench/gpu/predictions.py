@@ -53,10 +53,7 @@ def text() -> str:
         ["a launch", time_of(device.overhead), "facts, host"],
         ["passes over the bandwidth", f"{device.passes:.2f}", "weight_norm"],
         ["what a multiprocessor takes in", f"{device.intake / 1e9:.0f} GB/s", "linear"],
-        ["our convolution over the vendor's", f"{device.efficiency:.2f}", "conv"],
-        ["a loop that takes the norm", f"{device.inline_norm:.2f}", "conv"],
-        ["a loop that scales V", f"{device.prologue:.2f}", "conv"],
-        ["a convolution's loop over V as it lies", f"{device.gather:.2f}", "conv"],
+        ["a step of a convolution's loop, µs", f"{1e6 * device.convolution.step:.2f}", "conv"],
     ]
     return "\n\n".join(
         [

@@ -18,14 +18,14 @@ def found():
     cases = [
         Case("half", (16, 256), (256, 256), traffic._LINEAR),
         Case("autocast", (16, 256), (256, 256), ("one_pass", "materialize"), v_dtype=torch.float32),
-        Case("conv", (1, 32, 6, 6), (32, 32, 3, 3), ("one_pass", "scaled"), conv=traffic._SAME),
+        Case("depthwise", (1, 64, 6, 6), (64, 1, 3, 3), ("one_pass", "packed"), conv=traffic._EACH),
     ]
     return {record[:3]: record[3] for record in traffic.records(cases)}
 
 
 def test_a_small_batch_reads_the_weight_once(found):
     """One launch, no `W`: nothing but the inputs and the results crosses the bus."""
-    for layer in ("half", "autocast", "conv"):
+    for layer in ("half", "autocast", "depthwise"):
         forward = found[layer, "forward", "one_pass"]
         assert forward.launches == 1
         assert forward.minimum <= forward.distinct == forward.by_launch <= 1.02 * forward.minimum

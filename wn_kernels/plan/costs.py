@@ -11,6 +11,7 @@ the candidates, not to predict times. `variants.py` picks the cheapest.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import NamedTuple
 
 from ..backends import tiles
@@ -362,6 +363,10 @@ def triton_linear(call: Call, device: Device) -> Costs:
     return Costs(forward, backward, device, device.rate(x_size, call.tf32), kept)
 
 
+# The vendor's convolutions split a sum of more numbers than this.
+VENDOR_LENGTH = 2**13
+
+
 def triton_convolution(call: Call, conv: Geometry, device: Device) -> Costs:
     """Returns the candidates `one_pass`, `packed`, `weight_grad` and `materialize` on a GPU.
 
@@ -398,6 +403,7 @@ def triton_convolution(call: Call, conv: Geometry, device: Device) -> Costs:
         "weight_grad": [form, vendors_dx, *repack_y, *grad],
         "materialize": [form, vendors_dx, own.vendors(own.small), bias, finish],
     }
+    device = replace(device, overhead=constants.launch)
     return Costs(forward, backward, device, device.rate(call.x_dtype.itemsize, call.tf32))
 
 
@@ -437,7 +443,7 @@ class _Products(NamedTuple):
 
     def vendors(self, length: float) -> Stage:
         """Returns one of the vendor's products, each of whose results sums `length` numbers. A call
-        has a fixed time, and the sum is bound by latency."""
+        has a fixed time, and the sum is bound by latency, but for a long one, which is split."""
         call, conv, device = self.call, self.conv, self.device
         constants, moved = device.convolution, self.x + self.y + self.w
         if conv.has_small_groups(call.v_shape):
@@ -445,7 +451,7 @@ class _Products(NamedTuple):
             return Stage(moved + converts, 0.0, constants.vendor_direct, 1 + call.channels_last)
         as_it_lies = call.channels_last and len(conv.stride) > 1
         least = constants.vendor_native if as_it_lies else constants.vendor
-        least += length * constants.vendor_step + 4 * self.w / device.bandwidth
+        least += min(length, VENDOR_LENGTH) * constants.vendor_step + 4 * self.w / device.bandwidth
         if conv.groups > 1:
             least += self.operations / (constants.vendor_grouped * device.rates[0])
         return Stage(moved, 0.0, least + self.operations / device.rate(self._size, call.tf32))
