@@ -37,7 +37,7 @@ def main(context: Context) -> None:
         ("launch in a graph, seconds", lambda: _launch(device, graph=True), model.overhead),
         ("clocks after", _clocks, None),
     ]
-    for name, measure, predicted in context.cases(facts, lambda fact: fact[0]):
+    for name, measure, predicted in context.cases(facts, label=lambda fact: fact[0]):
         with context.attempt(name):
             value = None if context.dry else measure()
             context.add("result", fact=name, value=value, predicted=predicted)

@@ -28,6 +28,4 @@ COMPILED = [_case(16, 4096, 4096, mode) for mode in MODES]
 
 
 def main(context: Context) -> None:
-    layers.each(context, BF16)
-    layers.each(context, FLOAT32)
-    layers.each(context, COMPILED, names=("plain", "eager", "compiled", "ours"))
+    layers.each(context, BF16, FLOAT32, compiled=COMPILED)

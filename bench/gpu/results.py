@@ -19,7 +19,7 @@ from typing import Any
 RESULTS, JUNIT, LOG, TABLE = "results.jsonl", "tests.xml", "log.txt", "table.txt"
 
 # Sections whose results are those of a suite.
-TIMED = ("host", "linear", "weight_norm", "conv", "models")
+TIMED = ("host", "host_python", "models", "linear", "weight_norm", "conv")
 
 # Names of facts.
 COPY, READ, PRODUCT = "copy, bytes/s", "read, bytes/s", " product, operations/s"
@@ -48,6 +48,21 @@ def read(path: Path) -> list[Line]:
 def of(lines: list[Line], section: str, kind: str = "result") -> list[Line]:
     """Those of a section and a kind."""
     return [line for line in lines if line["section"] == section and line["kind"] == kind]
+
+
+def median(line: Line, name: str) -> float:
+    """The seconds of a provider in a result."""
+    return line["seconds"][name]["median"]
+
+
+def words_of(case: dict[str, Any]) -> list[str]:
+    """A case in a few words, without its mode: its label, and its dtype, precision and layout
+    where these are not the usual ones or in the label."""
+    words = [case["label"]]
+    for name in ("dtype", "precision"):
+        word = case.get(name, "own")
+        words += [word] if word not in ("own", "") and word not in case["label"] else []
+    return words + (["channels last"] if case.get("channels_last") else [])
 
 
 def reports(path: Path) -> list[dict[str, Any]]:

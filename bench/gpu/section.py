@@ -12,6 +12,7 @@ from typing import Any
 
 from bench import stand_in
 from bench.gpu import results
+from bench.gpu.sections import named
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -44,7 +45,7 @@ def main(arguments: list[str] | None = None) -> int:
         for name in chosen.names.split(","):
             results.append(chosen.out, name, "environment", **what)
             context = Context(name, chosen.out, chosen.until, dry, chosen.most, device)
-            importlib.import_module(f"bench.gpu.{name}").main(context)
+            importlib.import_module(named(name).module).main(context)
             failed += context.failed
     for message in failed:
         print(f"FAILED {message}", flush=True)

@@ -154,7 +154,7 @@ def _some_of(t: Tensor, dim: int, slices: int) -> Tensor:
 
 
 def main(context: Context) -> None:
-    for case in context.cases(CASES, named):
+    for case in context.cases(CASES, label=named):
         with context.attempt(named(case)):
             operands = Operands.of(case, context.device)
             builds: dict[str, Callable[[], Any]] = {
