@@ -24,15 +24,6 @@ README_MARKS = (
     "<!-- gpu: end -->",
 )
 
-# What the suites are called in the tables.
-TITLES = {
-    "host": "The processor's time of a call",
-    "models": "HiFi-GAN's vocoder",
-    "linear": "Linear layers",
-    "weight_norm": "The operator alone",
-    "conv": "Convolutions",
-}
-
 Rows = list[list[str]]
 
 
@@ -328,7 +319,7 @@ def source(page: str) -> str:
     return page.partition("All figures are those of `")[2].partition("`")[0]
 
 
-def write(path: str, page: str, readme: str) -> int:
+def write(path: str, page: str = "docs/gpu.md", readme: str = "README.md") -> int:
     """Replaces the tables between the marks of both files; 1 where one has none, or the file of
     results has nothing."""
     try:
