@@ -1,5 +1,5 @@
-"""What changed between two runs on a GPU, case by case: ours before and after, with PyTorch's
-layers beside it. The cases that lose the most to PyTorch's weight norm come first."""
+"""Two runs on a GPU are compared case by case: ours before and after, with PyTorch's layers beside
+it. The cases that lose the most to PyTorch's weight norm come first."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ Key = tuple[str, str, str]
 
 
 class Pair(NamedTuple):
-    """A case in both runs."""
+    """The results of a case in both runs."""
 
     key: Key
     before: Line
     after: Line
 
     def ours(self) -> float:
-        """Ours after over ours before."""
+        """Returns the time of ours after over that before."""
         return median(self.after, "ours") / median(self.before, "ours")
 
     def is_worse(self) -> bool:
-        """Whether ours takes longer beyond noise, and does so beside PyTorch's as well, which a
-        slower clock of the device would slow down too."""
+        """Returns whether ours takes longer beyond noise, also in comparison with PyTorch's: a
+        slower clock of the device would slow down both."""
         beside = self.over("eager") / _over(self.before, "eager")
         return min(self.ours(), beside) > NOISE
 
     def over(self, other: str) -> float:
-        """Ours over another provider, after."""
+        """Returns the time of ours over another provider's, after."""
         return _over(self.after, other)
 
 
@@ -44,7 +44,7 @@ def _over(line: Line, other: str) -> float:
 
 
 def _cases(lines: list[Line], section: str) -> dict[Key, Line]:
-    """The results of a section in which everybody is right, the first of each case."""
+    """Returns the first result of each case of a section in which everybody is right."""
     found: dict[Key, Line] = {}
     for line in of(lines, section):
         if {"ours", *PROVIDERS} <= line["seconds"].keys():
@@ -54,14 +54,15 @@ def _cases(lines: list[Line], section: str) -> dict[Key, Line]:
 
 
 def pairs(before: list[Line], after: list[Line], section: str) -> list[Pair]:
-    """The cases of a section that both runs have, the losing ones first."""
+    """Returns the cases of a section that both runs have, the losing ones first."""
     old, new = _cases(before, section), _cases(after, section)
     found = [Pair(key, old[key], new[key]) for key in new if key in old]
     return sorted(found, key=lambda pair: pair.over("eager"), reverse=True)
 
 
 def rows(found: list[Pair]) -> list[list[str]]:
-    """A table's rows, the header first. Of PyTorch's layers it has the times of the second run."""
+    """Returns a table's rows, the header first. The times of PyTorch's layers are those of the
+    second run."""
     header = ["case", "mode", "ours before", "ours after", "after/before", *PROVIDERS]
     lines = [[*header, *(f"ours/{other}" for other in PROVIDERS)]]
     for pair in found:
@@ -74,7 +75,7 @@ def rows(found: list[Pair]) -> list[list[str]]:
 
 
 def means(found: list[Pair]) -> list[str]:
-    """The geometric means of each mode, in words."""
+    """Returns a sentence with the geometric means of each mode."""
     lines = []
     for mode in dict.fromkeys(pair.key[2] for pair in found):
         some = [pair for pair in found if pair.key[2] == mode]
@@ -98,7 +99,7 @@ def _where(lines: list[Line]) -> dict[str, Any]:
 
 
 def main(before_path: str, after_path: str) -> int:
-    """Prints what changed; 1 where a case got slower, or is gone."""
+    """Prints what changed. Returns 1 if a case got slower or is gone."""
     console = Console(width=170)
     before, after = (read(Path(path)) for path in (before_path, after_path))
     for setting in ("device", "driver", "torch", "triton", "commit"):

@@ -1,4 +1,4 @@
-"""What a section is given: its device, its clock, its time, and where its results go."""
+"""A section is given a context: its device, its clock, its time, and where its results go."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ SAVED = 0.01
 
 
 class Clock:
-    """A GPU's clock.
+    """A clock that times calls on a GPU.
 
     Attributes:
         spent: the seconds that timing has taken in all.
@@ -49,15 +49,15 @@ class Clock:
         self.spent = 0.0
 
     def sets(self, run: Any) -> list[Any]:
-        """A runner and its twins, over whose operands a graph rotates."""
+        """Returns a runner and its twins, over whose operands a graph rotates."""
         count = timing.sets_beyond_cache(run.operand_bytes(), self.device)
         return [run, *(run.twin() for _ in range(count - 1))]
 
     def graphs(
         self, sets: dict[str, Sequence[Run]], seconds: float, size: float = math.inf
     ) -> dict[str, Stats]:
-        """Seconds of a call of each by its kernels: its calls one after the other, in one graph.
-        The operands of a call have `size` bytes."""
+        """Returns the seconds of a call of each by its kernels alone: its calls run one after the
+        other in one graph. The operands of a call have `size` bytes."""
         replays: dict[str, Run] = {}
         for name, runs in sets.items():
             with session_of(runs[0])():
@@ -65,8 +65,8 @@ class Clock:
         return self._timed(replays, seconds, span=SPAN, alike=False)
 
     def _captured(self, runs: Sequence[Run], size: float) -> Replay:
-        """A graph of a call for each set of operands. Where a call takes so long that it would not
-        show whether its operands are in the cache, the graph has no more calls than a sample."""
+        """Captures a call for each set of operands. If a call takes so long that it would not show
+        whether its operands are in the cache, the graph has no more calls than a sample takes."""
         replay = Replay(timing.rotation(runs))
         call = timing.warm(replay, 1, self.device) / replay.calls
         enough = math.ceil(SPAN / max(call, 1e-9))
@@ -75,11 +75,11 @@ class Clock:
         return replay
 
     def host(self, runs: dict[str, Run], seconds: float) -> dict[str, Stats]:
-        """Seconds of the processor for a call of each."""
+        """Returns the seconds of the processor for a call of each."""
         return self._timed(runs, seconds, span=CALLS_SPAN, sample=timing.host)
 
     def wall(self, runs: dict[str, Run], seconds: float) -> dict[str, Stats]:
-        """Seconds of a call of each, in a row of them, by events."""
+        """Returns the seconds of a call of each, in a row of them, by events."""
         return self._timed(runs, seconds, span=CALLS_SPAN)
 
     def _timed(self, runs: dict[str, Run], seconds: float, **options: Any) -> dict[str, Stats]:
@@ -90,8 +90,8 @@ class Clock:
 
 
 class DryClock(Clock):
-    """The stand-in's: everything is run and nothing is measured. Its seconds are the processor's,
-    for a call that launches nothing, so that what is made of seconds runs as well."""
+    """A clock for the stand-in, where everything runs and nothing is measured. Its seconds are the
+    processor's for a call that launches nothing, so that the code behind them runs as well."""
 
     def sets(self, run: Any) -> list[Any]:
         return [run, run.twin()] if run.operand_bytes() < 2**24 else [run]
@@ -118,7 +118,7 @@ class DryClock(Clock):
 
 @dataclass
 class Context:
-    """What a section is given.
+    """The context of a section, which measures on its device, by its clock and in its time.
 
     Attributes:
         section: its name.
@@ -157,8 +157,8 @@ class Context:
         self.add("wrong", message=message, **fields)
 
     def cases(self, *kinds: Sequence[T], label: Callable[[T], str] = str) -> Iterator[T]:
-        """The cases of each kind, one after the other, as long as there is time for the next one:
-        for as much as any of the last few took to set up and to check."""
+        """Yields the cases of each kind, one after the other, as long as there is time for the next
+        one: as much as any of the last few took to set up and to check."""
         cases = [case for kind in kinds for case in kind[: self.most or None]]  # of 0, all
         for i, case in enumerate(cases):
             self.left = len(cases) - i
@@ -173,15 +173,17 @@ class Context:
             self.setups.append(time.time() - begin - timed)
 
     def _give_back(self) -> None:
-        """Memory that a case has left cached, where it is much: the next one's may not fit."""
+        """Frees memory that a case has left cached if it is much, because the next case may need
+        it."""
         if self.device.type == "cuda":
             free, total = torch.cuda.mem_get_info(self.device)
             if free < total / 2:
                 torch.cuda.empty_cache()
 
     def seconds(self) -> float:
-        """What the present case's timing may take: its share of the time that is left, without what
-        setting up the others will take. The first case's setting up starts the device as well."""
+        """Returns the seconds that the present case's timing may take. They are its share of the
+        time that is left, without the time that setting up the others will take. The first case is
+        not counted there, because it starts the device as well."""
         share = (self.until - time.time()) / self.left
         if others := self.setups[1:]:
             share -= statistics.mean(others) * (self.left - 1) / self.left
@@ -191,7 +193,7 @@ class Context:
 
     @contextmanager
     def attempt(self, label: str) -> Iterator[None]:
-        """Writes an error that is raised inside the block, and goes on.
+        """Writes down an error that is raised inside the block, and goes on.
 
         Raises:
             RuntimeError: the device is not usable any more.
@@ -206,7 +208,8 @@ class Context:
                 torch.cuda.synchronize(self.device)
 
     def checked(self, builds: dict[str, Callable[[], Any]]) -> dict[str, Any]:
-        """The runners whose values are right, by name, each set up; the others are written down."""
+        """Sets up the runners and returns those whose values are right, by name. The others are
+        written down."""
         found = {}
         for name, build in builds.items():
             with self.attempt(name):
@@ -223,7 +226,7 @@ class Context:
     def result(
         self, case: dict[str, Any], stats: dict[str, Stats], predicted: dict[str, Any], **more: Any
     ) -> None:
-        """Writes the figures of a case, with what was predicted."""
+        """Writes the figures of a case beside the predicted ones."""
         ratios = ratios_of(stats) if "ours" in stats else {}
         self.add(
             "result",
@@ -238,7 +241,7 @@ class Context:
 
 
 def named(case: Any) -> str:
-    """A case in a few words."""
+    """Returns a case in a few words."""
     words = [case.label, case.mode, getattr(case, "dtype", ""), getattr(case, "precision", "")]
     last = ["channels last"] if getattr(case, "channels_last", False) else []
     return " ".join([word for word in words if word and word != "own"] + last)

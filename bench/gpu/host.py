@@ -1,5 +1,5 @@
-"""Microseconds of the processor for a call: layers so small that the GPU waits for it, the operator
-alone, and a network of 78 layers."""
+"""This section times the processor alone, in microseconds of a call. The layers are so small that
+the GPU waits for it; the operator alone and a network of 78 layers are beside them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ MODEL = "hifigan"
 
 
 class Row(NamedTuple):
-    """A case, what sets each provider up for it, and how many launches the model expects of it."""
+    """A case with what sets up each provider, and a function that counts the launches which the
+    cost model expects."""
 
     case: Any
     builds: dict[str, Callable[[], Any]]
@@ -32,8 +33,8 @@ class Row(NamedTuple):
 
 
 class Network(ModelRunner):
-    """A model over so small an input that the GPU waits for the processor. A single call of it is
-    all that the queue of launches is sure to hold."""
+    """A model over so small an input that the GPU waits for the processor. The queue of launches is
+    sure to hold only a single call of it."""
 
     launches = timing.QUEUE
 
@@ -43,7 +44,7 @@ class Network(ModelRunner):
 
 
 def layers(device: torch.device) -> list[Row]:
-    """Small layers of each kind."""
+    """Returns a small layer of each kind."""
     return [
         Row(
             case,
@@ -55,7 +56,7 @@ def layers(device: torch.device) -> list[Row]:
 
 
 def operator(device: torch.device) -> list[Row]:
-    """The weight alone: a launch, and another one for the gradients."""
+    """Returns the call of the weight alone."""
     return [
         Row(case, case.competitors(device, full=False), partial(_of_operator, case))
         for case in NORMS
@@ -63,7 +64,7 @@ def operator(device: torch.device) -> list[Row]:
 
 
 def network(device: torch.device) -> list[Row]:
-    """A whole model."""
+    """Returns a whole model."""
     cases = [ModelCase(MODEL, mode) for mode in MODES]
     names = ("plain", "eager", "ours")
     return [
@@ -84,11 +85,12 @@ def main(context: Context) -> None:
 
 
 def _of_operator(case: NormCase, runs: dict[str, Any]) -> dict[str, int]:
+    """Returns the launches of the weight alone: one, and another one for the gradients."""
     return dict.fromkeys(runs, 1 if case.mode == "infer" else 2)
 
 
 def _of_layer(case: Case, runs: dict[str, Any]) -> dict[str, int]:
-    """As the cost model counts them: each costs its overhead."""
+    """Returns the launches of a layer as the cost model counts them."""
     train = case.mode == "train"
     launches = {"plain": 3 if train else 1}
     launches["eager"] = launches["plain"] + (2 if train else 1)

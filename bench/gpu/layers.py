@@ -1,4 +1,5 @@
-"""Layers by every path: each whole call over rotating operands, and each kernel of ours alone."""
+"""Layers are timed by every path: each whole call over rotating operands, and each kernel of ours
+alone."""
 
 from __future__ import annotations
 
@@ -28,8 +29,8 @@ GRAPHS = 0.6
 
 
 class Paths(NamedTuple):
-    """How Triton may serve a case: the call, the cost model's choice, and every other choice that
-    makes a difference in the case's mode, by name."""
+    """How Triton may serve a case: by the call, the cost model's choice, and every other choice
+    that makes a difference in the case's mode, by name."""
 
     call: Call
     choice: Any
@@ -37,7 +38,7 @@ class Paths(NamedTuple):
 
 
 def paths(case: Case, layer: nn.Module, x: torch.Tensor) -> Paths | None:
-    """What there is to choose from; `None`, where Triton serves no call of the layer's.
+    """Returns the paths that there are, or `None` if Triton serves no call of the layer's.
 
     Without gradients the variants of the forward, in a training step those of the backward after
     the forward that is chosen.
@@ -86,7 +87,7 @@ def measure(context: Context, case: Case, names: Sequence[str] = NAMES) -> None:
 
 
 def _by_other_paths(context: Context, ours: list[Any], found: Paths) -> dict[str, list[Any]]:
-    """Ours by every other path whose values are right, over the same sets of operands."""
+    """Returns ours by every other path whose values are right, over the same sets of operands."""
     sets = {}
     for short, choice in found.others.items():
         name, session = VARIANT + short, partial(prepare.fixed, found.call, choice)
@@ -96,8 +97,8 @@ def _by_other_paths(context: Context, ours: list[Any], found: Paths) -> dict[str
 
 
 class Alone(NamedTuple):
-    """A kernel that a path launches: the launches of it, one for each set of operands, and what the
-    model expects of it."""
+    """A kernel that a path launches, by its launches, one for each set of operands, and by the time
+    that the cost model expects of it."""
 
     launches: list[Any]
     predicted: float | None
@@ -111,7 +112,8 @@ def _kernels(
     choices: dict[str, Any],
     seconds: float,
 ) -> list[dict[str, Any]]:
-    """Each kernel that the paths launch, alone and once, and once for both modes of a case."""
+    """Times each kernel that the paths launch, alone and once, and once for both modes of a
+    case."""
     alone: dict[str, Alone] = {}
     layer = named(replace(case, mode=""))
     for name, choice in choices.items():
@@ -137,8 +139,8 @@ def _kernels(
 
 
 def traced(run: Any) -> list[Any]:
-    """The launches of a call, with the operands that they had; each was made once after the call,
-    so that all of them hold numbers."""
+    """Returns the launches of a call with the operands that they had. Each has been made once after
+    the call, so that all operands hold numbers."""
     from wn_kernels.backends.triton.launch import recording
 
     with session_of(run)(), recording() as launches:

@@ -1,5 +1,5 @@
-"""Linear layers: three weights by eight batches in bfloat16; in float32, in TF32 and under autocast
-a few; and PyTorch's under `torch.compile`."""
+"""This section times linear layers: three weights by eight batches in bfloat16; a few in float32,
+in TF32 and under autocast; and two beside PyTorch's under `torch.compile`."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""A whole network, HiFi-GAN's vocoder: folded, as PyTorch runs it, and fused; by the clock, and
-replayed from a CUDA graph; in float32 and in TF32."""
+"""This section times a whole network, HiFi-GAN's vocoder, folded, as PyTorch runs it, and fused.
+Each is timed by the clock and replayed from a CUDA graph, in float32 and in TF32."""
 
 from __future__ import annotations
 
@@ -48,7 +48,8 @@ def _measure(context: Context, case: ModelCase) -> None:
 
 
 def _predicted(run: Any) -> dict[str, float]:
-    """The sum over the layers that have weight norm, of their paths and of their products."""
+    """Returns the sums over the layers that have weight norm, of their paths and of their
+    products."""
     with torch.no_grad():
         calls = tuning.calls_of(run.model, (run.x,))
     found = [call for call, backend in calls if backend == "triton"]

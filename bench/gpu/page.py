@@ -1,4 +1,4 @@
-"""What was measured, as tables of docs/gpu.md and of the README.
+"""The tables of docs/gpu.md and of the README are made from the JSON lines of a run.
 
 The losing cases come first everywhere. Every figure is read from the JSON lines of a run, whose
 path the tables name.
@@ -6,6 +6,7 @@ path the tables name.
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from statistics import geometric_mean
 from typing import Any
@@ -23,6 +24,9 @@ README_MARKS = (
     "<!-- gpu: written by python -m bench gpu --publish -->",
     "<!-- gpu: end -->",
 )
+
+# Characters of a message.
+LONGEST = 300
 
 Rows = list[list[str]]
 
@@ -42,19 +46,19 @@ class Run:
         self.where: dict[str, Any] = environments[0]["environment"]
 
     def results(self, section: str) -> list[Line]:
-        """The cases of a section in which ours, plain and eager are right; those that lose the most
-        to eager come first."""
+        """Returns the cases of a section in which ours, plain and eager are right. Those that lose
+        the most to eager come first."""
         providers = {"ours", "plain", "eager"}
         found = [x for x in of(self.lines, section) if providers <= x["seconds"].keys()]
         return sorted(found, key=lambda line: over(line, "eager"), reverse=True)
 
     def fact(self, name: str) -> Any:
-        """What was measured of the device; `None` where it was not."""
+        """Returns what was measured of the device, or `None` if it was not."""
         return next((x["value"] for x in of(self.lines, "facts") if x["fact"] == name), None)
 
 
 def over(line: Line, other: str) -> float:
-    """The median of the ratios of ours to another provider."""
+    """Returns the median of the ratios of ours to another provider."""
     return line["ratios"][f"ours/{other}"]["median"]
 
 
@@ -71,7 +75,7 @@ def _time(line: Line, name: str) -> str:
 
 
 def _where(run: Run) -> str:
-    """The device and the versions, in a sentence."""
+    """Returns sentences that name the device, the versions and the file."""
     where, clocks = run.where, run.fact("clocks before") or {}
     driver = where.get("driver") or clocks.get("driver_version", "unknown")
     cudnn = (run.fact("device") or {}).get("cuDNN")
@@ -84,7 +88,7 @@ def _where(run: Run) -> str:
 
 
 def _summary(run: Run) -> Rows:
-    """Geometric means of each section and mode, the worst first."""
+    """Returns geometric means of each section and mode, the worst first."""
     found = []
     for section in TIMED:
         lines = run.results(section)
@@ -103,7 +107,7 @@ def _summary(run: Run) -> Rows:
 
 
 def _losing(run: Run) -> Rows:
-    """The cases that are slower than PyTorch's weight norm by more than noise."""
+    """Returns the cases that are slower than PyTorch's weight norm by more than noise."""
     rows = [["section", "case", "mode", "plain", "eager", "ours", "ours/eager", "ours/plain"]]
     found = [
         (over(line, "eager"), section, line)
@@ -119,11 +123,11 @@ def _losing(run: Run) -> Rows:
 
 
 def _faults(run: Run) -> list[str]:
-    """What was wrong, what raised and what was left out, by section, as items of a list."""
+    """Returns the items of a list: what was wrong, what raised and what was left out."""
     items = []
     for kind, said in (("wrong", "wrong and not timed"), ("error", "raised")):
         lines = [line for line in run.lines if line["kind"] == kind]
-        items += [f"- `{line['section']}`, {said}: {line['message']}" for line in lines]
+        items += [f"- `{line['section']}`, {said}: {_brief(line['message'])}" for line in lines]
     for line in run.lines:
         if line["kind"] == "left out":
             items.append(f"- `{line['section']}`, left out: {len(line['cases'])} cases")
@@ -131,8 +135,14 @@ def _faults(run: Run) -> list[str]:
             items.append(f"- `{line['section']}`: {line['outcome']}")
     for line in of(run.lines, "tests"):
         if line["outcome"] == "failed":
-            items.append(f"- `{line['test']}` failed: {line['message']}")
+            items.append(f"- `{line['test']}` failed: {_brief(line['message'])}")
     return list(dict.fromkeys(items))
+
+
+def _brief(message: str) -> str:
+    """Returns a message of at most `LONGEST` characters, in which files have no folders."""
+    message = re.sub(r"(?<!\w)(/[\w.+-]+)+/", "", message)
+    return message if len(message) <= LONGEST else f"{message[: LONGEST - 1]}…"
 
 
 def _tests(run: Run) -> str:
@@ -142,7 +152,7 @@ def _tests(run: Run) -> str:
 
 
 def _facts(run: Run) -> Rows:
-    """What was measured beside what the cost model has, which is a data sheet's."""
+    """Returns what was measured of the device beside what the cost model has."""
     units = {COPY: (1e12, "TB/s"), READ: (1e12, "TB/s")}
     rows = [["", "measured", "in the cost model", "measured/model"]]
     for line in of(run.lines, "facts"):
@@ -161,7 +171,8 @@ def _facts(run: Run) -> Rows:
 
 
 def _host(run: Run) -> Rows:
-    """With and without the native library. The ratios are those with it, where it was measured."""
+    """Returns the processor's times with and without the native library. A ratio that does not name
+    the library is one with it."""
     without = {tuple(_case(line)): line for line in run.results("host_python")}
     names = ["plain", "eager", "legacy"]
     header = ["case", "mode", *names, "ours", "ours, no library", "ours/eager", "no library/eager"]
@@ -176,13 +187,13 @@ def _host(run: Run) -> Rows:
 
 
 def _path(line: Line) -> str:
-    """The path of ours that a case took: of a training step, both directions'."""
+    """Returns the path of ours that a case took, in a training step that of both directions."""
     chosen = line.get("chosen", "").partition(",")[0]
     return chosen.partition("/")[0] if line["case"]["mode"] == "infer" else chosen
 
 
 def _fastest(line: Line) -> str:
-    """The fastest path where that is another one, and how much of ours' time it takes."""
+    """Returns the fastest path if it is another one, with its share of the time of ours."""
     others = [name for name in line["seconds"] if name.startswith(VARIANT)]
     if not others:
         return ""
@@ -228,7 +239,7 @@ def _models(run: Run) -> Rows:
 
 
 def _predicted(run: Run) -> Rows:
-    """Geometric means of what was measured over what the cost model expects."""
+    """Returns geometric means of what was measured over what the cost model expects."""
     rows = [["section", "mode", "plain", "eager", "ours"]]
     for section in TIMED:
         lines = run.results(section)
@@ -262,7 +273,7 @@ def _sweeps(run: Run) -> Rows:
 
 
 def text(run: Run) -> str:
-    """All tables of the page."""
+    """Returns all tables of the page."""
     parts = [_where(run)]
 
     def add(title: str, table: Rows, *sentences: str) -> None:
@@ -310,18 +321,18 @@ def text(run: Run) -> str:
 
 
 def short(run: Run) -> str:
-    """The README's table."""
+    """Returns the README's table."""
     return f"{_where(run)}\n\n{markdown(_summary(run))}"
 
 
 def source(page: str) -> str:
-    """The path that a page's tables name."""
+    """Returns the path of the results that a page's tables name."""
     return page.partition("All figures are those of `")[2].partition("`")[0]
 
 
 def write(path: str, page: str = "docs/gpu.md", readme: str = "README.md") -> int:
-    """Replaces the tables between the marks of both files; 1 where one has none, or the file of
-    results has nothing."""
+    """Replaces the tables between the marks of both files. Returns 1 if one has no marks, or the
+    file of results holds none."""
     try:
         run = Run(path)
     except (OSError, IndexError) as error:

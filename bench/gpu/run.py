@@ -1,4 +1,4 @@
-"""The command: each section runs in a process group of its own, with a limit of its own.
+"""The command runs each section in a process group of its own, with a limit of its own.
 
 The limits of the sections so far, and not what they took, say when a section has to be done: what
 one leaves goes to the next.
@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[2]
 
 @dataclass(frozen=True)
 class Options:
-    """Of a run.
+    """The options of a run.
 
     Attributes:
         out: the folder of results, which is made.
@@ -44,8 +44,8 @@ class Options:
 
 
 def run(options: Options) -> int:
-    """Runs the sections one after the other, whatever becomes of each, and prints the table; 1
-    where one failed. What is done is kept on Ctrl-C."""
+    """Runs the sections one after the other, whatever becomes of each, and prints the table.
+    Returns 1 if one failed. What is done is kept on Ctrl-C."""
     options.out.mkdir(parents=True, exist_ok=True)
     for name in (results.RESULTS, results.JUNIT, results.LOG, results.TABLE):
         (options.out / name).unlink(missing_ok=True)
@@ -67,7 +67,7 @@ def run(options: Options) -> int:
 
 
 def _run_section(section: Section, until: float, options: Options, kernels: cache.Kernels) -> bool:
-    """Whether it passed."""
+    """Runs a section and returns whether it passed."""
     start, before = time.time(), kernels.count()
     kill = until - start + (GRACE if options.dry is None else DRY_GRACE)
     command = [sys.executable, "-m", "bench.gpu.section", section.name]
@@ -93,8 +93,8 @@ def _run_section(section: Section, until: float, options: Options, kernels: cach
 
 
 def outcome(command: list[str], limit: float, log: int, environment: dict[str, str]) -> str:
-    """What became of a command in a process group of its own. All of the group ends with it, or
-    after `limit` seconds."""
+    """Runs a command in a process group of its own and returns what became of it. All of the group
+    ends with it, or after `limit` seconds."""
     process = subprocess.Popen(
         command, cwd=ROOT, env=environment, stdout=log, stderr=log, start_new_session=True
     )
@@ -123,7 +123,7 @@ def main(
     capability: int,
     most: int | None,
 ) -> int:
-    """As the command line has it: without `out`, the archive is made; with it, it is used."""
+    """Runs the command line. Without `out` the archive is made; with it, it is used."""
     if out is None:
         if archive is None:
             print("name a folder for the results (--out), or a cache to make (--cache)")

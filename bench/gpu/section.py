@@ -1,4 +1,5 @@
-"""The process of a section, or of several: `python -m bench.gpu.section NAME,... --out DIR`."""
+"""This is the process of a section, or of several: `python -m bench.gpu.section NAME,... --out
+DIR`."""
 
 from __future__ import annotations
 
@@ -16,7 +17,7 @@ from bench.gpu.sections import named
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs it; 1 where something was wrong or raised."""
+    """Runs the sections. Returns 1 if something was wrong or raised."""
     parser = argparse.ArgumentParser(prog="python -m bench.gpu.section", description=__doc__)
     parser.add_argument("names", help="with commas between")
     parser.add_argument("--out", type=Path, required=True)
@@ -53,7 +54,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _nothing_computes() -> list[AbstractContextManager[Any]]:
-    """What makes tensors of the CPU those of a GPU that computes nothing."""
+    """Returns the blocks in which tensors of the CPU are those of a GPU that computes nothing."""
     import wn_kernels
     from bench.hollow import hollow
 

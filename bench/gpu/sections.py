@@ -1,5 +1,5 @@
-"""What the sections are: their order, which is that of their importance, their limits, and what
-each shows."""
+"""The sections are listed in the order of their importance, each with its limit and with what it
+shows."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Section(NamedTuple):
 
     @property
     def module(self) -> str:
-        """The name of its module."""
+        """Returns the name of its module."""
         return f"bench.gpu.{self.of or self.name}"
 
 
@@ -53,12 +53,12 @@ DRY_SECONDS = 200.0
 
 
 def total(sections: Sequence[Section]) -> float:
-    """The seconds that sections may take together."""
+    """Returns the seconds that sections may take together."""
     return sum(section.limit for section in sections)
 
 
 def named(name: str) -> Section:
-    """The section of that name.
+    """Returns the section of that name.
 
     Raises:
         ValueError: there is none.

@@ -1,4 +1,4 @@
-"""The table at the end: at most sixty lines, the losing cases first."""
+"""The table at the end has at most sixty lines, the losing cases first."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ WIDTH = 150
 
 
 def table(lines: list[Line]) -> str:
-    """The whole of it."""
+    """Returns the whole table."""
     text = [_title(lines)]
     for section in SECTIONS:
         if of(lines, section.name, "environment") or of(lines, section.name, "status"):
@@ -36,7 +36,7 @@ def _title(lines: list[Line]) -> str:
 
 
 def _section(section: Section, lines: list[Line]) -> list[str]:
-    """Its outcome, then what it found, in as many lines as it may take."""
+    """Returns a section's outcome, then what it found, in as many lines as it may take."""
     status = of(lines, section.name, "status")
     said = f"{status[-1]['outcome']}, {status[-1]['seconds']:.0f} s" if status else "not done"
     faults = [
@@ -71,7 +71,7 @@ def _tests(found: list[Line]) -> list[str]:
 
 
 def _loss(line: Line) -> float:
-    """Ours over PyTorch's; none where ours is missing, which is the worst."""
+    """Returns the time of ours over eager's. Where ours is missing the case counts as the worst."""
     times = line["seconds"]
     if "ours" not in times:
         return float("inf")
@@ -88,7 +88,7 @@ def _mean(lines: list[Line], other: str) -> str:
 
 
 def _times(found: list[Line]) -> list[str]:
-    """Means of each mode, then a line for each case, the losing ones first."""
+    """Returns the means of each mode, then a line for each case, the losing ones first."""
     rows = []
     for mode in dict.fromkeys(line["case"]["mode"] for line in found):
         of_mode = [line for line in found if line["case"]["mode"] == mode]
@@ -118,7 +118,7 @@ def _figure(line: Line, name: str) -> str:
 
 
 def _sweeps(found: list[Line]) -> list[str]:
-    """The fastest configuration beside the shipped one."""
+    """Returns the fastest configuration of each kernel beside the shipped one."""
     rows = []
     for line in found:
         times = line["seconds"]

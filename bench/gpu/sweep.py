@@ -1,4 +1,5 @@
-"""Configurations of single kernels beside those that ship: what a pinned configuration leaves.
+"""This section times configurations of single kernels beside those that ship, to show what a pinned
+configuration leaves.
 
 A sweep is a line of `sweeps()`: a case, the path and the direction that launch the kernel, the
 function of `configs.py` that chooses its configuration, and the values of some of its fields. The
@@ -36,7 +37,7 @@ COMPILING = 0.6
 
 @dataclass(frozen=True)
 class Sweep:
-    """One kernel at one size, and what is tried.
+    """One kernel at one size, and the configurations that are tried.
 
     Attributes:
         label: what it is called.
@@ -57,16 +58,16 @@ class Sweep:
 
     @property
     def alone(self) -> bool:
-        """Whether the call is that of the weight alone."""
+        """Returns whether the call is that of the weight alone."""
         return not self.variant
 
     def changes(self) -> list[dict[str, int]]:
-        """What is changed of the configuration that ships, for each that is tried."""
+        """Returns what is changed of the configuration that ships, for each that is tried."""
         values = itertools.product(*self.fields.values())
         return [dict(zip(self.fields, some, strict=True)) for some in values]
 
     def call(self, device: torch.device) -> Call:
-        """What the backend is called with."""
+        """Returns the call that the backend computes."""
         case = replace(self.case, mode="infer")
         layer = PROVIDERS["ours"].make(case, case.layer(device))
         x = torch.empty(case.x_shape, dtype=case.torch_dtype, device=device)
@@ -76,7 +77,7 @@ class Sweep:
 
 
 def sweeps() -> list[Sweep]:
-    """What is swept: the most that a pinned configuration has been seen to lose comes first."""
+    """Returns what is swept. Kernels whose configuration is the least certain come first."""
     few, middle = (partial(_linear, rows) for rows in (16, 64))
     long, up = partial(_conv, "1d 128→128 k11 d5"), partial(_conv, "up 512→256")
     thin = {"BLOCK_O": (16, 32), "BLOCK_R": (128, 256), "num_stages": (3, 5)}
@@ -111,12 +112,12 @@ def _conv(label: str, mode: str) -> Case:
 
 
 def _laid_out(case: Case, t: Tensor) -> Tensor:
-    """A tensor of activations, in the case's layout."""
+    """Returns a tensor of activations in the case's layout."""
     return t.movedim(1, -1).contiguous().movedim(-1, 1) if case.channels_last else t
 
 
 class Operands:
-    """Those of one call, and the call."""
+    """The operands of one call, which runs when they are called."""
 
     def __init__(self, sweep: Sweep, call: Call, device: torch.device) -> None:
         self.sweep, self.described, self.device = sweep, call, device
@@ -137,11 +138,11 @@ class Operands:
         return triton.layer(self.described, self.plan, self.tensors, False)
 
     def operand_bytes(self) -> int:
-        """What a call reads."""
+        """Returns the bytes that a call reads."""
         return _bytes([*self.tensors, self.dy])
 
     def twin(self) -> Operands:
-        """Others of the same sizes."""
+        """Returns other operands of the same sizes."""
         return Operands(self.sweep, self.described, self.device)
 
     def __call__(self) -> list[Tensor]:
@@ -156,7 +157,8 @@ class Operands:
         return [t for t in results if t is not None]
 
     def compare(self, results: list[Tensor], right: list[Tensor]) -> None:
-        """Compares a configuration's results with those of the one that ships.
+        """Compares a configuration's results with those of the one that ships, which the tests
+        compare with float64.
 
         Raises:
             AssertionError: they are wrong.
@@ -167,7 +169,7 @@ class Operands:
             check_close("a result", result, expected, length)
 
     def launches(self) -> list[Any]:
-        """Those of the swept kernel in a call, with their operands.
+        """Returns the launches of the swept kernel in a call, with their operands.
 
         Raises:
             LookupError: there is none.
@@ -179,15 +181,15 @@ class Operands:
 
 
 def _bytes(tensors: Iterable[Any]) -> int:
-    """Of those that are tensors, each counted once."""
+    """Returns the bytes of those that are tensors, each counted once."""
     found = {t.data_ptr(): t for t in tensors if isinstance(t, Tensor)}
     return sum(t.numel() * t.element_size() for t in found.values())
 
 
 @contextmanager
 def _configured(sweep: Sweep, changes: dict[str, int]) -> Iterator[list[Any]]:
-    """Inside the block the sweep's kernel is launched with changes to its configuration; gives the
-    configurations that were chosen."""
+    """Inside the block the sweep's kernel is launched with changes to its configuration. The block
+    is given the configurations that were chosen."""
     from wn_kernels.backends.triton import configs, launch
 
     ships, chosen = getattr(configs, sweep.chooser), []
@@ -255,7 +257,7 @@ def _again(launches: list[Any]) -> None:
 
 
 def _expected(sweep: Sweep, launches: list[Any]) -> float:
-    """Seconds by the cost model's constants, where each operand is read or written once."""
+    """Returns the seconds by the cost model's constants if each operand is read or written once."""
     moved = sum(_bytes(one.arguments.values()) for one in launches)
     operations = 0.0 if sweep.alone else replace(sweep.case, mode="infer").work()[0]
     device = devices.gpu()

@@ -128,7 +128,7 @@ def test_what_went_wrong_is_said(run):
     _, tables = run(
         wrong,
         {"section": "linear", "kind": "wrong", "message": "ours is wrong for a"},
-        {"section": "linear", "kind": "error", "message": "b: ValueError: no"},
+        {"section": "linear", "kind": "error", "message": "b: /a/b-c/d.py:3: no" + 400 * "."},
         {"section": "conv", "kind": "left out", "cases": ["c", "d"]},
         status("conv", "FAILED, killed after 45 s"),
         {"section": "tests", "kind": "result", "test": "t", "outcome": "failed", "message": "m"},
@@ -139,12 +139,13 @@ def test_what_went_wrong_is_said(run):
     for text in (
         "The kernels' tests: 1 failed, 1 passed.",
         "- `linear`, wrong and not timed: ours is wrong for a",
-        "- `linear`, raised: b: ValueError: no",
+        "- `linear`, raised: b: d.py:3: no....",
         "- `conv`, left out: 2 cases",
         "- `conv`: FAILED, killed after 45 s",
         "- `t` failed: m",
     ):
         assert text in tables[title]
+    assert max(map(len, tables[title].splitlines())) < 330
 
 
 def test_publish(tmp_path, monkeypatch, capsys):
