@@ -33,15 +33,15 @@ class Section(NamedTuple):
 
 
 SECTIONS = (
-    Section("facts", 12, 7, "bandwidths, and products of random numbers by dtype"),
-    Section("tests", 55, 4, "the kernels' tests"),
+    Section("facts", 10, 7, "bandwidths, and products of random numbers by dtype"),
+    Section("tests", 62, 4, "the kernels' tests"),
     Section("host", 32, 5, "the processor's time of a call"),
     Section("host_python", 26, 5, "the same without the native library", "host", native=False),
-    Section("models", 40, 5, "a whole network"),
-    Section("linear", 85, 12, "linear layers, every path and each kernel alone"),
-    Section("weight_norm", 25, 5, "the operator, beside PyTorch's and a copy"),
-    Section("conv", 80, 8, "convolutions, every path"),
-    Section("sweep", 55, 8, "configurations beside those that ship"),
+    Section("models", 34, 5, "a whole network"),
+    Section("linear", 82, 12, "linear layers, every path and each kernel alone"),
+    Section("weight_norm", 28, 5, "the operator, beside PyTorch's and a copy"),
+    Section("conv", 74, 8, "convolutions, every path"),
+    Section("sweep", 62, 8, "configurations beside those that ship"),
 )
 
 # Seconds after its limit at which a section that has not stopped by itself is killed.
