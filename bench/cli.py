@@ -45,10 +45,18 @@ def main(arguments: list[str] | None = None) -> int:
         "--cache", default=None, help="compiled kernels: to use, or without --out to make"
     )
     device.add_argument("--predict", default=None, help="write predictions into a Markdown file")
+    device.add_argument(
+        "--publish",
+        default=None,
+        metavar="JSONL",
+        help="write a run's tables into docs/gpu.md and README.md",
+    )
     device.add_argument("--capability", type=int, default=90, help="of the stand-in for a GPU")
 
-    compare = commands.add_parser("compare", help="what moved between two results of a suite")
-    compare.add_argument("before", help="a result, or several runs with commas between")
+    compare = commands.add_parser("compare", help="what moved between two results")
+    compare.add_argument(
+        "before", help="a suite's, or several runs with commas between, or a GPU's .jsonl"
+    )
     compare.add_argument("after", help="the same")
 
     report = commands.add_parser("report", help="one HTML page of results")
@@ -93,6 +101,10 @@ def main(arguments: list[str] | None = None) -> int:
             from bench.gpu import predictions
 
             return predictions.write(chosen.predict)
+        if chosen.publish is not None:
+            from bench.gpu import page
+
+            return page.write(chosen.publish)
         return run.main(
             chosen.out,
             chosen.sections,

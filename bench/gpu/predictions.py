@@ -1,4 +1,4 @@
-"""The cost model's predictions for a GPU that is not there, as the tables of docs/gpu.md."""
+"""The cost model's predictions for a GPU that is not there are tables of docs/gpu.md."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def _weights() -> list[list[str]]:
 
 
 def text() -> str:
-    """Both tables, with the constants that they are made of."""
+    """Returns both tables, with the constants that they are made of."""
     device = devices.gpu()
     constants = [
         ["constant", "value", "section that measures it"],
@@ -68,5 +68,5 @@ def text() -> str:
 
 
 def write(target: str) -> int:
-    """Replaces the tables between the marks of a Markdown file; 1 where it has none."""
+    """Replaces the tables between the marks of a Markdown file. Returns 1 if it has none."""
     return replaced(Path(target), MARKS, text())
