@@ -134,6 +134,7 @@ class Launches(NamedTuple):
         keeps: whether a training step keeps that `W`.
         weight: the same of `W` alone, where it is formed.
         conv, dim: as in `Call`.
+        signs: attributes that tell whether something observes launches.
     """
 
     forward: Callable[..., tuple[Tensor, Tensor]]
@@ -146,6 +147,7 @@ class Launches(NamedTuple):
     weight: Launches | None
     conv: Geometry | None
     dim: int | None
+    signs: list[tuple[Any, str, Any]]
 
 
 def launches(
@@ -205,6 +207,7 @@ def _launches(call: Call, plan: Plan, tensors: Operands) -> Launches | None:
         weight=weight,
         conv=call.conv,
         dim=call.dim,
+        signs=module.SIGNS,
     )
 
 

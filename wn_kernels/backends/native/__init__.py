@@ -8,6 +8,7 @@
     panels.h        products of a weight with few columns, from one read of the weight
     unfold.h        a convolution over few pixels as such a product
     linear.h, convolution.h
+    driver.h        launches by the CUDA driver
     passes.h        prepared launches of Triton's kernels, run without Python
     launched.h      the layers that consist of such passes
     library.cpp     the Python bindings
@@ -36,7 +37,7 @@ from typing import Any
 import torch
 
 from ... import cache
-from ...call import Call, takes_tf32
+from ...call import Call
 from ..reference import differentiable_grads
 from . import limits
 
@@ -185,11 +186,7 @@ def library(*callbacks: Callable[..., tuple | None]) -> Any:
 
 @functools.cache
 def _connect(library: Any, *callbacks: Callable[..., tuple | None]) -> None:
-    library.set_callbacks(*callbacks, _takes_tf32, differentiable_grads)
-
-
-def _takes_tf32(rank: int) -> bool:
-    return takes_tf32(torch.float32, "conv" if rank else "matmul")
+    library.set_callbacks(*callbacks, differentiable_grads)
 
 
 def forget() -> None:

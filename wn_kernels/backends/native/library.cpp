@@ -25,11 +25,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("convolution", &convolution);
   m.def("launched", &launched);
   m.def(
-      "set_callbacks", [](py::object plan, py::object launches, py::object takes_tf32,
-                          py::object differentiable_grads) {
-        callbacks() = {
-            std::move(plan), std::move(launches), std::move(takes_tf32),
-            std::move(differentiable_grads)};
+      "set_callbacks", [](py::object plan, py::object launches, py::object differentiable_grads) {
+        callbacks() = {std::move(plan), std::move(launches), std::move(differentiable_grads)};
       });
   m.def("forget", [] {
     plans().forget();

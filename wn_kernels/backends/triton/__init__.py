@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ...call import Call, Grads, Needs, Operands
 from .conv import convolution, convolution_backward
-from .launch import target_of
+from .launch import SIGNS, target_of
 from .linear import linear, linear_backward, remembered_linear, remembered_linear_backward
 from .norm import slice_norms
 from .passes import Pass
@@ -21,6 +21,7 @@ from .weight import (
 )
 
 __all__ = [
+    "SIGNS",
     "convolution",
     "convolution_backward",
     "layer",

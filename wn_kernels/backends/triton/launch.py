@@ -10,6 +10,7 @@ prepared (`remembered`).
 from __future__ import annotations
 
 import math
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -60,10 +61,9 @@ def recording() -> Iterator[list[Launch]]:
         _recorded = before
 
 
-def is_observed() -> bool:
-    """Whether launches have to go through `Launcher` one by one: they are recorded, or something
-    observes them."""
-    return _recorded is not None or compiled.is_watched()
+# Where one of these differs from the usual, launches have to go through `Launcher` one by one: they
+# are recorded, or something observes them.
+SIGNS = [(sys.modules[__name__], "_recorded", None), *compiled.SIGNS]
 
 
 class Launcher:
