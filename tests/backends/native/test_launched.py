@@ -4,12 +4,7 @@ it falls back to, and what surrounds them."""
 import functools
 import gc
 import itertools
-import json
-import os
-import subprocess
-import sys
 import weakref
-from pathlib import Path
 
 import pytest
 import torch
@@ -18,11 +13,11 @@ pytest.importorskip("triton")
 
 import wn_kernels.functional as WF
 from tests.comparison import Case, ConvCase, assert_matches, assert_same_bits
+from tests.processes import printed
 from wn_kernels import operators, plan, prepare, use_backend
 from wn_kernels.backends import native, reference, vendor
 from wn_kernels.backends.triton import launch
 
-ROOT = Path(__file__).parents[3]
 HALF = torch.bfloat16
 CASES = {
     "linear, one pass": Case(4, 20, 12, 0),
@@ -307,17 +302,7 @@ forced.__enter__()
 
 def compiled(code):
     """What `code` prints, in a process that compiles, over a driver that does nothing."""
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, "-c", SETUP + code],
-        capture_output=True,
-        text=True,
-        check=False,
-        env=environment,
-        cwd=ROOT,
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
+    return printed(SETUP + code)
 
 
 def test_launches_without_python():

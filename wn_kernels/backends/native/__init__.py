@@ -189,6 +189,13 @@ def _connect(library: Any, *callbacks: Callable[..., tuple | None]) -> None:
     library.set_callbacks(*callbacks, differentiable_grads)
 
 
+def kernel(kernel: Any) -> Any:
+    """Returns a function of `(stream, device, addresses)` that launches a `Kernel` of
+    backends/triton/compiled.py by the driver, or `None` without the library or a driver."""
+    found = _loaded()[0]
+    return None if found is None else found.kernel(kernel)
+
+
 def forget() -> None:
     """Clears the library's table of plans."""
     found = _loaded()[0]

@@ -28,6 +28,16 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       "set_callbacks", [](py::object plan, py::object launches, py::object differentiable_grads) {
         callbacks() = {std::move(plan), std::move(launches), std::move(differentiable_grads)};
       });
+  py::class_<Kernel>(m, "Kernel").def(
+      "__call__", [](const Kernel& kernel, uintptr_t stream, int device,
+                     const std::vector<uint64_t>& addresses) {
+        const py::gil_scoped_release released;
+        Driver::find()->ensure_context(device);
+        kernel(addresses.data(), addresses.size(), reinterpret_cast<void*>(stream));
+      });
+  m.def("kernel", [](const py::handle& kernel) {
+    return Driver::find() ? std::make_unique<Kernel>(kernel) : nullptr;
+  });
   m.def("forget", [] {
     plans().forget();
     launches_memo().forget();

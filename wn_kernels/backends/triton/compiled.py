@@ -1,12 +1,12 @@
 """Launches a compiled kernel without Triton's binder.
 
 `kernel[grid](...)` binds, specialises and hashes every argument of every call, which takes 20 µs.
-It returns a `CompiledKernel`, whose own launcher takes the arguments by position and needs 2 µs. The
-native library needs no launcher: it calls the driver with what `Kernel` holds.
+It returns a `CompiledKernel`, whose own launcher takes the arguments by position and needs 2 µs.
+The native library needs no launcher: it calls the driver with what `Kernel` holds.
 
-All that is used of Triton's internals stands here: what `JITFunction.run` returns, how it calls that
-launcher, and what that launcher does on an NVIDIA GPU. They are so in the versions below. In any
-other version nothing is launched from here, and the caller goes on with `kernel[grid](...)`.
+All that is used of Triton's internals stands here: what `JITFunction.run` returns, how it calls
+that launcher, and what that launcher does on an NVIDIA GPU. They are so in the versions below. In
+any other version nothing is launched from here, and the caller goes on with `kernel[grid](...)`.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from triton.compiler import CompiledKernel
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
+from .. import native
+
 VERSIONS = ("3.5", "3.6", "3.7", "3.8")
 
 _triton_s_run = JITFunction.run
@@ -27,12 +29,12 @@ _is_supported = _VERSION in VERSIONS and _triton_s_run.__module__ == "triton.run
 _runtime = triton.knobs.runtime
 
 # Who observes launches that could not be seen from here changes one of these attributes: a launch
-# checker replaces `JITFunction.run`, a profiler sets a hook or adds to a chain of them. Each has its
-# usual value or is `None` otherwise, and a list is empty.
+# checker replaces `JITFunction.run`, a profiler sets a hook or adds to a chain of them. Otherwise
+# each has its usual value or is `None`, and a list is empty.
 Sign = tuple[Any, str, Any]  # an object, the attribute's name and its usual value
 SIGNS: list[Sign] = [(JITFunction, "run", _triton_s_run)]
 for _name in ("launch_enter_hook", "launch_exit_hook"):
-    _chain = getattr(type(_runtime), _name, None)
+    _chain: Any = getattr(type(_runtime), _name, None)
     SIGNS.append((_runtime, _name, _chain))
     if hasattr(_chain, "calls"):
         SIGNS.append((_chain, "calls", _chain.calls))
@@ -61,7 +63,7 @@ class Kernel(NamedTuple):
 
     name: str
     function: int
-    grid: tuple[int, int, int]
+    grid: tuple[int, ...]
     threads: int
     shared: int
     scalars: tuple[int, ...]
@@ -77,18 +79,19 @@ class Compiled:
             kernel's, all in one tuple where `is_nested`.
         constants: the kernel's arguments after the tensors.
         kernel: what the driver can launch without Triton, or `None`.
+        direct: the native library's launch of `kernel`, where both are.
     """
 
     __slots__ = (
-        *("constants", "current_stream", "device", "fixed", "function", "grid", "is_nested"),
-        "kernel",
+        *("constants", "current_stream", "device", "direct", "fixed", "function", "grid"),
+        *("is_nested", "kernel"),
     )
 
     def __init__(
         self, compiled: CompiledKernel, grid: tuple[int, ...], device: int, constants: Sequence[Any]
     ) -> None:
         run = compiled.run
-        self.grid = (*grid, 1, 1)[:3]
+        self.grid: Any = (*grid, 1, 1)[:3]
         self.constants = tuple(constants)
         self.device, self.current_stream = device, driver.active.get_current_stream
         if device < 0:  # tensors on no GPU, over a driver that takes them
@@ -97,7 +100,8 @@ class Compiled:
         metadata, unwatched = compiled.packed_metadata, (None, None, None)
         self.is_nested = False
         self.kernel = None
-        self.function, self.fixed = run, (compiled.function, metadata, *unwatched)
+        self.function = run
+        self.fixed: tuple[Any, ...] = compiled.function, metadata, *unwatched
         if _is_plain(run):
             self.is_nested = _VERSION in ("3.7", "3.8")
             self.kernel = _kernel(compiled, self.grid, self.constants)
@@ -110,10 +114,13 @@ class Compiled:
                 self.fixed = compiled.function, *kind, metadata, *last
             else:
                 self.fixed = compiled.function, *kind, *scratch, metadata, *unwatched
+        self.direct = None if self.kernel is None else native.kernel(self.kernel)
 
     def __call__(self, arguments: Sequence[Any]) -> None:
         stream = self.current_stream(self.device)
-        if self.is_nested:
+        if self.direct is not None:
+            self.direct(stream, self.device, arguments)
+        elif self.is_nested:
             self.function(*self.grid, stream, *self.fixed, (*arguments, *self.constants))
         else:
             self.function(*self.grid, stream, *self.fixed, *arguments, *self.constants)
@@ -137,7 +144,7 @@ _MOST_PARAMETERS = 64  # as in driver.h
 
 
 def _kernel(
-    compiled: CompiledKernel, grid: tuple[int, int, int], constants: Sequence[Any]
+    compiled: CompiledKernel, grid: tuple[int, ...], constants: Sequence[Any]
 ) -> Kernel | None:
     """What the driver is given of a kernel whose launcher is plain: one block for each place of the
     grid, with no attribute of the launch. Its parameters are the arguments that are no constants,
