@@ -175,18 +175,19 @@ def _loaded() -> tuple[Any, str]:
     return module, ""
 
 
+_connected: Any = None  # the library that has its callbacks
+
+
 def library(*callbacks: Callable[..., tuple | None]) -> Any:
     """Returns the library, or `None` if it cannot be used. The callbacks `prepare.plan_native` and
     `operators.launches` plan its new calls."""
+    global _connected
     found = _loaded()[0]
-    if found is not None:
-        _connect(found, *callbacks)
+    if found is not _connected:
+        if found is not None:
+            found.set_callbacks(*callbacks, differentiable_grads)
+        _connected = found
     return found
-
-
-@functools.cache
-def _connect(library: Any, *callbacks: Callable[..., tuple | None]) -> None:
-    library.set_callbacks(*callbacks, differentiable_grads)
 
 
 def kernel(kernel: Any) -> Any:
@@ -196,8 +197,14 @@ def kernel(kernel: Any) -> Any:
     return None if found is None else found.kernel(kernel)
 
 
+# Tables that Python keeps in the library's place.
+memos: list[dict] = []
+
+
 def forget() -> None:
-    """Clears the library's table of plans."""
+    """Clears the library's tables of plans, and Python's."""
+    for memo in memos:
+        memo.clear()
     found = _loaded()[0]
     if found is not None:
         found.forget()

@@ -42,6 +42,9 @@ class Launch(NamedTuple):
 
 _recorded: list[Launch] | None = None
 
+# As `torch.cuda.current_device`, without a look at whether CUDA is initialised: there is a tensor.
+_current_device = getattr(torch._C, "_cuda_getDevice", torch.cuda.current_device)
+
 # Triton compiles a kernel once for each thread that needs it at the same time.
 _compiling = threading.RLock()
 
@@ -111,7 +114,7 @@ class Launcher:
             _recorded.append(Launch(self.kernel, self.grid, arguments, **self.options))
         elif self.is_empty:
             pass
-        elif self.device < 0 or self.device == torch.cuda.current_device():
+        elif self.device < 0 or self.device == _current_device():
             self._launch(tensors)
         else:
             with torch.cuda.device(self.device):
