@@ -143,3 +143,53 @@ after = counts_now()
 print(json.dumps([before == after, len(gc.get_objects()) - objects < 50,
                   sys.getallocatedblocks() - blocks < 500]))
 """) == [True, True, True]
+
+
+def test_streams_contexts_and_errors_of_the_driver():
+    """Every launch is the driver's own, on the current stream, in a thread with a context; the
+    driver's error is raised with its message, in both directions."""
+    entries, streams, contexts, messages = compiled("""
+from triton.runtime import driver
+step()
+type(driver.active).get_current_stream = lambda self, device: 7
+launch.forget(), step()
+found = []
+with stand_in.launches() as launches:
+    for work in (threading.Thread(target=step) for _ in range(2)):
+        work.start(), work.join()
+messages = []
+w = WF.weight_norm(v, g)
+with stand_in.failing(700):
+    for call in (lambda: WF.weight_norm(v, g), lambda: w.backward(dw)):
+        try:
+            call()
+        except RuntimeError as error:
+            messages.append(str(error))
+step()
+print(json.dumps([sorted({l.entry for l in launches}), [l.stream for l in launches],
+                  [l.has_context for l in launches], messages]))
+""")
+    assert entries == ["cuLaunchKernel"]
+    assert streams == [7] * 10
+    assert contexts == [True] * 10
+    forward, backward = messages
+    assert "the launch of weight_kernel failed: an error of the stand-in" in forward
+    assert "the launch of weight_grad_kernel failed: an error of the stand-in" in backward
+
+
+def test_passes_give_the_driver_what_triton_does():
+    """The launches of both directions, by Triton and by a pass: the same but for addresses."""
+    first, second, names = compiled("""
+def made():
+    with stand_in.launches() as found:
+        step()
+    return [(l.kernel, l.grid, l.block, l.shared, l.attributes, l.stream,
+             [p.hex() if len(p) < 8 or int.from_bytes(p, "little") == 0 else "address"
+              for p in l.parameters]) for l in found]
+
+print(json.dumps([made(), made(), sorted({c.kernel.name for l in launchers()
+                                          for c in l.compiled.values()})]))
+""")
+    assert first == second
+    assert len(first) == 5
+    assert names == sorted({each[0] for each in first})
