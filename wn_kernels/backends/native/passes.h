@@ -12,7 +12,6 @@
 #include <list>
 #include <memory>
 
-#include <ATen/EmptyTensor.h>
 #include <c10/core/impl/VirtualGuardImpl.h>
 #include <torch/csrc/autograd/variable.h>
 
@@ -296,15 +295,8 @@ class Pass {
 
   // Memory of that layout beside another tensor's.
   static Tensor allocated(const Layout& layout, const Tensor& beside) {
-    const auto device = beside.device();
-    const bool is_usual = device.is_cuda() || device.is_cpu();
-    if (!is_usual || at::globalContext().deterministicAlgorithms())  // which fill new memory
-      return at::empty_strided(
-          layout.sizes, layout.strides, beside.options().dtype(layout.dtype));
-    const auto key = c10::computeDispatchKey(layout.dtype, c10::kStrided, device);
-    return Tensor(at::detail::empty_strided_generic(
-        layout.sizes, layout.strides, c10::GetAllocator(device.type()), c10::DispatchKeySet(key),
-        layout.dtype));
+    return at::empty_strided(
+        layout.sizes, layout.strides, beside.options().dtype(layout.dtype));
   }
 
   References references_;
