@@ -46,7 +46,7 @@ def _is_direct(plan: Plan, v: Tensor) -> bool:
     return plan.backend == "aten" or (plan.backend == "triton" and not recorder(v))
 
 
-def _rows(x: Tensor) -> Tensor:
+def rows(x: Tensor) -> Tensor:
     """`(*, K)` as `(M, K)`."""
     if x.ndim == 2:
         return x
@@ -78,7 +78,7 @@ def _run(
     x = tensors.x
     if call.conv is not None or x is None or x.ndim == 2:
         return module.layer(call, plan, tensors, keep, *options)
-    y, n, kept = module.layer(call, plan, tensors._replace(x=_rows(x)), keep, *options)
+    y, n, kept = module.layer(call, plan, tensors._replace(x=rows(x)), keep, *options)
     return y.view(*x.shape[:-1], len(tensors.v)), n, kept
 
 
@@ -116,13 +116,14 @@ def _run_backward(
     module, x = _module(plan.backend), tensors.x
     if call.conv is not None or x is None or x.ndim == 2:
         return module.layer_backward(call, plan, dy, tensors, n, kept, needs)
-    flat = tensors._replace(x=_rows(x))
-    dx, dv, dg, db = module.layer_backward(call, plan, _rows(dy), flat, n, kept, needs)
+    flat = tensors._replace(x=rows(x))
+    dx, dv, dg, db = module.layer_backward(call, plan, rows(dy), flat, n, kept, needs)
     return dx if dx is None else dx.view(x.shape), dv, dg, db
 
 
 class Launches(NamedTuple):
-    """What a node of the native library holds of a call on the Triton path.
+    """What a node holds of a call on the Triton path, in the native library or without it
+    (launched.py).
 
     Attributes:
         forward: a function of `(x, v, g, bias)` that returns `(y, n)`.
@@ -133,7 +134,10 @@ class Launches(NamedTuple):
         forms_forward, forms_backward: whether PyTorch's convolution with a formed `W` serves them.
         keeps: whether a training step keeps its `W`.
         weight: the same of `W` alone, where it is formed.
-        conv, dim: as in `Call`.
+        conv, dim, eps: as in `Call`.
+        signs: attributes that tell whether something observes launches.
+        backwards: the passes of the backward by what is needed and the strides of dY, as far as
+            Python has prepared them.
     """
 
     forward: Callable[..., tuple[Tensor, Tensor]]
@@ -146,6 +150,9 @@ class Launches(NamedTuple):
     weight: Launches | None
     conv: Geometry | None
     dim: int | None
+    eps: float
+    signs: list[tuple[Any, str, Any]]
+    backwards: dict[Any, Any]
 
 
 def launches(
@@ -155,8 +162,8 @@ def launches(
     dim: int | None,
     eps: float,
 ) -> Launches | None:
-    """What the native library holds of a call, or `None` where Python has to serve the call. The
-    library calls this once for a call's dtypes, layouts and options.
+    """What a node holds of a call, or `None` where no node serves it. This is called once for a
+    call's dtypes, layouts and options.
 
     Raises:
         TypeError, ValueError: as `prepare`.
@@ -171,7 +178,7 @@ def launches(
 def _launches(call: Call, plan: Plan, tensors: Operands) -> Launches | None:
     module, x = _module("triton"), tensors.x
     if x is not None and call.conv is None:
-        tensors = tensors._replace(x=_rows(x))
+        tensors = tensors._replace(x=rows(x))
     forms_forward, forms_backward = (
         call.conv is not None and way == "materialize" for way in (plan.forward, plan.backward)
     )
@@ -207,6 +214,9 @@ def _launches(call: Call, plan: Plan, tensors: Operands) -> Launches | None:
         weight=weight,
         conv=call.conv,
         dim=call.dim,
+        eps=call.eps,
+        signs=module.SIGNS,
+        backwards={},
     )
 
 

@@ -174,7 +174,6 @@ struct Callbacks {
   py::object plan;
   // (rank, (x, v, g, bias), geometry, dim, eps) -> what `Launches` (launched.h) is made of, or None.
   py::object launches;
-  py::object takes_tf32;  // (rank) -> whether such products are taken in TF32
   // (dY, x, v, g, bias, geometry, dim, eps, needs) -> (dX, dV, dg, db), as part of the graph
   py::object differentiable_grads;
 };

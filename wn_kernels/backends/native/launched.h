@@ -31,12 +31,13 @@ inline Tensor as_rows(const Tensor& x) {
   return x.dim() > 2 ? x.flatten(0, -2) : x.unsqueeze(0);
 }
 
-// One prepared call. Its functions are called with the GIL held.
+// One prepared call. Its functions are called without the GIL, and take it where Python runs.
 struct Launches : torch::CustomClassHolder {
   Launches(const py::object& prepared, double eps)
       : forms_forward(prepared.attr("forms_forward").cast<bool>()),
         forms_backward(prepared.attr("forms_backward").cast<bool>()),
         keeps(prepared.attr("keeps").cast<bool>()), eps(eps),
+        is_observed(prepared.attr("signs")),
         geometry(references.keep(prepared.attr("conv"))),
         dim(references.keep(prepared.attr("dim"))),
         python_forward(references.keep(prepared.attr("forward"))),
@@ -50,20 +51,21 @@ struct Launches : torch::CustomClassHolder {
 
   // (y, n); (W, n) without x.
   std::pair<Tensor, Tensor> forward(
-      const Tensor& x, const Tensor& v, const Tensor& g, const Tensor& bias) {
+      const Tensor& x, const Tensor& v, const Tensor& g, const Tensor& bias, bool observed) {
     if (forms_forward) {
-      const auto [w, n] = weight->forward({}, v, g, {});
-      py::gil_scoped_release released;
-      return {product(x, w, bias), n};
+      auto [w, n] = weight->forward({}, v, g, {}, observed);
+      return {product(x, w, bias), std::move(n)};
     }
-    if (!pass)
+    if (!pass) {
+      const py::gil_scoped_acquire gil;
       return python_forward(as_object(x), v, g, as_object(bias)).cast<std::pair<Tensor, Tensor>>();
+    }
     if (!x.defined()) {
-      const auto found = (*pass)({v, g});
-      return {found[0], found[1]};
+      auto found = (*pass)({v, g}, observed);
+      return {std::move(found[0]), std::move(found[1])};
     }
     const bool is_flat = conv || x.dim() == 2;
-    const auto found = (*pass)({is_flat ? x : as_rows(x), v, g, bias});
+    const auto found = (*pass)({is_flat ? x : as_rows(x), v, g, bias}, observed);
     if (is_flat) return {found[0], found[1]};
     auto sizes = x.sizes().vec();
     sizes.back() = v.size(0);
@@ -72,26 +74,28 @@ struct Launches : torch::CustomClassHolder {
 
   // The layer with a W that is formed or kept, by PyTorch.
   Tensor product(const Tensor& x, const Tensor& w, const Tensor& bias) const {
-    const Tensor cast = bias.defined() ? bias.to(w.scalar_type()) : bias;
+    const bool casts = bias.defined() && bias.scalar_type() != w.scalar_type();
+    const Tensor cast = casts ? bias.to(w.scalar_type()) : bias;
     return conv ? plain(x, w, cast, *conv) : at::linear(x, w, maybe(cast));
   }
 
   // (dX, dV, dg, db); what is not needed may be undefined.
   variable_list backward(
       const Tensor& dy, const Tensor& x, const Tensor& v, const Tensor& g, const Tensor& bias,
-      const Tensor& n, const Needs& needs) {
-    if (forms_backward) return backward_of_convolution(dy, x, v, g, n, needs);
+      const Tensor& n, const Needs& needs, bool observed) {
+    if (forms_backward) return backward_of_convolution(dy, x, v, g, n, needs, observed);
     const bool is_flat = !x.defined() || conv || x.dim() == 2;
     const Tensor flat_dy = is_flat ? dy : as_rows(dy), flat_x = is_flat ? x : as_rows(x);
     if (const auto prepared = backward_pass(flat_dy, flat_x, v, g, needs)) {
       if (!x.defined()) {
-        const auto found = (*prepared)({dy, v, g, n});
-        return {Tensor(), found[0], found[1], Tensor()};
+        auto found = (*prepared)({dy, v, g, n}, observed);
+        return {Tensor(), std::move(found[0]), std::move(found[1]), Tensor()};
       }
-      auto found = (*prepared)({flat_dy, flat_x, v, g, n});
+      auto found = (*prepared)({flat_dy, flat_x, v, g, n}, observed);
       if (!is_flat && found[0].defined()) found[0] = found[0].view(x.sizes());
       return found;
     }
+    const py::gil_scoped_acquire gil;
     const auto found = python_backward(
         dy, as_object(x), v, g, as_object(bias), n, as_tuple(needs));
     variable_list out;
@@ -102,27 +106,24 @@ struct Launches : torch::CustomClassHolder {
   // The same around PyTorch's convolution, the layout of whose dW it alone determines.
   variable_list backward_of_convolution(
       const Tensor& dy, const Tensor& x, const Tensor& v, const Tensor& g, const Tensor& n,
-      const Needs& needs) {
+      const Needs& needs, bool observed) {
     const bool needs_weight = needs[1] || needs[2];
-    const Tensor formed = needs[0] ? weight->forward({}, v, g, {}).first : Tensor();
+    const Tensor formed = needs[0] ? weight->forward({}, v, g, {}, observed).first : Tensor();
     Tensor dx, dw, db;
-    {
-      py::gil_scoped_release released;
-      // Alone, ATen would compute the weight's gradient beside it; in float16, it sums in float16.
-      if (needs[3] && (!needs_weight || dy.element_size() == 2)) db = bias_grad(dy, 1);
-      const bool rides = needs[3] && !db.defined();
-      const Tensor w = needs[0] ? formed : v.to(x.scalar_type());
-      if (needs[0] || needs_weight) {
-        auto found = plain_grads(dy, x, w, *conv, needs[0], needs_weight, rides);
-        std::tie(dx, dw) = std::tie(std::get<0>(found), std::get<1>(found));
-        if (rides) db = std::get<2>(found);
-      }
+    // Alone, ATen would compute the weight's gradient beside it; in float16, it sums in float16.
+    if (needs[3] && (!needs_weight || dy.element_size() == 2)) db = bias_grad(dy, 1);
+    const bool rides = needs[3] && !db.defined();
+    const Tensor w = needs[0] ? formed : v.to(x.scalar_type());
+    if (needs[0] || needs_weight) {
+      auto found = plain_grads(dy, x, w, *conv, needs[0], needs_weight, rides);
+      std::tie(dx, dw) = std::tie(std::get<0>(found), std::get<1>(found));
+      if (rides) db = std::get<2>(found);
     }
     variable_list out{dx, {}, {}, db};
     if (needs_weight) {
-      const auto found = weight->backward(dw, {}, v, g, {}, n, {false, true, true, false});
-      out[1] = found[1];
-      out[2] = found[2];
+      auto found = weight->backward(dw, {}, v, g, {}, n, {false, true, true, false}, observed);
+      out[1] = std::move(found[1]);
+      out[2] = std::move(found[2]);
     }
     return out;
   }
@@ -130,12 +131,14 @@ struct Launches : torch::CustomClassHolder {
   // The backward's pass for a layout of dY; null where Python serves it, and for the ninth layout.
   std::shared_ptr<Pass> backward_pass(
       const Tensor& dy, const Tensor& x, const Tensor& v, const Tensor& g, const Needs& needs) {
-    for (const auto& each : backwards)
-      if (each.needs == needs && dy.strides() == at::IntArrayRef(each.strides)) return each.pass;
-    if (backwards.size() == 8) return nullptr;
+    const auto fits = [&](const Backward& each) {
+      return each.needs == needs && dy.strides() == at::IntArrayRef(each.strides);
+    };
+    if (const Backward* found = backwards.find(fits)) return found->pass;
+    if (backwards.size() >= 8) return nullptr;
+    const py::gil_scoped_acquire gil;
     const auto prepared = as_pass(prepare_backward(dy, as_object(x), v, g, as_tuple(needs)));
-    backwards.push_back({needs, dy.strides().vec(), prepared});
-    return prepared;
+    return backwards.add(needs, dy.strides().vec(), prepared)->pass;
   }
 
   struct Backward {
@@ -148,6 +151,7 @@ struct Launches : torch::CustomClassHolder {
   bool forms_forward, forms_backward;  // whether PyTorch's convolution by W serves a direction
   bool keeps;                          // whether a training step keeps that W
   double eps;
+  Observation is_observed;
   py::handle geometry, dim;
   py::handle python_forward;    // (x, v, g, bias) -> (y, n)
   py::handle python_backward;   // (dY, x, v, g, bias, n, needs) -> (dX, dV, dg, db)
@@ -155,7 +159,7 @@ struct Launches : torch::CustomClassHolder {
   std::shared_ptr<Pass> pass;   // of the forward; null where Python serves it
   c10::intrusive_ptr<Launches> weight;  // of W alone, where it is formed
   std::optional<Geometry> conv;
-  std::vector<Backward> backwards;
+  Published<Backward> backwards;
 };
 
 using Prepared = c10::intrusive_ptr<Launches>;
@@ -204,12 +208,12 @@ class Launched : public torch::autograd::Node {
     const auto& [x, v, g, bias, n] = tensors;
     Needs needs;
     for (size_t i = 0; i < needs.size(); ++i) needs[i] = task_should_compute_output(i);
-    py::gil_scoped_acquire gil;
     if (!at::GradMode::is_enabled() && is_plain(dy, v.device().type())) {
-      auto out = launches_->backward(dy, x, v, g, bias, n, needs);
+      auto out = launches_->backward(dy, x, v, g, bias, n, needs, launches_->is_observed());
       if (out[3].defined()) out[3] = out[3].to(bias.scalar_type());
       return out;
     }
+    const py::gil_scoped_acquire gil;
     const auto found = callbacks().differentiable_grads(
         dy, as_object(x), v, g, as_object(bias), launches_->geometry, launches_->dim,
         launches_->eps, as_tuple(needs));
@@ -228,6 +232,17 @@ inline Memo<Prepared>& launches_memo() {
   return *memo;
 }
 
+// Whether PyTorch is set to take such products in TF32, as `takes_tf32` of call.py. The getter's own
+// types, which differ between versions of torch, name the setting.
+template <typename Precision, typename Backend, typename Op>
+bool takes_tf32(Precision (at::Context::*get)(Backend, Op) const, int64_t rank) {
+  const at::Context& context = at::globalContext();
+  if constexpr (std::is_enum_v<Precision>)
+    return (context.*get)(Backend::CUDA, rank ? Op::CONV : Op::MATMUL) == Precision::TF32;
+  else
+    return (context.*get)("cuda", rank ? "conv" : "matmul") == "tf32";
+}
+
 // What was prepared for a call; nothing where Python serves it by itself.
 inline std::optional<Prepared> prepared(
     int64_t rank, const Operands& t, py::handle geometry, py::handle dim, py::handle eps) {
@@ -243,7 +258,7 @@ inline std::optional<Prepared> prepared(
   }
   if (!key.option(geometry) || !key.option(dim) || !key.option(eps)) return std::nullopt;
   if (t.x.defined() && t.x.scalar_type() == at::kFloat)
-    key.number(callbacks().takes_tf32(rank).cast<bool>());
+    key.number(takes_tf32(&at::Context::float32Precision, rank));
   return launches_memo().find(key.bytes(), [&]() -> std::optional<Prepared> {
     const auto answer = callbacks().launches(
         rank, py::make_tuple(as_object(t.x), t.v, t.g, as_object(t.bias)), geometry, dim, eps);
@@ -252,12 +267,15 @@ inline std::optional<Prepared> prepared(
   });
 }
 
-inline Tensor run(const Tensor& x, const Operands& t, const Tensor& bias, const Prepared& launches) {
+// The layer's output for these operands, recorded where a gradient is needed. Called without the GIL.
+inline Tensor run(
+    const Tensor& x, const Operands& t, const Tensor& bias, const Prepared& launches,
+    bool observed) {
   std::pair<Tensor, Tensor> result;
   {
     at::AutoDispatchBelowADInplaceOrView below;
     const at::NoGradGuard no_grad;
-    result = launches->forward(x, t.v, t.g, bias);
+    result = launches->forward(x, t.v, t.g, bias, observed);
   }
   const auto needs = [](const Tensor& tensor) { return tensor.defined() && tensor.requires_grad(); };
   const bool recorded =
@@ -274,10 +292,10 @@ inline MaybeTensor launched(
   const auto found = prepared(rank, *t, geometry, dim, eps);
   if (!found) return std::nullopt;
   const Prepared& launches = *found;
-  if (!launches->keeps || !t->needs_grad()) return run(t->x, *t, t->bias, launches);
-  const Tensor w = run({}, *t, {}, launches->weight);
-  py::gil_scoped_release released;
-  return launches->product(t->x, w, t->bias);
+  const bool observed = launches->is_observed();
+  const py::gil_scoped_release released;
+  if (!launches->keeps || !t->needs_grad()) return run(t->x, *t, t->bias, launches, observed);
+  return launches->product(t->x, run({}, *t, {}, launches->weight, observed), t->bias);
 }
 
 }  // namespace wn_kernels

@@ -25,12 +25,19 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("convolution", &convolution);
   m.def("launched", &launched);
   m.def(
-      "set_callbacks", [](py::object plan, py::object launches, py::object takes_tf32,
-                          py::object differentiable_grads) {
-        callbacks() = {
-            std::move(plan), std::move(launches), std::move(takes_tf32),
-            std::move(differentiable_grads)};
+      "set_callbacks", [](py::object plan, py::object launches, py::object differentiable_grads) {
+        callbacks() = {std::move(plan), std::move(launches), std::move(differentiable_grads)};
       });
+  py::class_<Kernel>(m, "Kernel").def(
+      "__call__", [](const Kernel& kernel, uintptr_t stream, int device,
+                     const std::vector<uint64_t>& addresses) {
+        const py::gil_scoped_release released;
+        Driver::find()->ensure_context(device);
+        kernel(addresses.data(), addresses.size(), reinterpret_cast<void*>(stream));
+      });
+  m.def("kernel", [](const py::handle& kernel) {
+    return Driver::find() ? std::make_unique<Kernel>(kernel) : nullptr;
+  });
   m.def("forget", [] {
     plans().forget();
     launches_memo().forget();

@@ -32,10 +32,8 @@ class Operation {
     return found;
   }
 
-  // Takes the step. Nothing of Python runs meanwhile.
+  // Takes the step. Called without the GIL.
   void operator()(variable_list& tensors) const {
-    std::optional<py::gil_scoped_release> released;
-    if (PyGILState_Check()) released.emplace();
     const Tensor& a = tensors[given_[0]];
     if (!is_product_) {
       tensors[result_] = a.sum(0);

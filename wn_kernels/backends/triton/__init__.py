@@ -14,7 +14,7 @@ from .conv import (
     remembered_convolution,
     remembered_convolution_backward,
 )
-from .launch import target_of
+from .launch import SIGNS, target_of
 from .linear import linear, linear_backward, remembered_linear, remembered_linear_backward
 from .norm import slice_norms
 from .passes import Pass
@@ -26,6 +26,7 @@ from .weight import (
 )
 
 __all__ = [
+    "SIGNS",
     "convolution",
     "convolution_backward",
     "layer",

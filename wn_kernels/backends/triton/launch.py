@@ -10,6 +10,7 @@ prepared (`remembered`).
 from __future__ import annotations
 
 import math
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -40,6 +41,9 @@ class Launch(NamedTuple):
 
 _recorded: list[Launch] | None = None
 
+# As `torch.cuda.current_device`, without a look at whether CUDA is initialised: there is a tensor.
+_current_device = getattr(torch._C, "_cuda_getDevice", torch.cuda.current_device)
+
 # Triton compiles a kernel once for each thread that needs it at the same time.
 _compiling = threading.RLock()
 
@@ -59,10 +63,9 @@ def recording() -> Iterator[list[Launch]]:
         _recorded = before
 
 
-def is_observed() -> bool:
-    """Whether launches have to go through `Launcher` one by one: they are recorded, or something
-    observes them."""
-    return _recorded is not None or compiled.is_watched()
+# Where one of these differs from the usual, launches have to go through `Launcher` one by one: they
+# are recorded, or something observes them.
+SIGNS = [(sys.modules[__name__], "_recorded", None), *compiled.SIGNS]
 
 
 class Launcher:
@@ -108,7 +111,7 @@ class Launcher:
             _recorded.append(Launch(self.kernel, self.grid, arguments, **self.options))
         elif self.is_empty:
             pass
-        elif self.device < 0 or self.device == torch.cuda.current_device():
+        elif self.device < 0 or self.device == _current_device():
             self._launch(tensors)
         else:
             with torch.cuda.device(self.device):

@@ -13,7 +13,6 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from . import launch
 from .launch import Launcher
 
 Layout = tuple[Sequence[int], Sequence[int], torch.dtype]  # shape, strides, dtype
@@ -68,8 +67,6 @@ class Pass:
     """
 
     __slots__ = ("_names", "arguments", "layouts", "results", "steps")
-
-    is_observed = staticmethod(launch.is_observed)
 
     def __init__(self, *arguments: str) -> None:
         self.arguments = len(arguments)
