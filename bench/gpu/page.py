@@ -322,7 +322,10 @@ def text(run: Run) -> str:
 
 def short(run: Run) -> str:
     """Returns the README's table."""
-    return f"{_where(run)}\n\n{markdown(_summary(run))}"
+    parts = [_where(run), markdown(_summary(run))]
+    if faults := len(_faults(run)):
+        parts.append(f"docs/gpu.md names {faults} faults and gaps of this run.")
+    return "\n\n".join(parts)
 
 
 def source(page: str) -> str:

@@ -148,6 +148,15 @@ def test_what_went_wrong_is_said(run):
     assert max(map(len, tables[title].splitlines())) < 330
 
 
+def test_the_readme_counts_faults(tmp_path):
+    lines = [environment("linear"), result("linear", "a", 1e-5)]
+    path = written(tmp_path / "run.jsonl", lines)
+    assert "faults" not in page.short(page.Run(path))
+    wrong = {"section": "linear", "kind": "wrong", "message": "ours is wrong for b"}
+    path = written(tmp_path / "run.jsonl", [*lines, wrong])
+    assert "docs/gpu.md names 1 faults and gaps of this run." in page.short(page.Run(path))
+
+
 def test_publish(tmp_path, monkeypatch, capsys):
     """The command replaces what lies between the marks of both files, and nothing else."""
     monkeypatch.chdir(tmp_path)
