@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from wn_kernels import plan
+from wn_kernels.backends import tiles
 from wn_kernels.call import Call
 from wn_kernels.plan import costs, devices
 
@@ -93,7 +94,7 @@ class Parts:
         dx = other + (scale if late else form)
         backward = {"materialize": form + 2 * other + sums + finish}
         if late:
-            bias = sums if self.m > costs.SUMMED_ROWS else 0.0
+            bias = sums if self.m > tiles.SUMMED_ROWS else 0.0
             backward["scaled"] = dx + bias + other + finish
         if "one_pass" in self.model.backward:
             backward["one_pass"] = dx + self.kernel("grad_one_pass_kernel")

@@ -14,6 +14,7 @@ import wn_kernels.functional as WF
 from bench.cases import Case as BenchCase
 from tests.comparison import Case
 from wn_kernels import plan, use_backend
+from wn_kernels.backends import tiles
 from wn_kernels.call import Call, Geometry
 from wn_kernels.plan import backend, costs, devices, table
 
@@ -84,18 +85,21 @@ def test_one_pass_never_exceeds_its_tile():
     for itemsize in (2, 4, 8):
         rows = costs.one_pass_rows(itemsize)
         for m in range(1, rows + 1):
-            assert m <= configs.one_pass(m, 4096, itemsize, configs.target(-1)).BLOCK_M
+            for ieee in {False, itemsize > 2}:
+                found = configs.one_pass(m, 4096, itemsize, ieee, configs.target(-1))
+                assert m <= found.BLOCK_M
         for m in range(1, costs.one_pass_rows(itemsize, grad=True) + 1):
-            assert m <= configs.grad_one_pass(m, itemsize, configs.target(-1)).BLOCK_M
+            assert m <= configs.grad_one_pass(m, 4096, itemsize, configs.target(-1)).BLOCK_M
 
 
-def test_the_model_counts_on_the_kernels():
-    """On their blocks, and on what rides along."""
+def test_the_model_counts_on_the_kernels_blocks():
     configs = pytest.importorskip("wn_kernels.backends.triton.configs")
-    assert costs.SUMMED_ROWS == configs.SUMMED_ROWS
-    for m, itemsize in ((1, 2), (16, 2), (64, 2), (32, 4)):
-        found = configs.grad_one_pass(m, itemsize, configs.target(-1))
-        assert found.BLOCK_O == costs.GRAD_SLICES
+    blocks = set()
+    for m, o, size in ((1, 4096, 2), (16, 16384, 2), (64, 4096, 2), (64, 16384, 2), (32, 64, 4)):
+        found = configs.grad_one_pass(m, o, size, configs.target(-1))
+        assert tiles.grad_slices(m, o, size) == found.BLOCK_O
+        blocks.add(found.BLOCK_O)
+    assert blocks == {16, 64}
 
 
 def test_forcing(monkeypatch):

@@ -1,8 +1,9 @@
-"""The tiles of a convolution's products on a GPU, and how long a program walks.
+"""What the kernels on a GPU and the cost model share: the tiles of a convolution's products, how
+long a program walks, and how a linear layer's gradients are shared among programs.
 
-The loops of these products are bound by latency: a step takes as long as its loads do, whatever the
-tile. So the choice of a tile and the cost model count the same steps. This file imports no Triton,
-because the cost model runs without it.
+The loops of a convolution's products are bound by latency: a step takes as long as its loads do,
+whatever the tile. So the choice of a tile and the cost model count the same steps. This file
+imports no Triton, because the cost model runs without it.
 """
 
 from __future__ import annotations
@@ -14,6 +15,9 @@ from typing import NamedTuple
 SUM_STEPS = 8
 # A tile's loads of this many bytes take as long as their latency.
 STEP_BYTES = 2**15
+
+# Up to this many rows of a linear layer's `dY`, the pass that scales them sums their columns too.
+SUMMED_ROWS = 256
 
 
 class Tile(NamedTuple):
@@ -102,3 +106,10 @@ def gradient(o: int, r: int, itemsize: int) -> tuple[int, int, int]:
     if r < 16:
         return 32, block_o, 32
     return 64 if itemsize == 2 else 32, block_o, up_to(r, 16, 32, 64)
+
+
+def grad_slices(m: int, slices: int, itemsize: int) -> int:
+    """Returns how many slices a program of the one-pass gradient has, for `m` rows. Every program
+    reads all of the other factor, so it has more slices where that is large and enough programs are
+    left."""
+    return 64 if itemsize == 2 and m > 16 and slices >= 8192 else 16

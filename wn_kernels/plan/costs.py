@@ -289,10 +289,6 @@ class Unfolded(NamedTuple):
 PRODUCT_LAUNCHES = 2
 # The vendor's products round the rows of `x` up to a multiple of this, except a single row.
 VENDOR_ROWS = 128
-# Each program of the one-pass gradient has this many slices.
-GRAD_SLICES = 16
-# Up to this many rows of `dY`, the pass that scales them sums their columns as well.
-SUMMED_ROWS = 256
 
 
 def one_pass_rows(itemsize: int, grad: bool = False) -> int:
@@ -349,11 +345,11 @@ def triton_linear(call: Call, device: Device) -> Costs:
         dx = [product, scale] if dim == 1 else [scale, product]
     backward = {"materialize": [form, product, product, sums, finish]}
     if late:  # the pass over `dY` sums its columns as well, for a few rows
-        bias = [sums] if dim == 1 or m > SUMMED_ROWS else []
+        bias = [sums] if dim == 1 or m > tiles.SUMMED_ROWS else []
         backward = {"scaled": [*dx, *bias, product, finish]} | backward
     if dim is not None and m <= one_pass_rows(size, grad=True):
         slices, walked = (k, y) if dim == 1 else (n, x)
-        programs = math.ceil(slices / GRAD_SLICES)
+        programs = math.ceil(slices / tiles.grad_slices(m, slices, size))
         busy = min(device.multiprocessors, programs)
         taken_in = 3 * v / busy + 2 * walked * programs / busy
         products = 0.0 if x_size < 4 or call.tf32 else 8.0 * m * n * k

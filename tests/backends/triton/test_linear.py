@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from tests.comparison import DIMS, LAYOUTS, Case, assert_matches, assert_same_bits
+from wn_kernels.backends import tiles
 from wn_kernels.backends.triton import configs, linear, linear_backward, slice_norms
 from wn_kernels.backends.triton.launch import recording
 from wn_kernels.call import fits_unscaled, narrows_range
@@ -234,7 +235,7 @@ def test_sums_of_columns(m, device):
             *(case.dy, case.x, case.v, case.g, n, 0, 0.0, "scaled", (True, False, False, True))
         )
     (scale,) = launches
-    assert scale.arguments["SUM"] == (m <= configs.SUMMED_ROWS)
+    assert scale.arguments["SUM"] == (m <= tiles.SUMMED_ROWS)
     run(case, backward="scaled")
 
 

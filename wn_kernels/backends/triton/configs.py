@@ -213,23 +213,32 @@ def finish(itemsize: int) -> FinishConfig:
     return FinishConfig(16 if itemsize == 8 else 32, 128, 4, 1)
 
 
-def one_pass(m: int, o: int, itemsize: int, target: Target) -> MatmulConfig:
+def one_pass(m: int, o: int, itemsize: int, ieee: bool, target: Target) -> MatmulConfig:
     """A single row tile over the batch: bound by the bytes of `V`, so deep in flight and narrow
-    enough in `O` to occupy the machine. `itemsize` is the wider one of x's and V's.
+    enough in `O` to occupy the machine. `itemsize` is the wider one of x's and V's, and `ieee` says
+    whether the product is computed without tensor cores.
 
     Hopper's and Blackwell's tensor cores read both factors of a tile of at least 64 rows
-    themselves. On an H200 it takes less time than one of 16 rows, however few there are. Blackwell
-    has a multiprocessor's memory latency to fill with one program: more stages.
+    themselves. On an H200 it takes less time than one of 16 rows, however few there are; its
+    configurations are the fastest of those measured there. Blackwell has a multiprocessor's memory
+    latency to fill with one program: more stages.
     """
     stages = target.stages(4 if itemsize < 8 else 2)
+    is_hopper = target.architecture == "cuda:90"
     block_o = 32 if o <= 8192 else 64
     if itemsize > 2:
+        if is_hopper and not ieee:
+            return MatmulConfig(64, block_o, 64, 4, stages)
         return MatmulConfig(_up_to(m, 16, 32), block_o, 256 // itemsize, 4, stages)
+    if is_hopper and o <= 16 * target.multiprocessors:
+        return MatmulConfig(_up_to(m, 64, 128), 16, 128, 4, stages)
     if m > 64:
+        if is_hopper and block_o == 64:
+            return MatmulConfig(128, 128, 128, 8, 3)
         stages = target.stages(4 if block_o == 32 else 3)
         return MatmulConfig(128, block_o, 64 if target.is_amd else 128, 8, stages)
-    if target.architecture == "cuda:90":
-        return MatmulConfig(64, block_o, 128, 4, stages)
+    if is_hopper:
+        return MatmulConfig(64, block_o, 128, 4, 5 if block_o == 32 else 3)
     if target.architecture == "cuda:100":
         block_o, stages = (32, 6) if o <= 4096 else (64, 4)
         return MatmulConfig(16 if m <= 16 else 64, block_o, 128, 4, stages)
@@ -244,7 +253,7 @@ def split(config: MatmulConfig, itemsize: int) -> int:
     return config.num_warps if few and 16 * config.num_warps <= config.BLOCK_R else 1
 
 
-def grad_one_pass(m: int, itemsize: int, target: Target) -> GradConfig:
+def grad_one_pass(m: int, o: int, itemsize: int, target: Target) -> GradConfig:
     """The recompute form of `dV`: the whole batch in one tile, few rows a program; deep in flight,
     as it is bound by the bytes of `V` and `dV`. The tile of `dY` is read from shared memory for
     every step: steps of twice the width halve that, where a tile of 16 rows leaves room."""
@@ -255,12 +264,8 @@ def grad_one_pass(m: int, itemsize: int, target: Target) -> GradConfig:
     if m <= 16:  # on an A100 twice the width spills
         block_r = 128 if target.architecture == "cuda:80" else 256
         return GradConfig(16, 16, block_r, 4, target.stages(5))
-    return GradConfig(_up_to(m, 32, 64), 16, 128, 4, target.stages(4))
-
-
-# Rows of `dY` up to which the pass that scales them sums their columns as well. The cost model
-# counts on it (plan/costs.py).
-SUMMED_ROWS = 256
+    block_o = tiles.grad_slices(m, o, itemsize)
+    return GradConfig(_up_to(m, 32, 64), block_o, 128, 4, target.stages(3 if block_o == 64 else 4))
 
 
 def scale(m: int, sums: bool) -> ScaleConfig:

@@ -320,7 +320,6 @@ class Walk:
             "NESTED": sum(size > 1 for size in loops[:2]),
             "WIDE": is_wide(*tensors) or math.prod(loops) + block_r >= 2**31,
             "ACC": acc_type(tensors[-1]),
-            "STAGES": self.config.num_stages,
             **self.config._asdict(),
         }
 

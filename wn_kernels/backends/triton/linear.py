@@ -24,6 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...call import fits_unscaled, scale_dtype, takes_tf32
+from .. import tiles
 from . import configs, weight
 from .common import as_norm, cast, dot, offsets
 from .configs import Target
@@ -257,7 +258,9 @@ def _prepare_one_pass(
     """Called as `launch(x, v, g, n, bias, y)`."""
     (m, r), o, y = x.shape, len(v), _result(x, v)
     if config is None:  # V's tile is held in its own dtype
-        config = configs.one_pass(m, o, max(x.element_size(), v.element_size()), target)
+        size = max(x.element_size(), v.element_size())
+        ieee = x.element_size() >= 4 and not tf32
+        config = configs.one_pass(m, o, size, ieee, target)
     if m > config.BLOCK_M:
         raise ValueError(f"one_pass holds {config.BLOCK_M} rows in its tile, got {m}")
     return Launcher(
@@ -386,7 +389,7 @@ def prepare_linear_backward(
         scale = _prepare_scale(target, unallocated(x.shape, x.dtype), dim, in_place=True)
         run.call(scale, "dx", "g", "n", None, gives=("dx", "_"))
     elif needs_x:
-        rides = needs_bias and not one_pass and len(dy) <= configs.SUMMED_ROWS
+        rides = needs_bias and not one_pass and len(dy) <= tiles.SUMMED_ROWS
         scale = _prepare_scale(target, dy, dim, sums=rides)
         run.call(scale, "dy", "g", "n", None, gives=("s", "sums"))
         run.call(Product(), "s", "v", None, gives=("dx",))

@@ -135,7 +135,7 @@ def prepare_weight_grad(
     (m, o), r = p.shape, q.shape[1]
     if config is None:
         size = max(x.element_size(), v.element_size())
-        config = configs.grad_one_pass(m, size, target)
+        config = configs.grad_one_pass(m, o, size, target)
     if m > config.BLOCK_M:
         raise ValueError(f"one_pass holds {config.BLOCK_M} rows in its tile, got {m}")
     if o == 0 or r == 0:  # no tile would run

@@ -115,7 +115,6 @@ def slice_sums(
     BLOCK_N: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_R: tl.constexpr,
-    STAGES: tl.constexpr,
 ):
     """`⟨A_j, B_j⟩` over the `steps` tiles from the `first`; `A` alone if SQUARE. `A` is the sum of
     PARTS.
@@ -123,17 +122,17 @@ def slice_sums(
     The sum across lanes comes once, after the loop.
     """
     sums = tl.zeros((BLOCK_P, BLOCK_N, BLOCK_R), ACC)
-    for step in tl.range(0, steps, num_stages=STAGES):
+    for step in range(steps):
         outer, offs_p, offs_r, mask = tile_offsets(
             first + step, offs_n, N, loops, NESTED, WIDE, BLOCK_P, BLOCK_R
         )
-        at = tile_addresses(A, stride_a, outer, offs_p, offs_n, offs_r, WIDE)
-        a = load_sum(at, mask, PARTS, stride_part, ACC)
+        a_at = tile_addresses(A, stride_a, outer, offs_p, offs_n, offs_r, WIDE)
+        a = load_sum(a_at, mask, PARTS, stride_part, ACC)
         if SQUARE:
             sums += a * a
         else:
-            at = tile_addresses(B, stride_b, outer, offs_p, offs_n, offs_r, WIDE)
-            sums += a * tl.load(at, mask=mask, other=0.0).to(ACC)
+            b_at = tile_addresses(B, stride_b, outer, offs_p, offs_n, offs_r, WIDE)
+            sums += a * tl.load(b_at, mask=mask, other=0.0).to(ACC)
     return over_slices(sums)
 
 
@@ -178,7 +177,6 @@ def slice_sum_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_R: tl.constexpr,
-    STAGES: tl.constexpr,
 ):
     """OUT[split, j] = Σ A_j B_j over this split; with AS_NORM (one split) the norm of it."""
     offs_n = offsets(tl.program_id(0), BLOCK_N, WIDE)
@@ -202,7 +200,6 @@ def slice_sum_kernel(
         BLOCK_N,
         BLOCK_P,
         BLOCK_R,
-        STAGES,
     )
     if AS_NORM:
         sums = as_norm(sums, EPS)

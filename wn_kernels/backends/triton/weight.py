@@ -75,7 +75,6 @@ def weight_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_R: tl.constexpr,
-    STAGES: tl.constexpr,
     BLOCK_S: tl.constexpr,
 ):
     """W = g / n ⊙ V, and NORM. Only the form "partial" reads PARTIAL, the sums of squares."""
@@ -87,8 +86,8 @@ def weight_kernel(
         outer, offs_p, offs_r, mask = tile_offsets(
             first, offs_n, N, loops, NESTED, WIDE, BLOCK_P, BLOCK_R
         )
-        at = tile_addresses(V, stride_v, outer, offs_p, offs_n, offs_r, WIDE)
-        v = tl.load(at, mask=mask, other=0.0).to(ACC)
+        v_at = tile_addresses(V, stride_v, outer, offs_p, offs_n, offs_r, WIDE)
+        v = tl.load(v_at, mask=mask, other=0.0).to(ACC)
         squares = over_slices(v * v)
     elif FORM == "walked":
         squares = slice_sums(
@@ -110,23 +109,22 @@ def weight_kernel(
             BLOCK_N,
             BLOCK_P,
             BLOCK_R,
-            STAGES,
         )
     else:
         squares = partial_sums(PARTIAL, offs_n, N, SPLITS, ACC, BLOCK_N, BLOCK_S)
     n = as_norm(squares, EPS)
     tl.store(NORM + offs_n, n, mask=mask_n & (split == 0))
     scale = tl.load(G + offs_n, mask=mask_n, other=0.0).to(ACC) / n
-    for step in tl.range(0, steps, num_stages=STAGES):
+    for step in range(steps):
         outer, offs_p, offs_r, mask = tile_offsets(
             first + steps - 1 - step, offs_n, N, loops, NESTED, WIDE, BLOCK_P, BLOCK_R
         )
         if FORM != "held":
-            at = tile_addresses(V, stride_v, outer, offs_p, offs_n, offs_r, WIDE)
-            v = tl.load(at, mask=mask, other=0.0).to(ACC)
+            v_at = tile_addresses(V, stride_v, outer, offs_p, offs_n, offs_r, WIDE)
+            v = tl.load(v_at, mask=mask, other=0.0).to(ACC)
         w = cast(v * scale[None, :, None], W.dtype.element_ty)
-        at = tile_addresses(W, stride_w, outer, offs_p, offs_n, offs_r, WIDE)
-        tl.store(at, w, mask=mask)
+        w_at = tile_addresses(W, stride_w, outer, offs_p, offs_n, offs_r, WIDE)
+        tl.store(w_at, w, mask=mask)
 
 
 @triton.jit
@@ -155,7 +153,6 @@ def weight_grad_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_R: tl.constexpr,
-    STAGES: tl.constexpr,
     BLOCK_S: tl.constexpr,
 ):
     """DV = g / n ⊙ DW - c ⊙ V, and DG; DV may be DW, which is the sum of PARTS. Only the form
@@ -170,10 +167,10 @@ def weight_grad_kernel(
         outer, offs_p, offs_r, mask = tile_offsets(
             first, offs_n, N, loops, NESTED, WIDE, BLOCK_P, BLOCK_R
         )
-        at = tile_addresses(DW, stride_w, outer, offs_p, offs_n, offs_r, WIDE)
-        dw = load_sum(at, mask, PARTS, stride_part, ACC)
-        at = tile_addresses(V, stride_v, outer, offs_p, offs_n, offs_r, WIDE)
-        v = tl.load(at, mask=mask, other=0.0).to(ACC)
+        dw_at = tile_addresses(DW, stride_w, outer, offs_p, offs_n, offs_r, WIDE)
+        dw = load_sum(dw_at, mask, PARTS, stride_part, ACC)
+        v_at = tile_addresses(V, stride_v, outer, offs_p, offs_n, offs_r, WIDE)
+        v = tl.load(v_at, mask=mask, other=0.0).to(ACC)
         dots = over_slices(dw * v)
     elif FORM == "walked":
         dots = slice_sums(
@@ -195,7 +192,6 @@ def weight_grad_kernel(
             BLOCK_N,
             BLOCK_P,
             BLOCK_R,
-            STAGES,
         )
     else:
         dots = partial_sums(PARTIAL, offs_n, N, SPLITS, ACC, BLOCK_N, BLOCK_S)
@@ -203,17 +199,17 @@ def weight_grad_kernel(
     tl.store(DG + offs_n, dg, mask=mask_n & (split == 0))
     scale = g / n
     coef = dot_coefficient(g, n, dg, EPS)
-    for step in tl.range(0, steps, num_stages=STAGES):
+    for step in range(steps):
         outer, offs_p, offs_r, mask = tile_offsets(
             first + steps - 1 - step, offs_n, N, loops, NESTED, WIDE, BLOCK_P, BLOCK_R
         )
         if FORM != "held":
-            at = tile_addresses(DW, stride_w, outer, offs_p, offs_n, offs_r, WIDE)
-            dw = load_sum(at, mask, PARTS, stride_part, ACC)
-            at = tile_addresses(V, stride_v, outer, offs_p, offs_n, offs_r, WIDE)
-            v = tl.load(at, mask=mask, other=0.0).to(ACC)
-        at = tile_addresses(DV, stride_d, outer, offs_p, offs_n, offs_r, WIDE)
-        tl.store(at, scale[None, :, None] * dw - coef[None, :, None] * v, mask=mask)
+            dw_at = tile_addresses(DW, stride_w, outer, offs_p, offs_n, offs_r, WIDE)
+            dw = load_sum(dw_at, mask, PARTS, stride_part, ACC)
+            v_at = tile_addresses(V, stride_v, outer, offs_p, offs_n, offs_r, WIDE)
+            v = tl.load(v_at, mask=mask, other=0.0).to(ACC)
+        dv_at = tile_addresses(DV, stride_d, outer, offs_p, offs_n, offs_r, WIDE)
+        tl.store(dv_at, scale[None, :, None] * dw - coef[None, :, None] * v, mask=mask)
 
 
 # --- launchers ---------------------------------------------------------------------------------
