@@ -184,7 +184,7 @@ def test_paths_share_operands(measured, monkeypatch):
     assert [run.name for run in checked] == list(line["seconds"])
     ours = [run for run in checked if run.name.startswith("ours")]
     assert len({run.x.data_ptr() for run in ours}) == 1
-    assert len({run.session for run in ours}) == len(ours) == 3
+    assert len({run.session for run in ours}) == len(ours) >= 3
 
 
 TINY_MODEL = Model(
