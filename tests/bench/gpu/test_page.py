@@ -151,7 +151,7 @@ def test_what_went_wrong_is_said(run):
 def test_the_readme_counts_faults(tmp_path):
     lines = [environment("linear"), result("linear", "a", 1e-5)]
     path = written(tmp_path / "run.jsonl", lines)
-    assert "faults" not in page.short(page.Run(path))
+    assert "gaps" not in page.short(page.Run(path))
     wrong = {"section": "linear", "kind": "wrong", "message": "ours is wrong for b"}
     path = written(tmp_path / "run.jsonl", [*lines, wrong])
     assert "docs/gpu.md names 1 faults and gaps of this run." in page.short(page.Run(path))
