@@ -37,7 +37,7 @@ import torch
 
 from ... import cache
 from ...call import Call, takes_tf32
-from ..reference import differentiable_grads
+from .. import reference
 from . import limits
 
 NAME = "wn_kernels_native"
@@ -185,7 +185,8 @@ def library(*callbacks: Callable[..., tuple | None]) -> Any:
 
 @functools.cache
 def _connect(library: Any, *callbacks: Callable[..., tuple | None]) -> None:
-    library.set_callbacks(*callbacks, _takes_tf32, differentiable_grads)
+    derivatives = reference.differentiable_grads, reference.weight_grads_backward
+    library.set_callbacks(*callbacks, _takes_tf32, *derivatives)
 
 
 def _takes_tf32(rank: int) -> bool:

@@ -112,10 +112,26 @@ struct Convolution : Function<Convolution> {
                needs_bias = data["bias"].toBool() && ctx->needs_input_grad(3);
     const bool needs_weight = needs_v || needs_g;
     variable_list out(8);
-    if (goes_to_composite(dy)) {
+    if (!is_plain(dy)) {
       auto found = composite_grads(dy, x, v, g, conv, eps, {needs_x, needs_v, needs_g});
       std::move(found.begin(), found.end(), out.begin());
       if (needs_bias) out[3] = bias_grad(dy, 1);
+      return out;
+    }
+    if (at::GradMode::is_enabled()) {
+      RECORD_FUNCTION("wn_kernels::convolution_backward, recorded", {});
+      if (needs_bias && !needs_weight) out[3] = bias_grad(dy, 1);
+      if (!needs_x && !needs_weight) return out;
+      // Without dX, the values of the weight play no part.
+      const Tensor weight = needs_x ? recorded_weight(v, g, n, w, eps) : v.detach();
+      auto [dx, dw, db] =
+          plain_grads(dy, x, weight, conv, needs_x, needs_weight, needs_weight && needs_bias);
+      out[0] = dx;
+      if (needs_weight) {
+        out[3] = db;
+        auto found = WeightGrads::apply(dw, v, g, n, eps);
+        std::move(found.begin(), found.end(), out.begin() + 1);
+      }
       return out;
     }
     at::AutoDispatchBelowADInplaceOrView below;

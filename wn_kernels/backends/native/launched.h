@@ -218,8 +218,8 @@ class Launched : public torch::autograd::Node {
       return out;
     }
     const auto found = callbacks().differentiable_grads(
-        dy, as_object(x), v, g, as_object(bias), launches_->geometry, launches_->dim,
-        launches_->eps, as_tuple(needs));
+        dy, as_object(x), v, g, launches_->geometry, launches_->dim, launches_->eps,
+        as_tuple(needs));
     variable_list out;
     for (auto& grad : found.cast<std::vector<MaybeTensor>>()) out.push_back(grad.value_or(Tensor()));
     return out;

@@ -236,11 +236,22 @@ struct Linear : Function<Linear> {
                needs_g = ctx->needs_input_grad(2),
                needs_bias = ctx->saved_data["bias"].toBool() && ctx->needs_input_grad(3);
     variable_list out(7);
-    if (goes_to_composite(grads[0])) {
+    if (!is_plain(grads[0])) {
       auto found = composite_grads(
           grads[0], input, v, g, std::nullopt, eps, {needs_x, needs_v, needs_g});
       std::move(found.begin(), found.end(), out.begin());
       if (needs_bias) out[3] = bias_grad(grads[0], grads[0].dim() - 1);
+      return out;
+    }
+    if (at::GradMode::is_enabled()) {
+      RECORD_FUNCTION("wn_kernels::linear_backward, recorded", {});
+      const Tensor dy = grads[0].reshape({-1, v.size(0)}), x = input.reshape({-1, v.size(1)});
+      if (needs_x) out[0] = dy.mm(recorded_weight(v, g, n, {}, eps)).view(input.sizes());
+      if (needs_v || needs_g) {
+        auto found = WeightGrads::apply(dy.t().mm(x), v, g, n, eps);
+        std::move(found.begin(), found.end(), out.begin() + 1);
+      }
+      if (needs_bias) out[3] = bias_grad(dy, 1);
       return out;
     }
     at::AutoDispatchBelowADInplaceOrView below;

@@ -1,9 +1,13 @@
 // This file computes the norms of the weight, W and its gradients, and makes W a node of the graph.
 //
 //   n_j = ||V_j||   s = g / n   W = s V   dg_j = <dW_j, V_j> / n_j   dV = s dW - c V,  c = s dg / n
+//
+// A backward that is itself differentiated is recorded as W and (dV, dg), two nodes, around PyTorch's
+// own products with W. backends/reference.py has the formula of the second one's backward.
 
 #pragma once
 
+#include <array>
 #include <tuple>
 #include <utility>
 
@@ -168,14 +172,93 @@ inline std::pair<Tensor, Tensor> weight_grads(
   return {dv, dg};
 }
 
-// --- second derivatives ------------------------------------------------------------------------
+// The factors in the backward of (dV_j, dg_j), from the dots of dW_j, V_j and ddV_j.
+template <typename T>
+struct Bend {
+  Bend(double dw_v, double ddv_v, double ddv_dw, T ddg, T g, T n, double eps) : s(g / n) {
+    const bool clamped = eps > 0 && n <= static_cast<T>(eps);  // then the norm is a constant
+    const T dg = clamped ? T(0) : static_cast<T>(dw_v) / n,
+            b = clamped ? T(0) : static_cast<T>(ddv_v) / n, t = static_cast<T>(ddv_dw);
+    c = s * dg / n;
+    e = (ddg - s * b) / n;
+    f = clamped ? T(0) : (s * (t - 3 * b * dg) + ddg * dg) / n / n;
+    to_g = (t - b * dg) / n;
+  }
 
-// Returns whether the composite formula has to serve a backward. It does if the gradient is itself
-// differentiated, or belongs to a batch of gradients.
-inline bool goes_to_composite(const Tensor& dy) {
-  return at::GradMode::is_enabled() || !is_plain(dy);
+  T s, c, e, f, to_g;
+};
+
+// Computes the gradients of weight_grads() with respect to dW, V and g. If slices are rows, each of
+// the three tensors is read from memory once.
+inline std::array<Tensor, 3> weight_grads_backward(
+    const Tensor& ddv_given, const Tensor& ddg, const Tensor& dw_given, const Tensor& v,
+    const Tensor& g, const Tensor& n, double eps) {
+  const Extents e(v, g);
+  const auto laid_out = [&](const Tensor& t) {
+    return t.strides() == v.strides() ? t : at::empty_like(v).copy_(t);
+  };
+  const Tensor ddv = laid_out(ddv_given), dw = laid_out(dw_given), flat = ddg.contiguous(),
+               to_dw = at::empty_like(v), to_v = at::empty_like(v), to_g = at::empty_like(g);
+  AT_DISPATCH_FLOATING_TYPES(v.scalar_type(), "weight_grads_backward", [&] {
+    using T = scalar_t;
+    const auto *ps = ddv.const_data_ptr<T>(), *ws = dw.const_data_ptr<T>(),
+               *vs = v.const_data_ptr<T>(), *gs = g.const_data_ptr<T>(),
+               *ns = n.const_data_ptr<T>(), *qs = flat.const_data_ptr<T>();
+    auto *to_ws = to_dw.mutable_data_ptr<T>(), *to_vs = to_v.mutable_data_ptr<T>(),
+         *to_gs = to_g.mutable_data_ptr<T>();
+    if (e.columns) {
+      const auto dw_v = column_dots(ws, vs, e.of), ddv_v = column_dots(ps, vs, e.of),
+                 ddv_dw = column_dots(ps, ws, e.of);
+      const auto bend = [&](int64_t j) {
+        return Bend<T>(dw_v[j], ddv_v[j], ddv_dw[j], qs[j], gs[j], ns[j], eps);
+      };
+      for (int64_t j = 0; j < e.count; ++j) to_gs[j] = bend(j).to_g;
+      const auto each = [&](T Bend<T>::*factor) {
+        return spread<T>(e.of, [&](int64_t j) { return bend(j).*factor; });
+      };
+      const auto s = each(&Bend<T>::s), c = each(&Bend<T>::c), es = each(&Bend<T>::e),
+                 f = each(&Bend<T>::f);
+      const int64_t width = e.of.width();
+      for_each(e.of.rows, width, [&](int64_t row) {
+        const int64_t at = row * width;
+        for (int64_t j = 0; j < width; ++j) {
+          to_ws[at + j] = s[j] * ps[at + j] + es[j] * vs[at + j];
+          to_vs[at + j] = es[j] * ws[at + j] - c[j] * ps[at + j] - f[j] * vs[at + j];
+        }
+      });
+    } else {
+      for_each(e.count, e.length, [&](int64_t j) {
+        const int64_t at = j * e.length;
+        const T *p = ps + at, *w = ws + at, *row = vs + at;
+        const auto dots = sums<T, 3>(e.length, [=](int64_t i) {
+          return std::array<T, 3>{w[i] * row[i], p[i] * row[i], p[i] * w[i]};
+        });
+        const Bend<T> bend(dots[0], dots[1], dots[2], qs[j], gs[j], ns[j], eps);
+        to_gs[j] = bend.to_g;
+        for (int64_t i = 0; i < e.length; ++i) {
+          to_ws[at + i] = bend.s * p[i] + bend.e * row[i];
+          to_vs[at + i] = bend.e * w[i] - bend.c * p[i] - bend.f * row[i];
+        }
+      });
+    }
+  });
+  return {to_dw, to_v, to_g};
 }
 
+// --- second derivatives ------------------------------------------------------------------------
+
+inline py::object as_dim(const Tensor& v, const Tensor& g) {
+  const int64_t axis = Extents(v, g).axis;
+  return axis < 0 ? py::object(py::none()) : py::int_(axis);
+}
+
+inline variable_list as_variables(const py::object& grads) {
+  variable_list out;
+  for (auto& grad : grads.cast<std::vector<MaybeTensor>>()) out.push_back(grad.value_or(Tensor()));
+  return out;
+}
+
+// (dX, dV, dg) by operations of ATen, for a batch of gradients, which the passes cannot read.
 inline variable_list composite_grads(
     const Tensor& dy, const MaybeTensor& x, const Tensor& v, const Tensor& g,
     const std::optional<Geometry>& conv, double eps, const std::vector<bool>& needs) {
@@ -185,14 +268,40 @@ inline variable_list composite_grads(
     geometry = py::make_tuple(
         conv->stride, conv->padding, conv->dilation, conv->transposed, conv->output_padding,
         conv->groups);
-  const int64_t axis = Extents(v, g).axis;
-  const py::object dim = axis < 0 ? py::object(py::none()) : py::int_(axis);
-  const auto grads = callbacks().differentiable_grads(
-      dy, x, v, g, py::none(), geometry, dim, eps, needs);
-  variable_list out;
-  for (auto& grad : grads.cast<std::vector<MaybeTensor>>()) out.push_back(grad.value_or(Tensor()));
-  return out;
+  return as_variables(callbacks().differentiable_grads(
+      dy, x, v, g, geometry, as_dim(v, g), eps, needs));
 }
+
+// (dV, dg) as a function of dW, V and g.
+struct WeightGrads : Function<WeightGrads> {
+  static variable_list forward(
+      AutogradContext* ctx, const Tensor& dw, const Tensor& v, const Tensor& g, const Tensor& n,
+      double eps) {
+    ctx->save_for_backward({dw, v, g, n});
+    ctx->saved_data["eps"] = eps;
+    at::AutoDispatchBelowADInplaceOrView below;
+    const auto [dv, dg] = weight_grads(dw, v, g, n, eps, false);
+    return {dv, dg};
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    const auto saved = ctx->get_saved_variables();
+    const auto &dw = saved[0], &v = saved[1], &g = saved[2], &n = saved[3];
+    const double eps = ctx->saved_data["eps"].toDouble();
+    variable_list out;
+    if (at::GradMode::is_enabled() || !is_plain(grads[0]) || !is_plain(grads[1])) {
+      py::gil_scoped_acquire gil;
+      out = as_variables(callbacks().weight_grads_backward(
+          grads[0], grads[1], dw, v, g, py::none(), as_dim(v, g), eps));
+    } else {
+      at::AutoDispatchBelowADInplaceOrView below;
+      const auto found = weight_grads_backward(grads[0], grads[1], dw, v, g, n, eps);
+      out.assign(found.begin(), found.end());
+    }
+    out.resize(5);
+    return out;
+  }
+};
 
 // Returns the gradient of a bias along dimension `channel` of dY.
 inline Tensor bias_grad(const Tensor& dy, int64_t channel) {
@@ -218,16 +327,31 @@ struct WeightNorm : Function<WeightNorm> {
     const auto &v = saved[0], &g = saved[1], &n = saved[2];
     const double eps = ctx->saved_data["eps"].toDouble();
     const bool needs_v = ctx->needs_input_grad(0), needs_g = ctx->needs_input_grad(1);
-    if (goes_to_composite(grads[0])) {
+    if (!is_plain(grads[0])) {
       auto out = composite_grads(
           grads[0], std::nullopt, v, g, std::nullopt, eps, {false, needs_v, needs_g});
       return {out[1], out[2], Tensor(), Tensor()};
+    }
+    if (at::GradMode::is_enabled()) {
+      auto out = WeightGrads::apply(grads[0], v, g, n, eps);
+      return {out[0], out[1], Tensor(), Tensor()};
     }
     at::AutoDispatchBelowADInplaceOrView below;
     auto [dv, dg] = weight_grads(grads[0], v, g, n, eps, false);
     return {dv, dg, Tensor(), Tensor()};
   }
 };
+
+// Returns W as part of the graph of a backward. It is `kept` by the forward, or formed from its norms.
+inline Tensor recorded_weight(
+    const Tensor& v, const Tensor& g, const Tensor& n, const Tensor& kept, double eps) {
+  Tensor w = kept.defined() ? kept.detach() : Tensor();
+  if (!w.defined()) {
+    at::AutoDispatchBelowADInplaceOrView below;
+    w = scaled_weight(v, g, n);
+  }
+  return WeightNorm::apply(v, g, std::make_pair(w, n), eps);
+}
 
 // Returns the axis that `dim` names, or -1 for the whole of V. Returns nothing if `dim` is invalid.
 inline std::optional<int64_t> axis_of(py::handle dim, int64_t ndim) {
