@@ -146,14 +146,15 @@ def recorded_grads(
     x, v, g, _ = tensors
     conv = call.conv
     if recorder(dy) == "composite":  # such as a batch of gradients
-        return reference.differentiable_grads(dy, x, v, g, conv, call.dim, call.eps, needs)
+        return reference.differentiable_grads(dy, None, x, v, g, conv, call.dim, call.eps, needs)
     needs_x, needs_v, needs_g, needs_bias = needs
     needs_weight = needs_v or needs_g
     dx, dw, db = None, dy, None
     if x is not None:
         call, plan = call.of_weight(), plan.of_weight()
         # Without dX, the weight's values play no part.
-        w = Layer.apply(None, v, g, None, call, plan) if needs_x else v.detach().to(x.dtype)
+        of_weight = Operands(None, v, g, None)
+        w = layer(call, plan, of_weight) if needs_x else v.detach().to(x.dtype)
         wanted = needs_x, needs_weight, needs_bias
         if conv is None:
             dx, dw, db = vendor.linear_grads(dy, x, w, *wanted)

@@ -176,7 +176,8 @@ def _unless_clamped(t: Tensor, n: Tensor, eps: float) -> Tensor:
 
 
 def differentiable_grads(
-    dy: Tensor,
+    dy: Tensor | None,
+    dw: Tensor | None,
     x: Tensor | None,
     v: Tensor,
     g: Tensor,
@@ -186,18 +187,24 @@ def differentiable_grads(
     needs: Sequence[bool],
 ) -> Grads:
     """Returns `(dX, dV, dg, db)` of `layer`, with derivatives of every order. A gradient that
-    `needs` excludes, or has no entry for, may be `None`."""
+    `needs` excludes, or has no entry for, may be `None`.
+
+    `dY` is the gradient of the output, which is `W` if there is no `x`. `dW` is another one of the
+    weight, which is added to the layer's own. Either may be `None`.
+    """
     needs_x, needs_v, needs_g, needs_bias = [*needs, *[False] * (4 - len(needs))]
-    needs_weight = needs_v or needs_g
     n = norms(v, dim, eps)
-    dx, dw, db = None, dy, None
-    if x is not None:
+    dx = db = None
+    if x is None:
+        dw = dy
+    elif dy is not None:
         w = (v * (g.view(n.shape).to(n.dtype) / n)).to(x.dtype)
-        wanted = needs_x, needs_weight, needs_bias
+        wanted = needs_x, needs_v or needs_g, needs_bias
         if conv is None:
-            dx, dw, db = vendor.linear_grads(dy, x, w, *wanted)
+            dx, own, db = vendor.linear_grads(dy, x, w, *wanted)
         else:
-            dx, dw, db = vendor.convolution_grads(dy, x, w, Geometry(*conv), *wanted)
-    if not needs_weight:
+            dx, own, db = vendor.convolution_grads(dy, x, w, Geometry(*conv), *wanted)
+        dw = own if dw is None or own is None else own + dw
+    if dw is None or not (needs_v or needs_g):
         return dx, None, None, db
     return dx, *weight_grads(dw, v, g, n, dim, eps), db

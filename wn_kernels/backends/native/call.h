@@ -175,7 +175,7 @@ struct Callbacks {
   // (rank, (x, v, g, bias), geometry, dim, eps) -> what `Launches` (launched.h) is made of, or None.
   py::object launches;
   py::object takes_tf32;  // (rank) -> whether such products are taken in TF32
-  // (dY, x, v, g, geometry, dim, eps, needs) -> (dX, dV, dg, db), of a batch of gradients as well
+  // (dY, dW, x, v, g, geometry, dim, eps, needs) -> (dX, dV, dg, db), of a batch of gradients as well
   py::object differentiable_grads;
   // (ddV, ddg, dW, v, g, n, dim, eps) -> the gradients of (dV, dg) with respect to dW, v and g; part
   // of the graph if n is None

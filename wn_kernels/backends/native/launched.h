@@ -3,7 +3,8 @@
 // Python prepares both directions of a call once, for its dtypes, layouts and options
 // (`operators.launches`). What only allocates and launches is a `Pass`, which runs here, and so does
 // PyTorch's own product with a `W` that a pass forms. Anything else is a Python function. A backward
-// that is itself differentiated runs on the composite formula.
+// that is itself differentiated is recorded as on a CPU (weight.h): its `W` and its `(dV, dg)` are
+// launches of the weight alone.
 
 #pragma once
 
@@ -13,6 +14,7 @@
 #include <torch/custom_class.h>
 
 #include "convolution.h"
+#include "linear.h"
 #include "passes.h"
 
 namespace wn_kernels {
@@ -23,12 +25,6 @@ inline py::object as_object(const Tensor& t) { return t.defined() ? py::cast(t) 
 
 inline py::tuple as_tuple(const Needs& needs) {
   return py::make_tuple(needs[0], needs[1], needs[2], needs[3]);
-}
-
-// `(*, K)` as `(M, K)`.
-inline Tensor as_rows(const Tensor& x) {
-  if (x.dim() == 2) return x;
-  return x.dim() > 2 ? x.flatten(0, -2) : x.unsqueeze(0);
 }
 
 // One prepared call. Its functions are called with the GIL held.
@@ -76,6 +72,14 @@ struct Launches : torch::CustomClassHolder {
     return conv ? plain(x, w, cast, *conv) : at::linear(x, w, maybe(cast));
   }
 
+  // (dX, dW, db) of that product.
+  std::tuple<Tensor, Tensor, Tensor> product_grads(
+      const Tensor& dy, const Tensor& x, const Tensor& w, const Needs& needs) const {
+    const bool needs_w = needs[1] || needs[2];
+    return conv ? plain_convolution_grads(dy, x, w, *conv, needs[0], needs_w, needs[3])
+                : plain_linear_grads(dy, x, w, needs[0], needs_w, needs[3]);
+  }
+
   // (dX, dV, dg, db); what is not needed may be undefined.
   variable_list backward(
       const Tensor& dy, const Tensor& x, const Tensor& v, const Tensor& g, const Tensor& bias,
@@ -108,22 +112,8 @@ struct Launches : torch::CustomClassHolder {
     Tensor dx, dw, db;
     {
       py::gil_scoped_release released;
-      if (conv) {
-        // Alone, ATen would compute the weight's gradient beside it; in float16, it sums in float16.
-        if (needs[3] && (!needs_weight || dy.element_size() == 2)) db = bias_grad(dy, 1);
-        const bool rides = needs[3] && !db.defined();
-        const Tensor w = needs[0] ? formed : v.to(x.scalar_type());
-        if (needs[0] || needs_weight) {
-          auto found = plain_grads(dy, x, w, *conv, needs[0], needs_weight, rides);
-          std::tie(dx, dw) = std::tie(std::get<0>(found), std::get<1>(found));
-          if (rides) db = std::get<2>(found);
-        }
-      } else {
-        const Tensor rows = as_rows(dy);
-        if (needs[0]) dx = rows.mm(formed).view(x.sizes());
-        if (needs_weight) dw = rows.t().mm(as_rows(x));
-        if (needs[3]) db = rows.sum(0);
-      }
+      const Tensor w = needs[0] ? formed : v.to(x.scalar_type());
+      std::tie(dx, dw, db) = product_grads(dy, x, w, needs);
     }
     variable_list out{dx, {}, {}, db};
     if (needs_weight) {
@@ -167,6 +157,9 @@ struct Launches : torch::CustomClassHolder {
 
 using Prepared = c10::intrusive_ptr<Launches>;
 
+inline std::optional<Prepared> prepared(
+    int64_t rank, const Operands& t, py::handle geometry, py::handle dim, py::handle eps);
+
 // The node of a call. It is no `Function`, whose context takes longer than a launch does.
 class Launched : public torch::autograd::Node {
   // In what holds a node: a shared_ptr or an intrusive_ptr, by the version of torch.
@@ -190,7 +183,7 @@ class Launched : public torch::autograd::Node {
     for (const Tensor* t : {&x, &v, &g, &bias, &n})
       node->saved_[i++] = torch::autograd::SavedVariable(*t, /*is_output=*/false);
     torch::autograd::set_history(y, node);
-    return y;
+    return x.defined() ? with_weight_grad(y, v) : y;
   }
 
   std::string name() const override { return "wn_kernels::Launched"; }
@@ -201,8 +194,10 @@ class Launched : public torch::autograd::Node {
   }
 
   variable_list apply(variable_list&& grads) override {
-    const Tensor& dy = grads[0];
-    if (!dy.defined()) return variable_list(4);
+    if (grads.size() == 1) grads.emplace_back();
+    const LayerGrads given(grads);
+    const Tensor &dy = given.dy, &dw = given.dw;
+    if (given.are_undefined()) return variable_list(4);
     std::array<Tensor, 5> tensors;
     {
       const std::lock_guard<std::mutex> lock(mutex_);
@@ -212,20 +207,71 @@ class Launched : public torch::autograd::Node {
     Needs needs;
     for (size_t i = 0; i < needs.size(); ++i) needs[i] = task_should_compute_output(i);
     py::gil_scoped_acquire gil;
-    if (!at::GradMode::is_enabled() && is_plain(dy, v.device().type())) {
-      auto out = launches_->backward(dy, x, v, g, bias, n, needs);
-      if (out[3].defined()) out[3] = out[3].to(bias.scalar_type());
-      return out;
+    // The launches of the weight alone, for W and its gradient.
+    const bool again = at::GradMode::is_enabled();
+    const auto weight = !x.defined()             ? std::make_optional(launches_)
+                        : again || dw.defined() ? weight_alone(v, g)
+                                                : std::nullopt;
+    const bool composite = !given.are_plain(v.device().type()) || (!weight && (again || dw.defined()));
+    variable_list out(4);
+    if (composite) {
+      out = as_variables(callbacks().differentiable_grads(
+          as_object(dy), as_object(dw), as_object(x), v, g, launches_->geometry, launches_->dim,
+          launches_->eps, as_tuple(needs)));
+    } else if (again) {
+      out = recorded(given, x, v, g, n, needs, *weight);
+    } else {
+      if (dy.defined()) out = launches_->backward(dy, x, v, g, bias, n, needs);
+      if (dw.defined()) {
+        const auto more = (*weight)->backward(dw, {}, v, g, {}, n, {false, needs[1], needs[2], false});
+        for (const size_t i : {1, 2})
+          if (needs[i]) out[i] = out[i].defined() ? out[i] + more[i] : more[i];
+      }
     }
-    const auto found = callbacks().differentiable_grads(
-        dy, as_object(x), v, g, launches_->geometry, launches_->dim, launches_->eps,
-        as_tuple(needs));
-    variable_list out;
-    for (auto& grad : found.cast<std::vector<MaybeTensor>>()) out.push_back(grad.value_or(Tensor()));
+    if (out[3].defined()) out[3] = out[3].to(bias.scalar_type());
     return out;
   }
 
  private:
+  // What forms W alone in V's dtype, and its gradients; nothing where Python does.
+  std::optional<Prepared> weight_alone(const Tensor& v, const Tensor& g) const {
+    return prepared(0, {{}, v, g, {}}, py::tuple(), launches_->dim, py::float_(launches_->eps));
+  }
+
+  // (dX, dV, dg, db) as part of the graph.
+  variable_list recorded(
+      const LayerGrads& given, const Tensor& x, const Tensor& v, const Tensor& g, const Tensor& n,
+      const Needs& needs, const Prepared& weight) const {
+    Tensor dx, own = x.defined() ? Tensor() : given.dy, db;
+    if (x.defined() && given.dy.defined()) {
+      Tensor w = v.detach();  // without dX, its values play no part
+      if (needs[0]) {
+        {
+          at::AutoDispatchBelowADInplaceOrView below;
+          const at::NoGradGuard no_grad;
+          w = weight->forward({}, v, g, {}).first;
+        }
+        w = recorded_weight(w, v, g);
+      }
+      std::tie(dx, own, db) = launches_->product_grads(given.dy, x, w.to(x.scalar_type()), needs);
+      if (own.defined()) own = own.to(v.scalar_type());
+    }
+    variable_list out{dx, {}, {}, db};
+    if (!needs[1] && !needs[2]) return out;
+    const Tensor dw = given.total(own);
+    variable_list grads;
+    {
+      at::AutoDispatchBelowADInplaceOrView below;
+      const at::NoGradGuard no_grad;
+      grads = weight->backward(dw, {}, v, g, {}, n, {false, true, true, false});
+    }
+    const int64_t axis = launches_->dim.is_none() ? -1 : launches_->dim.cast<int64_t>();
+    auto found = WeightGrads::apply(
+        dw, v, g, n, std::make_pair(grads[1], grads[2]), axis, launches_->eps);
+    std::move(found.begin(), found.end(), out.begin() + 1);
+    return out;
+  }
+
   std::array<torch::autograd::SavedVariable, 5> saved_;  // x, V, g, the bias and n
   Prepared launches_;
 };

@@ -2,8 +2,10 @@
 //
 //   n_j = ||V_j||   s = g / n   W = s V   dg_j = <dW_j, V_j> / n_j   dV = s dW - c V,  c = s dg / n
 //
-// A backward that is itself differentiated is recorded as W and (dV, dg), two nodes, around PyTorch's
-// own products with W. backends/reference.py has the formula of the second one's backward.
+// A backward that is itself differentiated is recorded as PyTorch's own products with W, and as
+// (dV, dg) of dW. That W is a second output of the layer's node, so that its gradient is added to the
+// node's own dW before dV and dg are computed. backends/reference.py has the formula of their own
+// backward.
 
 #pragma once
 
@@ -247,8 +249,8 @@ inline std::array<Tensor, 3> weight_grads_backward(
 
 // --- second derivatives ------------------------------------------------------------------------
 
-inline py::object as_dim(const Tensor& v, const Tensor& g) {
-  const int64_t axis = Extents(v, g).axis;
+// The dimension that Python calls `dim`. -1 is the whole of V.
+inline py::object as_dim(int64_t axis) {
   return axis < 0 ? py::object(py::none()) : py::int_(axis);
 }
 
@@ -258,9 +260,10 @@ inline variable_list as_variables(const py::object& grads) {
   return out;
 }
 
-// (dX, dV, dg) by operations of ATen, for a batch of gradients, which the passes cannot read.
+// (dX, dV, dg) by operations of ATen, for a batch of gradients, which the passes cannot read. Either of
+// dY, which is W's without x, and dW may be undefined.
 inline variable_list composite_grads(
-    const Tensor& dy, const MaybeTensor& x, const Tensor& v, const Tensor& g,
+    const Tensor& dy, const Tensor& dw, const Tensor& x, const Tensor& v, const Tensor& g,
     const std::optional<Geometry>& conv, double eps, const std::vector<bool>& needs) {
   py::gil_scoped_acquire gil;
   py::object geometry = py::none();
@@ -269,39 +272,95 @@ inline variable_list composite_grads(
         conv->stride, conv->padding, conv->dilation, conv->transposed, conv->output_padding,
         conv->groups);
   return as_variables(callbacks().differentiable_grads(
-      dy, x, v, g, geometry, as_dim(v, g), eps, needs));
+      maybe(dy), maybe(dw), maybe(x), v, g, geometry, as_dim(Extents(v, g).axis), eps, needs));
 }
 
-// (dV, dg) as a function of dW, V and g.
+// (dV, dg), which a pass has computed, as a function of dW, V and g.
 struct WeightGrads : Function<WeightGrads> {
   static variable_list forward(
       AutogradContext* ctx, const Tensor& dw, const Tensor& v, const Tensor& g, const Tensor& n,
-      double eps) {
+      const std::pair<Tensor, Tensor>& result, int64_t axis, double eps) {
     ctx->save_for_backward({dw, v, g, n});
+    ctx->saved_data["axis"] = axis;
     ctx->saved_data["eps"] = eps;
-    at::AutoDispatchBelowADInplaceOrView below;
-    const auto [dv, dg] = weight_grads(dw, v, g, n, eps, false);
-    return {dv, dg};
+    return {result.first, result.second};
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
     const auto saved = ctx->get_saved_variables();
-    const auto &dw = saved[0], &v = saved[1], &g = saved[2], &n = saved[3];
+    const auto &ddv = grads[0], &ddg = grads[1], &dw = saved[0], &v = saved[1], &g = saved[2],
+               &n = saved[3];
     const double eps = ctx->saved_data["eps"].toDouble();
+    const bool again = at::GradMode::is_enabled();
+    const auto fits = [&](const Tensor& t) {
+      return is_plain(t) && t.scalar_type() == v.scalar_type();
+    };
+    const bool readable = (v.scalar_type() == at::kFloat || v.scalar_type() == at::kDouble) &&
+                          fits(ddv) && fits(ddg) && fits(dw) && fits(g) && has_slices(v, g);
     variable_list out;
-    if (at::GradMode::is_enabled() || !is_plain(grads[0]) || !is_plain(grads[1])) {
+    if (again || !readable) {
       py::gil_scoped_acquire gil;
       out = as_variables(callbacks().weight_grads_backward(
-          grads[0], grads[1], dw, v, g, py::none(), as_dim(v, g), eps));
+          ddv, ddg, dw, v, g, again ? py::none() : py::cast(n),
+          as_dim(ctx->saved_data["axis"].toInt()), eps));
     } else {
       at::AutoDispatchBelowADInplaceOrView below;
-      const auto found = weight_grads_backward(grads[0], grads[1], dw, v, g, n, eps);
+      const auto found = weight_grads_backward(ddv, ddg, dw, v, g, n, eps);
       out.assign(found.begin(), found.end());
     }
-    out.resize(5);
+    out.resize(7);
     return out;
   }
 };
+
+// The same by the pass of this file.
+inline variable_list recorded_weight_grads(
+    const Tensor& dw, const Tensor& v, const Tensor& g, const Tensor& n, double eps) {
+  std::pair<Tensor, Tensor> result;
+  {
+    at::AutoDispatchBelowADInplaceOrView below;
+    const at::NoGradGuard no_grad;
+    result = weight_grads(dw, v, g, n, eps, false);
+  }
+  return WeightGrads::apply(dw, v, g, n, result, Extents(v, g).axis, eps);
+}
+
+// The gradients of a layer's node: dY, and that of the W which a recorded backward makes an output of
+// the node. Either may be undefined.
+struct LayerGrads {
+  explicit LayerGrads(const variable_list& grads) : dy(grads[0]), dw(grads[1]) {}
+
+  bool are_undefined() const { return !dy.defined() && !dw.defined(); }
+  bool are_plain(at::DeviceType device = at::kCPU) const {
+    return (!dy.defined() || is_plain(dy, device)) && (!dw.defined() || is_plain(dw, device));
+  }
+  // Adds dW to the dW of dY, which may be undefined, in place.
+  Tensor total(const Tensor& own) const {
+    if (!dw.defined()) return own;
+    return !own.defined() ? dw : at::GradMode::is_enabled() ? own + dw : own.add_(dw);
+  }
+
+  Tensor dy, dw;
+};
+
+// Returns y, whose node gets the second gradient.
+inline Tensor with_weight_grad(Tensor y, const Tensor& v) {
+  y.grad_fn()->add_input_metadata(v);
+  return y;
+}
+
+// Returns W, which becomes an output of the node whose backward is running.
+inline Tensor recorded_weight(const Tensor& w, const Tensor& v, const Tensor& g) {
+  if (v.requires_grad() || g.requires_grad())
+    torch::autograd::impl::set_gradient_edge(w, {torch::autograd::get_current_node(), 1});
+  return w;
+}
+
+// `(*, K)` as `(M, K)`.
+inline Tensor as_rows(const Tensor& x) {
+  if (x.dim() == 2) return x;
+  return x.dim() > 2 ? x.flatten(0, -2) : x.unsqueeze(0);
+}
 
 // Returns the gradient of a bias along dimension `channel` of dY.
 inline Tensor bias_grad(const Tensor& dy, int64_t channel) {
@@ -328,12 +387,12 @@ struct WeightNorm : Function<WeightNorm> {
     const double eps = ctx->saved_data["eps"].toDouble();
     const bool needs_v = ctx->needs_input_grad(0), needs_g = ctx->needs_input_grad(1);
     if (!is_plain(grads[0])) {
-      auto out = composite_grads(
-          grads[0], std::nullopt, v, g, std::nullopt, eps, {false, needs_v, needs_g});
+      auto out =
+          composite_grads(grads[0], {}, {}, v, g, std::nullopt, eps, {false, needs_v, needs_g});
       return {out[1], out[2], Tensor(), Tensor()};
     }
     if (at::GradMode::is_enabled()) {
-      auto out = WeightGrads::apply(grads[0], v, g, n, eps);
+      auto out = recorded_weight_grads(grads[0], v, g, n, eps);
       return {out[0], out[1], Tensor(), Tensor()};
     }
     at::AutoDispatchBelowADInplaceOrView below;
@@ -341,17 +400,6 @@ struct WeightNorm : Function<WeightNorm> {
     return {dv, dg, Tensor(), Tensor()};
   }
 };
-
-// Returns W as part of the graph of a backward. It is `kept` by the forward, or formed from its norms.
-inline Tensor recorded_weight(
-    const Tensor& v, const Tensor& g, const Tensor& n, const Tensor& kept, double eps) {
-  Tensor w = kept.defined() ? kept.detach() : Tensor();
-  if (!w.defined()) {
-    at::AutoDispatchBelowADInplaceOrView below;
-    w = scaled_weight(v, g, n);
-  }
-  return WeightNorm::apply(v, g, std::make_pair(w, n), eps);
-}
 
 // Returns the axis that `dim` names, or -1 for the whole of V. Returns nothing if `dim` is invalid.
 inline std::optional<int64_t> axis_of(py::handle dim, int64_t ndim) {
