@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from bench import precision
 from bench.allocation import saved_bytes
-from bench.providers import Provider, providers_of
+from bench.providers import Provider, Session, providers_of
 from wn_kernels.backends import reference
 
 MODES = ("infer", "train")
@@ -202,6 +203,7 @@ class Runner:
         with torch.no_grad(), case.session(device):
             self.dy = torch.randn_like(layer(self.x))
         self.module = provider.make(case, layer)
+        self.right: dict[str, Tensor] = {}  # what is compared with, once it is there
         self.leaves = [self.x, *self.module.parameters()]
 
     @contextmanager
@@ -215,10 +217,18 @@ class Runner:
 
     def twin(self) -> Runner:
         """The same with operands of its own."""
-        twin = copy.deepcopy(self, {id(self.plain): self.plain})
+        shared = self.plain, self.right
+        twin = copy.deepcopy(self, {id(one): one for one in shared})
         if self.module._compiled_call_impl is not None:  # what a copy leaves behind
             twin.module.compile()
         return twin
+
+    def under(self, name: str, session: Session) -> Runner:
+        """The same with the same operands, inside of another session."""
+        other = copy.copy(self)
+        other.name, other.provider = name, replace(self.provider, session=session)
+        other.session = session if self.case.precision == "own" else other._sessions
+        return other
 
     def __call__(self) -> None:
         if self.case.mode == "infer":
@@ -235,29 +245,39 @@ class Runner:
         Raises:
             AssertionError: the provider is wrong; it must not be timed.
         """
+        if not self.right:
+            self.right.update(self._reference())
+        results = {"output": self.module(self.x)}
+        if self.case.mode == "train":
+            leaves = self._leaves()
+            grads = torch.autograd.grad(results["output"], list(leaves.values()), self.dy)
+            results |= dict(zip(leaves, grads, strict=True))
+        # The sums of the output, of the input's gradient and of the weight's.
+        y, shape = results["output"], self.plain.weight.shape
+        length = max(math.prod(shape) // min(shape[:2]), y.numel() // len(self.plain.bias))
+        for what, result in results.items():
+            self._compare(what, result, self.right[what], length)
+
+    def _leaves(self) -> dict[str, Tensor]:
+        """What a training step finds gradients of, by the words for them: `V` and `g` last."""
         parameters = dict(self.module.named_parameters())
         bias = parameters.pop("bias")
         weights = sorted(parameters.items(), key=lambda item: item[1].numel())
-        x, dy, b = (t.detach().double() for t in (self.x, self.dy, bias))
-        leaves = [x.requires_grad_(), b.requires_grad_()]
-        wide = [p.detach().double().requires_grad_() for _, p in weights]
-        if self.name == "plain":
-            w = wide[0]
-        else:
-            w = reference.weight_norm(wide[1], wide[0], self.case.dim, 0.0)
+        named = {"input": self.x, "bias": bias, **dict(reversed(weights))}
+        return {f"gradient of {name}": leaf for name, leaf in named.items()}
+
+    def _reference(self) -> dict[str, Tensor]:
+        """The output and, of a training step, every gradient, by the definition in float64."""
+        wide = [t.detach().double().requires_grad_() for t in self._leaves().values()]
+        x, b, v, *g = wide
+        w = reference.weight_norm(v, *g, self.case.dim, 0.0) if g else v
         y = torch.func.functional_call(self.plain, {"weight": w, "bias": b}, (x,))
-        # The sums of the output, of the input's gradient and of the weight's.
-        shape = w.shape
-        length = max(w.numel() // min(shape[:2]), y.numel() // len(b))
-        self._compare("output", self.module(self.x), y, length)
-        if self.case.mode == "infer":
-            return
-        expected = torch.autograd.grad(y, leaves + wide, dy)
-        actual = [self.x, bias, *(p for _, p in weights)]
-        grads = torch.autograd.grad(self.module(self.x), actual, self.dy)
-        names = ["input", "bias", *(name for name, _ in weights)]
-        for name, grad, right in zip(names, grads, expected, strict=True):
-            self._compare(f"gradient of {name}", grad, right, length)
+        found = {"output": y.detach()}
+        if self.case.mode == "train":
+            found |= dict(
+                zip(self._leaves(), torch.autograd.grad(y, wide, self.dy.double()), strict=True)
+            )
+        return found
 
     def _compare(self, what: str, actual: Tensor, expected: Tensor, length: int) -> None:
         message = f"{self.name} is wrong for {self.case}: {what}"

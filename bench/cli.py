@@ -13,6 +13,7 @@ SUITES = {
 MORE = {
     "norm": "the operator alone",
     "overhead": "layers so small that only the calls count",
+    "second-order": "steps whose loss contains a gradient",
     "models": "whole models (needs the extra of that name)",
 }
 DTYPES = ("float32", "bfloat16", "float16")
@@ -49,10 +50,18 @@ def main(arguments: list[str] | None = None) -> int:
         "--cache", default=None, help="compiled kernels: to use, or without --out to make"
     )
     device.add_argument("--predict", default=None, help="write predictions into a Markdown file")
+    device.add_argument(
+        "--publish",
+        default=None,
+        metavar="JSONL",
+        help="write a run's tables into docs/gpu.md and README.md",
+    )
     device.add_argument("--capability", type=int, default=90, help="of the stand-in for a GPU")
 
-    compare = commands.add_parser("compare", help="what moved between two results of a suite")
-    compare.add_argument("before", help="a result, or several runs with commas between")
+    compare = commands.add_parser("compare", help="what moved between two results")
+    compare.add_argument(
+        "before", help="a suite's, or several runs with commas between, or a GPU's .jsonl"
+    )
     compare.add_argument("after", help="the same")
 
     report = commands.add_parser("report", help="one HTML page of results")
@@ -69,8 +78,7 @@ def main(arguments: list[str] | None = None) -> int:
     codegen.add_argument("--only", default=None, help="kernels, configurations or targets with it")
     codegen.add_argument("--write", action="store_true", help="replace the committed baseline")
 
-    bounds = commands.add_parser("bounds", help="what bounds the matmul's loop, by compiled code")
-    bounds.add_argument("--every-kernel", action="store_true", help="not the matmul alone")
+    commands.add_parser("bounds", help="what bounds each kernel's loop, by compiled code")
 
     traffic = commands.add_parser("traffic", help="count what Triton's kernels move, without a GPU")
     traffic.add_argument("--kernels", action="store_true", help="list each path's kernels")
@@ -98,6 +106,10 @@ def main(arguments: list[str] | None = None) -> int:
             from bench.gpu import predictions
 
             return predictions.write(chosen.predict)
+        if chosen.publish is not None:
+            from bench.gpu import page
+
+            return page.write(chosen.publish)
         return run.main(
             chosen.out,
             chosen.sections,
@@ -133,7 +145,7 @@ def main(arguments: list[str] | None = None) -> int:
         if chosen.command == "bounds":
             from bench import bounds as cycles
 
-            return cycles.main(chosen.every_kernel)
+            return cycles.main()
         from bench import codegen as check
 
         return check.main(chosen.json, chosen.only, chosen.write)

@@ -8,7 +8,6 @@ or bfloat16 product uses no tensor cores.
 from __future__ import annotations
 
 import json
-import math
 import re
 import subprocess
 import tempfile
@@ -89,7 +88,6 @@ def compile_for(compilation: Compilation, target: Target):
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
-    from triton.tools.tensor_descriptor import TensorDescriptor
 
     launch = compilation.launch
     signature, constants, attributes = {}, {}, {}
@@ -101,8 +99,6 @@ def compile_for(compilation: Compilation, target: Target):
             return "constexpr"
         if isinstance(value, tuple):
             return tuple(specialise((*path, i), v, False) for i, v in enumerate(value))
-        if isinstance(value, TensorDescriptor):
-            return f"tensordesc<{TYPES[value.base.dtype]}{value.block_shape}>"
         if isinstance(value, Tensor) or value % 16 == 0:
             attributes[path] = [["tt.divisibility", 16]]
         if isinstance(value, Tensor):
@@ -133,26 +129,16 @@ def inspect(compilation: Compilation, target: Target) -> Record:
     else:
         instructions = _read_amdgcn(kernel.asm["amdgcn"], record)
     warps = compilation.launch.num_warps
-    loads = compilation.launch.arguments.get("LOADS", "pointers")
-    loops = [(_main_loop(instructions), warps)]
-    if loads == "specialized":
-        loops = _role_loops(instructions, warps)
-    loop = [i for body, _ in loops for i in body]
+    loop = _main_loop(instructions)
     record.loop_instructions = len(loop)
     record.mix = dict(_mix(loop))
     record.tensor_core_instructions = sum(
         1 for i in (loop or instructions) if TENSOR_CORE.match(i.opcode)
     )
-    for body, of in loops:
-        record.issue_slots += len(body) * of
-        lanes = target.warp_size * of
-        record.shared_traffic += lanes * sum(_shared_bytes(i.opcode) for i in body)
-        record.global_traffic += lanes * sum(_global_bytes(i.opcode) for i in body)
-    if loads != "pointers":  # copied by hardware, in no lane's registers
-        tiles = (compilation.launch.arguments[name] for name in ("A", "V"))
-        copied = sum(math.prod(t.block_shape) * t.base.element_size() for t in tiles)
-        record.shared_traffic += copied
-        record.global_traffic += copied
+    record.issue_slots = len(loop) * warps
+    lanes = target.warp_size * warps
+    record.shared_traffic = lanes * sum(_shared_bytes(i.opcode) for i in loop)
+    record.global_traffic = lanes * sum(_global_bytes(i.opcode) for i in loop)
     record.load_bits = max((_load_bits(i.opcode) for i in instructions), default=0)
     record.warps_per_sm = _resident_warps(record, kernel.metadata.num_warps, target)
     if record.spill_bytes:
@@ -161,9 +147,8 @@ def inspect(compilation: Compilation, target: Target) -> Record:
         record.failures.append(f"needs {record.shared_bytes} of {target.shared_limit} bytes shared")
     half = compilation.dtype.split("·")[0] in ("fp16", "bf16", "tf32")
     # With channels last, all loads of activations and of packed weights are as wide as they come.
-    packed = compilation.launch.arguments.get("FORM") == "packed"
     flat = compilation.launch.arguments.get("FLAT")
-    if compilation.kernel == "conv_kernel" and packed and not flat and record.load_bits < 128:
+    if compilation.kernel == "conv_kernel" and not flat and record.load_bits < 128:
         record.failures.append(f"loads {record.load_bits} bits, not 128")
     if half and compilation.product and not record.tensor_core_instructions:
         record.failures.append("uses no tensor cores")
@@ -282,27 +267,6 @@ def _main_loop(instructions: list[Instruction]) -> list[Instruction]:
     return max(loops, key=lambda loop: loop[:3], default=(0, False, 0, []))[3]
 
 
-def _role_loops(instructions: list[Instruction], warps: int) -> list[tuple[list[Instruction], int]]:
-    """The loops of a kernel whose warps have roles, and the warps that run each: one multiplies,
-    one loads, the others do the rest. Each is the shortest that does its work, which leaves out
-    those that enclose it, and waits."""
-    roles: dict[str, list[Instruction]] = {}
-    for loop in _loops(instructions):
-        body = _body(instructions, loop)
-        opcodes = {i.opcode.split(".")[0] for i in body}
-        if any(TENSOR_CORE.match(opcode) for opcode in opcodes):
-            role = "product"
-        elif "UTMALDG" in opcodes:
-            role = "load"
-        elif opcodes >= {"LDS", "STS"} and opcodes & {"FMUL", "FMUL2"}:
-            role = "rest"
-        else:
-            continue
-        if role not in roles or len(body) < len(roles[role]):
-            roles[role] = body
-    return [(body, warps if role == "rest" else 1) for role, body in roles.items()]
-
-
 def _load_bits(opcode: str) -> int:
     """The width of a global load, or of a copy from global to shared memory, per thread."""
     if re.match(r"(LDG|LDGSTS)\b", opcode):
@@ -343,7 +307,6 @@ def _mix(loop: list[Instruction]) -> Counter[str]:
     """The loop's instructions by kind."""
     kinds = {
         "tensor core": TENSOR_CORE,
-        "tile copy": re.compile(r"^UTMALDG"),
         "global load": re.compile(r"^(LDG|LDGSTS|global_load|buffer_load)"),
         "shared memory": re.compile(r"^(LDS|STS|LDSM|STSM|ds_)"),
         "shuffle": re.compile(r"^(SHFL|ds_bpermute|v_permlane|ds_swizzle)"),

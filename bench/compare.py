@@ -4,7 +4,8 @@ Each side is one result, or several runs of the same code: a ratio's interval th
 lowest to the highest of the runs'. It moved where the two sides' intervals do not overlap and their
 medians differ by more than `MARGIN`. One run knows nothing of what changes from process to process:
 whether the allocator keeps a large block moves a layer of a few MiB by up to a half. Ratios are
-compared, not times, which belong to a machine and a minute.
+compared, not times, which belong to a machine and a minute. Two runs of `bench gpu` are compared
+by `bench.gpu.compare`.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+
+from bench.gpu import compare as gpu
 
 MARGIN = 0.05
 
@@ -61,6 +64,8 @@ def _key(result: dict[str, Any]) -> tuple[str, str]:
 
 def main(before_path: str, after_path: str) -> int:
     """Prints what moved; 1 where something got worse, or a case is gone."""
+    if before_path.endswith(".jsonl") and after_path.endswith(".jsonl"):
+        return gpu.main(before_path, after_path)
     console = Console()
     before, after = (
         together([json.loads(Path(p).read_text("utf-8")) for p in paths.split(",")])

@@ -4,7 +4,9 @@ as PyTorch runs them, and fused. Needs the extra `models`."""
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+import functools
+import math
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -107,7 +109,45 @@ def built(name: str, x_shape: tuple[int, ...] | None = None) -> tuple[nn.Module,
     return model, torch.randn(x_shape or MODELS[name].small)
 
 
-class AtKinks(AssertionError):
+class Miss(NamedTuple):
+    """A result that is further from float64 than rounding explains: its error, eager's error and
+    the bound, each over the size of the result."""
+
+    name: str
+    error: float
+    eager: float
+    bound: float
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.error:.1e} (eager's {self.eager:.1e}, bound {self.bound:.1e})"
+
+
+# Misses that a message names.
+WORST = 4
+
+
+class Wrong(AssertionError):
+    """Results are off by more than rounding.
+
+    Attributes:
+        what: what is wrong, without the worst misses.
+        worst: the misses that are the largest multiples of their bounds.
+        details: the same as fields of a line of results.
+    """
+
+    def __init__(self, what: str, misses: Sequence[Miss] = ()) -> None:
+        self.what = what
+        self.worst = sorted(misses, key=_excess, reverse=True)[:WORST]
+        self.details = {"worst": [miss._asdict() for miss in self.worst]}
+        named = "; the worst: " + ", ".join(map(str, self.worst)) if self.worst else ""
+        super().__init__(what + named)
+
+
+def _excess(miss: Miss) -> float:
+    return math.inf if math.isnan(miss.error) else miss.error / miss.bound
+
+
+class AtKinks(Wrong):
     """More results are off than the kinks of few blocks explain."""
 
 
@@ -122,11 +162,11 @@ def assert_as_good(
     of it, for one as for the other, which shows in the gradients of its block: to 1 % there.
 
     Raises:
-        AssertionError: one is wrong, or zeros would have passed for a tenth of them.
+        Wrong: one is wrong, or zeros would have passed for a tenth of them.
         AtKinks: a tenth of them is at a kink.
     """
     assert ours.keys() == eager.keys() == right.keys()
-    compared = kinked = 0
+    compared, misses, wrong = 0, [], []
     for key, reference in right.items():
         size = reference.norm().item()
         allowed = (eager[key].double() - reference).norm().item()
@@ -135,15 +175,23 @@ def assert_as_good(
             continue
         compared += 1
         error = (ours[key].double() - reference).norm().item()
-        kinked += error > bound
+        if not error <= bound:
+            misses.append(Miss(key, error / size, allowed / size, bound / size))
         if not error <= max(bound, 0.01 * size * (key != "output")):
-            raise AssertionError(
-                f"{key} is wrong: error {error / size:.3g}, eager's {allowed / size:.3g}"
-            )
+            wrong.append(key)
+    if wrong:
+        more = f" and {len(wrong) - 1} more are" if len(wrong) > 1 else " is"
+        raise Wrong(f"{wrong[0]}{more} wrong", [miss for miss in misses if miss.name in wrong])
     if compared < 0.9 * len(right):
-        raise AssertionError(f"zeros would pass for {len(right) - compared} of {len(right)}")
-    if kinked > 0.1 * len(right):
-        raise AtKinks(f"{kinked} of {len(right)} are off by more than rounding")
+        raise Wrong(f"zeros would pass for {len(right) - compared} of {len(right)}")
+    if len(misses) > 0.1 * len(right):
+        raise AtKinks(f"{len(misses)} of {len(right)} are off by more than rounding", misses)
+
+
+@functools.cache
+def parameters_of(name: str) -> int:
+    """How many numbers a model's parameters are."""
+    return sum(p.numel() for p in built(name)[0].parameters())
 
 
 @dataclass(frozen=True)
@@ -164,7 +212,7 @@ class ModelCase:
             "mode": self.mode,
             "is_large": True,
             "x_shape": MODELS[self.label].x_shape,
-            "parameters": sum(p.numel() for p in built(self.label)[0].parameters()),
+            "parameters": parameters_of(self.label),
         }
 
 
@@ -210,15 +258,14 @@ class ModelRunner:
         """Compares with the model as PyTorch runs it, in float64.
 
         Raises:
-            AssertionError: the provider is wrong; it must not be timed.
+            Wrong: the provider is wrong; it must not be timed.
         """
         first = self.x
         try:
             self._compare()
-        except AssertionError as error:
-            raise AssertionError(
-                f"{self.name} is wrong for {self.case}: {error}; it is not timed"
-            ) from None
+        except Wrong as error:
+            about = f"{self.name} is wrong for {self.case.label} {self.case.mode}, and not timed"
+            raise Wrong(f"{about}: {error.what}", error.worst) from None
         finally:
             self.x = first
         del self.eager

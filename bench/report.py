@@ -49,8 +49,9 @@ def _section(report: dict[str, Any]) -> str:
         parts += [plots.ratios(results, mode) for mode in MODES]
         parts += [plots.by_rows(results)] if suite == "linear" else []
         parts.append(plots.by_size(results))
-    if "operations" in results[0]["case"] and report["ceilings"]:
-        parts.append(plots.roofline(results, report["ceilings"]))
+    counted = [r for r in results if "operations" in r["case"]]
+    if counted and report["ceilings"]:
+        parts.append(plots.roofline(counted, report["ceilings"]))
     parts.append(_table(rows(results), [is_slower(r) for r in results]))
     parts.append("<p>Highlighted: slower than eager beyond noise.</p>")
     for title, lines in extra_rows(results).items():

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from wn_kernels.call import Geometry, kept_shape, narrows_range
+from wn_kernels.call import Geometry, fits_unscaled, kept_shape, narrows_range
 from wn_kernels.plan.costs import one_pass_rows
 
 if TYPE_CHECKING:
@@ -29,21 +29,14 @@ TYPES = {
 }
 
 # The flags that tell a kernel's variants apart.
-FLAGS = (
-    *("FORM", "PHASED", "FLAT", "BIAS", "FUSED", "SQUARE", "AS_NORM", "GRAD", "WIDE"),
-    *("LOADS", "TURNED"),
-)
-
-# Their values that are not worth a word.
-DEFAULTS = ("", "pointers")
+FLAGS = (*("FORM", "PHASED", "FLAT", "BIAS", "FUSED", "SQUARE", "AS_NORM", "GRAD", "SUM", "WIDE"),)
 
 # Dtypes whose kernels without a product are those of another one, but for a conversion.
 AS_OTHERS = ("tf32", "fp16", "fp16·fp32")
 
 # The kernels that multiply matrices.
 PRODUCTS = (
-    "matmul_kernel",
-    "grad_kernel",
+    "one_pass_kernel",
     "grad_one_pass_kernel",
     "conv_kernel",
     "conv_grad_kernel",
@@ -67,12 +60,16 @@ class Compilation:
 
 
 # Convolutions that between them take every form and tile: (rank, inputs, outputs, taps, stride,
-# transposed, groups). Fewer channels than a block are walked together with the taps.
+# transposed, groups, size). Fewer channels than a block are walked together with the taps; with few
+# pixels, programs share the taps.
 CONVOLUTIONS = [
-    (2, 256, 256, 3, 1, False, 1),
-    (2, 256, 256, 4, 2, True, 1),
-    (2, 3, 64, 5, 1, False, 1),
-    (2, 768, 768, 3, 1, False, 768),
+    (2, 256, 256, 3, 1, False, 1, 32),
+    (2, 256, 256, 4, 2, True, 1, 32),
+    (2, 3, 64, 5, 1, False, 1, 32),
+    (2, 768, 768, 3, 1, False, 768, 32),
+    (1, 256, 512, 7, 1, False, 1, 4),
+    (1, 512, 256, 16, 8, True, 1, 4),
+    (1, 64, 64, 3, 1, False, 1, 128),
 ]
 
 
@@ -135,22 +132,22 @@ def _linear_launches(dtype: str, x_dtype: torch.dtype, v_dtype: torch.dtype) -> 
     from wn_kernels.backends import triton as backend
 
     needs = (True, True, True, True)
-    few = [(m, 4096, o) for m in (16, 32, 64) for o in (4096, 8192, 65536)]
-    sizes = [*few, (128, 4096, 4096), (4096, 4096, 4096)]
-    sizes += [(4096, 4095, 4095)]  # whose rows no descriptor reaches
+    few = [(m, 4096, o) for m in (16, 32, 64, 128) for o in (4096, 8192, 65536)]
+    sizes = [(1, 4096, 4096), *few, (4096, 4096, 4096)]
     if dtype == "bf16":  # 64-bit offsets
-        sizes += [(16, 65536, 65536), (128, 65536, 65536), (512, 65536, 65536)]
+        sizes += [(16, 65536, 65536), (128, 65536, 65536), (65536, 65536, 65536)]
     for dim, (m, k, o) in itertools.product((0, 1, None), sizes):
         x, dy = (torch.empty(m, size, dtype=x_dtype, device="meta") for size in (k, o))
         v = torch.empty(o, k, dtype=v_dtype, device="meta")
         bias = v.new_empty(o)
         g, n = _scales(v, dim)
-        fits = m <= one_pass_rows(max(x.element_size(), v.element_size()))
-        backend.linear(x, v, g, bias, dim, 0.0, "scaled")
-        backend.linear_backward(dy, x, v, g, n, dim, 0.0, "scaled", needs)
-        if fits and dim == 0 and not narrows_range(x_dtype, v_dtype):
+        size = max(x.element_size(), v.element_size())
+        if fits_unscaled(x_dtype, v_dtype):
+            backend.linear(x, v, g, bias, dim, 0.0, "scaled")
+            backend.linear_backward(dy, x, v, g, n, dim, 0.0, "scaled", needs)
+        if m <= one_pass_rows(size) and dim == 0 and not narrows_range(x_dtype, v_dtype):
             backend.linear(x, v, g, bias, dim, 0.0, "one_pass")
-        if fits and dim is not None:
+        if m <= one_pass_rows(size, grad=True) and dim is not None:
             backend.linear_backward(dy, x, v, g, n, dim, 0.0, "one_pass", needs)
         w, _ = backend.weight_norm(v, g, dim, 0.0, x_dtype)
         backend.weight_norm_backward(w, v, g, n, dim, 0.0)
@@ -164,31 +161,28 @@ def _convolution_launches(dtype: str, x_dtype: torch.dtype, v_dtype: torch.dtype
     convolutions = list(CONVOLUTIONS)
     if dtype == "bf16":  # the other ranks
         convolutions += [(rank, *CONVOLUTIONS[0][1:]) for rank in (1, 3)]
-    # A scale along the other channels takes the same kernels in the other direction.
-    both = dtype in ("bf16", "bf16·fp32")
-    for rank, inputs, outputs, taps, stride, transposed, groups in convolutions:
-        for dim in (0, 1) if both and groups == 1 else (0,):
-            first, second = (inputs, outputs) if transposed else (outputs, inputs)
-            v = torch.empty(first, second // groups, *(taps,) * rank, dtype=v_dtype, device="meta")
-            each = (1,) * rank
-            conv = Geometry((stride,) * rank, each, each, transposed, (0,) * rank, groups)
-            x_sizes = (32,) * rank
-            y_sizes = conv.output_sizes(x_sizes, v.shape[2:])
-            x, dy = (
-                torch.empty(8, *sizes, channels, dtype=x_dtype, device="meta").movedim(-1, 1)
-                for sizes, channels in ((x_sizes, inputs), (y_sizes, outputs))
-            )
-            bias = v.new_empty(outputs)
-            g, n = _scales(v, dim)
-            forms = ["scaled", "packed"]
-            if conv.owns_slices(dim) and not narrows_range(x_dtype, v_dtype):
-                forms.append("one_pass")
-            for form in forms:
-                backend.convolution(x, v, g, bias, conv, dim, 0.0, form)
-            for form in ("scaled", "packed"):
-                needs = (True, True, True, True)
-                backend.convolution_backward(dy, x, v, g, n, conv, dim, 0.0, form, needs)
-            yield f"{rank}d"
+    for rank, inputs, outputs, taps, stride, transposed, groups, size in convolutions:
+        first, second = (inputs, outputs) if transposed else (outputs, inputs)
+        v = torch.empty(first, second // groups, *(taps,) * rank, dtype=v_dtype, device="meta")
+        each = (1,) * rank
+        conv = Geometry((stride,) * rank, each, each, transposed, (0,) * rank, groups)
+        x_sizes = (size,) * rank
+        y_sizes = conv.output_sizes(x_sizes, v.shape[2:])
+        x, dy = (
+            torch.empty(8, *sizes, channels, dtype=x_dtype, device="meta").movedim(-1, 1)
+            for sizes, channels in ((x_sizes, inputs), (y_sizes, outputs))
+        )
+        bias = v.new_empty(outputs)
+        g, n = _scales(v, 0)
+        # Of activations with channels first, those of one layer are enough.
+        layouts = [(x, dy)] if size == 32 else [(x, dy), (x.contiguous(), dy.contiguous())]
+        for x, dy in layouts:
+            backend.convolution(x, v, g, bias, conv, 0, 0.0, "packed")
+            needs = (True, True, True, True)
+            backend.convolution_backward(dy, x, v, g, n, conv, 0, 0.0, "packed", needs)
+            if conv.has_small_groups(v.shape) and not narrows_range(x_dtype, v_dtype):
+                backend.convolution(x, v, g, bias, conv, 0, 0.0, "one_pass")
+        yield f"{rank}d"
 
 
 def named(launch: Launch, dtype: str, note: str) -> Compilation:
@@ -197,11 +191,13 @@ def named(launch: Launch, dtype: str, note: str) -> Compilation:
     flags = [
         flag if value is True else f"{flag}={value}"
         for flag, value in launch.arguments.items()
-        if flag in FLAGS and (value is True or (isinstance(value, str) and value not in DEFAULTS))
+        if flag in FLAGS and (value is True or (isinstance(value, str) and value))
     ]
     blocks = [
         str(launch.arguments[block])
-        for block in ("BLOCK_M", "BLOCK_O", "BLOCK_N", "BLOCK_R")
+        for block in (
+            *("BLOCK_M", "BLOCK_O", "BLOCK_N", "BLOCK_P", "BLOCK_R", "BLOCK_S", "BLOCK_C"),
+        )
         if block in launch.arguments
     ]
     words = ["x".join(blocks), f"w{launch.num_warps}", f"s{launch.num_stages}", *flags]

@@ -34,6 +34,7 @@ from bench.timing import (
     session_of,
 )
 from wn_kernels import plan
+from wn_kernels.backends import native
 from wn_kernels.plan import table as tuned
 
 if TYPE_CHECKING:
@@ -50,6 +51,10 @@ def cases_of(suite: str) -> list[Any]:
         from bench import models  # needs packages that the other suites do not
 
         return models.CASES
+    if suite == "second-order":
+        from bench import second_order
+
+        return second_order.CASES
     return (SUITES | {"norm": norms.CASES, "overhead": overhead.CASES})[suite]
 
 
@@ -124,9 +129,14 @@ def ratios_of(stats: dict[str, Stats]) -> dict[str, dict[str, float]]:
     return {f"ours/{name}": paired_ratio(stats["ours"], stats[name]) for name in others}
 
 
+# This variable names the commit where there is no git or no repository.
+COMMIT = "WN_KERNELS_COMMIT"
+
+
 def commit() -> str:
-    """The commit that is checked out, with a `+` where files have changed since; `"unknown"`
-    without git, or outside of a repository."""
+    """The commit that is checked out, with a `+` where files have changed since. Without git, or
+    outside of a repository, the environment variable `WN_KERNELS_COMMIT` names it; otherwise it is
+    `"unknown"`."""
 
     def git(*arguments: str) -> str:
         done = subprocess.run(["git", *arguments], capture_output=True, text=True, check=True)
@@ -135,7 +145,17 @@ def commit() -> str:
     try:
         return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--short") else "")
     except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+        return os.environ.get(COMMIT, "unknown")
+
+
+def driver() -> str | None:
+    """The version of the GPU's driver; `None` where its tool does not say."""
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=5)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip().partition("\n")[0] or None
 
 
 def environment(device: torch.device) -> dict[str, Any]:
@@ -150,7 +170,9 @@ def environment(device: torch.device) -> dict[str, Any]:
         triton_version = None
     return {
         "device": torch.cuda.get_device_name(device) if cuda else tuned.processor(),
+        **({"driver": driver()} if cuda else {}),
         "backend": plan.serving(torch.empty(0, device=device)),
+        "native": native.unavailable() is None,
         "threads": torch.get_num_threads(),
         "cores": os.cpu_count(),
         "torch": torch.__version__,

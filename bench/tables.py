@@ -19,12 +19,22 @@ def competing(found: Iterable[str]) -> list[str]:
     return [name for name in found if not name.startswith(VARIANT)]
 
 
+def _names(results: list[dict[str, Any]]) -> list[str]:
+    """Those that compete in any of the cases."""
+    return competing(dict.fromkeys(name for r in results for name in r["seconds"]))
+
+
+def _time(result: dict[str, Any], name: str) -> str:
+    """The median of a provider; nothing where it does not compete."""
+    return time_of(result["seconds"][name]["median"]) if name in result["seconds"] else ""
+
+
 def rows(results: list[dict[str, Any]]) -> list[list[str]]:
     """A table's rows, the header first."""
-    providers = competing(results[0]["seconds"])
+    providers = _names(results)
     found = [["case", "mode", *providers, "ours/eager", "ours/plain", "saved, ours", "eager"]]
     for r in results:
-        times = [time_of(r["seconds"][name]["median"]) for name in providers]
+        times = [_time(r, name) for name in providers]
         ratios = [_ratio(r["ratios"][f"ours/{name}"]) for name in ("eager", "plain")]
         saved = [_size(r["saved_bytes"].get(name)) for name in ("ours", "eager")]
         label = r["case"]["label"] + (" (noisy)" if r["noisy"] else "")
@@ -97,8 +107,9 @@ def extra_rows(results: list[dict[str, Any]]) -> dict[str, list[list[str]]]:
         found["peak memory of a call"] = _peak_rows(results)
     if "predicted" in results[0]:
         found["measured over predicted by the cost model"] = _predicted_rows(results)
-    if "predicted" in results[0] and "bytes" in results[0]["case"]:
-        found["bytes that have to move, and operations, per second"] = _rate_rows(results)
+    counted = [r for r in results if "predicted" in r and "bytes" in r["case"]]
+    if counted:
+        found["bytes that have to move, and operations, per second"] = _rate_rows(counted)
     if any(r.get("kernels") for r in results):
         found["each kernel alone"] = _kernel_rows(results)
     if "microseconds" in results[0]:
@@ -124,7 +135,7 @@ def _over(measured: float, predicted: float | None) -> str:
 
 
 def _predicted_rows(results: list[dict[str, Any]]) -> list[list[str]]:
-    names = competing(results[0]["seconds"])
+    names = _names(results)
     lines = [["case", "mode", *names]]
     for r in results:
         times = (
@@ -147,7 +158,7 @@ def rates_of(result: dict[str, Any], name: str) -> str:
 
 
 def _rate_rows(results: list[dict[str, Any]]) -> list[list[str]]:
-    names = competing(results[0]["seconds"])
+    names = _names(results)
     lines = [["case", "mode", *names]]
     for r in results:
         rates = (rates_of(r, name) if name in r["seconds"] else "" for name in names)

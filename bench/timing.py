@@ -43,17 +43,19 @@ def warm(run: Callable[[], None], repeats: int, device: torch.device) -> float:
     return time.perf_counter() - begin
 
 
-# Calls after which the host waits for the GPU: fewer than its queue of launches holds.
+# Launches after which the host waits for the GPU: fewer than its queue holds.
 QUEUE = 64
 
 
 def host(run: Callable[[], None], repeats: int, device: torch.device) -> float:
-    """Seconds that the processor takes for so many calls, while the GPU's queue is not full."""
+    """Seconds that the processor takes for so many calls, while the GPU's queue is not full. A
+    runner of many `launches` a call, such as a whole model, counts as so many."""
+    together = max(1, QUEUE // getattr(run, "launches", 1))
     total = 0.0
-    for done in range(0, repeats, QUEUE):
+    for done in range(0, repeats, together):
         torch.cuda.synchronize(device)
         begin = time.perf_counter()
-        for _ in range(min(QUEUE, repeats - done)):
+        for _ in range(min(together, repeats - done)):
             run()
         total += time.perf_counter() - begin
     torch.cuda.synchronize(device)
@@ -61,10 +63,12 @@ def host(run: Callable[[], None], repeats: int, device: torch.device) -> float:
 
 
 # Sets of operands are together larger than the L2 cache by this factor, where `MOST_SETS` of them
-# can be; smaller ones are read from it, whatever is done, and a few sets fill a graph.
+# can be. Smaller ones are read from the cache, whatever is done, so that a few sets are enough.
 TIMES_L2 = 3
 MOST_SETS = 80
-FEW_SETS = 16
+FEW_SETS = 4
+# Calls of a graph over so few sets, so that launching the graph does not count.
+CALLS = 16
 
 
 def sets_beyond_cache(size: int, device: torch.device) -> int:
@@ -73,6 +77,12 @@ def sets_beyond_cache(size: int, device: torch.device) -> int:
     l2 = torch.cuda.get_device_properties(device).L2_cache_size
     sets = TIMES_L2 * l2 // max(1, size) + 1
     return sets if sets <= MOST_SETS else FEW_SETS
+
+
+def rotation(runs: Sequence[Any]) -> list[Any]:
+    """The calls of a graph over sets of operands: one for each, and over few sets several."""
+    again = CALLS // FEW_SETS if len(runs) == FEW_SETS else 1
+    return [*runs] * again
 
 
 @functools.cache
@@ -115,7 +125,7 @@ def rotated(run: Any, device: torch.device) -> Replay:
     """Calls of a runner over sets of operands that the L2 cache does not hold."""
     sets = sets_beyond_cache(run.operand_bytes(), device)
     with session_of(run)():
-        return Replay([run, *(run.twin() for _ in range(sets - 1))])
+        return Replay(rotation([run, *(run.twin() for _ in range(sets - 1))]))
 
 
 def replayed(run: Callable[[], None], device: torch.device) -> Replay:
@@ -131,15 +141,18 @@ def interleaved(
     stats: dict[str, Stats] | None = None,
     sample: Sample = warm,
     span: float = 5e-3,
+    alike: bool = True,
 ) -> dict[str, Stats]:
     """Seconds per call of each runner, round by round, within about `seconds` in all; added to
     `stats`, where there are some already.
 
     A sample is as many calls in a row as the fastest runner makes in `span` seconds, the same
     number for all: the first call after another runner finds cold caches, and that share must not
-    depend on a runner's speed. A runner of several `calls` counts as so many. A runner that has a
-    `session` runs inside of one. Where any has, all are called once more before each sample: what a
-    session changes, they may have to find anew.
+    depend on a runner's speed. Runners whose every call finds cold caches need not be `alike`: each
+    is called as often as fits `span`, after a single call to warm up, and three rounds are enough.
+    A runner of several `calls` counts as so many. A runner that has a `session` runs inside of one.
+    Where any has, all are called once more before each sample: what a session changes, they may
+    have to find anew.
     """
     plain = all(session_of(run) is nullcontext for run in runners.values())
 
@@ -150,16 +163,21 @@ def interleaved(
             return sample(run, repeats, device)
 
     for run in runners.values():
-        timed(run, 3)  # warm-up: caches, allocator, compilers
-    repeats = max(1, int(span / min(timed(run, 1) for run in runners.values())))
+        timed(run, 3 if alike else 1)  # warm-up: caches, allocator, compilers
+    once = {name: timed(run, 1) for name, run in runners.items()}
+    if alike:
+        once = dict.fromkeys(once, min(once.values()))
+    repeats = {name: max(1, int(span / taken)) for name, taken in once.items()}
+    least = 5 if alike else 3
     stats = stats or {name: Stats() for name in runners}
     order = list(runners)
     start = time.perf_counter()
     rounds = 0
-    while rounds < 5 or time.perf_counter() - start < seconds:
+    while rounds < least or time.perf_counter() - start < seconds:
         for name in order:
             run = runners[name]
-            stats[name].update(timed(run, repeats) / repeats / getattr(run, "calls", 1))
+            taken = timed(run, repeats[name]) / repeats[name]
+            stats[name].update(taken / getattr(run, "calls", 1))
         order = order[1:] + order[:1]
         rounds += 1
     return stats

@@ -218,20 +218,23 @@ class Case(NamedTuple):
 
 
 _SAME = Geometry((1, 1), (1, 1), (1, 1), False, (0, 0), 1)
+_EACH = _SAME._replace(groups=64)
 _UP = Geometry((4,), (2,), (1,), True, (0,), 1)
 _LINEAR = ("one_pass", "scaled", "materialize")
-_CONV = ("one_pass", "scaled", "packed", "materialize")
+_MIXED = ("one_pass", "materialize")
+_CONV = ("packed", "weight_grad", "materialize")
 
 _F32 = torch.float32
 
 CASES = [
     Case("linear 16, 512, 512", (16, 512), (512, 512), _LINEAR),
-    Case("linear 16, 512, 512, autocast", (16, 512), (512, 512), _LINEAR, v_dtype=_F32),
+    Case("linear 16, 512, 512, autocast", (16, 512), (512, 512), _MIXED, v_dtype=_F32),
     Case("linear 1, 256, 256, float32", (1, 256), (256, 256), _LINEAR, _F32, _F32),
     Case("linear 16, 256, 256, dim=1", (16, 256), (256, 256), _LINEAR[1:], dim=1),
     Case("linear 256, 256, 256", (256, 256), (256, 256), _LINEAR[1:]),
     Case("conv 3×3, 64→64, 8²", (1, 64, 8, 8), (64, 64, 3, 3), _CONV, conv=_SAME),
-    Case("up k8 s4, 64→32, 16", (1, 64, 16), (64, 32, 8), _CONV[1:], conv=_UP),
+    Case("up k8 s4, 64→32, 16", (1, 64, 16), (64, 32, 8), _CONV, conv=_UP),
+    Case("depthwise 3×3, 64, 8²", (1, 64, 8, 8), (64, 1, 3, 3), ("one_pass", *_CONV), conv=_EACH),
 ]
 
 
@@ -262,7 +265,7 @@ class _Layer:
         case, operands = self.case, (self.x, self.v, self.g, self.bias)
         if case.conv is None:
             return backend.linear(*operands, case.dim, 0.0, variant)
-        return backend.convolution(*operands, case.conv, case.dim, 0.0, variant)
+        return backend.convolution(*operands, case.conv, case.dim, 0.0, variant)[:2]
 
     def backward(self, variant: str) -> Any:
         from wn_kernels.backends import triton as backend
@@ -291,7 +294,8 @@ class _Layer:
             channels = case.x_shape[1], len(self.bias)
             options = (case.conv.stride, case.conv.padding)
             made = getattr(nn, f"{kind}{len(case.x_shape) - 2}d")
-            layer = made(*channels, case.v_shape[2:], *options, dtype=case.v_dtype)
+            more = {"groups": case.conv.groups, "dtype": case.v_dtype}
+            layer = made(*channels, case.v_shape[2:], *options, **more)
         parametrizations.weight_norm(layer, dim=case.dim)
         x = self.x.detach().requires_grad_()
         mixed = case.x_dtype != case.v_dtype
@@ -321,10 +325,11 @@ def records(cases: list[Case] | None = None) -> Iterator[tuple[str, str, str, Tr
 
 
 def _of(case: Case, direction: str) -> tuple[str, ...]:
-    """The variants of a direction: a convolution's backward has no one-pass form."""
-    if direction == "backward" and case.conv is not None:
-        return tuple(name for name in case.variants if name != "one_pass")
-    return case.variants
+    """The variants of a direction, of which a convolution's has some that the other has not."""
+    if case.conv is None:
+        return case.variants
+    other = "one_pass" if direction == "backward" else "weight_grad"
+    return tuple(name for name in case.variants if name != other)
 
 
 # --- command -------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ LAYERS = [
     "tuning",
     "modules",
     "functional",
+    "launched",
     "autograd",
     "operators",
     "prepare",

@@ -1,17 +1,20 @@
 """Which backend and which variant serves a call."""
 
 import dataclasses
+import json
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 import torch
 
 import wn_kernels.functional as WF
+from bench.cases import Case as BenchCase
 from tests.comparison import Case
 from wn_kernels import plan, use_backend
-from wn_kernels.backends import vendor
+from wn_kernels.backends import tiles, vendor
 from wn_kernels.backends.native import limits
 from wn_kernels.call import Call, Geometry
 from wn_kernels.plan import backend, costs, devices, table
@@ -89,20 +92,36 @@ def test_native_convolutions_in_half_precision(monkeypatch):
 
 
 def test_triton_variants():
-    """Small batches take one pass; large ones the vendor's matmul, as soon as it leads."""
+    """Few rows take one pass, more the vendor's product scaled late; the largest materialise, as
+    soon as passes over activations cost more than writing W."""
     for m in (1, 16):
         assert triton(m, 4096, 4096)[1:3] == ("one_pass", "one_pass")
-    assert triton(16384, 8192, 8192)[1:] == MATERIALIZE
-    assert triton(128, 4096, 4096).forward == "scaled"
-    # A tile of V scaled in the loop is dear: large batches with the scale along the reduction
-    # materialise, which for dim=0 is the backward's dX.
-    assert triton(4096, 4096, 4096, dim=1).forward == "materialize"
-    assert triton(4096, 4096, 4096).backward == "materialize"
-    assert triton(16, 4096, 4096, dim=1).forward == "scaled"
-    assert triton(16, 4096, 4096, dim=1).backward == "one_pass"
-    assert triton(16, 4096, 4096, dim=None).backward != "one_pass"
-    assert triton(16, 4096, 4096, x=F16, v=F32).forward == "scaled"
+    for dim in (0, 1, None):
+        assert triton(512, 4096, 4096, dim=dim)[1:3] == ("scaled", "scaled")
+        assert triton(16384, 8192, 8192, dim=dim)[1:] == MATERIALIZE
+    assert triton(16, 4096, 4096, dim=1)[1:3] == ("scaled", "one_pass")
+    assert triton(16, 4096, 4096, dim=None)[1:3] == ("scaled", "scaled")
+    # What must not be scaled late forms W, or scales in the accumulator.
+    for x, v in ((F16, F16), (BF16, F32), (F16, F32)):
+        assert triton(512, 4096, 4096, x=x, v=v)[1:3] == ("materialize", "materialize")
+    assert triton(16, 4096, 4096, x=BF16, v=F32)[1:3] == ("one_pass", "one_pass")
+    assert triton(16, 4096, 4096, x=F16, v=F32)[1:3] == ("materialize", "one_pass")
     assert triton(costs.one_pass_rows(8) + 1, 4096, 4096, x=F64, v=F64).forward != "one_pass"
+
+
+def test_a_small_weight_is_kept():
+    """Then a training step launches what eager PyTorch launches. One that is not small beside the
+    input is not kept, and where another path is faster nothing is."""
+    small = triton(512, 1024, 1024)
+    assert small[1:] == ("materialize", "materialize", "weight")
+    assert small.recorded == "materialize"
+    assert not triton(512, 4096, 4096).keeps
+    assert not triton(16, 1024, 1024).keeps
+    assert triton(2**17, 4096, 4096)[1:] == ("materialize", "materialize", "weight")
+    every = plan.choices(Call(torch.Size((16, 64)), torch.Size((64, 64)), BF16, BF16, 0), "triton")
+    kept = {choice.forward for choice in every if choice.keeps}
+    assert kept == {"one_pass", "scaled", "materialize"}, "a training step forms W all the same"
+    assert {choice.backward for choice in every if choice.keeps} == {"materialize"}
 
 
 def test_one_pass_never_exceeds_its_tile():
@@ -110,8 +129,21 @@ def test_one_pass_never_exceeds_its_tile():
     for itemsize in (2, 4, 8):
         rows = costs.one_pass_rows(itemsize)
         for m in range(1, rows + 1):
-            assert m <= configs.grad_one_pass(m, itemsize, configs.target(-1)).BLOCK_M
-            assert m <= configs.one_pass(m, 4096, itemsize, configs.target(-1)).BLOCK_M
+            for ieee in {False, itemsize > 2}:
+                found = configs.one_pass(m, 4096, itemsize, ieee, configs.target(-1))
+                assert m <= found.BLOCK_M
+        for m in range(1, costs.one_pass_rows(itemsize, grad=True) + 1):
+            assert m <= configs.grad_one_pass(m, 4096, itemsize, configs.target(-1)).BLOCK_M
+
+
+def test_the_model_counts_on_the_kernels_blocks():
+    configs = pytest.importorskip("wn_kernels.backends.triton.configs")
+    blocks = set()
+    for m, o, size in ((1, 4096, 2), (16, 16384, 2), (64, 4096, 2), (64, 16384, 2), (32, 64, 4)):
+        found = configs.grad_one_pass(m, o, size, configs.target(-1))
+        assert tiles.grad_slices(m, o, size) == found.BLOCK_O
+        blocks.add(found.BLOCK_O)
+    assert blocks == {16, 64}
 
 
 def test_forcing(monkeypatch):
@@ -230,15 +262,13 @@ def test_triton_convolutions():
     half = {"x": BF16, "v": BF16}
     last = {**half, "backend": "triton, channels last"}
     first = {**half, "backend": "triton, channels first"}
-    # Few pixels: one launch. Many: a loop without norms.
-    assert conv1d(1, 256, 256, 32, 3, **last).forward == "one_pass"
-    assert conv1d(16, 256, 256, 65536, 3, **last).forward != "one_pass"
-    # A program of a strided transposed convolution does not see every tap.
-    assert conv1d(1, 512, 256, 32, 16, dim=1, up=8, **last).forward != "one_pass"
-    # With many pixels, the scale in every tile costs more than W.
-    assert conv1d(16, 256, 256, 65536, 3, dim=1, **last).forward != "scaled"
-    # Channels first: repacking is not worth it.
+    # Few pixels: a loop of few steps. Many: the vendor's rate.
+    assert conv1d(1, 256, 256, 32, 3, **last)[1:3] == ("packed", "packed")
+    assert conv1d(1, 256, 256, 32, 3, **first)[1:3] == ("packed", "packed")
+    assert conv1d(16, 256, 256, 65536, 3, **last).forward == "materialize"
     assert conv1d(16, 256, 256, 65536, 3, **first)[1:3] == ("materialize", "materialize")
+    # Without tensor cores our products are slow.
+    assert conv1d(1, 256, 256, 512, 11, backend="triton").forward == "materialize"
 
 
 # --- every GPU whose constants there are ---------------------------------------------------------
@@ -256,12 +286,11 @@ def test_gpus(device):
     for m in (1, 16):
         assert linear_on(device, m) == ("one_pass", "one_pass")
         assert linear_on(device, m, dim=1)[0] == "scaled"
-    # The vendor's matmul wins as soon as its lead pays for writing W, and not without one.
     assert linear_on(device, 16384, 8192) == ("materialize", "materialize")
-    even = dataclasses.replace(device, efficiency=1.0, prologue=1.0)
-    assert linear_on(even, 16384, 8192) == ("scaled", "scaled")
-    # A launch more costs more than the bytes of a small layer.
-    assert linear_on(device, 32, 64)[0] == "one_pass"
+    # Where all is overhead, the fewest launches win.
+    for m, size in ((1, 16), (32, 64), (64, 128)):
+        assert linear_on(device, m, size) == ("one_pass", "one_pass")
+    assert linear_on(device, 200, 64) == ("materialize", "scaled")
     # Fewer bytes in a faster dtype, never slower.
     call = Call(torch.Size((512, 4096)), torch.Size((4096, 4096)), F32, F32, 0)
     wide = costs.costs(call, "triton", device)
@@ -297,18 +326,57 @@ def test_native_convolutions():
 
 @pytest.mark.parametrize("device", devices.GPUS.values(), ids=devices.GPUS)
 def test_convolutions_on_gpus(device):
-    """One launch for a few pixels; for many the vendor's product, and without its lead the form
-    whose loop is a plain convolution's."""
+    """Ours for a few pixels, the vendor's for many, and one launch for depthwise layers whose
+    channels lie last."""
 
-    def forward(device, batch, pixels):
-        conv = Geometry((1, 1), (1, 1), (1, 1), False, (0, 0), 1)
-        x_shape, v_shape = torch.Size((batch, 256, pixels, pixels)), torch.Size((256, 256, 3, 3))
-        call = Call(x_shape, v_shape, BF16, BF16, 0, conv, channels_last=True)
+    def forward(pixels, groups=1, channels_last=True):
+        conv = Geometry((1, 1), (1, 1), (1, 1), False, (0, 0), groups)
+        shapes = (1, 256, pixels, pixels), (256, 256 // groups, 3, 3)
+        call = Call(*map(torch.Size, shapes), BF16, BF16, 0, conv, channels_last)
         return costs.costs(call, "triton", device).cheapest()[0]
 
-    assert forward(device, 1, 4) == "one_pass"
-    assert forward(device, 8, 64) == "materialize"
-    assert forward(dataclasses.replace(device, efficiency=1.0), 8, 64) == "packed"
+    assert forward(4) == "packed"
+    assert forward(512) == "materialize"
+    assert forward(16, 256) == "one_pass"
+    assert forward(16, 256, channels_last=False) == "materialize"
+
+
+def measured_convolutions():
+    """What the first run on an H200 took for a convolution, by case: the call, and the seconds."""
+    path = Path(__file__).parents[1] / "docs" / "results" / "gpu-h200" / "first.jsonl"
+    for line in map(json.loads, path.read_text("utf-8").splitlines()):
+        if line["kind"] != "result" or line["section"] != "conv" or "seconds" not in line:
+            continue
+        about = line["case"]
+        if about["mode"] != "infer" or about["options"].get("padding_mode"):
+            continue
+        names = {field.name for field in dataclasses.fields(BenchCase)}
+        case = BenchCase(**{key: value for key, value in about.items() if key in names})
+        layer = case.layer(torch.device("meta"))
+        conv = Geometry(
+            *(tuple(getattr(layer, name)) for name in ("stride", "padding", "dilation")),
+            "Transpose" in case.kind,
+            tuple(layer.output_padding),
+            layer.groups,
+        )
+        shapes = torch.Size(case.x_shape), layer.weight.shape
+        call = Call(*shapes, BF16, BF16, case.dim, conv, case.channels_last)
+        yield case, call, {name: s["median"] for name, s in line["seconds"].items()}
+
+
+def test_the_vendors_convolutions_on_an_h200():
+    """The model's estimate of cuDNN's call lies near what was measured, and below it for groups of
+    many taps, which are far slower than anything else."""
+    count = 0
+    for case, call, seconds in measured_convolutions():
+        found = costs.costs(call, "triton", devices.GPUS["H200"])
+        estimate = found.seconds(found.forward["materialize"][1:])
+        if call.conv.groups == 16:
+            assert estimate < seconds["plain"], case.label
+        else:
+            assert 0.55 < estimate / seconds["plain"] < 1.25, (case.label, estimate)
+        count += 1
+    assert count >= 20
 
 
 @pytest.mark.parametrize("device", devices.GPUS.values(), ids=devices.GPUS)

@@ -26,8 +26,9 @@ CASES = {
     "linear, half": Case(9, 512, 300, 0, HALF),
     "linear, half, one row": Case(1, 512, 300, 0, HALF),
     "linear, half, many rows": Case(400, 64, 48, 0, HALF),
+    "linear, half of a wide weight": Case(9, 512, 300, 0, HALF, torch.float32),
+    "linear, kept": Case(600, 300, 200, 0, HALF),
     "linear, float16": Case(70, 512, 300, 0, torch.float16),
-    "linear, mixed": Case(9, 512, 300, 0, HALF, torch.float32),
     "1d, mixed": ConvCase(1, 32, 32, (40,), (24,), 0, x_dtype=HALF, v_dtype=torch.float32),
     "1d, few pixels": ConvCase(1, 96, 80, (9,), (7,), 0),
     "1d, many pixels": ConvCase(2, 6, 8, (900,), (3,), 0),
@@ -162,25 +163,40 @@ def test_triton(name):
     assert forms_of(launches) in signs, (chosen, forms_of(launches))
 
 
+# What a kernel computes of a layer. Those of a weight alone are not among them.
+OF_KERNEL = {
+    "one_pass": "one_pass",
+    "scale": "scale",
+    "grad_one_pass": "grad one_pass",
+    "conv": "packed",
+    "conv_grad": "weight_grad",
+    "direct_grad": "weight_grad",
+}
+
+
 def forms_of(launches):
-    """Whether `W` is written, and the forms of the products with it."""
-    writes = any("weight_kernel" in launch.kernel.__name__ for launch in launches)
-    forms = {a for launch in launches if (a := launch.arguments.get("FORM"))}
-    one_pass = any("one_pass" in launch.kernel.__name__ for launch in launches)
-    return writes, frozenset(forms | ({"grad one_pass"} if one_pass else set()))
+    """Whether `W` is written, and what the kernels of a product compute."""
+    names = {launch.kernel.__name__.removesuffix("_kernel") for launch in launches}
+    direct = (launch for launch in launches if launch.kernel.__name__ == "direct_kernel")
+    forms = {OF_KERNEL[name] for name in names & OF_KERNEL.keys()}
+    return "weight" in names, frozenset(forms | {launch.arguments["FORM"] for launch in direct})
 
 
-SCALED = ("epilogue", "prologue_r", "prologue_o")
 SIGNS = {
     "one_pass": [(False, frozenset({"one_pass"}))],
-    "scaled": [(False, frozenset({form})) for form in SCALED],
+    "scaled": [(False, frozenset({"scale"}))],
     "packed": [(True, frozenset({"packed"}))],
     "materialize": [(True, frozenset())],
 }
 BACKWARD_SIGNS = {
-    "one_pass": [(False, frozenset({form, "grad one_pass"})) for form in SCALED],
+    # `dX` takes `W` where its product must not be scaled late.
+    "one_pass": [
+        (False, frozenset({"scale", "grad one_pass"})),
+        (True, frozenset({"grad one_pass"})),
+    ],
     "scaled": SIGNS["scaled"],
-    "packed": SIGNS["packed"],
+    "packed": [(True, frozenset({"packed", "weight_grad"}))],
+    "weight_grad": [(True, frozenset({"weight_grad"}))],
     "materialize": SIGNS["materialize"],
 }
 

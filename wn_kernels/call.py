@@ -134,6 +134,11 @@ class Geometry(NamedTuple):
             return dim == 1 and self.groups == 1 and set(self.stride) == {1}
         return dim == 0
 
+    def has_small_groups(self, v_shape: Sequence[int]) -> bool:
+        """Returns whether the groups have too few channels for a tile of a matrix product, whose
+        sides are 16 at least. Depthwise convolutions have such groups."""
+        return self.groups > 1 and max(v_shape[0] // self.groups, v_shape[1]) < 16
+
     def per_channel(self, s: Tensor, dim: int | None, ndim: int) -> Tensor:
         """Returns the scale, given in the kept shape, in a shape that broadcasts over the channels
         of an input or an output of `ndim` dimensions.
@@ -166,6 +171,12 @@ def narrows_range(x_dtype: torch.dtype, v_dtype: torch.dtype) -> bool:
     return x_dtype == torch.float16 and v_dtype != torch.float16
 
 
+def fits_unscaled(x_dtype: torch.dtype, v_dtype: torch.dtype) -> bool:
+    """Returns whether a product of `x` with `V` itself stays in its dtype's range, to be scaled
+    afterwards. Both have to be of that dtype, and float16 has too small a range."""
+    return x_dtype == v_dtype != torch.float16
+
+
 # This function reads the settings `fp32_precision` of torch 2.9 and later. A setting inherits from
 # the more general one, and includes what the old settings have set. The old functions raise an
 # error if a new setting is in use.
@@ -195,6 +206,13 @@ class Operands(NamedTuple):
     v: Tensor
     g: Tensor
     bias: Tensor | None
+
+
+def rows_of(x: Tensor) -> Tensor:
+    """Returns an `x` of shape `(*, K)` as `(M, K)`."""
+    if x.ndim == 2:
+        return x
+    return x.flatten(0, -2) if x.ndim > 2 else x.unsqueeze(0)
 
 
 # The order is `x`, `V`, `g` and the bias.

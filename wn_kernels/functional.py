@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import autograd, operators, plan
+from . import autograd, launched, operators, plan
 from .backends import aten, native, reference
 from .call import Operands, canonical_dim, reduced_dims, scale_dtype
 from .prepare import are_dense, plan_native, prepare, reject
@@ -55,8 +55,9 @@ def _run(
         rank = 0
     elif x is None:
         reject(input=x, v=v, g=g, bias=bias)
-    if plan.launches(v) and (library := _library()):
-        y = library.launched(rank, x, v, g, bias, geometry, dim, eps)
+    if plan.launches(v):
+        serves = _library() or launched
+        y = serves.launched(rank, x, v, g, bias, geometry, dim, eps)
         if y is not None:
             return y
     if not are_dense(v if x is None else x, v, g, bias):
@@ -141,7 +142,7 @@ def weight_norm(v: Tensor, g: Tensor, *, dim: int | None = 0, eps: float = 0.0) 
         ValueError: the shape of `g` does not fit, `dim` or `eps` is out of range, or the tensors
             are on different devices.
     """
-    if plan.tries_native() and (library := _library()):
+    if plan.tries_native(v) and (library := _library()):
         w = library.weight_norm(v, g, dim, eps)
         if w is not None:
             return w
@@ -182,7 +183,7 @@ def wn_linear(
         ValueError: shapes do not fit, `dim` or `eps` is out of range, or the tensors are on
             different devices.
     """
-    if plan.tries_native() and (library := _library()):
+    if plan.tries_native(v) and (library := _library()):
         y = library.linear(input, v, g, bias, dim, eps)
         if y is not None:
             return y
@@ -206,7 +207,7 @@ def convolution(
 ) -> Tensor:
     """Computes any of the six convolutions below. `rank` is the number of spatial dimensions."""
     geometry = stride, padding, dilation, transposed, output_padding, groups
-    if plan.tries_native() and (library := _library()):
+    if plan.tries_native(v) and (library := _library()):
         y = library.convolution(rank, input, v, g, bias, *geometry, dim, eps)
         if y is not None:
             return y

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from . import plan as plans
 from .backends import aten, vendor
-from .call import Call, Geometry, Grads, Needs, Operands, kept_shape, recorder, scale_dtype
+from .call import Call, Geometry, Grads, Needs, Operands, kept_shape, recorder, rows_of, scale_dtype
 from .plan import Plan
 from .prepare import prepare
 
@@ -44,13 +44,6 @@ def _is_direct(plan: Plan, v: Tensor) -> bool:
     if not plan.forward:
         return False
     return plan.backend == "aten" or (plan.backend == "triton" and not recorder(v))
-
-
-def _rows(x: Tensor) -> Tensor:
-    """`(*, K)` as `(M, K)`."""
-    if x.ndim == 2:
-        return x
-    return x.flatten(0, -2) if x.ndim > 2 else x.unsqueeze(0)
 
 
 # --- one call down -------------------------------------------------------------------------------
@@ -78,7 +71,7 @@ def _run(
     x = tensors.x
     if call.conv is not None or x is None or x.ndim == 2:
         return module.layer(call, plan, tensors, keep, *options)
-    y, n, kept = module.layer(call, plan, tensors._replace(x=_rows(x)), keep, *options)
+    y, n, kept = module.layer(call, plan, tensors._replace(x=rows_of(x)), keep, *options)
     return y.view(*x.shape[:-1], len(tensors.v)), n, kept
 
 
@@ -116,13 +109,14 @@ def _run_backward(
     module, x = _module(plan.backend), tensors.x
     if call.conv is not None or x is None or x.ndim == 2:
         return module.layer_backward(call, plan, dy, tensors, n, kept, needs)
-    flat = tensors._replace(x=_rows(x))
-    dx, dv, dg, db = module.layer_backward(call, plan, _rows(dy), flat, n, kept, needs)
+    flat = tensors._replace(x=rows_of(x))
+    dx, dv, dg, db = module.layer_backward(call, plan, rows_of(dy), flat, n, kept, needs)
     return dx if dx is None else dx.view(x.shape), dv, dg, db
 
 
 class Launches(NamedTuple):
-    """What a node of the native library holds of a call on the Triton path.
+    """What a node holds of a call on the Triton path, in the native library or without it
+    (launched.py).
 
     Attributes:
         forward: a function of `(x, v, g, bias)` that returns `(y, n)`.
@@ -130,10 +124,13 @@ class Launches(NamedTuple):
         run: the pass of the forward, where it is one.
         prepare_backward: a function of `(dy, x, v, g, needs)` that returns the pass of the backward
             for these layouts, or `None` where it is none.
-        forms_forward, forms_backward: whether PyTorch's product with a formed `W` serves them.
-        keeps: whether a training step keeps that `W`.
+        forms_forward, forms_backward: whether PyTorch's convolution with a formed `W` serves them.
+        keeps: whether a training step keeps its `W`.
         weight: the same of `W` alone, where it is formed.
-        conv, dim: as in `Call`.
+        conv, dim, eps: as in `Call`.
+        signs: attributes that tell whether something observes launches.
+        backwards: the passes of the backward by what is needed and the strides of dY, as far as
+            Python has prepared them.
     """
 
     forward: Callable[..., tuple[Tensor, Tensor]]
@@ -146,6 +143,9 @@ class Launches(NamedTuple):
     weight: Launches | None
     conv: Geometry | None
     dim: int | None
+    eps: float
+    signs: list[tuple[Any, str, Any]]
+    backwards: dict[Any, Any]
 
 
 def launches(
@@ -155,8 +155,8 @@ def launches(
     dim: int | None,
     eps: float,
 ) -> Launches | None:
-    """What the native library holds of a call, or `None` where Python has to serve the call. The
-    library calls this once for a call's dtypes, layouts and options.
+    """What a node holds of a call, or `None` where no node serves it. This is called once for a
+    call's dtypes, layouts and options.
 
     Raises:
         TypeError, ValueError: as `prepare`.
@@ -171,13 +171,15 @@ def launches(
 def _launches(call: Call, plan: Plan, tensors: Operands) -> Launches | None:
     module, x = _module("triton"), tensors.x
     if x is not None and call.conv is None:
-        tensors = tensors._replace(x=_rows(x))
+        tensors = tensors._replace(x=rows_of(x))
     forms_forward, forms_backward = (
-        x is not None and way == "materialize" for way in (plan.forward, plan.backward)
+        call.conv is not None and way == "materialize" for way in (plan.forward, plan.backward)
     )
     weight = None
-    if x is not None and (forms_forward or forms_backward):
-        if vendor.is_wrong(x):  # PyTorch's product is
+    if forms_forward or forms_backward or plan.keeps:
+        if (
+            call.conv is not None and x is not None and vendor.is_wrong(x)
+        ):  # PyTorch's convolution is
             return None
         of_weight = Operands(None, tensors.v, tensors.g, None)
         weight = _launches(call.of_weight(), plan.of_weight(), of_weight)
@@ -205,6 +207,9 @@ def _launches(call: Call, plan: Plan, tensors: Operands) -> Launches | None:
         weight=weight,
         conv=call.conv,
         dim=call.dim,
+        eps=call.eps,
+        signs=module.SIGNS,
+        backwards={},
     )
 
 

@@ -1,4 +1,4 @@
-"""Everything there is to learn from a GPU, in seven minutes: `python -m bench gpu --out DIR`.
+"""`python -m bench gpu --out DIR` learns everything there is to learn from a GPU in seven minutes.
 
 run.py          the command: each section in a process group of its own, with a limit of its own
 section.py      one section's process
@@ -7,6 +7,8 @@ context.py      what a section is given: its device, its clock, its time, and wh
 results.py      one line of JSON for every case, and the files they lie in
 predict.py      what the cost model expects of a figure
 summary.py      the table at the end
+page.py         the tables of docs/gpu.md and of the README
+compare.py      two runs, case by case
 cache.py        Triton's cache, filled without a GPU for a machine that has one
 launching.py    a pytest plugin: tests that launch over the stand-in and compare nothing
 

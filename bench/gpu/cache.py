@@ -1,4 +1,4 @@
-"""Triton's cache, filled without a GPU and packed for a machine that has one.
+"""Triton's cache is filled without a GPU and packed for a machine that has one.
 
 Over the stand-in the sections launch what they would launch on a GPU, so that their kernels are
 compiled here. The archive holds the cubins, their metadata and the launchers. Triton's metadata has
@@ -27,25 +27,25 @@ CACHE = Path(tempfile.gettempdir()) / "wn_kernels_triton_cache"
 
 
 class Kernels(NamedTuple):
-    """A cache of Triton's: where it lies, and what there is to say of it."""
+    """A cache of Triton's, by its folder and a sentence about it."""
 
     folder: Path
     said: str
 
     @staticmethod
     def present() -> Kernels:
-        """The one that Triton would take."""
+        """Returns the cache that Triton would take."""
         folder = os.environ.get("TRITON_CACHE_DIR")
         path = Path(folder) if folder else Path.home() / ".triton" / "cache"
         return Kernels(path, f"Triton's cache is {path}")
 
     def count(self) -> int:
-        """The kernels in it."""
+        """Returns the number of kernels in it."""
         return sum(1 for _ in self.folder.glob("*/*.cubin"))
 
 
 def versions() -> dict[str, Any]:
-    """What a cache depends on."""
+    """Returns the versions that a cache depends on."""
 
     def of(package: str) -> str | None:
         try:
@@ -62,7 +62,7 @@ def versions() -> dict[str, Any]:
 
 
 def make(archive: Path, capability: int) -> int:
-    """Fills a cache over the stand-in and packs it; 1 where a section failed."""
+    """Fills a cache over the stand-in and packs it. Returns 1 if a section failed."""
     from bench.gpu.run import Options, run
 
     os.environ["TRITON_CACHE_DIR"] = str(CACHE)
@@ -91,7 +91,7 @@ def pack(folder: Path, archive: Path, capability: int) -> None:
 
 
 def unpacked(archive: Path) -> Kernels:
-    """A packed cache, unpacked where it was made; the present one where it does not fit."""
+    """Unpacks a cache where it was made and returns it, or the present one if that does not fit."""
     with tarfile.open(archive) as packed:
         (first, *rest) = packed.getmembers()
         text = packed.extractfile(first)

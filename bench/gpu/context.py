@@ -1,13 +1,14 @@
-"""What a section is given: its device, its clock, its time, and where its results go."""
+"""A section is given a context: its device, its clock, its time, and where its results go."""
 
 from __future__ import annotations
 
+import math
+import statistics
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,54 +19,86 @@ from bench import timing
 from bench.gpu import results
 from bench.suite import medians, ratios_of
 from bench.timing import Replay, interleaved, is_wide, session_of
+from wn_kernels.plan import devices
 
 T = TypeVar("T")
 Run = Callable[[], None]
 
 # Seconds of timing that no case needs more of.
-ENOUGH = 0.6
-# Seconds of a sample of graphs, which no processor delays.
+ENOUGH = 0.4
+# Seconds of a sample of graphs, which no processor delays, and of one of calls.
 SPAN = 1e-3
-# The share of a case's time that is timing; the rest sets it up and checks it.
+CALLS_SPAN = 5e-3
+# The share of a case's time that is timing, as long as no case has shown what setting up takes.
 TIMING = 0.4
+# Cases that the estimate of the next one's time looks back at.
+RECENT = 4
+# The share of a call's time that operands found in the cache may save at most.
+SAVED = 0.01
 
 
 class Clock:
-    """A GPU's."""
+    """A clock that times calls on a GPU.
+
+    Attributes:
+        spent: the seconds that timing has taken in all.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
+        self.spent = 0.0
 
     def sets(self, run: Any) -> list[Any]:
-        """A runner and its twins, over whose operands a graph rotates."""
+        """Returns a runner and its twins, over whose operands a graph rotates."""
         count = timing.sets_beyond_cache(run.operand_bytes(), self.device)
         return [run, *(run.twin() for _ in range(count - 1))]
 
-    def graphs(self, sets: dict[str, Sequence[Run]], seconds: float) -> dict[str, Stats]:
-        """Seconds of a call of each by its kernels: its calls one after the other, in one graph."""
+    def graphs(
+        self, sets: dict[str, Sequence[Run]], seconds: float, size: float = math.inf
+    ) -> dict[str, Stats]:
+        """Returns the seconds of a call of each by its kernels alone: its calls run one after the
+        other in one graph. The operands of a call have `size` bytes."""
         replays: dict[str, Run] = {}
         for name, runs in sets.items():
             with session_of(runs[0])():
-                replays[name] = Replay(runs)
-        return interleaved(replays, self.device, seconds, span=SPAN)
+                replays[name] = self._captured(runs, size)
+        return self._timed(replays, seconds, span=SPAN, alike=False)
+
+    def _captured(self, runs: Sequence[Run], size: float) -> Replay:
+        """Captures a call for each set of operands. If a call takes so long that it would not show
+        whether its operands are in the cache, the graph has no more calls than a sample takes."""
+        replay = Replay(timing.rotation(runs))
+        call = timing.warm(replay, 1, self.device) / replay.calls
+        enough = math.ceil(SPAN / max(call, 1e-9))
+        if size / devices.gpu().bandwidth <= SAVED * call and 2 * enough <= replay.calls:
+            return Replay(list(runs)[:enough])
+        return replay
 
     def host(self, runs: dict[str, Run], seconds: float) -> dict[str, Stats]:
-        """Seconds of the processor for a call of each."""
-        return interleaved(runs, self.device, seconds, sample=timing.host)
+        """Returns the seconds of the processor for a call of each."""
+        return self._timed(runs, seconds, span=CALLS_SPAN, sample=timing.host)
 
     def wall(self, runs: dict[str, Run], seconds: float) -> dict[str, Stats]:
-        """Seconds of a call of each, in a row of them, by events."""
-        return interleaved(runs, self.device, seconds)
+        """Returns the seconds of a call of each, in a row of them, by events."""
+        return self._timed(runs, seconds, span=CALLS_SPAN)
+
+    def _timed(self, runs: dict[str, Run], seconds: float, **options: Any) -> dict[str, Stats]:
+        begin = time.time()
+        stats = interleaved(runs, self.device, seconds, **options) if runs else {}
+        self.spent += time.time() - begin
+        return stats
 
 
 class DryClock(Clock):
-    """The stand-in's: everything is run and nothing is measured. Its seconds are the processor's,
-    for a call that launches nothing, so that what is made of seconds runs as well."""
+    """A clock for the stand-in, where everything runs and nothing is measured. Its seconds are the
+    processor's for a call that launches nothing, so that the code behind them runs as well."""
 
     def sets(self, run: Any) -> list[Any]:
         return [run, run.twin()] if run.operand_bytes() < 2**24 else [run]
 
-    def graphs(self, sets: dict[str, Sequence[Run]], seconds: float) -> dict[str, Stats]:
+    def graphs(
+        self, sets: dict[str, Sequence[Run]], seconds: float, size: float = math.inf
+    ) -> dict[str, Stats]:
         return {name: self._stats(runs) for name, runs in sets.items()}
 
     def host(self, runs: dict[str, Run], seconds: float) -> dict[str, Stats]:
@@ -85,16 +118,19 @@ class DryClock(Clock):
 
 @dataclass
 class Context:
-    """What a section is given.
+    """The context of a section, which measures on its device, by its clock and in its time.
 
     Attributes:
         section: its name.
         folder: where results go.
-        until: the time, as `time.time()` has it, after which it starts no other case.
+        until: the time, as `time.time()` has it, by which the section should be done.
         dry: whether it runs over the stand-in.
         most: cases of each kind at most, `None` or 0 for all.
         device: where it runs.
         failed: what was wrong or raised so far.
+        left: how many cases are not done, with the present one.
+        setups: the seconds that each case has taken besides its timing.
+        seen: what was timed for an earlier case and need not be for another.
     """
 
     section: str
@@ -104,7 +140,9 @@ class Context:
     most: int | None
     device: torch.device
     failed: list[str] = field(default_factory=list)
-    left: int = 1  # cases that are not done, with the present one
+    left: int = 1
+    setups: list[float] = field(default_factory=list)
+    seen: set[Any] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         self.clock = (DryClock if self.dry else Clock)(self.device)
@@ -113,38 +151,49 @@ class Context:
         """Writes a line of results."""
         results.append(self.folder, self.section, kind, **fields)
 
-    def wrong(self, message: str) -> None:
+    def wrong(self, message: str, **fields: Any) -> None:
         """Writes that a provider's values are wrong, or that something cannot run."""
         self.failed.append(message)
-        self.add("wrong", message=message)
+        self.add("wrong", message=message, **fields)
 
-    def cases(self, cases: Sequence[T], label: Callable[[T], str] = str) -> Iterator[T]:
-        """The cases, as long as there is time."""
-        cases = cases[: self.most or None]  # of 0, all
+    def cases(self, *kinds: Sequence[T], label: Callable[[T], str] = str) -> Iterator[T]:
+        """Yields the cases of each kind, one after the other, as long as there is time for the next
+        one: as much as any of the last few took to set up and to check."""
+        cases = [case for kind in kinds for case in kind[: self.most or None]]  # of 0, all
         for i, case in enumerate(cases):
             self.left = len(cases) - i
-            if time.time() >= self.until:
+            begin, spent = time.time(), self.clock.spent
+            if begin + max(self.setups[-RECENT:], default=0.0) >= self.until:
                 self.add("left out", cases=[label(case) for case in cases[i:]])
                 return
             print(f"{self.section}: {label(case)}", flush=True)
             yield case
             self._give_back()
+            timed = self.clock.spent - spent
+            self.setups.append(time.time() - begin - timed)
 
     def _give_back(self) -> None:
-        """Memory that a case has left cached, where it is much: the next one's may not fit."""
+        """Frees memory that a case has left cached if it is much, because the next case may need
+        it."""
         if self.device.type == "cuda":
             free, total = torch.cuda.mem_get_info(self.device)
             if free < total / 2:
                 torch.cuda.empty_cache()
 
     def seconds(self) -> float:
-        """What the present case's timing may take of the time that is left."""
+        """Returns the seconds that the present case's timing may take. They are its share of the
+        time that is left, without the time that setting up the others will take. The first case is
+        not counted there, because it starts the device as well."""
         share = (self.until - time.time()) / self.left
-        return min(max(TIMING * share, 0.0), ENOUGH)
+        if others := self.setups[1:]:
+            share -= statistics.mean(others) * (self.left - 1) / self.left
+        else:
+            share *= TIMING
+        return min(max(share, 0.0), ENOUGH)
 
     @contextmanager
     def attempt(self, label: str) -> Iterator[None]:
-        """Writes an error that is raised inside the block, and goes on.
+        """Writes down an error that is raised inside the block, and goes on.
 
         Raises:
             RuntimeError: the device is not usable any more.
@@ -159,7 +208,8 @@ class Context:
                 torch.cuda.synchronize(self.device)
 
     def checked(self, builds: dict[str, Callable[[], Any]]) -> dict[str, Any]:
-        """The runners whose values are right, by name, each set up; the others are written down."""
+        """Sets up the runners and returns those whose values are right, by name. The others are
+        written down."""
         found = {}
         for name, build in builds.items():
             with self.attempt(name):
@@ -170,13 +220,13 @@ class Context:
                             run.check()
                     found[name] = run
                 except AssertionError as error:
-                    self.wrong(str(error))
+                    self.wrong(str(error), **getattr(error, "details", {}))
         return found
 
     def result(
         self, case: dict[str, Any], stats: dict[str, Stats], predicted: dict[str, Any], **more: Any
     ) -> None:
-        """Writes the figures of a case, with what was predicted."""
+        """Writes the figures of a case beside the predicted ones."""
         ratios = ratios_of(stats) if "ours" in stats else {}
         self.add(
             "result",
@@ -191,12 +241,7 @@ class Context:
 
 
 def named(case: Any) -> str:
-    """A case in a few words."""
+    """Returns a case in a few words."""
     words = [case.label, case.mode, getattr(case, "dtype", ""), getattr(case, "precision", "")]
     last = ["channels last"] if getattr(case, "channels_last", False) else []
     return " ".join([word for word in words if word and word != "own"] + last)
-
-
-def runs_of(function: Callable[..., Any], sets: Sequence[tuple]) -> list[Run]:
-    """A call of a function for each set of arguments."""
-    return [partial(function, *arguments) for arguments in sets]

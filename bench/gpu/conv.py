@@ -1,4 +1,4 @@
-"""The suite's convolutions in bfloat16, with channels first and last."""
+"""This section times the suite's convolutions in bfloat16, with channels first and last."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""What the device does at best: bandwidths, products of random numbers, and what a launch takes."""
+"""This section measures what the device does at best: bandwidths, products of random numbers, and
+launches."""
 
 from __future__ import annotations
 
@@ -37,7 +38,7 @@ def main(context: Context) -> None:
         ("launch in a graph, seconds", lambda: _launch(device, graph=True), model.overhead),
         ("clocks after", _clocks, None),
     ]
-    for name, measure, predicted in context.cases(facts, lambda fact: fact[0]):
+    for name, measure, predicted in context.cases(facts, label=lambda fact: fact[0]):
         with context.attempt(name):
             value = None if context.dry else measure()
             context.add("result", fact=name, value=value, predicted=predicted)
@@ -57,7 +58,7 @@ def _properties() -> dict[str, Any]:
 
 
 def _clocks() -> dict[str, str]:
-    """As the driver's tool has them; nothing where there is no such tool."""
+    """Returns what the driver's tool says of the clocks, or nothing if there is no such tool."""
     command = ["nvidia-smi", f"--query-gpu={QUERY}", "--format=csv,noheader"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=5)
@@ -78,7 +79,7 @@ def _product(dtype: torch.dtype, tf32: bool, device: torch.device) -> Callable[[
 
 
 def _launch(device: torch.device, graph: bool = False) -> float:
-    """Seconds from one launch of an operator that does next to nothing to the next."""
+    """Returns the seconds from one launch of an operator that does next to nothing to the next."""
     x = torch.zeros(32, device=device)
     run: Callable[[], Any] = x.zero_
     calls = 200

@@ -1,4 +1,4 @@
-"""A pytest plugin: tests launch their kernels over the stand-in, and compare nothing.
+"""This plugin of pytest lets tests launch their kernels over the stand-in, and compare nothing.
 
     python -m pytest -p bench.gpu.launching tests/backends/triton
 
@@ -33,7 +33,7 @@ def pytest_configure() -> None:
 
 
 def _compare_nothing(*arguments: Any, **options: Any) -> None:
-    """What a test goes on after."""
+    """Accepts everything, so that a test goes on."""
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

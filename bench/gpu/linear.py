@@ -1,5 +1,5 @@
-"""Linear layers: three weights by eight batches in bfloat16; in float32, in TF32 and under autocast
-a few; and PyTorch's under `torch.compile`."""
+"""This section times linear layers: three weights by eight batches in bfloat16; a few in float32,
+in TF32 and under autocast; and two beside PyTorch's under `torch.compile`."""
 
 from __future__ import annotations
 
@@ -28,6 +28,4 @@ COMPILED = [_case(16, 4096, 4096, mode) for mode in MODES]
 
 
 def main(context: Context) -> None:
-    layers.each(context, BF16)
-    layers.each(context, FLOAT32)
-    layers.each(context, COMPILED, names=("plain", "eager", "compiled", "ours"))
+    layers.each(context, BF16, FLOAT32, compiled=COMPILED)

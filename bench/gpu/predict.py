@@ -1,5 +1,6 @@
-"""What the cost model expects, beside each figure: where one misses, a constant of
-`wn_kernels/costs.py` or a count of bytes is wrong. None of it was measured."""
+"""The cost model's expectation stands beside each figure. Where a figure misses it, a constant of
+`wn_kernels/plan/devices.py` or a count of bytes in `wn_kernels/plan/costs.py` is wrong. Every
+function returns seconds; none of them was measured."""
 
 from __future__ import annotations
 
@@ -13,57 +14,63 @@ from wn_kernels.plan.devices import Device
 
 
 def seconds(stages: list[Stage], device: Device, rate: float) -> float:
-    """Of stages that run one after the other."""
+    """Returns the seconds of stages that run one after the other."""
     return costs.Costs({}, {}, device, rate).seconds(stages)
 
 
 def rate(case: Case, device: Device) -> float:
-    """Operations per second of the vendor's product in a case."""
+    """Returns the operations per second of the vendor's product in a case."""
     itemsize = 2 if case.precision == "autocast" else case.torch_dtype.itemsize
     return device.rate(itemsize, case.precision == "tf32")
 
 
 def vendors(case: Case) -> dict[str, float]:
-    """Of the plain layer, and of PyTorch's weight norm before it: a product for each direction;
-    besides, `W` from one read of `V`, and `dV` from one of `dW` and `V`."""
+    """Returns the seconds of the plain layer, which has a product for each direction, and of
+    PyTorch's weight norm, which besides writes `W` from one read of `V`, and `dV` from one of `dW`
+    and `V`."""
     device = devices.gpu()
     operations, moved = case.work()
     products = 1 if case.mode == "infer" else 3
-    plain = [Stage(moved / products, operations / products)] * products
+    launches = costs.PRODUCT_LAUNCHES
+    plain = [Stage(moved / products, operations / products, launches=launches)] * products
     weight = float(case.size() * case.torch_dtype.itemsize)
     norms = [Stage(2 * weight)] + ([Stage(3 * weight)] if case.mode == "train" else [])
     fast = rate(case, device)
     return {"plain": seconds(plain, device, fast), "eager": seconds(plain + norms, device, fast)}
 
 
-def ours(call: Call, choice: Any, mode: str) -> float:
+def _stages(found: costs.Costs, choice: Any, mode: str) -> list[Stage]:
     """Of a path of ours."""
+    if mode == "infer":
+        return found.forward[choice.forward]
+    kept = found.kept if choice.keeps else None
+    return [*found.forward[choice.recorded], *(kept or found.backward[choice.backward])]
+
+
+def ours(call: Call, choice: Any, mode: str) -> float:
+    """Returns the seconds of a path of ours."""
     found = costs.costs(call, "triton")
-    stages = list(found.forward[choice.forward])
-    if mode == "train":
-        stages += found.backward[choice.backward]
-    return found.seconds(stages)
+    return found.seconds(_stages(found, choice, mode))
 
 
 def kernels(call: Call, choice: Any, mode: str, launches: int) -> list[float | None]:
-    """Of each kernel of a path alone; nothing, where the model counts other launches."""
+    """Returns the seconds of each kernel of a path alone, or `None` for each if the model counts
+    other launches."""
     found = costs.costs(call, "triton")
-    stages = list(found.forward[choice.forward])
-    if mode == "train":
-        stages += found.backward[choice.backward]
+    stages = _stages(found, choice, mode)
     if len(stages) != launches:
         return [None] * launches
     return [found.seconds([stage]) for stage in stages]
 
 
 def passes(size: float, forward: bool) -> dict[str, float]:
-    """Of the operator alone, for a weight of that many bytes."""
+    """Returns the seconds of the operator alone, for a weight of that many bytes."""
     device = devices.gpu()
     one = seconds([Stage((2 if forward else 3) * size)], device, device.rates[1])
     return {"plain": one, "eager": one, "ours": one}
 
 
 def product(call: Call) -> float:
-    """Of the vendor's product in a call, forward."""
+    """Returns the seconds of the vendor's product in a call, forward."""
     found = costs.costs(call, "triton")
     return found.seconds(found.forward["materialize"][-1:])

@@ -1,4 +1,4 @@
-"""The cost model's predictions for a GPU that is not there, as the tables of docs/gpu.md."""
+"""The cost model's predictions for a GPU that is not there are tables of docs/gpu.md."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def _linear() -> list[list[str]]:
         call = Call(torch.Size((m, k)), torch.Size((n, k)), torch.bfloat16, torch.bfloat16, 0)
         choice = plan.by_cost(call, "triton")
         vendors, ours = predict.vendors(case), predict.ours(call, choice, case.mode)
-        path = choice.forward if case.mode == "infer" else f"{choice.forward}/{choice.backward}"
+        path = choice.forward if case.mode == "infer" else str(choice)
         times = [time_of(seconds) for seconds in (vendors["plain"], vendors["eager"], ours)]
         lines.append([case.label, case.mode, *times, path, f"{ours / vendors['eager']:.2f}"])
     return lines
@@ -42,7 +42,7 @@ def _weights() -> list[list[str]]:
 
 
 def text() -> str:
-    """Both tables, with the constants that they are made of."""
+    """Returns both tables, with the constants that they are made of."""
     device = devices.gpu()
     constants = [
         ["constant", "value", "section that measures it"],
@@ -51,10 +51,9 @@ def text() -> str:
         ["products in TF32", f"{device.tf32_rate / 1e12:.0f} TFLOP/s", "facts"],
         ["products of float32", f"{device.rates[1] / 1e12:.0f} TFLOP/s", "facts"],
         ["a launch", time_of(device.overhead), "facts, host"],
-        ["our matmul over the vendor's", f"{device.efficiency:.2f}", "linear"],
-        ["a loop that takes the norm", f"{device.inline_norm:.2f}", "linear"],
-        ["a loop that scales V", f"{device.prologue:.2f}", "linear"],
-        ["a convolution's loop over V as it lies", f"{device.gather:.2f}", "conv"],
+        ["passes over the bandwidth", f"{device.passes:.2f}", "weight_norm"],
+        ["what a multiprocessor takes in", f"{device.intake / 1e9:.0f} GB/s", "linear"],
+        ["a step of a convolution's loop, µs", f"{1e6 * device.convolution.step:.2f}", "conv"],
     ]
     return "\n\n".join(
         [
@@ -69,5 +68,5 @@ def text() -> str:
 
 
 def write(target: str) -> int:
-    """Replaces the tables between the marks of a Markdown file; 1 where it has none."""
+    """Replaces the tables between the marks of a Markdown file. Returns 1 if it has none."""
     return replaced(Path(target), MARKS, text())

@@ -1,4 +1,4 @@
-"""What a run leaves: one flat folder of few files.
+"""A run leaves one flat folder of few files.
 
     results.jsonl   a line of JSON for every case, written as soon as it is done
     tests.xml       what became of every test, as JUnit has it
@@ -19,7 +19,7 @@ from typing import Any
 RESULTS, JUNIT, LOG, TABLE = "results.jsonl", "tests.xml", "log.txt", "table.txt"
 
 # Sections whose results are those of a suite.
-TIMED = ("host", "linear", "weight_norm", "conv", "models")
+TIMED = ("host", "host_python", "models", "linear", "weight_norm", "conv")
 
 # Names of facts.
 COPY, READ, PRODUCT = "copy, bytes/s", "read, bytes/s", " product, operations/s"
@@ -28,14 +28,14 @@ Line = dict[str, Any]
 
 
 def append(folder: Path, section: str, kind: str, **fields: Any) -> None:
-    """Writes a line at once: what happens to the process later does not touch it."""
+    """Writes a line at once, so that nothing that happens to the process later touches it."""
     text = json.dumps({"section": section, "kind": kind, **fields}, default=str)
     with open(folder / RESULTS, "a", encoding="utf-8") as file:
         file.write(text + "\n")
 
 
 def read(path: Path) -> list[Line]:
-    """The lines of a run, in order; one that was cut off is not among them."""
+    """Returns the lines of a run, in order, without one that was cut off."""
     lines = []
     for text in path.read_text("utf-8").splitlines():
         try:
@@ -46,13 +46,28 @@ def read(path: Path) -> list[Line]:
 
 
 def of(lines: list[Line], section: str, kind: str = "result") -> list[Line]:
-    """Those of a section and a kind."""
+    """Returns the lines of a section and a kind."""
     return [line for line in lines if line["section"] == section and line["kind"] == kind]
 
 
+def median(line: Line, name: str) -> float:
+    """Returns the seconds of a provider in a result."""
+    return line["seconds"][name]["median"]
+
+
+def words_of(case: dict[str, Any]) -> list[str]:
+    """Returns a case in a few words, without its mode: its label, and its dtype, precision and
+    layout if these are not the usual ones or in the label."""
+    words = [case["label"]]
+    for name in ("dtype", "precision"):
+        word = case.get(name, "own")
+        words += [word] if word not in ("own", "") and word not in case["label"] else []
+    return words + (["channels last"] if case.get("channels_last") else [])
+
+
 def reports(path: Path) -> list[dict[str, Any]]:
-    """Each section's results as `bench report` takes those of a suite: one report for each dtype,
-    precision and layout, of the cases whose ratios to both PyTorch's layers are there."""
+    """Returns each section's results as `bench report` takes those of a suite: one report for each
+    dtype, precision and layout, of the cases whose ratios to both PyTorch's layers are there."""
     from bench.suite import geometric_means
 
     lines = read(path)
@@ -77,7 +92,8 @@ def reports(path: Path) -> list[dict[str, Any]]:
 
 
 def _kind(case: dict[str, Any]) -> str:
-    """The dtype of a case, its precision and its layout, where they are not the usual ones."""
+    """Returns the dtype of a case, with its precision and its layout if they are not the usual
+    ones."""
     words = [case.get("dtype", "float32")]
     words += [case["precision"]] if case.get("precision", "own") != "own" else []
     words += ["channels last"] if case.get("channels_last") else []
@@ -85,7 +101,7 @@ def _kind(case: dict[str, Any]) -> str:
 
 
 def _ceilings(lines: list[Line], kind: str) -> dict[str, float]:
-    """What was measured of the device, for products of a kind; nothing where it was not."""
+    """Returns what was measured of the device for products of a kind, or nothing if it was not."""
     values = {line["fact"]: line["value"] for line in of(lines, "facts")}
     multiplied = {"float32, tf32": "TF32", "float32, autocast": "bfloat16"}
     product = multiplied.get(kind, kind.partition(",")[0])

@@ -1,4 +1,8 @@
-"""The command: each section in a process group of its own, with a limit of its own."""
+"""The command runs each section in a process group of its own, with a limit of its own.
+
+The limits of the sections so far, and not what they took, say when a section has to be done: what
+one leaves goes to the next.
+"""
 
 from __future__ import annotations
 
@@ -13,19 +17,19 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bench.gpu import cache, results, summary
-from bench.gpu.sections import DRY_GRACE, DRY_SECONDS, GRACE, SECONDS, SECTIONS, Section, named
+from bench.gpu.sections import DRY_GRACE, DRY_SECONDS, GRACE, SECTIONS, Section, named, total
 
 ROOT = Path(__file__).parents[2]
 
 
 @dataclass(frozen=True)
 class Options:
-    """Of a run.
+    """The options of a run.
 
     Attributes:
         out: the folder of results, which is made.
         sections: those to run, in this order.
-        seconds: about how long they take together; each has its share.
+        seconds: about how long they take together at most; each has its share.
         dry: the compute capability of the stand-in that takes the place of a GPU, as `90`.
         most: cases of each kind at most; 0 for every one of them, and of the tests as well.
         archive: a packed cache of Triton's to unpack first.
@@ -33,24 +37,26 @@ class Options:
 
     out: Path
     sections: Sequence[Section] = SECTIONS
-    seconds: float = SECONDS
+    seconds: float | None = None
     dry: int | None = None
     most: int | None = None
     archive: Path | None = None
 
 
 def run(options: Options) -> int:
-    """Runs the sections one after the other, whatever becomes of each, and prints the table; 1
-    where one failed. What is done is kept on Ctrl-C."""
+    """Runs the sections one after the other, whatever becomes of each, and prints the table.
+    Returns 1 if one failed. What is done is kept on Ctrl-C."""
     options.out.mkdir(parents=True, exist_ok=True)
     for name in (results.RESULTS, results.JUNIT, results.LOG, results.TABLE):
         (options.out / name).unlink(missing_ok=True)
     kernels = cache.unpacked(options.archive) if options.archive else cache.Kernels.present()
     print(kernels.said, flush=True)
-    failed = False
+    failed, limits = False, total(options.sections)
     try:
+        until, scale = time.time(), (options.seconds or limits) / limits
         for section in options.sections:
-            failed |= not _run_section(section, options, kernels)
+            until += scale * section.limit
+            failed |= not _run_section(section, until, options, kernels)
     except KeyboardInterrupt:
         failed = True
         print("interrupted: the table is of what is done", flush=True)
@@ -60,13 +66,12 @@ def run(options: Options) -> int:
     return 1 if failed else 0
 
 
-def _run_section(section: Section, options: Options, kernels: cache.Kernels) -> bool:
-    """Whether it passed."""
-    limit = section.limit * options.seconds / SECONDS
-    kill = limit + (GRACE if options.dry is None else DRY_GRACE)
+def _run_section(section: Section, until: float, options: Options, kernels: cache.Kernels) -> bool:
+    """Runs a section and returns whether it passed."""
     start, before = time.time(), kernels.count()
+    kill = until - start + (GRACE if options.dry is None else DRY_GRACE)
     command = [sys.executable, "-m", "bench.gpu.section", section.name]
-    command += ["--out", str(options.out.resolve()), "--until", str(start + limit)]
+    command += ["--out", str(options.out.resolve()), "--until", str(until)]
     if options.most is not None:
         command += ["--most", str(options.most)]
     if options.dry is not None:
@@ -74,6 +79,8 @@ def _run_section(section: Section, options: Options, kernels: cache.Kernels) -> 
     environment = os.environ | {"TRITON_CACHE_DIR": str(kernels.folder), "PYTHONUNBUFFERED": "1"}
     if options.dry is None:
         environment.pop("TRITON_INTERPRET", None)
+    if not section.native:  # it is looked for in the user's cache
+        environment["XDG_CACHE_HOME"] = str(options.out.resolve() / "no-such-cache")
     with open(options.out / results.LOG, "a", encoding="utf-8") as log:
         print(f"== {section.name}: {section.what}", file=log, flush=True)
         found = outcome(command, kill, log.fileno(), environment)
@@ -86,8 +93,8 @@ def _run_section(section: Section, options: Options, kernels: cache.Kernels) -> 
 
 
 def outcome(command: list[str], limit: float, log: int, environment: dict[str, str]) -> str:
-    """What became of a command in a process group of its own. All of the group ends with it, or
-    after `limit` seconds."""
+    """Runs a command in a process group of its own and returns what became of it. All of the group
+    ends with it, or after `limit` seconds."""
     process = subprocess.Popen(
         command, cwd=ROOT, env=environment, stdout=log, stderr=log, start_new_session=True
     )
@@ -116,7 +123,7 @@ def main(
     capability: int,
     most: int | None,
 ) -> int:
-    """As the command line has it: without `out`, the archive is made; with it, it is used."""
+    """Runs the command line. Without `out` the archive is made; with it, it is used."""
     if out is None:
         if archive is None:
             print("name a folder for the results (--out), or a cache to make (--cache)")
@@ -131,7 +138,7 @@ def main(
         print(error)
         return 2
     dry = capability if dry_run else None
-    seconds = seconds or (DRY_SECONDS if dry_run else SECONDS)
+    seconds = seconds or (DRY_SECONDS if dry_run else None)
     packed = Path(archive) if archive else None
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
     return run(Options(Path(out), chosen, seconds, dry, most, packed))

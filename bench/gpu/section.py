@@ -1,4 +1,5 @@
-"""The process of a section, or of several: `python -m bench.gpu.section NAME,... --out DIR`."""
+"""This is the process of a section, or of several: `python -m bench.gpu.section NAME,... --out
+DIR`."""
 
 from __future__ import annotations
 
@@ -12,10 +13,11 @@ from typing import Any
 
 from bench import stand_in
 from bench.gpu import results
+from bench.gpu.sections import named
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs it; 1 where something was wrong or raised."""
+    """Runs the sections. Returns 1 if something was wrong or raised."""
     parser = argparse.ArgumentParser(prog="python -m bench.gpu.section", description=__doc__)
     parser.add_argument("names", help="with commas between")
     parser.add_argument("--out", type=Path, required=True)
@@ -44,7 +46,7 @@ def main(arguments: list[str] | None = None) -> int:
         for name in chosen.names.split(","):
             results.append(chosen.out, name, "environment", **what)
             context = Context(name, chosen.out, chosen.until, dry, chosen.most, device)
-            importlib.import_module(f"bench.gpu.{name}").main(context)
+            importlib.import_module(named(name).module).main(context)
             failed += context.failed
     for message in failed:
         print(f"FAILED {message}", flush=True)
@@ -52,7 +54,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _nothing_computes() -> list[AbstractContextManager[Any]]:
-    """What makes tensors of the CPU those of a GPU that computes nothing."""
+    """Returns the blocks in which tensors of the CPU are those of a GPU that computes nothing."""
     import wn_kernels
     from bench.hollow import hollow
 

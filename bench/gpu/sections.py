@@ -1,48 +1,64 @@
-"""What the sections are: their order, their limits, and what each shows."""
+"""The sections are listed in the order of their importance, each with its limit and with what it
+shows."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 
 class Section(NamedTuple):
-    """A part of the run, whose module of `bench.gpu` has its name.
+    """A part of the run.
 
     Attributes:
         name: what it is called.
-        limit: the seconds after which it starts no other case.
+        limit: the seconds that it may take, besides those that the sections before it have left.
         lines: how many lines of the table at the end it may take.
         what: what it shows.
+        of: the module of `bench.gpu` that measures it, where that is not called the same.
+        native: whether the native library may be used.
     """
 
     name: str
     limit: float
     lines: int
     what: str
+    of: str = ""
+    native: bool = True
+
+    @property
+    def module(self) -> str:
+        """Returns the name of its module."""
+        return f"bench.gpu.{self.of or self.name}"
 
 
 SECTIONS = (
-    Section("facts", 20, 7, "bandwidths, and products of random numbers by dtype"),
-    Section("tests", 70, 4, "the kernels' tests"),
-    Section("host", 20, 5, "the processor's time of a call"),
-    Section("linear", 100, 13, "linear layers, every path and each kernel alone"),
-    Section("weight_norm", 20, 5, "the operator, beside PyTorch's and a copy"),
-    Section("conv", 45, 8, "convolutions, every path"),
-    Section("sweep", 60, 6, "configurations beside those that ship"),
-    Section("models", 50, 4, "a whole network"),
+    Section("facts", 10, 7, "bandwidths, and products of random numbers by dtype"),
+    Section("tests", 62, 4, "the kernels' tests"),
+    Section("host", 32, 5, "the processor's time of a call"),
+    Section("host_python", 26, 5, "the same without the native library", "host", native=False),
+    Section("models", 34, 5, "a whole network"),
+    Section("linear", 82, 12, "linear layers, every path and each kernel alone"),
+    Section("weight_norm", 28, 5, "the operator, beside PyTorch's and a copy"),
+    Section("conv", 74, 8, "convolutions, every path"),
+    Section("sweep", 62, 8, "configurations beside those that ship"),
 )
 
-# Seconds that a section may take to stop by itself, after its limit, before it is killed.
-GRACE = 4.0
+# Seconds after its limit at which a section that has not stopped by itself is killed.
+GRACE = 8.0
 # Compiling takes as long as it takes where nothing is measured.
 DRY_GRACE = 120.0
 
-SECONDS = sum(section.limit for section in SECTIONS)
 DRY_SECONDS = 200.0
 
 
+def total(sections: Sequence[Section]) -> float:
+    """Returns the seconds that sections may take together."""
+    return sum(section.limit for section in sections)
+
+
 def named(name: str) -> Section:
-    """The section of that name.
+    """Returns the section of that name.
 
     Raises:
         ValueError: there is none.

@@ -1,4 +1,4 @@
-"""The table at the end: at most sixty lines, the losing cases first."""
+"""The table at the end has at most sixty lines, the losing cases first."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Callable
 from statistics import geometric_mean
 from typing import Any
 
-from bench.gpu.results import TIMED, Line, of
+from bench.gpu.results import TIMED, Line, median, of, words_of
 from bench.gpu.sections import SECTIONS, Section
 from bench.providers import VARIANT
 from bench.tables import rates_of, time_of
@@ -16,7 +16,7 @@ WIDTH = 150
 
 
 def table(lines: list[Line]) -> str:
-    """The whole of it."""
+    """Returns the whole table."""
     text = [_title(lines)]
     for section in SECTIONS:
         if of(lines, section.name, "environment") or of(lines, section.name, "status"):
@@ -36,7 +36,7 @@ def _title(lines: list[Line]) -> str:
 
 
 def _section(section: Section, lines: list[Line]) -> list[str]:
-    """Its outcome, then what it found, in as many lines as it may take."""
+    """Returns a section's outcome, then what it found, in as many lines as it may take."""
     status = of(lines, section.name, "status")
     said = f"{status[-1]['outcome']}, {status[-1]['seconds']:.0f} s" if status else "not done"
     faults = [
@@ -70,21 +70,17 @@ def _tests(found: list[Line]) -> list[str]:
     return [said, *(f"{line['test']}: {line['message']}" for line in failed)]
 
 
-def _median(line: Line, name: str) -> float:
-    return line["seconds"][name]["median"]
-
-
 def _loss(line: Line) -> float:
-    """Ours over PyTorch's; none where ours is missing, which is the worst."""
+    """Returns the time of ours over eager's. Where ours is missing the case counts as the worst."""
     times = line["seconds"]
     if "ours" not in times:
         return float("inf")
-    return _median(line, "ours") / _median(line, "eager") if "eager" in times else 1.0
+    return median(line, "ours") / median(line, "eager") if "eager" in times else 1.0
 
 
 def _mean(lines: list[Line], other: str) -> str:
     ratios = [
-        _median(line, "ours") / _median(line, other)
+        median(line, "ours") / median(line, other)
         for line in lines
         if {"ours", other} <= line["seconds"].keys()
     ]
@@ -92,7 +88,7 @@ def _mean(lines: list[Line], other: str) -> str:
 
 
 def _times(found: list[Line]) -> list[str]:
-    """Means of each mode, then a line for each case, the losing ones first."""
+    """Returns the means of each mode, then a line for each case, the losing ones first."""
     rows = []
     for mode in dict.fromkeys(line["case"]["mode"] for line in found):
         of_mode = [line for line in found if line["case"]["mode"] == mode]
@@ -103,13 +99,12 @@ def _times(found: list[Line]) -> list[str]:
 
 def _case(line: Line) -> str:
     case, times = line["case"], line["seconds"]
-    about = [case["label"], case["mode"]]
-    about += [case[key] for key in ("dtype", "precision") if case.get(key, "own") != "own"]
-    about += ["last"] if case.get("channels_last") else []
+    label, *kind = words_of(case)
+    about = [label, case["mode"], *kind]
     figures = [_figure(line, name) for name in ("ours", "plain", "eager") if name in times]
     paths = [name for name in times if name.startswith(VARIANT)]
     if paths:
-        fastest = min(paths, key=lambda name: _median(line, name))
+        fastest = min(paths, key=lambda name: median(line, name))
         figures.append(_figure(line, fastest))
     if "bytes" in case and "ours" in times:
         figures.append(f"ours {rates_of(line, 'ours')}")
@@ -119,17 +114,17 @@ def _case(line: Line) -> str:
 def _figure(line: Line, name: str) -> str:
     predicted = line["predicted"].get(name)
     expected = f" ({time_of(predicted)})" if predicted else ""
-    return f"{name.removeprefix(VARIANT)} {time_of(_median(line, name))}{expected}"
+    return f"{name.removeprefix(VARIANT)} {time_of(median(line, name))}{expected}"
 
 
 def _sweeps(found: list[Line]) -> list[str]:
-    """The fastest configuration beside the shipped one."""
+    """Returns the fastest configuration of each kernel beside the shipped one."""
     rows = []
     for line in found:
         times = line["seconds"]
         if "shipped" in times:
-            best = min(times, key=lambda name: _median(line, name))
-            gain = _median(line, "shipped") / _median(line, best)
+            best = min(times, key=lambda name: median(line, name))
+            gain = median(line, "shipped") / median(line, best)
             shipped = _figure(line, "shipped")
             rows.append((gain, f"{line['case']['label']}: {shipped}, {best} {gain:.2f} of it"))
     return [text for _, text in sorted(rows, reverse=True)]

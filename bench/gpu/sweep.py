@@ -1,147 +1,264 @@
-"""Configurations of single kernels beside those that ship: what a pinned configuration leaves."""
+"""This section times configurations of single kernels beside those that ship, to show what a pinned
+configuration leaves.
+
+A sweep is a line of `sweeps()`: a case, the path and the direction that launch the kernel, the
+function of `configs.py` that chooses its configuration, and the values of some of its fields. The
+call runs as it ships but for these fields, and the kernel alone is timed.
+"""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from bench.gpu import predict
+from bench.cases import CONV, Case, check_close
+from bench.gpu import layers, predict
 from bench.gpu.context import Context
+from bench.gpu.linear import BF16
+from bench.providers import PROVIDERS
+from wn_kernels import plan
+from wn_kernels.call import Call, kept_shape
 from wn_kernels.plan import devices
 from wn_kernels.plan.costs import Stage
 
 SHIPPED = "shipped"
-BF16 = torch.bfloat16
+
+# The share of a sweep's time in which its configurations are compiled and checked.
+COMPILING = 0.6
 
 
 @dataclass(frozen=True)
 class Sweep:
-    """One kernel at one size, and its configurations; `m` is 0 for the kernels of a weight."""
+    """One kernel at one size, and the configurations that are tried.
+
+    Attributes:
+        label: what it is called.
+        case: the layer.
+        kernel: the kernel's name.
+        variant: the path that launches it, in the direction of the case's mode; none for the call
+            of the weight alone.
+        chooser: the function of `configs.py` that chooses its configuration.
+        fields: values of fields of that configuration, tried in all combinations.
+    """
 
     label: str
-    m: int
-    k: int
-    n: int
-    configs: tuple[Any, ...]
-    call: Callable[[Operands, Any], Any]
+    case: Case
+    kernel: str
+    variant: str
+    chooser: str
+    fields: dict[str, tuple[int, ...]]
 
-    def seconds(self) -> float:
-        """What the cost model expects of a kernel that reads and writes everything once."""
-        device = devices.gpu()
-        weight, activations = self.k * self.n, self.m * (self.k + self.n)
-        grads = 3 if self.label.startswith("dV") else 2 if not self.m else 1
-        stage = Stage(2.0 * (grads * weight + activations), 2.0 * self.m * weight)
-        return predict.seconds([stage], device, device.rates[0])
+    @property
+    def alone(self) -> bool:
+        """Returns whether the call is that of the weight alone."""
+        return not self.variant
 
+    def changes(self) -> list[dict[str, int]]:
+        """Returns what is changed of the configuration that ships, for each that is tried."""
+        values = itertools.product(*self.fields.values())
+        return [dict(zip(self.fields, some, strict=True)) for some in values]
 
-class Operands:
-    """Of one call."""
-
-    def __init__(self, sweep: Sweep, device: torch.device) -> None:
-        def random(*shape: int) -> Tensor:
-            return torch.randn(shape, dtype=BF16, device=device)
-
-        self.x, self.dy = random(sweep.m, sweep.k), random(sweep.m, sweep.n)
-        self.v, self.g = random(sweep.n, sweep.k), random(sweep.n, 1)
-        self.norm = torch.rand(sweep.n, 1, device=device) + 1.0
-        self.sweep = sweep
-
-    def operand_bytes(self) -> int:
-        """What a call reads."""
-        return sum(t.numel() * t.element_size() for t in (self.x, self.dy, self.v))
-
-    def twin(self) -> Operands:
-        """Others of the same sizes."""
-        return Operands(self.sweep, self.v.device)
-
-    def __call__(self, config: Any = None) -> None:
-        self.sweep.call(self, config)
-
-
-def _forward(form: str) -> Callable[[Operands, Any], Any]:
-    def call(o: Operands, config: Any) -> Any:
-        from wn_kernels.backends.triton import linear
-
-        return linear(o.x, o.v, o.g, None, 0, 0.0, form, config=config)
-
-    return call
-
-
-def _backward(form: str, wanted: str) -> Callable[[Operands, Any], Any]:
-    needs = (wanted == "dx", wanted == "dv", wanted == "dv", False)
-    option = "matmul_config" if wanted == "dx" else "grad_config"
-
-    def call(o: Operands, config: Any) -> Any:
-        from wn_kernels.backends.triton import linear_backward
-
-        chosen = {option: config}
-        return linear_backward(o.dy, o.x, o.v, o.g, o.norm, 0, 0.0, form, needs, **chosen)
-
-    return call
-
-
-def _weight(o: Operands, config: Any) -> Any:
-    from wn_kernels.backends.triton import weight_norm
-
-    return weight_norm(o.v, o.g, 0, 0.0, BF16, config=config)
-
-
-def _weight_grad(o: Operands, config: Any) -> Any:
-    from wn_kernels.backends.triton import weight_norm_backward
-
-    return weight_norm_backward(o.v, o.v, o.g, o.norm, 0, 0.0, config=config)
-
-
-def _product(kind: type, *axes: tuple[int, ...]) -> Iterator[Any]:
-    return itertools.starmap(kind, itertools.product(*axes))
+    def call(self, device: torch.device) -> Call:
+        """Returns the call that the backend computes."""
+        case = replace(self.case, mode="infer")
+        layer = PROVIDERS["ours"].make(case, case.layer(device))
+        x = torch.empty(case.x_shape, dtype=case.torch_dtype, device=device)
+        found = layers.paths(case, layer, _laid_out(case, x))
+        assert found is not None
+        return found.call.of_weight() if self.alone else found.call
 
 
 def sweeps() -> list[Sweep]:
-    """Some sixty configurations in all."""
-    from wn_kernels.backends.triton.configs import GradConfig, MatmulConfig, SliceConfig
-
-    def of(kind: type, *axes: tuple[int, ...]) -> tuple[Any, ...]:
-        return tuple(_product(kind, *axes))
-
-    thin = of(MatmulConfig, (16,), (16, 32, 64), (128, 256), (4,), (3, 5))
-    middle = of(MatmulConfig, (64,), (32, 64), (64, 128), (4,), (3, 4))
-    dx = of(MatmulConfig, (16,), (32, 64, 128), (64, 128), (4,), (3, 4))
-    dv = of(GradConfig, (16,), (16, 32), (64, 128, 256), (4,), (3, 5))
-    dw = of(GradConfig, (64,), (64, 128), (128,), (4, 8), (3,))
-    slices = of(SliceConfig, (1, 2, 4, 8), (512, 1024), (4,))
+    """Returns what is swept. Kernels whose configuration is the least certain come first."""
+    few, middle = (partial(_linear, rows) for rows in (16, 64))
+    long, up = partial(_conv, "1d 128→128 k11 d5"), partial(_conv, "up 512→256")
+    thin = {"BLOCK_O": (16, 32), "BLOCK_R": (128, 256), "num_stages": (3, 5)}
+    wide = {"BLOCK_O": (32, 64), "BLOCK_R": (64, 128), "num_stages": (4, 5)}
+    rows = {"BLOCK_N": (1, 2, 4), "num_warps": (4, 8)}
+    owned = {"BLOCK_O": (16, 32), "BLOCK_R": (128, 256), "num_stages": (4, 5)}
+    tiles = {"BLOCK_M": (16, 32, 64), "BLOCK_R": (32, 64), "num_stages": (3, 4)}
+    parts = {"BLOCK_M": (32, 64, 128), "BLOCK_R": (32, 64), "num_stages": (2, 3)}
+    matmul, conv = ("one_pass_kernel", "one_pass", "one_pass"), ("conv_kernel", "packed", "conv")
+    grad, owner = ("conv_grad_kernel", "packed", "conv_grad"), "grad_one_pass_kernel"
     return [
-        Sweep("one-pass forward, 16 rows", 16, 4096, 4096, thin, _forward("one_pass")),
-        Sweep("dX, 16 rows", 16, 4096, 4096, dx, _backward("scaled", "dx")),
-        Sweep("dV in one pass, 16 rows", 16, 4096, 4096, dv, _backward("one_pass", "dv")),
-        Sweep("W of a weight", 0, 4096, 4096, slices, _weight),
-        Sweep("dV of a weight", 0, 4096, 4096, slices, _weight_grad),
-        Sweep("one-pass forward, 64 rows", 64, 4096, 4096, middle, _forward("one_pass")),
-        Sweep("dV in two phases, 512 rows", 512, 4096, 4096, dw, _backward("scaled", "dv")),
+        Sweep("packed convolution, long", long("infer"), *conv, tiles),
+        Sweep("packed convolution, up", up("infer"), *conv, tiles),
+        Sweep("gradient of a convolution, long", long("train"), *grad, parts),
+        Sweep("gradient of a convolution, up", up("train"), *grad, parts),
+        Sweep("one-pass forward, 16 rows", few("infer"), *matmul, thin),
+        Sweep("one-pass forward, 64 rows", middle("infer"), *matmul, wide),
+        Sweep("dV in one pass, 16 rows", few("train"), owner, "one_pass", "grad_one_pass", owned),
+        Sweep("W of a weight", few("infer"), "weight_kernel", "", "slices", rows),
+        Sweep("dV of a weight", few("train"), "weight_grad_kernel", "", "slices", rows),
     ]
 
 
+def _linear(rows: int, mode: str) -> Case:
+    shape = (rows, 4096)
+    return next(c for c in BF16 if c.x_shape == shape and c.arguments[1] == 4096 and c.mode == mode)
+
+
+def _conv(label: str, mode: str) -> Case:
+    case = next(case for case in CONV if case.label.startswith(label) and case.mode == mode)
+    return replace(case, dtype="bfloat16", channels_last=True)
+
+
+def _laid_out(case: Case, t: Tensor) -> Tensor:
+    """Returns a tensor of activations in the case's layout."""
+    return t.movedim(1, -1).contiguous().movedim(-1, 1) if case.channels_last else t
+
+
+class Operands:
+    """The operands of one call, which runs when they are called."""
+
+    def __init__(self, sweep: Sweep, call: Call, device: torch.device) -> None:
+        self.sweep, self.described, self.device = sweep, call, device
+        self.plan = plan.Plan("triton", sweep.variant, sweep.variant)
+
+        def random(*shape: int) -> Tensor:
+            return torch.randn(shape, dtype=call.x_dtype, device=device)
+
+        x = None if sweep.alone else _laid_out(sweep.case, random(*call.x_shape))
+        g = random(*kept_shape(call.v_shape, call.dim)).abs() + 0.5
+        self.tensors = x, random(*call.v_shape), g, None
+        y, self.norm, _ = self._forward()
+        self.dy = torch.randn_like(y)
+
+    def _forward(self) -> Any:
+        from wn_kernels.backends import triton
+
+        return triton.layer(self.described, self.plan, self.tensors, False)
+
+    def operand_bytes(self) -> int:
+        """Returns the bytes that a call reads."""
+        return _bytes([*self.tensors, self.dy])
+
+    def twin(self) -> Operands:
+        """Returns other operands of the same sizes."""
+        return Operands(self.sweep, self.described, self.device)
+
+    def __call__(self) -> list[Tensor]:
+        """Runs the call, and returns its results."""
+        from wn_kernels.backends import triton
+
+        if self.sweep.case.mode == "infer":
+            results = self._forward()
+        else:
+            given = self.dy, self.tensors, self.norm, None, (False, True, True, False)
+            results = triton.layer_backward(self.described, self.plan, *given)
+        return [t for t in results if t is not None]
+
+    def compare(self, results: list[Tensor], right: list[Tensor]) -> None:
+        """Compares a configuration's results with those of the one that ships, which the tests
+        compare with float64.
+
+        Raises:
+            AssertionError: they are wrong.
+        """
+        pixels = self.dy.numel() // max(1, self.tensors[2].numel())
+        length = max(pixels, self.tensors[1].numel() // max(1, self.tensors[2].numel()))
+        for result, expected in zip(results, right, strict=True):
+            check_close("a result", result, expected, length)
+
+    def launches(self) -> list[Any]:
+        """Returns the launches of the swept kernel in a call, with their operands.
+
+        Raises:
+            LookupError: there is none.
+        """
+        found = [one for one in layers.traced(self) if one.kernel.__name__ == self.sweep.kernel]
+        if not found:
+            raise LookupError(f"the call launches no {self.sweep.kernel}")
+        return found
+
+
+def _bytes(tensors: Iterable[Any]) -> int:
+    """Returns the bytes of those that are tensors, each counted once."""
+    found = {t.data_ptr(): t for t in tensors if isinstance(t, Tensor)}
+    return sum(t.numel() * t.element_size() for t in found.values())
+
+
+@contextmanager
+def _configured(sweep: Sweep, changes: dict[str, int]) -> Iterator[list[Any]]:
+    """Inside the block the sweep's kernel is launched with changes to its configuration. The block
+    is given the configurations that were chosen."""
+    from wn_kernels.backends.triton import configs, launch
+
+    ships, chosen = getattr(configs, sweep.chooser), []
+
+    def choose(*arguments: Any, **options: Any) -> Any:
+        chosen.append(ships(*arguments, **options)._replace(**changes))
+        return chosen[-1]
+
+    launch.forget()
+    setattr(configs, sweep.chooser, choose)
+    try:
+        yield chosen
+    finally:
+        setattr(configs, sweep.chooser, ships)
+        launch.forget()
+
+
 def main(context: Context) -> None:
-    for sweep in context.cases(sweeps(), lambda sweep: sweep.label):
+    for sweep in context.cases(sweeps(), label=lambda sweep: sweep.label):
         with context.attempt(sweep.label):
             _measure(context, sweep)
 
 
 def _measure(context: Context, sweep: Sweep) -> None:
-    """Times every configuration that runs, and writes those that do not."""
-    sets = context.clock.sets(Operands(sweep, context.device))
-    runs: dict[str, list[Callable[[], None]]] = {}
-    most = 2 * context.most if context.most else None
-    for config in (None, *sweep.configs[:most]):
-        name = SHIPPED if config is None else "×".join(map(str, config))
-        with context.attempt(f"{sweep.label}, {name}"):
-            sets[0](config)
-            runs[name] = [partial(one, config) for one in sets]
-    stats = context.clock.graphs(runs, 2 * context.seconds())
-    record = {"label": sweep.label, "mode": "sweep", "m": sweep.m, "k": sweep.k, "n": sweep.n}
-    context.result(record, stats, dict.fromkeys(stats, sweep.seconds()))
+    """Times every configuration that runs, and writes down those that do not."""
+    begin, share = time.time(), (context.until - time.time()) / context.left
+    sets = context.clock.sets(Operands(sweep, sweep.call(context.device), context.device))
+    right = [t.double() for t in sets[0]()]
+    runs: dict[str, list[Any]] = {}
+    refused: dict[str, str] = {}
+    tried = [{}, *sweep.changes()[: 2 * context.most if context.most else None]]
+    for i, changes in enumerate(tried):
+        if runs and not context.dry and time.time() - begin > COMPILING * share:
+            context.add("left out", cases=[f"{sweep.label}, {some}" for some in tried[i:]])
+            break
+        name = "×".join(map(str, changes.values())) or SHIPPED
+        try:
+            with _configured(sweep, changes) as chosen:
+                results = sets[0]()
+                launches = [one.launches() for one in sets]
+            if not context.dry:
+                sets[0].compare(results, right)
+        except AssertionError as error:
+            context.wrong(f"{sweep.label}, {name}: {error}")
+            continue
+        except Exception as error:  # such as a tile that does not fit the shared memory
+            if name == SHIPPED:
+                raise
+            refused[name] = f"{type(error).__name__}: {error}".partition("\n")[0]
+            if context.device.type == "cuda":
+                torch.cuda.synchronize(context.device)
+            continue
+        runs[name] = [partial(_again, some) for some in launches]
+        if name == SHIPPED:
+            ships, expected = "×".join(map(str, chosen[-1])), _expected(sweep, launches[0])
+    stats = context.clock.graphs(runs, context.seconds(), sets[0].operand_bytes())
+    record = {"label": sweep.label, "mode": "sweep", "of": sweep.case.label, "dtype": "bfloat16"}
+    record |= {"kernel": sweep.kernel, "fields": list(sweep.fields), "ships": ships}
+    context.result(record, stats, dict.fromkeys(stats, expected), refused=refused)
+
+
+def _again(launches: list[Any]) -> None:
+    for one in launches:
+        layers.launch_again(one)
+
+
+def _expected(sweep: Sweep, launches: list[Any]) -> float:
+    """Returns the seconds by the cost model's constants if each operand is read or written once."""
+    moved = sum(_bytes(one.arguments.values()) for one in launches)
+    operations = 0.0 if sweep.alone else replace(sweep.case, mode="infer").work()[0]
+    device = devices.gpu()
+    return predict.seconds([Stage(float(moved), operations)], device, device.rates[0])

@@ -1,4 +1,5 @@
-"""The tests of the kernels, each with a time limit, on as many workers as there are cores."""
+"""This section runs the tests of the kernels, each with a time limit, on as many workers as there
+are cores."""
 
 from __future__ import annotations
 
@@ -19,7 +20,8 @@ SAMPLE = 100
 
 
 class Outcomes:
-    """Writes what became of each test as soon as it is done, and stops when the time is up."""
+    """A plugin that writes what became of each test as soon as it is done, and stops when the time
+    is up."""
 
     def __init__(self, context: Context) -> None:
         self.context = context
@@ -39,7 +41,7 @@ class Outcomes:
             self._stop()
 
     def _stop(self) -> None:
-        """The JUnit file is written all the same."""
+        """Ends the run; the JUnit file is written all the same."""
         session = self.config.pluginmanager.getplugin("dsession")
         if session is None or session.shouldstop:
             return
@@ -48,14 +50,14 @@ class Outcomes:
 
 
 def _reason(report: Any) -> str:
-    """The last line of what a test printed when it failed, or why it was skipped."""
+    """Returns the last line of what a test printed when it failed, or why it was skipped."""
     text = report.longrepr[-1] if isinstance(report.longrepr, tuple) else str(report.longrepr)
     crash = getattr(report.longrepr, "reprcrash", None)
     return (crash.message if crash else text).partition("\n")[0][:400]
 
 
 def arguments(context: Context) -> list[str]:
-    """Of pytest."""
+    """Returns the arguments of pytest."""
     workers = min(WORKERS, len(os.sched_getaffinity(0)))
     junit = Path(context.folder, results.JUNIT).resolve()
     found = [TESTS, "-q", "-p", "no:cacheprovider", f"--numprocesses={workers}"]

@@ -1,5 +1,5 @@
-"""The operator alone, forward and backward, beside PyTorch's and the floor: a copy of `V`, and a
-sum of `dW` and `V`."""
+"""This section times the operator alone, forward and backward, beside PyTorch's and beside the
+floor: a copy of `V`, and a sum of `dW` and `V`."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Norm:
 
     @property
     def bytes(self) -> int:
-        """Of the weight."""
+        """Returns the bytes of the weight."""
         return math.prod(self.v_shape) * getattr(torch, self.dtype).itemsize
 
 
@@ -67,7 +67,7 @@ class Operands(NamedTuple):
 
     @staticmethod
     def of(case: Norm, device: torch.device) -> Operands:
-        """Random ones."""
+        """Returns random operands."""
         torch.manual_seed(0)
         dtype = getattr(torch, case.dtype)
         v = torch.randn(case.v_shape, device=device, dtype=dtype)
@@ -86,7 +86,7 @@ class NormRunner:
         self.norm = self._norm()
 
     def _norm(self) -> Tensor | None:
-        """What the forward keeps for the backward."""
+        """Returns what the forward keeps for the backward."""
         if self.case.mode == "forward" or self.name == "plain":
             return None
         if self.name == "eager":
@@ -95,11 +95,11 @@ class NormRunner:
         return OPS.layer(*operands, [], self.case.dim, 0.0, self.v.dtype, "")[1]
 
     def operand_bytes(self) -> int:
-        """What a call reads."""
+        """Returns the bytes that a call reads."""
         return self.case.bytes * (1 if self.case.mode == "forward" else 2)
 
     def twin(self) -> NormRunner:
-        """The same with operands of its own."""
+        """Returns the same provider with operands of its own."""
         return NormRunner(self.case, self.name, Operands.of(self.case, self.v.device))
 
     @torch.no_grad()
@@ -154,7 +154,7 @@ def _some_of(t: Tensor, dim: int, slices: int) -> Tensor:
 
 
 def main(context: Context) -> None:
-    for case in context.cases(CASES, named):
+    for case in context.cases(CASES, label=named):
         with context.attempt(named(case)):
             operands = Operands.of(case, context.device)
             builds: dict[str, Callable[[], Any]] = {

@@ -18,8 +18,8 @@ layer = wn_kernels.WNLinear(64, 32, dtype=torch.bfloat16)
 x = torch.ones(16, 64, dtype=torch.bfloat16)
 with wn_kernels.use_backend("triton"), torch.no_grad():
     assert layer(x).shape == (16, 32)
-from wn_kernels.backends.triton.linear import matmul_kernel
-(compiled,) = matmul_kernel.device_caches[0][0].values()
+from wn_kernels.backends.triton.linear import one_pass_kernel
+(compiled,) = one_pass_kernel.device_caches[0][0].values()
 print(compiled.metadata.target.arch, len(compiled.asm["cubin"]) > 0)
 """
 

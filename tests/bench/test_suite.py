@@ -141,9 +141,32 @@ def test_tuned(monkeypatch, tmp_path, capsys):
 def test_without_git(monkeypatch, tmp_path):
     """Where it is not installed, and outside of a repository."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("WN_KERNELS_COMMIT", raising=False)
     assert suite.commit() == "unknown"
     monkeypatch.setenv("PATH", str(tmp_path))
     assert suite.commit() == "unknown"
+    monkeypatch.setenv("WN_KERNELS_COMMIT", "abc1234")
+    assert suite.commit() == "abc1234"
+
+
+def test_where_a_run_was_made(monkeypatch):
+    """With the native library or without it."""
+    for reason in (None, "it was not built"):
+        monkeypatch.setattr(suite.native, "unavailable", lambda reason=reason: reason)
+        assert suite.environment(CPU)["native"] is (reason is None)
+    assert "driver" not in suite.environment(CPU)
+
+
+def test_the_driver_s_version(monkeypatch, tmp_path):
+    """By its tool, whatever becomes of that."""
+    tool = tmp_path / "nvidia-smi"
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    for script, version in (("echo 580.1; echo 580.1", "580.1"), ("exit 9", None), ("", None)):
+        tool.write_text(f"#!/bin/sh\n{script}\n")
+        tool.chmod(0o755)
+        assert suite.driver() == version
+    monkeypatch.setenv("PATH", str(tmp_path / "none"))
+    assert suite.driver() is None
 
 
 def test_loss_of_a_default():

@@ -16,16 +16,16 @@ from bench.traffic import Case
 def found():
     """Traffic by layer, direction and variant."""
     cases = [
-        Case("half", (16, 256), (256, 256), ("one_pass", "scaled")),
-        Case("autocast", (16, 256), (256, 256), ("one_pass", "scaled"), v_dtype=torch.float32),
-        Case("conv", (1, 32, 6, 6), (32, 32, 3, 3), ("one_pass", "scaled"), conv=traffic._SAME),
+        Case("half", (16, 256), (256, 256), traffic._LINEAR),
+        Case("autocast", (16, 256), (256, 256), ("one_pass", "materialize"), v_dtype=torch.float32),
+        Case("depthwise", (1, 64, 6, 6), (64, 1, 3, 3), ("one_pass", "packed"), conv=traffic._EACH),
     ]
     return {record[:3]: record[3] for record in traffic.records(cases)}
 
 
 def test_a_small_batch_reads_the_weight_once(found):
     """One launch, no `W`: nothing but the inputs and the results crosses the bus."""
-    for layer in ("half", "autocast", "conv"):
+    for layer in ("half", "autocast", "depthwise"):
         forward = found[layer, "forward", "one_pass"]
         assert forward.launches == 1
         assert forward.minimum <= forward.distinct == forward.by_launch <= 1.02 * forward.minimum
@@ -36,11 +36,12 @@ def test_a_small_batch_reads_the_weight_once(found):
 
 def test_the_backward_of_a_small_batch_stores_no_gradient_of_w(found):
     for layer in ("half", "autocast"):
-        backward = found[layer, "backward", "one_pass"]
-        assert backward.minimum <= backward.distinct <= 1.05 * backward.minimum
-        scaled = found[layer, "backward", "scaled"]
-        assert backward.launches < scaled.launches
-        assert backward.by_launch < scaled.by_launch
+        backward, whole = (found[layer, "backward", name] for name in ("one_pass", "materialize"))
+        # Under autocast dX takes W, which is written and read in the smaller dtype.
+        most = backward.minimum * 1.05 + (256 * 256 * 4 if layer == "autocast" else 256 * 16 * 4)
+        assert backward.minimum <= backward.distinct <= most
+        assert backward.launches < whole.launches
+        assert backward.by_launch < whole.by_launch
 
 
 def test_fewer_bytes_than_eager(found):
@@ -52,7 +53,9 @@ def test_fewer_bytes_than_eager(found):
 
 
 def test_kernels_are_named(found):
-    assert found["half", "forward", "one_pass"].kernels == ["matmul_kernel"]
+    assert found["half", "forward", "one_pass"].kernels == ["one_pass_kernel"]
+    scaled = ["slice_sum_kernel", "mm", "scale_kernel"]
+    assert found["half", "forward", "scaled"].kernels == scaled
     assert found["half", "forward", "eager"].kernels == ["_weight_norm_interface", "addmm"]
 
 

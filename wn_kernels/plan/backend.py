@@ -15,6 +15,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
@@ -126,7 +127,7 @@ def serving(v: Tensor, dim: int | None = 0) -> str:
         RuntimeError: a forced backend cannot serve it.
     """
     served = native.serves_dim(dim, v.ndim)
-    if served and v.is_cpu and tries_native() and native.unavailable() is None:
+    if served and v.is_cpu and tries_native(v) and native.unavailable() is None:
         return "native"
     return choose_backend(v)
 
@@ -137,18 +138,21 @@ def cannot_serve(backend: str, reason: str = "") -> RuntimeError:
     return RuntimeError(f"backend {backend!r} was forced but cannot serve this call: {reason}")
 
 
-def tries_native() -> bool:
-    """Returns whether calls go to the native library first. The library returns `None` for calls
-    that it does not serve."""
-    return (_forced is None or _forced == "native") and not is_compiling()
+def tries_native(v: Tensor) -> bool:
+    """Returns whether a call with the weight `v` goes to the native library first. The library
+    returns `None` for calls that it does not serve."""
+    wanted = _forced == "native" if _forced else type(v) in PLAIN_TYPES and v.is_cpu
+    return wanted and not is_compiling()
 
 
 def launches(v: Tensor) -> bool:
     """Returns whether Triton's kernels serve a call with the weight `v`. If the native library was
-    built, its nodes launch them, except where a compiler is set to trace the backward, which needs
-    a node in Python."""
+    built, its nodes launch them, except where a compiler is set to trace the backward: it can trace
+    a node in Python, and a node in C++ only if that defines `compiled_args`, as ours do not."""
     wanted = _forced == "triton" if _forced else type(v) in PLAIN_TYPES and v.is_cuda
     if not wanted or is_compiling() or triton_unavailable() is not None:
         return False
     dynamo = sys.modules.get("torch._dynamo")
-    return dynamo is None or not dynamo.config.compiled_autograd
+    if dynamo is None or not torch.is_grad_enabled():  # reading the setting takes over 1 µs
+        return True
+    return not dynamo.config.compiled_autograd

@@ -8,6 +8,35 @@ import torch
 
 
 @dataclass(frozen=True)
+class Convolution:
+    """This class holds the constants of convolutions on a device class, in seconds.
+
+    Attributes:
+        launch: a launch in a graph, with the beginning and the end of its kernel.
+        step: a step of the loop of our products (`backends/tiles.py`).
+        direct: our kernels for groups of few channels.
+        flat: the factor on a step whose channels have taps of their own, for each dimension.
+        ieee: the fraction of the rate that our products reach without tensor cores.
+        vendor: a call of the vendor's convolution, with the layouts that it converts.
+        vendor_native: the same for images with channels last, whose layouts stay.
+        vendor_direct: the same for groups of few channels.
+        vendor_step: for each of the products that an element of its result sums.
+        vendor_grouped: the fraction of the rate of 16 bits that other groups reach.
+    """
+
+    launch: float = 2e-6
+    step: float = 4e-7
+    direct: float = 3e-6
+    flat: float = 3.0
+    ieee: float = 0.3
+    vendor: float = 1e-5
+    vendor_native: float = 5e-6
+    vendor_direct: float = 1.2e-6
+    vendor_step: float = 4e-9
+    vendor_grouped: float = 1e-2
+
+
+@dataclass(frozen=True)
 class Device:
     """This class holds the constants of a device class.
 
@@ -16,23 +45,30 @@ class Device:
         bandwidth: bytes per second from memory.
         rates: floating-point operations per second of the vendor's matmul in 16, 32 and 64 bits.
         overhead: seconds per launched operation.
-        efficiency: the rate of our own matmul kernel as a fraction of the vendor's.
-        inline_norm: factor on the operations of a matmul whose loop also computes the norm.
-        prologue: factor on the operations of a matmul whose loop scales its tile of `V`.
+        multiprocessors: their number.
+        passes: the fraction of the bandwidth that passes over a weight or activations reach.
+        intake: bytes per second that a multiprocessor takes in from the L2 cache in the one-pass
+            forward of a linear layer.
+        wide_intake: the same if `V` is wider than 16 bits.
+        grad_intake: the same in the one-pass gradient of its weight.
+        ieee: the fraction of the rate that the one-pass forward reaches in float32 without TF32,
+            and in float64.
         tf32_rate: operations per second of a float32 matmul in TF32.
-        gather: factor on the operations of a convolution whose loop reads `V` in its own layout,
-            taps innermost.
+        convolution: the constants of convolutions.
     """
 
     name: str
     bandwidth: float
     rates: tuple[float, float, float]
     overhead: float
-    efficiency: float = 1.0
-    inline_norm: float = 1.0
-    prologue: float = 1.0
     tf32_rate: float = 0.0
-    gather: float = 1.0
+    multiprocessors: int = 132
+    passes: float = 0.87
+    intake: float = 5.5e10
+    wide_intake: float = 2.2e10
+    grad_intake: float = 7e10
+    ieee: float = 0.07
+    convolution: Convolution = Convolution()
 
     def rate(self, itemsize: int, tf32: bool = False) -> float:
         """Returns the operations per second for elements of `itemsize` bytes."""
@@ -44,20 +80,23 @@ CPU = Device("CPU", bandwidth=2e10, rates=(1e11, 1e11, 5e10), overhead=8e-6)
 # The native library starts a pass without a dispatcher, and without Python.
 NATIVE = replace(CPU, overhead=1e-6)
 
-# Bandwidths and rates come from the data sheets, for the SXM or OAM part and dense matrices. The
-# rates are those of bfloat16, float32, float64 and TF32. The efficiency and the overhead are
-# assumptions. The factors are derived from compiled code (docs/benchmarks.md). `inline_norm` and
-# `prologue` count the issue cycles that they add to the loop of a large tile as time lost, relative
-# to the bound of a plain matmul. `gather` is the bound of a convolution's loop divided by that of
-# the packed variant's, per product.
+# The constants of the H200 were measured (docs/results/gpu-h200), except for the rate of float64,
+# for which that of float32 stands. The overhead is that of a launch in a graph, with the beginning
+# and the end of its kernel. The H100 is the same chip with other memory. Its bandwidth is the
+# H200's by the ratio of the data sheets; nothing was measured on one.
+#
+# Bandwidths and rates of the others come from the data sheets, for the SXM or OAM part and dense
+# matrices. The rates are those of bfloat16, float32, float64 and TF32. All other constants of
+# theirs are the H200's, which is an assumption.
+_H200 = Device("H200", 4.2e12, (7.84e14, 5.1e13, 5.1e13), 2e-6, 4.11e14)
 GPUS = {
     device.name: device
     for device in (
-        Device("A100", 2.04e12, (3.12e14, 1.95e13, 1.95e13), 4e-6, 0.8, 1.2, 1.4, 1.56e14, 2.1),
-        Device("H100", 3.35e12, (9.89e14, 6.7e13, 6.7e13), 4e-6, 0.8, 1.2, 1.3, 4.95e14, 1.9),
-        Device("H200", 4.8e12, (9.89e14, 6.7e13, 6.7e13), 4e-6, 0.8, 1.2, 1.3, 4.95e14, 1.9),
-        Device("B200", 8.0e12, (2.25e15, 8.0e13, 4.0e13), 4e-6, 0.8, 1.2, 1.4, 1.1e15, 2.4),
-        Device("MI300X", 5.3e12, (1.307e15, 1.634e14, 1.634e14), 4e-6, 0.8, 1.1, 2.5, 6.54e14, 1.3),
+        Device("A100", 2.04e12, (3.12e14, 1.95e13, 1.95e13), 2e-6, 1.56e14, 108),
+        replace(_H200, name="H100", bandwidth=_H200.bandwidth * 3.35 / 4.8),
+        _H200,
+        Device("B200", 8.0e12, (2.25e15, 8.0e13, 4.0e13), 2e-6, 1.1e15, 148),
+        Device("MI300X", 5.3e12, (1.307e15, 1.634e14, 1.634e14), 2e-6, 6.54e14, 304),
     )
 }
 

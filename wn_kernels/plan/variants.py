@@ -24,7 +24,7 @@ class Plan(NamedTuple):
         forward: the variant of the forward, without gradients.
         backward: the variant of the backward.
         keeps: what the forward of a training step saves for the backward besides its inputs and the
-            norms: the `"product"` `x Vᵀ` of a linear layer, the `"weight"` `W` of a convolution, or
+            norms: the `"product"` `x Vᵀ` of a linear layer on a CPU, the `"weight"` `W`, or
             nothing.
     """
 
@@ -51,7 +51,7 @@ class Plan(NamedTuple):
         return f"{self.forward}/{self.backward}{kept}"
 
 
-# A convolution's `W` of at most this many bytes is kept for the backward whatever the input's size.
+# A `W` of at most this many bytes may be kept for the backward whatever the input's size.
 KEPT_WEIGHT = 2**21
 
 
@@ -59,20 +59,22 @@ def _may_keep(call: Call, backend: str, forward: str, backward: str) -> bool:
     """Returns whether more may be saved for the backward than the plain layer saves.
 
     The product of a linear layer on a CPU may take 1/8 of the size of the weight. The `W` of a
-    convolution may take 1/8 of the size of the input. A small `W` is kept whatever the input's
-    size, since computing it again is all overhead. A `W` in float32 for a layer in half precision
-    is not kept. The native library forms `W` for a training step, whatever its forward does without
-    gradients. It keeps every `W` that is normalised along taps, because forming it twice takes
-    longer than eager does.
+    convolution, and on the Triton path of a linear layer, may take 1/8 of the size of the input. A
+    small `W` is kept whatever the input's size, since computing it again is all overhead. A `W` in
+    float32 for a layer in half precision is not kept on a CPU. The native library, and the Triton
+    path of a linear layer, form `W` for a training step, whatever the forward does without
+    gradients. The native library keeps every `W` that is normalised along taps, because forming it
+    twice takes longer than eager does.
     """
-    if call.conv is None:
-        late = backend != "triton" and forward == backward == "scaled"
-        return late and scales_late(call) and keeps_product(call)
-    if backward != "materialize" or (forward != "materialize" and backend != "native"):
+    linear = call.conv is None
+    if linear and backend != "triton":
+        return forward == backward == "scaled" and scales_late(call) and keeps_product(call)
+    forms_anyway = linear or backend == "native"
+    if backward != "materialize" or (forward != "materialize" and not forms_anyway):
         return False
     if backend == "aten" and vendor.is_wrong_for(call.x_dtype, len(call.v_shape)):
         return False  # PyTorch would save `x` and `W` in float32
-    if backend != "triton" and call.conv.scale_axis(call.dim) == "taps":
+    if call.conv and backend != "triton" and call.conv.scale_axis(call.dim) == "taps":
         return backend == "native"  # it can scale nothing but `W`
     size = call.x_dtype.itemsize
     w, input = size * math.prod(call.v_shape), size * math.prod(call.x_shape)
@@ -80,7 +82,7 @@ def _may_keep(call: Call, backend: str, forward: str, backward: str) -> bool:
 
 
 def _plan(call: Call, backend: str, forward: str, backward: str, keeps: bool) -> Plan:
-    kept = "product" if call.conv is None else "weight"
+    kept = "product" if call.conv is None and backend != "triton" else "weight"
     return Plan(backend, forward, backward, kept if keeps else "")  # type: ignore[arg-type]
 
 
@@ -88,8 +90,13 @@ def by_cost(call: Call, backend: str) -> Plan:
     """Returns the cheapest plan by the cost model."""
     if not call.x_shape or backend == "reference":  # there is only one plan
         return Plan(backend, "materialize", "materialize")
-    forward, backward = costs(call, backend).cheapest()
-    return _plan(call, backend, forward, backward, _may_keep(call, backend, forward, backward))
+    found = costs(call, backend)
+    forward, backward = found.cheapest()
+    if found.kept is None:
+        keeps = _may_keep(call, backend, forward, backward)
+        return _plan(call, backend, forward, backward, keeps)
+    keeps = found.keeping_pays() and _may_keep(call, backend, forward, "materialize")
+    return _plan(call, backend, forward, "materialize" if keeps else backward, keeps)
 
 
 def choices(call: Call, backend: str) -> list[Plan]:

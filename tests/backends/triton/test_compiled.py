@@ -1,18 +1,16 @@
 """Launches without Triton's binder, over a driver that does nothing: Triton's own compiler and
-launcher run, on CPU tensors, in a process that does not interpret."""
+launcher run, on CPU tensors, in a process that does not interpret. The driver says what it was
+given, by Triton and by us."""
 
-import json
-import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import triton
 
+from tests.processes import ROOT, printed
+from wn_kernels.backends import native
 from wn_kernels.backends.triton import compiled
-
-ROOT = Path(__file__).parents[3]
 
 pytestmark = pytest.mark.skipif(
     not compiled._is_supported, reason="the internals of this version of Triton are not known"
@@ -30,26 +28,43 @@ from wn_kernels.backends import triton as backend
 from wn_kernels.call import Geometry
 from wn_kernels.backends.triton import compiled, configs, launch
 
-launches = []
+bound = []  # whether Triton has bound the arguments, for each of its launcher's calls
 launcher_s_call = CudaLauncher.__call__
 
 def spy(self, *arguments):
-    (x, y, z, stream, function, metadata), (_, enter, leave) = arguments[:6], arguments[6:9]
-    # Tensors as Triton passes them, addresses as we do.
-    operands = [a.data_ptr() if isinstance(a, torch.Tensor) else a for a in arguments[9:]]
-    described = [type(a).__name__ for a in operands if hasattr(a, "base")]
-    operands = [a.base.data_ptr() if hasattr(a, "base") else a for a in operands]
-    launches.append(dict(grid=(x, y, z), stream=stream, function=function, metadata=metadata,
-        operands=operands, by_triton=enter is not None, described=described))
+    bound.append(arguments[7] is not None)  # it passes its hooks
     return launcher_s_call(self, *arguments)
 
 CudaLauncher.__call__ = spy
-is_plain, compiled._is_plain = compiled._is_plain, lambda run: False  # our launches, too, go there
+made = []  # the addresses of each launch of ours, and whether Triton has bound it
+launch_s_call = launch.Launcher.__call__
+
+def notes(self, *tensors):
+    bound.clear()
+    launch_s_call(self, *tensors)
+    made.append(([t.data_ptr() for t in tensors], any(bound)))
+
+launch.Launcher.__call__ = notes
 
 def launched(run):
-    launches.clear()
-    run()
-    return [dict(l) for l in launches]
+    "The launches that the driver is given, addresses by the tensor that they are of."
+    made.clear()
+    with stand_in.launches() as found:
+        run()
+    assert len(found) == len(made) > 0
+    return [described(each, *how) for each, how in zip(found, made)]
+
+def described(launch, tensors, by_triton):
+    values = [int.from_bytes(p, "little") for p in launch.parameters]
+    assert values[: len(tensors)] == tensors, (launch, tensors)  # in their order
+    parameters = [
+        f"tensor {tensors.index(value)}" if value in tensors else p.hex()
+        for p, value in zip(launch.parameters, values)
+    ]
+    return dict(launch._asdict(), parameters=parameters, by_triton=by_triton)
+
+def same(a, b):
+    return all(a[k] == b[k] for k in a if k not in ("entry", "by_triton"))
 
 def like(dtype=torch.float32):
     x, v = torch.randn(16, 64, dtype=dtype), torch.randn(64, 64, dtype=dtype)
@@ -65,7 +80,6 @@ grouped = Geometry((1,), (1,), (1,), False, (0,), 32)
 each = torch.randn(32, 1, 3), torch.rand(32, 1, 1)
 scale, channels = torch.rand(32, 1, 1) + 0.5, torch.randn(32)
 needs = (True, True, True, True)
-wide = torch.randn(512, 4096).bfloat16(), torch.randn(8192, 4096).bfloat16()
 CALLS = {
     "linear, one pass": lambda: backend.linear(x, v, g, bias, 0, 0.0, "one_pass"),
     "linear, scaled": lambda: backend.linear(x, v, g, None, 0, 0.0, "scaled"),
@@ -76,8 +90,6 @@ CALLS = {
         dy, x, v, g, norm, 0, 0.0, "scaled", needs),
     "dX and dV, dim=1": lambda: backend.linear_backward(
         dy, x, v, g.t(), norm.t(), 1, 0.0, "one_pass", needs),
-    "described": lambda: backend.linear(
-        *wide, torch.rand(8192, 1).bfloat16(), None, 0, 0.0, "scaled"),
     "norms": lambda: backend.slice_norms(v, 0, 0.5),
     "norms, split": lambda: backend.slice_norms(torch.randn(256, 256), None, 0.0),
     "weight": lambda: backend.weight_norm(v, g, 0, 0.0, torch.bfloat16),
@@ -85,46 +97,40 @@ CALLS = {
     "weight's gradient, split": lambda: backend.weight_norm_backward(
         torch.ones(256, 256), torch.ones(256, 256), g[0, 0], g[0, 0], None, 0.0),
     "convolution, one pass": lambda: backend.convolution(
-        images, taps, scale, channels, conv, 0, 0.0, "one_pass"),
+        images, *each, channels, grouped, 0, 0.0, "one_pass"),
     "convolution, packed": lambda: backend.convolution(
         images, taps, scale, channels, conv, 0, 0.0, "packed"),
     "convolution, grouped": lambda: backend.convolution(
-        images, *each, channels, grouped, 0, 0.0, "scaled"),
+        images, *each, channels, grouped, 0, 0.0, "packed"),
     "convolution, backward": lambda: backend.convolution_backward(
         images, images, taps, scale, scale, conv, 0, 0.0, "packed", needs),
     "convolution, grouped, backward": lambda: backend.convolution_backward(
-        images, images, *each, each[1], grouped, 0, 0.0, "scaled", needs),
+        images, images, *each, each[1], grouped, 0, 0.0, "packed", needs),
 }
-
-def same_but_addresses(a, b):
-    def is_address(operand):
-        return isinstance(operand, int) and operand >= 2**32
-
-    constants = [[is_address(o) or o for o in l["operands"]] for l in (a, b)]
-    same = all(a[k] == b[k] for k in ("grid", "stream", "function", "metadata", "described"))
-    return same and constants[0] == constants[1]
 """
 
+# Ways of a launch, with what a process is given to go there: through the driver alone, through the
+# C function of Triton's launcher, and through that launcher.
+WAYS = {
+    "driver": ("", {}),
+    "function": ("", {"XDG_CACHE_HOME": "/nonexistent"}),  # without the library
+    "launcher": ("compiled._is_plain = lambda run: False", {"XDG_CACHE_HOME": "/nonexistent"}),
+}
 
-def run(code, **variables):
+
+def run(code, way="driver"):
     """What `code` prints, in a process with the stand-in."""
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | variables
-    done = subprocess.run(
-        [sys.executable, "-c", SETUP + code],
-        capture_output=True,
-        text=True,
-        check=False,
-        env=environment,
-        cwd=ROOT,
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
+    native.build()
+    more, variables = WAYS[way]
+    return printed(f"{SETUP}\n{more}\n{code}", **variables)
 
 
-def test_later_launches_are_the_first_one_s():
-    """Every kernel: what its launcher is given by the second call is what Triton gives it in the
-    first, but for addresses and hooks. In a third call, through Triton again, all is the same."""
-    found = run("""
+@pytest.mark.parametrize("way", WAYS)
+def test_later_launches_are_the_first_one_s(way):
+    """Every kernel: what the driver is given by the second call is what Triton gives it in the
+    first, but for addresses. In a third call, through Triton again, all is the same."""
+    found = run(
+        """
 found = {}
 for name, call in CALLS.items():
     launch.forget()  # what another call may have prepared as well
@@ -137,117 +143,80 @@ for name, call in CALLS.items():
         "launches": len(first),
         "by_triton": [[l["by_triton"] for l in ls] for ls in (first, second, third)],
         "same": len(first) == len(second) == len(third)
-        and all(map(same_but_addresses, first, second))
-        and all(map(same_but_addresses, third, second)),
-        "described": sum(len(l["described"]) for l in second),
+        and all(map(same, first, second)) and all(map(same, third, second)),
+        "entries": sorted({l["entry"] for l in second}),
+        "parameters": min(len(l["parameters"]) for l in second),
     }
 print(json.dumps(found))
-""")
+""",
+        way,
+    )
     for name, record in found.items():
-        first, second, third = record["by_triton"]
-        assert all(first), name
-        assert not any(second), name
-        assert all(third), name
+        assert all(len({*bound}) == 1 for bound in record["by_triton"]), name
+        assert [bound[0] for bound in record["by_triton"]] == [True, False, True], name
         assert record["same"], name
-        assert record["described"] == (2 if name == "described" else 0)
+        assert record["parameters"] >= 6, name
+        entry = "cuLaunchKernel" if way == "driver" else "cuLaunchKernelEx"
+        assert record["entries"] == [entry], name
     counts = {name: record["launches"] for name, record in found.items()}
     assert counts["linear, one pass"] == counts["norms"] == counts["weight"] == 1
     assert counts["dX and dV, one pass"] == counts["norms, split"] == 2
-    assert counts["dX and dV, scaled"] == counts["convolution, backward"] == 4
+    assert counts["dX and dV, scaled"] == counts["linear, scaled"] == 2
+    # Two copies with channels last, W, dX, dW, and dV.
+    assert counts["convolution, backward"] == 6
 
 
-@pytest.mark.skipif(
-    not triton.__version__.startswith("3.7."), reason="other versions go through Triton's launcher"
-)
-def test_the_c_function_is_given_what_triton_gives_it():
-    """Every kernel, where `Compiled` calls the C function behind Triton's launcher by itself."""
-    found = run("""
-compiled._is_plain = is_plain
-seen = []
-launcher_s_init = CudaLauncher.__init__
-
-def init(self, *arguments):
-    launcher_s_init(self, *arguments)
-    real = self.launch
-
-    def launch(*arguments):
-        *kept, operands = arguments
-        # The metadata of the launch and the hooks, which ours does without.
-        kept[8:11] = []
-        values = [o.data_ptr() if isinstance(o, torch.Tensor) else o for o in operands]
-        values = ["address" if isinstance(o, int) and o >= 2**32 else o for o in values]
-        seen.append((kept, [type(o).__name__ if hasattr(o, "base") else o for o in values]))
-        return real(*arguments)
-
-    self.launch = launch
-
-CudaLauncher.__init__ = init
-found = {}
-for name, call in CALLS.items():
-    launch.forget()
-    call()
-    first, count = list(seen), len(launches)
-    seen.clear()
-    call()
-    found[name] = [len(first), str(first) == str(seen), len(launches) - count]
-    seen.clear()
-print(json.dumps(found))
-""")
-    for name, (count, same, by_triton) in found.items():
-        assert count > 0, name
-        assert same, name
-        assert by_triton == 0, name
-
-
-def test_unaligned_addresses_have_kernels_of_their_own():
+@pytest.mark.parametrize("way", WAYS)
+def test_unaligned_addresses_have_kernels_of_their_own(way):
     """Triton compiles for addresses that are multiples of 16 bytes, or not: a view that is not has
     the kernel that Triton itself takes, and an aligned one never its."""
-    found = run("""
+    *found, again, kernels = run(
+        """
 def moved(t, by):
     view = torch.empty(t.numel() + 16, dtype=t.dtype)[by : by + t.numel()].view(t.shape)
     assert view.data_ptr() % 16 == 4 * by % 16
     return view.copy_(t)
 
-found = []
+handles = []
+real = compiled.Compiled.__call__
+
+def noted(self, arguments):
+    handles.append(self.fixed[0])
+    real(self, arguments)
+
+compiled.Compiled.__call__ = noted
 for args in [(x, v, bias), (moved(x, 1), v, bias), (x, moved(v, 1), bias),
              (x, v, moved(bias, 3)), (moved(x, 1), moved(v, 2), moved(bias, 3))]:
     call = lambda: backend.linear(args[0], args[1], g, args[2], 0, 0.0, "one_pass")
-    first, second = launched(call), launched(call)
-    assert first[0]["by_triton"] and not second[0]["by_triton"]
-    assert same_but_addresses(first[0], second[0])
-    found.append(second[0]["function"])
-again = launched(CALLS["linear, one pass"])[0]
-print(json.dumps([id(f) if not isinstance(f, int) else f for f in [*found, again["function"]]]))
-""")
-    *_, again = found
+    (first,), (second,) = launched(call), launched(call)
+    assert first["by_triton"] and not second["by_triton"] and same(first, second)
+launched(CALLS["linear, one pass"])
+from wn_kernels.backends.triton.linear import one_pass_kernel
+kernels = [c.function for c in one_pass_kernel.device_caches[0][0].values()]
+print(json.dumps([*handles, kernels]))
+""",
+        way,
+    )
     assert again == found[0]
+    assert len({*found}) == len(found) == 5
+    assert {*found} <= {*kernels}
 
 
-def test_unaligned_matrices_are_not_described():
-    """Hardware copies tiles from multiples of 16 bytes alone; others go by pointers."""
-    assert run("""
-x, v = wide
-g = torch.rand(8192, 1).bfloat16()
-moved = torch.empty(512 * 4096 + 8, dtype=x.dtype)[1:-7].view(512, 4096)
-found = [launched(lambda: backend.linear(t, v, g, None, 0, 0.0, "scaled"))[-1]["described"]
-         for t in (x, moved, x, moved)]
-print(json.dumps(found))
-""") == [["TensorDescriptor"] * 2, [], ["TensorDescriptor"] * 2, []]
-
-
-def test_hooks_and_streams():
+@pytest.mark.parametrize("way", WAYS)
+def test_hooks_and_streams(way):
     """A profiler's hooks see every launch, with Triton's own metadata; without them, later launches
     are on the current stream."""
-    assert run("""
+    assert run(
+        """
 call = CALLS["linear, scaled"]
 call()
 seen = []
 hook = lambda metadata: seen.append(metadata.get()["name"])
 hooks = triton.knobs.runtime.launch_enter_hook, triton.knobs.runtime.launch_exit_hook
-by_triton = []
+ways = []
 for chain in hooks:
     chain.add(hook)
-    by_triton += [l["by_triton"] for l in launched(call)]
+    ways += [l["by_triton"] for l in launched(call)]
     chain.remove(hook)
 triton.knobs.runtime.launch_enter_hook = hook
 call()
@@ -257,12 +226,72 @@ type(driver.active).get_current_stream = lambda self, device: 7
 launch.forget()
 call()
 streams = [(l["stream"], l["by_triton"]) for l in launched(call)]
-print(json.dumps([seen, by_triton, streams]))
-""") == [
-        ["slice_sum_kernel", "matmul_kernel"] * 3,
+print(json.dumps([seen, ways, streams]))
+""",
+        way,
+    ) == [
+        ["slice_sum_kernel", "scale_kernel"] * 3,
         [True] * 4,
         [[7, False], [7, False]],
     ]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "run.launch_pdl = True",
+        "run.launch_cooperative_grid = True",
+        "run.global_scratch_size = 1",
+        "run.profile_scratch_size = 1",
+        "kernel.packed_metadata = (4, 2, 0, 2, 1, 1)",
+        "kernel.packed_metadata = (4, 1, 2**20, 1, 1, 1)",
+        "kernel.src.signature['M'] = 'fp32'",
+        "kernel.src.signature['A'] = 'tensordesc<fp32[16, 16]>'",
+        "run.__class__ = type('Other', (CudaLauncher,), {})",
+    ],
+)
+def test_what_the_driver_alone_cannot_launch(change):
+    """A kernel of another kind than ours is left to Triton's launcher."""
+    before, after = run(f"""
+kept = []
+real = compiled.launcher
+compiled.launcher = lambda kernel, *rest: kept.append((kernel, rest)) or real(kernel, *rest)
+CALLS["linear, one pass"]()
+((kernel, rest),) = kept
+run = kernel.run
+found = [real(kernel, *rest).kernel is not None]
+{change}
+print(json.dumps([*found, real(kernel, *rest).kernel is not None]))
+""")
+    assert before
+    assert not after
+
+
+@pytest.mark.skipif(
+    not triton.__version__.startswith("3.7."), reason="Triton has an own error of each version"
+)
+@pytest.mark.parametrize("way", WAYS)
+def test_an_error_of_the_driver(way):
+    """It is raised with the driver's message, and the next call is right."""
+    message, count = run(
+        """
+call = CALLS["linear, one pass"]
+call()
+try:
+    with stand_in.failing(700):
+        call()
+    message = ""
+except RuntimeError as error:
+    message = str(error)
+print(json.dumps([message, len(launched(call))]))
+""",
+        way,
+    )
+    assert "an error of the stand-in" in message
+    assert count == 1
+    if way == "driver":
+        assert "one_pass_kernel" in message
+        assert "700" in message
 
 
 def test_other_versions_of_triton():
@@ -277,24 +306,36 @@ print(json.dumps([[l["by_triton"] for l in launched(call)] for _ in range(3)]))
     )
 
 
-def test_threads():
-    """Threads that start together compile and launch the same kernels, and agree on them."""
-    functions = run("""
+@pytest.mark.parametrize("way", WAYS)
+def test_threads(way):
+    """Threads that start together compile and launch the same kernels, and agree on them. Each has
+    the device's context, which a new thread has not."""
+    count, kernels, contexts = run(
+        """
 barrier = threading.Barrier(8)
+failed = []
 
 def work(i):
     mine = [x.clone() for _ in range(3)]
     barrier.wait()
-    for t in mine * 20:
-        y, n = backend.linear(t, v, g, bias, 0, 0.0, "one_pass")
-        assert y.shape == (16, 64) and n.shape == (64, 1)
+    try:
+        for t in mine * 10:
+            y, n = backend.linear(t, v, g, bias, 0, 0.0, "one_pass")
+            assert y.shape == (16, 64) and n.shape == (64, 1)
+    except BaseException as error:
+        failed.append(error)
 
 threads = [threading.Thread(target=work, args=(i,)) for i in range(8)]
-for t in threads: t.start()
-for t in threads: t.join()
-print(json.dumps([len(launches), len({str(l["function"]) for l in launches})]))
-""")
-    assert functions == [8 * 60, 1]
+with stand_in.launches() as found:
+    for t in threads: t.start()
+    for t in threads: t.join()
+assert not failed, failed
+print(json.dumps([len(found), len({(l.kernel, l.grid, l.parameters[6:]) for l in found}),
+                  all(l.has_context for l in found)]))
+""",
+        way,
+    )
+    assert (count, kernels, contexts) == (8 * 30, 1, True)
 
 
 def test_the_interpreter_is_never_bypassed():

@@ -7,16 +7,15 @@ from tests.comparison import ConvCase, assert_matches, assert_same_bits
 from tests.test_convolution import KINDS, case_of
 from wn_kernels import use_backend
 from wn_kernels.backends.triton import configs, convolution, convolution_backward, slice_norms
-from wn_kernels.backends.triton.conv_product import is_direct
 from wn_kernels.backends.triton.launch import recording
 
 # Small blocks, so that small tensors span several of them.
-SMALL = configs.MatmulConfig(16, 16, 16, 4, 2)
+SMALL = configs.ConvConfig(16, 16, 16, 4, 2)
 SMALL_DIRECT = configs.DirectConfig(8, 4, 4, 2)
 SMALL_GRAD = configs.GradConfig(16, 16, 16, 4, 2)
 
-FORWARD = ("one_pass", "scaled", "packed")
-BACKWARD = ("scaled", "packed")
+FORWARD = ("one_pass", "packed")
+BACKWARD = ("packed", "weight_grad")
 
 # Padding modes and one-sided padding are the module's, not the kernels'.
 ONES = [kind for kind in KINDS if kind not in ("same", "reflect", "replicate", "circular")]
@@ -31,17 +30,20 @@ DTYPES = [
 ]
 
 
-def run(case, forward=None, backward=None, small=False):
+def run(case, forward=None, backward=None, small=False, splits=1, kept=None):
     """Checks a form of the forward, or of the backward."""
     conv = case.geometry()
-    direct = is_direct(conv, case.v.shape)
+    direct = conv.has_small_groups(case.v.shape)
     inputs = (case.x, case.v, case.g)
-    config = (SMALL_DIRECT if direct else SMALL) if small else None
+    config = None
+    if small or splits > 1:
+        config = SMALL_DIRECT if direct else SMALL._replace(splits=splits)
     if forward:
-        y, n = convolution(*inputs, case.bias, conv, case.dim, case.eps, forward, config=config)
+        y, n, w = convolution(*inputs, case.bias, conv, case.dim, case.eps, forward, config=config)
         case.check_forward(y)
         expected = slice_norms(case.v.double(), case.dim, case.eps)
         assert_matches(n, expected, n.dtype, case.v.numel(), what="n")
+        assert (w is None) == (forward == "one_pass")
         return [y, n]
     n = slice_norms(case.v, case.dim, case.eps)
     needs = (True, True, True, case.bias is not None)
@@ -54,6 +56,7 @@ def run(case, forward=None, backward=None, small=False):
         case.eps,
         backward,
         needs,
+        kept,
         config=config,
         grad_config=(SMALL_DIRECT if direct else SMALL_GRAD) if small else None,
     )
@@ -61,11 +64,14 @@ def run(case, forward=None, backward=None, small=False):
     return grads
 
 
+def takes_one_pass(case):
+    conv = case.geometry()
+    return conv.has_small_groups(case.v.shape) and conv.owns_slices(case.dim)
+
+
 def run_all(case, small=False, forward=FORWARD, backward=BACKWARD):
     for form in forward:
-        # The planner never takes one_pass for a float16 product of a wider V: see test_range.
-        narrow = case.x.dtype == torch.float16 and case.v.dtype != torch.float16
-        if form != "one_pass" or (case.geometry().owns_slices(case.dim) and not narrow):
+        if form != "one_pass" or takes_one_pass(case):
             run(case, forward=form, small=small)
     for form in backward:
         run(case, backward=form, small=small)
@@ -91,17 +97,60 @@ def test_kinds(kind, dim, device):
 )
 def test_bounds(dim, sizes, options, device):
     """What the launch checker sees: every kernel and form, several programs each."""
-    run_all(ConvCase(*sizes, dim, **options, device=device), small=True)
+    case = ConvCase(*sizes, dim, **options, device=device)
+    run_all(case, small=True, backward=["packed"])
+    run(case, forward="packed", splits=3)
+    run(case, backward="packed", splits=3)
 
 
 @pytest.mark.parametrize("kind", ["grouped", "depthwise", "up", "up depthwise", "up 2d"])
 @pytest.mark.parametrize("dim", [2, None])
 def test_taps_and_whole(kind, dim, device):
-    run_all(case_of(KINDS, kind, dim, device=device), forward=("scaled", "packed"))
+    run_all(case_of(KINDS, kind, dim, device=device))
 
 
 def test_taps_in_the_middle(device):
-    run_all(case_of(KINDS, "3d", 3, device=device), forward=("scaled", "packed"))
+    run_all(case_of(KINDS, "3d", 3, device=device))
+
+
+@pytest.mark.parametrize("kind", ONES)
+@pytest.mark.parametrize("splits", [2, 5])
+def test_split_reductions(kind, splits, device):
+    """The parts of a sum over taps and channels, of which some may be empty, and some phases'."""
+    case = case_of(KINDS, kind, 0, device=device)
+    for option in ({"forward": "packed"}, {"backward": "packed"}):
+        first, second = (run(case, splits=splits, **option) for _ in range(2))
+        for a, b in zip(first, second, strict=True):
+            assert_same_bits(a, b)
+
+
+@pytest.mark.parametrize("block_r", [32, 64])
+@pytest.mark.parametrize("kind", ["1d", "up 2d"])
+def test_channels_walked_with_the_taps(kind, block_r, device):
+    """A block of the reduction holds several taps of 17 channels."""
+    sizes, options = KINDS[kind]
+    case = ConvCase(sizes[0], 17, 18, *sizes[3:], **options, device=device)
+    conv, config = case.geometry(), SMALL._replace(BLOCK_R=block_r)
+    inputs = case.x, case.v, case.g
+    y, n, _ = convolution(*inputs, case.bias, conv, 0, 0.0, "packed", config=config)
+    case.check_forward(y)
+    needs = (True, True, True, True)
+    options = 0, 0.0, "packed", needs
+    case.check_backward(convolution_backward(case.dy, *inputs, n, conv, *options, config=config))
+
+
+@pytest.mark.parametrize(("kind", "layout"), [("1d", "contiguous"), ("2d", "channels-last")])
+@pytest.mark.parametrize("backward", ["packed", "weight_grad", "materialize"])
+def test_kept(kind, layout, backward, device):
+    """The W of the forward serves the backward; nothing forms it again."""
+    case = case_of(KINDS, kind, 0, layout=layout, device=device)
+    *_, w = convolution(case.x, case.v, case.g, None, case.geometry(), 0, 0.0, "packed")
+    run(case, backward=backward, kept=w)
+    doubled = convolution_backward(
+        *(case.dy, case.x, case.v, case.g, slice_norms(case.v, 0, 0.0)),
+        *(case.geometry(), 0, 0.0, backward, (True, False, False, False), 2 * w),
+    )
+    assert_matches(doubled[0] / 2, case.grads[0], case.x.dtype, case.v.numel())
 
 
 @pytest.mark.parametrize(("kind", "dim"), [("1d", 0), ("1d", 1), ("depthwise", 0), ("up", 0)])
@@ -150,9 +199,8 @@ LAYERS = {
 def test_layers_of_models(name, device):
     sizes, dim, options = LAYERS[name]
     case = ConvCase(*sizes, dim, **options, device=device)
-    run_all(
-        case, forward=["one_pass" if name == "depthwise 768" else "packed"], backward=["packed"]
-    )
+    forward = "one_pass" if name == "depthwise 768" else "packed"
+    run_all(case, forward=[forward], backward=["packed"])
 
 
 @pytest.mark.parametrize("kind", ["1d", "up"])
@@ -168,7 +216,7 @@ def test_range(device):
         case = case_of(KINDS, kind, dim, torch.float16, torch.float32, device=device)
         for factor in (1e-8, 1e5):
             case.v *= factor  # the weight does not change with the length of V
-            run(case, forward="scaled")
+            run(case, forward="packed")
             case.v /= factor
 
 
@@ -180,8 +228,8 @@ def test_dead_slice(kind, dim, device):
     case.v.select(dim, case.v.shape[dim] - 1).zero_()
     conv = case.geometry()
     for form in FORWARD:
-        if form != "one_pass" or conv.owns_slices(dim):
-            y, n = convolution(case.x, case.v, case.g, None, conv, dim, 0.0, form)
+        if form != "one_pass" or takes_one_pass(case):
+            y, n, _ = convolution(case.x, case.v, case.g, None, conv, dim, 0.0, form)
             assert torch.isfinite(y).all()
             assert (n == float("inf")).sum() == 1
     for form in BACKWARD:
@@ -203,20 +251,23 @@ def test_split_sums_are_deterministic(groups, device):
             (False, True, True, True),
             grad_config=grad_config,
         )
-    parts = launches[0].grid[1]
-    assert parts > 1
+    (grid,) = (
+        x.grid for x in launches if x.kernel.__name__.endswith("_grad_kernel") if "P" in x.arguments
+    )
+    assert grid[1] > 1
     first, second = (run(case, backward="packed", small=True) for _ in range(2))
     for a, b in zip(first, second, strict=True):
         assert_same_bits(a, b)
 
 
 def test_limits(device):
-    case = case_of(KINDS, "up", 1, device=device)
-    with pytest.raises(ValueError, match="one_pass needs whole slices"):
-        convolution(case.x, case.v, case.g, None, case.geometry(), 1, 0.0, "one_pass")
-    case = case_of(KINDS, "1d", 0, device=device)
-    for form in FORWARD:
-        y, n = convolution(case.x[:0], case.v, case.g, None, case.geometry(), 0, 0.0, form)
+    for kind, dim in (("up depthwise", 1), ("1d", 0)):
+        case = case_of(KINDS, kind, dim, device=device)
+        with pytest.raises(ValueError, match="one_pass needs groups of few channels and whole"):
+            convolution(case.x, case.v, case.g, None, case.geometry(), dim, 0.0, "one_pass")
+    for kind, form in (("depthwise", "one_pass"), ("1d", "packed")):
+        case = case_of(KINDS, kind, 0, device=device)
+        y, n, _ = convolution(case.x[:0], case.v, case.g, None, case.geometry(), 0, 0.0, form)
         assert y.shape == (0, *case.y.shape[1:])
         assert_matches(n, slice_norms(case.v.double(), 0, 0.0), n.dtype, case.v.numel())
     needs = (True, True, True, True)
@@ -248,9 +299,9 @@ def test_tf32_follows_cudnn(device):
             for matmul in ("highest", "high"):
                 torch.set_float32_matmul_precision(matmul)
                 with torch.backends.cudnn.flags(allow_tf32=cudnn), recording() as launches:
-                    _, n = convolution(*inputs, case.bias, conv, 0, 0.0, "one_pass")
+                    _, n, _ = convolution(*inputs, case.bias, conv, 0, 0.0, "packed")
                     needs = (True, True, True, True)
-                    convolution_backward(case.dy, *inputs, n, conv, 0, 0.0, "scaled", needs)
+                    convolution_backward(case.dy, *inputs, n, conv, 0, 0.0, "packed", needs)
                 taken = [x.arguments["PRECISION"] for x in launches if "PRECISION" in x.arguments]
                 assert taken == [expected] * 3
     finally:

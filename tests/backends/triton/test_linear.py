@@ -4,15 +4,24 @@ import itertools
 
 import pytest
 import torch
-from torch import Tensor
 
 from tests.comparison import DIMS, LAYOUTS, Case, assert_matches, assert_same_bits
+from wn_kernels.backends import tiles
 from wn_kernels.backends.triton import configs, linear, linear_backward, slice_norms
 from wn_kernels.backends.triton.launch import recording
+from wn_kernels.call import fits_unscaled, narrows_range
 from wn_kernels.plan.costs import one_pass_rows
 
-FORWARD = {0: ("one_pass", "scaled"), 1: ("scaled",), None: ("scaled",)}
-BACKWARD = {0: ("one_pass", "scaled"), 1: ("one_pass", "scaled"), None: ("scaled",)}
+FORWARD = {
+    0: ("one_pass", "scaled", "materialize"),
+    1: ("scaled", "materialize"),
+    None: ("scaled", "materialize"),
+}
+BACKWARD = {
+    0: ("one_pass", "scaled", "materialize"),
+    1: ("one_pass", "scaled", "materialize"),
+    None: ("scaled", "materialize"),
+}
 
 # Small blocks, so that small tensors span several of them.
 SMALL = configs.MatmulConfig(16, 16, 16, 4, 2)
@@ -51,8 +60,7 @@ def run(case, forward=None, backward=None, config=SMALL, grad_config=SMALL_GRAD)
         case.eps,
         backward,
         needs,
-        matmul_config=config,
-        grad_config=grad_config,
+        config=grad_config,
     )
     case.check_backward(grads)
     return grads
@@ -62,19 +70,30 @@ def forms(table):
     return [(dim, form) for dim in DIMS for form in table[dim]]
 
 
+def served(table):
+    """Every form with the dtypes that the planner gives it. Of the others, `scaled` refuses the
+    ones in test_what_is_refused, and in one pass a float32 `V` may leave the range of a float16
+    product."""
+
+    def serves(form, x_dtype, v_dtype):
+        if form == "scaled":
+            return fits_unscaled(x_dtype, v_dtype)
+        in_range = table is BACKWARD or not narrows_range(x_dtype, v_dtype)
+        return form == "materialize" or in_range
+
+    every = itertools.product(forms(table), DTYPES)
+    return [(*form, *dtypes) for form, dtypes in every if serves(form[1], *dtypes)]
+
+
 @pytest.mark.sanitize
-@pytest.mark.parametrize(("dim", "form"), forms(FORWARD))
-@pytest.mark.parametrize(("x_dtype", "v_dtype"), DTYPES)
+@pytest.mark.parametrize(("dim", "form", "x_dtype", "v_dtype"), served(FORWARD))
 def test_forward(dim, form, x_dtype, v_dtype, device):
-    if form == "one_pass" and (x_dtype, v_dtype) == (torch.float16, torch.float32):
-        form = "scaled"  # the planner never takes one_pass here: see test_range
     m = 15 if form == "one_pass" else BLOCKS[0]
     run(Case(m, *BLOCKS[1:], dim, x_dtype, v_dtype, device=device), forward=form)
 
 
 @pytest.mark.sanitize
-@pytest.mark.parametrize(("dim", "form"), forms(BACKWARD))
-@pytest.mark.parametrize(("x_dtype", "v_dtype"), DTYPES)
+@pytest.mark.parametrize(("dim", "form", "x_dtype", "v_dtype"), served(BACKWARD))
 def test_backward(dim, form, x_dtype, v_dtype, device):
     m = 15 if form == "one_pass" else BLOCKS[0]
     run(Case(m, *BLOCKS[1:], dim, x_dtype, v_dtype, device=device), backward=form)
@@ -107,14 +126,9 @@ def test_bias_and_eps(dim, form, bias, eps, device):
 def test_sizes_of_one(dim, shape, device):
     case = Case(*shape, dim, device=device)
     for form in FORWARD[dim]:
-        run(case, forward=form)
+        run(case, forward=form, config=SMALL._replace(BLOCK_M=32))
     for form in BACKWARD[dim]:
-        if form == "scaled" or shape[0] <= SMALL_GRAD.BLOCK_M:
-            config = SMALL_GRAD if form == "scaled" else SMALL_GRAD._replace(BLOCK_M=32)
-            run(case, backward=form, grad_config=config)
-    if shape[0] == 17:
-        for form in BACKWARD[dim]:
-            run(case, backward=form, grad_config=SMALL_GRAD._replace(BLOCK_M=32))
+        run(case, backward=form, grad_config=SMALL_GRAD._replace(BLOCK_M=32))
 
 
 @pytest.mark.parametrize("dim", DIMS)
@@ -140,73 +154,20 @@ def test_sizes_of_zero(dim, shape, device):
             assert_same_bits(db, case.dy.sum(0))
 
 
-@pytest.mark.parametrize("regime", [(1, 70, 40), (30, 300, 70), (60, 130, 50), (70, 140, 150)])
+@pytest.mark.parametrize(
+    "regime", [(1, 70, 40), (30, 300, 70), (60, 130, 50), (70, 140, 150), (300, 40, 90)]
+)
 @pytest.mark.parametrize("dim", DIMS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_pinned_configurations(regime, dim, dtype, device):
     """What ships: small, middling and large batches under their own configurations."""
     case = Case(*regime, dim, dtype, device=device)
     for form in FORWARD[dim]:
-        if form == "scaled" or regime[0] <= one_pass_rows(dtype.itemsize):
+        if form != "one_pass" or regime[0] <= one_pass_rows(dtype.itemsize):
             run(case, forward=form, config=None)
     for form in BACKWARD[dim]:
-        if form == "scaled" or regime[0] <= one_pass_rows(dtype.itemsize):
-            run(case, backward=form, config=None, grad_config=None)
-
-
-def runs_on(architecture, device):
-    """Whether kernels as an architecture gets them run on a device: on a GPU its own alone."""
-    return device.type != "cuda" or configs.target(device.index or 0).architecture == architecture
-
-
-def test_a_gpu_runs_its_own_kernels(monkeypatch):
-    """`warp_specialize` is Blackwell's, and not for a Hopper."""
-    monkeypatch.setattr(configs, "target", lambda index: configs.Target(index, "cuda:90", 132))
-    gpu, cpu = torch.device("cuda"), torch.device("cpu")
-    assert runs_on("cuda:90", gpu)
-    assert not runs_on("cuda:100", gpu)
-    assert runs_on("cuda:100", cpu), "the interpreter runs them all"
-
-
-@pytest.mark.sanitize
-@pytest.mark.parametrize("dim", DIMS)
-@pytest.mark.parametrize("architecture", ["cuda:90", "cuda:100"])
-def test_tiles_copied_by_hardware(architecture, dim, device):
-    """The tiles of large batches: scaled in the loop or not, of V as it lies and turned, over the
-    edges of every matrix."""
-    if not runs_on(architecture, device):
-        pytest.skip(f"this GPU does not run the kernels of {architecture}")
-    case = Case(260, 72, 264, dim, torch.bfloat16, device=device)
-    scaled = {0: "backward", 1: "forward"}.get(dim)
-    wide, tall = (configs.MatmulConfig(*tile, 64, 8, 3) for tile in ((128, 256), (256, 128)))
-    with configs.architecture(architecture):
-        run(case, forward="scaled", config=tall if scaled == "forward" else wide)
-        tile = tall if scaled == "backward" else wide
-        run(case, backward="scaled", config=tile, grad_config=None)
-
-
-def test_how_tiles_are_loaded(device):
-    """By descriptors where rows start at multiples of 16 bytes, on a GPU that has them, in the
-    tiles that would not fit otherwise."""
-
-    def loads(architecture, k, dim=0, dtype=torch.bfloat16):
-        x, v = (torch.empty(4096, k, dtype=dtype, device="meta") for _ in range(2))
-        g = v.new_empty([size if i == dim else 1 for i, size in enumerate(v.shape)])
-        with configs.architecture(architecture), recording() as launches:
-            linear(x, v, g, None, dim, 0.0, "scaled")
-        (launch,) = (x for x in launches if "LOADS" in x.arguments)
-        assert (launch.arguments["LOADS"] == "pointers") == isinstance(
-            launch.arguments["A"], Tensor
-        )
-        return launch.arguments["LOADS"]
-
-    assert loads("cuda:90", 4096) == loads("cuda:100", 4096) == "descriptors"
-    assert loads("cuda:90", 4096, dim=1) == "descriptors"
-    assert loads("cuda:100", 4096, dim=1) == "specialized"
-    assert (
-        loads("cuda:90", 4095) == loads("cuda:80", 4096) == loads("hip:gfx942", 4096) == "pointers"
-    )
-    assert loads("cuda:90", 4096, dtype=torch.float32) == "pointers"
+        if form != "one_pass" or regime[0] <= one_pass_rows(dtype.itemsize, grad=True):
+            run(case, backward=form, grad_config=None)
 
 
 def test_range(device):
@@ -214,16 +175,94 @@ def test_range(device):
     case = Case(20, 48, 33, 0, torch.float16, torch.float32, device=device)
     for factor in (1e-8, 1e5):
         case.v = case.v * factor  # the weight does not change with the length of V
-        y, _ = linear(case.x, case.v, case.g, case.bias, 0, 0.0, "scaled", config=SMALL)
+        y, n = linear(case.x, case.v, case.g, case.bias, 0, 0.0, "materialize")
         case.check_forward(y)
+        # The gradient of V shrinks as V grows; that of x does not.
+        dx = linear_backward(
+            *(case.dy, case.x, case.v, case.g, n, 0, 0.0, "one_pass", (True, False, False, False)),
+        )[0]
+        assert_matches(dx, case.grads[0], dx.dtype, 33, roundings=4)
         case.v = case.v / factor
     # In float16 throughout, the unscaled product would overflow: 300 · 48 · 30 > 65504.
     case = Case(20, 48, 33, 0, torch.float16, device=device)
     x, v = torch.full_like(case.x, 30), torch.full_like(case.v, 300)
-    for form in FORWARD[0]:
-        y, _ = linear(x, v, case.g, None, 0, 0.0, form, config=SMALL)
+    for form in ("one_pass", "materialize"):
+        y, _ = linear(x, v, case.g, None, 0, 0.0, form)
         expected = (30 * case.g.double().view(1, -1) * 48**0.5).expand(y.shape)
         assert_matches(y, expected, y.dtype, 48)
+
+
+@pytest.mark.parametrize(
+    ("x_dtype", "v_dtype"),
+    [
+        (torch.float16, torch.float16),
+        (torch.bfloat16, torch.float32),
+        (torch.float32, torch.bfloat16),
+    ],
+)
+def test_what_is_refused(x_dtype, v_dtype, device):
+    """A scale after the product, where that may leave its range, or takes two dtypes."""
+    case = Case(3, 8, 6, 0, x_dtype, v_dtype, device=device)
+    n = slice_norms(case.v, 0, 0.0)
+    with pytest.raises(ValueError, match="scaled needs x and V of one dtype other than float16"):
+        linear(case.x, case.v, case.g, None, 0, 0.0, "scaled")
+    with pytest.raises(ValueError, match="scaled needs x and V of one dtype other than float16"):
+        linear_backward(case.dy, case.x, case.v, case.g, n, 0, 0.0, "scaled", (True,) * 4)
+
+
+@pytest.mark.parametrize(("dim", "form"), forms(BACKWARD))
+def test_gradients_that_are_wanted(dim, form, device):
+    """Each alone and all of them, and no more kernels than they take."""
+    case = Case(9, 20, 18, dim, device=device)
+    n = slice_norms(case.v, dim, 0.0)
+    for needs in itertools.product((False, True), repeat=4):
+        grads = linear_backward(
+            case.dy, case.x, case.v, case.g, n, dim, 0.0, form, needs, config=SMALL_GRAD
+        )
+        for wanted, grad, expected in zip(needs, grads, case.grads, strict=True):
+            if wanted:
+                terms = case.terms["dv"]
+                assert_matches(grad, expected, torch.float32, case.length, terms=terms)
+
+
+@pytest.mark.parametrize("m", [1, 255, 256, 257])
+def test_sums_of_columns(m, device):
+    """They ride along with the pass over `dY`, where a program can have every row of some."""
+    case = Case(m, 20, 70, 0, torch.bfloat16, device=device)
+    n = slice_norms(case.v, 0, 0.0)
+    with recording() as launches:
+        linear_backward(
+            *(case.dy, case.x, case.v, case.g, n, 0, 0.0, "scaled", (True, False, False, True))
+        )
+    (scale,) = launches
+    assert scale.arguments["SUM"] == (m <= tiles.SUMMED_ROWS)
+    run(case, backward="scaled")
+
+
+def test_a_gradient_of_any_strides(device):
+    """That of a sum is one number, expanded."""
+    case = Case(9, 20, 18, 0, device=device)
+    n = slice_norms(case.v, 0, 0.0)
+    dy = case.dy[:1, :1].expand(9, 18)
+    operands = case.x, case.v, case.g, n, 0, 0.0
+    for form in BACKWARD[0]:
+        found = linear_backward(dy, *operands, form, (True,) * 4)
+        dense = linear_backward(dy.contiguous(), *operands, form, (True,) * 4)
+        for grad, other in zip(found, dense, strict=True):
+            assert_matches(grad, other.double(), torch.float32, 20, terms=other.norm().item())
+
+
+def test_products_are_pytorch_s_own(device, monkeypatch):
+    """`scaled` multiplies by V itself, and writes no W."""
+    case = Case(9, 20, 18, 0, device=device)
+    seen = []
+    real = torch.mm
+    monkeypatch.setattr(torch, "mm", lambda a, b: seen.append(b.data_ptr()) or real(a, b))
+    run(case, forward="scaled")
+    assert seen == [case.v.data_ptr()]
+    seen.clear()
+    run(case, backward="scaled")
+    assert seen == [case.v.data_ptr(), case.x.data_ptr()]
 
 
 @pytest.mark.parametrize("dim", DIMS)
@@ -279,6 +318,8 @@ def test_one_pass_limits(device):
             case.dy, case.x, case.v, case.g, norm, None, 0.0, "one_pass", (False, True, True, False)
         )
     case = Case(70, 20, 18, 0, device=device)
+    with pytest.raises(ValueError, match="32 rows"):
+        linear(case.x, case.v, case.g, None, 0, 0.0, "one_pass")
     with pytest.raises(ValueError, match="32 rows"):
         linear_backward(
             case.dy, case.x, case.v, case.g, norm, 0, 0.0, "one_pass", (False, True, True, False)

@@ -7,7 +7,7 @@ from tests.comparison import assert_matches
 from wn_kernels.backends.triton import configs, slice_norms
 from wn_kernels.backends.triton.launch import recording
 
-SMALL = configs.SliceConfig(4, 8, 4)
+SMALL = configs.SliceConfig(4, 4, 8, 4)
 
 
 @pytest.mark.sanitize

@@ -10,9 +10,14 @@ from tests.comparison import (
 )
 from wn_kernels.backends import reference
 from wn_kernels.backends.triton import configs, slice_norms, weight_norm, weight_norm_backward
+from wn_kernels.backends.triton.launch import recording, target_of
+from wn_kernels.backends.triton.weight import remembered_weight_norm
 from wn_kernels.call import kept_shape
 
-SMALL = configs.SliceConfig(4, 8, 4)
+SMALL = configs.SliceConfig(4, 4, 8, 4)
+
+# Of how a slice is summed: the configuration and the splits that lead to it.
+FORMS = {"held": (None, 1), "walked": (SMALL, 1), "partial": (SMALL, 3)}
 
 SHAPES = [
     ((9,), 0),
@@ -63,24 +68,29 @@ def check(v, g, dw, dim, *, eps=0.0, config=SMALL, splits=None, dtype=None):
 
 
 @pytest.mark.sanitize
-@pytest.mark.parametrize("splits", [1, 3])
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize(("shape", "dim"), SHAPES)
-def test_every_dim(shape, dim, splits, device):
-    check(*inputs(shape, dim, torch.float32, device), dim, splits=splits)
+def test_every_dim(shape, dim, form, device):
+    config, splits = FORMS[form]
+    check(*inputs(shape, dim, torch.float32, device), dim, config=config, splits=splits)
 
 
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
-@pytest.mark.parametrize(("shape", "dim"), SHAPES[1:9])
-def test_dtypes(shape, dim, dtype, device):
-    check(*inputs(shape, dim, dtype, device), dim)
+@pytest.mark.parametrize(("shape", "dim"), [((13, 37), 0), ((13, 37), 1), ((11, 5, 9), 1)])
+def test_dtypes(shape, dim, dtype, form, device):
+    config, splits = FORMS[form]
+    check(*inputs(shape, dim, dtype, device), dim, config=config, splits=splits)
 
 
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("dim", [0, 1, None])
-def test_mixed_dtypes(dim, device):
+def test_mixed_dtypes(dim, form, device):
+    config, splits = FORMS[form]
     v, g, dw = inputs((13, 37), dim, torch.float32, device, g_dtype=torch.bfloat16)
-    check(v, g, dw.bfloat16(), dim, dtype=torch.bfloat16)
+    check(v, g, dw.bfloat16(), dim, dtype=torch.bfloat16, config=config, splits=splits)
     v, g, dw = inputs((13, 37), dim, torch.bfloat16, device, g_dtype=torch.float32)
-    check(v, g, dw.float(), dim, dtype=torch.float32)
+    check(v, g, dw.float(), dim, dtype=torch.float32, config=config, splits=splits)
 
 
 @pytest.mark.sanitize
@@ -95,14 +105,81 @@ def test_strides(shape, dim, layout, device):
     check(v, g, strided(dw, "transposed"), dim)
 
 
-def test_channels_last(device):
-    v, g, dw = inputs((6, 5, 3, 4), 0, torch.float32, device)
-    v = v.contiguous(memory_format=torch.channels_last)
-    for dim in (0, 1, 2, 3, None):
-        g = torch.rand(kept_shape(v.shape, dim), device=device) + 0.5
-        w, dv = check(v, g, dw, dim)
-        assert w.is_contiguous(memory_format=torch.channels_last)
-        assert dv.is_contiguous(memory_format=torch.channels_last)
+@pytest.mark.sanitize
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("dim", [0, 1, 2, 3, None])
+def test_channels_last(dim, form, device):
+    """One of V and dW, or both. The results have V's layout."""
+    config, splits = FORMS[form]
+    v, g, dw = inputs((6, 5, 3, 4), dim, torch.float32, device)
+    last = torch.channels_last
+    v_last, dw_last = (t.contiguous(memory_format=last) for t in (v, dw))
+    for of_v, of_dw in ((v, dw_last), (v_last, dw), (v_last, dw_last)):
+        w, dv = check(of_v, g, of_dw, dim, config=config, splits=splits)
+        assert w.stride() == dv.stride() == of_v.stride()
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_packed_weight(form, device):
+    """W with its channels contiguous, whatever V's layout is."""
+    config, splits = FORMS[form]
+    v, g, _ = inputs((6, 5, 3, 4), 0, torch.float32, device)
+    options = (0, 0.0, torch.bfloat16, config, splits, True)
+    w, _ = remembered_weight_norm(target_of(v), (v, g), *options)(v, g)
+    assert w.stride(1) == 1
+    expected = reference.weight_norm(v.double(), g.double(), 0, 0.0)
+    assert_matches(w, expected, torch.bfloat16, v.numel())
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("dim", [0, 1, None])
+def test_gradient_in_parts(dim, form, device):
+    """dW is the sum of what is stacked."""
+    config, splits = FORMS[form]
+    v, g, _ = inputs((13, 37), dim, torch.float32, device)
+    _, n = weight_norm(v, g, dim, 0.0, v.dtype)
+    parts = torch.randn(3, 13, 37, device=device)
+    options = {"config": config, "splits": splits}
+    dv, dg = weight_norm_backward(parts, v, g, n, dim, 0.0, **options)
+    wide = [t.double().requires_grad_() for t in (v, g)]
+    w = reference.weight_norm(*wide, dim, 0.0)
+    expected_dv, expected_dg = torch.autograd.grad(w, wide, parts.double().sum(0))
+    assert_matches(dv, expected_dv, v.dtype, v.numel(), roundings=3, what="dv")
+    assert_matches(dg, expected_dg, g.dtype, v.numel(), terms=parts.norm().item(), what="dg")
+
+
+BF16 = torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("shape", "dim", "dtype", "form", "programs"),
+    [
+        ((4096, 4096), 0, BF16, "held", 4096),
+        ((1024, 1024), 0, torch.float32, "held", 512),
+        ((512, 256, 16), 0, torch.float32, "held", 512),
+        ((64, 64), 0, BF16, "held", 64),
+        ((512, 512, 3, 3), 0, BF16, "held", 512),
+        ((128, 8193), 0, BF16, "walked", 128),  # which a tile of twice its size would hold
+        ((600, 40000), 0, BF16, "walked", 600),
+        ((64, 512, 512), 0, torch.float16, "partial", 512),
+        ((1024, 1024, 1024), 0, torch.float32, "partial", 16384),
+        ((4096, 4096), 1, BF16, "partial", 1024),
+        ((768, 48, 128), 2, torch.float32, "partial", 232),
+        ((16, 4096), 1, BF16, "held", 256),
+        ((4096, 4096), None, BF16, "partial", 512),
+    ],
+)
+def test_how_slices_are_shared(shape, dim, dtype, form, programs):
+    """By the programs of a GPU with 132 multiprocessors, in both directions."""
+    v = torch.empty(shape, dtype=dtype, device="meta")
+    g = torch.empty(kept_shape(shape, dim), dtype=dtype, device="meta")
+    with recording() as launches:
+        weight_norm(v, g, dim, 0.0, dtype)
+        weight_norm_backward(v, v, g, g.float(), dim, 0.0)
+    assert len(launches) == (4 if form == "partial" else 2)
+    for launch in launches:
+        assert launch.arguments.get("FORM", form) == form
+        assert launch.grid[0] * launch.grid[1] == programs
 
 
 def test_expanded_gradient(device):

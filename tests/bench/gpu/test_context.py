@@ -1,7 +1,9 @@
 """What a section is given: its time, and what becomes of cases that fail."""
 
 import dataclasses
+import math
 import time
+from typing import ClassVar
 
 import pytest
 import torch
@@ -9,7 +11,8 @@ import torch
 from bench import cases, timing
 from bench.cases import Runner
 from bench.gpu import results
-from bench.gpu.context import Clock, Context
+from bench.gpu.context import RECENT, Clock, Context
+from bench.models import Miss, Wrong
 from bench.providers import PROVIDERS
 from tests.bench.layers import CPU, TINY
 from wn_kernels import WNLinear
@@ -35,13 +38,46 @@ def test_cases_that_the_time_does_not_reach(context):
     assert [line["cases"] for line in lines_of(context, "left out")] == [["b", "c"]]
 
 
+def test_no_case_is_started_that_the_time_does_not_hold(context):
+    """By the longest of the last few, without what was timing."""
+    context.setups = [50.0] + [3.0] * RECENT
+    context.until = time.time() + 10
+    done = []
+    for case in context.cases(["a", "b", "c"]):
+        done.append(case)
+        context.setups.append(20.0 if case == "b" else 0.0)
+    assert done == ["a", "b"]
+    assert [line["cases"] for line in lines_of(context, "left out")] == [["c"]]
+
+
+def test_setting_up_is_what_is_not_timing(context):
+    for _ in context.cases(["a"]):
+        time.sleep(0.05)
+        context.clock.wall({"run": lambda: time.sleep(0.05)}, 0.0)
+    (setup,) = context.setups
+    assert context.clock.spent >= 0.05
+    assert 0.05 <= setup < context.clock.spent
+
+
+def test_so_many_cases_of_each_kind(context):
+    context.most = 1
+    assert list(context.cases(["a", "b"], [], ["c", "d"])) == ["a", "c"]
+
+
 def test_a_case_takes_its_share_of_the_time(context):
-    """Of what is left for those that are left; never much, and nothing when it is over."""
+    """Of what is left for those that are left, without what setting up the others takes; never
+    much, and nothing when it is over."""
     shares = {}
-    for case in context.cases(["a", "b"]):
-        context.until = time.time() + 1
+    for case in context.cases(["a", "b", "c"]):
+        context.setups[:] = [] if case == "a" else [9.0, 0.2, 0.4]
+        context.until = time.time() + {"a": 1.5, "b": 0.8, "c": 0.3}[case]
         shares[case] = context.seconds()
-    assert {case: round(share, 1) for case, share in shares.items()} == {"a": 0.2, "b": 0.4}
+        context.until = time.time() + 100
+    assert {case: round(share, 2) for case, share in shares.items()} == {
+        "a": 0.2,  # TIMING of a third
+        "b": 0.25,  # a half, without a half of the mean
+        "c": 0.3,
+    }
     context.until = time.time() + 1000
     assert context.seconds() <= 1
     context.until = time.time() - 5
@@ -92,27 +128,70 @@ def test_a_wrong_provider_is_not_timed(context):
     assert "ours is wrong" in line["message"]
 
 
-def test_kernels_are_timed_in_graphs(monkeypatch):
+def test_what_a_provider_has_to_say_of_an_error(context):
+    """Its worst results are fields of the line."""
+
+    class Runner:
+        def check(self):
+            raise Wrong("ours is wrong", [Miss("a", 3.0, 0.5, 1.0), Miss("b", math.nan, 0.5, 1.0)])
+
+    assert context.checked({"ours": Runner}) == {}
+    (line,) = lines_of(context, "wrong")
+    assert [miss["name"] for miss in line["worst"]] == ["b", "a"]
+    assert line["worst"][1] == {"name": "a", "error": 3.0, "eager": 0.5, "bound": 1.0}
+    worst = "b nan (eager's 5.0e-01, bound 1.0e+00), a 3.0e+00 (eager's 5.0e-01, bound 1.0e+00)"
+    assert context.failed == [f"ours is wrong; the worst: {worst}"]
+
+
+class Graph:
+    """Replays so many calls in so many milliseconds each."""
+
+    captured: ClassVar[list] = []
+    milliseconds = 1.0
+
+    def __init__(self, runs):
+        self.captured.append(list(runs))
+        self.calls = len(runs)
+
+    def __call__(self):
+        time.sleep(self.calls * self.milliseconds / 1e3)
+
+
+@pytest.fixture
+def graph(monkeypatch):
+    monkeypatch.setattr("bench.gpu.context.Replay", Graph)
+    monkeypatch.setattr(Graph, "captured", [])
+    return Graph
+
+
+def test_kernels_are_timed_in_graphs(graph, monkeypatch):
     """Of all twins in turn; the host by itself."""
-    captured = []
-
-    class Replay:
-        def __init__(self, runs):
-            captured.append(list(runs))
-            self.calls = len(runs)
-
-        def __call__(self):
-            time.sleep(1e-3)
-
-    monkeypatch.setattr("bench.gpu.context.Replay", Replay)
     monkeypatch.setattr(timing, "sets_beyond_cache", lambda size, device: 3)
     clock = Clock(CPU)
     run = TINY[0].competitors(CPU, full=False)["ours"]()
     sets = clock.sets(run)
     assert len({one.x.data_ptr() for one in sets}) == 3
     stats = clock.graphs({"ours": sets}, 0.0)
-    assert captured == [sets]
-    assert 1e-3 / 3 <= stats["ours"].median < 1e-2 / 3
+    assert graph.captured == [sets]
+    assert 1e-3 <= stats["ours"].median < 1e-2
+
+
+def test_few_sets_fill_a_graph(graph):
+    """Those that the cache holds whatever is done, each several times."""
+    runs = [lambda i=i: i for i in range(timing.FEW_SETS)]
+    Clock(CPU).graphs({"ours": runs}, 0.0)
+    (captured,) = graph.captured
+    assert captured == runs * (timing.CALLS // timing.FEW_SETS)
+
+
+@pytest.mark.parametrize(("size", "calls"), [(1e5, 1), (1e8, 20)])
+def test_slow_calls_need_no_twins(size, calls, graph):
+    """Where reading the operands takes less than a hundredth of a call."""
+    runs = [lambda i=i: i for i in range(20)]
+    stats = Clock(CPU).graphs({"ours": runs}, 0.0, size)
+    assert [len(captured) for captured in graph.captured] == ([20, 1] if calls == 1 else [20])
+    assert graph.captured[-1] == runs[:calls]
+    assert 1e-3 <= stats["ours"].median < 1e-2
 
 
 @pytest.mark.parametrize("kind", ["tf32", "autocast"])

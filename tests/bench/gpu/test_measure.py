@@ -2,16 +2,18 @@
 and graphs captured and replayed by stand-ins for PyTorch's."""
 
 import contextlib
+import dataclasses
 import importlib.util
 import time
 import types
 
 import pytest
 import torch
+from torch.nn.utils import parametrizations
 
 import wn_kernels
 from bench import timing
-from bench.cases import Case
+from bench.cases import Case, Runner
 from bench.gpu import (
     context,
     conv,
@@ -24,7 +26,7 @@ from bench.gpu import (
     sweep,
     weight_norm,
 )
-from bench.models import MODELS
+from bench.models import MODELS, Model
 from tests.bench.layers import CPU
 
 pytestmark = pytest.mark.skipif(
@@ -84,7 +86,9 @@ def _cuda(monkeypatch):
 def measured(tmp_path, monkeypatch):
     """Runs a section and returns its results."""
     monkeypatch.setattr(context, "ENOUGH", 0.0)  # as few rounds as there may be
+    monkeypatch.setattr(context, "CALLS_SPAN", 0.0)  # of a call each
     monkeypatch.setattr(timing, "FEW_SETS", 2)
+    monkeypatch.setattr(timing, "CALLS", 2)
 
     def run(section, main, *arguments, **options):
         given = context.Context(section, tmp_path, time.time() + 600, False, None, CPU)
@@ -104,16 +108,21 @@ def test_linear(precision, measured):
         for mode in ("infer", "train")
     ]
     infer, train = measured("linear", layers.each, cases)
-    paths = {"plain", "eager", "ours", "ours: scaled", "ours: materialize", "ours: one_pass"}
+    forms = ["materialize", "one_pass", *(["scaled"] if precision == "own" else [])]
     for line in (infer, train):
+        paths = {"plain", "eager", "ours", *(f"ours: {form}" for form in forms)}
+        if line is train:
+            paths.add("ours: materialize, keeps the weight")
         chosen = dict(zip(("infer", "train"), line["chosen"].split("/"), strict=True))
         assert {*line["seconds"], f"ours: {chosen[line['case']['mode']]}"} == paths
         assert line["predicted"].keys() == line["seconds"].keys()
         assert all(sets >= 1 for sets in line["sets"].values())
-        kernels = {one["kernel"].split()[0] for one in line["kernels"]}
-        assert {"matmul_kernel", "weight_kernel"} <= kernels
         assert {"ours/eager", "ours/plain"} <= line["ratios"].keys()
-    assert any(one["kernel"].startswith("grad_kernel") for one in train["kernels"])
+    forward, backward = (
+        {one["kernel"].split()[0] for one in line["kernels"]} for line in (infer, train)
+    )
+    assert {"one_pass_kernel", "weight_kernel"} <= forward
+    assert "weight_grad_kernel" in backward
 
 
 def test_operands_rotate(measured):
@@ -156,40 +165,155 @@ def test_a_wrong_weight_is_found(monkeypatch):
         run.check()
 
 
-def test_sweep(measured, monkeypatch):
-    """Some sixty configurations, of which the shipped one is another."""
-    real = sweep.sweeps()
-    assert 55 <= sum(len(one.configs) for one in real) <= 75
-    small = [
-        sweep.Sweep(one.label, min(one.m, 16), 64, 32, one.configs[:2], one.call) for one in real
+def test_both_modes_share_kernels(measured):
+    """A kernel that the forward of a training step launches as well is timed once."""
+    cases = [
+        Case("4, 32, 24", "Linear", (32, 24), (4, 32), mode, dtype="bfloat16")
+        for mode in ("infer", "train")
     ]
-    monkeypatch.setattr(sweep, "sweeps", lambda: small)
+    infer, train = measured("linear", layers.each, cases)
+    names = [{one["kernel"] for one in line["kernels"]} for line in (infer, train)]
+    assert names[1]
+    assert not names[0] & names[1]
+
+
+def test_paths_share_operands(measured, monkeypatch):
+    """Those of ours; each is checked."""
+    checked = []
+    check = Runner.check
+    monkeypatch.setattr(Runner, "check", lambda run: (checked.append(run), check(run)))
+    case = Case("4, 32, 24", "Linear", (32, 24), (4, 32), "train", dtype="bfloat16")
+    (line,) = measured("linear", layers.each, [case])
+    assert [run.name for run in checked] == list(line["seconds"])
+    ours = [run for run in checked if run.name.startswith("ours")]
+    assert len({run.x.data_ptr() for run in ours}) == 1
+    assert len({run.session for run in ours}) == len(ours) >= 3
+
+
+TINY_MODEL = Model(
+    build=lambda: torch.nn.Sequential(parametrizations.weight_norm(torch.nn.Linear(6, 4))),
+    small=(2, 6),
+    x_shape=(3, 6),
+    call=lambda model, x: model(x),
+    layers=1,
+)
+
+
+def small(one):
+    """A sweep whose kernel the interpreter runs in no time."""
+    if one.case.kind == "Linear":
+        case = dataclasses.replace(one.case, arguments=(64, 32), x_shape=(one.case.x_shape[0], 64))
+    else:
+        channels = {"Conv1d": (16, 16), "ConvTranspose1d": (16, 16)}[one.case.kind]
+        arguments = (*channels, *one.case.arguments[2:])
+        case = dataclasses.replace(one.case, arguments=arguments, x_shape=(1, 16, 40))
+    fields = {name: values[-1:] for name, values in one.fields.items()}
+    return dataclasses.replace(one, case=case, fields=fields)
+
+
+def test_sweep(measured, monkeypatch):
+    """What is changed is what runs, beside the shipped configuration, which is there again
+    afterwards."""
+    from wn_kernels.backends.triton import configs
+
+    real = sweep.sweeps()
+    monkeypatch.setattr(sweep, "sweeps", lambda: [small(one) for one in real])
+    ran = {}
+    launches_of = sweep.Operands.launches
+
+    def launches(operands):
+        found = launches_of(operands)
+        ran.setdefault(operands.sweep.label, []).append(found[0])
+        return found
+
+    monkeypatch.setattr(sweep.Operands, "launches", launches)
+    before = {one.chooser: getattr(configs, one.chooser) for one in real}
     found = measured("sweep", sweep.main)
     assert [line["case"]["label"] for line in found] == [one.label for one in real]
-    for line in found:
-        assert len(line["seconds"]) == 3
+    for line, one in zip(found, real, strict=True):
         assert next(iter(line["seconds"])) == "shipped"
+        assert len(line["seconds"]) == 2, line["refused"]
         assert line["predicted"]["shipped"] > 0
+        (last,) = small(one).changes()
+        launch = ran[one.label][-1]
+        names = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
+        assert {name: (launch.arguments | names)[name] for name in last} == last
+    assert {one.chooser: getattr(configs, one.chooser) for one in real} == before
+
+
+def test_a_sweep_says_what_does_not_run(measured, monkeypatch, tmp_path):
+    """What the compiler refuses is not a fault; what is wrong is, and neither is timed."""
+    one = small(sweep.sweeps()[0])
+    one = dataclasses.replace(one, fields={"num_stages": (7, 8, 9)})
+    monkeypatch.setattr(sweep, "sweeps", lambda: [one])
+    launches_of = sweep.Operands.launches
+
+    def launches(operands):
+        found = launches_of(operands)
+        if found[0].num_stages == 7:
+            raise RuntimeError("out of resource\nin lines")
+        return found
+
+    monkeypatch.setattr(sweep.Operands, "launches", launches)
+    compare = sweep.Operands.compare
+    compared = []
+
+    def wrong(operands, results, right):
+        compare(operands, results, right)
+        compared.append(results)
+        if len(compared) == 2:
+            compare(operands, [1.1 * t for t in results], right)
+
+    monkeypatch.setattr(sweep.Operands, "compare", wrong)
+    with pytest.raises(AssertionError):  # the fixture finds the fault
+        measured("sweep", sweep.main)
+    lines = results.read(tmp_path / results.RESULTS)
+    (line,) = results.of(lines, "sweep")
+    assert line["refused"] == {"7": "RuntimeError: out of resource"}
+    assert list(line["seconds"]) == ["shipped", "9"]
+    (fault,) = results.of(lines, "sweep", "wrong")
+    assert fault["message"].startswith(f"{one.label}, 8: a result has relative error 1.")
 
 
 def test_host(measured, monkeypatch):
+    """Layers, the operator, and a network over a small input, a call at a time."""
     monkeypatch.setattr(host.overhead, "CASES", host.overhead.CASES[:2])
-    infer, train = measured("host", host.main)
+    monkeypatch.setattr(host, "MODEL", "tiny")
+    monkeypatch.setitem(MODELS, "tiny", TINY_MODEL)
+    infer, train, *others = measured("host", host.main)
     for line in (infer, train):
         assert list(line["seconds"]) == list(host.NAMES)
     assert train["predicted"]["ours"] > infer["predicted"]["ours"] > 0
+    assert [(line["case"]["label"], line["case"]["mode"]) for line in others] == [
+        ("64×64, dim=0", "infer"),
+        ("64×64, dim=0", "train"),
+        ("tiny", "infer"),
+        ("tiny", "train"),
+    ]
+    assert all(list(line["seconds"]) == ["plain", "eager", "ours"] for line in others)
+
+
+def test_a_network_is_called_once_before_the_gpu_is_waited_for(monkeypatch):
+    monkeypatch.setitem(MODELS, "tiny", TINY_MODEL)
+    run = host.Network(host.ModelCase("tiny", "infer"), "ours", CPU)
+    assert run.x.shape == torch.Size(TINY_MODEL.small)
+    assert timing.QUEUE // run.launches == 1
 
 
 def test_models(measured, monkeypatch):
-    """By the clock, and in a graph."""
-    cases = [models.Case("critic", "infer", "own")]
-    monkeypatch.setattr(models, "CASES", cases)
-    small = MODELS["critic"]._replace(x_shape=(1, 1, 28, 28))
-    monkeypatch.setitem(MODELS, "critic", small)
-    (line,) = measured("models", models.main)
-    assert list(line["seconds"]) == list(models.NAMES)
-    assert list(line["conditions"]["CUDA graph"]) == list(models.NAMES)
-    assert line["predicted"]["ours"] > line["predicted"]["plain"] > 0
+    """By the clock, and in a graph, in two precisions of what was checked once."""
+    monkeypatch.setattr(models, "CASES", [models.ModelCase("tiny", "infer")])
+    monkeypatch.setitem(MODELS, "tiny", TINY_MODEL)
+    checked = []
+    check = models.ModelRunner.check
+    monkeypatch.setattr(models.ModelRunner, "check", lambda run: (checked.append(run), check(run)))
+    found = measured("models", models.main)
+    assert [line["case"]["precision"] for line in found] == ["own", "tf32"]
+    assert len(checked) == 3
+    for line in found:
+        assert list(line["seconds"]) == list(models.NAMES)
+        assert list(line["conditions"]["CUDA graph"]) == list(models.NAMES)
+        assert min(line["predicted"][name] for name in ("ours", "plain")) > 0
 
 
 def test_facts(measured, monkeypatch):

@@ -43,20 +43,20 @@ def case(m, mode, precision="own"):
 
 
 def test_a_layer_that_is_bound_by_its_weight():
-    """An H100 reads 32 MiB in 10 µs; eager reads and writes them first."""
-    weight = 2 * 4096 * 4096 / 3.35e12
+    """An H100 reads 32 MiB in 11 µs; eager reads and writes them first."""
+    weight = 2 * 4096 * 4096 / (4.2e12 * 3.35 / 4.8)
     found = predict.vendors(case(1, "infer"))
     assert found["plain"] in About(4e-6 + weight, 0.01)
-    assert found["eager"] in About(8e-6 + 3 * weight, 0.01)
+    assert found["eager"] in About(6e-6 + 3 * weight, 0.01)
     trained = predict.vendors(case(1, "train"))
     assert trained["plain"] in About(3 * found["plain"], 0.01)
-    assert trained["eager"] - trained["plain"] in About(8e-6 + 5 * weight, 0.01)
+    assert trained["eager"] - trained["plain"] in About(4e-6 + 5 * weight, 0.01)
 
 
 def test_a_layer_that_is_bound_by_products():
     """By the dtype's rate, which under autocast is bfloat16's."""
     operations = 2 * 512 * 4096 * 4096
-    for precision, rate in (("tf32", 4.95e14), ("autocast", 9.89e14)):
+    for precision, rate in (("tf32", 4.11e14), ("autocast", 7.84e14)):
         found = predict.vendors(case(512, "infer", precision))["plain"]
         assert found >= 4e-6 + operations / rate
         assert predict.rate(case(512, "infer", precision), devices.gpu()) == rate
@@ -67,10 +67,17 @@ def test_paths_of_ours():
     shapes = torch.Size((16, 4096)), torch.Size((4096, 4096))
     call = Call(*shapes, torch.bfloat16, torch.bfloat16, 0)
     one_pass = plan.Plan("triton", "one_pass", "one_pass")
-    assert predict.ours(call, one_pass, "infer") in About(14e-6, 0.1)
-    found = predict.kernels(call, one_pass, "train", 3)
+    assert predict.ours(call, one_pass, "infer") in About(16e-6, 0.1)
+    # The forward, the pass over dY, the product and the gradient.
+    found = predict.kernels(call, one_pass, "train", 4)
     assert sum(found) in About(predict.ours(call, one_pass, "train"), 1e-9)
     assert predict.kernels(call, one_pass, "train", 5) == [None] * 5
+    kept = plan.Plan("triton", "one_pass", "materialize", "weight")
+    assert predict.ours(call, kept, "infer") == predict.ours(call, one_pass, "infer")
+    spared = costs.costs(call, "triton").forward["materialize"][:1]
+    formed = plan.Plan("triton", "materialize", "materialize")
+    saved = predict.ours(call, formed, "train") - predict.ours(call, kept, "train")
+    assert saved in About(costs.costs(call, "triton").seconds(spared), 1e-6)
 
 
 def test_every_path_that_makes_a_difference(monkeypatch):
@@ -81,8 +88,12 @@ def test_every_path_that_makes_a_difference(monkeypatch):
     x = torch.empty(16, 64)
     for mode in ("infer", "train"):
         found = layers.paths(case(16, mode), torch.nn.Identity(), x)
-        names = {*found.others, found.choice.forward if mode == "infer" else found.choice.backward}
-        assert names == {"scaled", "materialize", "one_pass"}
+        names = {
+            *found.others,
+            found.choice.forward if mode == "infer" else str(found.choice).partition("/")[2],
+        }
+        kept = {"materialize, keeps the weight"} if mode == "train" else set()
+        assert names == {"scaled", "materialize", "one_pass"} | kept
         assert found.choice not in found.others.values()
 
 

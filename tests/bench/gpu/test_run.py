@@ -30,17 +30,15 @@ def test_arguments_that_are_wrong(tmp_path, capsys):
     assert "name a folder for the results" in capsys.readouterr().out
     assert cli.main(["gpu", "--dry-run", "--out", str(tmp_path), "--sections", "fact"]) == 2
     out = capsys.readouterr().out
-    assert "there is no section 'fact'; there are facts, tests, host, linear" in out
+    assert "there is no section 'fact'; there are facts, tests, host, host_python" in out
 
 
 def test_seven_minutes_hold_all_sections():
-    """Each of which is a module, and all of whose lines fit the table."""
-    names = ["facts", "tests", "host", "linear", "weight_norm", "conv", "sweep", "models"]
-    assert [section.name for section in SECTIONS] == names
-    assert sum(section.limit + sections.GRACE for section in SECTIONS) <= 7 * 60
+    """Each of which has a module, and all of whose lines fit the table."""
+    assert sections.total(SECTIONS) + sections.GRACE <= 7 * 60
     assert 1 + sum(section.lines for section in SECTIONS) <= 60
-    for name in names:
-        assert importlib.util.find_spec(f"bench.gpu.{name}") is not None
+    for section in SECTIONS:
+        assert importlib.util.find_spec(section.module) is not None
 
 
 def test_the_page_has_every_section():
@@ -49,24 +47,66 @@ def test_the_page_has_every_section():
         assert f"| `{section.name}` | {section.limit:.0f} |" in page
 
 
-def test_it_goes_on_after_a_failure(monkeypatch, tmp_path, capsys):
-    """With what became of each, in the results and in the table."""
-    said = {"facts": "FAILED, exit code 3", "host": "FAILED, killed after 24 s", "sweep": "passed"}
-    ran = []
+@pytest.fixture
+def outcomes(monkeypatch):
+    """What `run` starts is looked at and not started: name, the end of its time, that of its life,
+    and its environment. Each takes as long as `taking` says, by a clock that stands still."""
+    now, taking, said, ran = [1000.0], {}, {}, []
 
     def outcome(command, limit, log, environment):
-        ran.append((command[3], limit))
-        return said[command[3]]
+        options = dict(zip(command[4::2], command[5::2], strict=True))
+        until = float(options["--until"])
+        ran.append((command[3], until - 1000, now[0] + limit - 1000, environment))
+        now[0] += taking.get(command[3], 0.0)
+        return said.get(command[3], "passed")
 
+    monkeypatch.setattr(run.time, "time", lambda: now[0])
     monkeypatch.setattr(run, "outcome", outcome)
+    return taking, said, ran
+
+
+def test_it_goes_on_after_a_failure(outcomes, tmp_path, capsys):
+    """With what became of each, in the results and in the table."""
+    _, said, ran = outcomes
+    said |= {"facts": "FAILED, exit code 3", "host": "FAILED, killed after 24 s", "sweep": "passed"}
     chosen = [sections.named(name) for name in said]
     assert run.run(Options(tmp_path / "new" / "out", chosen)) == 1
-    assert ran == [("facts", 24), ("host", 24), ("sweep", 64)]
+    assert [name for name, *_ in ran] == list(said)
     lines = results.read(tmp_path / "new" / "out" / results.RESULTS)
     assert [line["outcome"] for line in lines] == list(said.values())
     out = capsys.readouterr().out
     assert all(f"{name}: {what}" in out for name, what in said.items())
     assert run.run(Options(tmp_path / "out", chosen[2:])) == 0
+
+
+def test_what_a_section_leaves_goes_to_the_next(outcomes, tmp_path):
+    """A section has to be done when its limit and those before it are over, whenever it starts."""
+    taking, _, ran = outcomes
+    taking |= {"facts": 2.0, "host": 34.0}
+    chosen = [sections.named(name) for name in ("facts", "host", "conv")]
+    limits = [section.limit for section in chosen]
+    ends = [limits[0], sum(limits[:2]), sum(limits)]
+    run.run(Options(tmp_path / "out", chosen))
+    assert [until for _, until, *_ in ran] == ends
+    assert [kill - until for _, until, kill, _ in ran] == [sections.GRACE] * 3
+    ran.clear()
+    run.run(Options(tmp_path / "out", chosen, seconds=sum(limits) / 2))
+    assert ran[-1][1] - 36 == sum(limits) / 2, "of those that run, and not of all"
+
+
+def test_the_library_is_hidden_from_a_section_without_it(outcomes, tmp_path, monkeypatch):
+    """In its process alone, where no library lies in the user's cache."""
+    monkeypatch.setenv("XDG_CACHE_HOME", "/the/user's")
+    *_, ran = outcomes
+    run.run(Options(tmp_path / "out", [sections.named("host"), sections.named("host_python")]))
+    with_library, without = (environment for *_, environment in ran)
+    assert with_library["XDG_CACHE_HOME"] == "/the/user's"
+    script = "from wn_kernels.backends import native; print(native.unavailable())"
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(
+        command, env=without, cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert "it was not built" in done.stdout
 
 
 FAMILY = """

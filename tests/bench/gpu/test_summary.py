@@ -2,33 +2,7 @@
 
 from bench.gpu import summary
 from bench.gpu.sections import SECTIONS
-
-
-def environment(section):
-    where = {"device": "a GPU", "torch": "2", "triton": "3", "commit": "abc"}
-    settings = {"dry_run": False}
-    return {"section": section, "kind": "environment", "environment": where, "settings": settings}
-
-
-def status(section):
-    return {
-        "section": section,
-        "kind": "status",
-        "outcome": "passed",
-        "seconds": 3.0,
-        "compiled": 7,
-    }
-
-
-def result(section, label, ours, eager=2e-5):
-    times = {"ours": ours, "plain": 1e-5, "eager": eager, "ours: scaled": 3e-5}
-    return {
-        "section": section,
-        "kind": "result",
-        "case": {"label": label, "mode": "infer", "bytes": 40_000_000, "operations": 8e9},
-        "seconds": {name: {"median": t} for name, t in times.items()},
-        "predicted": {"ours": 4e-5},
-    }
+from tests.bench.gpu.lines import environment, result, status
 
 
 def test_losing_cases_come_first():

@@ -9,6 +9,7 @@
     panels.h        products of a weight with few columns, from one read of the weight
     unfold.h        a convolution over few pixels as such a product
     linear.h, convolution.h
+    driver.h        launches by the CUDA driver
     passes.h        prepared launches of Triton's kernels, run without Python
     launched.h      the layers that consist of such passes
     library.cpp     the Python bindings
@@ -37,8 +38,8 @@ from typing import Any
 import torch
 
 from ... import cache
-from ...call import Call, takes_tf32
-from ..reference import differentiable_grads
+from ...call import Call
+from .. import reference
 from . import limits
 
 NAME = "wn_kernels_native"
@@ -180,26 +181,37 @@ def _loaded() -> tuple[Any, str]:
     return module, ""
 
 
+_connected: Any = None  # the library that has its callbacks
+
+
 def library(*callbacks: Callable[..., tuple | None]) -> Any:
     """Returns the library, or `None` if it cannot be used. The callbacks `prepare.plan_native` and
     `operators.launches` plan its new calls."""
+    global _connected
     found = _loaded()[0]
-    if found is not None:
-        _connect(found, *callbacks)
+    if found is not _connected:
+        if found is not None:
+            derivatives = reference.differentiable_grads, reference.weight_grads_backward
+            found.set_callbacks(*callbacks, *derivatives)
+        _connected = found
     return found
 
 
-@functools.cache
-def _connect(library: Any, *callbacks: Callable[..., tuple | None]) -> None:
-    library.set_callbacks(*callbacks, _takes_tf32, differentiable_grads)
+def kernel(kernel: Any) -> Any:
+    """Returns a function of `(stream, device, addresses)` that launches a `Kernel` of
+    backends/triton/compiled.py by the driver, or `None` without the library or a driver."""
+    found = _loaded()[0]
+    return None if found is None else found.kernel(kernel)
 
 
-def _takes_tf32(rank: int) -> bool:
-    return takes_tf32(torch.float32, "conv" if rank else "matmul")
+# Tables that Python keeps in the library's place.
+memos: list[dict] = []
 
 
 def forget() -> None:
-    """Clears the library's table of plans."""
+    """Clears the library's tables of plans, and Python's."""
+    for memo in memos:
+        memo.clear()
     found = _loaded()[0]
     if found is not None:
         found.forget()

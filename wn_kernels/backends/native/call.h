@@ -73,10 +73,15 @@ inline Tensor as_autocast(const Tensor& x) {
   return as(x, at::autocast::get_autocast_dtype(at::kCPU));
 }
 
+// In this scope, autocast does not see the operations.
+struct WithoutAutocast {
+  c10::impl::ExcludeDispatchKeyGuard guard{c10::autocast_dispatch_keyset};
+};
+
 // In this scope, neither autograd nor autocast sees the operations.
 struct BelowAutograd {
   at::AutoDispatchBelowADInplaceOrView below;
-  c10::impl::ExcludeDispatchKeyGuard no_autocast{c10::autocast_dispatch_keyset};
+  WithoutAutocast no_autocast;
 };
 
 inline bool is_floating(at::ScalarType dtype) {
@@ -200,9 +205,11 @@ struct Callbacks {
   py::object plan;
   // (rank, (x, v, g, bias), geometry, dim, eps) -> what `Launches` (launched.h) is made of, or None.
   py::object launches;
-  py::object takes_tf32;  // (rank) -> whether such products are taken in TF32
-  // (dY, x, v, g, bias, geometry, dim, eps, needs) -> (dX, dV, dg, db), as part of the graph
+  // (dY, dW, x, v, g, geometry, dim, eps, needs) -> (dX, dV, dg, db), of a batch of gradients as well
   py::object differentiable_grads;
+  // (ddV, ddg, dW, v, g, n, dim, eps) -> the gradients of (dV, dg) with respect to dW, v and g; part
+  // of the graph if n is None
+  py::object weight_grads_backward;
 };
 
 inline Callbacks& callbacks() {

@@ -70,6 +70,26 @@ inline std::tuple<Tensor, Tensor, Tensor> plain_grads(
   return found;
 }
 
+// Returns whether ATen's sum of dY in this dtype is right for a bias. It would round that of a bias in
+// another dtype, and add up a float16 dY in float16.
+inline bool sums_bias(at::ScalarType dtype, at::ScalarType bias_dtype) {
+  return dtype == bias_dtype && dtype != at::kHalf;
+}
+
+// The same where nothing may be needed but the gradient of a bias in this dtype, for which ATen alone
+// would compute the weight's gradient as well.
+inline std::tuple<Tensor, Tensor, Tensor> plain_convolution_grads(
+    const Tensor& dy, const Tensor& x, const Tensor& w, const Geometry& conv, bool needs_x,
+    bool needs_w, bool needs_bias, at::ScalarType bias_dtype) {
+  Tensor db;
+  if (needs_bias && !(needs_w && sums_bias(w.scalar_type(), bias_dtype)))
+    db = bias_grad(dy, 1, bias_dtype);
+  if (!needs_x && !needs_w) return {Tensor(), Tensor(), db};
+  auto found = plain_grads(dy, x, w, conv, needs_x, needs_w, needs_bias && !db.defined());
+  if (db.defined()) std::get<2>(found) = db;
+  return found;
+}
+
 inline std::optional<ConvolutionResult> convolution_forward(
     const Tensor& x, const Tensor& v, const Tensor& g, const Tensor& bias, const Geometry& conv,
     at::IntArrayRef y_sizes, double eps, Variant variant, bool keeps) {
@@ -111,13 +131,15 @@ struct Convolution : Function<Convolution> {
     data["eps"] = eps;
     data["variant"] = static_cast<int64_t>(variant);
     data["geometry"] = conv.packed();
+    ctx->set_materialize_grads(false);
     return result.y;
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
     const auto saved = ctx->get_saved_variables();
     const auto &x = saved[0], &v = saved[1], &g = saved[2], &n = saved[3], &w = saved[4];
-    const Tensor& dy = grads[0];
+    const LayerGrads given(grads);
+    const Tensor& dy = given.dy;
     auto& data = ctx->saved_data;
     const double eps = data["eps"].toDouble();
     const auto conv = Geometry::unpacked(data["geometry"].toIntVector());
@@ -128,24 +150,56 @@ struct Convolution : Function<Convolution> {
     const auto bias_dtype =
         needs_bias ? static_cast<at::ScalarType>(bias->second.toInt()) : at::kFloat;
     variable_list out(8);
-    if (goes_to_composite(dy)) {
-      auto found = composite_grads(dy, x, v, g, conv, eps, {needs_x, needs_v, needs_g});
+    if (given.are_undefined()) return out;
+    if (!given.are_plain()) {
+      auto found = composite_grads(dy, given.dw, x, v, g, conv, eps, {needs_x, needs_v, needs_g});
       std::move(found.begin(), found.end(), out.begin());
-      if (needs_bias) out[3] = bias_grad(dy, 1, bias_dtype);
+      if (needs_bias && dy.defined()) out[3] = bias_grad(dy, 1, bias_dtype);
+      return out;
+    }
+    const auto variant = static_cast<Variant>(data["variant"].toInt());
+    const auto dtype = product_dtype(variant, x, v);
+    // The elements of W do not matter to dW.
+    const auto stand_in = [&] {
+      return w.defined()                ? w
+             : v.scalar_type() == dtype ? v
+                                        : at::empty_like(v, v.options().dtype(dtype));
+    };
+    if (at::GradMode::is_enabled()) {
+      RECORD_FUNCTION("wn_kernels::convolution_backward, recorded", {});
+      const WithoutAutocast no_autocast;
+      Tensor dw;
+      if (dy.defined()) {
+        Tensor weight = stand_in().detach();
+        if (needs_x)
+          weight = recorded_weight(
+              w.defined() ? w.detach() : scaled_weight(v, g, n, dtype), v, g);
+        std::tie(out[0], dw, out[3]) = plain_convolution_grads(
+            dy, x, weight, conv, needs_x, needs_weight, needs_bias, bias_dtype);
+      }
+      if (needs_weight) {
+        auto found = recorded_weight_grads(given.total(dw), v, g, n, eps);
+        std::move(found.begin(), found.end(), out.begin() + 1);
+      }
+      return out;
+    }
+    if (!dy.defined()) {
+      const BelowAutograd below;
+      std::tie(out[1], out[2]) = weight_grads(given.dw, v, g, n, eps, false);
       return out;
     }
     const BelowAutograd below;
-    const auto variant = static_cast<Variant>(data["variant"].toInt());
-    const auto dtype = product_dtype(variant, x, v);
-    // For a bias's gradient alone, ATen would compute the weight's gradient as well. It would round
-    // that of a bias in another dtype, and add up a float16 dY in float16.
-    const bool with_weight = needs_weight && variant != Variant::unfold && bias_dtype == dtype &&
-                             dtype != at::kHalf;
+    const bool with_weight = needs_weight && variant != Variant::unfold &&
+                             sums_bias(dtype, bias_dtype);
     if (needs_bias && !with_weight) out[3] = bias_grad(dy, 1, bias_dtype);
     if (variant == Variant::unfold) {
       RECORD_FUNCTION("wn_kernels::convolution_backward, unfold", {});
       std::tie(out[0], out[1], out[2]) =
           unfolded_backward(dy, x, v, g, n, conv, eps, needs_x, needs_weight);
+      if (needs_weight && given.dw.defined()) {
+        const auto [dv, dg] = weight_grads(given.dw, v, g, n, eps, false);
+        out[1].add_(dv), out[2].add_(dg);
+      }
       return out;
     }
     Tensor dw;
@@ -176,16 +230,12 @@ struct Convolution : Function<Convolution> {
       }
     } else {
       const bool forms = needs_x && !w.defined();
-      // The elements of W do not matter to dW. A W that is formed is freed before dW is allocated.
-      const auto stand_in = [&] {
-        return w.defined()                ? w
-               : v.scalar_type() == dtype ? v
-                                          : at::empty_like(v, v.options().dtype(dtype));
-      };
+      // A W that is formed is freed before dW is allocated.
       if (forms) take(dy, scaled_weight(v, g, n, dtype), true, false);
       if (needs_weight || !forms) take(dy, stand_in(), needs_x && !forms, needs_weight);
     }
-    if (needs_weight) std::tie(out[1], out[2]) = weight_grads(dw, v, g, n, eps, true);
+    if (needs_weight)
+      std::tie(out[1], out[2]) = weight_grads(given.total(dw), v, g, n, eps, true);
     return out;
   }
 };
@@ -216,8 +266,10 @@ inline MaybeTensor convolution(
   }
   if (!result) return std::nullopt;
   if (!recorded) return result->y;
-  return Convolution::apply(
-      t->x, t->v, t->g, maybe(t->bias), *result, plan.conv, least, plan.backward);
+  return with_weight_grad(
+      Convolution::apply(
+          t->x, t->v, t->g, maybe(t->bias), *result, plan.conv, least, plan.backward),
+      t->v);
 }
 
 }  // namespace wn_kernels

@@ -1,9 +1,10 @@
 // Layers on a GPU, whose kernels are Triton's, as nodes of the graph.
 //
 // Python prepares both directions of a call once, for its dtypes, layouts and options
-// (`operators.launches`). What only allocates and launches is a `Pass`, which runs here, and so does
-// PyTorch's own product with a `W` that a pass forms. Anything else is a Python function. A backward
-// that is itself differentiated runs on the composite formula.
+// (`operators.launches`). What only allocates, launches and multiplies matrices is a `Pass`, which runs
+// here, and so does PyTorch's own convolution with a `W` that a pass forms. Anything else is a Python
+// function. A backward that is itself differentiated is recorded as on a CPU (weight.h): its `W` and
+// its `(dV, dg)` are launches of the weight alone.
 
 #pragma once
 
@@ -13,6 +14,7 @@
 #include <torch/custom_class.h>
 
 #include "convolution.h"
+#include "linear.h"
 #include "passes.h"
 
 namespace wn_kernels {
@@ -25,20 +27,15 @@ inline py::tuple as_tuple(const Needs& needs) {
   return py::make_tuple(needs[0], needs[1], needs[2], needs[3]);
 }
 
-// `(*, K)` as `(M, K)`.
-inline Tensor as_rows(const Tensor& x) {
-  if (x.dim() == 2) return x;
-  return x.dim() > 2 ? x.flatten(0, -2) : x.unsqueeze(0);
-}
-
-// One prepared call. Its functions are called with the GIL held.
+// One prepared call. Its functions are called without the GIL, and take it where Python runs.
 struct Launches : torch::CustomClassHolder {
   Launches(const py::object& prepared, double eps)
       : forms_forward(prepared.attr("forms_forward").cast<bool>()),
         forms_backward(prepared.attr("forms_backward").cast<bool>()),
-        keeps(prepared.attr("keeps").cast<bool>()), eps(eps),
+        keeps(prepared.attr("keeps").cast<bool>()),
+        axis(prepared.attr("dim").cast<std::optional<int64_t>>().value_or(-1)), eps(eps),
+        is_observed(prepared.attr("signs")),
         geometry(references.keep(prepared.attr("conv"))),
-        dim(references.keep(prepared.attr("dim"))),
         python_forward(references.keep(prepared.attr("forward"))),
         python_backward(references.keep(prepared.attr("backward"))),
         prepare_backward(references.keep(prepared.attr("prepare_backward"))),
@@ -50,86 +47,79 @@ struct Launches : torch::CustomClassHolder {
 
   // (y, n); (W, n) without x.
   std::pair<Tensor, Tensor> forward(
-      const Tensor& x, const Tensor& v, const Tensor& g, const Tensor& bias) {
+      const Tensor& x, const Tensor& v, const Tensor& g, const Tensor& bias, bool observed) {
     if (forms_forward) {
-      const auto [w, n] = weight->forward({}, v, g, {});
-      py::gil_scoped_release released;
-      return {product(x, w, bias), n};
+      auto [w, n] = weight->forward({}, v, g, {}, observed);
+      return {product(x, w, bias), std::move(n)};
     }
-    if (!pass)
+    if (!pass) {
+      const py::gil_scoped_acquire gil;
       return python_forward(as_object(x), v, g, as_object(bias)).cast<std::pair<Tensor, Tensor>>();
+    }
     if (!x.defined()) {
-      const auto found = (*pass)({v, g});
-      return {found[0], found[1]};
+      auto found = (*pass)({v, g}, observed);
+      return {std::move(found[0]), std::move(found[1])};
     }
     const bool is_flat = conv || x.dim() == 2;
-    const auto found = (*pass)({is_flat ? x : as_rows(x), v, g, bias});
+    const auto found = (*pass)({is_flat ? x : as_rows(x), v, g, bias}, observed);
     if (is_flat) return {found[0], found[1]};
     auto sizes = x.sizes().vec();
     sizes.back() = v.size(0);
     return {found[0].view(sizes), found[1]};
   }
 
-  // The product of x with a W that is formed, by PyTorch.
+  // The layer with a W that is formed or kept, by PyTorch.
   Tensor product(const Tensor& x, const Tensor& w, const Tensor& bias) const {
-    const Tensor cast = bias.defined() ? bias.to(w.scalar_type()) : bias;
+    const bool casts = bias.defined() && bias.scalar_type() != w.scalar_type();
+    const Tensor cast = casts ? bias.to(w.scalar_type()) : bias;
     return conv ? plain(x, w, cast, *conv) : at::linear(x, w, maybe(cast));
+  }
+
+  // (dX, dW, db) of that product.
+  std::tuple<Tensor, Tensor, Tensor> product_grads(
+      const Tensor& dy, const Tensor& x, const Tensor& w, const Needs& needs) const {
+    const bool needs_w = needs[1] || needs[2];
+    const auto dtype = dy.scalar_type();
+    return conv
+        ? plain_convolution_grads(dy, x, w, *conv, needs[0], needs_w, needs[3], dtype)
+        : plain_linear_grads(dy, x, w, dtype, needs[0], needs_w, needs[3], dtype);
   }
 
   // (dX, dV, dg, db); what is not needed may be undefined.
   variable_list backward(
       const Tensor& dy, const Tensor& x, const Tensor& v, const Tensor& g, const Tensor& bias,
-      const Tensor& n, const Needs& needs) {
-    if (forms_backward) return backward_of_product(dy, x, v, g, n, needs);
+      const Tensor& n, const Needs& needs, bool observed) {
+    if (forms_backward) return backward_of_convolution(dy, x, v, g, n, needs, observed);
     const bool is_flat = !x.defined() || conv || x.dim() == 2;
     const Tensor flat_dy = is_flat ? dy : as_rows(dy), flat_x = is_flat ? x : as_rows(x);
     if (const auto prepared = backward_pass(flat_dy, flat_x, v, g, needs)) {
       if (!x.defined()) {
-        const auto found = (*prepared)({dy, v, g, n});
-        return {Tensor(), found[0], found[1], Tensor()};
+        auto found = (*prepared)({dy, v, g, n}, observed);
+        return {Tensor(), std::move(found[0]), std::move(found[1]), Tensor()};
       }
-      auto found = (*prepared)({flat_dy, flat_x, v, g, n});
+      auto found = (*prepared)({flat_dy, flat_x, v, g, n}, observed);
       if (!is_flat && found[0].defined()) found[0] = found[0].view(x.sizes());
       return found;
     }
-    const auto found = python_backward(
-        dy, as_object(x), v, g, as_object(bias), n, as_tuple(needs));
-    variable_list out;
-    for (auto& grad : found.cast<std::vector<MaybeTensor>>()) out.push_back(grad.value_or(Tensor()));
-    return out;
+    const py::gil_scoped_acquire gil;
+    return as_variables(
+        python_backward(dy, as_object(x), v, g, as_object(bias), n, as_tuple(needs)));
   }
 
-  // The same around PyTorch's product, the layout of whose dW it alone determines.
-  variable_list backward_of_product(
+  // The same around PyTorch's convolution, the layout of whose dW it alone determines.
+  variable_list backward_of_convolution(
       const Tensor& dy, const Tensor& x, const Tensor& v, const Tensor& g, const Tensor& n,
-      const Needs& needs) {
+      const Needs& needs, bool observed) {
     const bool needs_weight = needs[1] || needs[2];
-    const Tensor formed = needs[0] ? weight->forward({}, v, g, {}).first : Tensor();
+    const Tensor formed = needs[0] ? weight->forward({}, v, g, {}, observed).first : Tensor();
     Tensor dx, dw, db;
-    {
-      py::gil_scoped_release released;
-      if (conv) {
-        // Alone, ATen would compute the weight's gradient beside it; in float16, it sums in float16.
-        if (needs[3] && (!needs_weight || dy.element_size() == 2)) db = bias_grad(dy, 1);
-        const bool rides = needs[3] && !db.defined();
-        const Tensor w = needs[0] ? formed : v.to(x.scalar_type());
-        if (needs[0] || needs_weight) {
-          auto found = plain_grads(dy, x, w, *conv, needs[0], needs_weight, rides);
-          std::tie(dx, dw) = std::tie(std::get<0>(found), std::get<1>(found));
-          if (rides) db = std::get<2>(found);
-        }
-      } else {
-        const Tensor rows = as_rows(dy);
-        if (needs[0]) dx = rows.mm(formed).view(x.sizes());
-        if (needs_weight) dw = rows.t().mm(as_rows(x));
-        if (needs[3]) db = rows.sum(0);
-      }
-    }
+    const Tensor w = needs[0] ? formed : v.to(x.scalar_type());
+    std::tie(dx, dw, db) = product_grads(dy, x, w, needs);
     variable_list out{dx, {}, {}, db};
     if (needs_weight) {
-      const auto found = weight->backward(dw, {}, v, g, {}, n, {false, true, true, false});
-      out[1] = found[1];
-      out[2] = found[2];
+      auto found = weight->backward(dw, {}, v, g, {}, n, {false, true, true, false}, observed);
+      out[1] = std::move(found[1]);
+      out[2] = std::move(found[2]);
     }
     return out;
   }
@@ -137,12 +127,14 @@ struct Launches : torch::CustomClassHolder {
   // The backward's pass for a layout of dY; null where Python serves it, and for the ninth layout.
   std::shared_ptr<Pass> backward_pass(
       const Tensor& dy, const Tensor& x, const Tensor& v, const Tensor& g, const Needs& needs) {
-    for (const auto& each : backwards)
-      if (each.needs == needs && dy.strides() == at::IntArrayRef(each.strides)) return each.pass;
-    if (backwards.size() == 8) return nullptr;
+    const auto fits = [&](const Backward& each) {
+      return each.needs == needs && dy.strides() == at::IntArrayRef(each.strides);
+    };
+    if (const Backward* found = backwards.find(fits)) return found->pass;
+    if (backwards.size() >= 8) return nullptr;
+    const py::gil_scoped_acquire gil;
     const auto prepared = as_pass(prepare_backward(dy, as_object(x), v, g, as_tuple(needs)));
-    backwards.push_back({needs, dy.strides().vec(), prepared});
-    return prepared;
+    return backwards.add(needs, dy.strides().vec(), prepared)->pass;
   }
 
   struct Backward {
@@ -152,20 +144,25 @@ struct Launches : torch::CustomClassHolder {
   };
 
   References references;
-  bool forms_forward, forms_backward;  // whether PyTorch's product with W serves a direction
+  bool forms_forward, forms_backward;  // whether PyTorch's convolution by W serves a direction
   bool keeps;                          // whether a training step keeps that W
+  int64_t axis;                        // the kept dimension; -1 for the whole of V
   double eps;
-  py::handle geometry, dim;
+  Observation is_observed;
+  py::handle geometry;
   py::handle python_forward;    // (x, v, g, bias) -> (y, n)
   py::handle python_backward;   // (dY, x, v, g, bias, n, needs) -> (dX, dV, dg, db)
   py::handle prepare_backward;  // (dY, x, v, g, needs) -> its pass, or None
   std::shared_ptr<Pass> pass;   // of the forward; null where Python serves it
-  c10::intrusive_ptr<Launches> weight;  // of W alone, where PyTorch's product serves a direction
+  c10::intrusive_ptr<Launches> weight;  // of W alone, where it is formed
   std::optional<Geometry> conv;
-  std::vector<Backward> backwards;
+  Published<Backward> backwards;
 };
 
 using Prepared = c10::intrusive_ptr<Launches>;
+
+inline std::optional<Prepared> prepared(
+    int64_t rank, const Operands& t, py::handle geometry, py::handle dim, py::handle eps);
 
 // The node of a call. It is no `Function`, whose context takes longer than a launch does.
 class Launched : public torch::autograd::Node {
@@ -190,7 +187,7 @@ class Launched : public torch::autograd::Node {
     for (const Tensor* t : {&x, &v, &g, &bias, &n})
       node->saved_[i++] = torch::autograd::SavedVariable(*t, /*is_output=*/false);
     torch::autograd::set_history(y, node);
-    return y;
+    return x.defined() ? with_weight_grad(y, v) : y;
   }
 
   std::string name() const override { return "wn_kernels::Launched"; }
@@ -201,8 +198,10 @@ class Launched : public torch::autograd::Node {
   }
 
   variable_list apply(variable_list&& grads) override {
-    const Tensor& dy = grads[0];
-    if (!dy.defined()) return variable_list(4);
+    if (grads.size() == 1) grads.emplace_back();
+    const LayerGrads given(grads);
+    const Tensor &dy = given.dy, &dw = given.dw;
+    if (given.are_undefined()) return variable_list(4);
     std::array<Tensor, 5> tensors;
     {
       const std::lock_guard<std::mutex> lock(mutex_);
@@ -211,21 +210,75 @@ class Launched : public torch::autograd::Node {
     const auto& [x, v, g, bias, n] = tensors;
     Needs needs;
     for (size_t i = 0; i < needs.size(); ++i) needs[i] = task_should_compute_output(i);
-    py::gil_scoped_acquire gil;
-    if (!at::GradMode::is_enabled() && is_plain(dy, v.device().type())) {
-      auto out = launches_->backward(dy, x, v, g, bias, n, needs);
-      if (out[3].defined()) out[3] = out[3].to(bias.scalar_type());
-      return out;
+    // The launches of the weight alone, for W and its gradient.
+    const bool again = at::GradMode::is_enabled(), for_weight = again || dw.defined();
+    const auto weight = !x.defined() ? std::make_optional(launches_)
+                        : for_weight ? weight_alone(v, g)
+                                     : std::nullopt;
+    variable_list out(4);
+    if (!given.are_plain(v.device().type()) || (for_weight && !weight)) {
+      const py::gil_scoped_acquire gil;
+      out = as_variables(callbacks().differentiable_grads(
+          as_object(dy), as_object(dw), as_object(x), v, g, launches_->geometry,
+          as_dim(launches_->axis), launches_->eps, as_tuple(needs)));
+    } else if (again) {
+      out = recorded(given, x, v, g, n, needs, **weight);
+    } else {
+      const bool observed = launches_->is_observed();
+      if (dy.defined()) out = launches_->backward(dy, x, v, g, bias, n, needs, observed);
+      if (dw.defined()) {
+        const Needs of_weight{false, needs[1], needs[2], false};
+        const auto more = (*weight)->backward(dw, {}, v, g, {}, n, of_weight, observed);
+        for (const size_t i : {1, 2})
+          if (needs[i]) out[i] = out[i].defined() ? out[i] + more[i] : more[i];
+      }
     }
-    const auto found = callbacks().differentiable_grads(
-        dy, as_object(x), v, g, as_object(bias), launches_->geometry, launches_->dim,
-        launches_->eps, as_tuple(needs));
-    variable_list out;
-    for (auto& grad : found.cast<std::vector<MaybeTensor>>()) out.push_back(grad.value_or(Tensor()));
+    if (out[3].defined()) out[3] = out[3].to(bias.scalar_type());
     return out;
   }
 
  private:
+  // What forms W alone in V's dtype, and its gradients; nothing where Python does.
+  std::optional<Prepared> weight_alone(const Tensor& v, const Tensor& g) const {
+    const py::gil_scoped_acquire gil;
+    return prepared(
+        0, {{}, v, g, {}}, py::tuple(), as_dim(launches_->axis), py::float_(launches_->eps));
+  }
+
+  // (dX, dV, dg, db) as part of the graph.
+  variable_list recorded(
+      const LayerGrads& given, const Tensor& x, const Tensor& v, const Tensor& g, const Tensor& n,
+      const Needs& needs, Launches& weight) const {
+    const bool observed = launches_->is_observed();
+    Tensor dx, own = x.defined() ? Tensor() : given.dy, db;
+    if (x.defined() && given.dy.defined()) {
+      Tensor w = v.detach();  // without dX, its values play no part
+      if (needs[0]) {
+        {
+          at::AutoDispatchBelowADInplaceOrView below;
+          const at::NoGradGuard no_grad;
+          w = weight.forward({}, v, g, {}, observed).first;
+        }
+        w = recorded_weight(w, v, g);
+      }
+      std::tie(dx, own, db) = launches_->product_grads(given.dy, x, w.to(x.scalar_type()), needs);
+      if (own.defined()) own = own.to(v.scalar_type());
+    }
+    variable_list out{dx, {}, {}, db};
+    if (!needs[1] && !needs[2]) return out;
+    const Tensor dw = given.total(own);
+    variable_list grads;
+    {
+      at::AutoDispatchBelowADInplaceOrView below;
+      const at::NoGradGuard no_grad;
+      grads = weight.backward(dw, {}, v, g, {}, n, {false, true, true, false}, observed);
+    }
+    auto found = WeightGrads::apply(
+        dw, v, g, n, std::make_pair(grads[1], grads[2]), launches_->axis, launches_->eps);
+    std::move(found.begin(), found.end(), out.begin() + 1);
+    return out;
+  }
+
   std::array<torch::autograd::SavedVariable, 5> saved_;  // x, V, g, the bias and n
   Prepared launches_;
 };
@@ -233,6 +286,17 @@ class Launched : public torch::autograd::Node {
 inline Memo<Prepared>& launches_memo() {
   static auto* memo = new Memo<Prepared>;
   return *memo;
+}
+
+// Whether PyTorch is set to take such products in TF32, as `takes_tf32` of call.py. The getter's own
+// types, which differ between versions of torch, name the setting.
+template <typename Precision, typename Backend, typename Op>
+bool takes_tf32(Precision (at::Context::*get)(Backend, Op) const, int64_t rank) {
+  const at::Context& context = at::globalContext();
+  if constexpr (std::is_enum_v<Precision>)
+    return (context.*get)(Backend::CUDA, rank ? Op::CONV : Op::MATMUL) == Precision::TF32;
+  else
+    return (context.*get)("cuda", rank ? "conv" : "matmul") == "tf32";
 }
 
 // What was prepared for a call; nothing where Python serves it by itself.
@@ -250,7 +314,7 @@ inline std::optional<Prepared> prepared(
   }
   if (!key.option(geometry) || !key.option(dim) || !key.option(eps)) return std::nullopt;
   if (t.x.defined() && t.x.scalar_type() == at::kFloat)
-    key.number(callbacks().takes_tf32(rank).cast<bool>());
+    key.number(takes_tf32(&at::Context::float32Precision, rank));
   return launches_memo().find(key.bytes(), [&]() -> std::optional<Prepared> {
     const auto answer = callbacks().launches(
         rank, py::make_tuple(as_object(t.x), t.v, t.g, as_object(t.bias)), geometry, dim, eps);
@@ -259,12 +323,15 @@ inline std::optional<Prepared> prepared(
   });
 }
 
-inline Tensor run(const Tensor& x, const Operands& t, const Tensor& bias, const Prepared& launches) {
+// The layer's output for these operands, recorded where a gradient is needed. Called without the GIL.
+inline Tensor run(
+    const Tensor& x, const Operands& t, const Tensor& bias, const Prepared& launches,
+    bool observed) {
   std::pair<Tensor, Tensor> result;
   {
     at::AutoDispatchBelowADInplaceOrView below;
     const at::NoGradGuard no_grad;
-    result = launches->forward(x, t.v, t.g, bias);
+    result = launches->forward(x, t.v, t.g, bias, observed);
   }
   const auto needs = [](const Tensor& tensor) { return tensor.defined() && tensor.requires_grad(); };
   const bool recorded =
@@ -281,10 +348,10 @@ inline MaybeTensor launched(
   const auto found = prepared(rank, *t, geometry, dim, eps);
   if (!found) return std::nullopt;
   const Prepared& launches = *found;
-  if (!launches->keeps || !t->needs_grad()) return run(t->x, *t, t->bias, launches);
-  const Tensor w = run({}, *t, {}, launches->weight);
-  py::gil_scoped_release released;
-  return launches->product(t->x, w, t->bias);
+  const bool observed = launches->is_observed();
+  const py::gil_scoped_release released;
+  if (!launches->keeps || !t->needs_grad()) return run(t->x, *t, t->bias, launches, observed);
+  return launches->product(t->x, run({}, *t, {}, launches->weight, observed), t->bias);
 }
 
 }  // namespace wn_kernels

@@ -5,7 +5,7 @@
 // the dtype of V. Under autocast, x is cast first. Norms are those of the rows of V. A convolution's
 // may also be those of its columns, and those of a weight alone may be of any slices. The variants are
 // those of the ATen path (backends/aten.py) and `widen`. The profiler shows which one ran. A backward
-// that is itself differentiated runs on the composite formula (backends/reference.py).
+// that is itself differentiated is recorded as W, PyTorch's own products, and (dV, dg) of dW.
 
 #include "convolution.h"
 #include "launched.h"
@@ -25,12 +25,22 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("convolution", &convolution);
   m.def("launched", &launched);
   m.def(
-      "set_callbacks", [](py::object plan, py::object launches, py::object takes_tf32,
-                          py::object differentiable_grads) {
+      "set_callbacks", [](py::object plan, py::object launches, py::object differentiable_grads,
+                          py::object weight_grads_backward) {
         callbacks() = {
-            std::move(plan), std::move(launches), std::move(takes_tf32),
-            std::move(differentiable_grads)};
+            std::move(plan), std::move(launches), std::move(differentiable_grads),
+            std::move(weight_grads_backward)};
       });
+  py::class_<Kernel>(m, "Kernel").def(
+      "__call__", [](const Kernel& kernel, uintptr_t stream, int device,
+                     const std::vector<uint64_t>& addresses) {
+        const py::gil_scoped_release released;
+        Driver::find()->ensure_context(device);
+        kernel(addresses.data(), addresses.size(), reinterpret_cast<void*>(stream));
+      });
+  m.def("kernel", [](const py::handle& kernel) {
+    return Driver::find() ? std::make_unique<Kernel>(kernel) : nullptr;
+  });
   m.def("forget", [] {
     plans().forget();
     launches_memo().forget();

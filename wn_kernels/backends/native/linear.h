@@ -243,6 +243,20 @@ inline std::optional<LinearResult> linear_forward(
   return out;
 }
 
+// (dX, dW, db) of the plain layer, by operations that PyTorch differentiates. The products and dW have
+// this dtype, which is that of W.
+inline std::tuple<Tensor, Tensor, Tensor> plain_linear_grads(
+    const Tensor& dy, const Tensor& x, const Tensor& w, at::ScalarType dtype, bool needs_x,
+    bool needs_w, bool needs_bias, at::ScalarType bias_dtype) {
+  const Tensor rows = as(as_rows(dy), dtype);
+  Tensor dx, dw, db;
+  if (needs_x) dx = as(rows.mm(w), x.scalar_type());
+  if (needs_x && x.dim() != 2) dx = dx.view(x.sizes());
+  if (needs_w) dw = rows.t().mm(as(as_rows(x), dtype));
+  if (needs_bias) db = bias_grad(as_rows(dy), 1, bias_dtype);
+  return {dx, dw, db};
+}
+
 struct Linear : Function<Linear> {
   static Tensor forward(
       AutogradContext* ctx, const Tensor& x, const Tensor& v, const Tensor& g,
@@ -251,6 +265,7 @@ struct Linear : Function<Linear> {
     ctx->save_for_backward({x, v, g, result.n, result.product});
     ctx->saved_data["eps"] = eps;
     ctx->saved_data["variant"] = static_cast<int64_t>(variant);
+    ctx->set_materialize_grads(false);
     return result.y;
   }
 
@@ -259,22 +274,48 @@ struct Linear : Function<Linear> {
     const auto &input = saved[0], &v = saved[1], &g = saved[2], &n = saved[3], &p = saved[4];
     const double eps = ctx->saved_data["eps"].toDouble();
     const auto bias = ctx->saved_data.find("bias");
+    const auto variant = static_cast<Variant>(ctx->saved_data["variant"].toInt());
     const bool needs_x = ctx->needs_input_grad(0), needs_v = ctx->needs_input_grad(1),
                needs_g = ctx->needs_input_grad(2), needs_weight = needs_v || needs_g,
                needs_bias = bias != ctx->saved_data.end() && ctx->needs_input_grad(3);
-    const auto bias_dtype = needs_bias ? static_cast<at::ScalarType>(bias->second.toInt()) : at::kFloat;
+    const auto bias_dtype =
+        needs_bias ? static_cast<at::ScalarType>(bias->second.toInt()) : at::kFloat;
     variable_list out(7);
-    if (goes_to_composite(grads[0])) {
+    const LayerGrads given(grads);
+    if (given.are_undefined()) return out;
+    if (!given.are_plain()) {
       auto found = composite_grads(
-          grads[0], input, v, g, std::nullopt, eps, {needs_x, needs_v, needs_g});
+          given.dy, given.dw, input, v, g, std::nullopt, eps, {needs_x, needs_v, needs_g});
       std::move(found.begin(), found.end(), out.begin());
-      if (needs_bias) out[3] = bias_grad(grads[0], grads[0].dim() - 1, bias_dtype);
+      if (needs_bias && given.dy.defined())
+        out[3] = bias_grad(given.dy, given.dy.dim() - 1, bias_dtype);
+      return out;
+    }
+    const auto dtype = product_dtype(variant, input, v);
+    if (at::GradMode::is_enabled()) {
+      RECORD_FUNCTION("wn_kernels::linear_backward, recorded", {});
+      const WithoutAutocast no_autocast;
+      Tensor dw;
+      if (given.dy.defined()) {
+        Tensor w;
+        if (needs_x) w = formed_weight(ctx, v, g, n, dtype);
+        if (needs_x && forms_weight(variant)) ctx->saved_data["weight"] = w.detach();
+        if (needs_x) w = recorded_weight(w, v, g);
+        std::tie(out[0], dw, out[3]) = plain_linear_grads(
+            given.dy, input, w, dtype, needs_x, needs_weight, needs_bias, bias_dtype);
+      }
+      if (needs_weight) {
+        auto found = recorded_weight_grads(given.total(dw), v, g, n, eps);
+        std::move(found.begin(), found.end(), out.begin() + 1);
+      }
       return out;
     }
     const BelowAutograd below;
-    const Tensor dy = grads[0].reshape({-1, v.size(0)}).contiguous();
-    const Tensor x = input.reshape({-1, v.size(1)});
-    const auto variant = static_cast<Variant>(ctx->saved_data["variant"].toInt());
+    if (!given.dy.defined()) {
+      std::tie(out[1], out[2]) = weight_grads(given.dw, v, g, n, eps, false);
+      return out;
+    }
+    const Tensor dy = as_rows(given.dy).contiguous(), x = as_rows(input);
     Tensor dx, db, scaled, a;
     const auto pass_over = [&](const Tensor& grad) {
       db = at::empty({grad.size(1)}, n.options());
@@ -292,9 +333,9 @@ struct Linear : Function<Linear> {
       // The products in panels.h take a matrix with one row for each row of V.
       const Tensor few = own && dy.size(0) > 1 ? scaled.t().contiguous() : Tensor();
       if (needs_x) dx = few.defined() ? few_rows_product(few, v) : rows_times(scaled, v);
-      if (p.defined())
+      if (p.defined() && !given.dw.defined())
         std::tie(out[1], out[2]) = grads_from_dots(a, scaled, few, x, v, g, n, eps);
-      else if (needs_weight && own)
+      else if (needs_weight && own && !given.dw.defined())
         std::tie(out[1], out[2]) = own_weight_grads(grad, as(x, n.scalar_type()), v, g, n, eps);
     } else {
       RECORD_FUNCTION(
@@ -302,17 +343,27 @@ struct Linear : Function<Linear> {
                                     : "wn_kernels::linear_backward, materialize",
           {});
       if (needs_bias) pass_over(dy);
-      const auto dtype = product_dtype(variant, x, v);
-      if (needs_x) dx = rows_times(as(dy, dtype), scaled_weight(v, g, n, dtype));
+      if (needs_x) dx = rows_times(as(dy, dtype), formed_weight(ctx, v, g, n, dtype));
     }
     if (needs_weight && !out[1].defined()) {
-      const auto dtype = product_dtype(variant, x, v);
       const Tensor dw = at::mm(as(dy, dtype).t(), as(x, dtype));
-      std::tie(out[1], out[2]) = weight_grads(dw, v, g, n, eps, true);
+      std::tie(out[1], out[2]) = weight_grads(given.total(dw), v, g, n, eps, true);
     }
     if (needs_x) out[0] = as(dx, input.scalar_type()).view(input.sizes());
     if (needs_bias) out[3] = as(db, bias_dtype);
     return out;
+  }
+
+  // Returns the W that a recorded backward has left to the next one, or forms it. The graph of that
+  // backward holds W as well.
+  static Tensor formed_weight(
+      AutogradContext* ctx, const Tensor& v, const Tensor& g, const Tensor& n,
+      at::ScalarType dtype) {
+    const auto left = ctx->saved_data.find("weight");
+    if (left == ctx->saved_data.end()) return scaled_weight(v, g, n, dtype);
+    const Tensor w = left->second.toTensor();
+    ctx->saved_data.erase(left);
+    return w;
   }
 
   // Computes dV = (dY s)ᵀ x - c V and dg from a = <dW, V>, all in one dtype. dV starts as the last
@@ -405,7 +456,7 @@ inline MaybeTensor linear(
   {
     const BelowAutograd below;
     const bool keeps = plan.keeps && recorded && t->needs_weight_grad();
-    const Tensor rows = t->x.dim() == 2 ? t->x : t->x.reshape({-1, t->v.size(1)});
+    const Tensor rows = as_rows(t->x);
     result = linear_forward(
         rows, t->v, t->g, t->bias, least, recorded ? plan.recorded : plan.forward, keeps);
     if (!result) return std::nullopt;
@@ -416,7 +467,8 @@ inline MaybeTensor linear(
     }
   }
   if (!recorded) return result->y;
-  return Linear::apply(t->x, t->v, t->g, maybe(t->bias), *result, least, plan.backward);
+  return with_weight_grad(
+      Linear::apply(t->x, t->v, t->g, maybe(t->bias), *result, least, plan.backward), t->v);
 }
 
 }  // namespace wn_kernels

@@ -8,8 +8,13 @@ from typing import Any
 from torch import Tensor
 
 from ...call import Call, Grads, Needs, Operands
-from .conv import convolution, convolution_backward
-from .launch import target_of
+from .conv import (
+    convolution,
+    convolution_backward,
+    remembered_convolution,
+    remembered_convolution_backward,
+)
+from .launch import SIGNS, target_of
 from .linear import linear, linear_backward, remembered_linear, remembered_linear_backward
 from .norm import slice_norms
 from .passes import Pass
@@ -21,6 +26,7 @@ from .weight import (
 )
 
 __all__ = [
+    "SIGNS",
     "convolution",
     "convolution_backward",
     "layer",
@@ -38,13 +44,14 @@ __all__ = [
 def layer(
     call: Call, plan: Any, tensors: Operands, keep: bool
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """`(y, n, kept)`, as `aten.layer`; nothing is kept."""
+    """`(y, n, kept)`, as `aten.layer`."""
     x, v, g, bias = tensors
     if x is None:
         return *weight_norm(v, g, call.dim, call.eps, call.x_dtype), None
     options = call.dim, call.eps, plan.forward
     if call.conv is not None:
-        return *convolution(x, v, g, bias, call.conv, *options), None
+        y, n, w = convolution(x, v, g, bias, call.conv, *options)
+        return y, n, w if keep and plan.keeps else None
     return *linear(x, v, g, bias, *options), None
 
 
@@ -63,20 +70,21 @@ def layer_backward(
         return None, *weight_norm_backward(dy, v, g, n, call.dim, call.eps), None
     options = call.dim, call.eps, plan.backward, needs
     if call.conv is not None:
-        return convolution_backward(dy, x, v, g, n, call.conv, *options)
+        return convolution_backward(dy, x, v, g, n, call.conv, *options, kept)
     return linear_backward(dy, x, v, g, n, *options)
 
 
 def pass_forward(call: Call, plan: Any, tensors: Operands) -> Pass | None:
     """The pass that computes `layer` for tensors of these layouts, `x` of a linear layer being 2-d;
-    `None` where more happens than allocations and launches."""
+    `None` where more happens than allocations, launches and PyTorch's own products."""
     x, v, g, bias = tensors
     target, options = target_of(v), (call.dim, call.eps)
     if x is None:
         return _as_pass(remembered_weight_norm(target, (v, g), *options, call.x_dtype))
-    if call.conv is not None:
-        return None
     how = plan.forward, call.tf32
+    if call.conv is not None:
+        run = remembered_convolution(target, (x, v, g, bias), call.conv, *options, *how)
+        return _as_pass(run)
     return _as_pass(remembered_linear(target, (x, v, g, bias), *options, *how))
 
 
@@ -89,11 +97,13 @@ def pass_backward(
     target, options = target_of(v), (call.dim, call.eps)
     if x is None:
         return _as_pass(remembered_weight_norm_backward(target, (dy, v, g), *options))
-    if call.conv is not None:
-        return None
     how = plan.backward, needs, call.tf32
+    if call.conv is not None:
+        given = dy, x, v, g, None
+        run = remembered_convolution_backward(target, given, call.conv, *options, *how)
+        return _as_pass(run)
     return _as_pass(remembered_linear_backward(target, (dy, x, v, g), *options, *how))
 
 
 def _as_pass(run: Any) -> Pass | None:
-    return run if isinstance(run, Pass) and run.only_launches() else None
+    return run if isinstance(run, Pass) and run.needs_no_python() else None

@@ -2,21 +2,24 @@
 
 `kernel[grid](...)` binds, specialises and hashes every argument of every call, which takes 20 µs.
 It returns a `CompiledKernel`, whose own launcher takes the arguments by position and needs 2 µs.
+The native library needs no launcher: it calls the driver with what `Kernel` holds.
 
-All that is used of Triton's internals stands here: what `JITFunction.run` returns, and how it calls
-that launcher. `JITFunction.run` does so in the versions below. In any other version nothing is
-launched from here, and the caller goes on with `kernel[grid](...)`.
+All that is used of Triton's internals stands here: what `JITFunction.run` returns, how it calls
+that launcher, and what that launcher does on an NVIDIA GPU. They are so in the versions below. In
+any other version nothing is launched from here, and the caller goes on with `kernel[grid](...)`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import triton
 from triton.compiler import CompiledKernel
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
+
+from .. import native
 
 VERSIONS = ("3.5", "3.6", "3.7", "3.8")
 
@@ -25,78 +28,155 @@ _VERSION = ".".join(triton.__version__.split(".")[:2])
 _is_supported = _VERSION in VERSIONS and _triton_s_run.__module__ == "triton.runtime.jit"
 _runtime = triton.knobs.runtime
 
+# Who observes launches that could not be seen from here changes one of these attributes: a launch
+# checker replaces `JITFunction.run`, a profiler sets a hook or adds to a chain of them. Otherwise
+# each has its usual value or is `None`, and a list is empty.
+Sign = tuple[Any, str, Any]  # an object, the attribute's name and its usual value
+SIGNS: list[Sign] = [(JITFunction, "run", _triton_s_run)]
+for _name in ("launch_enter_hook", "launch_exit_hook"):
+    _chain: Any = getattr(type(_runtime), _name, None)
+    SIGNS.append((_runtime, _name, _chain))
+    if hasattr(_chain, "calls"):
+        SIGNS.append((_chain, "calls", _chain.calls))
+
 
 def is_watched() -> bool:
-    """Whether something observes launches that it could not see from here: a profiler has set a
-    launch hook, or a launch checker has replaced `JITFunction.run`."""
-    enter, leave = _runtime.launch_enter_hook, _runtime.launch_exit_hook
-    return (
-        JITFunction.run is not _triton_s_run
-        # A chain of hooks, or a function.
-        or bool(enter and getattr(enter, "calls", True))
-        or bool(leave and getattr(leave, "calls", True))
-    )
+    """Whether something observes launches that it could not see from here."""
+    for owner, name, usual in SIGNS:
+        value = getattr(owner, name)
+        if (value is not usual and value is not None) or (value.__class__ is list and value):
+            return True
+    return False
+
+
+class Kernel(NamedTuple):
+    """What the CUDA driver is given of a launch, beside the stream and the addresses of tensors.
+
+    Attributes:
+        name: for messages.
+        function: the kernel's handle.
+        grid: blocks along each axis.
+        threads: of a block.
+        shared: bytes of shared memory of a block.
+        scalars: the kernel's parameters after the tensors, as numbers of 64 bits.
+    """
+
+    name: str
+    function: int
+    grid: tuple[int, ...]
+    threads: int
+    shared: int
+    scalars: tuple[int, ...]
 
 
 class Compiled:
     """A compiled kernel with everything but its tensors. A call launches it on the current stream
-    of its device, which has to be the current one; it takes the kernel's first arguments, addresses
-    or tensor descriptors.
+    of its device, which has to be the current one; it takes the addresses of the
+    kernel's tensors, which are its first arguments.
 
     Attributes:
         function: Triton's launcher. It takes the grid, the stream, the `fixed` arguments, and the
             kernel's, all in one tuple where `is_nested`.
         constants: the kernel's arguments after the tensors.
+        kernel: what the driver can launch without Triton, or `None`.
+        direct: the native library's launch of `kernel`, where both are.
     """
 
-    __slots__ = ("constants", "current_stream", "device", "fixed", "function", "grid", "is_nested")
+    __slots__ = (
+        *("constants", "current_stream", "device", "direct", "fixed", "function", "grid"),
+        *("is_nested", "kernel"),
+    )
 
     def __init__(
         self, compiled: CompiledKernel, grid: tuple[int, ...], device: int, constants: Sequence[Any]
     ) -> None:
         run = compiled.run
-        self.grid = (*grid, 1, 1)[:3]
+        self.grid: Any = (*grid, 1, 1)[:3]
         self.constants = tuple(constants)
         self.device, self.current_stream = device, driver.active.get_current_stream
         if device < 0:  # tensors on no GPU, over a driver that takes them
             self.device = driver.active.get_current_device()
         # Nobody watches: no metadata of the launch, and no hook before and after it.
-        unwatched = (None, None, None)
-        self.is_nested = _is_plain(run)
-        if self.is_nested:
+        metadata, unwatched = compiled.packed_metadata, (None, None, None)
+        self.is_nested = False
+        self.kernel = None
+        self.function = run
+        self.fixed: tuple[Any, ...] = compiled.function, metadata, *unwatched
+        if _is_plain(run):
+            self.is_nested = _VERSION in ("3.7", "3.8")
+            self.kernel = _kernel(compiled, self.grid, self.constants)
+            self.function = run.launch
             kind = run.launch_cooperative_grid, run.launch_pdl
             scratch = (None, None)
-            signature = run.arg_annotations, run.kernel_signature
-            self.function = run.launch
-            self.fixed: tuple[Any, ...] = (
-                compiled.function,
-                *kind,
-                compiled.packed_metadata,
-                *unwatched,
-                *scratch,
-                *signature,
-            )
-        else:
-            self.function = run
-            self.fixed = compiled.function, compiled.packed_metadata, *unwatched
+            if self.is_nested:
+                signature = run.arg_annotations, run.kernel_signature
+                last = *unwatched, *scratch, *signature
+                self.fixed = compiled.function, *kind, metadata, *last
+            else:
+                self.fixed = compiled.function, *kind, *scratch, metadata, *unwatched
+        self.direct = None if self.kernel is None else native.kernel(self.kernel)
 
     def __call__(self, arguments: Sequence[Any]) -> None:
         stream = self.current_stream(self.device)
-        if self.is_nested:
+        if self.direct is not None:
+            self.direct(stream, self.device, arguments)
+        elif self.is_nested:
             self.function(*self.grid, stream, *self.fixed, (*arguments, *self.constants))
         else:
             self.function(*self.grid, stream, *self.fixed, *arguments, *self.constants)
 
 
 def _is_plain(run: Any) -> bool:
-    """Whether `run`, a kernel's launcher, is the one of an NVIDIA GPU in version 3.7, and would do
-    nothing but to call its C function: the kernel needs no scratch memory."""
-    if _VERSION != "3.7" or f"{type(run).__module__}.{type(run).__name__}" != _LAUNCHER:
+    """Whether `run`, a kernel's launcher, is the one of an NVIDIA GPU, and would do nothing but to
+    call its C function: the kernel needs no scratch memory and is not instrumented."""
+    if f"{type(run).__module__}.{type(run).__name__}" != _LAUNCHER:
         return False
-    return not (run.global_scratch_size or run.profile_scratch_size)
+    more = run.global_scratch_size, run.profile_scratch_size, getattr(run, "gsan_enabled", False)
+    return not any(more)
 
 
 _LAUNCHER = "triton.backends.nvidia.driver.CudaLauncher"
+
+# The parameters that have a number's value in its first bytes, and none that takes more.
+_NUMBERS = frozenset(("i32", "i64"))
+_MOST_SHARED = 227 * 1024  # bytes of a block, beyond which a launch needs an attribute
+_MOST_PARAMETERS = 64  # as in driver.h
+
+
+def _kernel(
+    compiled: CompiledKernel, grid: tuple[int, ...], constants: Sequence[Any]
+) -> Kernel | None:
+    """What the driver is given of a kernel whose launcher is plain: one block for each place of the
+    grid, with no attribute of the launch. Its parameters are the arguments that are no constants,
+    tuples flattened, and the addresses of no scratch memory."""
+    run = compiled.run
+    warps, blocks, shared = compiled.packed_metadata[:3]
+    if run.launch_cooperative_grid or run.launch_pdl or blocks != 1 or shared > _MOST_SHARED:
+        return None
+    types = [*compiled.src.signature.values()]
+    tensors = len(types) - len(constants)
+    if not all(isinstance(kind, str) and kind[0] == "*" for kind in types[:tensors]):
+        return None
+    given = [
+        (kind, value)
+        for kind, value in _flattened(types[tensors:], constants)
+        if kind != "constexpr"
+    ]
+    if len(given) + tensors + 2 > _MOST_PARAMETERS:
+        return None
+    if not all(kind in _NUMBERS and type(value) is int for kind, value in given):
+        return None
+    scalars = *(value % 2**64 for _, value in given), 0, 0
+    threads = warps * compiled.metadata.target.warp_size
+    return Kernel(compiled.name, compiled.function, grid, threads, shared, scalars)
+
+
+def _flattened(types: Sequence[Any], values: Sequence[Any]) -> Iterator[tuple[str, Any]]:
+    for kind, value in zip(types, values, strict=True):
+        if isinstance(kind, tuple):
+            yield from _flattened(kind, value)
+        else:
+            yield kind, value
 
 
 def launcher(

@@ -7,19 +7,15 @@ came about is in docs/performance.md; `make codegen` compiles them all.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
+from triton import cdiv, next_power_of_2
 
-from .. import native
-
-# Architectures whose hardware copies tiles, by tensor descriptors.
-COPYING = ("cuda:90", "cuda:100")
-
-# Programs that fill a GPU, or nearly: it has 108 to 148 multiprocessors.
-PROGRAMS = 128
+from .. import native, tiles
 
 
 class Target(NamedTuple):
@@ -77,12 +73,28 @@ def target(device: int) -> Target:
 
 
 class SliceConfig(NamedTuple):
-    """A tile of `BLOCK_N` slices by `BLOCK_R` reduced elements."""
+    """A tile of `BLOCK_N` slices by `BLOCK_P` and `BLOCK_R` elements of their middle and their
+    innermost loop."""
 
     BLOCK_N: int
+    BLOCK_P: int
     BLOCK_R: int
     num_warps: int
-    num_stages: int = 2
+    num_stages: int = 1
+
+    @property
+    def size(self) -> int:
+        """Its elements."""
+        return self.BLOCK_N * self.BLOCK_P * self.BLOCK_R
+
+
+class FinishConfig(NamedTuple):
+    """A tile of `BLOCK_S` partial sums of `BLOCK_N` slices."""
+
+    BLOCK_N: int
+    BLOCK_S: int
+    num_warps: int
+    num_stages: int
 
 
 class MatmulConfig(NamedTuple):
@@ -95,12 +107,32 @@ class MatmulConfig(NamedTuple):
     num_stages: int
 
 
+class ConvConfig(NamedTuple):
+    """As `MatmulConfig`, for pixels and channels; `splits` programs share the steps of a tile."""
+
+    BLOCK_M: int
+    BLOCK_O: int
+    BLOCK_R: int
+    num_warps: int
+    num_stages: int
+    splits: int = 1
+
+
 class GradConfig(NamedTuple):
     """A `(BLOCK_O, BLOCK_R)` tile of `dW`, summed over the batch in steps of `BLOCK_M`."""
 
     BLOCK_M: int
     BLOCK_O: int
     BLOCK_R: int
+    num_warps: int
+    num_stages: int
+
+
+class ScaleConfig(NamedTuple):
+    """A tile of `BLOCK_M` rows by `BLOCK_C` columns."""
+
+    BLOCK_M: int
+    BLOCK_C: int
     num_warps: int
     num_stages: int
 
@@ -114,41 +146,103 @@ class DirectConfig(NamedTuple):
     num_stages: int
 
 
-def _up_to(size: int, *blocks: int) -> int:
-    """The smallest block that covers `size`, or the largest."""
-    return next((b for b in blocks if size <= b), blocks[-1])
+_up_to = tiles.up_to
 
 
-def slices(n: int, r: int, n_is_fast: bool) -> SliceConfig:
-    """Wide along the axis that memory is contiguous in: `n` (a kept last dimension) or `r`."""
-    if n == 1:
-        return SliceConfig(1, 4096, 4)
-    if n_is_fast or r <= 16:
-        return SliceConfig(128, 16, 4)
-    return SliceConfig(8, 128, 4) if r <= 128 else SliceConfig(4, 1024, 4)
+# Warps that a multiprocessor runs at a time, of 2048 threads.
+WARPS_PER_SM = 64
+
+# Elements of a tile for every thread: two wide loads of a half-precision tensor.
+PER_THREAD = 16
+
+# Tiles of a slice that one program walks, where there are slices enough.
+WALKED = 8
 
 
-def finish(itemsize: int) -> SliceConfig:
-    """The second stage of a split reduction: partial sums of several slices, 128 splits a step."""
-    return SliceConfig(16 if itemsize == 8 else 32, 128, 4, 1)
+def _tile(block_n: int, block_p: int, block_r: int) -> SliceConfig:
+    size = block_n * block_p * block_r
+    return SliceConfig(block_n, block_p, block_r, min(16, max(1, size // (32 * PER_THREAD))))
 
 
-def one_pass(m: int, o: int, itemsize: int, target: Target) -> MatmulConfig:
-    """A single row tile over the batch: bound by the bytes of `V`, so deep in flight and narrow
-    enough in `O` to occupy the machine. `itemsize` is the wider one of x's and V's.
+def slices(
+    n: int, loops: tuple[int, int, int], abreast: int, itemsize: int, programs: int
+) -> SliceConfig:
+    """A tile that holds whole slices, where they are short enough: several short ones, as long as
+    `programs` are left, which fill the machine. Otherwise a tile that is a part of them.
 
-    Blackwell's memory outruns its shared memory in a tile of 32 rows: in one of 64 its tensor cores
-    read both factors themselves. With a program to a multiprocessor it takes more stages to have as
-    many bytes in flight as the memory's latency is worth.
+    `abreast` slices lie side by side in 128 bytes, and `itemsize` is the widest tensor's.
     """
-    if itemsize == 2 and target.architecture == "cuda:100":
+    outer, middle, inner = (next_power_of_2(max(1, size)) for size in loops)
+    abreast = min(next_power_of_2(abreast), next_power_of_2(max(1, n)))
+    # A processor's registers: half of what 16 warps have. The largest tile has to be filled well.
+    most = 16384 if itemsize <= 4 else 8192
+    if outer * middle * inner > most // 2 and 3 * math.prod(loops) < 2 * outer * middle * inner:
+        most //= 2
+    if outer == 1 and abreast * middle * inner <= most:
+        block_n = abreast
+        while block_n > max(1, abreast // 4) and 2 * cdiv(n, block_n) < programs:
+            block_n //= 2  # runs of 32 bytes at least
+        while block_n * middle * inner < 2048 and cdiv(n, 2 * block_n) >= programs:
+            block_n *= 2
+        return _tile(block_n, middle, inner)
+    if abreast == 1 and middle == outer == 1:
+        return _tile(1, 1, 8192)
+    # Wide along the middle loop as well, in which another tensor may be contiguous.
+    rest = 4096 // abreast
+    block_r = min(inner, max(64, rest // middle))
+    return _tile(abreast, min(middle, rest // block_r), block_r)
+
+
+def splits(config: SliceConfig, blocks_n: int, tiles: int, programs: int, target: Target) -> int:
+    """The programs that share a slice of so many tiles: one where those of other slices, so many
+    `programs`, fill the machine, or where there is little to share.
+
+    Slices that together leave the cache before their second walk gain nothing from having one
+    program each, and even shares end together. All programs read `splits²` partial sums of a slice.
+    These take a quarter of its bytes at most, at two bytes an element.
+    """
+    if tiles <= (WALKED if blocks_n >= programs else 2):
+        return 1
+    wanted = WARPS_PER_SM // config.num_warps * target.multiprocessors // max(1, blocks_n)
+    most = math.isqrt(tiles * config.size // config.BLOCK_N // 8)
+    return max(1, min(tiles, max(wanted, tiles // WALKED), most))
+
+
+def finish(itemsize: int) -> FinishConfig:
+    """The second stage of a split reduction: partial sums of several slices, 128 splits a step."""
+    return FinishConfig(16 if itemsize == 8 else 32, 128, 4, 1)
+
+
+def one_pass(m: int, o: int, itemsize: int, ieee: bool, target: Target) -> MatmulConfig:
+    """A single row tile over the batch: bound by the bytes of `V`, so deep in flight and narrow
+    enough in `O` to occupy the machine. `itemsize` is the wider one of x's and V's, and `ieee` says
+    whether the product is computed without tensor cores.
+
+    Hopper's and Blackwell's tensor cores read both factors of a tile of at least 64 rows
+    themselves. On an H200 it takes less time than one of 16 rows, however few there are; its
+    configurations are the fastest of those measured there. Blackwell has a multiprocessor's memory
+    latency to fill with one program: more stages.
+    """
+    stages = target.stages(4 if itemsize < 8 else 2)
+    is_hopper = target.architecture == "cuda:90"
+    block_o = 32 if o <= 8192 else 64
+    if itemsize > 2:
+        if is_hopper and not ieee:
+            return MatmulConfig(64, block_o, 64, 4, stages)
+        return MatmulConfig(_up_to(m, 16, 32), block_o, 256 // itemsize, 4, stages)
+    if is_hopper and o <= 16 * target.multiprocessors:
+        return MatmulConfig(_up_to(m, 64, 128), 16, 128, 4, stages)
+    if m > 64:
+        if is_hopper and block_o == 64:
+            return MatmulConfig(128, 128, 128, 8, 3)
+        stages = target.stages(4 if block_o == 32 else 3)
+        return MatmulConfig(128, block_o, 64 if target.is_amd else 128, 8, stages)
+    if is_hopper:
+        return MatmulConfig(64, block_o, 128, 4, 5 if block_o == 32 else 3)
+    if target.architecture == "cuda:100":
         block_o, stages = (32, 6) if o <= 4096 else (64, 4)
         return MatmulConfig(16 if m <= 16 else 64, block_o, 128, 4, stages)
-    block_m = _up_to(m, 16, 32, 64) if itemsize == 2 else _up_to(m, 16, 32)
-    block_o = 32 if o <= 8192 else 64
-    return MatmulConfig(
-        block_m, block_o, 256 // itemsize, 4, target.stages(4 if itemsize < 8 else 2)
-    )
+    return MatmulConfig(_up_to(m, 16, 32, 64), block_o, 128, 4, stages)
 
 
 def split(config: MatmulConfig, itemsize: int) -> int:
@@ -159,95 +253,46 @@ def split(config: MatmulConfig, itemsize: int) -> int:
     return config.num_warps if few and 16 * config.num_warps <= config.BLOCK_R else 1
 
 
-def matmul(
-    m: int, o: int, itemsize: int, prologue: bool, ieee: bool, copies: bool, target: Target
-) -> MatmulConfig:
-    """The scaled form, bound by the tensor cores as soon as the batch allows it.
-
-    A tile of V that is scaled in the loop lives in registers meanwhile, and so does all of an IEEE
-    float32 product: both take smaller tiles. Hopper's and Blackwell's tensor cores outrun the L2
-    cache at 128×128: twice that, where enough programs are left and hardware `copies` tiles. V's
-    side is the short one where its tile is scaled, so that more rows share the scaling.
-    """
-    if itemsize == 8:
-        return MatmulConfig(32, 32, 16, 4, 2)
-    if ieee:
-        return MatmulConfig(_up_to(m, 16, 32), 64, 16 if prologue else 32, 4, target.stages(3))
-    if m <= 64:
-        return MatmulConfig(_up_to(m, 16, 32, 64), 64, 128 // itemsize, 4, target.stages(3))
-    if itemsize == 4:
-        return MatmulConfig(64, 128, 32, 8, target.stages(3))
-    if copies and m * o >= PROGRAMS * 256 * 128:
-        return MatmulConfig(256, 128, 64, 8, 3) if prologue else MatmulConfig(128, 256, 64, 8, 3)
-    return MatmulConfig(128, 128, 32 if target.is_amd else 64, 8, target.stages(3))
-
-
-def may_copy(m: int, itemsize: int, target: Target) -> bool:
-    """Whether the tiles of a matmul may be copied by hardware, where their rows are aligned."""
-    return m > 128 and itemsize == 2 and target.architecture in COPYING
-
-
-def loads(config: MatmulConfig, form: str, target: Target) -> str:
-    """How the programs of a matmul that `may_copy` move their tiles. `"descriptors"`: by the
-    hardware that copies tiles, which takes fewer instructions and registers than `"pointers"`: by
-    these the large tiles spill. `"specialized"`: the same, by a warp of its own while another
-    multiplies and the rest scale V's."""
-    if config.BLOCK_M * config.BLOCK_O < 256 * 128:
-        return "pointers"
-    scales = form.startswith("prologue") and target.architecture == "cuda:100"
-    return "specialized" if scales else "descriptors"
-
-
-def grad_one_pass(m: int, itemsize: int, target: Target) -> GradConfig:
+def grad_one_pass(m: int, o: int, itemsize: int, target: Target) -> GradConfig:
     """The recompute form of `dV`: the whole batch in one tile, few rows a program; deep in flight,
     as it is bound by the bytes of `V` and `dV`. The tile of `dY` is read from shared memory for
-    every step: on Blackwell, where that would be the bound, of twice the width."""
+    every step: steps of twice the width halve that, where a tile of 16 rows leaves room."""
     if itemsize == 8:
         return GradConfig(_up_to(m, 16, 32), 16, 16, 4, 1)
-    block_m = _up_to(m, 16, 32, 64) if itemsize == 2 else _up_to(m, 16, 32)
-    block_r = 64 if itemsize == 4 and block_m == 32 else 128
-    if itemsize == 2 and block_m == 16 and target.architecture == "cuda:100":
-        block_r = 256
-    return GradConfig(block_m, 16, block_r, 4, target.stages(4))
-
-
-def grad(itemsize: int, target: Target) -> GradConfig:
-    """The two-phase form of `dV`: a matmul over the batch."""
-    if itemsize == 8:
-        return GradConfig(16, 32, 32, 4, 2)
     if itemsize == 4:
-        return GradConfig(32, 64, 128, 8, target.stages(3))
-    return GradConfig(64, 128, 128, 8, target.stages(3))
+        return GradConfig(*((16, 16, 128) if m <= 16 else (32, 16, 64)), 4, target.stages(4))
+    if m <= 16:  # on an A100 twice the width spills
+        block_r = 128 if target.architecture == "cuda:80" else 256
+        return GradConfig(16, 16, block_r, 4, target.stages(5))
+    block_o = tiles.grad_slices(m, o, itemsize)
+    return GradConfig(_up_to(m, 32, 64), block_o, 128, 4, target.stages(3 if block_o == 64 else 4))
+
+
+def scale(m: int, sums: bool) -> ScaleConfig:
+    """A pass over a matrix of `m` rows: 4096 elements a step. One that `sums` columns has all rows
+    of a few."""
+    if sums:
+        return ScaleConfig(_up_to(m, 4, 16, 64), 64, 4, 3)
+    return ScaleConfig(_up_to(m, 1, 4, 16), 256, 4, 1)
 
 
 def conv(
-    m: int, o: int, r: int, itemsize: int, form: str, ieee: bool, target: Target
-) -> MatmulConfig:
-    """A product over `m` pixels, with `o` and `r` channels a group.
-
-    A tile of A takes registers for its addresses besides: half the steps of a matmul's. A tile of
-    V with taps innermost, and one that is scaled, pass through registers and take smaller tiles
-    than a packed one.
-    """
-    block_o, block_r = _up_to(o, 16, 32, 64), _up_to(r, 16, 32)
-    if itemsize == 8:
-        return MatmulConfig(_up_to(m, 16, 32), 16, 16, 4, 2)
-    if ieee:
-        # A wide load takes 16 bytes for each of the tile's threads, of which gfx942 has 64 a warp.
-        warps = 2 if target.is_amd else 4
-        return MatmulConfig(_up_to(m, 16, 32), min(block_o, 32), 16, warps, 2)
-    large = 128 if form == "packed" and itemsize == 2 else 64
-    return MatmulConfig(_up_to(m, 16, 32, 64, large), block_o, block_r, 4, target.stages(3))
+    m: int, o: int, r: int, taps: float, rest: int, itemsize: int, ieee: bool, target: Target
+) -> ConvConfig:
+    """A product over pixels, as `tiles.product` describes it. Its steps are long, and several are
+    in flight: they are bound by latency."""
+    tile = tiles.product(m, o, r, taps, rest, itemsize, ieee, target.multiprocessors)
+    # A wide load takes 16 bytes for each of the tile's threads, of which gfx942 has 64 a warp.
+    warps = 2 if target.is_amd and ieee else 4
+    stages = 3 if tile.BLOCK_R == 128 and tile.BLOCK_M >= 64 else 4
+    if itemsize == 8 or ieee:
+        stages = 2
+    return ConvConfig(*tile[:3], warps, target.stages(stages), tile.splits)
 
 
 def conv_grad(o: int, r: int, itemsize: int) -> GradConfig:
     """The gradient of a convolution's weight: a product over pixels."""
-    if itemsize == 8:
-        return GradConfig(16, 16, 32, 4, 2)
-    block_o = _up_to(o, 16, 32, 64)
-    if r < 16:
-        return GradConfig(32, block_o, 32, 4, 2)
-    return GradConfig(64 if itemsize == 2 else 32, block_o, _up_to(r, 16, 32, 64), 4, 2)
+    return GradConfig(*tiles.gradient(o, r, itemsize), 4, 2)
 
 
 def direct(itemsize: int) -> DirectConfig:

@@ -1,9 +1,11 @@
 """The convolutions: which kernels make up each variant, forward and backward.
 
-    one_pass     the norms in the loop of the product, one launch
-    scaled       the norms first, the scale in the product
-    packed       one kernel builds W in the product's dtype with channels last, then the product
+    packed       one kernel builds W in the product's dtype with channels last, then our product
     materialize  one kernel builds W, then the vendor's convolution
+    one_pass     the norms in the loop of the product, one launch; forward, for groups of few
+                 channels
+    weight_grad  backward: the vendor's dX, from a W that one kernel builds, and our gradient of the
+                 weight
 
 `conv_product.py` has the products, `conv_grad.py` the gradient of the weight, which one kernel
 turns into `dV` and `dg` (`weight.py`).
@@ -16,35 +18,29 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ...call import Geometry, narrows_range, scale_dtype, takes_tf32
+from ...call import Geometry, takes_tf32
 from .. import vendor
 from ..aten import convolution_grads
 from . import configs, weight
 from .configs import Target
 from .conv_grad import prepare_weight_grad
-from .conv_product import prepare_product
+from .conv_product import prepare_one_pass, prepare_product
 from .launch import remembered, target_of, unallocated
-from .norm import remembered_slice_norms
 from .passes import Pass
-from .pixels import channels_last, repacker
+from .pixels import with_channels_last
+from .repack import repack
 
 
-def _form(conv: Geometry, dim: int | None, narrows: bool, forward: bool) -> str:
-    """The form that scales in the product itself, norms being ready."""
-    axis = conv.scale_axis(dim)
-    if axis == "whole" or axis == ("output" if forward else "input"):
-        return "prologue_o" if narrows else "epilogue"
-    return "prologue_r"
-
-
-def _gives_channels_last(x: Tensor, v: Tensor) -> bool:
-    """Whether PyTorch's convolution of these would return channels-last memory."""
-    if x.ndim == 3:
-        return False
-    memory_format = torch.channels_last if x.ndim == 4 else torch.channels_last_3d
-    return any(
-        t.is_contiguous(memory_format=memory_format) and not t.is_contiguous() for t in (x, v)
-    )
+def _like(x: Tensor, channels: int, sizes: list[int] | torch.Size, v: Tensor) -> Tensor:
+    """The layout of an activation of these sizes, channels-last where PyTorch's convolution of `x`
+    with `V` would return it so."""
+    if x.ndim > 3:
+        memory_format = torch.channels_last if x.ndim == 4 else torch.channels_last_3d
+        if any(
+            t.is_contiguous(memory_format=memory_format) and not t.is_contiguous() for t in (x, v)
+        ):
+            return with_channels_last(len(x), channels, sizes, x.dtype)
+    return unallocated((len(x), channels, *sizes), x.dtype)
 
 
 def convolution(
@@ -57,17 +53,18 @@ def convolution(
     eps: float,
     variant: str,
     *,
-    config: configs.MatmulConfig | configs.DirectConfig | None = None,
-) -> tuple[Tensor, Tensor]:
-    """`(y, n)` for `x` of shape `(B, C, *sizes)`; variants as in `costs.triton_convolution`."""
+    config: configs.ConvConfig | configs.DirectConfig | None = None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """`(y, n, W)` for `x` of shape `(B, C, *sizes)`; variants as in `costs.triton_convolution`. `W`
+    is `None` where none is formed."""
     g = g.contiguous()
     if variant == "materialize":
         w, n = weight.weight_norm(v, g, dim, eps, x.dtype)
         if bias is not None and bias.dtype != x.dtype:
             bias = bias.to(x.dtype)
-        return vendor.convolution(x, w, bias, conv), n
+        return vendor.convolution(x, w, bias, conv), n, w
     options = conv, dim, eps, variant, takes_tf32(x.dtype, "conv"), config
-    return _convolution(target_of(x), (x, v, g, bias), *options)(x, v, g, bias)
+    return remembered_convolution(target_of(x), (x, v, g, bias), *options)(x, v, g, bias)
 
 
 def prepare_convolution(
@@ -81,53 +78,51 @@ def prepare_convolution(
     eps: float,
     variant: str,
     tf32: bool,
-    config: configs.MatmulConfig | configs.DirectConfig | None = None,
-) -> Callable[[Tensor, Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor]]:
-    """`run(x, v, g, bias)` returns `(y, n)`."""
+    config: configs.ConvConfig | configs.DirectConfig | None = None,
+) -> Pass:
+    """`run(x, v, g, bias)` returns `(y, n, W)`."""
     sizes = conv.output_sizes(x.shape[2:], v.shape[2:])
-    narrows = narrows_range(x.dtype, v.dtype)
-    form = _form(conv, dim, narrows, forward=True) if variant == "scaled" else variant
-    if variant == "one_pass" and not conv.owns_slices(dim):
-        raise ValueError(f"one_pass needs whole slices in each output channel, got dim={dim}")
-    weights = _prepare_weights(target, x, v, g, dim, eps, variant)
-    w = weight.packed(v, x.dtype) if variant == "packed" else v
-    transposed = conv.transposed
-    product = prepare_product(
-        target, x, w, bias, sizes, conv, transposed, dim, form, eps, tf32, config
-    )
-    repacks = not _gives_channels_last(x, v)
+    out = _like(x, conv.out_channels(v.shape), sizes, v)
+    run = Pass("x", "v", "g", "bias")
+    a, x = repack(run, target, "x", x)
+    given_bias = "bias"
+    if bias is not None and bias.stride(0) != 1:
+        given_bias, bias = "dense bias", unallocated(bias.shape, bias.dtype)
+        run.call(lambda bias: (bias.contiguous(),), "bias", gives=(given_bias,))
+    # Without an input, no program would run that takes the norms.
+    if variant == "one_pass" and len(x):
+        if not (conv.has_small_groups(v.shape) and conv.owns_slices(dim)):
+            raise ValueError(
+                "one_pass needs groups of few channels and whole slices in each output channel, "
+                f"got groups={conv.groups} of a weight of {tuple(v.shape)} and dim={dim}"
+            )
+        assert not isinstance(config, configs.ConvConfig)
+        product = prepare_one_pass(target, x, v, bias, out, conv, eps, config)
+        run.call(product, a, "v", "g", given_bias, gives=("y", "n"))
+        return run.returning("y", "n", None)
+    weight_norm = _prepare_weight(target, x, v, g, dim, eps, channels_last=True)
+    run.call(weight_norm, "v", "g", gives=("w", "n"))
+    w = weight.packed(v, x.dtype)
+    product = prepare_product(target, x, w, bias, out, conv, conv.transposed, tf32, config)
+    run.call(product, a, "w", given_bias, gives=("y",))
+    return run.returning("y", "n", "w")
 
-    def run(x: Tensor, v: Tensor, g: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-        w, n = weights(v, g)
-        y = product(x, w, g, n, bias)
-        return y.contiguous() if repacks else y, n
 
-    return run
+remembered_convolution = remembered(prepare_convolution)
 
 
-_convolution = remembered(prepare_convolution)
-
-
-def _prepare_weights(
+def _prepare_weight(
     target: Target,
     x: Tensor,
     v: Tensor,
     g: Tensor,
     dim: int | None,
     eps: float,
-    variant: str,
+    channels_last: bool,
 ) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """`run(v, g)` returns what a product multiplies by, `V` or a packed `W`, and the norms, which
-    `one_pass` has yet to fill in."""
-    if variant == "packed":
-        options = dim, eps, x.dtype, None, None, True
-        return weight.remembered_weight_norm(target, (v, g), *options)
-    run = Pass("v", "g")
-    if variant == "one_pass" and len(x):  # without an input, no program would run
-        run.new(n=unallocated(g.shape, scale_dtype(v)))
-    else:
-        run.call(remembered_slice_norms(target, (v,), dim, eps), "v", gives=("n",))
-    return run.returning("v", "n")
+    """`run(v, g)` returns a `W` in `x`'s dtype, and the norms."""
+    options = dim, eps, x.dtype, None, None, channels_last
+    return weight.remembered_weight_norm(target, (v, g), *options)
 
 
 Grads = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
@@ -144,14 +139,17 @@ def convolution_backward(
     eps: float,
     variant: str,
     needs: tuple[bool, bool, bool, bool],
+    kept: Tensor | None = None,
     *,
-    config: configs.MatmulConfig | configs.DirectConfig | None = None,
+    config: configs.ConvConfig | configs.DirectConfig | None = None,
     grad_config: configs.GradConfig | configs.DirectConfig | None = None,
 ) -> Grads:
-    """`(dX, dV, dg, db)`, `None` where `needs` says so and no other output brings it along."""
+    """`(dX, dV, dg, db)`, `None` where `needs` says so and no other output brings it along. `kept`
+    is the `W` that `convolution` returned, where it was kept."""
     g = g.contiguous()
     options = conv, dim, eps, variant, needs, takes_tf32(x.dtype, "conv"), config, grad_config
-    return _convolution_backward(target_of(x), (dy, x, v, g), *options)(dy, x, v, g, n)
+    run = remembered_convolution_backward(target_of(x), (dy, x, v, g, kept), *options)
+    return run(dy, x, v, g, n, *([] if kept is None else [kept]))
 
 
 def prepare_convolution_backward(
@@ -160,77 +158,80 @@ def prepare_convolution_backward(
     x: Tensor,
     v: Tensor,
     g: Tensor,
+    kept: Tensor | None,
     conv: Geometry,
     dim: int | None,
     eps: float,
     variant: str,
     needs: tuple[bool, bool, bool, bool],
     tf32: bool,
-    config: configs.MatmulConfig | configs.DirectConfig | None = None,
+    config: configs.ConvConfig | configs.DirectConfig | None = None,
     grad_config: configs.GradConfig | configs.DirectConfig | None = None,
-) -> Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Grads]:
-    """`run(dy, x, v, g, n)` returns `(dX, dV, dg, db)`."""
+) -> Pass:
+    """`run(dy, x, v, g, n)` returns `(dX, dV, dg, db)`. Where `W` is `kept`, it comes last."""
     needs_x, needs_v, needs_g, needs_bias = needs
     needs_weight = needs_v or needs_g
+    run = Pass("dy", "x", "v", "g", "n", *([] if kept is None else ["kept"]))
+    own = variant == "packed"
+    w = "kept"
+    if needs_x and kept is None:
+        # A vendor's convolution takes a weight that lies as its activations do.
+        last = own or _is_channels_last(x)
+        run.call(_prepare_weight(target, x, v, g, dim, eps, last), "v", "g", gives=("w", "norm"))
+        w = "w"
+    results: dict[str, str | None] = {"dx": None, "dv": None, "dg": None, "db": None}
     if variant == "materialize":
-        return _prepare_materialized_backward(target, x, v, g, conv, dim, eps, needs)
-    repack_dy = repacker(dy)  # once for both products
-    dy = channels_last(dy)
-    if needs_x:
-        packed = variant == "packed"
-        w, form = (weight.packed(v, x.dtype), "packed") if packed else (v, "")
-        if packed:
-            weight_norm = _prepare_weights(target, x, v, g, dim, eps, "packed")
-        else:
-            form = _form(conv, dim, narrows_range(x.dtype, v.dtype), forward=False)
-        sizes, phased = x.shape[2:], not conv.transposed
-        product = prepare_product(
-            target, dy, w, None, sizes, conv, phased, dim, form, eps, tf32, config
-        )
-    if needs_weight:
-        weight_grad, dw = prepare_weight_grad(target, dy, x, v, conv, needs_bias, tf32, grad_config)
-        finish = weight.remembered_weight_norm_backward(target, (dw, v, g), dim, eps)
-    others = [i for i in range(dy.ndim) if i != 1]
 
-    def run(dy: Tensor, x: Tensor, v: Tensor, g: Tensor, n: Tensor) -> Grads:
-        dx = dv = dg = db = None
-        dy = repack_dy(dy)
-        if needs_x:
-            w = weight_norm(v, g)[0] if packed else v
-            dx = product(dy, w, g, n, None)
+        def grads(dy: Tensor, x: Tensor, w: Tensor) -> tuple[Tensor | None, ...]:
+            w = w.to(x.dtype)  # V's values do not matter for dW
+            return convolution_grads(dy, x, w, conv, needs_x, needs_weight, needs_bias)
+
+        run.call(grads, "dy", "x", w if needs_x else "v", gives=("dx", "dw", "db"))
+        results |= {"dx": "dx", "db": "db"}
         if needs_weight:
-            dw, db = weight_grad(dy, x)
-            dv, dg = finish(dw, v, g, n)
-        if needs_bias and db is None:
-            db = dy.sum(others)
-        return dx, dv, dg, db
+            run.call(_finish(dim, eps), "dw", "v", "g", "n", gives=("dv", "dg"))
+            results |= {"dv": "dv", "dg": "dg"}
+        return run.returning(*results.values())
 
-    return run
+    if needs_x and not own:
+
+        def vendors(dy: Tensor, x: Tensor, w: Tensor) -> tuple[Tensor | None]:
+            return (convolution_grads(dy, x, w, conv, True, False, False)[0],)
+
+        run.call(vendors, "dy", "x", w, gives=("dx",))
+        results["dx"] = "dx"
+    if (needs_x and own) or needs_weight:
+        given_dy, packed_dy = repack(run, target, "dy", dy)  # once for both products
+    if needs_x and own:
+        product = prepare_product(
+            *(target, packed_dy, weight.packed(v, x.dtype), None, torch.empty_like(x)),
+            *(conv, not conv.transposed, tf32, config),
+        )
+        run.call(product, given_dy, w, None, gives=("dx",))
+        results["dx"] = "dx"
+    if needs_weight:
+        given_x, packed_x = repack(run, target, "x", x)
+        weight_grad, dw = prepare_weight_grad(
+            target, packed_dy, packed_x, v, conv, needs_bias, tf32, grad_config
+        )
+        run.call(weight_grad, given_dy, given_x, gives=("dw", "db"))
+        finish = weight.remembered_weight_norm_backward(target, (dw, v, g), dim, eps)
+        run.call(finish, "dw", "v", "g", "n", gives=("dv", "dg"))
+        results |= {"dv": "dv", "dg": "dg", "db": "db"}
+    if needs_bias and (not needs_weight or conv.transposed):
+        others = [i for i in range(dy.ndim) if i != 1]
+        run.call(lambda dy: (dy.sum(others),), "dy", gives=("db",))
+        results["db"] = "db"
+    return run.returning(*results.values())
 
 
-_convolution_backward = remembered(prepare_convolution_backward)
+remembered_convolution_backward = remembered(prepare_convolution_backward)
 
 
-def _prepare_materialized_backward(
-    target: Target,
-    x: Tensor,
-    v: Tensor,
-    g: Tensor,
-    conv: Geometry,
-    dim: int | None,
-    eps: float,
-    needs: tuple[bool, bool, bool, bool],
-) -> Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Grads]:
-    """The same around the vendor's convolution, the layout of whose `dW` it alone determines."""
-    needs_x, needs_v, needs_g, needs_bias = needs
-    weight_norm = weight.remembered_weight_norm(target, (v, g), dim, eps, x.dtype)
+def _finish(dim: int | None, eps: float) -> Callable[..., tuple[Tensor, Tensor]]:
+    """`run(dw, v, g, n)` returns `(dV, dg)`; the vendor alone determines the layout of its `dW`."""
+    return lambda dw, v, g, n: weight.weight_norm_backward(dw, v, g, n, dim, eps)
 
-    def run(dy: Tensor, x: Tensor, v: Tensor, g: Tensor, n: Tensor) -> Grads:
-        w = weight_norm(v, g)[0] if needs_x else v.to(x.dtype)
-        dx, dw, db = convolution_grads(dy, x, w, conv, needs_x, needs_v or needs_g, needs_bias)
-        dv = dg = None
-        if dw is not None:
-            dv, dg = weight.weight_norm_backward(dw, v, g, n, dim, eps)
-        return dx, dv, dg, db
 
-    return run
+def _is_channels_last(x: Tensor) -> bool:
+    return x.stride(1) == 1 and x.shape[1] > 1

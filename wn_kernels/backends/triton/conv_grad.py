@@ -5,41 +5,37 @@
 with P on the smaller side and Q on the larger: P = dY and Q = x for a convolution, P = x and
 Q = dY for a transposed one. A product over pixels, `Pᵀ Q`, with Q's columns along taps and
 channels. Channels are often few and pixels many, so the sum is split over programs: each leaves
-its part of dW, and whoever reads dW adds the parts in order (`weight.py`). No atomics.
+its part of dW, and `sum_kernel` adds the parts in order. No atomics. dW has `V`'s memory layout, so
+that the pass over both of them is as cheap as one over one.
 
 `db = Σ P` rides along for a convolution; a transposed one sums dY, not all of which Q visits.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
 from typing import Any
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ...call import Geometry, scale_dtype
+from ..tiles import parts as split_over
 from . import configs
 from .common import dot, offsets
 from .configs import Target
-from .conv_product import is_direct
-from .launch import (
-    PROGRAMS_PER_SM,
-    Launcher,
-    allocator,
-    is_wide,
-    product_types,
-    unallocated,
-)
+from .launch import Launcher, is_wide, product_types, unallocated
+from .parts import prepare_sum
+from .passes import Pass
 from .pixels import (
     activation_strides,
+    as_columns,
     as_rows,
     block_of_taps,
-    channels_last,
     gathered,
     pixel_offset,
-    repacker,
     split_pixels,
     split_taps,
     tap_offset,
@@ -60,6 +56,7 @@ def conv_grad_kernel(
     O,
     R,
     steps,
+    tiles_r,
     sizes_p,
     sizes_q,
     taps,
@@ -83,15 +80,17 @@ def conv_grad_kernel(
 
     FLAT as in `block_of_taps`. DB[part] is the column sum of P.
     """
-    pid = tl.program_id(0)
     part = tl.program_id(1)
     group = tl.program_id(2)
-    tiles_o = tl.cdiv(O, BLOCK_O)
-    tile_o = pid % tiles_o
-    tile_r = pid // tiles_o
-    offs_o = offsets(tile_o, BLOCK_O, WIDE)
+    offs_o = offsets(tl.program_id(0) // tiles_r, BLOCK_O, WIDE)
     mask_o = offs_o < O
-    j, offs_r, mask_r = block_of_taps(tile_r, taps, R, FLAT, WIDE, BLOCK_R)
+    tile_r = tl.program_id(0) % tiles_r
+    # Taps vary fastest: where they are innermost in memory too, neighbours fill a line together.
+    all_taps = taps[0] * taps[1] * taps[2]
+    block = tile_r if FLAT else tile_r % all_taps * tl.cdiv(R, BLOCK_R) + tile_r // all_taps
+    j, offs_r, mask_r = block_of_taps(block, taps, R, FLAT, WIDE, BLOCK_R)
+    if FLAT:
+        j = as_columns(j)
     base = (-padding[0], -padding[1], -padding[2])
     P += group.to(tl.int64) * O * stride_p[1]
     Q += group.to(tl.int64) * R * stride_q[1]
@@ -195,39 +194,39 @@ def prepare_weight_grad(
     needs_bias: bool,
     tf32: bool,
     config: configs.GradConfig | configs.DirectConfig | None = None,
-) -> tuple[Callable[[Tensor, Tensor], tuple[Tensor, Tensor | None]], Tensor]:
+) -> tuple[Pass, Tensor]:
     """`run(dy, x)` returns `(dW, db)`, and `None` for a `db` that is not needed or does not ride
-    along. `dW` is in parts, `(parts, *V.shape)`, in the dtype of the norms. Its layout is returned
-    beside `run`."""
+    along, of activations with their channels contiguous. `dW` is in the dtype of the norms and in
+    `V`'s memory layout, which is returned beside `run`."""
     transposed = conv.transposed
     p, q = (x, dy) if transposed else (dy, x)
-    repack_p, repack_q = repacker(p), repacker(q)
-    p, q = channels_last(p), channels_last(q)
     groups, (first, r, *taps) = conv.groups, v.shape
     o = first // groups
     sizes, count = three(p.shape[2:]), three(taps)
-    m = len(p) * sizes[0] * sizes[1] * sizes[2]
+    m = len(p) * math.prod(sizes)
     has_bias = needs_bias and not transposed
     types = product_types(x, tf32)
-    direct = is_direct(conv, v.shape)
-    itemsize = x.element_size()
+    direct = conv.has_small_groups(v.shape)
     if config is None:
-        config = configs.direct(itemsize) if direct else configs.conv_grad(o, r, itemsize)
+        size = x.element_size()
+        config = configs.direct(size) if direct else configs.conv_grad(o, r, size)
     flat = not direct and r < 16
-    all_taps = count[0] * count[1] * count[2]
     if direct:
         tiles = triton.cdiv(first, config.BLOCK_O)
-        grid_rest = all_taps * r
+        rest = math.prod(count) * r
     else:
         assert isinstance(config, configs.GradConfig)
-        blocks_r = triton.cdiv(all_taps * r if flat else r, config.BLOCK_R)
-        tiles = triton.cdiv(o, config.BLOCK_O) * blocks_r * (1 if flat else all_taps)
-        grid_rest = groups
+        tiles_r = math.prod(count) * triton.cdiv(r, config.BLOCK_R)
+        if flat:
+            tiles_r = triton.cdiv(math.prod(count) * r, config.BLOCK_R)
+        tiles = triton.cdiv(o, config.BLOCK_O) * tiles_r
+        rest = groups
     blocks_m = triton.cdiv(m, config.BLOCK_M)
-    wanted = PROGRAMS_PER_SM * target.multiprocessors // max(1, tiles * grid_rest)
-    steps = triton.cdiv(blocks_m, max(1, min(blocks_m // 4, wanted)))
+    wanted = split_over(blocks_m, tiles * rest, target.multiprocessors)
+    steps = triton.cdiv(blocks_m, wanted)
     parts = max(1, triton.cdiv(blocks_m, max(1, steps)))
-    dw = unallocated((parts, first, *taps, r), scale_dtype(v)).movedim(-1, 2)
+    dw = torch.empty_like(v, dtype=scale_dtype(v), device="meta")
+    db = unallocated((first,), dy.dtype)
     constants: dict[str, Any] = {
         "M": m,
         "O": o,
@@ -241,28 +240,31 @@ def prepare_weight_grad(
         "dilation": three(conv.dilation),
         "stride_p": activation_strides(p),
         "stride_q": activation_strides(q),
-        "stride_w": weight_strides(dw[0], o),
-        "stride_part": dw.stride(0),
+        "stride_w": weight_strides(dw, o),
+        "stride_part": dw.numel(),
         "HAS_BIAS": has_bias,
-        "WIDE": is_wide(p, q, dw[0]),
+        "WIDE": is_wide(p, q, dw),
         "ACC": types["ACC"],
         **config._asdict(),
     }
-    grid = tiles, parts, grid_rest
+    grid = tiles, parts, rest
     if direct:
         launch = Launcher(direct_grad_kernel, target, grid, GROUPS=groups, **constants)
     else:
-        constants |= {"FLAT": flat, "PRECISION": types["PRECISION"]}
+        constants |= {"tiles_r": tiles_r, "FLAT": flat, "PRECISION": types["PRECISION"]}
         launch = Launcher(conv_grad_kernel, target, grid, **constants)
-    new_dw, new_db = allocator(dw), allocator(unallocated((parts, first), dw.dtype))
 
-    def run(dy: Tensor, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        p, q = (x, dy) if transposed else (dy, x)
-        dw = new_dw(dy)
-        db = new_db(dy) if has_bias else None
-        launch(repack_p(p), repack_q(q), dw, dw if db is None else db)
-        if db is not None:
-            db = (db[0] if parts == 1 else db.sum(0)).to(dy.dtype)
-        return dw, db
-
-    return run, dw
+    run = Pass("dy", "x")
+    given = ("x", "dy") if transposed else ("dy", "x")
+    run.new(dw=dw, **({"db": db} if has_bias else {}))
+    results = {"dw": dw, "db": db} if has_bias else {"dw": dw}
+    if parts == 1:
+        run.call(launch, *given, "dw", "db" if has_bias else "dw")
+    else:
+        stacked = {n: unallocated((parts, t.numel()), dw.dtype) for n, t in results.items()}
+        run.new(**{f"{name}_parts": t for name, t in stacked.items()})
+        run.call(launch, *given, "dw_parts", "db_parts" if has_bias else "dw_parts")
+        for name, t in results.items():
+            add = prepare_sum(target, stacked[name], t)
+            run.call(add, f"{name}_parts", f"{name}_parts", name)
+    return run.returning("dw", "db" if has_bias else None), dw

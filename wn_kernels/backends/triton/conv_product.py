@@ -18,11 +18,10 @@ transposed convolution's `dX`; `phases` is a transposed convolution's forward an
               t = first + j · stride / d, and factor = 1, advance = -dilation / d:
               a program works on one phase, and no tap is multiplied by nothing
 
-The scale enters where its axis lies, as in `linear.py`: `one_pass` takes the norms in the loop
-(every tap of an output channel passes through it), `epilogue` scales the accumulator, `prologue_r`
-the tile of `V` along input channels or taps, `prologue_o` along outputs for a `V` that would leave
-the product's range; `packed` finds `W` ready, in the product's dtype and with channels last.
-`direct_kernel` serves groups of few channels, depthwise convolutions above all, without `tl.dot`.
+`W` is packed: in the product's dtype, and with channels innermost (`weight.packed`). Where programs
+are few, `conv_kernel` splits its reduction over several, each of which leaves its part of `C`, and
+`sum_kernel` adds the parts in order. `direct_kernel` serves groups of few channels, depthwise
+convolutions above all, without `tl.dot`; it can also take `V` itself, with the norms in its loop.
 
 The contiguous axis of every activation is its channels: other layouts are repacked first.
 """
@@ -30,7 +29,6 @@ The contiguous axis of every activation is its channels: other layouts are repac
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -38,25 +36,25 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...call import Geometry
+from ...call import Geometry, scale_dtype
 from . import configs
-from .common import as_norm, cast, dot, offsets
+from .common import as_norm, dot, offsets
 from .configs import Target
-from .launch import Launcher, allocator, is_wide, product_types
+from .launch import Launcher, acc_type, is_wide, product_types, unallocated
+from .parts import prepare_sum
+from .passes import Pass
 from .pixels import (
     activation_strides,
+    as_columns,
     as_rows,
     block_of_taps,
-    channels_last,
     gathered,
     pixel_offset,
-    repacker,
     split_pixels,
     split_taps,
     tap_offset,
     three,
     weight_strides,
-    with_channels_last,
 )
 
 # --- kernels -----------------------------------------------------------------------------------
@@ -102,6 +100,20 @@ def tap_of(j, first, step):
 
 
 @triton.jit
+def next_block(r, j, blocks, count):
+    """The block of channels and the tap after block `r` under tap `j`."""
+    r += 1
+    d, h, w = j
+    w += r == blocks
+    r = tl.where(r == blocks, 0, r)
+    h += w == count[2]
+    w = tl.where(w == count[2], 0, w)
+    d += h == count[1]
+    h = tl.where(h == count[1], 0, h)
+    return r, (d, h, w)
+
+
+@triton.jit
 def output_offsets(q, phase, stride, sizes, stride_c, PHASED: tl.constexpr):
     """Offsets of the output pixels, and whether they exist: the last of a phase may not."""
     if PHASED:
@@ -118,14 +130,13 @@ def output_offsets(q, phase, stride, sizes, stride_c, PHASED: tl.constexpr):
 @triton.jit
 def conv_kernel(
     A,
-    V,
-    G,
-    NORM,
+    W,
     BIAS,
     C,
     M,
     O,
     R,
+    splits,
     sizes_m,
     sizes_a,
     sizes_c,
@@ -137,12 +148,10 @@ def conv_kernel(
     inverse,
     stride_a,
     stride_c,
-    stride_v,
-    stride_s,
-    FORM: tl.constexpr,
+    stride_w,
+    stride_part,
     PHASED: tl.constexpr,
     FLAT: tl.constexpr,
-    EPS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     WIDE: tl.constexpr,
     ACC: tl.constexpr,
@@ -154,11 +163,14 @@ def conv_kernel(
 ):
     """C = A Wᵀ + bias over the taps of each pixel; M pixels a phase, O and R channels a group.
 
-    `stride_v` and `stride_s` are those of (group, o, r, *taps); FLAT as in `block_of_taps`.
+    C[part] is the sum over one of `splits` parts of the steps. `stride_w` is that of
+    (group, o, r, *taps). FLAT walks taps and channels as one axis, for channels too few to fill a
+    block.
     """
     pid = tl.program_id(0)
+    part = tl.program_id(1) % splits
     group = tl.program_id(2)
-    # Programs in groups of GROUP pixel tiles, so that tiles of V are reused while in cache.
+    # Programs in groups of GROUP pixel tiles, so that tiles of W are reused while in cache.
     tiles_m = tl.cdiv(M, BLOCK_M)
     tiles_o = tl.cdiv(O, BLOCK_O)
     block = pid // (GROUP * tiles_o)
@@ -167,61 +179,58 @@ def conv_kernel(
     tile_o = (pid % (GROUP * tiles_o)) // block_size
 
     phase, factor, base, advance, first, step, count = walk_of(
-        tl.program_id(1), taps, stride, padding, dilation, common, inverse, PHASED
+        tl.program_id(1) // splits, taps, stride, padding, dilation, common, inverse, PHASED
     )
     offs_m = offsets(tile_m, BLOCK_M, WIDE)
     offs_o = offsets(tile_o, BLOCK_O, WIDE)
+    offs_r = offsets(0, BLOCK_R, WIDE)
     mask_m = offs_m < M
     mask_o = offs_o < O
     b, q = split_pixels(offs_m, sizes_m)
     q_rows = as_rows(q)
-    A += group.to(tl.int64) * R * stride_a[1]
-    V += group.to(tl.int64) * stride_v[0]
-    s_o = group * stride_s[0] + offs_o * stride_s[1]
+    a_rows = A + group.to(tl.int64) * R * stride_a[1] + b[:, None] * stride_a[0]
+    W += group.to(tl.int64) * stride_w[0]
 
-    norm_type = NORM.dtype.element_ty
-    acc = tl.zeros((BLOCK_M, BLOCK_O), ACC)
-    squares = tl.zeros((BLOCK_O, BLOCK_R // 8), norm_type)
-    if FORM == "prologue_o":
-        n = tl.load(NORM + s_o, mask=mask_o, other=1.0)
-        scale_o = tl.load(G + s_o, mask=mask_o, other=0.0).to(norm_type) / n
-
+    blocks = tl.cdiv(R, BLOCK_R)
     total = count[0] * count[1] * count[2]
-    steps = tl.cdiv(total * R, BLOCK_R) if FLAT else total * tl.cdiv(R, BLOCK_R)
-    for i in range(steps):
-        j, offs_r, mask_r = block_of_taps(i, count, R, FLAT, WIDE, BLOCK_R)
-        t = tap_of(j, first, step)
-        pixels, inside = gathered(q_rows, j, factor, base, advance, sizes_a, stride_a)
-        a_at = A + b[:, None] * stride_a[0] + pixels + offs_r[None, :] * stride_a[1]
+    steps = tl.cdiv(total * R, BLOCK_R) if FLAT else total * blocks
+    own = tl.cdiv(steps, splits)
+    begin = part * own
+    r = begin % blocks
+    # A phase may have no taps at all.
+    j = split_taps(begin // blocks, (count[0], tl.maximum(count[1], 1), tl.maximum(count[2], 1)))
+    acc = tl.zeros((BLOCK_M, BLOCK_O), ACC)
+    for i in range(begin, min(begin + own, steps)):
+        if FLAT:
+            taps_of, at_r, mask_r = block_of_taps(i, count, R, FLAT, WIDE, BLOCK_R)
+            a_j = as_columns(taps_of)
+            w_j = as_rows(taps_of) if PHASED else a_j
+        else:
+            at_r = r * BLOCK_R + offs_r
+            mask_r = at_r < R
+            a_j = j
+            w_j = j
+        pixels, inside = gathered(q_rows, a_j, factor, base, advance, sizes_a, stride_a)
+        a_at = a_rows + pixels + at_r[None, :] * stride_a[1]
         a = tl.load(a_at, mask=mask_m[:, None] & inside & mask_r[None, :], other=0.0)
-        v_at = V + offs_o[:, None] * stride_v[1] + offs_r[None, :] * stride_v[2]
-        v_at += tap_offset(t, stride_v)
-        v = tl.load(v_at, mask=mask_o[:, None] & mask_r[None, :], other=0.0)
-        if FORM == "one_pass":
-            wide = v.to(norm_type)
-            squares += tl.sum(tl.reshape(wide * wide, (BLOCK_O, BLOCK_R // 8, 8)), axis=2)
-        if FORM == "prologue_o":
-            v = v.to(norm_type) * scale_o[:, None]
-        if FORM == "prologue_r":
-            s_at = group * stride_s[0] + offs_r[None, :] * stride_s[2]
-            s_at += tap_offset(t, stride_s)
-            n = tl.load(NORM + s_at, mask=mask_r[None, :], other=1.0)
-            g = tl.load(G + s_at, mask=mask_r[None, :], other=0.0).to(norm_type)
-            v = v.to(norm_type) * (g / n)
-        acc = dot(a, tl.trans(cast(v, a.dtype)), acc, PRECISION)
+        # The contiguous axis of a tile of W is its second one: of outputs with phases, else of r.
+        w_at = W + tap_offset(tap_of(w_j, first, step), stride_w)
+        if PHASED:
+            w_at += at_r[:, None] * stride_w[2] + offs_o[None, :] * stride_w[1]
+            w = tl.load(w_at, mask=mask_r[:, None] & mask_o[None, :], other=0.0)
+        else:
+            w_at += offs_o[:, None] * stride_w[1] + at_r[None, :] * stride_w[2]
+            w = tl.trans(tl.load(w_at, mask=mask_o[:, None] & mask_r[None, :], other=0.0))
+        acc = dot(a, w, acc, PRECISION)
+        if not FLAT:
+            # The next block, or the first one under the next tap. Divisions would take longer than
+            # the product does.
+            r, j = next_block(r, j, blocks, count)
 
-    if FORM == "one_pass":
-        n = as_norm(tl.sum(squares, axis=1), EPS)
-        tl.store(NORM + s_o, n, mask=mask_o & (tile_m == 0))
-    if FORM == "epilogue":
-        n = tl.load(NORM + s_o, mask=mask_o, other=1.0)
-    if FORM == "one_pass" or FORM == "epilogue":
-        g = tl.load(G + s_o, mask=mask_o, other=0.0).to(norm_type)
-        acc *= (g / n).to(ACC)[None, :]
     if HAS_BIAS:
         acc += tl.load(BIAS + group * O + offs_o, mask=mask_o, other=0.0).to(ACC)[None, :]
     pixels, exists = output_offsets(q, phase, stride, sizes_c, stride_c, PHASED)
-    C += group.to(tl.int64) * O * stride_c[1]
+    C += part.to(tl.int64) * stride_part + group.to(tl.int64) * O * stride_c[1]
     c_at = C + (b * stride_c[0] + pixels)[:, None] + offs_o[None, :] * stride_c[1]
     tl.store(c_at, acc, mask=(mask_m & exists)[:, None] & mask_o[None, :])
 
@@ -229,7 +238,7 @@ def conv_kernel(
 @triton.jit
 def direct_kernel(
     A,
-    V,
+    W,
     G,
     NORM,
     BIAS,
@@ -249,8 +258,7 @@ def direct_kernel(
     inverse,
     stride_a,
     stride_c,
-    stride_v,
-    stride_s,
+    stride_w,
     FORM: tl.constexpr,
     PHASED: tl.constexpr,
     EPS: tl.constexpr,
@@ -261,7 +269,8 @@ def direct_kernel(
     BLOCK_O: tl.constexpr,
 ):
     """As `conv_kernel`, for O and R of a few channels: a tile spans the outputs of many groups,
-    and each takes its R inputs one after the other. FORM is `one_pass`, `scaled` or `packed`."""
+    and each takes its R inputs one after the other. FORM `one_pass` is given `V` as W, takes the
+    norms of the output channels in its loop and stores them; `packed` uses neither G nor NORM."""
     phase, factor, base, advance, first, step, count = walk_of(
         tl.program_id(1), taps, stride, padding, dilation, common, inverse, PHASED
     )
@@ -270,12 +279,10 @@ def direct_kernel(
     mask_m = offs_m < M
     mask_o = offs_o < GROUPS * O
     group = offs_o // O
-    own = offs_o % O
     b, q = split_pixels(offs_m, sizes_m)
     q_rows = as_rows(q)
     a_at = A + b[:, None] * stride_a[0] + (group * R)[None, :] * stride_a[1]
-    v_at = V + group * stride_v[0] + own * stride_v[1]
-    s_o = group * stride_s[0] + own * stride_s[1]
+    w_at = W + group * stride_w[0] + (offs_o % O) * stride_w[1]
 
     norm_type = NORM.dtype.element_ty
     acc = tl.zeros((BLOCK_M, BLOCK_O), ACC)
@@ -287,20 +294,16 @@ def direct_kernel(
         pixels, inside = gathered(q_rows, j, factor, base, advance, sizes_a, stride_a)
         mask = mask_m[:, None] & inside & mask_o[None, :]
         a = tl.load(a_at + pixels + r * stride_a[1], mask=mask, other=0.0)
-        at = r * stride_v[2] + tap_offset(t, stride_v)
-        v = tl.load(v_at + at, mask=mask_o, other=0.0).to(norm_type)
+        w = tl.load(w_at + r * stride_w[2] + tap_offset(t, stride_w), mask=mask_o, other=0.0)
+        w = w.to(norm_type)
         if FORM == "one_pass":
-            squares += v * v
-        if FORM == "scaled":
-            at = s_o + r * stride_s[2] + tap_offset(t, stride_s)
-            n = tl.load(NORM + at, mask=mask_o, other=1.0)
-            v *= tl.load(G + at, mask=mask_o, other=0.0).to(norm_type) / n
-        acc += a.to(ACC) * v.to(ACC)[None, :]
+            squares += w * w
+        acc += a.to(ACC) * w.to(ACC)[None, :]
 
     if FORM == "one_pass":
         n = as_norm(squares, EPS)
-        tl.store(NORM + s_o, n, mask=mask_o & (tl.program_id(0) == 0))
-        acc *= (tl.load(G + s_o, mask=mask_o, other=0.0).to(norm_type) / n).to(ACC)[None, :]
+        tl.store(NORM + offs_o, n, mask=mask_o & (tl.program_id(0) == 0))
+        acc *= (tl.load(G + offs_o, mask=mask_o, other=0.0).to(norm_type) / n).to(ACC)[None, :]
     if HAS_BIAS:
         acc += tl.load(BIAS + offs_o, mask=mask_o, other=0.0).to(ACC)[None, :]
     pixels, exists = output_offsets(q, phase, stride, sizes_c, stride_c, PHASED)
@@ -314,42 +317,140 @@ def direct_kernel(
 def prepare_product(
     target: Target,
     a: Tensor,
-    v: Tensor,
+    w: Tensor,
     bias: Tensor | None,
-    sizes: Sequence[int],
+    out: Tensor,
     conv: Geometry,
     phased: bool,
-    dim: int | None,
+    tf32: bool,
+    config: configs.ConvConfig | configs.DirectConfig | None = None,
+) -> Pass:
+    """`run(a, w, bias)` returns `(C,)`, laid out as `out`, from an `A` with its channels contiguous
+    and a packed `W`."""
+    run = Pass("a", "w", "bias")
+    run.new(c=out)
+    given_bias = "c" if bias is None else "bias"
+    if conv.has_small_groups(w.shape):
+        direct = _prepare_direct(target, a, w, bias, out, conv, phased, "packed", 0.0, config)
+        run.call(direct, "a", "w", "w", "w", given_bias, "c")
+        return run.returning("c")
+    m, sizes, phases = _pixels(out, conv, phased)
+    o, r = (w.shape[0] // conv.groups, w.shape[1])[:: -1 if phased else 1]
+    if config is None:
+        # Without phases a program walks every tap, with them its share.
+        walked = math.prod(w.shape[2:]) / phases
+        ieee = a.dtype == torch.float32 and not tf32
+        rest = phases * conv.groups
+        config = configs.conv(m, o, r, walked, rest, a.element_size(), ieee, target)
+    assert isinstance(config, configs.ConvConfig)
+    splits, blocks = config.splits, config._asdict()
+    del blocks["splits"]
+    tiles = triton.cdiv(m, config.BLOCK_M) * triton.cdiv(o, config.BLOCK_O)
+    types = product_types(a, tf32)
+    parts, stride_part = out, 0
+    if splits > 1:
+        parts = unallocated((splits, out.numel()), scale_dtype(a))
+        stride_part = out.numel()
+        run.new(parts=parts)
+    launch = Launcher(
+        conv_kernel,
+        target,
+        (tiles, phases * splits, conv.groups),
+        O=o,
+        R=r,
+        splits=splits,
+        **_geometry(a, w, out, conv, phased, m, sizes),
+        stride_part=stride_part,
+        FLAT=r < 16 or triton.next_power_of_2(r) < config.BLOCK_R,
+        HAS_BIAS=bias is not None and splits == 1,
+        WIDE=is_wide(a, w, out),
+        GROUP=8,
+        **types,
+        **blocks,
+    )
+    if splits == 1:
+        run.call(launch, "a", "w", given_bias, "c")
+        return run.returning("c")
+    run.call(launch, "a", "w", "parts", "parts")
+    run.call(prepare_sum(target, parts, out, bias), "parts", given_bias, "c")
+    return run.returning("c")
+
+
+def prepare_one_pass(
+    target: Target,
+    a: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    out: Tensor,
+    conv: Geometry,
+    eps: float,
+    config: configs.DirectConfig | None = None,
+) -> Pass:
+    """`run(a, v, g, bias)` returns `(C, n)` from `V` itself, for groups of few channels each of
+    whose outputs owns a slice."""
+    run = Pass("a", "v", "g", "bias")
+    run.new(c=out, n=unallocated((v.shape[0], *[1] * (v.ndim - 1)), scale_dtype(v)))
+    launch = _prepare_direct(target, a, v, bias, out, conv, False, "one_pass", eps, config)
+    run.call(launch, "a", "v", "g", "n", "c" if bias is None else "bias", "c")
+    return run.returning("c", "n")
+
+
+def _prepare_direct(
+    target: Target,
+    a: Tensor,
+    w: Tensor,
+    bias: Tensor | None,
+    out: Tensor,
+    conv: Geometry,
+    phased: bool,
     form: str,
     eps: float,
-    tf32: bool,
-    config: configs.MatmulConfig | configs.DirectConfig | None,
-) -> Callable[[Tensor, Tensor, Tensor, Tensor, Tensor | None], Tensor]:
-    """`run(a, v, g, n, bias)` returns `C`, of spatial `sizes` and channels last, from `A`, `V` and
-    its scale along `dim`."""
-    repack = repacker(a)
-    a = channels_last(a)
-    groups = conv.groups
-    k, c = v.shape[0] // groups, v.shape[1]
-    o, r = (c, k) if phased else (k, c)
-    out = with_channels_last(len(a), groups * o, sizes, a.dtype)
-    sizes_m = three(sizes)
-    stride = three(conv.stride)
-    phases = math.prod(stride) if phased else 1
+    config: configs.ConvConfig | configs.DirectConfig | None,
+) -> Launcher:
+    """A launch with `(a, w, g, n, bias, c)`."""
+    config = config or configs.direct(a.element_size())
+    assert isinstance(config, configs.DirectConfig)
+    m, sizes, phases = _pixels(out, conv, phased)
+    o, r = (w.shape[0] // conv.groups, w.shape[1])[:: -1 if phased else 1]
+    tiles_o = triton.cdiv(conv.groups * o, config.BLOCK_O)
+    return Launcher(
+        direct_kernel,
+        target,
+        (triton.cdiv(m, config.BLOCK_M), phases, tiles_o),
+        GROUPS=conv.groups,
+        O=o,
+        R=r,
+        **_geometry(a, w, out, conv, phased, m, sizes),
+        FORM=form,
+        EPS=eps,
+        HAS_BIAS=bias is not None,
+        WIDE=is_wide(a, w, out),
+        ACC=acc_type(a),
+        **config._asdict(),
+    )
+
+
+def _pixels(out: Tensor, conv: Geometry, phased: bool) -> tuple[int, tuple[int, ...], int]:
+    """The pixels of a phase, the sizes of the grid that they make up, and the number of phases."""
+    sizes, stride = three(out.shape[2:]), three(conv.stride)
     if phased:
-        sizes_m = tuple(triton.cdiv(n, s) for n, s in zip(sizes_m, stride, strict=True))
-    m = len(a) * math.prod(sizes_m)
-    dilation = three(conv.dilation)
+        sizes = tuple(triton.cdiv(n, s) for n, s in zip(sizes, stride, strict=True))
+    return len(out) * math.prod(sizes), sizes, math.prod(stride) if phased else 1
+
+
+def _geometry(
+    a: Tensor, w: Tensor, out: Tensor, conv: Geometry, phased: bool, m: int, sizes_m: tuple
+) -> dict[str, Any]:
+    """What both kernels take of a geometry, and of the layouts."""
+    stride, dilation = three(conv.stride), three(conv.dilation)
     common = tuple(math.gcd(s, d) for s, d in zip(stride, dilation, strict=True))
     steps = zip(dilation, stride, common, strict=True)
-    constants: dict[str, Any] = {
+    return {
         "M": m,
-        "O": o,
-        "R": r,
         "sizes_m": sizes_m,
         "sizes_a": three(a.shape[2:]),
-        "sizes_c": three(sizes),
-        "taps": three(v.shape[2:]),
+        "sizes_c": three(out.shape[2:]),
+        "taps": three(w.shape[2:]),
         "stride": stride,
         "padding": three(conv.padding, 0),
         "dilation": dilation,
@@ -357,57 +458,6 @@ def prepare_product(
         "inverse": tuple(pow(d // c, -1, s // c) for d, s, c in steps),
         "stride_a": activation_strides(a),
         "stride_c": activation_strides(out),
-        "stride_v": weight_strides(v, k, phased),
-        "stride_s": _scale_strides(v, k, phased, dim),
+        "stride_w": weight_strides(w, w.shape[0] // conv.groups, phased),
         "PHASED": phased,
-        "EPS": eps,
-        "HAS_BIAS": bias is not None,
-        "WIDE": is_wide(a, v, out),
     }
-    types = product_types(a, tf32)
-    if is_direct(conv, v.shape):
-        if config is None:
-            config = configs.direct(a.element_size())
-        assert isinstance(config, configs.DirectConfig)
-        constants |= {
-            "GROUPS": groups,
-            "FORM": form if form in ("one_pass", "packed") else "scaled",
-            "ACC": types["ACC"],
-            **config._asdict(),
-        }
-        tiles_o = triton.cdiv(groups * o, config.BLOCK_O)
-        grid = triton.cdiv(m, config.BLOCK_M), phases, tiles_o
-        launch = Launcher(direct_kernel, target, grid, **constants)
-    else:
-        if config is None:
-            size = max(a.element_size(), v.element_size())
-            ieee = a.dtype == torch.float32 and not tf32
-            config = configs.conv(m, o, r, size, form, ieee, target)
-        assert isinstance(config, configs.MatmulConfig)
-        constants |= {"FORM": form, "FLAT": r < 16, "GROUP": 8, **types, **config._asdict()}
-        tiles = triton.cdiv(m, config.BLOCK_M) * triton.cdiv(o, config.BLOCK_O)
-        launch = Launcher(conv_kernel, target, (tiles, phases, groups), **constants)
-    new_out = allocator(out)
-
-    def run(a: Tensor, v: Tensor, g: Tensor, n: Tensor, bias: Tensor | None) -> Tensor:
-        a = repack(a)
-        c = new_out(a)
-        launch(a, v, g, n, c if bias is None else bias.contiguous(), c)
-        return c
-
-    return run
-
-
-def is_direct(conv: Geometry, v_shape: Sequence[int]) -> bool:
-    """Whether the groups are too small for `tl.dot`, whose sides are 16 at least."""
-    return conv.groups > 1 and max(v_shape[0] // conv.groups, v_shape[1]) < 16
-
-
-def _scale_strides(v: Tensor, k: int, phased: bool, dim: int | None) -> tuple[int, ...]:
-    """Of (group, o, r, *taps), of which the scale has one axis: its own."""
-    strides = [0] * v.ndim
-    if dim is not None:
-        strides[dim] = 1
-    first, second, *taps = strides
-    pair = (second, first) if phased else (first, second)
-    return (k * first, *pair, *three(taps, 0))

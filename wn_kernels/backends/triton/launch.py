@@ -10,6 +10,7 @@ prepared (`remembered`).
 from __future__ import annotations
 
 import math
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -18,8 +19,7 @@ from typing import Any, NamedTuple
 import torch
 import triton.language as tl
 from torch import Tensor
-from triton import cdiv
-from triton.tools.tensor_descriptor import TensorDescriptor
+from triton import cdiv, next_power_of_2
 
 from ...call import reduced_dims
 from .. import native
@@ -41,6 +41,9 @@ class Launch(NamedTuple):
 
 _recorded: list[Launch] | None = None
 
+# As `torch.cuda.current_device`, without a look at whether CUDA is initialised: there is a tensor.
+_current_device = getattr(torch._C, "_cuda_getDevice", torch.cuda.current_device)
+
 # Triton compiles a kernel once for each thread that needs it at the same time.
 _compiling = threading.RLock()
 
@@ -60,24 +63,23 @@ def recording() -> Iterator[list[Launch]]:
         _recorded = before
 
 
-def is_observed() -> bool:
-    """Whether launches have to go through `Launcher` one by one: they are recorded, or something
-    observes them."""
-    return _recorded is not None or compiled.is_watched()
+# Where one of these differs from the usual, launches have to go through `Launcher` one by one: they
+# are recorded, or something observes them.
+SIGNS = [(sys.modules[__name__], "_recorded", None), *compiled.SIGNS]
 
 
 class Launcher:
     """A kernel with everything but its tensors: the grid and the constant arguments, by name.
 
-    It is called with the kernel's first arguments, in their order: tensors, or descriptors of some
-    (`descriptors`). They have to be on the `target`'s device and to have the dtypes of every other
-    call. The first launch goes through `kernel[grid](...)`, which compiles it. The following ones
-    call the compiled kernel, of which there is one for every set of addresses that are multiples of
-    16 bytes: that is all that Triton specialises for and that may differ between calls.
+    It is called with the kernel's first arguments, in their order: tensors. They have to be on the
+    `target`'s device and to have the dtypes of every other call. The first launch goes through
+    `kernel[grid](...)`, which compiles it. The following ones call the compiled kernel, of which
+    there is one for every set of addresses that are multiples of 16 bytes: that is all that Triton
+    specialises for and that may differ between calls.
     """
 
     __slots__ = (
-        *("kernel", "device", "grid", "is_empty", "options", "descriptors"),
+        *("kernel", "device", "grid", "is_empty", "options"),
         *("constants", "tensors", "values", "compiled"),
     )
 
@@ -89,7 +91,6 @@ class Launcher:
         *,
         num_warps: int,
         num_stages: int,
-        descriptors: bool = False,
         **constants: Any,
     ) -> None:
         self.kernel = kernel
@@ -97,7 +98,6 @@ class Launcher:
         self.grid = grid
         self.is_empty = not math.prod(grid)
         self.options = {"num_warps": num_warps, "num_stages": num_stages}
-        self.descriptors = descriptors
         self.constants = constants
         count = len(kernel.arg_names) - len(constants)
         self.tensors = kernel.arg_names[:count]
@@ -111,7 +111,7 @@ class Launcher:
             _recorded.append(Launch(self.kernel, self.grid, arguments, **self.options))
         elif self.is_empty:
             pass
-        elif self.device < 0 or self.device == torch.cuda.current_device():
+        elif self.device < 0 or self.device == _current_device():
             self._launch(tensors)
         else:
             with torch.cuda.device(self.device):
@@ -119,11 +119,7 @@ class Launcher:
 
     def _launch(self, tensors: tuple[Any, ...]) -> None:
         bits = unaligned = 0
-        if self.descriptors:
-            arguments: Sequence[Any] = tensors
-            addresses = [_memory(t).data_ptr() for t in tensors]
-        else:
-            arguments = addresses = [t.data_ptr() for t in tensors]
+        addresses = [t.data_ptr() for t in tensors]
         for address in addresses:
             bits |= address
         if bits & 15:
@@ -135,7 +131,7 @@ class Launcher:
         elif compiled.is_watched():
             self._launch_by_triton(tensors)
         else:
-            launch(arguments)
+            launch(addresses)
 
     def _launch_by_triton(self, tensors: tuple[Any, ...]) -> Any:
         return self.kernel[self.grid](*tensors, **self.constants, **self.options)
@@ -147,10 +143,6 @@ class Launcher:
             launch = compiled.launcher(result, self.grid, self.device, self.values)
             if launch is not None:
                 self.compiled[unaligned] = launch
-
-
-def _memory(t: Tensor | TensorDescriptor) -> Tensor:
-    return t.base if isinstance(t, TensorDescriptor) else t
 
 
 # --- preparing -----------------------------------------------------------------------------------
@@ -231,26 +223,6 @@ def is_wide(*tensors: Tensor | None) -> bool:
     return False
 
 
-def is_describable(t: Tensor) -> bool:
-    """Whether hardware can copy tiles of a matrix: rows that are multiples of 16 bytes apart. Its
-    first one has to be aligned so as well."""
-    rows, columns = t.stride()
-    return (
-        columns == 1
-        and rows > 0
-        and rows * t.element_size() % 16 == 0
-        and t.numel() > 0
-        and max(t.shape) < 2**31
-    )
-
-
-def describer(layout: Tensor, tile: tuple[int, int]) -> Callable[[Tensor], TensorDescriptor]:
-    """A function of a tensor's memory, seen as a matrix of that layout, that returns what hardware
-    copies its tiles by; what lies outside the matrix it loads as zero."""
-    shape, stride, block = [*layout.shape], [*layout.stride()], [*tile]
-    return lambda t: TensorDescriptor(t, shape, stride, block)
-
-
 class Slices(NamedTuple):
     """Tensors of one shape seen as `n` slices over at most three nested reduced loops.
 
@@ -284,6 +256,8 @@ def as_slices(tensors: Sequence[Tensor], dim: int | None) -> Slices | None:
         return None
     none = (0,) * len(tensors)
     (outer, a), (middle, b), (inner, c) = [(1, none)] * (3 - len(groups)) + groups
+    if min(a) < min(b) and outer > 1:  # a tensor's narrowest strides belong in one tile
+        (outer, a), (middle, b) = (middle, b), (outer, a)
     n = 1 if dim is None else first.shape[dim]
     along = none if dim is None else tuple(t.stride(dim) for t in tensors)
     return Slices(n, (outer, middle, inner), list(zip(along, a, b, c, strict=True)))
@@ -293,8 +267,25 @@ def as_slices(tensors: Sequence[Tensor], dim: int | None) -> Slices | None:
 PROGRAMS_PER_SM = 2
 
 
+def _abreast(t: Tensor, strides: tuple[int, ...], loops: tuple[int, ...]) -> int:
+    """How many slices lie side by side in a run of 128 bytes: one where a slice has as long a run
+    of its own, or where its neighbour is elsewhere."""
+    run = 1
+    for stride, size in sorted(zip(strides[1:], loops, strict=True)):
+        if size > 1:
+            if stride != run:
+                break
+            run *= size
+    return max(1, 128 // (run * t.element_size())) if strides[0] == run else 1
+
+
 class Walk:
-    """How programs share the slices: the grid, and what the kernels of slices take of it."""
+    """How programs share the slices: the grid, and what the kernels of slices take of it.
+
+    Attributes:
+        form: how the sum of a slice comes about (`weight.py`): `"held"`, `"walked"` or `"partial"`.
+        splits: the programs that share a slice.
+    """
 
     def __init__(
         self,
@@ -305,26 +296,39 @@ class Walk:
         splits: int | None,
     ) -> None:
         self.slices = slices
-        n, r = slices.n, math.prod(slices.loops)
-        self.config = config or configs.slices(n, r, n_is_fast=slices.strides[0][0] == 1)
+        n, loops = slices.n, slices.loops
+        abreast = max(
+            _abreast(t, strides, loops) for t, strides in zip(tensors, slices.strides, strict=True)
+        )
+        itemsize = max(t.element_size() for t in tensors)
+        programs = PROGRAMS_PER_SM * target.multiprocessors
+        self.config = config or configs.slices(n, loops, abreast, itemsize, programs)
         blocks_n = cdiv(n, self.config.BLOCK_N)
-        blocks_r = cdiv(r, self.config.BLOCK_R)
+        outer, middle, inner = loops
+        tiles = outer * cdiv(middle, self.config.BLOCK_P) * cdiv(inner, self.config.BLOCK_R)
         if splits is None:
-            wanted = PROGRAMS_PER_SM * target.multiprocessors
-            splits = max(1, min(blocks_r // 4, wanted // max(1, blocks_n)))
-        steps = cdiv(blocks_r, splits)
-        self.splits = max(1, cdiv(blocks_r, max(1, steps)))
+            splits = configs.splits(self.config, blocks_n, tiles, programs, target)
+        steps = cdiv(tiles, splits)
+        self.splits = max(1, cdiv(tiles, max(1, steps)))
+        self.form = "partial" if self.splits > 1 else "held" if steps == 1 else "walked"
         self.grid = (blocks_n, self.splits)
+        block_r = max(self.config.BLOCK_P, self.config.BLOCK_R)
         self.arguments = {
             "N": n,
-            "R": r,
-            "loops": slices.loops,
+            "loops": loops,
             "steps": steps,
-            "NESTED": sum(size > 1 for size in slices.loops[:2]),
-            "WIDE": is_wide(*tensors) or r + self.config.BLOCK_R >= 2**31,
+            "NESTED": sum(size > 1 for size in loops[:2]),
+            "WIDE": is_wide(*tensors) or math.prod(loops) + block_r >= 2**31,
             "ACC": acc_type(tensors[-1]),
             **self.config._asdict(),
         }
+
+    def finishing(self, form: str, splits: int) -> dict[str, Any]:
+        """The arguments of a kernel that turns sums into results: partial ones of so many splits,
+        in that form."""
+        splits = splits if form == "partial" else 1
+        block_s = min(next_power_of_2(splits), max(1, 2048 // self.config.BLOCK_N))
+        return {**self.arguments, "FORM": form, "SPLITS": splits, "BLOCK_S": block_s}
 
     def strides(self, **names: int) -> dict[str, Any]:
         """Stride arguments: `strides(v=0)` is `stride_v`, those of tensor 0."""

@@ -1,4 +1,5 @@
-"""The gradient of a linear layer's weight, `dW[o, r] = Σ_m P[m, o] Q[m, r]`, as `dV` and `dg`.
+"""The gradient of a linear layer's weight, `dW[o, r] = Σ_m P[m, o] Q[m, r]`, as `dV` and `dg`, for
+a few rows.
 
 Each program has the slices `o` that it owns:
 
@@ -6,8 +7,8 @@ Each program has the slices `o` that it owns:
 
     a_o = Σ_r dW V,   dg = a / n,   dV = s ⊙ dW - c ⊙ V,   c = s · dg / n
 
-`grad_one_pass_kernel` walks r twice and recomputes the tile of dW instead of storing it.
-`grad_kernel` stores dW and partial dots; `weight.py` finishes in place. `db = Σ_m dY` rides along.
+The kernel walks r twice and recomputes the tile of dW instead of storing it. `db = Σ_m dY` rides
+along.
 """
 
 from __future__ import annotations
@@ -19,8 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...call import scale_dtype
-from . import configs, weight
+from . import configs
 from .common import dot, dot_coefficient, offsets
 from .configs import Target
 from .launch import Launcher, allocator, is_wide, product_types, unallocated
@@ -110,67 +110,6 @@ def grad_one_pass_kernel(
         tl.store(at, scale * dw.to(norm_type) - coef * v.to(norm_type), mask=mask)
 
 
-@triton.jit
-def grad_kernel(
-    P,
-    Q,
-    V,
-    DW,
-    PARTIAL,
-    DB,
-    M,
-    O,
-    R,
-    stride_pm,
-    stride_po,
-    stride_qm,
-    stride_qr,
-    stride_vo,
-    stride_vr,
-    stride_do,
-    stride_dr,
-    BIAS: tl.constexpr,
-    WIDE: tl.constexpr,
-    ACC: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_O: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-):
-    """A tile of DW and its share PARTIAL[tile_r, o] of the dots ⟨dW_o, V_o⟩.
-
-    DB is the column sum of P (BIAS "owned") or of Q ("walked"), by the first tiles along the
-    other axis.
-    """
-    tile_o = tl.program_id(0)
-    tile_r = tl.program_id(1)
-    offs_o = offsets(tile_o, BLOCK_O, WIDE)
-    offs_r = offsets(tile_r, BLOCK_R, WIDE)
-    acc = tl.zeros((BLOCK_O, BLOCK_R), ACC)
-    bias_o = tl.zeros((BLOCK_O,), ACC)
-    bias_r = tl.zeros((BLOCK_R,), ACC)
-    for start in range(0, M, BLOCK_M):
-        offs_m = offsets(start // BLOCK_M, BLOCK_M, WIDE)
-        p = _load_tile(P, offs_m, offs_o, M, O, stride_pm, stride_po)
-        q = _load_tile(Q, offs_m, offs_r, M, R, stride_qm, stride_qr)
-        acc = dot(tl.trans(p), q, acc, PRECISION)
-        if BIAS == "owned":
-            bias_o += tl.sum(p.to(ACC), axis=0)
-        if BIAS == "walked":
-            bias_r += tl.sum(q.to(ACC), axis=0)
-    if BIAS == "owned":
-        tl.store(DB + offs_o, bias_o, mask=(offs_o < O) & (tile_r == 0))
-    if BIAS == "walked":
-        tl.store(DB + offs_r, bias_r, mask=(offs_r < R) & (tile_o == 0))
-
-    partial_type = PARTIAL.dtype.element_ty
-    v = _load_tile(V, offs_o, offs_r, O, R, stride_vo, stride_vr)
-    dots = tl.sum(acc.to(partial_type) * v.to(partial_type), axis=1)
-    tl.store(PARTIAL + tile_r.to(tl.int64) * O + offs_o, dots, mask=offs_o < O)
-    at = DW + offs_o[:, None] * stride_do + offs_r[None, :] * stride_dr
-    tl.store(at, acc, mask=(offs_o < O)[:, None] & (offs_r < R)[None, :])
-
-
 # --- launcher ----------------------------------------------------------------------------------
 
 
@@ -182,13 +121,12 @@ def prepare_weight_grad(
     g: Tensor,
     dim: int | None,
     eps: float,
-    one_pass: bool,
     needs_bias: bool,
     tf32: bool,
     config: configs.GradConfig | None,
 ) -> Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor | None]]:
     """`run(dy, x, v, g, n)` returns `(dV, dg, db)`."""
-    if one_pass and dim is None:
+    if dim is None:
         raise ValueError("one_pass needs slices that a program can own, got dim=None")
     # Owned slices along the first axis: V, dV and the factors of dW change places for dim=1.
     swaps = dim == 1
@@ -197,8 +135,8 @@ def prepare_weight_grad(
     (m, o), r = p.shape, q.shape[1]
     if config is None:
         size = max(x.element_size(), v.element_size())
-        config = configs.grad_one_pass(m, size, target) if one_pass else configs.grad(size, target)
-    if one_pass and m > config.BLOCK_M:
+        config = configs.grad_one_pass(m, o, size, target)
+    if m > config.BLOCK_M:
         raise ValueError(f"one_pass holds {config.BLOCK_M} rows in its tile, got {m}")
     if o == 0 or r == 0:  # no tile would run
         new_dv = allocator(dv)
@@ -207,42 +145,32 @@ def prepare_weight_grad(
             torch.zeros_like(g),
             dy.sum(0) if needs_bias else None,
         )
-    constants = {
-        "M": m,
-        "O": o,
-        "R": r,
-        "stride_pm": p.stride(0),
-        "stride_po": p.stride(1),
-        "stride_qm": q.stride(0),
-        "stride_qr": q.stride(1),
-        "stride_vo": v_own.stride(0),
-        "stride_vr": v_own.stride(1),
-        "stride_do": dv_own.stride(0),
-        "stride_dr": dv_own.stride(1),
-        "BIAS": ("walked" if swaps else "owned") if needs_bias else "",
-        "WIDE": is_wide(p, q, v, dv),
-        **product_types(x, tf32),
-        **config._asdict(),
-    }
-    tiles_o, tiles_r = triton.cdiv(o, config.BLOCK_O), triton.cdiv(r, config.BLOCK_R)
     run = Pass("dy", "x", "v", "g", "n")
-    run.new(dv=dv)
+    run.new(dv=dv, dg=g)
     if needs_bias:
         run.new(db=unallocated(dy.shape[1:], dy.dtype))
-    db = "db" if needs_bias else "dv"
+    launch = Launcher(
+        grad_one_pass_kernel,
+        target,
+        (triton.cdiv(o, config.BLOCK_O),),
+        M=m,
+        O=o,
+        R=r,
+        stride_pm=p.stride(0),
+        stride_po=p.stride(1),
+        stride_qm=q.stride(0),
+        stride_qr=q.stride(1),
+        stride_vo=v_own.stride(0),
+        stride_vr=v_own.stride(1),
+        stride_do=dv_own.stride(0),
+        stride_dr=dv_own.stride(1),
+        EPS=eps,
+        BIAS=("walked" if swaps else "owned") if needs_bias else "",
+        WIDE=is_wide(p, q, v, dv),
+        STAGES=config.num_stages,
+        **product_types(x, tf32),
+        **config._asdict(),
+    )
     factors = ("x", "dy") if swaps else ("dy", "x")
-    if one_pass:
-        stages = config.num_stages
-        launch = Launcher(
-            grad_one_pass_kernel, target, (tiles_o,), EPS=eps, STAGES=stages, **constants
-        )
-        run.new(dg=g)
-        run.call(launch, *factors, "v", "g", "n", "dv", "dg", db)
-    else:
-        launch = Launcher(grad_kernel, target, (tiles_o, tiles_r), **constants)
-        partial = unallocated((tiles_r, o), scale_dtype(v))
-        run.new(partial=partial)
-        run.call(launch, *factors, "v", "dv", "partial", db)
-        finish = weight.prepare_finish_weight_grad(target, dv, partial, v, g, dim, eps)
-        run.call(finish, "dv", "partial", "v", "g", "n", gives=("dg",))
+    run.call(launch, *factors, "v", "g", "n", "dv", "dg", "db" if needs_bias else "dv")
     return run.returning("dv", "dg", "db" if needs_bias else None)

@@ -1,9 +1,13 @@
 """Norms of slices along any dimension: `n_j = max(‖V_j‖₂, eps)`, `+inf` for zero.
 
-A slice is a row of `R` elements in up to three nested loops (`launch.Slices`), and `Σ A_j B_j` over
-it is what norms (A = B) and the gradient's dots have in common. One program owns `BLOCK_N` slices.
+A slice has its elements in up to three nested loops (`launch.Slices`), and `Σ A_j B_j` over it is
+what norms (A = B) and the gradient's dots have in common. A program walks `BLOCK_N` slices in tiles
+of three axes: a block of the middle loop, the slices, a block of the innermost loop. With an axis
+for each loop, the compiler finds the axis along which each tensor is contiguous. It loads every
+tensor wide along its own, and turns the tile where two of them differ.
+
 Where the slices are too few to fill the machine, the sum is split: each program leaves a partial
-sum, and a second stage adds them in a fixed order.
+sum, and whoever reads the sums adds the parts in a fixed order.
 """
 
 from __future__ import annotations
@@ -16,7 +20,7 @@ from torch import Tensor
 
 from ...call import kept_shape, scale_dtype
 from . import configs
-from .common import as_norm, dot_coefficient, offsets
+from .common import as_norm, offsets
 from .configs import Target
 from .launch import (
     Launcher,
@@ -33,17 +37,46 @@ from .passes import Pass
 
 
 @triton.jit
-def slice_offsets(offs_n, offs_r, loops, stride, NESTED: tl.constexpr):
-    """Offsets of a `(BLOCK_N, BLOCK_R)` tile. NESTED counts the loops around the innermost."""
-    if NESTED == 0:
-        along = offs_r * stride[3]
-    elif NESTED == 1:
-        along = (offs_r // loops[2]) * stride[2] + (offs_r % loops[2]) * stride[3]
-    else:
-        outer = offs_r // loops[2]
-        along = (outer // loops[1]) * stride[1] + (outer % loops[1]) * stride[2]
-        along += (offs_r % loops[2]) * stride[3]
-    return offs_n[:, None] * stride[0] + along[None, :]
+def tile_offsets(
+    step,
+    offs_n,
+    N,
+    loops,
+    NESTED: tl.constexpr,
+    WIDE: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """The place of tile `step` in the loops: `(outer, offs_p, offs_r, mask)`. NESTED counts the
+    loops around the innermost."""
+    outer = 0
+    block_p = 0
+    block_r = step
+    if NESTED > 0:
+        blocks_r = tl.cdiv(loops[2], BLOCK_R)
+        block_p = step // blocks_r
+        block_r = step % blocks_r
+        if NESTED > 1:
+            blocks_p = tl.cdiv(loops[1], BLOCK_P)
+            outer = block_p // blocks_p
+            block_p = block_p % blocks_p
+    offs_p = offsets(block_p, BLOCK_P, WIDE)
+    offs_r = offsets(block_r, BLOCK_R, WIDE)
+    mask_p = (offs_p < loops[1]) & (outer < loops[0])
+    mask_r = offs_r < loops[2]
+    mask = mask_p[:, None, None] & (offs_n < N)[None, :, None] & mask_r[None, None, :]
+    return outer, offs_p, offs_r, mask
+
+
+@triton.jit
+def tile_addresses(T, stride, outer, offs_p, offs_n, offs_r, WIDE: tl.constexpr):
+    """Of a tile's elements in `T`."""
+    if WIDE:
+        outer = tl.cast(outer, tl.int64)
+    T += outer * stride[1]
+    at_p = (offs_p * stride[2])[:, None, None]
+    at_n = (offs_n * stride[0])[None, :, None]
+    return T + at_p + at_n + (offs_r * stride[3])[None, None, :]
 
 
 @triton.jit
@@ -57,12 +90,17 @@ def load_sum(at, mask, PARTS, stride_part, ACC: tl.constexpr):
 
 
 @triton.jit
+def over_slices(tile):
+    """The sum of a tile's elements for each of its slices."""
+    return tl.sum(tl.sum(tile, axis=2), axis=0)
+
+
+@triton.jit
 def slice_sums(
     A,
     B,
     offs_n,
     N,
-    R,
     loops,
     stride_a,
     stride_b,
@@ -75,25 +113,47 @@ def slice_sums(
     WIDE: tl.constexpr,
     ACC: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    BLOCK_P: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """`⟨A_j, B_j⟩` over the `steps` blocks that follow block `first`; `A` alone if SQUARE. `A` is
-    the sum of PARTS.
+    """`⟨A_j, B_j⟩` over the `steps` tiles from the `first`; `A` alone if SQUARE. `A` is the sum of
+    PARTS.
 
     The sum across lanes comes once, after the loop.
     """
-    sums = tl.zeros((BLOCK_N, BLOCK_R), ACC)
+    sums = tl.zeros((BLOCK_P, BLOCK_N, BLOCK_R), ACC)
     for step in range(steps):
-        offs_r = offsets(first + step, BLOCK_R, WIDE)
-        mask = (offs_n < N)[:, None] & (offs_r < R)[None, :]
-        at = A + slice_offsets(offs_n, offs_r, loops, stride_a, NESTED)
-        a = load_sum(at, mask, PARTS, stride_part, ACC)
+        outer, offs_p, offs_r, mask = tile_offsets(
+            first + step, offs_n, N, loops, NESTED, WIDE, BLOCK_P, BLOCK_R
+        )
+        a_at = tile_addresses(A, stride_a, outer, offs_p, offs_n, offs_r, WIDE)
+        a = load_sum(a_at, mask, PARTS, stride_part, ACC)
         if SQUARE:
             sums += a * a
         else:
-            at = B + slice_offsets(offs_n, offs_r, loops, stride_b, NESTED)
-            sums += a * tl.load(at, mask=mask, other=0.0).to(ACC)
-    return tl.sum(sums, axis=1)
+            b_at = tile_addresses(B, stride_b, outer, offs_p, offs_n, offs_r, WIDE)
+            sums += a * tl.load(b_at, mask=mask, other=0.0).to(ACC)
+    return over_slices(sums)
+
+
+@triton.jit
+def partial_sums(
+    PARTIAL,
+    offs_n,
+    N,
+    SPLITS,
+    ACC: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+):
+    """The sums of slices whose SPLITS partial sums lie in PARTIAL, of shape (SPLITS, N)."""
+    sums = tl.zeros((BLOCK_S, BLOCK_N), ACC)
+    for start in range(0, SPLITS, BLOCK_S):
+        offs_s = start + tl.arange(0, BLOCK_S)
+        mask = (offs_s < SPLITS)[:, None] & (offs_n < N)[None, :]
+        at = offs_s.to(tl.int64)[:, None] * N + offs_n[None, :]
+        sums += tl.load(PARTIAL + at, mask=mask, other=0.0)
+    return tl.sum(sums, axis=0)
 
 
 @triton.jit
@@ -102,7 +162,6 @@ def slice_sum_kernel(
     B,
     OUT,
     N,
-    R,
     loops,
     steps,
     stride_a,
@@ -116,6 +175,7 @@ def slice_sum_kernel(
     WIDE: tl.constexpr,
     ACC: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    BLOCK_P: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
     """OUT[split, j] = Σ A_j B_j over this split; with AS_NORM (one split) the norm of it."""
@@ -126,7 +186,6 @@ def slice_sum_kernel(
         B,
         offs_n,
         N,
-        R,
         loops,
         stride_a,
         stride_b,
@@ -139,6 +198,7 @@ def slice_sum_kernel(
         WIDE,
         ACC,
         BLOCK_N,
+        BLOCK_P,
         BLOCK_R,
     )
     if AS_NORM:
@@ -149,36 +209,21 @@ def slice_sum_kernel(
 @triton.jit
 def finish_kernel(
     PARTIAL,
-    G,
-    NORM,
-    DG,
-    COEF,
+    OUT,
     N,
     SPLITS,
-    GRAD: tl.constexpr,
+    AS_NORM: tl.constexpr,
     EPS: tl.constexpr,
     ACC: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    BLOCK_R: tl.constexpr,
+    BLOCK_S: tl.constexpr,
 ):
-    """Adds the partial sums in order. NORM from squares, or with GRAD: DG and COEF from dots."""
+    """OUT[j] = the sum of the partial sums; with AS_NORM the norm of it."""
     offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    mask_n = offs_n < N
-    sums = tl.zeros((BLOCK_N, BLOCK_R), ACC)
-    for start in range(0, SPLITS, BLOCK_R):
-        offs_s = start + tl.arange(0, BLOCK_R)
-        mask = mask_n[:, None] & (offs_s < SPLITS)[None, :]
-        at = offs_s.to(tl.int64)[None, :] * N + offs_n[:, None]
-        sums += tl.load(PARTIAL + at, mask=mask, other=0.0)
-    total = tl.sum(sums, axis=1)
-    if GRAD:
-        n = tl.load(NORM + offs_n, mask=mask_n, other=1.0)
-        g = tl.load(G + offs_n, mask=mask_n, other=0.0).to(ACC)
-        dg = total / n
-        tl.store(DG + offs_n, dg, mask=mask_n)
-        tl.store(COEF + offs_n, dot_coefficient(g, n, dg, EPS), mask=mask_n)
-    else:
-        tl.store(NORM + offs_n, as_norm(total, EPS), mask=mask_n)
+    sums = partial_sums(PARTIAL, offs_n, N, SPLITS, ACC, BLOCK_N, BLOCK_S)
+    if AS_NORM:
+        sums = as_norm(sums, EPS)
+    tl.store(OUT + offs_n, sums, mask=offs_n < N)
 
 
 # --- launchers ---------------------------------------------------------------------------------
@@ -211,39 +256,44 @@ def prepare_slice_norms(
         run_dense = prepare_slice_norms(target, v.contiguous(), dim, eps, config, splits)
         return lambda v: run_dense(v.contiguous())
     walk = Walk(slices, [v], target, config, splits)
-    split = walk.splits > 1
     norm = unallocated(kept_shape(v.shape, dim), scale_dtype(v))
-    launch = Launcher(
-        slice_sum_kernel,
-        target,
-        walk.grid,
-        PARTS=1,
-        stride_part=0,
-        EPS=eps,
-        SQUARE=True,
-        AS_NORM=not split,
-        **walk.strides(a=0, b=0),
-        **walk.arguments,
-    )
+    sums = prepare_sums(walk, target, eps, 0, 0)
     run = Pass("v")
     run.new(norm=norm)
-    if split:
-        partial = unallocated((walk.splits, slices.n), norm.dtype)
-        finish = prepare_finish(target, partial, eps, grad=False)
-        run.new(partial=partial)
-        run.call(launch, "v", "v", "partial")
-        run.call(finish, "partial", "norm", "norm", "norm", "norm")
+    if walk.splits == 1:
+        run.call(sums, "v", "v", "norm")
     else:
-        run.call(launch, "v", "v", "norm")
+        partial = unallocated((walk.splits, slices.n), norm.dtype)
+        run.new(partial=partial)
+        run.call(sums, "v", "v", "partial")
+        run.call(prepare_finish(target, partial, eps, as_norm=True), "partial", "norm")
     return run.returning("norm")
 
 
 remembered_slice_norms = remembered(prepare_slice_norms)
 
 
-def prepare_finish(target: Target, partial: Tensor, eps: float, *, grad: bool) -> Launcher:
-    """The second stage over `partial` of shape (splits, N): norms, or with `grad` `dg` and `c`.
-    Called as `finish(partial, g, norm, dg, coef)`."""
+def prepare_sums(
+    walk: Walk, target: Target, eps: float, a: int, b: int, parts: Tensor | None = None
+) -> Launcher:
+    """`sums(A, B, out)` of the tensors `a` and `b` of the walk: partial sums, or norms where `A` is
+    `B` and the walk is not split. `A` may be in parts, stacked."""
+    return Launcher(
+        slice_sum_kernel,
+        target,
+        walk.grid,
+        PARTS=1 if parts is None else len(parts),
+        stride_part=0 if parts is None else parts.stride(0),
+        SQUARE=a == b,
+        AS_NORM=a == b and walk.splits == 1,
+        EPS=eps,
+        **walk.strides(a=a, b=b),
+        **walk.arguments,
+    )
+
+
+def prepare_finish(target: Target, partial: Tensor, eps: float, *, as_norm: bool) -> Launcher:
+    """`finish(partial, out)` adds up partial sums of shape (splits, N): sums, or norms."""
     splits, n = partial.shape
     config = configs.finish(partial.element_size())
     return Launcher(
@@ -253,7 +303,7 @@ def prepare_finish(target: Target, partial: Tensor, eps: float, *, grad: bool) -
         N=n,
         SPLITS=splits,
         EPS=eps,
-        GRAD=grad,
+        AS_NORM=as_norm,
         ACC=acc_type(partial),
         **config._asdict(),
     )

@@ -7,16 +7,42 @@ The native library executes one without Python in between (backends/native/passe
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from . import launch
 from .launch import Launcher
 
 Layout = tuple[Sequence[int], Sequence[int], torch.dtype]  # shape, strides, dtype
 Indices = tuple[int | None, ...]  # of tensors; `None` for no tensor
+
+
+@dataclass(frozen=True)
+class Product:
+    """PyTorch's product of two matrices as a step: `(A B + bias,)`, of `Aᵀ` or `Bᵀ` where it turns
+    them. Without a bias it is given none."""
+
+    turns_a: bool = False
+    turns_b: bool = False
+
+    operation: ClassVar[str] = "product"
+
+    def __call__(self, a: Tensor, b: Tensor, bias: Tensor | None) -> tuple[Tensor]:
+        a = a.t() if self.turns_a else a
+        b = b.t() if self.turns_b else b
+        return (torch.mm(a, b) if bias is None else torch.addmm(bias.to(a.dtype), a, b),)
+
+
+@dataclass(frozen=True)
+class ColumnSums:
+    """PyTorch's sums of a matrix's columns as a step."""
+
+    operation: ClassVar[str] = "sums"
+
+    def __call__(self, a: Tensor) -> tuple[Tensor]:
+        return (a.sum(0),)
 
 
 class Pass:
@@ -31,6 +57,8 @@ class Pass:
     A call allocates every tensor first, on the device of the first argument, then takes the steps
     in their order. It returns a tuple. An argument may be `None` where no step takes it.
 
+    A step is a launch, an operation of PyTorch's, or any other function.
+
     Attributes:
         arguments: how many arguments there are. They are the tensors 0, 1, ...
         layouts: the layouts of the tensors that follow; `None` for the result of a function.
@@ -39,8 +67,6 @@ class Pass:
     """
 
     __slots__ = ("_names", "arguments", "layouts", "results", "steps")
-
-    is_observed = staticmethod(launch.is_observed)
 
     def __init__(self, *arguments: str) -> None:
         self.arguments = len(arguments)
@@ -97,11 +123,10 @@ class Pass:
                     held[i] = t  # type: ignore[index]
         return _chosen(held, self.results)
 
-    def only_launches(self) -> bool:
-        """Whether every step is a launch whose tensors are passed by their addresses."""
+    def needs_no_python(self) -> bool:
+        """Whether the native library can take every step: launches, and operations of PyTorch's."""
         return all(
-            isinstance(function, Launcher) and not function.descriptors
-            for function, _, _ in self.steps
+            isinstance(function, Launcher | Product | ColumnSums) for function, _, _ in self.steps
         )
 
 

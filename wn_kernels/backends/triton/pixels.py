@@ -6,7 +6,7 @@ dimensions: those that a lower rank lacks have size 1, which folds away when a k
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 import triton
@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .common import offsets
-from .launch import allocator, unallocated
+from .launch import unallocated
 
 # --- in a kernel -------------------------------------------------------------------------------
 
@@ -41,11 +41,11 @@ def block_of_taps(block, taps, R, FLAT: tl.constexpr, WIDE: tl.constexpr, BLOCK_
     """Positions of the tap, channels, and which of them exist, of a block along the reduced axis.
 
     A block is BLOCK_R channels under one tap; FLAT walks taps and channels as one axis, for
-    channels too few to fill a block.
+    channels too few to fill a block, and each of them has a tap of its own.
     """
     if FLAT:
         flat = offsets(block, BLOCK_R, WIDE)
-        tap = (flat // R)[None, :]
+        tap = flat // R
         offs_r = flat % R
         exists = flat < taps[0] * taps[1] * taps[2] * R
     else:
@@ -58,8 +58,14 @@ def block_of_taps(block, taps, R, FLAT: tl.constexpr, WIDE: tl.constexpr, BLOCK_
 
 @triton.jit
 def as_rows(q):
-    """Positions of pixels, to broadcast over channels."""
+    """Positions, to broadcast over columns."""
     return (q[0][:, None], q[1][:, None], q[2][:, None])
+
+
+@triton.jit
+def as_columns(j):
+    """Positions, to broadcast over rows."""
+    return (j[0][None, :], j[1][None, :], j[2][None, :])
 
 
 @triton.jit
@@ -104,16 +110,6 @@ def channels_last(x: Tensor) -> Tensor:
     if x.stride(1) == 1 or x.shape[1] == 1:
         return x
     return with_channels_last(x.shape[0], x.shape[1], x.shape[2:], x.dtype)
-
-
-def repacker(x: Tensor) -> Callable[[Tensor], Tensor]:
-    """A function of a tensor laid out like `x` that returns it with its channels contiguous, copied
-    where they are not."""
-    packed = channels_last(x)
-    if packed is x:
-        return lambda x: x
-    new = allocator(packed)
-    return lambda x: new(x).copy_(x)
 
 
 def activation_strides(x: Tensor) -> tuple[int, ...]:

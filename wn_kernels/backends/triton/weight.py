@@ -3,8 +3,12 @@
     W = s ⊙ V,   s_j = g_j / n_j
     a_j = ⟨dW_j, V_j⟩,   dg_j = a_j / n_j,   c_j = s_j dg_j / n_j,   dV = s ⊙ dW - c ⊙ V
 
-A program walks its slices once for the sum and once more, out of cache, for the result. Where the
-sum is split (`norm.py`), it is taken beforehand and an element-wise pass follows.
+There are three forms. "held": the slices of a program are one tile, which stays in registers from
+the sum to the result, so that everything is read once. "walked": a program walks its slices once
+for the sum, and back for the result. "partial": the sum is split (`norm.py`). A first kernel leaves
+partial sums, and each program of the second adds up those of its slices.
+
+What is walked a second time is walked in reverse, as the cache has the last of it.
 """
 
 from __future__ import annotations
@@ -31,11 +35,12 @@ from .launch import (
 )
 from .norm import (
     load_sum,
-    prepare_finish,
-    remembered_slice_norms,
-    slice_offsets,
-    slice_sum_kernel,
+    over_slices,
+    partial_sums,
+    prepare_sums,
     slice_sums,
+    tile_addresses,
+    tile_offsets,
 )
 from .passes import Pass
 from .pixels import with_channels_last
@@ -44,36 +49,52 @@ from .pixels import with_channels_last
 
 
 @triton.jit
+def reversed_ids():
+    """The program's ids, counted from the last."""
+    return tl.num_programs(0) - 1 - tl.program_id(0), tl.num_programs(1) - 1 - tl.program_id(1)
+
+
+@triton.jit
 def weight_kernel(
     V,
     G,
+    PARTIAL,
     NORM,
     W,
     N,
-    R,
     loops,
     steps,
     stride_v,
     stride_w,
-    FUSED: tl.constexpr,
+    SPLITS,
+    FORM: tl.constexpr,
     EPS: tl.constexpr,
     NESTED: tl.constexpr,
     WIDE: tl.constexpr,
     ACC: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    BLOCK_P: tl.constexpr,
     BLOCK_R: tl.constexpr,
+    BLOCK_S: tl.constexpr,
 ):
-    """W = g / n ⊙ V. FUSED takes the norms itself and stores them; otherwise they are ready."""
-    offs_n = offsets(tl.program_id(0), BLOCK_N, WIDE)
-    first = tl.program_id(1) * steps
+    """W = g / n ⊙ V, and NORM. Only the form "partial" reads PARTIAL, the sums of squares."""
+    block_n, split = reversed_ids()
+    offs_n = offsets(block_n, BLOCK_N, WIDE)
     mask_n = offs_n < N
-    if FUSED:
+    first = split * steps
+    if FORM == "held":
+        outer, offs_p, offs_r, mask = tile_offsets(
+            first, offs_n, N, loops, NESTED, WIDE, BLOCK_P, BLOCK_R
+        )
+        v_at = tile_addresses(V, stride_v, outer, offs_p, offs_n, offs_r, WIDE)
+        v = tl.load(v_at, mask=mask, other=0.0).to(ACC)
+        squares = over_slices(v * v)
+    elif FORM == "walked":
         squares = slice_sums(
             V,
             V,
             offs_n,
             N,
-            R,
             loops,
             stride_v,
             stride_v,
@@ -86,20 +107,24 @@ def weight_kernel(
             WIDE,
             ACC,
             BLOCK_N,
+            BLOCK_P,
             BLOCK_R,
         )
-        n = as_norm(squares, EPS)
-        tl.store(NORM + offs_n, n, mask=mask_n)
     else:
-        n = tl.load(NORM + offs_n, mask=mask_n, other=1.0)
+        squares = partial_sums(PARTIAL, offs_n, N, SPLITS, ACC, BLOCK_N, BLOCK_S)
+    n = as_norm(squares, EPS)
+    tl.store(NORM + offs_n, n, mask=mask_n & (split == 0))
     scale = tl.load(G + offs_n, mask=mask_n, other=0.0).to(ACC) / n
     for step in range(steps):
-        offs_r = offsets(first + step, BLOCK_R, WIDE)
-        mask = mask_n[:, None] & (offs_r < R)[None, :]
-        at = V + slice_offsets(offs_n, offs_r, loops, stride_v, NESTED)
-        v = tl.load(at, mask=mask, other=0.0).to(ACC)
-        at = W + slice_offsets(offs_n, offs_r, loops, stride_w, NESTED)
-        tl.store(at, cast(v * scale[:, None], W.dtype.element_ty), mask=mask)
+        outer, offs_p, offs_r, mask = tile_offsets(
+            first + steps - 1 - step, offs_n, N, loops, NESTED, WIDE, BLOCK_P, BLOCK_R
+        )
+        if FORM != "held":
+            v_at = tile_addresses(V, stride_v, outer, offs_p, offs_n, offs_r, WIDE)
+            v = tl.load(v_at, mask=mask, other=0.0).to(ACC)
+        w = cast(v * scale[None, :, None], W.dtype.element_ty)
+        w_at = tile_addresses(W, stride_w, outer, offs_p, offs_n, offs_r, WIDE)
+        tl.store(w_at, w, mask=mask)
 
 
 @triton.jit
@@ -108,11 +133,10 @@ def weight_grad_kernel(
     V,
     G,
     NORM,
+    PARTIAL,
     DG,
-    COEF,
     DV,
     N,
-    R,
     loops,
     steps,
     stride_w,
@@ -120,28 +144,40 @@ def weight_grad_kernel(
     stride_d,
     PARTS,
     stride_part,
-    FUSED: tl.constexpr,
+    SPLITS,
+    FORM: tl.constexpr,
     EPS: tl.constexpr,
     NESTED: tl.constexpr,
     WIDE: tl.constexpr,
     ACC: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    BLOCK_P: tl.constexpr,
     BLOCK_R: tl.constexpr,
+    BLOCK_S: tl.constexpr,
 ):
-    """DV = g / n ⊙ DW - c ⊙ V; DV may be DW, which is the sum of PARTS. FUSED takes the dots
-    itself and stores DG; otherwise COEF is ready."""
-    offs_n = offsets(tl.program_id(0), BLOCK_N, WIDE)
-    first = tl.program_id(1) * steps
+    """DV = g / n ⊙ DW - c ⊙ V, and DG; DV may be DW, which is the sum of PARTS. Only the form
+    "partial" reads PARTIAL, the dots."""
+    block_n, split = reversed_ids()
+    offs_n = offsets(block_n, BLOCK_N, WIDE)
     mask_n = offs_n < N
+    first = split * steps
     n = tl.load(NORM + offs_n, mask=mask_n, other=1.0)
     g = tl.load(G + offs_n, mask=mask_n, other=0.0).to(ACC)
-    if FUSED:
+    if FORM == "held":
+        outer, offs_p, offs_r, mask = tile_offsets(
+            first, offs_n, N, loops, NESTED, WIDE, BLOCK_P, BLOCK_R
+        )
+        dw_at = tile_addresses(DW, stride_w, outer, offs_p, offs_n, offs_r, WIDE)
+        dw = load_sum(dw_at, mask, PARTS, stride_part, ACC)
+        v_at = tile_addresses(V, stride_v, outer, offs_p, offs_n, offs_r, WIDE)
+        v = tl.load(v_at, mask=mask, other=0.0).to(ACC)
+        dots = over_slices(dw * v)
+    elif FORM == "walked":
         dots = slice_sums(
             DW,
             V,
             offs_n,
             N,
-            R,
             loops,
             stride_w,
             stride_v,
@@ -154,23 +190,26 @@ def weight_grad_kernel(
             WIDE,
             ACC,
             BLOCK_N,
+            BLOCK_P,
             BLOCK_R,
         )
-        dg = dots / n
-        coef = dot_coefficient(g, n, dg, EPS)
-        tl.store(DG + offs_n, dg, mask=mask_n)
     else:
-        coef = tl.load(COEF + offs_n, mask=mask_n, other=0.0)
+        dots = partial_sums(PARTIAL, offs_n, N, SPLITS, ACC, BLOCK_N, BLOCK_S)
+    dg = dots / n
+    tl.store(DG + offs_n, dg, mask=mask_n & (split == 0))
     scale = g / n
+    coef = dot_coefficient(g, n, dg, EPS)
     for step in range(steps):
-        offs_r = offsets(first + step, BLOCK_R, WIDE)
-        mask = mask_n[:, None] & (offs_r < R)[None, :]
-        at = DW + slice_offsets(offs_n, offs_r, loops, stride_w, NESTED)
-        dw = load_sum(at, mask, PARTS, stride_part, ACC)
-        at = V + slice_offsets(offs_n, offs_r, loops, stride_v, NESTED)
-        v = tl.load(at, mask=mask, other=0.0).to(ACC)
-        at = DV + slice_offsets(offs_n, offs_r, loops, stride_d, NESTED)
-        tl.store(at, scale[:, None] * dw - coef[:, None] * v, mask=mask)
+        outer, offs_p, offs_r, mask = tile_offsets(
+            first + steps - 1 - step, offs_n, N, loops, NESTED, WIDE, BLOCK_P, BLOCK_R
+        )
+        if FORM != "held":
+            dw_at = tile_addresses(DW, stride_w, outer, offs_p, offs_n, offs_r, WIDE)
+            dw = load_sum(dw_at, mask, PARTS, stride_part, ACC)
+            v_at = tile_addresses(V, stride_v, outer, offs_p, offs_n, offs_r, WIDE)
+            v = tl.load(v_at, mask=mask, other=0.0).to(ACC)
+        dv_at = tile_addresses(DV, stride_d, outer, offs_p, offs_n, offs_r, WIDE)
+        tl.store(dv_at, scale[None, :, None] * dw - coef[None, :, None] * v, mask=mask)
 
 
 # --- launchers ---------------------------------------------------------------------------------
@@ -217,25 +256,22 @@ def prepare_weight_norm(
 
         return run_copied
     walk = Walk(slices, [w, v], target, config, splits)
-    fused = walk.splits == 1
     launch = Launcher(
         weight_kernel,
         target,
         walk.grid,
         EPS=eps,
-        FUSED=fused,
         **walk.strides(v=1, w=0),
-        **walk.arguments,
+        **walk.finishing(walk.form, walk.splits),
     )
-
     run = Pass("v", "g")
-    run.new(w=w)
-    if fused:
-        run.new(norm=unallocated(kept_shape(v.shape, dim), scale_dtype(v)))
-    else:
-        norms = remembered_slice_norms(target, (v,), dim, eps, config, splits)
-        run.call(norms, "v", gives=("norm",))
-    run.call(launch, "v", "g", "norm", "w")
+    run.new(w=w, norm=unallocated(kept_shape(v.shape, dim), scale_dtype(v)))
+    partial = "norm"  # which no other form reads
+    if walk.form == "partial":
+        partial = "partial"
+        run.new(partial=unallocated((walk.splits, slices.n), scale_dtype(v)))
+        run.call(prepare_sums(walk, target, eps, 1, 1), "v", "v", "partial")
+    run.call(launch, "v", "g", partial, "norm", "w")
     return run.returning("w", "norm")
 
 
@@ -293,85 +329,31 @@ def prepare_weight_norm_backward(
         return run_copied
     walk = Walk(slices, [dv, parts, v], target, config, splits)
     run = Pass("dw", "v", "g", "norm")
-    run.new(dv=dv)
-    if walk.splits == 1:
-        run.new(dg=g)
-        launch = _weight_grad_launcher(walk, target, parts, eps, fused=True)
-        run.call(launch, "dw", "v", "g", "norm", "dg", "norm", "dv")
-        return run.returning("dv", "dg")
-    partial = unallocated((walk.splits, walk.slices.n), scale_dtype(v))
-    dots = Launcher(
-        slice_sum_kernel,
-        target,
-        walk.grid,
-        PARTS=len(parts),
-        stride_part=parts.stride(0),
-        SQUARE=False,
-        AS_NORM=False,
-        EPS=eps,
-        **walk.strides(a=1, b=2),
-        **walk.arguments,
-    )
-    run.new(partial=partial)
-    run.call(dots, "dw", "v", "partial")
-    finish = _prepare_finish(walk, target, partial, parts, g, eps)
-    run.call(finish, "partial", "dw", "v", "g", "norm", "dv", gives=("dg",))
+    run.new(dv=dv, dg=g)
+    partial = "norm"  # which no other form reads
+    if walk.form == "partial":
+        partial = "partial"
+        run.new(partial=unallocated((walk.splits, slices.n), scale_dtype(v)))
+        run.call(prepare_sums(walk, target, eps, 1, 2, parts), "dw", "v", "partial")
+    launch = _prepare_grad(walk, target, parts, eps, walk.form, walk.splits)
+    run.call(launch, "dw", "v", "g", "norm", partial, "dg", "dv")
     return run.returning("dv", "dg")
 
 
 remembered_weight_norm_backward = remembered(prepare_weight_norm_backward)
 
 
-def prepare_finish_weight_grad(
-    target: Target,
-    dw: Tensor,
-    partial: Tensor,
-    v: Tensor,
-    g: Tensor,
-    dim: int | None,
-    eps: float,
-) -> Pass:
-    """`run(dw, partial, v, g, norm)` returns `(dg,)`, and turns the matrix `dW`, in place, into
-    `dV`, given partial dots.
-
-    `partial` is `(splits, N)`; for `dim=None` all of it belongs to the one slice.
-    """
-    slices = as_slices([dw, dw, v], dim)
-    assert slices is not None  # two dimensions always have a common walk
-    if dim is None:
-        partial = partial.view(-1, 1)
-    walk = Walk(slices, [dw, dw, v], target, None, None)
-    finish = _prepare_finish(walk, target, partial, dw[None], g, eps)
-    run = Pass("dw", "partial", "v", "g", "norm")
-    run.call(finish, "partial", "dw", "v", "g", "norm", "dw", gives=("dg",))
-    return run.returning("dg")
-
-
-def _prepare_finish(
-    walk: Walk, target: Target, partial: Tensor, parts: Tensor, g: Tensor, eps: float
-) -> Pass:
-    """`run(partial, dw, v, g, norm, dv)` sums the dots, then writes `dV`; it returns `(dg,)`."""
-    run = Pass("partial", "dw", "v", "g", "norm", "dv")
-    run.new(dg=g, coef=unallocated(g.shape, partial.dtype))
-    finish = prepare_finish(target, partial, eps, grad=True)
-    run.call(finish, "partial", "g", "norm", "dg", "coef")
-    launch = _weight_grad_launcher(walk, target, parts, eps, fused=False)
-    run.call(launch, "dw", "v", "g", "norm", "dg", "coef", "dv")
-    return run.returning("dg")
-
-
-def _weight_grad_launcher(
-    walk: Walk, target: Target, parts: Tensor, eps: float, *, fused: bool
+def _prepare_grad(
+    walk: Walk, target: Target, parts: Tensor, eps: float, form: str, splits: int
 ) -> Launcher:
-    """The walk is over (dV, dW, V)."""
+    """`grad(dw, v, g, norm, partial, dg, dv)`. The walk is over (dV, dW, V)."""
     return Launcher(
         weight_grad_kernel,
         target,
         walk.grid,
         PARTS=len(parts),
         stride_part=parts.stride(0),
-        FUSED=fused,
         EPS=eps,
         **walk.strides(w=1, v=2, d=0),
-        **walk.arguments,
+        **walk.finishing(form, splits),
     )

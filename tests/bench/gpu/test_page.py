@@ -1,0 +1,180 @@
+"""What was measured, in docs/gpu.md and in the README."""
+
+from pathlib import Path
+
+import pytest
+
+from bench import cli
+from bench.gpu import page
+from tests.bench.gpu.lines import environment, result, status, written
+
+ROOT = Path(__file__).parents[3]
+DOCS, README = ROOT / "docs" / "gpu.md", ROOT / "README.md"
+
+
+def test_both_pages_have_what_the_results_say(monkeypatch):
+    """Those of the committed file that they name."""
+    monkeypatch.chdir(ROOT)
+    for file, marks, tables in (
+        (DOCS, page.MARKS, page.text),
+        (README, page.README_MARKS, page.short),
+    ):
+        text = file.read_text("utf-8")
+        run = page.Run(page.source(text))
+        assert text.partition(marks[0])[2].partition(marks[1])[0].strip() == tables(run)
+
+
+def test_committed_results_are_explained():
+    names = {path.name for path in (ROOT / "docs" / "results" / "gpu-h200").iterdir()}
+    text = DOCS.read_text("utf-8")
+    assert [name for name in names if f"`{name}`" not in text] == []
+
+
+@pytest.fixture
+def run(tmp_path):
+    """Tables of made-up lines, as a list of the lines of each table by its title."""
+
+    def tables(*lines):
+        path = written(tmp_path / "run.jsonl", [environment("linear"), *lines])
+        parts = page.text(page.Run(path)).split("### ")
+        return parts[0], dict(part.split("\n", 1) for part in parts[1:])
+
+    return tables
+
+
+def test_losing_cases_come_first(run):
+    about, tables = run(
+        result("linear", "wins", 1e-5),
+        result("linear", "loses", 3e-5),
+        result("conv", "loses more", 4e-5, mode="train"),
+        result("conv", "within noise", 2.05e-5, mode="train"),
+    )
+    assert about.startswith("One a GPU: driver 580, torch 2, triton 3, Python 3, commit abc, on 20")
+    losing = tables["Every case that loses to PyTorch's weight norm"]
+    assert "2 cases are slower than eager by more than 5%" in losing
+    rows = losing.splitlines()[5:]
+    assert rows[:2] == [
+        "| conv | loses more | train | 10 µs | 20 µs | 40 µs | 2.00 | 4.00 |",
+        "| linear | loses | infer | 10 µs | 20 µs | 30 µs | 1.50 | 3.00 |",
+    ]
+    means = tables["Geometric means, the worst first"].splitlines()
+    worst, best = means[3], means[4]
+    assert worst == (
+        "| conv | train | 2 | 1.43 | 1 | 2.00 (loses more) | 1.02 (within noise) | 2.86 |"
+    )
+    assert best.startswith("| linear | infer | 2 | 0.87 | 1 | 1.50 (loses) | 0.50 (wins) |")
+
+
+def test_every_case_of_a_layer(run):
+    """With its path, and a path that was faster."""
+    more = {"chosen": "one_pass/materialize, keeps nothing"}
+    _, tables = run(
+        result("linear", "a", 4e-5, **more), result("linear", "b", 1e-5, mode="train", **more)
+    )
+    rows = tables["Linear layers"].splitlines()
+    faster = "one_pass | scaled (0.75) | 2.00 | 4.00 | 40 µs |"
+    assert f"| a | infer | 10 µs | 20 µs | 40 µs | {faster}" in rows
+    assert (
+        "| b | train | 10 µs | 20 µs | 10 µs | one_pass/materialize |  | 0.50 | 1.00 | 40 µs |"
+        in rows
+    )
+    rows = tables["Measured over predicted"].splitlines()
+    assert "| linear | infer |  |  | 1.00 |" in rows
+    assert "| linear | train |  |  | 0.25 |" in rows
+
+
+def test_the_host_with_and_without_the_library(run):
+    _, tables = run(result("host", "a", 1e-5), result("host_python", "a", 3e-5))
+    rows = tables["Host: the processor's time of a call"].splitlines()
+    assert "| a | infer | 10 µs | 20 µs |  | 10 µs | 30 µs | 0.50 | 1.50 | 1.00 |" in rows
+    _, tables = run(result("host", "a", 1e-5))
+    rows = tables["Host: the processor's time of a call"].splitlines()
+    assert "| a | infer | 10 µs | 20 µs |  | 10 µs |  | 0.50 |  | 1.00 |" in rows
+
+
+def test_a_model_by_the_clock_and_in_a_graph(run):
+    graph = {name: {"median": t} for name, t in (("plain", 1e-3), ("eager", 2e-3), ("ours", 3e-3))}
+    _, tables = run(result("models", "m", 1e-5, conditions={"CUDA graph": graph}))
+    assert (
+        "1.00 ms | 2.00 ms | 3.00 ms | 0.50 | 1.00 | 1.50, 3.00 |"
+        in tables["Models: HiFi-GAN's vocoder"]
+    )
+
+
+def test_the_operator_beside_a_copy(run):
+    _, tables = run(result("weight_norm", "w, float32", 1e-5, mode="forward"))
+    rows = tables["weight_norm: the operator alone"].splitlines()
+    assert "| w, float32 | forward | 10 µs | 20 µs | 10 µs | 0.50 | 1.00 | 4000 |" in rows
+
+
+def test_the_device_beside_its_data_sheet(run):
+    facts = [
+        {"fact": "copy, bytes/s", "value": 4.2e12, "predicted": 4.8e12},
+        {"fact": "TF32 product, operations/s", "value": 4.11e14, "predicted": 4.95e14},
+        {"fact": "launch, seconds", "value": 6.84e-6, "predicted": 4e-6},
+        {"fact": "clocks before", "value": {"driver_version": "1"}, "predicted": None},
+    ]
+    _, tables = run(*({"section": "facts", "kind": "result", **fact} for fact in facts))
+    rows = tables["The device"].splitlines()
+    assert "| copy | 4.20 TB/s | 4.80 TB/s | 0.88 |" in rows
+    assert "| TF32 product | 411 TFLOP/s | 495 TFLOP/s | 0.83 |" in rows
+    assert "| launch | 6.8 µs | 4.0 µs | 1.71 |" in rows
+
+
+def test_what_went_wrong_is_said(run):
+    """What is wrong, what raised, what was left out and what was killed; and it is in no table."""
+    wrong = result("linear", "a", 1e-5)
+    del wrong["seconds"]["ours"]
+    _, tables = run(
+        wrong,
+        {"section": "linear", "kind": "wrong", "message": "ours is wrong for a"},
+        {"section": "linear", "kind": "error", "message": "b: /a/b-c/d.py:3: no" + 400 * "."},
+        {"section": "conv", "kind": "left out", "cases": ["c", "d"]},
+        status("conv", "FAILED, killed after 45 s"),
+        {"section": "tests", "kind": "result", "test": "t", "outcome": "failed", "message": "m"},
+        {"section": "tests", "kind": "result", "test": "u", "outcome": "passed"},
+    )
+    (title,) = tables
+    assert title == "Tests and faults"
+    for text in (
+        "The kernels' tests: 1 failed, 1 passed.",
+        "- `linear`, wrong and not timed: ours is wrong for a",
+        "- `linear`, raised: b: d.py:3: no....",
+        "- `conv`, left out: 2 cases",
+        "- `conv`: FAILED, killed after 45 s",
+        "- `t` failed: m",
+    ):
+        assert text in tables[title]
+    assert max(map(len, tables[title].splitlines())) < 330
+
+
+def test_the_readme_counts_faults(tmp_path):
+    lines = [environment("linear"), result("linear", "a", 1e-5)]
+    path = written(tmp_path / "run.jsonl", lines)
+    assert "gaps" not in page.short(page.Run(path))
+    wrong = {"section": "linear", "kind": "wrong", "message": "ours is wrong for b"}
+    path = written(tmp_path / "run.jsonl", [*lines, wrong])
+    assert "docs/gpu.md names 1 faults and gaps of this run." in page.short(page.Run(path))
+
+
+def test_publish(tmp_path, monkeypatch, capsys):
+    """The command replaces what lies between the marks of both files, and nothing else."""
+    monkeypatch.chdir(tmp_path)
+    written(tmp_path / "run.jsonl", [environment("linear"), result("linear", "a", 1e-5)])
+    (tmp_path / "docs").mkdir()
+    for path, marks in (("docs/gpu.md", page.MARKS), ("README.md", page.README_MARKS)):
+        (tmp_path / path).write_text("before\n{}\nold\n{}\nafter\n".format(*marks))
+    assert cli.main(["gpu", "--publish", "run.jsonl"]) == 0
+    for path in ("docs/gpu.md", "README.md"):
+        text = (tmp_path / path).read_text("utf-8")
+        assert text.startswith("before\n")
+        assert text.endswith("\nafter\n")
+        assert "old" not in text
+        assert page.source(text) == "run.jsonl"
+        assert "| linear | infer | 1 | 0.50 |" in text
+    (tmp_path / "README.md").write_text("no marks")
+    assert cli.main(["gpu", "--publish", "run.jsonl"]) == 1
+    (tmp_path / "empty.jsonl").write_text("")
+    assert cli.main(["gpu", "--publish", "empty.jsonl"]) == 1
+    assert cli.main(["gpu", "--publish", "none.jsonl"]) == 1
+    assert "holds no results of bench gpu" in capsys.readouterr().out

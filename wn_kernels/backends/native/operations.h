@@ -1,0 +1,57 @@
+// PyTorch's own operations as steps of a pass, as backends/triton/passes.py describes them.
+
+#pragma once
+
+#include <optional>
+#include <string>
+
+#include <torch/csrc/autograd/variable.h>
+
+#include "call.h"
+
+namespace wn_kernels {
+
+// `A B + bias` of two matrices, or of their transposes; or the sums of a matrix's columns.
+class Operation {
+  using variable_list = torch::autograd::variable_list;
+
+ public:
+  // The operation of a step: a function, the tensors that it takes, and the one that it returns.
+  // Nothing for any other function.
+  static std::optional<Operation> of(const py::tuple& step) {
+    const py::object function = step[0];
+    if (!py::hasattr(function, "operation")) return std::nullopt;
+    Operation found;
+    for (const auto& each : step[1]) found.given_.push_back(each.is_none() ? -1 : each.cast<int>());
+    found.result_ = step[2].cast<py::tuple>()[0].cast<int>();
+    found.is_product_ = function.attr("operation").cast<std::string>() == "product";
+    if (found.is_product_) {
+      found.turns_a_ = function.attr("turns_a").cast<bool>();
+      found.turns_b_ = function.attr("turns_b").cast<bool>();
+    }
+    return found;
+  }
+
+  // Takes the step. Called without the GIL.
+  void operator()(variable_list& tensors) const {
+    const Tensor& a = tensors[given_[0]];
+    if (!is_product_) {
+      tensors[result_] = a.sum(0);
+      return;
+    }
+    const Tensor left = turns_a_ ? a.t() : a;
+    const Tensor right = turns_b_ ? tensors[given_[1]].t() : tensors[given_[1]];
+    tensors[result_] = given_[2] < 0
+        ? at::mm(left, right)
+        : at::addmm(tensors[given_[2]].to(left.scalar_type()), left, right);
+  }
+
+ private:
+  Operation() = default;
+
+  std::vector<int> given_;  // -1 for no tensor
+  int result_ = -1;
+  bool is_product_ = false, turns_a_ = false, turns_b_ = false;
+};
+
+}  // namespace wn_kernels

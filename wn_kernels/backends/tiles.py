@@ -1,0 +1,115 @@
+"""What the kernels on a GPU and the cost model share: the tiles of a convolution's products, how
+long a program walks, and how a linear layer's gradients are shared among programs.
+
+The loops of a convolution's products are bound by latency: a step takes as long as its loads do,
+whatever the tile. So the choice of a tile and the cost model count the same steps. This file
+imports no Triton, because the cost model runs without it.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+# The addition of the parts of a split sum costs as much as this many steps.
+SUM_STEPS = 8
+# A tile's loads of this many bytes take as long as their latency.
+STEP_BYTES = 2**15
+
+# Up to this many rows of a linear layer's `dY`, the pass that scales them sums their columns too.
+SUMMED_ROWS = 256
+
+
+class Tile(NamedTuple):
+    """A tile of `BLOCK_M` pixels by `BLOCK_O` outputs, walked in steps of `BLOCK_R`.
+
+    Attributes:
+        splits: the programs that share the steps of a tile.
+        steps: the steps that a multiprocessor takes one after the other. A step of a large tile
+            counts as more than one.
+    """
+
+    BLOCK_M: int
+    BLOCK_O: int
+    BLOCK_R: int
+    splits: int
+    steps: float
+
+
+def up_to(size: int, *blocks: int) -> int:
+    """Returns the smallest block that covers `size`, or the largest."""
+    return next((b for b in blocks if size <= b), blocks[-1])
+
+
+def blocks(size: int, block: int) -> int:
+    """Returns the number of blocks that cover `size`."""
+    return -(-size // block)
+
+
+def product(
+    m: int, o: int, r: int, taps: float, rest: int, itemsize: int, ieee: bool, programs: int
+) -> Tile:
+    """Returns the tile of a product over `m` pixels.
+
+    Args:
+        m: pixels of a phase.
+        o, r: output and input channels of a group.
+        taps: the taps that a program walks; their mean, if phases differ.
+        rest: the number of phases times that of groups.
+        itemsize: that of the factors.
+        ieee: whether a float32 product is computed without tensor cores.
+        programs: the multiprocessors to fill.
+    """
+    block_o = up_to(o, 16, 32, 64)
+    if itemsize == 8 or ieee:
+        block_o = min(block_o, 16 if itemsize == 8 else 32)
+        shapes = [(up_to(m, 16, 32), 16)]
+    else:
+        longest = up_to(r, 16, 32, 64, 128) if itemsize == 2 else up_to(r, 16, 32)
+        largest = up_to(m, 16, 32, 64, 128 if itemsize == 2 else 64)
+        shapes = [
+            (block_m, min(longest, 64) if block_m == 128 else longest)
+            for block_m in (16, 32, 64, 128)
+            if block_m <= largest
+        ]
+    found = []
+    for block_m, block_r in shapes:
+        tiles = blocks(m, block_m) * blocks(o, block_o) * rest
+        # Few channels are walked together with the taps.
+        walked = taps * r / block_r if r < 16 else taps * blocks(r, block_r)
+        steps = math.ceil(walked)
+        weight = 1 + (block_m + block_o) * block_r * itemsize / STEP_BYTES
+        for splits in (1, 2, 4, 8, 16, 32):
+            if splits > 1 and (2 * splits > steps or tiles * splits > 2 * programs):
+                break
+            waves = max(1.0, tiles * splits / programs)
+            cost = waves * weight * blocks(steps, splits)
+            added = SUM_STEPS if splits > 1 else 0
+            found.append((cost + added, Tile(block_m, block_o, block_r, splits, cost)))
+    return min(found)[1]
+
+
+def parts(steps: int, tiles: int, programs: int) -> int:
+    """Returns the parts of a sum of `steps` that one program would take for each of the `tiles`.
+    There are as many as fill the machine with four programs for each of its multiprocessors
+    (`programs`), if the addition costs less than the steps that they save."""
+    found = max(1, min(steps // 2, 4 * programs // max(1, tiles)))
+    return found if steps - blocks(steps, found) >= SUM_STEPS else 1
+
+
+def gradient(o: int, r: int, itemsize: int) -> tuple[int, int, int]:
+    """Returns the tile of the gradient of a convolution's weight: pixels of a step, outputs and
+    inputs."""
+    if itemsize == 8:
+        return 16, 16, 32
+    block_o = up_to(o, 16, 32, 64)
+    if r < 16:
+        return 32, block_o, 32
+    return 64 if itemsize == 2 else 32, block_o, up_to(r, 16, 32, 64)
+
+
+def grad_slices(m: int, slices: int, itemsize: int) -> int:
+    """Returns how many slices a program of the one-pass gradient has, for `m` rows. Every program
+    reads all of the other factor, so it has more slices where that is large and enough programs are
+    left."""
+    return 64 if itemsize == 2 and m > 16 and slices >= 8192 else 16

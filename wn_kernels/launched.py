@@ -1,0 +1,243 @@
+"""Layers on a GPU without the native library: what its `launched.h` does, in Python.
+
+Both directions of a call are prepared once, for its dtypes, layouts and options
+(`operators.launches`). A later call looks them up, allocates and launches: nothing is checked,
+planned or looked up below.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import operators
+from .autograd import ONLY_WEIGHT, Weight, needed, recorded_grads
+from .backends import native, reference, vendor
+from .call import PLAIN_TYPES, Grads, Needs, Operands, recorder, rows_of, takes_tf32
+from .operators import Launches
+from .prepare import are_dense
+
+_MOST = 4096  # calls that are kept
+_MOST_BACKWARDS = 8  # layouts of dY, of each
+_prepared: dict[Any, Launches | None] = {}
+native.memos.append(_prepared)
+
+
+def launched(
+    rank: int,
+    x: Tensor | None,
+    v: Tensor,
+    g: Tensor,
+    bias: Tensor | None,
+    geometry: tuple[Any, ...],
+    dim: int | None,
+    eps: float,
+) -> Tensor | None:
+    """The output of a layer, `W` where there is no `x`; `None` for a call that the rest of the
+    package has to serve, or reject.
+
+    Raises:
+        TypeError, ValueError: as `prepare`.
+    """
+    if (
+        not (
+            type(v) in PLAIN_TYPES
+            and type(g) in PLAIN_TYPES
+            and (x is None or type(x) in PLAIN_TYPES)
+            and (bias is None or type(bias) in PLAIN_TYPES)
+        )
+        or recorder(v)
+        or torch._C._is_any_autocast_enabled()
+        or not are_dense(v if x is None else x, v, g, bias)
+        or not g.is_contiguous()
+    ):
+        return None
+    launches = _launches(rank, x, v, g, bias, geometry, dim, eps)
+    if launches is None:
+        return None
+    needs_weight = v.requires_grad or g.requires_grad
+    if not torch.is_grad_enabled() or not (
+        needs_weight
+        or (x is not None and x.requires_grad)
+        or (bias is not None and bias.requires_grad)
+    ):
+        return _forward(launches, x, v, g, bias)[0]
+    if not launches.keeps:
+        return _apply(x, v, g, bias, launches)
+    assert launches.weight is not None
+    return _product(launches, x, _formed(launches.weight, v, g), bias)
+
+
+def _launches(
+    rank: int,
+    x: Tensor | None,
+    v: Tensor,
+    g: Tensor,
+    bias: Tensor | None,
+    geometry: tuple[Any, ...],
+    dim: int | None,
+    eps: float,
+) -> Launches | None:
+    """What is prepared for a call; `None` where the rest of the package serves it."""
+    key: tuple = (
+        *(rank, geometry, dim, eps, v.get_device()),
+        *(v.shape, v.stride(), v.dtype, g.shape, g.dtype),
+        None if bias is None else (bias.shape, bias.stride(), bias.dtype),
+    )
+    if x is not None:
+        tf32 = takes_tf32(x.dtype, "conv" if rank else "matmul")
+        key = (*key, x.shape, x.stride(), x.dtype, tf32)
+    try:
+        found = _prepared.get(key, _prepared)
+    except TypeError:  # an option cannot be hashed
+        return None
+    if found is _prepared:
+        found = operators.launches(rank, (x, v, g, bias), geometry, dim, eps)
+        if len(_prepared) >= _MOST:
+            _prepared.clear()
+        _prepared[key] = found
+    assert found is None or isinstance(found, Launches)
+    return found
+
+
+class Launched(torch.autograd.Function):
+    """The call of a layer whose launches are prepared."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor | None,
+        v: Tensor,
+        g: Tensor,
+        bias: Tensor | None,
+        launches: Launches,
+    ) -> Tensor:
+        y, n = _forward(launches, x, v, g, bias)
+        ctx.save_for_backward(x, v, g, bias, n)
+        ctx.launches = launches
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, v, g, bias, n = ctx.saved_tensors
+        launches, needs = ctx.launches, ctx.needs_input_grad[:4]
+        conv, again = launches.conv, torch.is_grad_enabled()
+        weight = _weight_of(launches, x, v, g) if again else None
+        if type(dy) not in PLAIN_TYPES or recorder(dy) or (again and weight is None):
+            options = conv, launches.dim, launches.eps
+            dx, dv, dg, db = reference.differentiable_grads(dy, None, x, v, g, *options, needs)
+        elif weight is not None:
+            tensors = Operands(x, v, g, bias)
+            needs = needed(ctx, tensors, needs)
+            dx, dv, dg, db = recorded_grads(weight, conv, dy, tensors, n, needs)
+        else:
+            dx, dv, dg, db = _backward(launches, dy, x, v, g, bias, n, needs)
+        if db is not None and bias is not None and db.dtype != bias.dtype:
+            db = db.to(bias.dtype)
+        return dx, dv, dg, db, None
+
+
+# What `Function.apply` calls, which looks for transforms of `torch.func` first: `recorder` has done
+# so already.
+_apply = super(torch.autograd.Function, Launched).apply
+
+
+def _forward(
+    launches: Launches, x: Tensor | None, v: Tensor, g: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """`(y, n)`; `(W, n)` without `x`."""
+    if launches.forms_forward:
+        assert launches.weight is not None
+        w, n = _forward(launches.weight, None, v, g, None)
+        return _product(launches, x, w, bias), n
+    run = launches.run
+    if run is None:
+        return launches.forward(x, v, g, bias)
+    if x is None:
+        return run(v, g)
+    is_flat = launches.conv is not None or x.ndim == 2
+    y, n = run(x if is_flat else rows_of(x), v, g, bias)[:2]  # a convolution's W comes after them
+    return (y, n) if is_flat else (y.view(*x.shape[:-1], len(v)), n)
+
+
+def _formed(launches: Launches, v: Tensor, g: Tensor) -> Tensor:
+    """`W`, as part of the graph, by the launches of the weight alone."""
+    if v.requires_grad or g.requires_grad:
+        return _apply(None, v, g, None, launches)
+    return _forward(launches, None, v, g, None)[0]
+
+
+def _weight_of(launches: Launches, x: Tensor | None, v: Tensor, g: Tensor) -> Weight | None:
+    """What a recorded backward takes: launches of the weight alone in V's dtype, where the call is
+    not that of a weight itself. `None` where Python forms the weight."""
+    dim, eps = launches.dim, launches.eps
+    alone = launches if x is None else _launches(0, None, v, g, None, (), dim, eps)
+    if alone is None:
+        return None
+
+    def grads(dw: Tensor, v: Tensor, g: Tensor, n: Tensor) -> tuple[Any, Any]:
+        dw = dw if x is None else dw.to(v.dtype)
+        return _backward(alone, dw, None, v, g, None, n, ONLY_WEIGHT)[1:3]
+
+    return Weight(functools.partial(_formed, alone), grads, dim, eps)
+
+
+def _product(launches: Launches, x: Any, w: Tensor, bias: Tensor | None) -> Tensor:
+    """The product of `x` with a `W` that is formed, by PyTorch."""
+    if bias is not None and bias.dtype != w.dtype:
+        bias = bias.to(w.dtype)
+    if launches.conv is None:
+        return F.linear(x, w, bias)
+    return vendor.convolution(x, w, bias, launches.conv)
+
+
+def _backward(
+    launches: Launches,
+    dy: Tensor,
+    x: Tensor | None,
+    v: Tensor,
+    g: Tensor,
+    bias: Tensor | None,
+    n: Tensor,
+    needs: Needs,
+) -> Grads:
+    """`(dX, dV, dg, db)`; what is not needed may be `None`."""
+    if launches.forms_backward:
+        return _backward_of_convolution(launches, dy, x, v, g, n, needs)
+    is_flat = x is None or launches.conv is not None or x.ndim == 2
+    flat_dy, flat_x = (dy, x) if is_flat or x is None else (rows_of(dy), rows_of(x))
+    key = needs, flat_dy.stride()
+    run = launches.backwards.get(key, launches)
+    if run is launches:
+        full = len(launches.backwards) >= _MOST_BACKWARDS
+        run = None if full else launches.prepare_backward(flat_dy, flat_x, v, g, needs)
+        if not full:
+            launches.backwards[key] = run
+    if run is None:
+        return launches.backward(dy, x, v, g, bias, n, needs)
+    if x is None:
+        dv, dg = run(dy, v, g, n)
+        return None, dv, dg, None
+    dx, dv, dg, db = run(flat_dy, flat_x, v, g, n)
+    return dx if is_flat or dx is None else dx.view(x.shape), dv, dg, db
+
+
+def _backward_of_convolution(
+    launches: Launches, dy: Tensor, x: Any, v: Tensor, g: Tensor, n: Tensor, needs: Needs
+) -> Grads:
+    """The same around PyTorch's convolution, the layout of whose `dW` it alone determines."""
+    needs_x, needs_v, needs_g, needs_bias = needs
+    needs_weight = needs_v or needs_g
+    weight, conv = launches.weight, launches.conv
+    assert weight is not None
+    assert conv is not None
+    w = _forward(weight, None, v, g, None)[0] if needs_x else v.to(x.dtype)
+    dx, dw, db = vendor.convolution_grads(dy, x, w, conv, needs_x, needs_weight, needs_bias)
+    dv = dg = None
+    if dw is not None:
+        _, dv, dg, _ = _backward(weight, dw, None, v, g, None, n, ONLY_WEIGHT)
+    return dx, dv, dg, db
