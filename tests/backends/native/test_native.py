@@ -2,6 +2,7 @@
 
 import functools
 import re
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -141,22 +142,36 @@ def test_autocast_leaves_float64():
 
 
 @pytest.mark.parametrize("dtypes", NARROW)
-def test_second_derivatives_in_half_precision(dtypes):
-    """The gradient of a gradient's norm, beside the definition's in float64."""
+@pytest.mark.parametrize("kind", ["linear", "one row", "1d", "grouped", "2d", "3d", "up"])
+@pytest.mark.parametrize("variant", ["", "materialize", "widen"])
+def test_second_derivatives_in_half_precision(kind, dtypes, variant):
+    """Those of a loss of the values and of all their gradients, beside the definition's in float64,
+    by the planned variant and by the others."""
 
     def second(layer, leaves, dy):
         y = layer(*leaves)
-        (dx,) = torch.autograd.grad(y, leaves[0], dy, create_graph=True)
-        return torch.autograd.grad(dx.to(scale_dtype(leaves[1])).square().sum(), leaves[1:3])
+        grads = torch.autograd.grad(y, leaves, dy, create_graph=True)
+        wide = scale_dtype(leaves[1])
+        loss = sum(t.to(wide).square().mean() for t in (y, *grads) if t.requires_grad)
+        return torch.autograd.grad(loss, leaves[:3])
 
-    case = Case(9, 48, 40, 0, *dtypes)
-    leaves = case.leaves()
-    found = second(WF.wn_linear, leaves, case.dy)
-    wide = [t.detach().double().requires_grad_() for t in leaves]
-    right = second(lambda *t: reference.linear(*t, 0, 0.0), wide, case.dy.double())
-    for grad, expected, leaf in zip(found, right, leaves[1:3], strict=True):
-        assert grad.dtype == leaf.dtype
-        assert_matches(grad, expected, dtypes[0], 48, roundings=6, scale=right[0].norm().item())
+    if kind in ("linear", "one row"):
+        case = Case(1 if kind == "one row" else 9, 48, 40, 0, *dtypes)
+        plans = planned(variant, variant)
+        definition = functools.partial(reference.linear, dim=0, eps=0.0)
+    else:
+        case = case_of(KINDS, kind, 0, *dtypes)
+        plans = planned(*convolution_plan(case, variant, variant))
+        definition = functools.partial(reference.convolution, conv=case.geometry(), dim=0, eps=0.0)
+    with plans if variant else nullcontext():
+        found = second(
+            linear(case) if isinstance(case, Case) else case.layer, case.leaves(), case.dy
+        )
+    wide = [t.detach().double().requires_grad_() for t in case.leaves()]
+    right = second(definition, wide, case.dy.double())
+    for name, grad, expected in zip("xvg", found, right, strict=True):
+        assert grad.dtype == getattr(case, name).dtype
+        assert_matches(grad, expected, dtypes[0], case.length, roundings=4, what=name)
 
 
 @pytest.mark.parametrize("layout", ["transposed", "sliced", "offset"])
