@@ -285,8 +285,8 @@ def test_host(measured, monkeypatch):
         assert list(line["seconds"]) == list(host.NAMES)
     assert train["predicted"]["ours"] > infer["predicted"]["ours"] > 0
     assert [(line["case"]["label"], line["case"]["mode"]) for line in others] == [
-        ("64×64, dim=0", "infer"),
-        ("64×64, dim=0", "train"),
+        ("weight_norm 64×64, dim=0", "infer"),
+        ("weight_norm 64×64, dim=0", "train"),
         ("tiny", "infer"),
         ("tiny", "train"),
     ]
