@@ -284,6 +284,8 @@ def conv(
     tile = tiles.product(m, o, r, taps, rest, itemsize, ieee, target.multiprocessors)
     # A wide load takes 16 bytes for each of the tile's threads, of which gfx942 has 64 a warp.
     warps = 2 if target.is_amd and ieee else 4
+    if tile.BLOCK_M == 128 and target.architecture == "cuda:80":
+        warps = 8  # the addresses of so many pixels would not fit the registers of four
     stages = 3 if tile.BLOCK_R == 128 and tile.BLOCK_M >= 64 else 4
     if itemsize == 8 or ieee:
         stages = 2
