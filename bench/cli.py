@@ -9,6 +9,7 @@ SUITES = {"linear": "linear layers", "conv": "convolutions"}
 MORE = {
     "norm": "the operator alone",
     "overhead": "layers so small that only the calls count",
+    "second-order": "steps whose loss contains a gradient",
     "models": "whole models (needs the extra of that name)",
 }
 DTYPES = ("float32", "bfloat16", "float16")

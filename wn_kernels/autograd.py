@@ -1,8 +1,10 @@
-"""The `torch.autograd.Function` of every layer.
+"""The `torch.autograd.Function` of every layer, and that of its weight's gradients.
 
-First derivatives run on the backend that served the forward. A backward that is itself being
-differentiated (`create_graph=True`) runs on the composite formula of `backends/reference.py`,
-whose derivatives of every order are right.
+First derivatives run on the backend that served the forward. So does a backward that is itself
+being differentiated (`create_graph=True`). It is recorded as `W`, PyTorch's own products with it,
+which PyTorch differentiates, and `(dV, dg)` as a function of `dW`, `V` and `g`, whose derivative is
+a closed formula (`backends/reference.py`). The forward does not run again. Third derivatives come
+from the formula's own operations.
 
 The Function saves neither its output, so an in-place activation after the layer works, nor `W`.
 Where the plan keeps a small `W`, the weight is differentiable and PyTorch's own layer does the
@@ -16,8 +18,8 @@ the composite formula.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +27,7 @@ from torch import Tensor
 
 from . import operators
 from .backends import aten, reference, vendor
-from .call import Call, Operands
+from .call import Call, Geometry, Grads, Needs, Operands, recorder
 from .plan import Plan
 
 
@@ -54,8 +56,8 @@ class Layer(torch.autograd.Function):
         *saved, n, kept = ctx.saved_tensors
         call, tensors, needs = ctx.call, Operands(*saved), ctx.needs_input_grad[:4]
         if torch.is_grad_enabled():
-            options = call.conv, call.dim, call.eps
-            return *reference.differentiable_grads(dy, *tensors, *options, needs), None, None
+            weight, needs = _weight_of(call, ctx.plan), needed(ctx, tensors, needs)
+            return *recorded_grads(weight, call.conv, dy, tensors, n, needs), None, None
         dx, dv, dg, db = operators.layer_backward(call, ctx.plan, dy, tensors, n, kept, needs)
         if db is not None and tensors.bias is not None and db.dtype != tensors.bias.dtype:
             db = db.to(tensors.bias.dtype)
@@ -73,20 +75,21 @@ def layer(call: Call, plan: Plan, tensors: Operands) -> Tensor:
             return F.linear(x, w, bias)
         return vendor.convolution(x, w, bias, call.conv)
     if x is None and plan.backend == "aten" and plan.forward:
-        fused = _fused_weight(v, g, call)
+        fused = _fused_weight(v, g, call, plan)
         if fused is not None:
             return fused
     return Layer.apply(x, v, g, bias, call, plan)
 
 
-def _fused_weight(v: Tensor, g: Tensor, call: Call) -> Tensor | None:
+def _fused_weight(v: Tensor, g: Tensor, call: Call, plan: Plan) -> Tensor | None:
     """`W` by torch's own kernel, where that serves."""
     if v.is_leaf:  # the hook holds on to `V`, which makes no difference for a leaf
         fused = aten.fused_weight_norm(v, g, call.dim, call.eps, call.x_dtype)
         if fused is not None:
             w = fused[0]
             if w.grad_fn is not None:
-                w.grad_fn.register_hook(functools.partial(_right_second_order, v, g, call.dim))
+                hook = functools.partial(_right_second_order, v, g, fused[1], call, plan)
+                w.grad_fn.register_hook(hook)
             return w
     return None
 
@@ -94,7 +97,9 @@ def _fused_weight(v: Tensor, g: Tensor, call: Call) -> Tensor | None:
 def _right_second_order(
     v: Tensor,
     g: Tensor,
-    dim: int | None,
+    n: Tensor,
+    call: Call,
+    plan: Plan,
     grad_inputs: Sequence[Tensor | None],
     grad_outputs: Sequence[Tensor],
 ) -> tuple[Tensor | None, ...] | None:
@@ -102,6 +107,112 @@ def _right_second_order(
     takes the norm for a constant."""
     if not torch.is_grad_enabled():
         return None
-    needs = (False, *(grad is not None for grad in grad_inputs))
-    dw = grad_outputs[0]
-    return tuple(reference.differentiable_grads(dw, None, v, g, None, None, dim, 0.0, needs)[1:3])
+    needs_v, needs_g = (grad is not None for grad in grad_inputs)
+    tensors = Operands(None, v, g, None)
+    needs = (False, needs_v, needs_g, False)
+    weight = _weight_of(call, plan)
+    return recorded_grads(weight, None, grad_outputs[0], tensors, n, needs)[1:3]
+
+
+# --- a backward that is differentiated -----------------------------------------------------------
+
+
+class Weight(NamedTuple):
+    """The weight alone, on the path of a layer.
+
+    Attributes:
+        form: a function of `(V, g)` that returns `W` as part of the graph.
+        grads: a function of `(dW, V, g, n)` that returns `(dV, dg)`.
+        dim, eps: as in `Call`.
+    """
+
+    form: Callable[[Tensor, Tensor], Tensor]
+    grads: Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Any, Any]]
+    dim: int | None
+    eps: float
+
+
+ONLY_WEIGHT: Needs = (False, True, True, False)
+
+
+def _weight_of(call: Call, plan: Plan) -> Weight:
+    call, plan = call.of_weight(), plan.of_weight()
+
+    def form(v: Tensor, g: Tensor) -> Tensor:
+        return layer(call, plan, Operands(None, v, g, None))
+
+    def grads(dw: Tensor, v: Tensor, g: Tensor, n: Tensor) -> tuple[Any, Any]:
+        tensors = Operands(None, v, g, None)
+        found = operators.layer_backward(call, plan, dw, tensors, n, None, ONLY_WEIGHT)
+        return found[1], found[2]
+
+    return Weight(form, grads, call.dim, call.eps)
+
+
+class WeightGrads(torch.autograd.Function):
+    """`(dV, dg)` of `dW`, the backward of the weight alone. `n` are the norms of the forward."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, dw: Tensor, v: Tensor, g: Tensor, n: Tensor, weight: Weight
+    ) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(dw, v, g, n)
+        ctx.options = weight.dim, weight.eps
+        return weight.grads(dw, v, g, n)
+
+    @staticmethod
+    def backward(ctx: Any, ddv: Tensor, ddg: Tensor) -> tuple[Tensor | None, ...]:
+        dw, v, g, n = ctx.saved_tensors
+        n = None if torch.is_grad_enabled() else n
+        grads = reference.weight_grads_backward(ddv, ddg, dw, v, g, n, *ctx.options)
+        return *grads, None, None
+
+
+def recorded_grads(
+    weight: Weight,
+    conv: Geometry | None,
+    dy: Tensor,
+    tensors: Operands,
+    n: Tensor,
+    needs: Needs,
+) -> Grads:
+    """Returns `(dX, dV, dg, db)` of a layer as part of the graph. A gradient that `needs` excludes
+    may be `None`. `n` are the norms of the forward."""
+    x, v, g, _ = tensors
+    if recorder(dy) == "composite":  # such as a batch of gradients
+        options = conv, weight.dim, weight.eps
+        return reference.differentiable_grads(dy, None, x, v, g, *options, needs)
+    needs_x, needs_v, needs_g, needs_bias = needs
+    needs_weight = needs_v or needs_g
+    dx, dw, db = None, dy, None
+    if x is not None:
+        # Without dX, the weight's values play no part.
+        w = (weight.form(v, g) if needs_x else v.detach()).to(x.dtype)
+        wanted = needs_x, needs_weight, needs_bias
+        if conv is None:
+            dx, dw, db = vendor.linear_grads(dy, x, w, *wanted)
+        else:
+            dx, dw, db = vendor.convolution_grads(dy, x, w, conv, *wanted)
+    dv, dg = WeightGrads.apply(dw, v, g, n, weight) if needs_weight else (None, None)
+    return dx, dv, dg, db
+
+
+def needed(ctx: Any, tensors: Operands, needs: Needs) -> Needs:
+    """Returns which gradients the backward in progress needs, of those that `needs` includes.
+
+    `ctx.needs_input_grad` includes those that `torch.autograd.grad` was not asked for. The products
+    of these would be recorded for nothing.
+    """
+    nodes = (node for node, _ in ctx.next_functions)  # one for each tensor
+    return tuple(  # type: ignore[return-value]
+        t is not None and (_will_run(next(nodes)) and need)
+        for t, need in zip(tensors, needs, strict=True)
+    )
+
+
+def _will_run(node: Any) -> bool:
+    """Returns whether the backward in progress runs a node, or returns its gradient."""
+    try:
+        return node is not None and torch._C._will_engine_execute_node(node)
+    except RuntimeError:  # a leaf whose gradient is returned cannot be looked up
+        return True

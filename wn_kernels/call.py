@@ -208,6 +208,13 @@ class Operands(NamedTuple):
     bias: Tensor | None
 
 
+def rows_of(x: Tensor) -> Tensor:
+    """Returns an `x` of shape `(*, K)` as `(M, K)`."""
+    if x.ndim == 2:
+        return x
+    return x.flatten(0, -2) if x.ndim > 2 else x.unsqueeze(0)
+
+
 # The order is `x`, `V`, `g` and the bias.
 Grads = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 Needs = tuple[bool, bool, bool, bool]

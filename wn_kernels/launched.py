@@ -7,6 +7,7 @@ planned or looked up below.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -14,10 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import operators
+from .autograd import ONLY_WEIGHT, Weight, needed, recorded_grads
 from .backends import native, reference, vendor
-from .backends.aten import convolution_grads
-from .call import PLAIN_TYPES, Grads, Needs, recorder, takes_tf32
-from .operators import Launches, rows
+from .call import PLAIN_TYPES, Grads, Needs, Operands, recorder, rows_of, takes_tf32
+from .operators import Launches
 from .prepare import are_dense
 
 _MOST = 4096  # calls that are kept
@@ -55,6 +56,33 @@ def launched(
         or not g.is_contiguous()
     ):
         return None
+    launches = _launches(rank, x, v, g, bias, geometry, dim, eps)
+    if launches is None:
+        return None
+    needs_weight = v.requires_grad or g.requires_grad
+    if not torch.is_grad_enabled() or not (
+        needs_weight
+        or (x is not None and x.requires_grad)
+        or (bias is not None and bias.requires_grad)
+    ):
+        return _forward(launches, x, v, g, bias)[0]
+    if not launches.keeps:
+        return _apply(x, v, g, bias, launches)
+    assert launches.weight is not None
+    return _product(launches, x, _formed(launches.weight, v, g), bias)
+
+
+def _launches(
+    rank: int,
+    x: Tensor | None,
+    v: Tensor,
+    g: Tensor,
+    bias: Tensor | None,
+    geometry: tuple[Any, ...],
+    dim: int | None,
+    eps: float,
+) -> Launches | None:
+    """What is prepared for a call; `None` where the rest of the package serves it."""
     key: tuple = (
         *(rank, geometry, dim, eps, v.get_device()),
         *(v.shape, v.stride(), v.dtype, g.shape, g.dtype),
@@ -72,24 +100,8 @@ def launched(
         if len(_prepared) >= _MOST:
             _prepared.clear()
         _prepared[key] = found
-    if found is None:
-        return None
-    assert isinstance(found, Launches)
-    needs_weight = v.requires_grad or g.requires_grad
-    if not torch.is_grad_enabled() or not (
-        needs_weight
-        or (x is not None and x.requires_grad)
-        or (bias is not None and bias.requires_grad)
-    ):
-        return _forward(found, x, v, g, bias)[0]
-    if not found.keeps:
-        return _apply(x, v, g, bias, found)
-    assert found.weight is not None
-    if needs_weight:
-        w = _apply(None, v, g, None, found.weight)
-    else:
-        w = _forward(found.weight, None, v, g, None)[0]
-    return _product(found, x, w, bias)
+    assert found is None or isinstance(found, Launches)
+    return found
 
 
 class Launched(torch.autograd.Function):
@@ -113,10 +125,17 @@ class Launched(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, v, g, bias, n = ctx.saved_tensors
         launches, needs = ctx.launches, ctx.needs_input_grad[:4]
-        if torch.is_grad_enabled() or type(dy) not in PLAIN_TYPES or recorder(dy):
-            options = launches.conv, launches.dim, launches.eps
-            return *reference.differentiable_grads(dy, x, v, g, bias, *options, needs), None
-        dx, dv, dg, db = _backward(launches, dy, x, v, g, bias, n, needs)
+        conv, again = launches.conv, torch.is_grad_enabled()
+        weight = _weight_of(launches, x, v, g) if again else None
+        if type(dy) not in PLAIN_TYPES or recorder(dy) or (again and weight is None):
+            options = conv, launches.dim, launches.eps
+            dx, dv, dg, db = reference.differentiable_grads(dy, None, x, v, g, *options, needs)
+        elif weight is not None:
+            tensors = Operands(x, v, g, bias)
+            needs = needed(ctx, tensors, needs)
+            dx, dv, dg, db = recorded_grads(weight, conv, dy, tensors, n, needs)
+        else:
+            dx, dv, dg, db = _backward(launches, dy, x, v, g, bias, n, needs)
         if db is not None and bias is not None and db.dtype != bias.dtype:
             db = db.to(bias.dtype)
         return dx, dv, dg, db, None
@@ -140,10 +159,31 @@ def _forward(
         return launches.forward(x, v, g, bias)
     if x is None:
         return run(v, g)
-    if launches.conv is not None or x.ndim == 2:
-        return run(x, v, g, bias)
-    y, n = run(rows(x), v, g, bias)
-    return y.view(*x.shape[:-1], len(v)), n
+    is_flat = launches.conv is not None or x.ndim == 2
+    y, n = run(x if is_flat else rows_of(x), v, g, bias)[:2]  # a convolution's W comes after them
+    return (y, n) if is_flat else (y.view(*x.shape[:-1], len(v)), n)
+
+
+def _formed(launches: Launches, v: Tensor, g: Tensor) -> Tensor:
+    """`W`, as part of the graph, by the launches of the weight alone."""
+    if v.requires_grad or g.requires_grad:
+        return _apply(None, v, g, None, launches)
+    return _forward(launches, None, v, g, None)[0]
+
+
+def _weight_of(launches: Launches, x: Tensor | None, v: Tensor, g: Tensor) -> Weight | None:
+    """What a recorded backward takes: launches of the weight alone in V's dtype, where the call is
+    not that of a weight itself. `None` where Python forms the weight."""
+    dim, eps = launches.dim, launches.eps
+    alone = launches if x is None else _launches(0, None, v, g, None, (), dim, eps)
+    if alone is None:
+        return None
+
+    def grads(dw: Tensor, v: Tensor, g: Tensor, n: Tensor) -> tuple[Any, Any]:
+        dw = dw if x is None else dw.to(v.dtype)
+        return _backward(alone, dw, None, v, g, None, n, ONLY_WEIGHT)[1:3]
+
+    return Weight(functools.partial(_formed, alone), grads, dim, eps)
 
 
 def _product(launches: Launches, x: Any, w: Tensor, bias: Tensor | None) -> Tensor:
@@ -167,9 +207,9 @@ def _backward(
 ) -> Grads:
     """`(dX, dV, dg, db)`; what is not needed may be `None`."""
     if launches.forms_backward:
-        return _backward_of_product(launches, dy, x, v, g, n, needs)
+        return _backward_of_convolution(launches, dy, x, v, g, n, needs)
     is_flat = x is None or launches.conv is not None or x.ndim == 2
-    flat_dy, flat_x = (dy, x) if is_flat or x is None else (rows(dy), rows(x))
+    flat_dy, flat_x = (dy, x) if is_flat or x is None else (rows_of(dy), rows_of(x))
     key = needs, flat_dy.stride()
     run = launches.backwards.get(key, launches)
     if run is launches:
@@ -186,28 +226,18 @@ def _backward(
     return dx if is_flat or dx is None else dx.view(x.shape), dv, dg, db
 
 
-def _backward_of_product(
+def _backward_of_convolution(
     launches: Launches, dy: Tensor, x: Any, v: Tensor, g: Tensor, n: Tensor, needs: Needs
 ) -> Grads:
-    """The same around PyTorch's product, the layout of whose `dW` it alone determines."""
+    """The same around PyTorch's convolution, the layout of whose `dW` it alone determines."""
     needs_x, needs_v, needs_g, needs_bias = needs
     needs_weight = needs_v or needs_g
-    weight = launches.weight
+    weight, conv = launches.weight, launches.conv
     assert weight is not None
+    assert conv is not None
     w = _forward(weight, None, v, g, None)[0] if needs_x else v.to(x.dtype)
-    dx = dw = db = dv = dg = None
-    if launches.conv is not None:
-        grads = needs_x, needs_weight, needs_bias
-        dx, dw, db = convolution_grads(dy, x, w, launches.conv, *grads)
-    else:
-        flat_dy = rows(dy)
-        if needs_x:
-            dx = torch.mm(flat_dy, w).view(x.shape)
-        if needs_weight:
-            dw = torch.mm(flat_dy.t(), rows(x))
-        if needs_bias:
-            db = flat_dy.sum(0)
+    dx, dw, db = vendor.convolution_grads(dy, x, w, conv, needs_x, needs_weight, needs_bias)
+    dv = dg = None
     if dw is not None:
-        only_weight = (False, True, True, False)
-        _, dv, dg, _ = _backward(weight, dw, None, v, g, None, n, only_weight)
+        _, dv, dg, _ = _backward(weight, dw, None, v, g, None, n, ONLY_WEIGHT)
     return dx, dv, dg, db

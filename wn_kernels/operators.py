@@ -25,7 +25,7 @@ from torch import Tensor
 
 from . import plan as plans
 from .backends import aten, vendor
-from .call import Call, Geometry, Grads, Needs, Operands, kept_shape, recorder, scale_dtype
+from .call import Call, Geometry, Grads, Needs, Operands, kept_shape, recorder, rows_of, scale_dtype
 from .plan import Plan
 from .prepare import prepare
 
@@ -44,13 +44,6 @@ def _is_direct(plan: Plan, v: Tensor) -> bool:
     if not plan.forward:
         return False
     return plan.backend == "aten" or (plan.backend == "triton" and not recorder(v))
-
-
-def rows(x: Tensor) -> Tensor:
-    """`(*, K)` as `(M, K)`."""
-    if x.ndim == 2:
-        return x
-    return x.flatten(0, -2) if x.ndim > 2 else x.unsqueeze(0)
 
 
 # --- one call down -------------------------------------------------------------------------------
@@ -78,7 +71,7 @@ def _run(
     x = tensors.x
     if call.conv is not None or x is None or x.ndim == 2:
         return module.layer(call, plan, tensors, keep, *options)
-    y, n, kept = module.layer(call, plan, tensors._replace(x=rows(x)), keep, *options)
+    y, n, kept = module.layer(call, plan, tensors._replace(x=rows_of(x)), keep, *options)
     return y.view(*x.shape[:-1], len(tensors.v)), n, kept
 
 
@@ -116,8 +109,8 @@ def _run_backward(
     module, x = _module(plan.backend), tensors.x
     if call.conv is not None or x is None or x.ndim == 2:
         return module.layer_backward(call, plan, dy, tensors, n, kept, needs)
-    flat = tensors._replace(x=rows(x))
-    dx, dv, dg, db = module.layer_backward(call, plan, rows(dy), flat, n, kept, needs)
+    flat = tensors._replace(x=rows_of(x))
+    dx, dv, dg, db = module.layer_backward(call, plan, rows_of(dy), flat, n, kept, needs)
     return dx if dx is None else dx.view(x.shape), dv, dg, db
 
 
@@ -178,7 +171,7 @@ def launches(
 def _launches(call: Call, plan: Plan, tensors: Operands) -> Launches | None:
     module, x = _module("triton"), tensors.x
     if x is not None and call.conv is None:
-        tensors = tensors._replace(x=rows(x))
+        tensors = tensors._replace(x=rows_of(x))
     forms_forward, forms_backward = (
         call.conv is not None and way == "materialize" for way in (plan.forward, plan.backward)
     )

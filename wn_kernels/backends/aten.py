@@ -54,6 +54,7 @@ from ..call import (
 )
 from . import vendor
 from .native.limits import LEFT_ROWS
+from .vendor import convolution_grads
 
 INF = float("inf")
 
@@ -456,24 +457,6 @@ def convolution_backward(
     if needs_weight:
         dv, dg = weight_norm_backward(dw, v, g, n, dim, eps, overwrite=True)
     return dx, dv, dg, db
-
-
-def convolution_grads(
-    dy: Tensor, x: Tensor, w: Tensor, conv: Geometry, *needs: bool
-) -> tuple[Any, Any, Any]:
-    """Returns `(dX, dW, db)` of the plain convolution of `x` with `w`, with `None` for those that
-    `needs` excludes."""
-    needs_x, needs_weight, needs_bias = needs
-    db = None
-    # For db alone, ATen would compute the weight's gradient as well. It would sum a float16 dY in
-    # float16.
-    if needs_bias and (not needs_weight or dy.element_size() == 2):
-        db = dy.sum([i for i in range(dy.ndim) if i != 1])
-    if not (needs_x or needs_weight):
-        return None, None, db
-    mask = (needs_x, needs_weight, needs_bias and db is None)
-    dx, dw, bias_grad = vendor.convolution_backward(dy, x, w, conv, mask)
-    return dx, dw, bias_grad if db is None else db
 
 
 def _channel_dots(x: Tensor, dx: Tensor, conv: Geometry, dim: int | None) -> Tensor:

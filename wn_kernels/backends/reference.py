@@ -1,18 +1,37 @@
 """This file defines weight norm and the layers built on it, in differentiable ATen operations.
 
     n_j = ‖V_j‖₂,  with eps > 0: max(‖V_j‖₂, eps)
-    s_j = g_j / n_j,  0 where n_j = 0
+    s_j = g_j / n_j,  0 where V_j = 0 and eps = 0
     W   = s ⊙ V
 
 Norms and scales are computed and kept in float32, or in float64 for a float64 `V`. The product runs
 in the input's dtype. Autograd derives every derivative of every order from these operations. The
-direction of a slice of norm zero is defined as zero, so that its derivatives are finite. The other
-backends are tested against this file in float64. A double backward and `torch.func` transforms run
+direction of a slice of norm zero is defined as zero, so that its derivatives are finite: its norm
+is `+inf`. The other backends are tested against this file in float64. `torch.func` transforms run
 on it.
+
+The backward of a layer takes `dY` to
+
+    dX = dY W,   dW = dYᵀ X,   db = Σ dY
+    dg = ⟨dW, V⟩ / n,   dV = s ⊙ dW − c ⊙ V,   c = s · dg / n
+
+A convolution has products of its own. The backward of this backward is given the gradients `ddX`,
+`ddV`, `ddg` and `ddb` with respect to these results. Its weight's part is `weight_grads_backward`:
+
+    b = ⟨ddV, V⟩ / n,   t = ⟨ddV, dW⟩,   e = (ddg − s · b) / n
+    f = (s · (t − 3 b · dg) + ddg · dg) / n²
+    ddW = s ⊙ ddV + e ⊙ V                          with respect to dW
+    e ⊙ dW − c ⊙ ddV − f ⊙ V,   (t − b · dg) / n   with respect to V and g
+
+The products give the rest. `ddX Wᵀ + X ddWᵀ + ddb` is the gradient with respect to `dY`, and
+`dY ddW` with respect to `x`. `dYᵀ ddX`, with respect to `W`, goes on to `V` and `g` as `dW` does
+above. Where eps clamps a norm, the norm is a constant: `b`, `c`, `f`, and `dg` in these sums, are
+zero.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,25 +39,32 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..call import Geometry, kept_shape, reduced_dims, scale_dtype
+from ..call import Geometry, Grads, kept_shape, reduced_dims, scale_dtype
 from . import vendor
 
 
-def slice_scale(v: Tensor, g: Tensor, dim: int | None, eps: float) -> Tensor:
-    """Returns `s = g / n` in `scale_dtype(v)`, with the shape of `g`."""
-    v = v.to(scale_dtype(v))
-    squares = v.square()
-    if dims := reduced_dims(v.ndim, dim):  # an empty list would make `sum` reduce every dimension
-        # The addition reduces a DTensor's partial sums here, once.
-        squares = squares.sum(dims, keepdim=dim is not None) + 0.0
+def norms(v: Tensor, dim: int | None, eps: float) -> Tensor:
+    """Returns `n` in `scale_dtype(v)`, with the shape of `g`."""
+    squares = _summed(v.to(scale_dtype(v)).square(), dim)
     zero = squares == 0
     # The slope of the root at zero is infinite, and its product with the outer mask's zero would be
     # NaN. The inner `where` keeps it out of the graph.
     n = torch.where(zero, 1.0, squares).sqrt()
-    if eps > 0:
-        n = torch.where(zero | (n <= eps), eps, n)
-        zero = torch.zeros_like(zero)
-    return torch.where(zero, 0.0, g.to(n.dtype) / n)
+    return torch.where(zero | (n <= eps), eps, n) if eps > 0 else torch.where(zero, math.inf, n)
+
+
+def _summed(products: Tensor, dim: int | None) -> Tensor:
+    """Returns the sum of every slice, with dimensions kept."""
+    if dims := reduced_dims(products.ndim, dim):  # for an empty list, `sum` reduces all dimensions
+        # The addition reduces a DTensor's partial sums here, once.
+        return products.sum(dims, keepdim=dim is not None) + 0.0
+    return products
+
+
+def slice_scale(v: Tensor, g: Tensor, dim: int | None, eps: float) -> Tensor:
+    """Returns `s = g / n` in `scale_dtype(v)`, with the shape of `g`."""
+    n = norms(v, dim, eps)
+    return g.to(n.dtype) / n
 
 
 def weight_norm(
@@ -98,26 +124,87 @@ def layer_in_float64(
     return layer(*wide, *options).to((v if x is None else x).dtype)
 
 
+# --- derivatives ---------------------------------------------------------------------------------
+
+
+def weight_grads(
+    dw: Tensor, v: Tensor, g: Tensor, n: Tensor, dim: int | None, eps: float
+) -> tuple[Tensor, Tensor]:
+    """Returns `(dV, dg)`, in the dtypes of `V` and `g`, from `n` as `norms` returns it."""
+    wide_dw, wide_v, s = dw.to(n.dtype), v.to(n.dtype), g.view(n.shape).to(n.dtype) / n
+    dg = _summed(wide_dw * wide_v, dim) / n
+    dv = s * wide_dw - _unless_clamped(s * dg / n, n, eps) * wide_v
+    return dv.to(v.dtype), dg.view(g.shape).to(g.dtype)
+
+
+def weight_grads_backward(
+    ddv: Tensor,
+    ddg: Tensor,
+    dw: Tensor,
+    v: Tensor,
+    g: Tensor,
+    n: Tensor | None,
+    dim: int | None,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns the gradients of `weight_grads` with respect to `dW`, `V` and `g`, in their dtypes.
+    The top of this file has the formulas.
+
+    The derivatives of the result are right if `n` is `None`. The norms are then computed anew.
+    """
+    if n is None:
+        n = norms(v, dim, eps)
+    wide_ddv, wide_dw, wide_v = ddv.to(n.dtype), dw.to(n.dtype), v.to(n.dtype)
+    wide_ddg = ddg.view(n.shape).to(n.dtype)
+    s = g.view(n.shape).to(n.dtype) / n
+    dg = _unless_clamped(_summed(wide_dw * wide_v, dim) / n, n, eps)
+    b = _unless_clamped(_summed(wide_ddv * wide_v, dim) / n, n, eps)
+    t = _summed(wide_ddv * wide_dw, dim)
+    e = (wide_ddg - s * b) / n
+    f = _unless_clamped((s * (t - 3 * b * dg) + wide_ddg * dg) / n / n, n, eps)
+    return (
+        (s * wide_ddv + e * wide_v).to(dw.dtype),
+        (e * wide_dw - s * dg / n * wide_ddv - f * wide_v).to(v.dtype),
+        ((t - b * dg) / n).view(g.shape).to(g.dtype),
+    )
+
+
+def _unless_clamped(t: Tensor, n: Tensor, eps: float) -> Tensor:
+    """Returns `t`, which is a factor of the norm's derivative, with zeros where `eps` clamps the
+    norm."""
+    return t.masked_fill(n <= eps, 0.0) if eps > 0 else t
+
+
 def differentiable_grads(
-    dy: Tensor,
+    dy: Tensor | None,
+    dw: Tensor | None,
     x: Tensor | None,
     v: Tensor,
     g: Tensor,
-    bias: Tensor | None,
     conv: Sequence | None,
     dim: int | None,
     eps: float,
     needs: Sequence[bool],
-) -> list[Tensor | None]:
-    """Returns `(dX, dV, dg, db)` of `layer` as part of the graph. A gradient is `None` if its entry
-    of `needs` is false or missing."""
-    inputs = (x, v, g, bias)
-    needs = [*needs, *[False] * (len(inputs) - len(needs))]
-    with torch.enable_grad():
-        # Aliases separate the inputs, because an input's own history may lead to another input.
-        aliases = [None if t is None else t.view_as(t) for t in inputs]
-        wanted = [t for t, need in zip(aliases, needs, strict=True) if need and t is not None]
-        y = layer(*aliases, conv, dim, eps)  # type: ignore[arg-type, call-arg]
-        y = y.to(dy.dtype)  # `W` alone may be needed in another dtype
-        grads = iter(torch.autograd.grad(y, wanted, dy, create_graph=True))
-    return [next(grads) if need else None for need in needs]
+) -> Grads:
+    """Returns `(dX, dV, dg, db)` of `layer`, with derivatives of every order. A gradient that
+    `needs` excludes, or has no entry for, may be `None`.
+
+    `dY` is the gradient of the output, which is `W` if there is no `x`. `dW` is another one of the
+    weight, which is added to the layer's own. Either may be `None`.
+    """
+    needs_x, needs_v, needs_g, needs_bias = [*needs, *[False] * (4 - len(needs))]
+    n = norms(v, dim, eps)
+    dx = db = None
+    if x is None:
+        dw = dy
+    elif dy is not None:
+        w = (v * (g.view(n.shape).to(n.dtype) / n)).to(x.dtype)
+        wanted = needs_x, needs_v or needs_g, needs_bias
+        if conv is None:
+            dx, own, db = vendor.linear_grads(dy, x, w, *wanted)
+        else:
+            dx, own, db = vendor.convolution_grads(dy, x, w, Geometry(*conv), *wanted)
+        dw = own if dw is None or own is None else own + dw
+    if dw is None or not (needs_v or needs_g):
+        return dx, None, None, db
+    return dx, *weight_grads(dw, v, g, n, dim, eps), db

@@ -1,4 +1,5 @@
-"""Every path that leaves a convolution to PyTorch calls it through this file.
+"""Every path that leaves a convolution to PyTorch calls it through this file, which has the plain
+layers' gradients as well.
 
 On a processor with AMX, oneDNN's convolutions of bfloat16 tensors with three spatial dimensions
 read out of bounds. Their results are wrong by up to 1e15, and some calls crash. There, these
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..call import Geometry
+from ..call import Geometry, rows_of
 
 _plain_backward = torch.ops.aten.convolution_backward.default
 
@@ -83,3 +84,32 @@ def convolution_backward(
         grads = _plain_backward(dy.float(), x.float(), w.float(), sizes, *conv, needs)
     dx, dw, db = (None if grad is None else grad.to(x.dtype) for grad in grads)
     return dx, dw, db
+
+
+def convolution_grads(
+    dy: Tensor, x: Tensor, w: Tensor, conv: Geometry, *needs: bool
+) -> tuple[Any, Any, Any]:
+    """Returns `(dX, dW, db)` of the plain convolution of `x` with `w`, with `None` for those that
+    `needs` excludes. The results are differentiable."""
+    needs_x, needs_weight, needs_bias = needs
+    db = None
+    # For db alone, ATen would compute the weight's gradient as well. It would sum a float16 dY in
+    # float16.
+    if needs_bias and (not needs_weight or dy.element_size() == 2):
+        db = dy.sum([i for i in range(dy.ndim) if i != 1])
+    if not (needs_x or needs_weight):
+        return None, None, db
+    mask = (needs_x, needs_weight, needs_bias and db is None)
+    dx, dw, bias_grad = convolution_backward(dy, x, w, conv, mask)
+    return dx, dw, bias_grad if db is None else db
+
+
+def linear_grads(dy: Tensor, x: Tensor, w: Tensor, *needs: bool) -> tuple[Any, Any, Any]:
+    """Returns the same of the plain linear layer, whose `x` is `(*, K)`."""
+    needs_x, needs_weight, needs_bias = needs
+    rows = rows_of(dy)
+    return (
+        rows.mm(w).view(x.shape) if needs_x else None,
+        rows.t().mm(rows_of(x)) if needs_weight else None,
+        rows.sum(0) if needs_bias else None,
+    )

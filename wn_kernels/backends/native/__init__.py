@@ -38,7 +38,7 @@ import torch
 
 from ... import cache
 from ...call import Call
-from ..reference import differentiable_grads
+from .. import reference
 from . import limits
 
 NAME = "wn_kernels_native"
@@ -185,7 +185,8 @@ def library(*callbacks: Callable[..., tuple | None]) -> Any:
     found = _loaded()[0]
     if found is not _connected:
         if found is not None:
-            found.set_callbacks(*callbacks, differentiable_grads)
+            derivatives = reference.differentiable_grads, reference.weight_grads_backward
+            found.set_callbacks(*callbacks, *derivatives)
         _connected = found
     return found
 

@@ -174,8 +174,11 @@ struct Callbacks {
   py::object plan;
   // (rank, (x, v, g, bias), geometry, dim, eps) -> what `Launches` (launched.h) is made of, or None.
   py::object launches;
-  // (dY, x, v, g, bias, geometry, dim, eps, needs) -> (dX, dV, dg, db), as part of the graph
+  // (dY, dW, x, v, g, geometry, dim, eps, needs) -> (dX, dV, dg, db), of a batch of gradients as well
   py::object differentiable_grads;
+  // (ddV, ddg, dW, v, g, n, dim, eps) -> the gradients of (dV, dg) with respect to dW, v and g; part
+  // of the graph if n is None
+  py::object weight_grads_backward;
 };
 
 inline Callbacks& callbacks() {

@@ -59,6 +59,19 @@ inline std::tuple<Tensor, Tensor, Tensor> plain_grads(
       conv.transposed, conv.output_padding, conv.groups, {needs_x, needs_w, needs_bias});
 }
 
+// The same where nothing may be needed but a bias's gradient, for which ATen alone would compute the
+// weight's as well. In float16, ATen sums it in float16.
+inline std::tuple<Tensor, Tensor, Tensor> plain_convolution_grads(
+    const Tensor& dy, const Tensor& x, const Tensor& w, const Geometry& conv, bool needs_x,
+    bool needs_w, bool needs_bias) {
+  Tensor db;
+  if (needs_bias && (!needs_w || dy.element_size() == 2)) db = bias_grad(dy, 1);
+  if (!needs_x && !needs_w) return {Tensor(), Tensor(), db};
+  auto found = plain_grads(dy, x, w, conv, needs_x, needs_w, needs_bias && !db.defined());
+  if (db.defined()) std::get<2>(found) = db;
+  return found;
+}
+
 inline std::optional<ConvolutionResult> convolution_forward(
     const Tensor& x, const Tensor& v, const Tensor& g, const Tensor& bias, const Geometry& conv,
     at::IntArrayRef y_sizes, double eps, Variant variant, bool keeps) {
@@ -97,13 +110,15 @@ struct Convolution : Function<Convolution> {
     data["eps"] = eps;
     data["variant"] = static_cast<int64_t>(variant);
     data["geometry"] = conv.packed();
+    ctx->set_materialize_grads(false);
     return result.y;
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
     const auto saved = ctx->get_saved_variables();
     const auto &x = saved[0], &v = saved[1], &g = saved[2], &n = saved[3], &w = saved[4];
-    const Tensor& dy = grads[0];
+    const LayerGrads given(grads);
+    const Tensor& dy = given.dy;
     auto& data = ctx->saved_data;
     const double eps = data["eps"].toDouble();
     const auto conv = Geometry::unpacked(data["geometry"].toIntVector());
@@ -112,10 +127,32 @@ struct Convolution : Function<Convolution> {
                needs_bias = data["bias"].toBool() && ctx->needs_input_grad(3);
     const bool needs_weight = needs_v || needs_g;
     variable_list out(8);
-    if (goes_to_composite(dy)) {
-      auto found = composite_grads(dy, x, v, g, conv, eps, {needs_x, needs_v, needs_g});
+    if (given.are_undefined()) return out;
+    if (!given.are_plain()) {
+      auto found = composite_grads(dy, given.dw, x, v, g, conv, eps, {needs_x, needs_v, needs_g});
       std::move(found.begin(), found.end(), out.begin());
-      if (needs_bias) out[3] = bias_grad(dy, 1);
+      if (needs_bias && dy.defined()) out[3] = bias_grad(dy, 1);
+      return out;
+    }
+    if (at::GradMode::is_enabled()) {
+      RECORD_FUNCTION("wn_kernels::convolution_backward, recorded", {});
+      Tensor dw;
+      if (dy.defined()) {
+        Tensor weight = v.detach();  // without dX, its values play no part
+        if (needs_x)
+          weight = recorded_weight(w.defined() ? w.detach() : scaled_weight(v, g, n), v, g);
+        std::tie(out[0], dw, out[3]) =
+            plain_convolution_grads(dy, x, weight, conv, needs_x, needs_weight, needs_bias);
+      }
+      if (needs_weight) {
+        auto found = recorded_weight_grads(given.total(dw), v, g, n, eps);
+        std::move(found.begin(), found.end(), out.begin() + 1);
+      }
+      return out;
+    }
+    if (!dy.defined()) {
+      at::AutoDispatchBelowADInplaceOrView below;
+      std::tie(out[1], out[2]) = weight_grads(given.dw, v, g, n, eps, false);
       return out;
     }
     at::AutoDispatchBelowADInplaceOrView below;
@@ -126,6 +163,10 @@ struct Convolution : Function<Convolution> {
       RECORD_FUNCTION("wn_kernels::convolution_backward, unfold", {});
       std::tie(out[0], out[1], out[2]) =
           unfolded_backward(dy, x, v, g, n, conv, eps, needs_x, needs_weight);
+      if (needs_weight && given.dw.defined()) {
+        const auto [dv, dg] = weight_grads(given.dw, v, g, n, eps, false);
+        out[1].add_(dv), out[2].add_(dg);
+      }
       return out;
     }
     Tensor dw;
@@ -157,7 +198,8 @@ struct Convolution : Function<Convolution> {
     } else {
       take(dy, w.defined() ? w : v, needs_x, needs_weight);
     }
-    if (needs_weight) std::tie(out[1], out[2]) = weight_grads(dw, v, g, n, eps, true);
+    if (needs_weight)
+      std::tie(out[1], out[2]) = weight_grads(given.total(dw), v, g, n, eps, true);
     return out;
   }
 };
@@ -187,8 +229,10 @@ inline MaybeTensor convolution(
   }
   if (!result) return std::nullopt;
   if (!recorded) return result->y;
-  return Convolution::apply(
-      t->x, t->v, t->g, maybe(t->bias), *result, plan.conv, least, plan.backward);
+  return with_weight_grad(
+      Convolution::apply(
+          t->x, t->v, t->g, maybe(t->bias), *result, plan.conv, least, plan.backward),
+      t->v);
 }
 
 }  // namespace wn_kernels

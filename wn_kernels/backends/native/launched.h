@@ -3,7 +3,8 @@
 // Python prepares both directions of a call once, for its dtypes, layouts and options
 // (`operators.launches`). What only allocates, launches and multiplies matrices is a `Pass`, which runs
 // here, and so does PyTorch's own convolution with a `W` that a pass forms. Anything else is a Python
-// function. A backward that is itself differentiated runs on the composite formula.
+// function. A backward that is itself differentiated is recorded as on a CPU (weight.h): its `W` and
+// its `(dV, dg)` are launches of the weight alone.
 
 #pragma once
 
@@ -13,6 +14,7 @@
 #include <torch/custom_class.h>
 
 #include "convolution.h"
+#include "linear.h"
 #include "passes.h"
 
 namespace wn_kernels {
@@ -25,21 +27,15 @@ inline py::tuple as_tuple(const Needs& needs) {
   return py::make_tuple(needs[0], needs[1], needs[2], needs[3]);
 }
 
-// `(*, K)` as `(M, K)`.
-inline Tensor as_rows(const Tensor& x) {
-  if (x.dim() == 2) return x;
-  return x.dim() > 2 ? x.flatten(0, -2) : x.unsqueeze(0);
-}
-
 // One prepared call. Its functions are called without the GIL, and take it where Python runs.
 struct Launches : torch::CustomClassHolder {
   Launches(const py::object& prepared, double eps)
       : forms_forward(prepared.attr("forms_forward").cast<bool>()),
         forms_backward(prepared.attr("forms_backward").cast<bool>()),
-        keeps(prepared.attr("keeps").cast<bool>()), eps(eps),
+        keeps(prepared.attr("keeps").cast<bool>()),
+        axis(prepared.attr("dim").cast<std::optional<int64_t>>().value_or(-1)), eps(eps),
         is_observed(prepared.attr("signs")),
         geometry(references.keep(prepared.attr("conv"))),
-        dim(references.keep(prepared.attr("dim"))),
         python_forward(references.keep(prepared.attr("forward"))),
         python_backward(references.keep(prepared.attr("backward"))),
         prepare_backward(references.keep(prepared.attr("prepare_backward"))),
@@ -79,6 +75,14 @@ struct Launches : torch::CustomClassHolder {
     return conv ? plain(x, w, cast, *conv) : at::linear(x, w, maybe(cast));
   }
 
+  // (dX, dW, db) of that product.
+  std::tuple<Tensor, Tensor, Tensor> product_grads(
+      const Tensor& dy, const Tensor& x, const Tensor& w, const Needs& needs) const {
+    const bool needs_w = needs[1] || needs[2];
+    return conv ? plain_convolution_grads(dy, x, w, *conv, needs[0], needs_w, needs[3])
+                : plain_linear_grads(dy, x, w, needs[0], needs_w, needs[3]);
+  }
+
   // (dX, dV, dg, db); what is not needed may be undefined.
   variable_list backward(
       const Tensor& dy, const Tensor& x, const Tensor& v, const Tensor& g, const Tensor& bias,
@@ -96,11 +100,8 @@ struct Launches : torch::CustomClassHolder {
       return found;
     }
     const py::gil_scoped_acquire gil;
-    const auto found = python_backward(
-        dy, as_object(x), v, g, as_object(bias), n, as_tuple(needs));
-    variable_list out;
-    for (auto& grad : found.cast<std::vector<MaybeTensor>>()) out.push_back(grad.value_or(Tensor()));
-    return out;
+    return as_variables(
+        python_backward(dy, as_object(x), v, g, as_object(bias), n, as_tuple(needs)));
   }
 
   // The same around PyTorch's convolution, the layout of whose dW it alone determines.
@@ -110,15 +111,8 @@ struct Launches : torch::CustomClassHolder {
     const bool needs_weight = needs[1] || needs[2];
     const Tensor formed = needs[0] ? weight->forward({}, v, g, {}, observed).first : Tensor();
     Tensor dx, dw, db;
-    // Alone, ATen would compute the weight's gradient beside it; in float16, it sums in float16.
-    if (needs[3] && (!needs_weight || dy.element_size() == 2)) db = bias_grad(dy, 1);
-    const bool rides = needs[3] && !db.defined();
     const Tensor w = needs[0] ? formed : v.to(x.scalar_type());
-    if (needs[0] || needs_weight) {
-      auto found = plain_grads(dy, x, w, *conv, needs[0], needs_weight, rides);
-      std::tie(dx, dw) = std::tie(std::get<0>(found), std::get<1>(found));
-      if (rides) db = std::get<2>(found);
-    }
+    std::tie(dx, dw, db) = product_grads(dy, x, w, needs);
     variable_list out{dx, {}, {}, db};
     if (needs_weight) {
       auto found = weight->backward(dw, {}, v, g, {}, n, {false, true, true, false}, observed);
@@ -150,9 +144,10 @@ struct Launches : torch::CustomClassHolder {
   References references;
   bool forms_forward, forms_backward;  // whether PyTorch's convolution by W serves a direction
   bool keeps;                          // whether a training step keeps that W
+  int64_t axis;                        // the kept dimension; -1 for the whole of V
   double eps;
   Observation is_observed;
-  py::handle geometry, dim;
+  py::handle geometry;
   py::handle python_forward;    // (x, v, g, bias) -> (y, n)
   py::handle python_backward;   // (dY, x, v, g, bias, n, needs) -> (dX, dV, dg, db)
   py::handle prepare_backward;  // (dY, x, v, g, needs) -> its pass, or None
@@ -163,6 +158,9 @@ struct Launches : torch::CustomClassHolder {
 };
 
 using Prepared = c10::intrusive_ptr<Launches>;
+
+inline std::optional<Prepared> prepared(
+    int64_t rank, const Operands& t, py::handle geometry, py::handle dim, py::handle eps);
 
 // The node of a call. It is no `Function`, whose context takes longer than a launch does.
 class Launched : public torch::autograd::Node {
@@ -187,7 +185,7 @@ class Launched : public torch::autograd::Node {
     for (const Tensor* t : {&x, &v, &g, &bias, &n})
       node->saved_[i++] = torch::autograd::SavedVariable(*t, /*is_output=*/false);
     torch::autograd::set_history(y, node);
-    return y;
+    return x.defined() ? with_weight_grad(y, v) : y;
   }
 
   std::string name() const override { return "wn_kernels::Launched"; }
@@ -198,8 +196,10 @@ class Launched : public torch::autograd::Node {
   }
 
   variable_list apply(variable_list&& grads) override {
-    const Tensor& dy = grads[0];
-    if (!dy.defined()) return variable_list(4);
+    if (grads.size() == 1) grads.emplace_back();
+    const LayerGrads given(grads);
+    const Tensor &dy = given.dy, &dw = given.dw;
+    if (given.are_undefined()) return variable_list(4);
     std::array<Tensor, 5> tensors;
     {
       const std::lock_guard<std::mutex> lock(mutex_);
@@ -208,21 +208,75 @@ class Launched : public torch::autograd::Node {
     const auto& [x, v, g, bias, n] = tensors;
     Needs needs;
     for (size_t i = 0; i < needs.size(); ++i) needs[i] = task_should_compute_output(i);
-    if (!at::GradMode::is_enabled() && is_plain(dy, v.device().type())) {
-      auto out = launches_->backward(dy, x, v, g, bias, n, needs, launches_->is_observed());
-      if (out[3].defined()) out[3] = out[3].to(bias.scalar_type());
-      return out;
+    // The launches of the weight alone, for W and its gradient.
+    const bool again = at::GradMode::is_enabled(), for_weight = again || dw.defined();
+    const auto weight = !x.defined() ? std::make_optional(launches_)
+                        : for_weight ? weight_alone(v, g)
+                                     : std::nullopt;
+    variable_list out(4);
+    if (!given.are_plain(v.device().type()) || (for_weight && !weight)) {
+      const py::gil_scoped_acquire gil;
+      out = as_variables(callbacks().differentiable_grads(
+          as_object(dy), as_object(dw), as_object(x), v, g, launches_->geometry,
+          as_dim(launches_->axis), launches_->eps, as_tuple(needs)));
+    } else if (again) {
+      out = recorded(given, x, v, g, n, needs, **weight);
+    } else {
+      const bool observed = launches_->is_observed();
+      if (dy.defined()) out = launches_->backward(dy, x, v, g, bias, n, needs, observed);
+      if (dw.defined()) {
+        const Needs of_weight{false, needs[1], needs[2], false};
+        const auto more = (*weight)->backward(dw, {}, v, g, {}, n, of_weight, observed);
+        for (const size_t i : {1, 2})
+          if (needs[i]) out[i] = out[i].defined() ? out[i] + more[i] : more[i];
+      }
     }
-    const py::gil_scoped_acquire gil;
-    const auto found = callbacks().differentiable_grads(
-        dy, as_object(x), v, g, as_object(bias), launches_->geometry, launches_->dim,
-        launches_->eps, as_tuple(needs));
-    variable_list out;
-    for (auto& grad : found.cast<std::vector<MaybeTensor>>()) out.push_back(grad.value_or(Tensor()));
+    if (out[3].defined()) out[3] = out[3].to(bias.scalar_type());
     return out;
   }
 
  private:
+  // What forms W alone in V's dtype, and its gradients; nothing where Python does.
+  std::optional<Prepared> weight_alone(const Tensor& v, const Tensor& g) const {
+    const py::gil_scoped_acquire gil;
+    return prepared(
+        0, {{}, v, g, {}}, py::tuple(), as_dim(launches_->axis), py::float_(launches_->eps));
+  }
+
+  // (dX, dV, dg, db) as part of the graph.
+  variable_list recorded(
+      const LayerGrads& given, const Tensor& x, const Tensor& v, const Tensor& g, const Tensor& n,
+      const Needs& needs, Launches& weight) const {
+    const bool observed = launches_->is_observed();
+    Tensor dx, own = x.defined() ? Tensor() : given.dy, db;
+    if (x.defined() && given.dy.defined()) {
+      Tensor w = v.detach();  // without dX, its values play no part
+      if (needs[0]) {
+        {
+          at::AutoDispatchBelowADInplaceOrView below;
+          const at::NoGradGuard no_grad;
+          w = weight.forward({}, v, g, {}, observed).first;
+        }
+        w = recorded_weight(w, v, g);
+      }
+      std::tie(dx, own, db) = launches_->product_grads(given.dy, x, w.to(x.scalar_type()), needs);
+      if (own.defined()) own = own.to(v.scalar_type());
+    }
+    variable_list out{dx, {}, {}, db};
+    if (!needs[1] && !needs[2]) return out;
+    const Tensor dw = given.total(own);
+    variable_list grads;
+    {
+      at::AutoDispatchBelowADInplaceOrView below;
+      const at::NoGradGuard no_grad;
+      grads = weight.backward(dw, {}, v, g, {}, n, {false, true, true, false}, observed);
+    }
+    auto found = WeightGrads::apply(
+        dw, v, g, n, std::make_pair(grads[1], grads[2]), launches_->axis, launches_->eps);
+    std::move(found.begin(), found.end(), out.begin() + 1);
+    return out;
+  }
+
   std::array<torch::autograd::SavedVariable, 5> saved_;  // x, V, g, the bias and n
   Prepared launches_;
 };

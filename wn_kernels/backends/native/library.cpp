@@ -4,8 +4,8 @@
 // The layers serve dense tensors of one dtype, float32 or float64. Norms are those of the rows of
 // V. A convolution's may also be those of its columns, and those of a weight alone may be of any
 // slices. The variants are those of the ATen path (backends/aten.py). The profiler shows which one
-// ran. A backward that is itself differentiated runs on the composite formula
-// (backends/reference.py).
+// ran. A backward that is itself differentiated is recorded as W, PyTorch's own products, and
+// (dV, dg) of dW.
 
 #include "convolution.h"
 #include "launched.h"
@@ -25,8 +25,11 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("convolution", &convolution);
   m.def("launched", &launched);
   m.def(
-      "set_callbacks", [](py::object plan, py::object launches, py::object differentiable_grads) {
-        callbacks() = {std::move(plan), std::move(launches), std::move(differentiable_grads)};
+      "set_callbacks", [](py::object plan, py::object launches, py::object differentiable_grads,
+                          py::object weight_grads_backward) {
+        callbacks() = {
+            std::move(plan), std::move(launches), std::move(differentiable_grads),
+            std::move(weight_grads_backward)};
       });
   py::class_<Kernel>(m, "Kernel").def(
       "__call__", [](const Kernel& kernel, uintptr_t stream, int device,

@@ -217,6 +217,19 @@ inline std::optional<LinearResult> linear_forward(
   return out;
 }
 
+// (dX, dW, db) of the plain layer, by operations that PyTorch differentiates.
+inline std::tuple<Tensor, Tensor, Tensor> plain_linear_grads(
+    const Tensor& dy, const Tensor& x, const Tensor& w, bool needs_x, bool needs_w,
+    bool needs_bias) {
+  const Tensor rows = as_rows(dy);
+  Tensor dx, dw, db;
+  if (needs_x) dx = rows.mm(w);
+  if (needs_x && x.dim() != 2) dx = dx.view(x.sizes());
+  if (needs_w) dw = rows.t().mm(as_rows(x));
+  if (needs_bias) db = rows.sum(0);
+  return {dx, dw, db};
+}
+
 struct Linear : Function<Linear> {
   static Tensor forward(
       AutogradContext* ctx, const Tensor& x, const Tensor& v, const Tensor& g,
@@ -225,6 +238,7 @@ struct Linear : Function<Linear> {
     ctx->save_for_backward({x, v, g, result.n, result.product});
     ctx->saved_data["eps"] = eps;
     ctx->saved_data["variant"] = static_cast<int64_t>(variant);
+    ctx->set_materialize_grads(false);
     return result.y;
   }
 
@@ -232,22 +246,45 @@ struct Linear : Function<Linear> {
     const auto saved = ctx->get_saved_variables();
     const auto &input = saved[0], &v = saved[1], &g = saved[2], &n = saved[3], &p = saved[4];
     const double eps = ctx->saved_data["eps"].toDouble();
+    const auto variant = static_cast<Variant>(ctx->saved_data["variant"].toInt());
     const bool needs_x = ctx->needs_input_grad(0), needs_v = ctx->needs_input_grad(1),
                needs_g = ctx->needs_input_grad(2),
                needs_bias = ctx->saved_data["bias"].toBool() && ctx->needs_input_grad(3);
     variable_list out(7);
-    if (goes_to_composite(grads[0])) {
+    const LayerGrads given(grads);
+    if (given.are_undefined()) return out;
+    if (!given.are_plain()) {
       auto found = composite_grads(
-          grads[0], input, v, g, std::nullopt, eps, {needs_x, needs_v, needs_g});
+          given.dy, given.dw, input, v, g, std::nullopt, eps, {needs_x, needs_v, needs_g});
       std::move(found.begin(), found.end(), out.begin());
-      if (needs_bias) out[3] = bias_grad(grads[0], grads[0].dim() - 1);
+      if (needs_bias && given.dy.defined()) out[3] = bias_grad(given.dy, given.dy.dim() - 1);
+      return out;
+    }
+    if (at::GradMode::is_enabled()) {
+      RECORD_FUNCTION("wn_kernels::linear_backward, recorded", {});
+      Tensor dw;
+      if (given.dy.defined()) {
+        Tensor w;
+        if (needs_x) w = formed_weight(ctx, v, g, n);
+        if (needs_x && variant == Variant::materialize) ctx->saved_data["weight"] = w.detach();
+        if (needs_x) w = recorded_weight(w, v, g);
+        std::tie(out[0], dw, out[3]) = plain_linear_grads(
+            given.dy, input, w, needs_x, needs_v || needs_g, needs_bias);
+      }
+      if (needs_v || needs_g) {
+        auto found = recorded_weight_grads(given.total(dw), v, g, n, eps);
+        std::move(found.begin(), found.end(), out.begin() + 1);
+      }
       return out;
     }
     at::AutoDispatchBelowADInplaceOrView below;
-    const Tensor dy = grads[0].reshape({-1, v.size(0)}).contiguous();
-    const Tensor x = input.reshape({-1, v.size(1)});
+    if (!given.dy.defined()) {
+      std::tie(out[1], out[2]) = weight_grads(given.dw, v, g, n, eps, false);
+      return out;
+    }
+    const Tensor dy = as_rows(given.dy).contiguous(), x = as_rows(input);
     Tensor dx, a, db;
-    if (static_cast<Variant>(ctx->saved_data["variant"].toInt()) == Variant::late) {
+    if (variant == Variant::late) {
       RECORD_FUNCTION("wn_kernels::linear_backward, scaled", {});
       Tensor scaled = at::empty_like(dy);
       db = at::empty({dy.size(1)}, dy.options());
@@ -263,18 +300,30 @@ struct Linear : Function<Linear> {
         });
       else if (needs_x)
         dx = rows_times(scaled, v);
-      if (p.defined())
+      if (p.defined() && !given.dw.defined())
         std::tie(out[1], out[2]) = grads_from_dots(a, scaled, few, x, v, g, n, eps);
     } else {
       RECORD_FUNCTION("wn_kernels::linear_backward, materialize", {});
       if (needs_bias) db = bias_grad(dy, 1);
-      if (needs_x) dx = rows_times(dy, scaled_weight(v, g, n));
+      if (needs_x) dx = rows_times(dy, formed_weight(ctx, v, g, n));
     }
     if ((needs_v || needs_g) && !out[1].defined())
-      std::tie(out[1], out[2]) = weight_grads(at::mm(dy.t(), x), v, g, n, eps, true);
+      std::tie(out[1], out[2]) =
+          weight_grads(given.total(at::mm(dy.t(), x)), v, g, n, eps, true);
     if (needs_x) out[0] = dx.view(input.sizes());
     if (needs_bias) out[3] = db;
     return out;
+  }
+
+  // Returns the W that a recorded backward has left to the next one, or forms it. The graph of that
+  // backward holds W as well.
+  static Tensor formed_weight(
+      AutogradContext* ctx, const Tensor& v, const Tensor& g, const Tensor& n) {
+    const auto left = ctx->saved_data.find("weight");
+    if (left == ctx->saved_data.end()) return scaled_weight(v, g, n);
+    const Tensor w = left->second.toTensor();
+    ctx->saved_data.erase(left);
+    return w;
   }
 
   // Computes dV = (dY s)ᵀ x - c V and dg from a = <dW, V>. dV starts as the last term, and the
@@ -333,7 +382,7 @@ inline MaybeTensor linear(
   {
     at::AutoDispatchBelowADInplaceOrView below;
     const bool keeps = plan.keeps && recorded && t->needs_weight_grad();
-    const Tensor rows = t->x.dim() == 2 ? t->x : t->x.reshape({-1, t->v.size(1)});
+    const Tensor rows = as_rows(t->x);
     result = linear_forward(
         rows, t->v, t->g, t->bias, least, recorded ? plan.recorded : plan.forward, keeps);
     if (!result) return std::nullopt;
@@ -344,7 +393,8 @@ inline MaybeTensor linear(
     }
   }
   if (!recorded) return result->y;
-  return Linear::apply(t->x, t->v, t->g, maybe(t->bias), *result, least, plan.backward);
+  return with_weight_grad(
+      Linear::apply(t->x, t->v, t->g, maybe(t->bias), *result, least, plan.backward), t->v);
 }
 
 }  // namespace wn_kernels

@@ -1,9 +1,15 @@
 // This file computes the norms of the weight, W and its gradients, and makes W a node of the graph.
 //
 //   n_j = ||V_j||   s = g / n   W = s V   dg_j = <dW_j, V_j> / n_j   dV = s dW - c V,  c = s dg / n
+//
+// A backward that is itself differentiated is recorded as PyTorch's own products with W, and as
+// (dV, dg) of dW. That W is a second output of the layer's node, so that its gradient is added to the
+// node's own dW before dV and dg are computed. backends/reference.py has the formula of their own
+// backward.
 
 #pragma once
 
+#include <array>
 #include <tuple>
 #include <utility>
 
@@ -168,16 +174,96 @@ inline std::pair<Tensor, Tensor> weight_grads(
   return {dv, dg};
 }
 
-// --- second derivatives ------------------------------------------------------------------------
+// The factors in the backward of (dV_j, dg_j), from the dots of dW_j, V_j and ddV_j.
+template <typename T>
+struct Bend {
+  Bend(double dw_v, double ddv_v, double ddv_dw, T ddg, T g, T n, double eps) : s(g / n) {
+    const bool clamped = eps > 0 && n <= static_cast<T>(eps);  // then the norm is a constant
+    const T dg = clamped ? T(0) : static_cast<T>(dw_v) / n,
+            b = clamped ? T(0) : static_cast<T>(ddv_v) / n, t = static_cast<T>(ddv_dw);
+    c = s * dg / n;
+    e = (ddg - s * b) / n;
+    f = clamped ? T(0) : (s * (t - 3 * b * dg) + ddg * dg) / n / n;
+    to_g = (t - b * dg) / n;
+  }
 
-// Returns whether the composite formula has to serve a backward. It does if the gradient is itself
-// differentiated, or belongs to a batch of gradients.
-inline bool goes_to_composite(const Tensor& dy) {
-  return at::GradMode::is_enabled() || !is_plain(dy);
+  T s, c, e, f, to_g;
+};
+
+// Computes the gradients of weight_grads() with respect to dW, V and g. If slices are rows, each of
+// the three tensors is read from memory once.
+inline std::array<Tensor, 3> weight_grads_backward(
+    const Tensor& ddv_given, const Tensor& ddg, const Tensor& dw_given, const Tensor& v,
+    const Tensor& g, const Tensor& n, double eps) {
+  const Extents e(v, g);
+  const auto laid_out = [&](const Tensor& t) {
+    return t.strides() == v.strides() ? t : at::empty_like(v).copy_(t);
+  };
+  const Tensor ddv = laid_out(ddv_given), dw = laid_out(dw_given), flat = ddg.contiguous(),
+               to_dw = at::empty_like(v), to_v = at::empty_like(v), to_g = at::empty_like(g);
+  AT_DISPATCH_FLOATING_TYPES(v.scalar_type(), "weight_grads_backward", [&] {
+    using T = scalar_t;
+    const auto *ps = ddv.const_data_ptr<T>(), *ws = dw.const_data_ptr<T>(),
+               *vs = v.const_data_ptr<T>(), *gs = g.const_data_ptr<T>(),
+               *ns = n.const_data_ptr<T>(), *qs = flat.const_data_ptr<T>();
+    auto *to_ws = to_dw.mutable_data_ptr<T>(), *to_vs = to_v.mutable_data_ptr<T>(),
+         *to_gs = to_g.mutable_data_ptr<T>();
+    if (e.columns) {
+      const auto dw_v = column_dots(ws, vs, e.of), ddv_v = column_dots(ps, vs, e.of),
+                 ddv_dw = column_dots(ps, ws, e.of);
+      const auto bend = [&](int64_t j) {
+        return Bend<T>(dw_v[j], ddv_v[j], ddv_dw[j], qs[j], gs[j], ns[j], eps);
+      };
+      for (int64_t j = 0; j < e.count; ++j) to_gs[j] = bend(j).to_g;
+      const auto each = [&](T Bend<T>::*factor) {
+        return spread<T>(e.of, [&](int64_t j) { return bend(j).*factor; });
+      };
+      const auto s = each(&Bend<T>::s), c = each(&Bend<T>::c), es = each(&Bend<T>::e),
+                 f = each(&Bend<T>::f);
+      const int64_t width = e.of.width();
+      for_each(e.of.rows, width, [&](int64_t row) {
+        const int64_t at = row * width;
+        for (int64_t j = 0; j < width; ++j) {
+          to_ws[at + j] = s[j] * ps[at + j] + es[j] * vs[at + j];
+          to_vs[at + j] = es[j] * ws[at + j] - c[j] * ps[at + j] - f[j] * vs[at + j];
+        }
+      });
+    } else {
+      for_each(e.count, e.length, [&](int64_t j) {
+        const int64_t at = j * e.length;
+        const T *p = ps + at, *w = ws + at, *row = vs + at;
+        const auto dots = sums<T, 3>(e.length, [=](int64_t i) {
+          return std::array<T, 3>{w[i] * row[i], p[i] * row[i], p[i] * w[i]};
+        });
+        const Bend<T> bend(dots[0], dots[1], dots[2], qs[j], gs[j], ns[j], eps);
+        to_gs[j] = bend.to_g;
+        for (int64_t i = 0; i < e.length; ++i) {
+          to_ws[at + i] = bend.s * p[i] + bend.e * row[i];
+          to_vs[at + i] = bend.e * w[i] - bend.c * p[i] - bend.f * row[i];
+        }
+      });
+    }
+  });
+  return {to_dw, to_v, to_g};
 }
 
+// --- second derivatives ------------------------------------------------------------------------
+
+// The dimension that Python calls `dim`. -1 is the whole of V.
+inline py::object as_dim(int64_t axis) {
+  return axis < 0 ? py::object(py::none()) : py::int_(axis);
+}
+
+inline variable_list as_variables(const py::object& grads) {
+  variable_list out;
+  for (auto& grad : grads.cast<std::vector<MaybeTensor>>()) out.push_back(grad.value_or(Tensor()));
+  return out;
+}
+
+// (dX, dV, dg) by operations of ATen, for a batch of gradients, which the passes cannot read. Either of
+// dY, which is W's without x, and dW may be undefined.
 inline variable_list composite_grads(
-    const Tensor& dy, const MaybeTensor& x, const Tensor& v, const Tensor& g,
+    const Tensor& dy, const Tensor& dw, const Tensor& x, const Tensor& v, const Tensor& g,
     const std::optional<Geometry>& conv, double eps, const std::vector<bool>& needs) {
   py::gil_scoped_acquire gil;
   py::object geometry = py::none();
@@ -185,13 +271,95 @@ inline variable_list composite_grads(
     geometry = py::make_tuple(
         conv->stride, conv->padding, conv->dilation, conv->transposed, conv->output_padding,
         conv->groups);
-  const int64_t axis = Extents(v, g).axis;
-  const py::object dim = axis < 0 ? py::object(py::none()) : py::int_(axis);
-  const auto grads = callbacks().differentiable_grads(
-      dy, x, v, g, py::none(), geometry, dim, eps, needs);
-  variable_list out;
-  for (auto& grad : grads.cast<std::vector<MaybeTensor>>()) out.push_back(grad.value_or(Tensor()));
-  return out;
+  return as_variables(callbacks().differentiable_grads(
+      maybe(dy), maybe(dw), maybe(x), v, g, geometry, as_dim(Extents(v, g).axis), eps, needs));
+}
+
+// (dV, dg), which a pass has computed, as a function of dW, V and g.
+struct WeightGrads : Function<WeightGrads> {
+  static variable_list forward(
+      AutogradContext* ctx, const Tensor& dw, const Tensor& v, const Tensor& g, const Tensor& n,
+      const std::pair<Tensor, Tensor>& result, int64_t axis, double eps) {
+    ctx->save_for_backward({dw, v, g, n});
+    ctx->saved_data["axis"] = axis;
+    ctx->saved_data["eps"] = eps;
+    return {result.first, result.second};
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    const auto saved = ctx->get_saved_variables();
+    const auto &ddv = grads[0], &ddg = grads[1], &dw = saved[0], &v = saved[1], &g = saved[2],
+               &n = saved[3];
+    const double eps = ctx->saved_data["eps"].toDouble();
+    const bool again = at::GradMode::is_enabled();
+    const auto fits = [&](const Tensor& t) {
+      return is_plain(t) && t.scalar_type() == v.scalar_type();
+    };
+    const bool readable = (v.scalar_type() == at::kFloat || v.scalar_type() == at::kDouble) &&
+                          fits(ddv) && fits(ddg) && fits(dw) && fits(g) && has_slices(v, g);
+    variable_list out;
+    if (again || !readable) {
+      py::gil_scoped_acquire gil;
+      out = as_variables(callbacks().weight_grads_backward(
+          ddv, ddg, dw, v, g, again ? py::none() : py::cast(n),
+          as_dim(ctx->saved_data["axis"].toInt()), eps));
+    } else {
+      at::AutoDispatchBelowADInplaceOrView below;
+      const auto found = weight_grads_backward(ddv, ddg, dw, v, g, n, eps);
+      out.assign(found.begin(), found.end());
+    }
+    out.resize(7);
+    return out;
+  }
+};
+
+// The same by the pass of this file.
+inline variable_list recorded_weight_grads(
+    const Tensor& dw, const Tensor& v, const Tensor& g, const Tensor& n, double eps) {
+  std::pair<Tensor, Tensor> result;
+  {
+    at::AutoDispatchBelowADInplaceOrView below;
+    const at::NoGradGuard no_grad;
+    result = weight_grads(dw, v, g, n, eps, false);
+  }
+  return WeightGrads::apply(dw, v, g, n, result, Extents(v, g).axis, eps);
+}
+
+// The gradients of a layer's node: dY, and that of the W which a recorded backward makes an output of
+// the node. Either may be undefined.
+struct LayerGrads {
+  explicit LayerGrads(const variable_list& grads) : dy(grads[0]), dw(grads[1]) {}
+
+  bool are_undefined() const { return !dy.defined() && !dw.defined(); }
+  bool are_plain(at::DeviceType device = at::kCPU) const {
+    return (!dy.defined() || is_plain(dy, device)) && (!dw.defined() || is_plain(dw, device));
+  }
+  // Adds dW to the dW of dY, which may be undefined, in place.
+  Tensor total(const Tensor& own) const {
+    if (!dw.defined()) return own;
+    return !own.defined() ? dw : at::GradMode::is_enabled() ? own + dw : own.add_(dw);
+  }
+
+  Tensor dy, dw;
+};
+
+// Returns y, whose node gets the second gradient.
+inline Tensor with_weight_grad(Tensor y, const Tensor& v) {
+  y.grad_fn()->add_input_metadata(v);
+  return y;
+}
+
+// Returns W, which becomes an output of the node whose backward is running.
+inline Tensor recorded_weight(const Tensor& w, const Tensor& v, const Tensor& g) {
+  if (v.requires_grad() || g.requires_grad())
+    torch::autograd::impl::set_gradient_edge(w, {torch::autograd::get_current_node(), 1});
+  return w;
+}
+
+// `(*, K)` as `(M, K)`.
+inline Tensor as_rows(const Tensor& x) {
+  if (x.dim() == 2) return x;
+  return x.dim() > 2 ? x.flatten(0, -2) : x.unsqueeze(0);
 }
 
 // Returns the gradient of a bias along dimension `channel` of dY.
@@ -218,10 +386,14 @@ struct WeightNorm : Function<WeightNorm> {
     const auto &v = saved[0], &g = saved[1], &n = saved[2];
     const double eps = ctx->saved_data["eps"].toDouble();
     const bool needs_v = ctx->needs_input_grad(0), needs_g = ctx->needs_input_grad(1);
-    if (goes_to_composite(grads[0])) {
-      auto out = composite_grads(
-          grads[0], std::nullopt, v, g, std::nullopt, eps, {false, needs_v, needs_g});
+    if (!is_plain(grads[0])) {
+      auto out =
+          composite_grads(grads[0], {}, {}, v, g, std::nullopt, eps, {false, needs_v, needs_g});
       return {out[1], out[2], Tensor(), Tensor()};
+    }
+    if (at::GradMode::is_enabled()) {
+      auto out = recorded_weight_grads(grads[0], v, g, n, eps);
+      return {out[0], out[1], Tensor(), Tensor()};
     }
     at::AutoDispatchBelowADInplaceOrView below;
     auto [dv, dg] = weight_grads(grads[0], v, g, n, eps, false);
