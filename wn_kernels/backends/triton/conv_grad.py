@@ -221,9 +221,8 @@ def prepare_weight_grad(
         tiles = triton.cdiv(o, config.BLOCK_O) * tiles_r
         rest = groups
     blocks_m = triton.cdiv(m, config.BLOCK_M)
-    wanted = split_over(blocks_m, tiles * rest, target.multiprocessors)
-    steps = triton.cdiv(blocks_m, wanted)
-    parts = max(1, triton.cdiv(blocks_m, max(1, steps)))
+    parts = split_over(blocks_m, tiles * rest, target.multiprocessors)
+    steps = triton.cdiv(blocks_m, parts)
     dw = weight.packed(v, scale_dtype(v))
     db = unallocated((first if has_bias else 0,), dy.dtype)
     size = dw.numel() + db.numel()

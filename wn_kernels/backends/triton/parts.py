@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..tiles import ADDED
 from .common import offsets
 from .configs import Target
 from .launch import Launcher, acc_type, is_wide
@@ -52,9 +53,8 @@ def sum_kernel(
 
 # --- launcher ----------------------------------------------------------------------------------
 
-# A tile holds at most so many parts and elements: few, so that small results have many programs, and
-# so that few loads wait for others.
-BLOCK_P, BLOCK_N = 64, 128
+# The elements of a tile of few parts: few, so that small results have many programs.
+BLOCK_N = 128
 
 
 def prepare_sum(
@@ -68,7 +68,7 @@ def prepare_sum(
     `out`, whose second dimension is the bias's, and behind them those of a dense `rest`. Any tensor
     takes the place of one that there is not."""
     count, size = parts.shape
-    block_p = min(BLOCK_P, triton.next_power_of_2(count))
+    block_p = min(ADDED, triton.next_power_of_2(count))
     block_n = min(BLOCK_N, 2048 // block_p)
     return Launcher(
         sum_kernel,
