@@ -116,14 +116,15 @@ class Launched(torch.autograd.Function):
         bias: Tensor | None,
         launches: Launches,
     ) -> Tensor:
-        y, n = _forward(launches, x, v, g, bias)
-        ctx.save_for_backward(x, v, g, bias, n)
+        y, n, *more = _forward(launches, x, v, g, bias)
+        kept = more[0] if launches.packs and ctx.needs_input_grad[0] else None
+        ctx.save_for_backward(x, v, g, bias, n, kept)
         ctx.launches = launches
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, v, g, bias, n = ctx.saved_tensors
+        x, v, g, bias, n, kept = ctx.saved_tensors
         launches, needs = ctx.launches, ctx.needs_input_grad[:4]
         conv, again = launches.conv, torch.is_grad_enabled()
         weight = _weight_of(launches, x, v, g) if again else None
@@ -135,7 +136,7 @@ class Launched(torch.autograd.Function):
             needs = needed(ctx, tensors, needs)
             dx, dv, dg, db = recorded_grads(weight, conv, dy, tensors, n, needs)
         else:
-            dx, dv, dg, db = _backward(launches, dy, x, v, g, bias, n, needs)
+            dx, dv, dg, db = _backward(launches, dy, x, v, g, bias, n, needs, kept)
         if db is not None and bias is not None and db.dtype != bias.dtype:
             db = db.to(bias.dtype)
         return dx, dv, dg, db, None
@@ -148,11 +149,11 @@ _apply = super(torch.autograd.Function, Launched).apply
 
 def _forward(
     launches: Launches, x: Tensor | None, v: Tensor, g: Tensor, bias: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """`(y, n)`; `(W, n)` without `x`."""
+) -> tuple[Any, ...]:
+    """`(y, n)`, of a pass with what it formed behind them; `(W, n)` without `x`."""
     if launches.forms_forward:
         assert launches.weight is not None
-        w, n = _forward(launches.weight, None, v, g, None)
+        w, n, *_ = _forward(launches.weight, None, v, g, None)
         return _product(launches, x, w, bias), n
     run = launches.run
     if run is None:
@@ -204,8 +205,9 @@ def _backward(
     bias: Tensor | None,
     n: Tensor,
     needs: Needs,
+    kept: Tensor | None = None,
 ) -> Grads:
-    """`(dX, dV, dg, db)`; what is not needed may be `None`."""
+    """`(dX, dV, dg, db)`; what is not needed may be `None`. `kept` is the packed `W`."""
     if launches.forms_backward:
         return _backward_of_convolution(launches, dy, x, v, g, n, needs)
     is_flat = x is None or launches.conv is not None or x.ndim == 2
@@ -222,7 +224,7 @@ def _backward(
     if x is None:
         dv, dg = run(dy, v, g, n)
         return None, dv, dg, None
-    dx, dv, dg, db = run(flat_dy, flat_x, v, g, n)
+    dx, dv, dg, db = run(flat_dy, flat_x, v, g, n, *[kept] * launches.packs)
     return dx if is_flat or dx is None else dx.view(x.shape), dv, dg, db
 
 

@@ -23,14 +23,14 @@ class Plan(NamedTuple):
         forward: the variant of the forward, without gradients.
         backward: the variant of the backward.
         keeps: what the forward of a training step saves for the backward besides its inputs and the
-            norms: the `"product"` `x Vᵀ` of a linear layer on a CPU, the `"weight"` `W`, or
-            nothing.
+            norms: the `"product"` `x Vᵀ` of a linear layer on a CPU, the `"weight"` `W`, the same
+            `"packed"` for our products of a convolution on a GPU, or nothing.
     """
 
     backend: str
     forward: str
     backward: str
-    keeps: Literal["", "product", "weight"] = ""
+    keeps: Literal["", "product", "weight", "packed"] = ""
 
     @property
     def recorded(self) -> str:
@@ -46,7 +46,8 @@ class Plan(NamedTuple):
         return {"forward": self.forward, "backward": self.backward, "keeps": self.keeps}
 
     def __str__(self) -> str:
-        kept = f", keeps the {self.keeps}" if self.keeps else ""
+        names = {"packed": "packed weight"}
+        kept = f", keeps the {names.get(self.keeps, self.keeps)}" if self.keeps else ""
         return f"{self.forward}/{self.backward}{kept}"
 
 
@@ -58,8 +59,9 @@ def _may_keep(call: Call, backend: str, forward: str, backward: str) -> bool:
     """Returns whether more may be saved for the backward than the plain layer saves.
 
     The product of a linear layer on a CPU may take 1/8 of the size of the weight. The `W` of a
-    convolution, and on the Triton path of a linear layer, may take 1/8 of the size of the input. A
-    small `W` is kept whatever the input's size, since computing it again is all overhead. The
+    convolution, packed or not, and on the Triton path of a linear layer, may take 1/8 of the size
+    of the input. A small `W` is kept whatever the input's size, since computing it again is all
+    overhead. The
     native library, and the Triton path of a linear layer, form `W` for a training step, whatever
     the forward does without gradients. The native library keeps every `W` that is normalised along
     taps, because forming it twice takes longer than eager does.
@@ -70,10 +72,22 @@ def _may_keep(call: Call, backend: str, forward: str, backward: str) -> bool:
     if linear and backend != "triton":
         return forward == backward == "scaled" and keeps_product(call)
     forms_anyway = linear or backend == "native"
+    if _packs(call, backend, forward, backward):
+        return _is_small(call)
     if backward != "materialize" or (forward != "materialize" and not forms_anyway):
         return False
     if call.conv and backend != "triton" and call.conv.scale_axis(call.dim) == "taps":
         return backend == "native"  # it can scale nothing but `W`
+    return _is_small(call)
+
+
+def _packs(call: Call, backend: str, forward: str, backward: str) -> bool:
+    """Returns whether both directions take a packed `W`."""
+    return backend == "triton" and call.conv is not None and forward == backward == "packed"
+
+
+def _is_small(call: Call) -> bool:
+    """Returns whether `W` is small by itself, or beside the input."""
     size = call.x_dtype.itemsize
     w, input = size * math.prod(call.v_shape), size * math.prod(call.x_shape)
     return w <= max(input / 8, KEPT_WEIGHT)
@@ -81,6 +95,8 @@ def _may_keep(call: Call, backend: str, forward: str, backward: str) -> bool:
 
 def _plan(call: Call, backend: str, forward: str, backward: str, keeps: bool) -> Plan:
     kept = "product" if call.conv is None and backend != "triton" else "weight"
+    if _packs(call, backend, forward, backward):
+        kept = "packed"
     return Plan(backend, forward, backward, kept if keeps else "")  # type: ignore[arg-type]
 
 

@@ -131,23 +131,6 @@ def test_packed_weight(form, device):
     assert_matches(w, expected, torch.bfloat16, v.numel())
 
 
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("dim", [0, 1, None])
-def test_gradient_in_parts(dim, form, device):
-    """dW is the sum of what is stacked."""
-    config, splits = FORMS[form]
-    v, g, _ = inputs((13, 37), dim, torch.float32, device)
-    _, n = weight_norm(v, g, dim, 0.0, v.dtype)
-    parts = torch.randn(3, 13, 37, device=device)
-    options = {"config": config, "splits": splits}
-    dv, dg = weight_norm_backward(parts, v, g, n, dim, 0.0, **options)
-    wide = [t.double().requires_grad_() for t in (v, g)]
-    w = reference.weight_norm(*wide, dim, 0.0)
-    expected_dv, expected_dg = torch.autograd.grad(w, wide, parts.double().sum(0))
-    assert_matches(dv, expected_dv, v.dtype, v.numel(), roundings=3, what="dv")
-    assert_matches(dg, expected_dg, g.dtype, v.numel(), terms=parts.norm().item(), what="dg")
-
-
 BF16 = torch.bfloat16
 
 

@@ -292,9 +292,10 @@ def conv(
     return ConvConfig(*tile[:3], warps, target.stages(stages), tile.splits)
 
 
-def conv_grad(o: int, r: int, itemsize: int) -> GradConfig:
-    """The gradient of a convolution's weight: a product over pixels."""
-    return GradConfig(*tiles.gradient(o, r, itemsize), 4, 2)
+def conv_grad(o: int, r: int, itemsize: int, target: Target) -> GradConfig:
+    """The gradient of a convolution's weight: a product over pixels. With three stages, four
+    programs share a multiprocessor's memory."""
+    return GradConfig(*tiles.gradient(o, r, itemsize), 4, target.stages(2 if itemsize == 8 else 3))
 
 
 def direct(itemsize: int) -> DirectConfig:
