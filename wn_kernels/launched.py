@@ -160,9 +160,10 @@ def _forward(
         return launches.forward(x, v, g, bias)
     if x is None:
         return run(v, g)
-    is_flat = launches.conv is not None or x.ndim == 2
-    y, n = run(x if is_flat else rows_of(x), v, g, bias)[:2]  # a convolution's W comes after them
-    return (y, n) if is_flat else (y.view(*x.shape[:-1], len(v)), n)
+    if launches.conv is not None or x.ndim == 2:
+        return run(x, v, g, bias)
+    y, n = run(rows_of(x), v, g, bias)
+    return y.view(*x.shape[:-1], len(v)), n
 
 
 def _formed(launches: Launches, v: Tensor, g: Tensor) -> Tensor:
