@@ -98,8 +98,6 @@ def weight_kernel(
             loops,
             stride_v,
             stride_v,
-            1,
-            0,
             first,
             steps,
             True,
