@@ -33,6 +33,11 @@ class Plan(NamedTuple):
     keeps: Literal["", "product", "weight", "packed"] = ""
 
     @property
+    def kept(self) -> str:
+        """What is kept, in words."""
+        return "packed weight" if self.keeps == "packed" else self.keeps
+
+    @property
     def recorded(self) -> str:
         """The variant of the forward in a training step. It forms `W` if `W` is kept."""
         return "materialize" if self.keeps == "weight" else self.forward
@@ -46,8 +51,7 @@ class Plan(NamedTuple):
         return {"forward": self.forward, "backward": self.backward, "keeps": self.keeps}
 
     def __str__(self) -> str:
-        names = {"packed": "packed weight"}
-        kept = f", keeps the {names.get(self.keeps, self.keeps)}" if self.keeps else ""
+        kept = f", keeps the {self.kept}" if self.keeps else ""
         return f"{self.forward}/{self.backward}{kept}"
 
 

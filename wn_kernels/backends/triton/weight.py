@@ -97,8 +97,6 @@ def weight_kernel(
             loops,
             stride_v,
             stride_v,
-            1,
-            0,
             first,
             steps,
             True,
