@@ -15,14 +15,14 @@ from tests.comparison import assert_matches, assert_same_bits
 from tests.compatibility.layers import LAYERS, made
 from wn_kernels.backends import native
 
-BACKENDS = ["native", "aten", "triton"]
+BACKENDS = ["native", "aten", "triton", "triton, native"]
 
 
 def serving(backend, monkeypatch):
     """What calls run inside of. Those of the others are not handed to the library first."""
-    if backend == "native":
+    if "native" in backend:
         native.build()
-        return wn_kernels.use_backend("auto")
+        return wn_kernels.use_backend("triton" if "triton" in backend else "auto")
     monkeypatch.setattr(native, "library", lambda *callbacks: None)
     return wn_kernels.use_backend(backend)
 
