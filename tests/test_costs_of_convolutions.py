@@ -1,10 +1,10 @@
 """The cost model's picks for convolutions, beside what was measured on an H200.
 
 The products of ours and of the vendor were each timed alone in a CUDA graph, and are put together
-to layers here. Our gradients of the weight in bfloat16 are those of the first run
-(docs/results/gpu-h200/first.jsonl), whose stores were those of today, with 3 µs for a sum of parts.
-Those in float32 were not measured with such stores: the model's estimate stands for them where it
-picks them. What forms `W` and finishes `dV` is the model's estimate too, and the same on each path.
+to layers here. Our gradients of the weight in bfloat16, with the sums of their parts, are those of
+docs/results/gpu-h200/results.jsonl, the rest is that of sweep.txt. Our gradients in float32 were
+not measured as they are: the model's estimate stands for them where it picks them. What forms `W`
+and finishes `dV` is the model's estimate too, and the same on each path.
 """
 
 import math
@@ -34,27 +34,27 @@ def conv(*shapes, stride=1, padding=0, dilation=1, up=False, groups=1, dim=0):
 # fmt: off
 MEASURED = {
     "80→512 k7": (conv((1, 80, 32), (512, 80, 7), padding=3), "bf16",
-        15.3, 4.7, 19.7, 5.3, 14.9, 3.0),
+        15.3, 4.7, 19.7, 5.3, 14.9, 4.5),
     "up 512→256": (conv((1, 512, 32), (512, 256, 16), stride=8, padding=4, up=True), "bf16",
-        26.8, 7.9, 28.1, 7.3, 21.4, 5.7),
+        26.8, 7.9, 28.1, 7.3, 21.4, 8.2),
     "up 1024→512": (conv((1, 1024, 16), (1024, 512, 16), stride=8, padding=4, up=True), "bf16",
-        46.9, 10.4, 55.7, 10.1, 47.3, 13.2),
+        46.9, 10.4, 55.7, 10.1, 47.3, 13.8),
     "up 256→128": (conv((1, 256, 256), (256, 128, 8), stride=4, padding=2, up=True), "bf16",
-        17.7, 3.7, 17.5, 6.7, 16.0, 4.6),
+        17.7, 3.7, 17.5, 6.7, 16.0, 3.7),
     "256 k3": (conv((1, 256, 256), (256, 256, 3), padding=1), "bf16",
-        16.0, 4.3, 18.6, 4.8, 16.6, 6.6),
+        16.0, 4.3, 18.6, 4.8, 16.6, 5.5),
     "128 k11": (conv((1, 128, 512), (128, 128, 11), padding=25, dilation=5), "bf16",
-        15.9, 7.2, 19.0, 7.2, 17.3, 10.2),
+        15.9, 7.2, 19.0, 7.2, 17.3, 10.7),
     "64 k3": (conv((1, 64, 1024), (64, 64, 3), padding=27, dilation=27), "bf16",
-        11.8, 2.6, 14.4, 2.6, 32.0, 9.5),
+        11.8, 2.6, 14.4, 2.6, 32.0, 5.5),
     "positions": (conv((1, 768, 49), (768, 48, 128), padding=64, groups=16, dim=2), "bf16",
-        1550.4, 11.2, 1179.8, 11.1, 129.0, 16.0),
+        1550.4, 11.2, 1179.8, 11.1, 129.0, 19.1),
     "2d 32→128": (conv((4, 32, 48, 48), (128, 32, 3, 3), padding=1), "bf16",
-        7.9, 7.4, 9.8, 9.0, 17.2, 25.6),
+        7.9, 7.4, 9.8, 9.0, 17.2, 19.6),
     "2d 32→32": (conv((1, 32, 32, 129), (32, 32, 3, 9), stride=(1, 2), padding=(1, 4)), "bf16",
-        7.7, 7.3, 11.5, 9.3, 9.5, 11.2),
+        7.7, 7.3, 11.5, 9.3, 9.5, 9.1),
     "2d 3→48": (conv((4, 3, 48, 48), (48, 3, 5, 5), padding=2), "bf16",
-        10.0, 18.4, 21.9, 15.3, 25.2, 15.9),
+        10.0, 18.4, 21.9, 15.3, 25.2, 19.6),
     "float32 256 k3": (conv((1, 256, 512), (256, 256, 3), padding=1), "float32",
         25.2, 54.9, 20.6, 30.6, 21.3, UNMEASURED),
     "float32 64 k11": (conv((1, 64, 8192), (64, 64, 11), padding=5), "float32",

@@ -37,7 +37,7 @@ class Convolution:
     repack: float = 6e-7
     added: float = 1.2e-6
     vendor: float = 1e-5
-    vendor_native: float = 6e-6
+    vendor_native: float = 9e-6
     vendor_direct: float = 1.2e-6
     vendor_step: float = 4e-9
     vendor_native_step: float = 1.2e-9
