@@ -393,13 +393,13 @@ def triton_convolution(call: Call, conv: Geometry, device: Device) -> Costs:
     narrows = narrows_range(call.x_dtype, call.v_dtype)
     if conv.has_small_groups(call.v_shape) and conv.owns_slices(call.dim) and not narrows:
         forward["one_pass"] = [*repack_x, *own.product(False)]
-    vendors_dx = own.vendors(own.length(not conv.transposed))
+    vendors_dx = own.vendors(own.length(not conv.transposed), is_grad=True)
     bias = Stage(own.y, 0.0, constants.step)  # the sum of `dY` alone
     grad = [*repack_x, *own.gradient(), finish] + ([bias] if conv.transposed else [])
     backward = {
         "packed": [form, *repack_y, *own.product(not conv.transposed), *grad],
         "weight_grad": [form, vendors_dx, *repack_y, *grad],
-        "materialize": [form, vendors_dx, own.vendors(own.small), bias, finish],
+        "materialize": [form, vendors_dx, own.vendors(own.small, is_grad=True), bias, finish],
     }
     device = replace(device, overhead=constants.launch)
     return Costs(forward, backward, device, device.rate(call.x_dtype.itemsize, call.tf32))
@@ -439,7 +439,7 @@ class _Products(NamedTuple):
         pixels = batch * math.prod(small), batch * math.prod(phase)
         return cls(call, conv, device, *_convolution_sizes(call, conv), *pixels)
 
-    def vendors(self, length: float) -> Stage:
+    def vendors(self, length: float, is_grad: bool = False) -> Stage:
         """Returns one of the vendor's products, each of whose results sums `length` numbers. A call
         has a fixed time, and the sum is bound by latency, but for a long one, which is split."""
         call, conv, device = self.call, self.conv, self.device
@@ -451,7 +451,8 @@ class _Products(NamedTuple):
         as_it_lies = call.channels_last and len(conv.stride) > 1 and call.v_shape[1] >= 16
         least, step = constants.vendor, constants.vendor_step
         if as_it_lies:
-            least, step = constants.vendor_native, constants.vendor_native_step
+            least = constants.vendor_native_grad if is_grad else constants.vendor_native
+            step = constants.vendor_native_step
         least += min(length, VENDOR_LENGTH) * step + 4 * self.w / device.bandwidth
         if conv.groups > 1:
             least += self.operations / (constants.vendor_grouped * device.rates[0])
