@@ -302,7 +302,7 @@ class Walk:
         )
         itemsize = max(t.element_size() for t in tensors)
         programs = PROGRAMS_PER_SM * target.multiprocessors
-        self.config = config or configs.slices(n, loops, abreast, itemsize, programs)
+        self.config = config or configs.slices(n, loops, abreast, itemsize, programs, target)
         blocks_n = cdiv(n, self.config.BLOCK_N)
         outer, middle, inner = loops
         tiles = outer * cdiv(middle, self.config.BLOCK_P) * cdiv(inner, self.config.BLOCK_R)
