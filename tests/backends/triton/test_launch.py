@@ -11,6 +11,7 @@ import torch
 
 from tests.comparison import assert_matches
 from wn_kernels.backends.triton import configs, linear, slice_norms
+from wn_kernels.backends.triton import launch
 from wn_kernels.backends.triton.launch import (
     Launcher,
     as_slices,
@@ -118,7 +119,7 @@ class Devices:
 
     def __init__(self, monkeypatch):
         self.current = 0
-        if torch.cuda.is_available():
+        if torch.backends.cuda.is_built() and torch.cuda.is_available():
             torch.cuda.init()  # it reads the properties of the real ones
         for name, function in {
             "is_available": lambda: True,
@@ -127,6 +128,7 @@ class Devices:
             "get_device_properties": self.properties,
         }.items():
             monkeypatch.setattr(torch.cuda, name, function)
+        monkeypatch.setattr(launch, "_current_device", lambda: self.current)
         monkeypatch.setattr(configs, "_target", configs._target.__wrapped__)
 
     @contextmanager
