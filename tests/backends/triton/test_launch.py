@@ -10,8 +10,7 @@ import pytest
 import torch
 
 from tests.comparison import assert_matches
-from wn_kernels.backends.triton import configs, linear, slice_norms
-from wn_kernels.backends.triton import launch
+from wn_kernels.backends.triton import configs, launch, linear, slice_norms
 from wn_kernels.backends.triton.launch import (
     Launcher,
     as_slices,
