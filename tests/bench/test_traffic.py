@@ -49,9 +49,8 @@ def test_fewer_bytes_than_eager(found):
     for layer, saving in (("half", 2.5), ("autocast", 3.5)):
         ours, eager = (found[layer, "forward", name] for name in ("one_pass", "eager"))
         assert eager.by_launch > saving * ours.by_launch
-        tiles = ours.operations / eager.operations  # the rows of a tile over those of `x`
-        assert eager.operations > 0
-        assert tiles in (1, 4)
+        # A tile has 64 rows, and `x` 16.
+        assert ours.operations == 4 * eager.operations > 0
 
 
 def test_kernels_are_named(found):

@@ -265,7 +265,9 @@ def grad_one_pass(m: int, o: int, itemsize: int, target: Target) -> GradConfig:
         return GradConfig(*((16, 16, 128) if m <= 16 else (32, 16, 64)), 4, target.stages(4))
     if m <= 16:  # on an A100 twice the width spills
         block_r = 128 if target.architecture == "cuda:80" else 256
-        return GradConfig(16, 16, block_r, 4, target.stages(5))
+        # A Blackwell's loop of five stages with 64-bit indices is bound by issue slots.
+        stages = 4 if target.architecture == "cuda:100" else 5
+        return GradConfig(16, 16, block_r, 4, target.stages(stages))
     block_o = tiles.grad_slices(m, o, itemsize)
     if block_o == 64:  # a tile of four warps spills where Hopper's does not
         warps = 4 if target.architecture == "cuda:90" else 8
