@@ -56,7 +56,7 @@ def launched(
         or not g.is_contiguous()
     ):
         return None
-    launches = _launches(rank, x, v, g, bias, geometry, dim, eps)
+    launches = _launches(rank, (x, v, g, bias), geometry, dim, eps)
     if launches is None:
         return None
     needs_weight = v.requires_grad or g.requires_grad
@@ -74,15 +74,13 @@ def launched(
 
 def _launches(
     rank: int,
-    x: Tensor | None,
-    v: Tensor,
-    g: Tensor,
-    bias: Tensor | None,
+    tensors: tuple[Tensor | None, Tensor, Tensor, Tensor | None],
     geometry: tuple[Any, ...],
     dim: int | None,
     eps: float,
 ) -> Launches | None:
-    """What is prepared for a call; `None` where the rest of the package serves it."""
+    """Returns what is prepared for a call, or `None` where the rest of the package serves it."""
+    x, v, g, bias = tensors
     key: tuple = (
         *(rank, geometry, dim, eps, v.get_device()),
         *(v.shape, v.stride(), v.dtype, g.shape, g.dtype),
@@ -96,7 +94,7 @@ def _launches(
     except TypeError:  # an option cannot be hashed
         return None
     if found is _prepared:
-        found = operators.launches(rank, (x, v, g, bias), geometry, dim, eps)
+        found = operators.launches(rank, tensors, geometry, dim, eps)
         if len(_prepared) >= _MOST:
             _prepared.clear()
         _prepared[key] = found
@@ -177,7 +175,7 @@ def _weight_of(launches: Launches, x: Tensor | None, v: Tensor, g: Tensor) -> We
     """What a recorded backward takes: launches of the weight alone in V's dtype, where the call is
     not that of a weight itself. `None` where Python forms the weight."""
     dim, eps = launches.dim, launches.eps
-    alone = launches if x is None else _launches(0, None, v, g, None, (), dim, eps)
+    alone = launches if x is None else _launches(0, (None, v, g, None), (), dim, eps)
     if alone is None:
         return None
 

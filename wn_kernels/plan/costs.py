@@ -11,7 +11,6 @@ the candidates, not to predict times. `variants.py` picks the cheapest.
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 from typing import NamedTuple
 
 from ..backends import tiles
@@ -401,7 +400,6 @@ def triton_convolution(call: Call, conv: Geometry, device: Device) -> Costs:
         "weight_grad": [form, vendors_dx, *repack_y, *grad],
         "materialize": [form, vendors_dx, own.vendors(own.small, is_grad=True), bias, finish],
     }
-    device = replace(device, overhead=constants.launch)
     return Costs(forward, backward, device, device.rate(call.x_dtype.itemsize, call.tf32))
 
 

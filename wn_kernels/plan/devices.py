@@ -12,7 +12,6 @@ class Convolution:
     """This class holds the constants of convolutions on a device class, in seconds.
 
     Attributes:
-        launch: a launch in a graph, with the beginning and the end of its kernel.
         step: a step of the loop of our products (`backends/tiles.py`).
         direct: our kernels for groups of few channels.
         flat: the factor on a step whose channels have taps of their own, for each dimension.
@@ -29,7 +28,6 @@ class Convolution:
         vendor_grouped: the fraction of the rate of 16 bits that other groups reach.
     """
 
-    launch: float = 2e-6
     step: float = 4e-7
     direct: float = 3e-6
     flat: float = 2.6

@@ -65,10 +65,9 @@ def _may_keep(call: Call, backend: str, forward: str, backward: str) -> bool:
     The product of a linear layer on a CPU may take 1/8 of the size of the weight. The `W` of a
     convolution, packed or not, and on the Triton path of a linear layer, may take 1/8 of the size
     of the input. A small `W` is kept whatever the input's size, since computing it again is all
-    overhead. The
-    native library, and the Triton path of a linear layer, form `W` for a training step, whatever
-    the forward does without gradients. The native library keeps every `W` that is normalised along
-    taps, because forming it twice takes longer than eager does.
+    overhead. The native library, and the Triton path of a linear layer, form `W` for a training
+    step, whatever the forward does without gradients. The native library keeps every `W` that is
+    normalised along taps, because forming it twice takes longer than eager does.
     """
     if backend != "triton" and not scales_late(call):
         return False

@@ -16,7 +16,7 @@ from wn_kernels.call import kept_shape
 
 SMALL = configs.SliceConfig(4, 4, 8, 4)
 
-# Of how a slice is summed: the configuration and the splits that lead to it.
+# Each form of a slice's sum, with a configuration and a number of splits that lead to it.
 FORMS = {"held": (None, 1), "walked": (SMALL, 1), "partial": (SMALL, 3)}
 
 SHAPES = [

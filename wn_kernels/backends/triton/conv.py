@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ...call import Geometry, takes_tf32
 from .. import vendor
-from ..aten import convolution_grads
+from ..vendor import convolution_grads
 from . import configs, weight
 from .configs import Target
 from .conv_grad import prepare_weight_grad

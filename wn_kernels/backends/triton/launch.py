@@ -323,12 +323,11 @@ class Walk:
             **self.config._asdict(),
         }
 
-    def finishing(self, form: str, splits: int) -> dict[str, Any]:
-        """The arguments of a kernel that turns sums into results: partial ones of so many splits,
-        in that form."""
-        splits = splits if form == "partial" else 1
-        block_s = min(next_power_of_2(splits), max(1, 2048 // self.config.BLOCK_N))
-        return {**self.arguments, "FORM": form, "SPLITS": splits, "BLOCK_S": block_s}
+    def finishing(self) -> dict[str, Any]:
+        """The arguments of a kernel that turns the sums into results. A split walk leaves a partial
+        sum for every split."""
+        block_s = min(next_power_of_2(self.splits), max(1, 2048 // self.config.BLOCK_N))
+        return {**self.arguments, "FORM": self.form, "SPLITS": self.splits, "BLOCK_S": block_s}
 
     def strides(self, **names: int) -> dict[str, Any]:
         """Stride arguments: `strides(v=0)` is `stride_v`, those of tensor 0."""

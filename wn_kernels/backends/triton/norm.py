@@ -195,18 +195,15 @@ def finish_kernel(
     OUT,
     N,
     SPLITS,
-    AS_NORM: tl.constexpr,
     EPS: tl.constexpr,
     ACC: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_S: tl.constexpr,
 ):
-    """OUT[j] = the sum of the partial sums; with AS_NORM the norm of it."""
+    """OUT[j] = the norm whose square is the sum of the partial sums."""
     offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     sums = partial_sums(PARTIAL, offs_n, N, SPLITS, ACC, BLOCK_N, BLOCK_S)
-    if AS_NORM:
-        sums = as_norm(sums, EPS)
-    tl.store(OUT + offs_n, sums, mask=offs_n < N)
+    tl.store(OUT + offs_n, as_norm(sums, EPS), mask=offs_n < N)
 
 
 # --- launchers ---------------------------------------------------------------------------------
@@ -249,7 +246,7 @@ def prepare_slice_norms(
         partial = unallocated((walk.splits, slices.n), norm.dtype)
         run.new(partial=partial)
         run.call(sums, "v", "v", "partial")
-        run.call(prepare_finish(target, partial, eps, as_norm=True), "partial", "norm")
+        run.call(_prepare_finish(target, partial, eps), "partial", "norm")
     return run.returning("norm")
 
 
@@ -271,8 +268,8 @@ def prepare_sums(walk: Walk, target: Target, eps: float, a: int, b: int) -> Laun
     )
 
 
-def prepare_finish(target: Target, partial: Tensor, eps: float, *, as_norm: bool) -> Launcher:
-    """`finish(partial, out)` adds up partial sums of shape (splits, N): sums, or norms."""
+def _prepare_finish(target: Target, partial: Tensor, eps: float) -> Launcher:
+    """`finish(partial, norms)` adds up partial sums of squares of shape (splits, N)."""
     splits, n = partial.shape
     config = configs.finish(partial.element_size())
     return Launcher(
@@ -282,7 +279,6 @@ def prepare_finish(target: Target, partial: Tensor, eps: float, *, as_norm: bool
         N=n,
         SPLITS=splits,
         EPS=eps,
-        AS_NORM=as_norm,
         ACC=acc_type(partial),
         **config._asdict(),
     )

@@ -255,7 +255,7 @@ def prepare_weight_norm(
         walk.grid,
         EPS=eps,
         **walk.strides(v=1, w=0),
-        **walk.finishing(walk.form, walk.splits),
+        **walk.finishing(),
     )
     run = Pass("v", "g")
     run.new(w=w, norm=unallocated(kept_shape(v.shape, dim), scale_dtype(v)))
@@ -325,21 +325,16 @@ def prepare_weight_norm_backward(
         partial = "partial"
         run.new(partial=unallocated((walk.splits, slices.n), scale_dtype(v)))
         run.call(prepare_sums(walk, target, eps, 1, 2), "dw", "v", "partial")
-    launch = _prepare_grad(walk, target, eps, walk.form, walk.splits)
-    run.call(launch, "dw", "v", "g", "norm", partial, "dg", "dv")
-    return run.returning("dv", "dg")
-
-
-remembered_weight_norm_backward = remembered(prepare_weight_norm_backward)
-
-
-def _prepare_grad(walk: Walk, target: Target, eps: float, form: str, splits: int) -> Launcher:
-    """`grad(dw, v, g, norm, partial, dg, dv)`. The walk is over (dV, dW, V)."""
-    return Launcher(
+    launch = Launcher(
         weight_grad_kernel,
         target,
         walk.grid,
         EPS=eps,
         **walk.strides(w=1, v=2, d=0),
-        **walk.finishing(form, splits),
+        **walk.finishing(),
     )
+    run.call(launch, "dw", "v", "g", "norm", partial, "dg", "dv")
+    return run.returning("dv", "dg")
+
+
+remembered_weight_norm_backward = remembered(prepare_weight_norm_backward)
