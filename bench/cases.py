@@ -216,7 +216,7 @@ class Runner:
         return sum(t.numel() * t.element_size() for t in (*self.leaves, self.dy))
 
     def twin(self) -> Runner:
-        """The same with operands of its own."""
+        """Returns a runner of the same case that has operands of its own."""
         shared = self.plain, self.right
         twin = copy.deepcopy(self, {id(one): one for one in shared})
         if self.module._compiled_call_impl is not None:  # what a copy leaves behind
@@ -224,7 +224,7 @@ class Runner:
         return twin
 
     def under(self, name: str, session: Session) -> Runner:
-        """The same with the same operands, inside of another session."""
+        """Returns a runner that shares the operands and runs inside of another session."""
         other = copy.copy(self)
         other.name, other.provider = name, replace(self.provider, session=session)
         other.session = session if self.case.precision == "own" else other._sessions
@@ -259,7 +259,8 @@ class Runner:
             self._compare(what, result, self.right[what], length)
 
     def _leaves(self) -> dict[str, Tensor]:
-        """What a training step finds gradients of, by the words for them: `V` and `g` last."""
+        """Returns the tensors whose gradients a training step computes, by name, `V` and `g`
+        last."""
         parameters = dict(self.module.named_parameters())
         bias = parameters.pop("bias")
         weights = sorted(parameters.items(), key=lambda item: item[1].numel())

@@ -231,11 +231,11 @@ class ModelRunner:
         self.parameters = list(self.model.parameters())
 
     def operand_bytes(self) -> int:
-        """What a call reads, but for its activations."""
+        """Returns the bytes that a call reads, without those of activations."""
         return sum(t.numel() * t.element_size() for t in (self.x, *self.parameters))
 
     def twin(self) -> ModelRunner:
-        """The same with operands of its own."""
+        """Returns a runner of the same model that has operands of its own."""
         return copy.deepcopy(self)
 
     def __call__(self) -> None:

@@ -92,11 +92,11 @@ class StepRunner:
         self.leaves = [self.x, *self.model.parameters()]
 
     def operand_bytes(self) -> int:
-        """What a call reads, but for its activations."""
+        """Returns the bytes that a call reads, without those of activations."""
         return sum(t.numel() * t.element_size() for t in self.leaves)
 
     def twin(self) -> StepRunner:
-        """The same with operands of its own."""
+        """Returns a runner of the same step that has operands of its own."""
         return copy.deepcopy(self)
 
     def __call__(self) -> None:

@@ -174,7 +174,7 @@ def _convolution_launches(dtype: str, x_dtype: torch.dtype, v_dtype: torch.dtype
         )
         bias = v.new_empty(outputs)
         g, n = _scales(v, 0)
-        # Of activations with channels first, those of one layer are enough.
+        # One layer is enough to have the kernels that activations with channels first need.
         layouts = [(x, dy)] if size == 32 else [(x, dy), (x.contiguous(), dy.contiguous())]
         for x, dy in layouts:
             backend.convolution(x, v, g, bias, conv, 0, 0.0, "packed")

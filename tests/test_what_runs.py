@@ -158,8 +158,11 @@ def test_triton(name):
         launches.clear()
         backward()
     assert forms_of(forward) in SIGNS[chosen.recorded], (chosen, forms_of(forward))
-    # With W kept, its own gradient is all that is left to our kernels.
-    signs = [(False, frozenset())] if chosen.keeps else BACKWARD_SIGNS[chosen.backward]
+    signs = BACKWARD_SIGNS[chosen.backward]
+    if chosen.keeps == "weight":  # its own gradient is all that is left to our kernels
+        signs = [(False, frozenset())]
+    elif chosen.keeps == "packed":
+        signs = [(False, forms) for _, forms in signs]
     assert forms_of(launches) in signs, (chosen, forms_of(launches))
 
 

@@ -46,7 +46,8 @@ class Layer(torch.autograd.Function):
     ) -> Tensor:
         needs = ctx.needs_input_grad
         tensors = Operands(x, v, g, bias)
-        y, n, kept = operators.layer(call, plan, tensors, needs[1] or needs[2])
+        keep = needs[0] if plan.keeps == "packed" else needs[1] or needs[2]
+        y, n, kept = operators.layer(call, plan, tensors, keep)
         ctx.save_for_backward(x, v, g, bias, n, kept)
         ctx.call, ctx.plan = call, plan
         return y

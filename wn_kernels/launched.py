@@ -56,7 +56,7 @@ def launched(
         or not g.is_contiguous()
     ):
         return None
-    launches = _launches(rank, x, v, g, bias, geometry, dim, eps)
+    launches = _launches(rank, (x, v, g, bias), geometry, dim, eps)
     if launches is None:
         return None
     needs_weight = v.requires_grad or g.requires_grad
@@ -74,15 +74,13 @@ def launched(
 
 def _launches(
     rank: int,
-    x: Tensor | None,
-    v: Tensor,
-    g: Tensor,
-    bias: Tensor | None,
+    tensors: tuple[Tensor | None, Tensor, Tensor, Tensor | None],
     geometry: tuple[Any, ...],
     dim: int | None,
     eps: float,
 ) -> Launches | None:
-    """What is prepared for a call; `None` where the rest of the package serves it."""
+    """Returns what is prepared for a call, or `None` where the rest of the package serves it."""
+    x, v, g, bias = tensors
     key: tuple = (
         *(rank, geometry, dim, eps, v.get_device()),
         *(v.shape, v.stride(), v.dtype, g.shape, g.dtype),
@@ -96,7 +94,7 @@ def _launches(
     except TypeError:  # an option cannot be hashed
         return None
     if found is _prepared:
-        found = operators.launches(rank, (x, v, g, bias), geometry, dim, eps)
+        found = operators.launches(rank, tensors, geometry, dim, eps)
         if len(_prepared) >= _MOST:
             _prepared.clear()
         _prepared[key] = found
@@ -116,14 +114,15 @@ class Launched(torch.autograd.Function):
         bias: Tensor | None,
         launches: Launches,
     ) -> Tensor:
-        y, n = _forward(launches, x, v, g, bias)
-        ctx.save_for_backward(x, v, g, bias, n)
+        y, n, *more = _forward(launches, x, v, g, bias)
+        kept = more[0] if launches.packs and ctx.needs_input_grad[0] else None
+        ctx.save_for_backward(x, v, g, bias, n, kept)
         ctx.launches = launches
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, v, g, bias, n = ctx.saved_tensors
+        x, v, g, bias, n, kept = ctx.saved_tensors
         launches, needs = ctx.launches, ctx.needs_input_grad[:4]
         conv, again = launches.conv, torch.is_grad_enabled()
         weight = _weight_of(launches, x, v, g) if again else None
@@ -135,7 +134,7 @@ class Launched(torch.autograd.Function):
             needs = needed(ctx, tensors, needs)
             dx, dv, dg, db = recorded_grads(weight, conv, dy, tensors, n, needs)
         else:
-            dx, dv, dg, db = _backward(launches, dy, x, v, g, bias, n, needs)
+            dx, dv, dg, db = _backward(launches, dy, x, v, g, bias, n, needs, kept)
         if db is not None and bias is not None and db.dtype != bias.dtype:
             db = db.to(bias.dtype)
         return dx, dv, dg, db, None
@@ -148,20 +147,21 @@ _apply = super(torch.autograd.Function, Launched).apply
 
 def _forward(
     launches: Launches, x: Tensor | None, v: Tensor, g: Tensor, bias: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """`(y, n)`; `(W, n)` without `x`."""
+) -> tuple[Any, ...]:
+    """`(y, n)`, of a pass with what it formed behind them; `(W, n)` without `x`."""
     if launches.forms_forward:
         assert launches.weight is not None
-        w, n = _forward(launches.weight, None, v, g, None)
+        w, n, *_ = _forward(launches.weight, None, v, g, None)
         return _product(launches, x, w, bias), n
     run = launches.run
     if run is None:
         return launches.forward(x, v, g, bias)
     if x is None:
         return run(v, g)
-    is_flat = launches.conv is not None or x.ndim == 2
-    y, n = run(x if is_flat else rows_of(x), v, g, bias)[:2]  # a convolution's W comes after them
-    return (y, n) if is_flat else (y.view(*x.shape[:-1], len(v)), n)
+    if launches.conv is not None or x.ndim == 2:
+        return run(x, v, g, bias)
+    y, n = run(rows_of(x), v, g, bias)
+    return y.view(*x.shape[:-1], len(v)), n
 
 
 def _formed(launches: Launches, v: Tensor, g: Tensor) -> Tensor:
@@ -175,7 +175,7 @@ def _weight_of(launches: Launches, x: Tensor | None, v: Tensor, g: Tensor) -> We
     """What a recorded backward takes: launches of the weight alone in V's dtype, where the call is
     not that of a weight itself. `None` where Python forms the weight."""
     dim, eps = launches.dim, launches.eps
-    alone = launches if x is None else _launches(0, None, v, g, None, (), dim, eps)
+    alone = launches if x is None else _launches(0, (None, v, g, None), (), dim, eps)
     if alone is None:
         return None
 
@@ -204,8 +204,9 @@ def _backward(
     bias: Tensor | None,
     n: Tensor,
     needs: Needs,
+    kept: Tensor | None = None,
 ) -> Grads:
-    """`(dX, dV, dg, db)`; what is not needed may be `None`."""
+    """`(dX, dV, dg, db)`; what is not needed may be `None`. `kept` is the packed `W`."""
     if launches.forms_backward:
         return _backward_of_convolution(launches, dy, x, v, g, n, needs)
     is_flat = x is None or launches.conv is not None or x.ndim == 2
@@ -222,7 +223,7 @@ def _backward(
     if x is None:
         dv, dg = run(dy, v, g, n)
         return None, dv, dg, None
-    dx, dv, dg, db = run(flat_dy, flat_x, v, g, n)
+    dx, dv, dg, db = run(flat_dy, flat_x, v, g, n, *[kept] * launches.packs)
     return dx if is_flat or dx is None else dx.view(x.shape), dv, dg, db
 
 

@@ -125,7 +125,9 @@ class Launches(NamedTuple):
         prepare_backward: a function of `(dy, x, v, g, needs)` that returns the pass of the backward
             for these layouts, or `None` where it is none.
         forms_forward, forms_backward: whether PyTorch's convolution with a formed `W` serves them.
-        keeps: whether a training step keeps its `W`.
+        keeps: whether a training step keeps the `W` that PyTorch's product takes.
+        packs: whether it keeps the packed `W`, which `run` returns behind `n`, and the pass of the
+            backward takes.
         weight: the same of `W` alone, where it is formed.
         conv, dim, eps: as in `Call`.
         signs: attributes that tell whether something observes launches.
@@ -140,6 +142,7 @@ class Launches(NamedTuple):
     forms_forward: bool
     forms_backward: bool
     keeps: bool
+    packs: bool
     weight: Launches | None
     conv: Geometry | None
     dim: int | None
@@ -176,11 +179,10 @@ def _launches(call: Call, plan: Plan, tensors: Operands) -> Launches | None:
         call.conv is not None and way == "materialize" for way in (plan.forward, plan.backward)
     )
     weight = None
-    if forms_forward or forms_backward or plan.keeps:
-        if (
-            call.conv is not None and x is not None and vendor.is_wrong(x)
-        ):  # PyTorch's convolution is
-            return None
+    takes_pytorchs = forms_forward or forms_backward or plan.backward == "weight_grad"
+    if takes_pytorchs and x is not None and vendor.is_wrong(x):
+        return None
+    if forms_forward or forms_backward or plan.keeps == "weight":
         of_weight = Operands(None, tensors.v, tensors.g, None)
         weight = _launches(call.of_weight(), plan.of_weight(), of_weight)
 
@@ -194,16 +196,20 @@ def _launches(call: Call, plan: Plan, tensors: Operands) -> Launches | None:
     def prepare_backward(
         dy: Tensor, x: Tensor | None, v: Tensor, g: Tensor, needs: Needs
     ) -> Callable[..., Any] | None:
-        return module.pass_backward(call, plan, dy, Operands(x, v, g, None), needs)
+        how = plan if packs else plan._replace(keeps="")
+        return module.pass_backward(call, how, dy, Operands(x, v, g, None), needs)
 
+    run = None if forms_forward else module.pass_forward(call, plan, tensors)
+    packs = plan.keeps == "packed" and run is not None
     return Launches(
         forward=forward,
         backward=backward,
-        run=None if forms_forward else module.pass_forward(call, plan, tensors),
+        run=run,
         prepare_backward=prepare_backward,
         forms_forward=forms_forward,
         forms_backward=forms_backward,
-        keeps=bool(plan.keeps),
+        keeps=plan.keeps == "weight",
+        packs=packs,
         weight=weight,
         conv=call.conv,
         dim=call.dim,

@@ -279,6 +279,6 @@ def _explained(call: Call, backend: str, device: str | None) -> str:
     title = f"{plan.key(call)}\n{backend}, constants of {found.device.name}, picked by the {source}"
     keeps = []
     if picked.keeps:
-        recorded = f"A training step keeps the {picked.keeps}"
+        recorded = f"A training step keeps the {picked.kept}"
         keeps = [f"{recorded}; its forward is {picked.recorded}."]
     return "\n".join([title, *aligned(rows), *keeps])

@@ -81,7 +81,10 @@ def main(context: Context) -> None:
             stats = context.clock.host(runs, context.seconds())
             launches = row.launches(runs)
             predicted = {name: n * devices.gpu().overhead for name, n in launches.items()}
-            context.result(row.case.record(), stats, predicted)
+            record = row.case.record()
+            if isinstance(row.case, NormCase):
+                record["label"] = f"weight_norm {row.case.label}"
+            context.result(record, stats, predicted)
 
 
 def _of_operator(case: NormCase, runs: dict[str, Any]) -> dict[str, int]:

@@ -33,7 +33,7 @@ def _measure(context: Context, case: ModelCase) -> None:
         {name: partial(ModelRunner, case, name, context.device) for name in NAMES}
     )
     seconds = context.seconds()
-    # What was checked in float32 is timed in TF32 as well.
+    # A model is checked in float32, and the same model is then timed in TF32.
     sessions: dict[str, AbstractContextManager[Any]]
     sessions = {"own": nullcontext(), "tf32": precision.tf32()}
     for kind, session in sessions.items():

@@ -43,8 +43,12 @@ def _stages(found: costs.Costs, choice: Any, mode: str) -> list[Stage]:
     """Of a path of ours."""
     if mode == "infer":
         return found.forward[choice.forward]
-    kept = found.kept if choice.keeps else None
-    return [*found.forward[choice.recorded], *(kept or found.backward[choice.backward])]
+    forward, backward = found.forward[choice.recorded], found.backward[choice.backward]
+    if choice.keeps == "packed":  # the first stage of ours forms it
+        backward = backward[1:]
+    elif choice.keeps and found.kept:
+        backward = found.kept
+    return [*forward, *backward]
 
 
 def ours(call: Call, choice: Any, mode: str) -> float:

@@ -51,6 +51,7 @@ def test_dtypes(dtype):
     runner.check()
     with torch.no_grad():
         runner.module.weight_g.mul_(1.1)
+    runner.right.clear()
     runner.check()  # a layer of its own, right as well
     runner.module.forward = lambda x, right=runner.module.forward: 1.1 * right(x)
     with pytest.raises(AssertionError, match="ours is wrong"):

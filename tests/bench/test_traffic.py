@@ -49,7 +49,8 @@ def test_fewer_bytes_than_eager(found):
     for layer, saving in (("half", 2.5), ("autocast", 3.5)):
         ours, eager = (found[layer, "forward", name] for name in ("one_pass", "eager"))
         assert eager.by_launch > saving * ours.by_launch
-        assert eager.operations == ours.operations > 0
+        # A tile has 64 rows, and `x` 16.
+        assert ours.operations == 4 * eager.operations > 0
 
 
 def test_kernels_are_named(found):

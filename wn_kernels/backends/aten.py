@@ -55,7 +55,7 @@ from ..call import (
 )
 from . import vendor
 from .native.limits import LEFT_ROWS
-from .vendor import convolution_grads
+from .vendor import channel_sums, convolution_grads
 
 INF = float("inf")
 
@@ -483,7 +483,7 @@ def _channel_dots(x: Tensor, dx: Tensor, conv: Geometry, dim: int | None) -> Ten
     dots = x * dx
     if dim is None:
         return dots.sum()
-    dots = dots.sum([i for i in range(x.ndim) if i != 1])
+    dots = channel_sums(dots)
     return dots.view(conv.groups, -1).sum(0) if dim == 1 else dots
 
 

@@ -11,8 +11,12 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-# The addition of the parts of a split sum costs as much as this many steps.
-SUM_STEPS = 8
+# The addition of the parts of a split sum costs as much as this many steps of a product. A step of
+# the gradient of a weight takes as long as GRAD_STEP of them, because it also finds its pixels.
+SUM_STEPS = 10
+GRAD_STEP = 3
+# The parts that are added in one step.
+ADDED = 64
 # A tile's loads of this many bytes take as long as their latency.
 STEP_BYTES = 2**15
 
@@ -94,7 +98,9 @@ def parts(steps: int, tiles: int, programs: int) -> int:
     There are as many as fill the machine with four programs for each of its multiprocessors
     (`programs`), if the addition costs less than the steps that they save."""
     found = max(1, min(steps // 2, 4 * programs // max(1, tiles)))
-    return found if steps - blocks(steps, found) >= SUM_STEPS else 1
+    if steps:
+        found = blocks(steps, blocks(steps, found))  # none of which is empty
+    return found if GRAD_STEP * (steps - blocks(steps, found)) >= SUM_STEPS else 1
 
 
 def gradient(o: int, r: int, itemsize: int) -> tuple[int, int, int]:

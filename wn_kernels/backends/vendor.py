@@ -118,12 +118,17 @@ def convolution_grads(
     # For db alone, ATen would compute the weight's gradient as well. It would sum a float16 dY in
     # float16.
     if needs_bias and (not needs_weight or dy.element_size() == 2):
-        db = dy.sum([i for i in range(dy.ndim) if i != 1])
+        db = channel_sums(dy)
     if not (needs_x or needs_weight):
         return None, None, db
     mask = (needs_x, needs_weight, needs_bias and db is None)
     dx, dw, bias_grad = convolution_backward(dy, x, w, conv, mask)
     return dx, dw, bias_grad if db is None else db
+
+
+def channel_sums(t: Tensor) -> Tensor:
+    """Returns the sums over all dimensions but the second, which holds channels or columns."""
+    return t.sum([i for i in range(t.ndim) if i != 1])
 
 
 def linear_grads(dy: Tensor, x: Tensor, w: Tensor, *needs: bool) -> tuple[Any, Any, Any]:

@@ -11,7 +11,6 @@ the candidates, not to predict times. `variants.py` picks the cheapest.
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -418,7 +417,9 @@ def triton_convolution(call: Call, conv: Geometry, device: Device) -> Costs:
     v, dw = call.v_dtype.itemsize * weight, _grad_size(call) * weight
     form, finish = Stage(2 * v + own.w), Stage(2 * (dw + v) + v)
     repacks = not call.channels_last
-    repack_x, repack_y = ([Stage(2 * side)] * repacks for side in (own.x, own.y))
+    repack_x, repack_y = (
+        [Stage(2 * side, 0.0, constants.repack)] * repacks for side in (own.x, own.y)
+    )
 
     forward = {
         "packed": [form, *repack_x, *own.product(conv.transposed)],
@@ -427,15 +428,14 @@ def triton_convolution(call: Call, conv: Geometry, device: Device) -> Costs:
     narrows = narrows_range(call.x_dtype, call.v_dtype)
     if conv.has_small_groups(call.v_shape) and conv.owns_slices(call.dim) and not narrows:
         forward["one_pass"] = [*repack_x, *own.product(False)]
-    vendors_dx = own.vendors(own.length(not conv.transposed))
+    vendors_dx = own.vendors(own.length(not conv.transposed), is_grad=True)
     bias = Stage(own.y, 0.0, constants.step)  # the sum of `dY` alone
     grad = [*repack_x, *own.gradient(), finish] + ([bias] if conv.transposed else [])
     backward = {
         "packed": [form, *repack_y, *own.product(not conv.transposed), *grad],
         "weight_grad": [form, vendors_dx, *repack_y, *grad],
-        "materialize": [form, vendors_dx, own.vendors(own.small), bias, finish],
+        "materialize": [form, vendors_dx, own.vendors(own.small, is_grad=True), bias, finish],
     }
-    device = replace(device, overhead=constants.launch)
     return Costs(forward, backward, device, device.rate(call.x_dtype.itemsize, call.tf32))
 
 
@@ -473,7 +473,7 @@ class _Products(NamedTuple):
         pixels = batch * math.prod(small), batch * math.prod(phase)
         return cls(call, conv, device, *_convolution_sizes(call, conv), *pixels)
 
-    def vendors(self, length: float) -> Stage:
+    def vendors(self, length: float, is_grad: bool = False) -> Stage:
         """Returns one of the vendor's products, each of whose results sums `length` numbers. A call
         has a fixed time, and the sum is bound by latency, but for a long one, which is split."""
         call, conv, device = self.call, self.conv, self.device
@@ -481,9 +481,13 @@ class _Products(NamedTuple):
         if conv.has_small_groups(call.v_shape):
             converts = 2 * (self.x + self.y) * call.channels_last
             return Stage(moved + converts, 0.0, constants.vendor_direct, 1 + call.channels_last)
-        as_it_lies = call.channels_last and len(conv.stride) > 1
-        least = constants.vendor_native if as_it_lies else constants.vendor
-        least += min(length, VENDOR_LENGTH) * constants.vendor_step + 4 * self.w / device.bandwidth
+        # Few channels are padded.
+        as_it_lies = call.channels_last and len(conv.stride) > 1 and call.v_shape[1] >= 16
+        least, step = constants.vendor, constants.vendor_step
+        if as_it_lies:
+            least = constants.vendor_native_grad if is_grad else constants.vendor_native
+            step = constants.vendor_native_step
+        least += min(length, VENDOR_LENGTH) * step + 4 * self.w / device.bandwidth
         if conv.groups > 1:
             least += self.operations / (constants.vendor_grouped * device.rates[0])
         return Stage(moved, 0.0, least + self.operations / device.rate(self._size, call.tf32))
@@ -507,12 +511,13 @@ class _Products(NamedTuple):
         """Whether tensor cores cannot serve them."""
         return self._size == 8 or (self._size == 4 and not self.call.tf32)
 
-    def _seconds(self, steps: float) -> float:
-        """Returns the time of steps of a loop, and of what it computes without tensor cores."""
+    def _seconds(self, steps: float, ieee: float) -> float:
+        """Returns the time of steps of a loop, and of what it computes without tensor cores, where
+        it reaches the fraction `ieee` of the rate."""
         constants = self.device.convolution
         seconds = steps * constants.step
         if self.ieee:
-            rate = self.device.rate(self._size) * constants.ieee
+            rate = self.device.rate(self._size) * ieee
             seconds = max(seconds, self.operations / rate)
         return seconds
 
@@ -530,27 +535,35 @@ class _Products(NamedTuple):
             self.device.multiprocessors,
         )
         steps = tile.steps * (constants.flat ** len(conv.stride) if r < 16 else 1)
-        found = [Stage(moved, self.operations, self._seconds(steps))]
+        found = [Stage(moved, self.operations, self._seconds(steps, constants.ieee))]
         if tile.splits > 1:
             result = self.y if phased == conv.transposed else self.x
-            found.append(Stage((4 * tile.splits / self._size + 1) * result))
+            found.append(Stage((4 * tile.splits / self._size + 1) * result, 0.0, constants.added))
         return found
 
     def gradient(self) -> list[Stage]:
         """Returns the launches of the gradient of the weight."""
         call, conv, device = self.call, self.conv, self.device
+        constants = device.convolution
         o, r = self._channels(False)
         taps = math.prod(call.v_shape[2:])
         dw = float(_grad_size(call) * math.prod(call.v_shape))
         if conv.has_small_groups(call.v_shape):
-            return [Stage(self.x + self.y + dw, 0.0, device.convolution.direct)]
+            return [Stage(self.x + self.y + dw, 0.0, constants.direct)]
         block_m, block_o, block_r = tiles.gradient(o, r, self._size)
         across = tiles.blocks(taps * r, block_r) if r < 16 else taps * tiles.blocks(r, block_r)
         count = tiles.blocks(o, block_o) * across * conv.groups
         steps = tiles.blocks(self.small, block_m)
         parts = tiles.parts(steps, count, device.multiprocessors)
-        # A program's steps compute where their pixels lie, which takes longer than a product's.
+        # The first loads and the stores of a program take a step of a product.
         waves = max(1.0, count * parts / (2 * device.multiprocessors))
-        walked = 2 * tiles.blocks(steps, parts) * waves
-        found = [Stage(self.x + self.y + parts * dw, self.operations, self._seconds(walked))]
-        return found if parts == 1 else [*found, Stage(parts * dw + dw), Stage(0)]
+        step = tiles.GRAD_STEP * (len(conv.stride) + 1) / 2
+        walked = (step * tiles.blocks(steps, parts) + 1) * waves
+        if r < 16 or call.tf32:  # loads of single elements, and a tile that is turned in registers
+            walked *= 2
+        seconds = self._seconds(walked, constants.grad_ieee)
+        found = [Stage(self.x + self.y + parts * dw, self.operations, seconds)]
+        if parts > 1:
+            least = tiles.blocks(parts, tiles.ADDED) * constants.added
+            found.append(Stage(parts * dw + dw, 0.0, least))
+        return found

@@ -12,27 +12,35 @@ class Convolution:
     """This class holds the constants of convolutions on a device class, in seconds.
 
     Attributes:
-        launch: a launch in a graph, with the beginning and the end of its kernel.
         step: a step of the loop of our products (`backends/tiles.py`).
         direct: our kernels for groups of few channels.
         flat: the factor on a step whose channels have taps of their own, for each dimension.
         ieee: the fraction of the rate that our products reach without tensor cores.
+        grad_ieee: the same for the gradient of a weight.
+        repack: a copy with channels last, however small.
+        added: a step of the sum of parts, which takes up to 64 of them.
         vendor: a call of the vendor's convolution, with the layouts that it converts.
         vendor_native: the same for images with channels last, whose layouts stay.
+        vendor_native_grad: the same for a gradient.
         vendor_direct: the same for groups of few channels.
         vendor_step: for each of the products that an element of its result sums.
+        vendor_native_step: the same for images with channels last.
         vendor_grouped: the fraction of the rate of 16 bits that other groups reach.
     """
 
-    launch: float = 2e-6
     step: float = 4e-7
     direct: float = 3e-6
-    flat: float = 3.0
+    flat: float = 2.6
     ieee: float = 0.3
+    grad_ieee: float = 0.5
+    repack: float = 6e-7
+    added: float = 1.2e-6
     vendor: float = 1e-5
-    vendor_native: float = 5e-6
+    vendor_native: float = 6e-6
+    vendor_native_grad: float = 9e-6
     vendor_direct: float = 1.2e-6
     vendor_step: float = 4e-9
+    vendor_native_step: float = 1.2e-9
     vendor_grouped: float = 1e-2
 
 

@@ -24,14 +24,19 @@ class Plan(NamedTuple):
         forward: the variant of the forward, without gradients.
         backward: the variant of the backward.
         keeps: what the forward of a training step saves for the backward besides its inputs and the
-            norms: the `"product"` `x Vᵀ` of a linear layer on a CPU, the `"weight"` `W`, or
-            nothing.
+            norms: the `"product"` `x Vᵀ` of a linear layer on a CPU, the `"weight"` `W`, the same
+            `"packed"` for our products of a convolution on a GPU, or nothing.
     """
 
     backend: str
     forward: str
     backward: str
-    keeps: Literal["", "product", "weight"] = ""
+    keeps: Literal["", "product", "weight", "packed"] = ""
+
+    @property
+    def kept(self) -> str:
+        """What is kept, in words."""
+        return "packed weight" if self.keeps == "packed" else self.keeps
 
     @property
     def recorded(self) -> str:
@@ -47,7 +52,7 @@ class Plan(NamedTuple):
         return {"forward": self.forward, "backward": self.backward, "keeps": self.keeps}
 
     def __str__(self) -> str:
-        kept = f", keeps the {self.keeps}" if self.keeps else ""
+        kept = f", keeps the {self.kept}" if self.keeps else ""
         return f"{self.forward}/{self.backward}{kept}"
 
 
@@ -59,23 +64,35 @@ def _may_keep(call: Call, backend: str, forward: str, backward: str) -> bool:
     """Returns whether more may be saved for the backward than the plain layer saves.
 
     The product of a linear layer on a CPU may take 1/8 of the size of the weight. The `W` of a
-    convolution, and on the Triton path of a linear layer, may take 1/8 of the size of the input. A
-    small `W` is kept whatever the input's size, since computing it again is all overhead. A `W` in
-    float32 for a layer in half precision is not kept on a CPU. The native library, and the Triton
-    path of a linear layer, form `W` for a training step, whatever the forward does without
-    gradients. The native library keeps every `W` that is normalised along taps, because forming it
-    twice takes longer than eager does.
+    convolution, packed or not, and on the Triton path of a linear layer, may take 1/8 of the size
+    of the input. A small `W` is kept whatever the input's size, since computing it again is all
+    overhead. A `W` in float32 for a layer in half precision is not kept on a CPU. The native
+    library, and the Triton path of a linear layer, form `W` for a training step, whatever the
+    forward does without gradients. The native library keeps every `W` that is normalised along
+    taps, because forming it twice takes longer than eager does.
     """
     linear = call.conv is None
     if linear and backend != "triton":
         return forward == backward == "scaled" and scales_late(call) and keeps_product(call)
     forms_anyway = linear or backend == "native"
+    if _packs(call, backend, forward, backward):
+        return _is_small(call)
     if backward != "materialize" or (forward != "materialize" and not forms_anyway):
         return False
     if backend == "aten" and vendor.is_wrong_for(call.x_dtype, len(call.v_shape)):
         return False  # PyTorch would save `x` and `W` in float32
     if call.conv and backend != "triton" and call.conv.scale_axis(call.dim) == "taps":
         return backend == "native"  # it can scale nothing but `W`
+    return _is_small(call)
+
+
+def _packs(call: Call, backend: str, forward: str, backward: str) -> bool:
+    """Returns whether both directions take a packed `W`."""
+    return backend == "triton" and call.conv is not None and forward == backward == "packed"
+
+
+def _is_small(call: Call) -> bool:
+    """Returns whether `W` is small by itself, or beside the input."""
     size = call.x_dtype.itemsize
     w, input = size * math.prod(call.v_shape), size * math.prod(call.x_shape)
     return w <= max(input / 8, KEPT_WEIGHT)
@@ -83,6 +100,8 @@ def _may_keep(call: Call, backend: str, forward: str, backward: str) -> bool:
 
 def _plan(call: Call, backend: str, forward: str, backward: str, keeps: bool) -> Plan:
     kept = "product" if call.conv is None and backend != "triton" else "weight"
+    if _packs(call, backend, forward, backward):
+        kept = "packed"
     return Plan(backend, forward, backward, kept if keeps else "")  # type: ignore[arg-type]
 
 

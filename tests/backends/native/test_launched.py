@@ -102,6 +102,25 @@ def test_formed_weight(name, keeps, planned, monkeypatch):
     CASES[name].check(layer(name))
 
 
+@pytest.mark.parametrize("name", [name for name in CASES if name[0] != "l" and name != "3d"])
+@pytest.mark.parametrize(
+    "plan",
+    [("packed", "packed", ""), ("packed", "packed", "packed"), ("packed", "weight_grad", "")],
+)
+def test_convolutions(name, plan, planned, monkeypatch):
+    """Passes alone, with PyTorch's gradient of the input and its sums in them. A packed `W` that is
+    kept is formed once."""
+    planned(*plan)
+    no_functions(monkeypatch)
+    case = CASES[name]
+    case.check(layer(name))
+    leaves = [t.detach().requires_grad_() for t in (case.x, case.v, case.g, case.bias)]
+    with launch.recording() as launches:
+        torch.autograd.backward(layer(name)(*leaves), case.dy)
+    formed = [each for each in launches if each.kernel.__name__ == "weight_kernel"]
+    assert len(formed) == (1 if plan[2] else 2)
+
+
 @pytest.mark.parametrize("name", [name for name in CASES if name[0] == "l"])
 @pytest.mark.parametrize("variant", ["one_pass", "scaled", "materialize"])
 def test_linear(name, variant, planned, monkeypatch):

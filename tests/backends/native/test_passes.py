@@ -47,7 +47,7 @@ forced.__enter__()
 
 
 def compiled(code):
-    """What `code` prints, in a process that compiles, over a driver that does nothing."""
+    """Returns what `code` prints in a process that compiles kernels. Its driver does nothing."""
     return printed(SETUP + code)
 
 

@@ -65,8 +65,8 @@ def test_so_many_cases_of_each_kind(context):
 
 
 def test_a_case_takes_its_share_of_the_time(context):
-    """Of what is left for those that are left, without what setting up the others takes; never
-    much, and nothing when it is over."""
+    """The time that is left, without what setting up takes, is shared by the cases that are left.
+    A share is never large, and there is none when the time is up."""
     shares = {}
     for case in context.cases(["a", "b", "c"]):
         context.setups[:] = [] if case == "a" else [9.0, 0.2, 0.4]
@@ -165,7 +165,7 @@ def graph(monkeypatch):
 
 
 def test_kernels_are_timed_in_graphs(graph, monkeypatch):
-    """Of all twins in turn; the host by itself."""
+    """A graph runs all twins in turn. The host times one runner by itself."""
     monkeypatch.setattr(timing, "sets_beyond_cache", lambda size, device: 3)
     clock = Clock(CPU)
     run = TINY[0].competitors(CPU, full=False)["ours"]()

@@ -212,8 +212,8 @@ def small(one):
 
 
 def test_sweep(measured, monkeypatch):
-    """What is changed is what runs, beside the shipped configuration, which is there again
-    afterwards."""
+    """A changed configuration is what runs, beside the shipped one. Afterwards the shipped one is
+    back."""
     from wn_kernels.backends.triton import configs
 
     real = sweep.sweeps()
@@ -242,7 +242,8 @@ def test_sweep(measured, monkeypatch):
 
 
 def test_a_sweep_says_what_does_not_run(measured, monkeypatch, tmp_path):
-    """What the compiler refuses is not a fault; what is wrong is, and neither is timed."""
+    """A configuration that the compiler refuses is no fault. One with wrong results is a fault.
+    Neither is timed."""
     one = small(sweep.sweeps()[0])
     one = dataclasses.replace(one, fields={"num_stages": (7, 8, 9)})
     monkeypatch.setattr(sweep, "sweeps", lambda: [one])
@@ -285,8 +286,8 @@ def test_host(measured, monkeypatch):
         assert list(line["seconds"]) == list(host.NAMES)
     assert train["predicted"]["ours"] > infer["predicted"]["ours"] > 0
     assert [(line["case"]["label"], line["case"]["mode"]) for line in others] == [
-        ("64×64, dim=0", "infer"),
-        ("64×64, dim=0", "train"),
+        ("weight_norm 64×64, dim=0", "infer"),
+        ("weight_norm 64×64, dim=0", "train"),
         ("tiny", "infer"),
         ("tiny", "train"),
     ]

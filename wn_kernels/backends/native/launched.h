@@ -32,7 +32,7 @@ struct Launches : torch::CustomClassHolder {
   Launches(const py::object& prepared, double eps)
       : forms_forward(prepared.attr("forms_forward").cast<bool>()),
         forms_backward(prepared.attr("forms_backward").cast<bool>()),
-        keeps(prepared.attr("keeps").cast<bool>()),
+        keeps(prepared.attr("keeps").cast<bool>()), packs(prepared.attr("packs").cast<bool>()),
         axis(prepared.attr("dim").cast<std::optional<int64_t>>().value_or(-1)), eps(eps),
         is_observed(prepared.attr("signs")),
         geometry(references.keep(prepared.attr("conv"))),
@@ -45,27 +45,33 @@ struct Launches : torch::CustomClassHolder {
     if (!geometry.is_none()) conv = Geometry::of(geometry.cast<Geometry::Fields>());
   }
 
-  // (y, n); (W, n) without x.
-  std::pair<Tensor, Tensor> forward(
+  // y or, without x, W; the norms; and the packed W where that is kept.
+  struct Result {
+    Tensor y, n, w;
+  };
+
+  Result forward(
       const Tensor& x, const Tensor& v, const Tensor& g, const Tensor& bias, bool observed) {
     if (forms_forward) {
-      auto [w, n] = weight->forward({}, v, g, {}, observed);
-      return {product(x, w, bias), std::move(n)};
+      auto formed = weight->forward({}, v, g, {}, observed);
+      return {product(x, formed.y, bias), std::move(formed.n), {}};
     }
     if (!pass) {
       const py::gil_scoped_acquire gil;
-      return python_forward(as_object(x), v, g, as_object(bias)).cast<std::pair<Tensor, Tensor>>();
+      auto [y, n] =
+          python_forward(as_object(x), v, g, as_object(bias)).cast<std::pair<Tensor, Tensor>>();
+      return {std::move(y), std::move(n), {}};
     }
     if (!x.defined()) {
       auto found = (*pass)({v, g}, observed);
-      return {std::move(found[0]), std::move(found[1])};
+      return {std::move(found[0]), std::move(found[1]), {}};
     }
     const bool is_flat = conv || x.dim() == 2;
     const auto found = (*pass)({is_flat ? x : as_rows(x), v, g, bias}, observed);
-    if (is_flat) return {found[0], found[1]};
+    if (is_flat) return {found[0], found[1], packs ? found[2] : Tensor()};
     auto sizes = x.sizes().vec();
     sizes.back() = v.size(0);
-    return {found[0].view(sizes), found[1]};
+    return {found[0].view(sizes), found[1], {}};
   }
 
   // The layer with a W that is formed or kept, by PyTorch.
@@ -88,7 +94,7 @@ struct Launches : torch::CustomClassHolder {
   // (dX, dV, dg, db); what is not needed may be undefined.
   variable_list backward(
       const Tensor& dy, const Tensor& x, const Tensor& v, const Tensor& g, const Tensor& bias,
-      const Tensor& n, const Needs& needs, bool observed) {
+      const Tensor& n, const Tensor& kept, const Needs& needs, bool observed) {
     if (forms_backward) return backward_of_convolution(dy, x, v, g, n, needs, observed);
     const bool is_flat = !x.defined() || conv || x.dim() == 2;
     const Tensor flat_dy = is_flat ? dy : as_rows(dy), flat_x = is_flat ? x : as_rows(x);
@@ -97,7 +103,9 @@ struct Launches : torch::CustomClassHolder {
         auto found = (*prepared)({dy, v, g, n}, observed);
         return {Tensor(), std::move(found[0]), std::move(found[1]), Tensor()};
       }
-      auto found = (*prepared)({flat_dy, flat_x, v, g, n}, observed);
+      variable_list given{flat_dy, flat_x, v, g, n};
+      if (packs) given.push_back(kept);
+      auto found = (*prepared)(std::move(given), observed);
       if (!is_flat && found[0].defined()) found[0] = found[0].view(x.sizes());
       return found;
     }
@@ -111,13 +119,13 @@ struct Launches : torch::CustomClassHolder {
       const Tensor& dy, const Tensor& x, const Tensor& v, const Tensor& g, const Tensor& n,
       const Needs& needs, bool observed) {
     const bool needs_weight = needs[1] || needs[2];
-    const Tensor formed = needs[0] ? weight->forward({}, v, g, {}, observed).first : Tensor();
+    const Tensor formed = needs[0] ? weight->forward({}, v, g, {}, observed).y : Tensor();
     Tensor dx, dw, db;
     const Tensor w = needs[0] ? formed : v.to(x.scalar_type());
     std::tie(dx, dw, db) = product_grads(dy, x, w, needs);
     variable_list out{dx, {}, {}, db};
     if (needs_weight) {
-      auto found = weight->backward(dw, {}, v, g, {}, n, {false, true, true, false}, observed);
+      auto found = weight->backward(dw, {}, v, g, {}, n, {}, {false, true, true, false}, observed);
       out[1] = std::move(found[1]);
       out[2] = std::move(found[2]);
     }
@@ -146,6 +154,7 @@ struct Launches : torch::CustomClassHolder {
   References references;
   bool forms_forward, forms_backward;  // whether PyTorch's convolution by W serves a direction
   bool keeps;                          // whether a training step keeps that W
+  bool packs;                          // whether it keeps the packed W
   int64_t axis;                        // the kept dimension; -1 for the whole of V
   double eps;
   Observation is_observed;
@@ -179,12 +188,12 @@ class Launched : public torch::autograd::Node {
   // y with a node that holds these tensors.
   static Tensor recorded(
       const Tensor& y, const Tensor& x, const Tensor& v, const Tensor& g, const Tensor& bias,
-      const Tensor& n, const Prepared& launches) {
+      const Tensor& n, const Tensor& kept, const Prepared& launches) {
     const auto node = make<decltype(torch::autograd::Edge::function)>();
     node->set_next_edges(torch::autograd::collect_next_edges(x, v, g, bias));
     node->launches_ = launches;
     size_t i = 0;
-    for (const Tensor* t : {&x, &v, &g, &bias, &n})
+    for (const Tensor* t : {&x, &v, &g, &bias, &n, &kept})
       node->saved_[i++] = torch::autograd::SavedVariable(*t, /*is_output=*/false);
     torch::autograd::set_history(y, node);
     return x.defined() ? with_weight_grad(y, v) : y;
@@ -202,12 +211,12 @@ class Launched : public torch::autograd::Node {
     const LayerGrads given(grads);
     const Tensor &dy = given.dy, &dw = given.dw;
     if (given.are_undefined()) return variable_list(4);
-    std::array<Tensor, 5> tensors;
+    std::array<Tensor, 6> tensors;
     {
       const std::lock_guard<std::mutex> lock(mutex_);
       for (size_t i = 0; i < tensors.size(); ++i) tensors[i] = saved_[i].unpack();
     }
-    const auto& [x, v, g, bias, n] = tensors;
+    const auto& [x, v, g, bias, n, kept] = tensors;
     Needs needs;
     for (size_t i = 0; i < needs.size(); ++i) needs[i] = task_should_compute_output(i);
     // The launches of the weight alone, for W and its gradient.
@@ -225,10 +234,10 @@ class Launched : public torch::autograd::Node {
       out = recorded(given, x, v, g, n, needs, **weight);
     } else {
       const bool observed = launches_->is_observed();
-      if (dy.defined()) out = launches_->backward(dy, x, v, g, bias, n, needs, observed);
+      if (dy.defined()) out = launches_->backward(dy, x, v, g, bias, n, kept, needs, observed);
       if (dw.defined()) {
         const Needs of_weight{false, needs[1], needs[2], false};
-        const auto more = (*weight)->backward(dw, {}, v, g, {}, n, of_weight, observed);
+        const auto more = (*weight)->backward(dw, {}, v, g, {}, n, {}, of_weight, observed);
         for (const size_t i : {1, 2})
           if (needs[i]) out[i] = out[i].defined() ? out[i] + more[i] : more[i];
       }
@@ -257,7 +266,7 @@ class Launched : public torch::autograd::Node {
         {
           at::AutoDispatchBelowADInplaceOrView below;
           const at::NoGradGuard no_grad;
-          w = weight.forward({}, v, g, {}, observed).first;
+          w = weight.forward({}, v, g, {}, observed).y;
         }
         w = recorded_weight(w, v, g);
       }
@@ -271,7 +280,7 @@ class Launched : public torch::autograd::Node {
     {
       at::AutoDispatchBelowADInplaceOrView below;
       const at::NoGradGuard no_grad;
-      grads = weight.backward(dw, {}, v, g, {}, n, {false, true, true, false}, observed);
+      grads = weight.backward(dw, {}, v, g, {}, n, {}, {false, true, true, false}, observed);
     }
     auto found = WeightGrads::apply(
         dw, v, g, n, std::make_pair(grads[1], grads[2]), launches_->axis, launches_->eps);
@@ -279,7 +288,8 @@ class Launched : public torch::autograd::Node {
     return out;
   }
 
-  std::array<torch::autograd::SavedVariable, 5> saved_;  // x, V, g, the bias and n
+  // x, V, g, the bias, n and the packed W
+  std::array<torch::autograd::SavedVariable, 6> saved_;
   Prepared launches_;
 };
 
@@ -327,7 +337,7 @@ inline std::optional<Prepared> prepared(
 inline Tensor run(
     const Tensor& x, const Operands& t, const Tensor& bias, const Prepared& launches,
     bool observed) {
-  std::pair<Tensor, Tensor> result;
+  Launches::Result result;
   {
     at::AutoDispatchBelowADInplaceOrView below;
     const at::NoGradGuard no_grad;
@@ -336,8 +346,9 @@ inline Tensor run(
   const auto needs = [](const Tensor& tensor) { return tensor.defined() && tensor.requires_grad(); };
   const bool recorded =
       at::GradMode::is_enabled() && (t.needs_weight_grad() || needs(x) || needs(bias));
-  if (!recorded) return result.first;
-  return Launched::recorded(result.first, x, t.v, t.g, bias, result.second, launches);
+  if (!recorded) return result.y;
+  const Tensor kept = needs(x) ? result.w : Tensor();
+  return Launched::recorded(result.y, x, t.v, t.g, bias, result.n, kept, launches);
 }
 
 inline MaybeTensor launched(

@@ -7,11 +7,12 @@
 
 #include <torch/csrc/autograd/variable.h>
 
-#include "call.h"
+#include "convolution.h"
 
 namespace wn_kernels {
 
-// `A B + bias` of two matrices, or of their transposes; or the sums of a matrix's columns.
+// `A B + bias` of two matrices, or of their transposes; the sums of columns or channels; or the
+// gradient of a convolution's input.
 class Operation {
   using variable_list = torch::autograd::variable_list;
 
@@ -24,7 +25,10 @@ class Operation {
     Operation found;
     for (const auto& each : step[1]) found.given_.push_back(each.is_none() ? -1 : each.cast<int>());
     found.result_ = step[2].cast<py::tuple>()[0].cast<int>();
-    found.is_product_ = function.attr("operation").cast<std::string>() == "product";
+    const auto name = function.attr("operation").cast<std::string>();
+    found.is_product_ = name == "product";
+    if (name == "input_grad")
+      found.conv_ = Geometry::of(function.attr("conv").cast<Geometry::Fields>());
     if (found.is_product_) {
       found.turns_a_ = function.attr("turns_a").cast<bool>();
       found.turns_b_ = function.attr("turns_b").cast<bool>();
@@ -35,8 +39,13 @@ class Operation {
   // Takes the step. Called without the GIL.
   void operator()(variable_list& tensors) const {
     const Tensor& a = tensors[given_[0]];
+    if (conv_) {
+      const auto& [x, w] = std::tie(tensors[given_[1]], tensors[given_[2]]);
+      tensors[result_] = std::get<0>(plain_grads(a, x, w, *conv_, true, false, false));
+      return;
+    }
     if (!is_product_) {
-      tensors[result_] = a.sum(0);
+      tensors[result_] = bias_grad(a, 1);
       return;
     }
     const Tensor left = turns_a_ ? a.t() : a;
@@ -51,6 +60,7 @@ class Operation {
 
   std::vector<int> given_;  // -1 for no tensor
   int result_ = -1;
+  std::optional<Geometry> conv_;  // of the convolution whose input's gradient it is
   bool is_product_ = false, turns_a_ = false, turns_b_ = false;
 };
 

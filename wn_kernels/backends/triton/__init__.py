@@ -19,6 +19,7 @@ from .linear import linear, linear_backward, remembered_linear, remembered_linea
 from .norm import slice_norms
 from .passes import Pass
 from .weight import (
+    packed,
     remembered_weight_norm,
     remembered_weight_norm_backward,
     weight_norm,
@@ -99,7 +100,8 @@ def pass_backward(
         return _as_pass(remembered_weight_norm_backward(target, (dy, v, g), *options))
     how = plan.backward, needs, call.tf32
     if call.conv is not None:
-        given = dy, x, v, g, None
+        kept = packed(v, call.x_dtype) if plan.keeps == "packed" else None
+        given = dy, x, v, g, kept
         run = remembered_convolution_backward(target, given, call.conv, *options, *how)
         return _as_pass(run)
     return _as_pass(remembered_linear_backward(target, (dy, x, v, g), *options, *how))

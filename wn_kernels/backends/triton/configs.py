@@ -165,7 +165,7 @@ def _tile(block_n: int, block_p: int, block_r: int) -> SliceConfig:
 
 
 def slices(
-    n: int, loops: tuple[int, int, int], abreast: int, itemsize: int, programs: int
+    n: int, loops: tuple[int, int, int], abreast: int, itemsize: int, programs: int, target: Target
 ) -> SliceConfig:
     """A tile that holds whole slices, where they are short enough: several short ones, as long as
     `programs` are left, which fill the machine. Otherwise a tile that is a part of them.
@@ -190,7 +190,9 @@ def slices(
     # Wide along the middle loop as well, in which another tensor may be contiguous.
     rest = 4096 // abreast
     block_r = min(inner, max(64, rest // middle))
-    return _tile(abreast, min(middle, rest // block_r), block_r)
+    found = _tile(abreast, min(middle, rest // block_r), block_r)
+    # On Blackwell the tile of a gradient would not fit the registers of half as many warps.
+    return found._replace(num_warps=16) if target.architecture == "cuda:100" else found
 
 
 def splits(config: SliceConfig, blocks_n: int, tiles: int, programs: int, target: Target) -> int:
@@ -263,9 +265,14 @@ def grad_one_pass(m: int, o: int, itemsize: int, target: Target) -> GradConfig:
         return GradConfig(*((16, 16, 128) if m <= 16 else (32, 16, 64)), 4, target.stages(4))
     if m <= 16:  # on an A100 twice the width spills
         block_r = 128 if target.architecture == "cuda:80" else 256
-        return GradConfig(16, 16, block_r, 4, target.stages(5))
+        # A Blackwell's loop of five stages with 64-bit indices is bound by issue slots.
+        stages = 4 if target.architecture == "cuda:100" else 5
+        return GradConfig(16, 16, block_r, 4, target.stages(stages))
     block_o = tiles.grad_slices(m, o, itemsize)
-    return GradConfig(_up_to(m, 32, 64), block_o, 128, 4, target.stages(3 if block_o == 64 else 4))
+    if block_o == 64:  # a tile of four warps spills where Hopper's does not
+        warps = 4 if target.architecture == "cuda:90" else 8
+        return GradConfig(_up_to(m, 32, 64), block_o, 128, warps, target.stages(3))
+    return GradConfig(_up_to(m, 32, 64), block_o, 128, 4, target.stages(4))
 
 
 def scale(m: int, sums: bool) -> ScaleConfig:
@@ -283,16 +290,23 @@ def conv(
     in flight: they are bound by latency."""
     tile = tiles.product(m, o, r, taps, rest, itemsize, ieee, target.multiprocessors)
     # A wide load takes 16 bytes for each of the tile's threads, of which gfx942 has 64 a warp.
-    warps = 2 if target.is_amd and ieee else 4
+    warps = 2 if target.is_amd and (ieee or itemsize == 8) else 4
+    # Addresses of so many pixels, or of so long a step, would not fit the registers of four.
+    long = tile.BLOCK_R == 128 and target.architecture in ("cuda:80", "cuda:100")
+    if long or (tile.BLOCK_M == 128 and target.architecture == "cuda:80"):
+        warps = 8
     stages = 3 if tile.BLOCK_R == 128 and tile.BLOCK_M >= 64 else 4
     if itemsize == 8 or ieee:
         stages = 2
     return ConvConfig(*tile[:3], warps, target.stages(stages), tile.splits)
 
 
-def conv_grad(o: int, r: int, itemsize: int) -> GradConfig:
-    """The gradient of a convolution's weight: a product over pixels."""
-    return GradConfig(*tiles.gradient(o, r, itemsize), 4, 2)
+def conv_grad(o: int, r: int, itemsize: int, target: Target) -> GradConfig:
+    """The gradient of a convolution's weight: a product over pixels. With three stages, four
+    programs share a multiprocessor's memory."""
+    tile = tiles.gradient(o, r, itemsize)
+    flat = r < 16 and itemsize == 4 and target.architecture == "cuda:100"
+    return GradConfig(*tile, 8 if flat else 4, target.stages(2 if itemsize == 8 else 3))
 
 
 def direct(itemsize: int) -> DirectConfig:

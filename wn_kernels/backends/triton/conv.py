@@ -20,13 +20,13 @@ from torch import Tensor
 
 from ...call import Geometry, takes_tf32
 from .. import vendor
-from ..aten import convolution_grads
+from ..vendor import convolution_grads
 from . import configs, weight
 from .configs import Target
 from .conv_grad import prepare_weight_grad
 from .conv_product import prepare_one_pass, prepare_product
 from .launch import remembered, target_of, unallocated
-from .passes import Pass
+from .passes import InputGrad, Pass, Sums
 from .pixels import with_channels_last
 from .repack import repack
 
@@ -194,11 +194,7 @@ def prepare_convolution_backward(
         return run.returning(*results.values())
 
     if needs_x and not own:
-
-        def vendors(dy: Tensor, x: Tensor, w: Tensor) -> tuple[Tensor | None]:
-            return (convolution_grads(dy, x, w, conv, True, False, False)[0],)
-
-        run.call(vendors, "dy", "x", w, gives=("dx",))
+        run.call(InputGrad(conv), "dy", "x", w, gives=("dx",))
         results["dx"] = "dx"
     if (needs_x and own) or needs_weight:
         given_dy, packed_dy = repack(run, target, "dy", dy)  # once for both products
@@ -219,8 +215,7 @@ def prepare_convolution_backward(
         run.call(finish, "dw", "v", "g", "n", gives=("dv", "dg"))
         results |= {"dv": "dv", "dg": "dg", "db": "db"}
     if needs_bias and (not needs_weight or conv.transposed):
-        others = [i for i in range(dy.ndim) if i != 1]
-        run.call(lambda dy: (dy.sum(others),), "dy", gives=("db",))
+        run.call(Sums(), "dy", gives=("db",))
         results["db"] = "db"
     return run.returning(*results.values())
 

@@ -5,8 +5,8 @@
 with P on the smaller side and Q on the larger: P = dY and Q = x for a convolution, P = x and
 Q = dY for a transposed one. A product over pixels, `Pᵀ Q`, with Q's columns along taps and
 channels. Channels are often few and pixels many, so the sum is split over programs: each leaves
-its part of dW, and `sum_kernel` adds the parts in order. No atomics. dW has `V`'s memory layout, so
-that the pass over both of them is as cheap as one over one.
+its part of dW and of db, and `sum_kernel` adds the parts in order. No atomics. dW is packed, as `W`
+is: neighbours along its channels are computed by one thread, and stored together.
 
 `db = Σ P` rides along for a convolution; a transposed one sums dY, not all of which Q visits.
 """
@@ -16,14 +16,13 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ...call import Geometry, scale_dtype
 from ..tiles import parts as split_over
-from . import configs
+from . import configs, weight
 from .common import dot, offsets
 from .configs import Target
 from .launch import Launcher, is_wide, product_types, unallocated
@@ -67,6 +66,7 @@ def conv_grad_kernel(
     stride_q,
     stride_w,
     stride_part,
+    first_bias,
     FLAT: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     WIDE: tl.constexpr,
@@ -78,17 +78,14 @@ def conv_grad_kernel(
 ):
     """DW[part], a tile of O rows by R channels under one tap, over this part of the M pixels.
 
-    FLAT as in `block_of_taps`. DB[part] is the column sum of P.
+    FLAT as in `block_of_taps`. DB[part], from its element `first_bias`, is the column sum of P.
     """
     part = tl.program_id(1)
     group = tl.program_id(2)
     offs_o = offsets(tl.program_id(0) // tiles_r, BLOCK_O, WIDE)
     mask_o = offs_o < O
     tile_r = tl.program_id(0) % tiles_r
-    # Taps vary fastest: where they are innermost in memory too, neighbours fill a line together.
-    all_taps = taps[0] * taps[1] * taps[2]
-    block = tile_r if FLAT else tile_r % all_taps * tl.cdiv(R, BLOCK_R) + tile_r // all_taps
-    j, offs_r, mask_r = block_of_taps(block, taps, R, FLAT, WIDE, BLOCK_R)
+    j, offs_r, mask_r = block_of_taps(tile_r, taps, R, FLAT, WIDE, BLOCK_R)
     if FLAT:
         j = as_columns(j)
     base = (-padding[0], -padding[1], -padding[2])
@@ -117,8 +114,8 @@ def conv_grad_kernel(
     at += tap_offset(j, stride_w)
     tl.store(DW + at, acc, mask=mask_o[:, None] & mask_r[None, :])
     if HAS_BIAS:
-        at = (part * tl.num_programs(2) + group) * O + offs_o
-        tl.store(DB + at, bias, mask=mask_o & (tile_r == 0))
+        DB += part.to(tl.int64) * stride_part + first_bias + group * O
+        tl.store(DB + offs_o, bias, mask=mask_o & (tile_r == 0))
 
 
 @triton.jit
@@ -142,6 +139,7 @@ def direct_grad_kernel(
     stride_q,
     stride_w,
     stride_part,
+    first_bias,
     HAS_BIAS: tl.constexpr,
     WIDE: tl.constexpr,
     ACC: tl.constexpr,
@@ -176,10 +174,11 @@ def direct_grad_kernel(
 
     at = group * stride_w[0] + (offs_o % O) * stride_w[1] + r * stride_w[2]
     at += tap_offset(j, stride_w)
-    tl.store(DW + part.to(tl.int64) * stride_part + at, tl.sum(acc, axis=0), mask=mask_o)
+    first = part.to(tl.int64) * stride_part
+    tl.store(DW + first + at, tl.sum(acc, axis=0), mask=mask_o)
     if HAS_BIAS:
         mask = mask_o & (tl.program_id(2) == 0)
-        tl.store(DB + part * GROUPS * O + offs_o, tl.sum(bias, axis=0), mask=mask)
+        tl.store(DB + first + first_bias + offs_o, tl.sum(bias, axis=0), mask=mask)
 
 
 # --- launcher ----------------------------------------------------------------------------------
@@ -196,8 +195,8 @@ def prepare_weight_grad(
     config: configs.GradConfig | configs.DirectConfig | None = None,
 ) -> tuple[Pass, Tensor]:
     """`run(dy, x)` returns `(dW, db)`, and `None` for a `db` that is not needed or does not ride
-    along, of activations with their channels contiguous. `dW` is in the dtype of the norms and in
-    `V`'s memory layout, which is returned beside `run`."""
+    along, of activations with their channels contiguous. `dW` is packed and in the dtype of the
+    norms; its layout is returned beside `run`."""
     transposed = conv.transposed
     p, q = (x, dy) if transposed else (dy, x)
     groups, (first, r, *taps) = conv.groups, v.shape
@@ -209,7 +208,7 @@ def prepare_weight_grad(
     direct = conv.has_small_groups(v.shape)
     if config is None:
         size = x.element_size()
-        config = configs.direct(size) if direct else configs.conv_grad(o, r, size)
+        config = configs.direct(size) if direct else configs.conv_grad(o, r, size, target)
     flat = not direct and r < 16
     if direct:
         tiles = triton.cdiv(first, config.BLOCK_O)
@@ -222,11 +221,11 @@ def prepare_weight_grad(
         tiles = triton.cdiv(o, config.BLOCK_O) * tiles_r
         rest = groups
     blocks_m = triton.cdiv(m, config.BLOCK_M)
-    wanted = split_over(blocks_m, tiles * rest, target.multiprocessors)
-    steps = triton.cdiv(blocks_m, wanted)
-    parts = max(1, triton.cdiv(blocks_m, max(1, steps)))
-    dw = torch.empty_like(v, dtype=scale_dtype(v), device="meta")
-    db = unallocated((first,), dy.dtype)
+    parts = split_over(blocks_m, tiles * rest, target.multiprocessors)
+    steps = triton.cdiv(blocks_m, parts)
+    dw = weight.packed(v, scale_dtype(v))
+    db = unallocated((first if has_bias else 0,), dy.dtype)
+    size = dw.numel() + db.numel()
     constants: dict[str, Any] = {
         "M": m,
         "O": o,
@@ -241,7 +240,8 @@ def prepare_weight_grad(
         "stride_p": activation_strides(p),
         "stride_q": activation_strides(q),
         "stride_w": weight_strides(dw, o),
-        "stride_part": dw.numel(),
+        "stride_part": size,
+        "first_bias": dw.numel() if parts > 1 else 0,
         "HAS_BIAS": has_bias,
         "WIDE": is_wide(p, q, dw),
         "ACC": types["ACC"],
@@ -256,15 +256,12 @@ def prepare_weight_grad(
 
     run = Pass("dy", "x")
     given = ("x", "dy") if transposed else ("dy", "x")
-    run.new(dw=dw, **({"db": db} if has_bias else {}))
-    results = {"dw": dw, "db": db} if has_bias else {"dw": dw}
+    run.new(dw=dw, db=db)
     if parts == 1:
-        run.call(launch, *given, "dw", "db" if has_bias else "dw")
+        run.call(launch, *given, "dw", "db")
     else:
-        stacked = {n: unallocated((parts, t.numel()), dw.dtype) for n, t in results.items()}
-        run.new(**{f"{name}_parts": t for name, t in stacked.items()})
-        run.call(launch, *given, "dw_parts", "db_parts" if has_bias else "dw_parts")
-        for name, t in results.items():
-            add = prepare_sum(target, stacked[name], t)
-            run.call(add, f"{name}_parts", f"{name}_parts", name)
+        stacked = unallocated((parts, size), dw.dtype)
+        run.new(parts=stacked)
+        run.call(launch, *given, "parts", "parts")
+        run.call(prepare_sum(target, stacked, dw, rest=db), "parts", "dw", "dw", "db")
     return run.returning("dw", "db" if has_bias else None), dw

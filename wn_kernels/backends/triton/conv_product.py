@@ -372,7 +372,7 @@ def prepare_product(
         run.call(launch, "a", "w", given_bias, "c")
         return run.returning("c")
     run.call(launch, "a", "w", "parts", "parts")
-    run.call(prepare_sum(target, parts, out, bias), "parts", given_bias, "c")
+    run.call(prepare_sum(target, parts, out, bias), "parts", given_bias, "c", "c")
     return run.returning("c")
 
 

@@ -302,7 +302,7 @@ class Walk:
         )
         itemsize = max(t.element_size() for t in tensors)
         programs = PROGRAMS_PER_SM * target.multiprocessors
-        self.config = config or configs.slices(n, loops, abreast, itemsize, programs)
+        self.config = config or configs.slices(n, loops, abreast, itemsize, programs, target)
         blocks_n = cdiv(n, self.config.BLOCK_N)
         outer, middle, inner = loops
         tiles = outer * cdiv(middle, self.config.BLOCK_P) * cdiv(inner, self.config.BLOCK_R)
@@ -323,12 +323,11 @@ class Walk:
             **self.config._asdict(),
         }
 
-    def finishing(self, form: str, splits: int) -> dict[str, Any]:
-        """The arguments of a kernel that turns sums into results: partial ones of so many splits,
-        in that form."""
-        splits = splits if form == "partial" else 1
-        block_s = min(next_power_of_2(splits), max(1, 2048 // self.config.BLOCK_N))
-        return {**self.arguments, "FORM": form, "SPLITS": splits, "BLOCK_S": block_s}
+    def finishing(self) -> dict[str, Any]:
+        """The arguments of a kernel that turns the sums into results. A split walk leaves a partial
+        sum for every split."""
+        block_s = min(next_power_of_2(self.splits), max(1, 2048 // self.config.BLOCK_N))
+        return {**self.arguments, "FORM": self.form, "SPLITS": self.splits, "BLOCK_S": block_s}
 
     def strides(self, **names: int) -> dict[str, Any]:
         """Stride arguments: `strides(v=0)` is `stride_v`, those of tensor 0."""

@@ -31,7 +31,7 @@ from .configs import Target
 from .launch import Launcher, is_wide, product_types, remembered, target_of, unallocated
 from .linear_grad import prepare_weight_grad
 from .norm import remembered_slice_norms
-from .passes import ColumnSums, Pass, Product
+from .passes import Pass, Product, Sums
 
 # --- kernels -----------------------------------------------------------------------------------
 
@@ -408,7 +408,7 @@ def prepare_linear_backward(
             finish = weight.remembered_weight_norm_backward(target, (dw, v, g), dim, eps)
             run.call(finish, "dw", "v", "g", "n", gives=("dv", "dg"))
     if needs_bias and db is None:
-        run.call(ColumnSums(), "dy", gives=("db",))
+        run.call(Sums(), "dy", gives=("db",))
         db = "db"
     return run.returning("dx" if needs_x else None, dv, dg, db)
 

@@ -80,16 +80,6 @@ def tile_addresses(T, stride, outer, offs_p, offs_n, offs_r, WIDE: tl.constexpr)
 
 
 @triton.jit
-def load_sum(at, mask, PARTS, stride_part, ACC: tl.constexpr):
-    """The sum of the PARTS that a tensor was left in, in order."""
-    total = tl.load(at, mask=mask, other=0.0).to(ACC)
-    for _ in range(1, PARTS):
-        at += stride_part
-        total += tl.load(at, mask=mask, other=0.0).to(ACC)
-    return total
-
-
-@triton.jit
 def over_slices(tile):
     """The sum of a tile's elements for each of its slices."""
     return tl.sum(tl.sum(tile, axis=2), axis=0)
@@ -104,8 +94,6 @@ def slice_sums(
     loops,
     stride_a,
     stride_b,
-    PARTS,
-    stride_part,
     first,
     steps,
     SQUARE: tl.constexpr,
@@ -116,8 +104,7 @@ def slice_sums(
     BLOCK_P: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """`⟨A_j, B_j⟩` over the `steps` tiles from the `first`; `A` alone if SQUARE. `A` is the sum of
-    PARTS.
+    """`⟨A_j, B_j⟩` over the `steps` tiles from the `first`; `A` alone if SQUARE.
 
     The sum across lanes comes once, after the loop.
     """
@@ -127,7 +114,7 @@ def slice_sums(
             first + step, offs_n, N, loops, NESTED, WIDE, BLOCK_P, BLOCK_R
         )
         a_at = tile_addresses(A, stride_a, outer, offs_p, offs_n, offs_r, WIDE)
-        a = load_sum(a_at, mask, PARTS, stride_part, ACC)
+        a = tl.load(a_at, mask=mask, other=0.0).to(ACC)
         if SQUARE:
             sums += a * a
         else:
@@ -166,8 +153,6 @@ def slice_sum_kernel(
     steps,
     stride_a,
     stride_b,
-    PARTS,
-    stride_part,
     SQUARE: tl.constexpr,
     AS_NORM: tl.constexpr,
     EPS: tl.constexpr,
@@ -189,8 +174,6 @@ def slice_sum_kernel(
         loops,
         stride_a,
         stride_b,
-        PARTS,
-        stride_part,
         split * steps,
         steps,
         SQUARE,
@@ -212,18 +195,15 @@ def finish_kernel(
     OUT,
     N,
     SPLITS,
-    AS_NORM: tl.constexpr,
     EPS: tl.constexpr,
     ACC: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_S: tl.constexpr,
 ):
-    """OUT[j] = the sum of the partial sums; with AS_NORM the norm of it."""
+    """OUT[j] = the norm whose square is the sum of the partial sums."""
     offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     sums = partial_sums(PARTIAL, offs_n, N, SPLITS, ACC, BLOCK_N, BLOCK_S)
-    if AS_NORM:
-        sums = as_norm(sums, EPS)
-    tl.store(OUT + offs_n, sums, mask=offs_n < N)
+    tl.store(OUT + offs_n, as_norm(sums, EPS), mask=offs_n < N)
 
 
 # --- launchers ---------------------------------------------------------------------------------
@@ -266,24 +246,20 @@ def prepare_slice_norms(
         partial = unallocated((walk.splits, slices.n), norm.dtype)
         run.new(partial=partial)
         run.call(sums, "v", "v", "partial")
-        run.call(prepare_finish(target, partial, eps, as_norm=True), "partial", "norm")
+        run.call(_prepare_finish(target, partial, eps), "partial", "norm")
     return run.returning("norm")
 
 
 remembered_slice_norms = remembered(prepare_slice_norms)
 
 
-def prepare_sums(
-    walk: Walk, target: Target, eps: float, a: int, b: int, parts: Tensor | None = None
-) -> Launcher:
+def prepare_sums(walk: Walk, target: Target, eps: float, a: int, b: int) -> Launcher:
     """`sums(A, B, out)` of the tensors `a` and `b` of the walk: partial sums, or norms where `A` is
-    `B` and the walk is not split. `A` may be in parts, stacked."""
+    `B` and the walk is not split."""
     return Launcher(
         slice_sum_kernel,
         target,
         walk.grid,
-        PARTS=1 if parts is None else len(parts),
-        stride_part=0 if parts is None else parts.stride(0),
         SQUARE=a == b,
         AS_NORM=a == b and walk.splits == 1,
         EPS=eps,
@@ -292,8 +268,8 @@ def prepare_sums(
     )
 
 
-def prepare_finish(target: Target, partial: Tensor, eps: float, *, as_norm: bool) -> Launcher:
-    """`finish(partial, out)` adds up partial sums of shape (splits, N): sums, or norms."""
+def _prepare_finish(target: Target, partial: Tensor, eps: float) -> Launcher:
+    """`finish(partial, norms)` adds up partial sums of squares of shape (splits, N)."""
     splits, n = partial.shape
     config = configs.finish(partial.element_size())
     return Launcher(
@@ -303,7 +279,6 @@ def prepare_finish(target: Target, partial: Tensor, eps: float, *, as_norm: bool
         N=n,
         SPLITS=splits,
         EPS=eps,
-        AS_NORM=as_norm,
         ACC=acc_type(partial),
         **config._asdict(),
     )

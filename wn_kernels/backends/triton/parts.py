@@ -1,6 +1,6 @@
 """Sums that were split over programs: each left its part, and this adds them, in order.
 
-OUT = Σ_p PARTS[p] (+ bias)
+OUT, REST = Σ_p PARTS[p] (+ bias)
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..tiles import ADDED
 from .common import offsets
 from .configs import Target
 from .launch import Launcher, acc_type, is_wide
@@ -21,7 +22,9 @@ def sum_kernel(
     PARTS,
     BIAS,
     OUT,
+    REST,
     N,
+    M,
     parts,
     channels,
     inner,
@@ -31,44 +34,56 @@ def sum_kernel(
     BLOCK_P: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """N elements. The channel of the bias is that of `(*, channels, inner)`. A tile holds BLOCK_P
-    parts, so that as many loads are in flight."""
+    """N elements of OUT, and M of REST behind them in each part. The channel of the bias is that of
+    `(*, channels, inner)`. A tile holds BLOCK_P parts, so that as many loads are in flight."""
     offs_n = offsets(tl.program_id(0), BLOCK_N, WIDE)
-    mask_n = offs_n < N
+    mask_n = offs_n < N + M
     total = tl.zeros((BLOCK_N,), ACC)
     for first in range(0, parts, BLOCK_P):
         offs_p = first + tl.arange(0, BLOCK_P)
-        at = PARTS + offs_p[:, None].to(tl.int64) * N + offs_n[None, :]
+        at = PARTS + offs_p[:, None].to(tl.int64) * (N + M) + offs_n[None, :]
         mask = (offs_p < parts)[:, None] & mask_n[None, :]
         total += tl.sum(tl.load(at, mask=mask, other=0.0), axis=0)
     if HAS_BIAS:
         channel = offs_n // inner % channels
         total += tl.load(BIAS + channel, mask=mask_n, other=0.0).to(ACC)
-    tl.store(OUT + offs_n, total, mask=mask_n)
+    tl.store(OUT + offs_n, total, mask=offs_n < N)
+    tl.store(REST + offs_n - N, total, mask=(offs_n >= N) & mask_n)
 
 
 # --- launcher ----------------------------------------------------------------------------------
 
-# Parts and elements of a tile: few elements, so that small results have many programs.
-BLOCK_P, BLOCK_N = 8, 128
+# The elements of a tile of few parts: few, so that small results have many programs.
+BLOCK_N = 128
 
 
-def prepare_sum(target: Target, parts: Tensor, out: Tensor, bias: Tensor | None = None) -> Launcher:
-    """A launch with `(parts, bias, out)`: `(P, N)` parts of a dense `out` of N elements, whose
-    second dimension is the bias's. Without a bias any tensor takes its place."""
+def prepare_sum(
+    target: Target,
+    parts: Tensor,
+    out: Tensor,
+    bias: Tensor | None = None,
+    rest: Tensor | None = None,
+) -> Launcher:
+    """A launch with `(parts, bias, out, rest)`: each of the P parts holds the N elements of a dense
+    `out`, whose second dimension is the bias's, and behind them those of a dense `rest`. Any tensor
+    takes the place of one that there is not."""
+    count, size = parts.shape
+    block_p = min(ADDED, triton.next_power_of_2(count))
+    block_n = min(BLOCK_N, 2048 // block_p)
     return Launcher(
         sum_kernel,
         target,
-        (triton.cdiv(out.numel(), BLOCK_N),),
+        (triton.cdiv(size, block_n),),
         N=out.numel(),
-        parts=len(parts),
+        M=0 if rest is None else rest.numel(),
+        parts=count,
         channels=out.shape[1] if bias is not None else 1,
         inner=out.stride(1) if bias is not None else 1,
         HAS_BIAS=bias is not None,
         WIDE=is_wide(out),
         ACC=acc_type(parts),
-        BLOCK_P=BLOCK_P,
-        BLOCK_N=BLOCK_N,
+        BLOCK_P=block_p,
+        BLOCK_N=block_n,
         num_warps=4,
         num_stages=1,
     )

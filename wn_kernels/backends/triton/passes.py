@@ -13,6 +13,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from ...call import Geometry
+from ..vendor import channel_sums, convolution_grads
 from .launch import Launcher
 
 Layout = tuple[Sequence[int], Sequence[int], torch.dtype]  # shape, strides, dtype
@@ -36,13 +38,29 @@ class Product:
 
 
 @dataclass(frozen=True)
-class ColumnSums:
-    """PyTorch's sums of a matrix's columns as a step."""
+class Sums:
+    """PyTorch's sums over all dimensions but the second, which holds columns or channels."""
 
     operation: ClassVar[str] = "sums"
 
     def __call__(self, a: Tensor) -> tuple[Tensor]:
-        return (a.sum(0),)
+        return (channel_sums(a),)
+
+
+@dataclass(frozen=True)
+class InputGrad:
+    """PyTorch's `(dX,)` of a convolution of `x` with `w`, from `(dy, x, w)`."""
+
+    conv: Geometry
+
+    operation: ClassVar[str] = "input_grad"
+
+    def __call__(self, dy: Tensor, x: Tensor, w: Tensor) -> tuple[Tensor]:
+        return (convolution_grads(dy, x, w, self.conv, True, False, False)[0],)
+
+
+# What the native library takes as a step (backends/native/operations.h).
+Operation = Product | Sums | InputGrad
 
 
 class Pass:
@@ -125,9 +143,7 @@ class Pass:
 
     def needs_no_python(self) -> bool:
         """Whether the native library can take every step: launches, and operations of PyTorch's."""
-        return all(
-            isinstance(function, Launcher | Product | ColumnSums) for function, _, _ in self.steps
-        )
+        return all(isinstance(function, Launcher | Operation) for function, _, _ in self.steps)
 
 
 def _chosen(values: Sequence[Any], indices: Indices) -> tuple[Any, ...]:

@@ -34,7 +34,6 @@ from .launch import (
     unallocated,
 )
 from .norm import (
-    load_sum,
     over_slices,
     partial_sums,
     prepare_sums,
@@ -98,8 +97,6 @@ def weight_kernel(
             loops,
             stride_v,
             stride_v,
-            1,
-            0,
             first,
             steps,
             True,
@@ -142,8 +139,6 @@ def weight_grad_kernel(
     stride_w,
     stride_v,
     stride_d,
-    PARTS,
-    stride_part,
     SPLITS,
     FORM: tl.constexpr,
     EPS: tl.constexpr,
@@ -155,8 +150,8 @@ def weight_grad_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_S: tl.constexpr,
 ):
-    """DV = g / n ⊙ DW - c ⊙ V, and DG; DV may be DW, which is the sum of PARTS. Only the form
-    "partial" reads PARTIAL, the dots."""
+    """DV = g / n ⊙ DW - c ⊙ V, and DG; DV may be DW. Only the form "partial" reads
+    PARTIAL, the dots."""
     block_n, split = reversed_ids()
     offs_n = offsets(block_n, BLOCK_N, WIDE)
     mask_n = offs_n < N
@@ -168,7 +163,7 @@ def weight_grad_kernel(
             first, offs_n, N, loops, NESTED, WIDE, BLOCK_P, BLOCK_R
         )
         dw_at = tile_addresses(DW, stride_w, outer, offs_p, offs_n, offs_r, WIDE)
-        dw = load_sum(dw_at, mask, PARTS, stride_part, ACC)
+        dw = tl.load(dw_at, mask=mask, other=0.0).to(ACC)
         v_at = tile_addresses(V, stride_v, outer, offs_p, offs_n, offs_r, WIDE)
         v = tl.load(v_at, mask=mask, other=0.0).to(ACC)
         dots = over_slices(dw * v)
@@ -181,8 +176,6 @@ def weight_grad_kernel(
             loops,
             stride_w,
             stride_v,
-            PARTS,
-            stride_part,
             first,
             steps,
             False,
@@ -205,7 +198,7 @@ def weight_grad_kernel(
         )
         if FORM != "held":
             dw_at = tile_addresses(DW, stride_w, outer, offs_p, offs_n, offs_r, WIDE)
-            dw = load_sum(dw_at, mask, PARTS, stride_part, ACC)
+            dw = tl.load(dw_at, mask=mask, other=0.0).to(ACC)
             v_at = tile_addresses(V, stride_v, outer, offs_p, offs_n, offs_r, WIDE)
             v = tl.load(v_at, mask=mask, other=0.0).to(ACC)
         dv_at = tile_addresses(DV, stride_d, outer, offs_p, offs_n, offs_r, WIDE)
@@ -262,7 +255,7 @@ def prepare_weight_norm(
         walk.grid,
         EPS=eps,
         **walk.strides(v=1, w=0),
-        **walk.finishing(walk.form, walk.splits),
+        **walk.finishing(),
     )
     run = Pass("v", "g")
     run.new(w=w, norm=unallocated(kept_shape(v.shape, dim), scale_dtype(v)))
@@ -294,7 +287,7 @@ def weight_norm_backward(
     config: configs.SliceConfig | None = None,
     splits: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`(dV, dg)` from `dW`, or from parts of it, stacked, whose sum it is."""
+    """`(dV, dg)` from `dW`."""
     g = g.contiguous()
     tensors = dw, v, g
     run = remembered_weight_norm_backward(target_of(v), tensors, dim, eps, config, splits)
@@ -313,47 +306,35 @@ def prepare_weight_norm_backward(
 ) -> Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]:
     """`run(dw, v, g, norm)` returns `(dV, dg)`."""
     dv = torch.empty_like(v)
-    in_parts = dw.ndim > v.ndim
-    parts = dw if in_parts else dw[None]
-    slices = as_slices([dv, parts[0], v], dim)
+    slices = as_slices([dv, dw, v], dim)
     if slices is None:
-        dense = parts[0].contiguous(), v.contiguous(), g
+        dense = dw.contiguous(), v.contiguous(), g
         run_dense = prepare_weight_norm_backward(target, *dense, dim, eps, config, splits)
         new_dv = allocator(dv)
 
         def run_copied(dw: Tensor, v: Tensor, g: Tensor, norm: Tensor) -> tuple[Tensor, Tensor]:
-            dw = (dw.sum(0) if in_parts else dw).contiguous()
-            dv, dg = run_dense(dw, v.contiguous(), g, norm)
+            dv, dg = run_dense(dw.contiguous(), v.contiguous(), g, norm)
             return new_dv(v).copy_(dv), dg
 
         return run_copied
-    walk = Walk(slices, [dv, parts, v], target, config, splits)
+    walk = Walk(slices, [dv, dw, v], target, config, splits)
     run = Pass("dw", "v", "g", "norm")
     run.new(dv=dv, dg=g)
     partial = "norm"  # which no other form reads
     if walk.form == "partial":
         partial = "partial"
         run.new(partial=unallocated((walk.splits, slices.n), scale_dtype(v)))
-        run.call(prepare_sums(walk, target, eps, 1, 2, parts), "dw", "v", "partial")
-    launch = _prepare_grad(walk, target, parts, eps, walk.form, walk.splits)
+        run.call(prepare_sums(walk, target, eps, 1, 2), "dw", "v", "partial")
+    launch = Launcher(
+        weight_grad_kernel,
+        target,
+        walk.grid,
+        EPS=eps,
+        **walk.strides(w=1, v=2, d=0),
+        **walk.finishing(),
+    )
     run.call(launch, "dw", "v", "g", "norm", partial, "dg", "dv")
     return run.returning("dv", "dg")
 
 
 remembered_weight_norm_backward = remembered(prepare_weight_norm_backward)
-
-
-def _prepare_grad(
-    walk: Walk, target: Target, parts: Tensor, eps: float, form: str, splits: int
-) -> Launcher:
-    """`grad(dw, v, g, norm, partial, dg, dv)`. The walk is over (dV, dW, V)."""
-    return Launcher(
-        weight_grad_kernel,
-        target,
-        walk.grid,
-        PARTS=len(parts),
-        stride_part=parts.stride(0),
-        EPS=eps,
-        **walk.strides(w=1, v=2, d=0),
-        **walk.finishing(form, splits),
-    )
