@@ -49,12 +49,10 @@ def main(arguments: list[str] | None = None) -> int:
     device.add_argument(
         "--cache", default=None, help="compiled kernels: to use, or without --out to make"
     )
-    device.add_argument("--predict", default=None, help="write predictions into a Markdown file")
     device.add_argument(
         "--publish",
-        default=None,
-        metavar="JSONL",
-        help="write a run's tables into docs/gpu.md and README.md",
+        action="store_true",
+        help="write the tables of docs/results/gpu-*/results.jsonl into the docs and the README",
     )
     device.add_argument("--capability", type=int, default=90, help="of the stand-in for a GPU")
 
@@ -102,14 +100,10 @@ def main(arguments: list[str] | None = None) -> int:
     if chosen.command == "gpu":
         from bench.gpu import run
 
-        if chosen.predict is not None:
-            from bench.gpu import predictions
-
-            return predictions.write(chosen.predict)
-        if chosen.publish is not None:
+        if chosen.publish:
             from bench.gpu import page
 
-            return page.write(chosen.publish)
+            return page.write()
         return run.main(
             chosen.out,
             chosen.sections,

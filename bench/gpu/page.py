@@ -1,29 +1,32 @@
-"""The tables of docs/gpu.md and of the README are made from the JSON lines of a run.
+"""The pages about GPUs are made from the JSON lines of the committed runs.
 
-The losing cases come first everywhere. Every figure is read from the JSON lines of a run, whose
-path the tables name.
+`docs/results/gpu-<name>/results.jsonl` holds the lines of a device. It becomes the page
+`docs/gpu-<name>.md`, on which the losing cases come first. The README and docs/gpu.md show the
+geometric means of all devices.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import geometric_mean
-from typing import Any
+from typing import Any, NamedTuple
 
 from bench.gpu.results import COPY, READ, TIMED, Line, median, of, read, words_of
 from bench.providers import VARIANT
 from bench.report import markdown, replaced
 from bench.tables import NOISE, time_of
 
+# Between these marks lies the table of all devices.
 MARKS = (
-    "<!-- results: written by python -m bench gpu --publish -->",
-    "<!-- results: end -->",
-)
-README_MARKS = (
     "<!-- gpu: written by python -m bench gpu --publish -->",
     "<!-- gpu: end -->",
 )
+OVERVIEWS = ("README.md", "docs/gpu.md")
+
+# What a fused model is compared with.
+BASELINES = ("plain", "eager")
 
 # Characters of a message.
 LONGEST = 300
@@ -35,15 +38,22 @@ class Run:
     """The lines of a run, and what several tables need of them.
 
     Attributes:
-        path: the file, as the tables name it.
+        path: the file.
         lines: all lines.
         where: the environment of the first section.
     """
 
-    def __init__(self, path: str) -> None:
-        self.path, self.lines = path, read(Path(path))
+    def __init__(self, path: Path) -> None:
+        self.path, self.lines = path, read(path)
         environments = [line for line in self.lines if line["kind"] == "environment"]
+        if not environments:
+            raise ValueError(f"{path} holds no results of bench gpu")
         self.where: dict[str, Any] = environments[0]["environment"]
+
+    @property
+    def page(self) -> str:
+        """The name of the page that shows this run."""
+        return f"{self.path.parent.name}.md"
 
     def results(self, section: str) -> list[Line]:
         """Returns the cases of a section in which ours, plain and eager are right. Those that lose
@@ -83,13 +93,33 @@ def _where(run: Run) -> str:
     return (
         f"One {where['device']}: driver {driver}, torch {where['torch']}{cudnn}, triton "
         f"{where['triton']}, Python {where['python']}, commit {where['commit']}, on "
-        f"{where['time'][:10]}. All figures are those of `{run.path}`."
+        f"{where['time'][:10]}. All figures are those of `{run.path.as_posix()}`."
     )
 
 
-def _summary(run: Run) -> Rows:
-    """Returns geometric means of each section and mode, the worst first."""
-    found = []
+class Mean(NamedTuple):
+    """What a section shows in one mode: geometric means of ratios, and the extreme cases.
+
+    Attributes:
+        eager: ours over PyTorch's weight norm.
+        plain: ours over the layer without weight norm.
+        cases: the number of cases.
+        slower: the number of those that are slower than eager by more than noise.
+        worst: the case with the largest ratio to eager.
+        best: the case with the smallest.
+    """
+
+    eager: float
+    plain: float
+    cases: int
+    slower: int
+    worst: str
+    best: str
+
+
+def _means(run: Run) -> dict[tuple[str, str], Mean]:
+    """Returns the means of each section and mode, the worst first."""
+    found = {}
     for section in TIMED:
         lines = run.results(section)
         for mode in dict.fromkeys(line["case"]["mode"] for line in lines):
@@ -99,11 +129,17 @@ def _summary(run: Run) -> Rows:
             )
             worst, best = (f"{_ratio(x, 'eager')} ({_case(x)[0]})" for x in (some[0], some[-1]))
             slower = sum(over(line, "eager") > NOISE for line in some)
-            cells = [section, mode, str(len(some)), f"{eager:.2f}", str(slower), worst, best]
-            found.append((eager, [*cells, f"{plain:.2f}"]))
+            found[section, mode] = Mean(eager, plain, len(some), slower, worst, best)
+    return dict(sorted(found.items(), key=lambda item: item[1].eager, reverse=True))
+
+
+def _summary(run: Run) -> Rows:
     header = ["section", "mode", "cases", "ours/eager", "slower than eager"]
-    header += ["worst case", "best case", "ours/plain"]
-    return [header, *(row for _, row in sorted(found, key=lambda row: row[0], reverse=True))]
+    rows = [[*header, "worst case", "best case", "ours/plain"]]
+    for key, mean in _means(run).items():
+        cells = [str(mean.cases), f"{mean.eager:.2f}", str(mean.slower), mean.worst, mean.best]
+        rows.append([*key, *cells, f"{mean.plain:.2f}"])
+    return rows
 
 
 def _losing(run: Run) -> Rows:
@@ -225,16 +261,21 @@ def _weights(run: Run) -> Rows:
 
 
 def _models(run: Run) -> Rows:
-    names = ["plain", "eager", "ours"]
-    graph = [f"{name}, graph" for name in names]
-    rows = [["case", "mode", *names, *graph, "ours/eager", "ours/plain", "the same, graph"]]
-    for line in run.results("models"):
-        found = line["conditions"]["CUDA graph"]
-        inside = {name: found[name]["median"] for name in names}
-        times = [_time(line, name) for name in names] + [time_of(inside[name]) for name in names]
-        ratios = [_ratio(line, other) for other in ("eager", "plain")]
-        ratios += ["{:.2f}, {:.2f}".format(*(inside["ours"] / inside[o] for o in names[1::-1]))]
-        rows.append([*_case(line), *times, *ratios])
+    lines = run.results("models")
+    names = list(dict.fromkeys(name for line in lines for name in line["seconds"]))
+    ratios = [f"{name}/{o}" for o in ("eager", "plain") for name in names if name not in BASELINES]
+    header = ["case", "mode", *names, *(f"{name}, graph" for name in names), *ratios]
+    rows = [[*header, *(f"{ratio}, graph" for ratio in ratios)]]
+    for line in lines:
+        clock = {name: median(line, name) for name in line["seconds"]}
+        graph = {n: x["median"] for n, x in line["conditions"]["CUDA graph"].items()}
+        times = [time_of(found[n]) if n in found else "" for found in (clock, graph) for n in names]
+        quotients = []
+        for found in (clock, graph):
+            for one, other in (ratio.split("/") for ratio in ratios):
+                both = one in found and other in found
+                quotients.append(f"{found[one] / found[other]:.2f}" if both else "")
+        rows.append([*_case(line), *times, *quotients])
     return rows
 
 
@@ -273,12 +314,17 @@ def _sweeps(run: Run) -> Rows:
 
 
 def text(run: Run) -> str:
-    """Returns all tables of the page."""
-    parts = [_where(run)]
+    """Returns the page of a run."""
+    parts = [
+        f"# {run.where['device']}",
+        "This page shows every case of one run of `python -m bench gpu`. [On a GPU](gpu.md) says "
+        "what the sections are and what is timed.",
+        _where(run),
+    ]
 
     def add(title: str, table: Rows, *sentences: str) -> None:
         if len(table) > 1:
-            parts.extend([f"### {title}", *sentences, markdown(table)])
+            parts.extend([f"## {title}", *sentences, markdown(table)])
 
     add("Geometric means, the worst first", _summary(run))
     losing = _losing(run)
@@ -290,7 +336,7 @@ def text(run: Run) -> str:
     )
     faults = _faults(run)
     if tests := _tests(run):
-        parts += ["### Tests and faults", f"The kernels' tests: {tests}."]
+        parts += ["## Tests and faults", f"The kernels' tests: {tests}."]
     if faults:
         parts.append("\n".join(faults))
     add("The device", _facts(run))
@@ -317,32 +363,55 @@ def text(run: Run) -> str:
         _predicted(run),
         "Geometric means. Above 1 the cost model expects too little.",
     )
-    return "\n\n".join(parts)
+    return "\n\n".join(parts) + "\n"
 
 
-def short(run: Run) -> str:
-    """Returns the README's table."""
-    parts = [_where(run), markdown(_summary(run))]
-    if faults := len(_faults(run)):
-        parts.append(f"docs/gpu.md names {faults} faults and gaps of this run.")
-    return "\n\n".join(parts)
-
-
-def source(page: str) -> str:
-    """Returns the path of the results that a page's tables name."""
-    return page.partition("All figures are those of `")[2].partition("`")[0]
-
-
-def write(path: str, page: str = "docs/gpu.md", readme: str = "README.md") -> int:
-    """Replaces the tables between the marks of both files. Returns 1 if one has no marks, or the
-    file of results holds none."""
-    try:
-        run = Run(path)
-    except (OSError, IndexError) as error:
-        print(f"{path} holds no results of bench gpu: {error}")
-        return 1
-    codes = [
-        replaced(Path(page), MARKS, text(run)),
-        replaced(Path(readme), README_MARKS, short(run)),
+def overview(runs: Sequence[Run]) -> str:
+    """Returns the table of all devices: geometric means, and how many cases lose to eager."""
+    means = {run.where["device"]: _means(run) for run in runs}
+    header = ["section", "mode"]
+    for device in means:
+        header += [f"{device}: ours/eager", "ours/plain", "slower than eager"]
+    rows = [header]
+    for key in dict.fromkeys(key for found in means.values() for key in found):
+        cells = list(key)
+        for found in means.values():
+            mean = found.get(key)
+            cells += (
+                [f"{mean.eager:.2f}", f"{mean.plain:.2f}", f"{mean.slower} of {mean.cases}"]
+                if mean
+                else [""] * 3
+            )
+        rows.append(cells)
+    faults = [
+        f"`docs/{run.page}` names {count} faults and gaps of its run."
+        for run in runs
+        if (count := len(_faults(run)))
     ]
-    return max(codes)
+    return "\n\n".join([*map(_where, runs), markdown(rows), *faults])
+
+
+def committed(root: Path = Path()) -> list[Run]:
+    """Returns the committed runs, one for each device.
+
+    Raises:
+        ValueError: if a file holds no results, or there is none.
+    """
+    runs = [Run(path) for path in sorted(root.glob("docs/results/gpu-*/results.jsonl"))]
+    if not runs:
+        raise ValueError("docs/results holds no results of bench gpu")
+    return runs
+
+
+def write() -> int:
+    """Writes the pages, and the overviews between their marks. Returns 1 if a file of results is
+    empty, or a page has no marks."""
+    try:
+        runs = committed()
+    except ValueError as error:
+        print(error)
+        return 1
+    for run in runs:
+        Path("docs", run.page).write_text(text(run), "utf-8")
+    table = overview(runs)
+    return max(replaced(Path(path), MARKS, table) for path in OVERVIEWS)

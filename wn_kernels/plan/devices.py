@@ -90,8 +90,8 @@ NATIVE = replace(CPU, overhead=1e-6)
 
 # The constants of the H200 were measured (docs/results/gpu-h200), except for the rate of float64,
 # for which that of float32 stands. The overhead is that of a launch in a graph, with the beginning
-# and the end of its kernel. The H100 is the same chip with other memory. Its bandwidth is the
-# H200's by the ratio of the data sheets; nothing was measured on one.
+# and the end of its kernel. The H100 is the same chip with other memory, whose bandwidth was
+# measured (docs/results/gpu-h100); its rates lie within 2 % of the H200's.
 #
 # Bandwidths and rates of the others come from the data sheets, for the SXM or OAM part and dense
 # matrices. The rates are those of bfloat16, float32, float64 and TF32. All other constants of
@@ -101,7 +101,7 @@ GPUS = {
     device.name: device
     for device in (
         Device("A100", 2.04e12, (3.12e14, 1.95e13, 1.95e13), 2e-6, 1.56e14, 108),
-        replace(_H200, name="H100", bandwidth=_H200.bandwidth * 3.35 / 4.8),
+        replace(_H200, name="H100", bandwidth=2.97e12),
         _H200,
         Device("B200", 8.0e12, (2.25e15, 8.0e13, 4.0e13), 2e-6, 1.1e15, 148),
         Device("MI300X", 5.3e12, (1.307e15, 1.634e14, 1.634e14), 2e-6, 6.54e14, 304),

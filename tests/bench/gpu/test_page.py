@@ -9,24 +9,25 @@ from bench.gpu import page
 from tests.bench.gpu.lines import environment, result, status, written
 
 ROOT = Path(__file__).parents[3]
-DOCS, README = ROOT / "docs" / "gpu.md", ROOT / "README.md"
 
 
-def test_both_pages_have_what_the_results_say(monkeypatch):
-    """Those of the committed file that they name."""
+def test_the_pages_have_what_the_results_say(monkeypatch):
+    """Every device has its page, and the overviews name them all."""
     monkeypatch.chdir(ROOT)
-    for file, marks, tables in (
-        (DOCS, page.MARKS, page.text),
-        (README, page.README_MARKS, page.short),
-    ):
-        text = file.read_text("utf-8")
-        run = page.Run(page.source(text))
-        assert text.partition(marks[0])[2].partition(marks[1])[0].strip() == tables(run)
+    runs = page.committed()
+    assert {run.where["device"] for run in runs} >= {"NVIDIA H100 80GB HBM3", "NVIDIA H200"}
+    for run in runs:
+        assert (ROOT / "docs" / run.page).read_text("utf-8") == page.text(run)
+    for name in page.OVERVIEWS:
+        text = (ROOT / name).read_text("utf-8")
+        between = text.partition(page.MARKS[0])[2].partition(page.MARKS[1])[0]
+        assert between.strip() == page.overview(runs)
 
 
 def test_committed_results_are_explained():
-    names = {path.name for path in (ROOT / "docs" / "results" / "gpu-h200").iterdir()}
-    text = DOCS.read_text("utf-8")
+    folders = (ROOT / "docs" / "results").glob("gpu-*")
+    names = {path.name for folder in folders for path in folder.iterdir()}
+    text = (ROOT / "docs" / "gpu.md").read_text("utf-8")
     assert [name for name in names if f"`{name}`" not in text] == []
 
 
@@ -35,8 +36,9 @@ def run(tmp_path):
     """Tables of made-up lines, as a list of the lines of each table by its title."""
 
     def tables(*lines):
-        path = written(tmp_path / "run.jsonl", [environment("linear"), *lines])
-        parts = page.text(page.Run(path)).split("### ")
+        path = tmp_path / "run.jsonl"
+        written(path, [environment("linear"), *lines])
+        parts = page.text(page.Run(path)).split("\n## ")
         return parts[0], dict(part.split("\n", 1) for part in parts[1:])
 
     return tables
@@ -49,7 +51,8 @@ def test_losing_cases_come_first(run):
         result("conv", "loses more", 4e-5, mode="train"),
         result("conv", "within noise", 2.05e-5, mode="train"),
     )
-    assert about.startswith("One a GPU: driver 580, torch 2, triton 3, Python 3, commit abc, on 20")
+    assert about.startswith("# a GPU\n")
+    assert "One a GPU: driver 580, torch 2, triton 3, Python 3, commit abc, on 20" in about
     losing = tables["Every case that loses to PyTorch's weight norm"]
     assert "2 cases are slower than eager by more than 5%" in losing
     rows = losing.splitlines()[5:]
@@ -93,12 +96,24 @@ def test_the_host_with_and_without_the_library(run):
 
 
 def test_a_model_by_the_clock_and_in_a_graph(run):
+    """A provider that one mode lacks leaves its cells empty."""
     graph = {name: {"median": t} for name, t in (("plain", 1e-3), ("eager", 2e-3), ("ours", 3e-3))}
-    _, tables = run(result("models", "m", 1e-5, conditions={"CUDA graph": graph}))
-    assert (
-        "1.00 ms | 2.00 ms | 3.00 ms | 0.50 | 1.00 | 1.50, 3.00 |"
-        in tables["Models: HiFi-GAN's vocoder"]
+    clock = {"plain": {"median": 1e-5}, "eager": {"median": 2e-5}, "ours": {"median": 1e-5}}
+    frozen = {"seconds": clock | {"frozen": {"median": 5e-6}}}
+    frozen["conditions"] = {"CUDA graph": graph | {"frozen": {"median": 4e-3}}}
+    more = {"seconds": clock, "conditions": {"CUDA graph": graph}}
+    _, tables = run(
+        result("models", "m", 1e-5, mode="train", **more), result("models", "m", 1e-5, **frozen)
     )
+    rows = tables["Models: HiFi-GAN's vocoder"].splitlines()
+    assert (
+        "| m | train | 10 µs | 20 µs | 10 µs |  | 1.00 ms | 2.00 ms | 3.00 ms |  "
+        "| 0.50 |  | 1.00 |  | 1.50 |  | 3.00 |  |"
+    ) in rows
+    assert (
+        "| m | infer | 10 µs | 20 µs | 10 µs | 5 µs | 1.00 ms | 2.00 ms | 3.00 ms | 4.00 ms "
+        "| 0.50 | 0.25 | 1.00 | 0.50 | 1.50 | 2.00 | 3.00 | 4.00 |"
+    ) in rows
 
 
 def test_the_operator_beside_a_copy(run):
@@ -148,33 +163,47 @@ def test_what_went_wrong_is_said(run):
     assert max(map(len, tables[title].splitlines())) < 330
 
 
-def test_the_readme_counts_faults(tmp_path):
-    lines = [environment("linear"), result("linear", "a", 1e-5)]
-    path = written(tmp_path / "run.jsonl", lines)
-    assert "gaps" not in page.short(page.Run(path))
-    wrong = {"section": "linear", "kind": "wrong", "message": "ours is wrong for b"}
-    path = written(tmp_path / "run.jsonl", [*lines, wrong])
-    assert "docs/gpu.md names 1 faults and gaps of this run." in page.short(page.Run(path))
+def test_the_overview(tmp_path):
+    """It has every device and every section, and counts the faults of each run."""
+    for name, lines in {
+        "one": [environment("linear"), result("linear", "a", 1e-5), result("linear", "b", 4e-5)],
+        "two": [
+            environment("conv", device="another"),
+            result("conv", "c", 3e-5, mode="train"),
+            {"section": "conv", "kind": "wrong", "message": "ours is wrong for d"},
+        ],
+    }.items():
+        folder = tmp_path / "docs" / "results" / f"gpu-{name}"
+        folder.mkdir(parents=True)
+        written(folder / "results.jsonl", lines)
+    text = page.overview(page.committed(tmp_path))
+    rows = text.splitlines()
+    assert "| linear | infer | 1.00 | 2.00 | 1 of 2 |  |  |  |" in rows
+    assert "| conv | train |  |  |  | 1.50 | 3.00 | 1 of 1 |" in rows
+    assert "`docs/gpu-two.md` names 1 faults and gaps of its run." in rows
+    assert "gpu-one.md` names" not in text
 
 
 def test_publish(tmp_path, monkeypatch, capsys):
-    """The command replaces what lies between the marks of both files, and nothing else."""
+    """The command replaces what lies between the marks of the overviews, and writes the pages."""
     monkeypatch.chdir(tmp_path)
-    written(tmp_path / "run.jsonl", [environment("linear"), result("linear", "a", 1e-5)])
-    (tmp_path / "docs").mkdir()
-    for path, marks in (("docs/gpu.md", page.MARKS), ("README.md", page.README_MARKS)):
-        (tmp_path / path).write_text("before\n{}\nold\n{}\nafter\n".format(*marks))
-    assert cli.main(["gpu", "--publish", "run.jsonl"]) == 0
-    for path in ("docs/gpu.md", "README.md"):
+    folder = tmp_path / "docs" / "results" / "gpu-made-up"
+    folder.mkdir(parents=True)
+    written(folder / "results.jsonl", [environment("linear"), result("linear", "a", 1e-5)])
+    for path in page.OVERVIEWS:
+        (tmp_path / path).write_text("before\n{}\nold\n{}\nafter\n".format(*page.MARKS))
+    assert cli.main(["gpu", "--publish"]) == 0
+    for path in page.OVERVIEWS:
         text = (tmp_path / path).read_text("utf-8")
         assert text.startswith("before\n")
         assert text.endswith("\nafter\n")
         assert "old" not in text
-        assert page.source(text) == "run.jsonl"
-        assert "| linear | infer | 1 | 0.50 |" in text
+        assert "| linear | infer | 0.50 | 1.00 | 0 of 1 |" in text
+    assert "| linear | infer | 1 | 0.50 |" in (tmp_path / "docs" / "gpu-made-up.md").read_text()
     (tmp_path / "README.md").write_text("no marks")
-    assert cli.main(["gpu", "--publish", "run.jsonl"]) == 1
-    (tmp_path / "empty.jsonl").write_text("")
-    assert cli.main(["gpu", "--publish", "empty.jsonl"]) == 1
-    assert cli.main(["gpu", "--publish", "none.jsonl"]) == 1
+    assert cli.main(["gpu", "--publish"]) == 1
+    (folder / "results.jsonl").write_text("")
+    assert cli.main(["gpu", "--publish"]) == 1
     assert "holds no results of bench gpu" in capsys.readouterr().out
+    (folder / "results.jsonl").unlink()
+    assert cli.main(["gpu", "--publish"]) == 1
