@@ -60,7 +60,7 @@ def test_imports_run_downward(path):
             raise AssertionError(f"{path.name} imports itself")
 
 
-@pytest.mark.parametrize("name", ["reference.py", "aten.py"])
+@pytest.mark.parametrize("name", ["reference.py", "aten.py", "aten_weight.py"])
 def test_no_triton_beside_the_kernels(name):
     assert not [target for target in imports(ROOT / "backends" / name) if "triton" in target]
 

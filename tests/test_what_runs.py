@@ -115,13 +115,13 @@ def test_native_serves_some_of_each():
 @pytest.mark.parametrize("name", CASES)
 def test_aten(name, grad, monkeypatch):
     case = CASES[name]
-    products = ("torch.mm", "torch.convolution", "convolution_grads", "_scaled_weight")
+    products = ("torch.mm", "torch.convolution", "convolution_grads", "scaled_weight")
     forms = (*products, "fused_weight_norm", "weight_norm")
     with use_backend("aten"), spied(monkeypatch, *forms) as calls:
         chosen, (x, v, _, _), backward = run(case, grad)
         forms_weight = any(called == "weight_norm" for called, _ in calls) or (
             chosen.keeps == "weight"
-            and any(called in ("fused_weight_norm", "_scaled_weight") for called, _ in calls)
+            and any(called in ("fused_weight_norm", "scaled_weight") for called, _ in calls)
         )
         assert forms_weight == ((chosen.recorded if grad else chosen.forward) == "materialize")
         for called, args in calls:
@@ -133,7 +133,7 @@ def test_aten(name, grad, monkeypatch):
         if not grad or chosen.keeps == "weight":
             return
         backward()
-    scaled = [called for called, _ in calls if called == "_scaled_weight"]
+    scaled = [called for called, _ in calls if called == "scaled_weight"]
     assert bool(scaled) == (chosen.backward == "materialize")
     convolutions = [args for called, args in calls if called == "convolution_grads"]
     if convolutions and chosen.backward in ("input", "output"):

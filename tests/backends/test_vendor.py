@@ -17,6 +17,7 @@ from bench import onednn
 from tests.comparison import ConvCase, assert_matches, assert_same_bits
 from wn_kernels import prepare, use_backend
 from wn_kernels.backends import native, vendor
+from wn_kernels.call import Geometry
 
 HALVES = (torch.bfloat16, torch.float16)
 CASES = {
@@ -196,3 +197,17 @@ def test_tests_hold_onednn(tmp_path, monkeypatch):
         onednn.hold(file)
         assert os.environ.get(onednn.VARIABLE) == after
     assert onednn.MOST in vendor._WITHOUT_AMX
+
+
+@pytest.mark.parametrize("needs_weight", [False, True])
+@pytest.mark.parametrize("sizes", [(1, 6, 2048), (4, 5, 40, 40), (4, 5, 14, 14, 14)])
+def test_gradient_of_a_bias(sizes, needs_weight):
+    """Its error is that of one rounding, where oneDNN's sum is wrong by up to 30 times as much."""
+    dy, x = torch.rand(sizes), torch.randn(sizes[0], 3, *sizes[2:])
+    rank = len(sizes) - 2
+    w = torch.randn(sizes[1], 3, *[3] * rank)
+    each = [1] * rank
+    conv = Geometry(each, each, each, False, [0] * rank, 1)
+    *_, db = vendor.convolution_grads(dy, x, w, conv, False, needs_weight, True)
+    right = dy.double().transpose(0, 1).flatten(1).sum(1)
+    assert_matches(db, right, torch.float32, length=0, roundings=1)

@@ -95,35 +95,26 @@ def convolution(x: Tensor, w: Tensor, bias: Tensor | None, conv: Geometry) -> Te
         return torch.convolution(x.float(), w.float(), wide, *conv).to(x.dtype)
 
 
-def convolution_backward(
-    dy: Tensor, x: Tensor, w: Tensor, conv: Geometry, needs: tuple[bool, bool, bool]
-) -> tuple[Any, Any, Any]:
-    """Returns `(dX, dW, db)` of `convolution`, with `None` for those that `needs` excludes."""
-    sizes = [dy.shape[1]]
-    if not is_wrong(x):
-        return _plain_backward(dy, x, w, sizes, *conv, needs)
-    with torch.autocast("cpu", enabled=False):
-        grads = _plain_backward(dy.float(), x.float(), w.float(), sizes, *conv, needs)
-    dx, dw, db = (None if grad is None else grad.to(x.dtype) for grad in grads)
-    return dx, dw, db
-
-
 def convolution_grads(
     dy: Tensor, x: Tensor, w: Tensor, conv: Geometry, *needs: bool
 ) -> tuple[Any, Any, Any]:
-    """Returns `(dX, dW, db)` of the plain convolution of `x` with `w`, with `None` for those that
-    `needs` excludes. The results are differentiable."""
+    """Returns `(dX, dW, db)` of `convolution`, with `None` for those that `needs` excludes. The
+    results are differentiable.
+
+    `db` is a sum of its own. oneDNN adds up all of `dY` in one accumulator, ATen sums a float16
+    `dY` in float16, and for `db` alone it would compute `dW` as well.
+    """
     needs_x, needs_weight, needs_bias = needs
-    db = None
-    # For db alone, ATen would compute the weight's gradient as well. It would sum a float16 dY in
-    # float16.
-    if needs_bias and (not needs_weight or dy.element_size() == 2):
-        db = channel_sums(dy)
+    db = channel_sums(dy) if needs_bias else None
     if not (needs_x or needs_weight):
         return None, None, db
-    mask = (needs_x, needs_weight, needs_bias and db is None)
-    dx, dw, bias_grad = convolution_backward(dy, x, w, conv, mask)
-    return dx, dw, bias_grad if db is None else db
+    mask = (needs_x, needs_weight, False)
+    if not is_wrong(x):
+        return *_plain_backward(dy, x, w, None, *conv, mask)[:2], db
+    with torch.autocast("cpu", enabled=False):
+        grads = _plain_backward(dy.float(), x.float(), w.float(), None, *conv, mask)
+    dx, dw = (None if grad is None else grad.to(x.dtype) for grad in grads[:2])
+    return dx, dw, db
 
 
 def channel_sums(t: Tensor) -> Tensor:

@@ -435,6 +435,21 @@ def test_fuzz_convolution(rank, transposed):
     run_half()
 
 
+@pytest.mark.parametrize("variant", BACKWARDS)
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("sizes", [(2048,), (40, 40), (14, 14, 14)])
+def test_gradient_of_a_bias(sizes, transposed, variant):
+    """Its error is that of one rounding, where oneDNN's sum is wrong by up to 30 times as much."""
+    case = ConvCase(4, 3, 5, sizes, (3,) * len(sizes), 0, transposed=transposed)
+    inputs = case.leaves()
+    with planned(*convolution_plan(case, "materialize", variant)):
+        y = case.layer(*inputs)
+    dy = torch.rand_like(y)
+    *_, db = torch.autograd.grad(y, inputs, dy)
+    right = dy.double().transpose(0, 1).flatten(1).sum(1)
+    assert_matches(db, right, torch.float32, length=0, roundings=1)
+
+
 # --- second derivatives --------------------------------------------------------------------------
 
 

@@ -56,38 +56,52 @@ inline void scale_channels(Tensor& y, const Tensor& s, const Tensor& bias) {
   });
 }
 
-// Returns (dX, dW, db) of PyTorch's convolution, computed in the dtype of W. A gradient that is not
-// needed is undefined.
-inline std::tuple<Tensor, Tensor, Tensor> plain_grads(
+// Returns the sums of dY over all dimensions but the channels, in this dtype. The number of threads does
+// not change a bit of them.
+inline Tensor channel_sums(const Tensor& dy, at::ScalarType dtype) {
+  if (!dy.is_contiguous()) return bias_grad(dy, 1, dtype);
+  const int64_t batch = dy.size(0), channels = dy.size(1), pixels = dy.numel() / (batch * channels);
+  const Tensor out = at::empty({channels}, dy.options().dtype(wide_dtype(dy)));
+  with_dtype(dy.scalar_type(), [&](auto number) {
+    using Y = decltype(number);
+    using T = Wide<Y>;
+    const auto* dys = dy.const_data_ptr<Y>();
+    auto* to = out.mutable_data_ptr<T>();
+    for_each(channels, batch * pixels, [=](int64_t channel) {
+      double sum = 0;
+      for (int64_t image = 0; image < batch; ++image) {
+        const Y* row = dys + (image * channels + channel) * pixels;
+        const auto term = [=](int64_t i, auto count) {
+          return std::array<Vector<T>, 1>{load(row + i, count)};
+        };
+        sum += sums<T, 1>(pixels, term)[0];
+      }
+      to[channel] = static_cast<T>(sum);
+    });
+  });
+  return as(out, dtype);
+}
+
+// Returns (dX, dW) of PyTorch's convolution, computed in the dtype of W. A gradient that is not needed
+// is undefined. The bias's gradient is a sum of its own, because oneDNN adds up all of dY in one
+// accumulator, and ATen would compute the weight's gradient as well if the bias's alone is needed.
+inline std::tuple<Tensor, Tensor> plain_grads(
     const Tensor& dy, const Tensor& x, const Tensor& w, const Geometry& conv, bool needs_x,
-    bool needs_w, bool needs_bias) {
+    bool needs_w) {
+  if (!needs_x && !needs_w) return {};
   const auto dtype = w.scalar_type();
-  auto found = at::convolution_backward(
-      as(dy, dtype), as(x, dtype), w, at::IntArrayRef{dy.size(1)}, conv.stride, conv.padding,
-      conv.dilation, conv.transposed, conv.output_padding, conv.groups,
-      {needs_x, needs_w, needs_bias});
-  std::get<0>(found) = as(std::get<0>(found), x.scalar_type());
-  return found;
+  const auto found = at::convolution_backward(
+      as(dy, dtype), as(x, dtype), w, at::nullopt, conv.stride, conv.padding, conv.dilation,
+      conv.transposed, conv.output_padding, conv.groups, {needs_x, needs_w, false});
+  return {as(std::get<0>(found), x.scalar_type()), std::get<1>(found)};
 }
 
-// Returns whether ATen's sum of dY in this dtype is right for a bias. It would round that of a bias in
-// another dtype, and add up a float16 dY in float16.
-inline bool sums_bias(at::ScalarType dtype, at::ScalarType bias_dtype) {
-  return dtype == bias_dtype && dtype != at::kHalf;
-}
-
-// The same where nothing may be needed but the gradient of a bias in this dtype, for which ATen alone
-// would compute the weight's gradient as well.
+// Returns (dX, dW, db) by operations that PyTorch differentiates.
 inline std::tuple<Tensor, Tensor, Tensor> plain_convolution_grads(
     const Tensor& dy, const Tensor& x, const Tensor& w, const Geometry& conv, bool needs_x,
     bool needs_w, bool needs_bias, at::ScalarType bias_dtype) {
-  Tensor db;
-  if (needs_bias && !(needs_w && sums_bias(w.scalar_type(), bias_dtype)))
-    db = bias_grad(dy, 1, bias_dtype);
-  if (!needs_x && !needs_w) return {Tensor(), Tensor(), db};
-  auto found = plain_grads(dy, x, w, conv, needs_x, needs_w, needs_bias && !db.defined());
-  if (db.defined()) std::get<2>(found) = db;
-  return found;
+  const auto [dx, dw] = plain_grads(dy, x, w, conv, needs_x, needs_w);
+  return {dx, dw, needs_bias ? bias_grad(dy, 1, bias_dtype) : Tensor()};
 }
 
 inline std::optional<ConvolutionResult> convolution_forward(
@@ -189,9 +203,7 @@ struct Convolution : Function<Convolution> {
       return out;
     }
     const BelowAutograd below;
-    const bool with_weight = needs_weight && variant != Variant::unfold &&
-                             sums_bias(dtype, bias_dtype);
-    if (needs_bias && !with_weight) out[3] = bias_grad(dy, 1, bias_dtype);
+    if (needs_bias) out[3] = channel_sums(dy, bias_dtype);
     if (variant == Variant::unfold) {
       RECORD_FUNCTION("wn_kernels::convolution_backward, unfold", {});
       std::tie(out[0], out[1], out[2]) =
@@ -203,16 +215,6 @@ struct Convolution : Function<Convolution> {
       return out;
     }
     Tensor dw;
-    // Computes the needed gradients of the plain convolution of x with `weight`. The bias's
-    // gradient comes with dW.
-    const auto take = [&](const Tensor& grad, const Tensor& weight, bool for_x, bool for_weight) {
-      if (!for_x && !for_weight) return;
-      const bool for_bias = for_weight && needs_bias && with_weight;
-      auto found = plain_grads(grad, x, weight, conv, for_x, for_weight, for_bias);
-      if (for_x) out[0] = std::get<0>(found);
-      if (for_weight) dw = std::get<1>(found);
-      if (for_bias) out[3] = std::get<2>(found);
-    };
     RECORD_FUNCTION(
         variant == Variant::materialize ? "wn_kernels::convolution_backward, materialize"
         : variant == Variant::widen     ? "wn_kernels::convolution_backward, widen"
@@ -222,17 +224,22 @@ struct Convolution : Function<Convolution> {
     if (variant == Variant::late) {
       const Tensor s = per_channel(g, n, x.dim());
       if (conv.transposed) {  // one call gives dW and dX before its scale: dX = s (dY * V)
-        take(dy, v, needs_x, needs_weight);
+        std::tie(out[0], dw) = plain_grads(dy, x, v, conv, needs_x, needs_weight);
         if (needs_x) out[0].mul_(s);
       } else {
-        if (needs_x) take(dy * s, v, true, false);
-        take(dy, v, false, needs_weight);
+        if (needs_x) out[0] = std::get<0>(plain_grads(dy * s, x, v, conv, true, false));
+        dw = std::get<1>(plain_grads(dy, x, v, conv, false, needs_weight));
       }
     } else {
-      const bool forms = needs_x && !w.defined();
       // A W that is formed is freed before dW is allocated.
-      if (forms) take(dy, scaled_weight(v, g, n, dtype), true, false);
-      if (needs_weight || !forms) take(dy, stand_in(), needs_x && !forms, needs_weight);
+      if (needs_x && !w.defined()) {
+        const Tensor formed = scaled_weight(v, g, n, dtype);
+        out[0] = std::get<0>(plain_grads(dy, x, formed, conv, true, false));
+      }
+      auto [dx, found] =
+          plain_grads(dy, x, stand_in(), conv, needs_x && w.defined(), needs_weight);
+      if (dx.defined()) out[0] = dx;
+      dw = found;
     }
     if (needs_weight)
       std::tie(out[1], out[2]) = weight_grads(given.total(dw), v, g, n, eps, true);

@@ -41,7 +41,7 @@ class Operation {
     const Tensor& a = tensors[given_[0]];
     if (conv_) {
       const auto& [x, w] = std::tie(tensors[given_[1]], tensors[given_[2]]);
-      tensors[result_] = std::get<0>(plain_grads(a, x, w, *conv_, true, false, false));
+      tensors[result_] = std::get<0>(plain_grads(a, x, w, *conv_, true, false));
       return;
     }
     if (!is_product_) {

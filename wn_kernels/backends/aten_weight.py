@@ -1,0 +1,259 @@
+"""The ATen path's passes over a weight: norms, `W` and its gradients, from operations of ATen.
+
+The top of `aten.py` has the formulas.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from ..call import NORM_RANGE, kept_shape, recorder, reduced_dims, scale_dtype
+
+INF = float("inf")
+
+# A block of rows has this many elements (1 MiB of float32). It stays in the cache between two
+# consecutive operations.
+BLOCK = 1 << 18
+
+# The norm of a row of at least this many elements is computed without a copy.
+LONG_ROW = 32
+
+# torch's own kernels compute a norm and a scale, or their gradients, in one operation. They serve
+# every weight in half precision, which no other operation reads without a copy in float32. They
+# serve wider weights up to 32 MiB of float32. For larger ones the allocator maps fresh pages for
+# every result, and the page faults cost more than the operation saves. A gradient that may take the
+# place of `dW` needs no fresh result, which pays off from 8 MiB on.
+FUSED_MAX = 1 << 23
+IN_PLACE_MIN = 1 << 21
+_FUSED_DTYPES = frozenset((torch.float32, torch.float64, torch.bfloat16, torch.float16))
+
+_fused_grad = torch.ops.aten._weight_norm_interface_backward.default
+
+
+def _blocks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Iterates over the tensors together, in blocks of rows that fit in cache."""
+    first = tensors[0]
+    rows = max(1, BLOCK // max(1, first[0].numel())) if len(first) else 1
+    return zip(*(t.split(rows) for t in tensors), strict=True)
+
+
+def _slice_dots(a: Tensor, b: Tensor, dim: int | None, dtype: torch.dtype) -> Tensor:
+    """Returns `⟨A_j, B_j⟩` for every slice, with dimensions kept, accumulated in `dtype`.
+
+    It reads each tensor once and writes no product of full size. It adds blocks in order.
+    """
+    if a.numel() == 0 or a.ndim == 0:
+        product = a.to(dtype) * b.to(dtype)
+        dims = reduced_dims(a.ndim, dim)
+        return product.sum(dims, keepdim=dim is not None) if dims else product
+    dims = reduced_dims(a.ndim, dim)
+    parts = []
+    for a_rows, b_rows in _blocks(a, b):
+        product = a_rows.to(dtype) * b_rows.to(dtype)
+        parts.append(product.sum(dims, keepdim=dim is not None) if dims else product)
+    if len(parts) == 1:
+        return parts[0]
+    return torch.cat(parts) if dim == 0 else torch.stack(parts).sum(0)
+
+
+def _dense_rows(v: Tensor) -> Tensor | None:
+    """Returns `V` as a matrix of contiguous rows, or `None` if `V` is neither contiguous nor
+    channels-last."""
+    if v.is_contiguous():
+        return v.flatten(1)
+    last = v.movedim(1, -1)
+    return last.flatten(1) if last.is_contiguous() else None
+
+
+class OutOfRange(Exception):
+    """This error means that a norm is too large or too small for the formulas of this file."""
+
+
+def _is_in_range(n: Tensor) -> bool:
+    """Returns whether all norms are in range. The result is false for NaN."""
+    least, most = NORM_RANGE[n.dtype]
+    low, high = n.aminmax()
+    return low.item() >= least and high.item() <= most
+
+
+def _check_range(v: Tensor, n: Tensor) -> None:
+    """Raises `OutOfRange` if a norm is out of range. It checks tensors on a CPU only, because a
+    check elsewhere would have to wait for the device."""
+    if not v.is_cpu or not n.numel() or recorder(v) or _is_in_range(n):
+        return
+    dead = n.isinf()  # the norm is zero or too large
+    live = n[~dead]
+    if (live.numel() and not _is_in_range(live)) or torch.where(dead, v, 0.0).any():
+        raise OutOfRange
+
+
+def norms(v: Tensor, dim: int | None, eps: float, look: bool = False) -> Tensor:
+    """Returns `n` with the shape of `g`. The top of this file describes a slice of norm zero.
+
+    Raises:
+        OutOfRange: `look` is true, `v` is on a CPU and a norm is out of range.
+    """
+    dtype = v.dtype
+    if dtype is not torch.float32:
+        dtype = scale_dtype(v)
+    if dim == 0 and v.ndim == 2:
+        if v.dtype is dtype:
+            n = torch.linalg.vector_norm(v, 2, 1, True)
+        else:
+            parts = [torch.linalg.vector_norm(r, 2, 1, True, dtype=dtype) for (r,) in _blocks(v)]
+            n = torch.cat(parts)
+    elif dim == 0 and v.ndim > 2 and v.numel() and (rows := _dense_rows(v)) is not None:
+        n = torch.linalg.vector_norm(rows, 2, 1, dtype=dtype).view(kept_shape(v.shape, 0))
+    elif dim is None and v.is_contiguous() and v.ndim > 1 and v.numel():
+        # Rows are reduced first, because one reduction over everything would use one accumulator.
+        rows = torch.linalg.vector_norm(v.flatten(1), 2, 1, dtype=dtype)
+        n = torch.linalg.vector_norm(rows)
+    elif dim is not None and 0 < dim < v.ndim - 1 and v.numel() and v.is_contiguous():
+        n = _interior_norms(v, dim, dtype).view(kept_shape(v.shape, dim))
+    else:
+        n = _slice_dots(v, v, dim, dtype).sqrt_()
+    n = torch.threshold_(n, 0.0, INF) if eps == 0 else n.clamp_min_(eps)
+    if look:
+        _check_range(v, n)
+    return n
+
+
+def _interior_norms(v: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
+    """Returns the flat norms along an interior `dim`. If the rows behind `dim` are long, it
+    computes their norms first. Otherwise it copies `V` so that slices are rows."""
+    if v.stride(dim) >= LONG_ROW:
+        rows = torch.linalg.vector_norm(v.flatten(dim + 1), 2, -1, dtype=dtype)
+        return torch.linalg.vector_norm(rows.flatten(0, dim - 1), 2, 0)
+    return torch.linalg.vector_norm(v.movedim(dim, 0).flatten(1), 2, 1, dtype=dtype)
+
+
+def weight_norm(
+    v: Tensor, g: Tensor, dim: int | None, eps: float, dtype: torch.dtype, look: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Returns `(W, n)`. `W` has `dtype` and `V`'s memory layout. `look` has the meaning of
+    `norms`."""
+    if dtype is v.dtype or (dtype.itemsize < v.element_size() and v.numel() <= IN_PLACE_MIN):
+        fused = fused_weight_norm(v, g, dim, eps, v.dtype)
+        if fused is not None:
+            w, n = fused
+            return w.to(dtype), n
+    n = norms(v, dim, eps, look)
+    return scaled_weight(v, scale(g, n), dtype), n
+
+
+def fused_weight_norm(
+    v: Tensor, g: Tensor, dim: int | None, eps: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor] | None:
+    """Returns `(W, n)` from torch's own kernel, or `None` if that does not serve the call. The
+    result is differentiable, but only once.
+
+    The kernel returns NaN for a slice of norm zero, and its gradient divides by the norm's third
+    power. The norms are therefore checked.
+    """
+    if dtype is v.dtype and _fused_serves(v, g, dim, eps) and not recorder(v):
+        assert dim is not None
+        w, n = torch._weight_norm_interface(v, g, dim)
+        if _is_in_range(n):
+            return w, n
+    return None
+
+
+def _fused_serves(v: Tensor, g: Tensor, dim: int | None, eps: float) -> bool:
+    return (
+        (dim == 0 or dim == v.ndim - 1)
+        and eps == 0
+        and v.dtype is g.dtype
+        and v.dtype in _FUSED_DTYPES
+        and v.is_cpu
+        and v.is_contiguous()
+        and g.is_contiguous()
+        and v.numel() > 0
+        and (v.numel() <= FUSED_MAX or v.element_size() == 2)
+        and v.ndim > 1
+    )
+
+
+def scale(g: Tensor, n: Tensor) -> Tensor:
+    return g / n if g.dtype == n.dtype else g.to(n.dtype) / n
+
+
+def scaled_weight(v: Tensor, s: Tensor, dtype: torch.dtype) -> Tensor:
+    if v.dtype is s.dtype is dtype:
+        return v * s
+    w = torch.empty_like(v, dtype=dtype)
+    if v.ndim == 0 or not v.numel():
+        return w.copy_(v.to(s.dtype) * s)
+    # The product in float32 stays in cache until it is rounded.
+    for w_rows, v_rows, s_rows in _blocks(w, v, s.expand_as(v)):
+        w_rows.copy_(v_rows.to(s.dtype) * s_rows)
+    return w
+
+
+def dot_coefficient(s: Tensor, dg: Tensor, n: Tensor, eps: float) -> Tensor:
+    """Returns `c = s · dg / n`. It is zero where `n` was clamped, because the norm is constant
+    there."""
+    c = (s * dg).div_(n)
+    return c.masked_fill_(n <= eps, 0.0) if eps > 0 else c
+
+
+def weight_norm_backward(
+    dw: Tensor,
+    v: Tensor,
+    g: Tensor,
+    n: Tensor,
+    dim: int | None,
+    eps: float,
+    overwrite: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Returns `(dV, dg)` from `dW`, in the dtypes of `V` and `g`. `dV` has `V`'s layout unless `dW`
+    may be overwritten."""
+    in_place = overwrite and v.numel() >= IN_PLACE_MIN and v.element_size() > 2
+    if (
+        not in_place
+        and _fused_serves(v, g, dim, eps)
+        and (
+            dw.dtype is v.dtype
+            or (dw.element_size() < v.element_size() and v.numel() <= IN_PLACE_MIN)
+        )
+        and dw.is_contiguous()
+    ):
+        return _fused_grad(dw.to(v.dtype), v, g, n, dim)
+    dv = dw if overwrite and dw.dtype is v.dtype else torch.empty_like(v)
+    return dv, _write_weight_grad(dv, dw, v, g, n, dim, eps)
+
+
+def _write_weight_grad(
+    dv: Tensor, dw: Tensor, v: Tensor, g: Tensor, n: Tensor, dim: int | None, eps: float
+) -> Tensor:
+    """Writes `dV = s ⊙ dW - c ⊙ V`, which may take the memory of `dW`, and returns `dg`."""
+    s = scale(g, n)
+    if dim == 0 and dw.numel():  # a slice is a row, which stays in cache from its dot to its update
+        dims = reduced_dims(v.ndim, 0)
+        dgs = []
+        for dv_rows, dw_rows, v_rows, s_rows, n_rows in _blocks(dv, dw, v, s, n):
+            wide_dw, wide_v = dw_rows.to(n.dtype), v_rows.to(n.dtype)
+            product = wide_dw * wide_v
+            a = product.sum(dims, keepdim=True) if dims else product
+            dg = a.div_(n_rows)
+            c = dot_coefficient(s_rows, dg, n_rows, eps)
+            _write_difference(dv_rows, wide_dw, wide_v, s_rows, c)
+            dgs.append(dg)
+        dg = torch.cat(dgs)
+    else:
+        dg = _slice_dots(dw, v, dim, n.dtype).div_(n)
+        c = dot_coefficient(s, dg, n, eps)
+        every = [(dv, dw, v)] if dw.ndim == 0 or not dw.numel() else _blocks(dv, dw, v)
+        for dv_rows, dw_rows, v_rows in every:
+            _write_difference(dv_rows, dw_rows.to(n.dtype), v_rows.to(n.dtype), s, c)
+    return dg.to(g.dtype)
+
+
+def _write_difference(dv: Tensor, dw: Tensor, v: Tensor, s: Tensor, c: Tensor) -> None:
+    """Writes `dV = s ⊙ dW - c ⊙ V`. `dV` may be narrower than the other tensors."""
+    if dv.dtype is dw.dtype:
+        torch.mul(dw, s, out=dv).addcmul_(v, c, value=-1)
+    else:
+        dv.copy_((dw * s).addcmul_(v, c, value=-1))
