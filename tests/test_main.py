@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import wn_kernels
-from wn_kernels.__main__ import main
+from wn_kernels.__main__ import EXAMPLES, _parser, main
 from wn_kernels.backends import native, vendor
 from wn_kernels.plan.table import processor
 
@@ -28,9 +28,7 @@ def test_info():
     text = info()
     assert f"wn_kernels  {wn_kernels.__version__}" in text
     assert f"torch       {torch.__version__}" in text
-    for dtype in ("float16", "bfloat16"):
-        assert f"\n  {dtype:10}aten" in text
-    for dtype in ("float32", "float64"):
+    for dtype in ("float16", "bfloat16", "float32", "float64"):
         assert f"\n  {dtype:10}native" in text or "the native library cannot be used" in text
     if not torch.cuda.is_available():
         assert "no GPU: " in text
@@ -108,5 +106,50 @@ def test_tune(own_table, tmp_path, monkeypatch, capsys):
     with pytest.raises(ValueError, match="its own"):
         main(["tune", "own_model:broken"])
     for wrong in ("own_model:nothing", "no_such_module:make", "", "own_model"):
-        with pytest.raises(SystemExit, match="names no function of a module"):
-            main(["tune", wrong])
+        for command in ("tune", "fuse"):
+            with pytest.raises(SystemExit, match=f"^{command}: .*names no function of a module"):
+                main([command, wrong])
+
+
+def factories(folder, monkeypatch):
+    """A module with a model whose layers PyTorch weight-normalised."""
+    (folder / "factories.py").write_text(
+        "import torch\n"
+        "from torch.nn.utils.parametrizations import weight_norm\n"
+        "def model():\n"
+        "    linear = weight_norm(torch.nn.Linear(4, 3))\n"
+        "    return torch.nn.Sequential(linear, torch.nn.Linear(3, 2))\n"
+        "def pair():\n    return model(), torch.ones(2, 4)\n"
+        "def number():\n    return 3\n"
+    )
+    monkeypatch.chdir(folder)
+    monkeypatch.delitem(sys.modules, "factories", raising=False)
+
+
+def test_fuse_reports(tmp_path, monkeypatch, capsys):
+    """It gives the table of a dry run, and the factory may return a sample as well."""
+    factories(tmp_path, monkeypatch)
+    for name in ("model", "pair"):
+        assert main(["fuse", f"factories:{name}"]) == 0
+        table = capsys.readouterr().out
+        assert re.search(r"^0 +Linear +3×4 +0 +\S+: \S+/\S+$", table, flags=re.MULTILINE)
+        assert "1 fused, 0 left alone" in table
+
+
+def test_a_factory_of_something_else(tmp_path, monkeypatch):
+    factories(tmp_path, monkeypatch)
+    with pytest.raises(SystemExit, match="fuse: factories:number must return a model or a tuple"):
+        main(["fuse", "factories:number"])
+    for name in ("number", "model"):
+        with pytest.raises(SystemExit, match=f"tune: factories:{name} must return a tuple"):
+            main(["tune", f"factories:{name}"])
+
+
+@pytest.mark.parametrize("command", EXAMPLES)
+def test_help_shows_an_example(command, capsys):
+    """The example parses, and names its own command."""
+    with pytest.raises(SystemExit, match="0"):
+        main([command, "--help"])
+    example = capsys.readouterr().out.split("example:\n  ")[1].splitlines()[0]
+    assert example.startswith(f"python -m wn_kernels {command}")
+    _parser().parse_args(example.split()[3:])

@@ -1,8 +1,9 @@
-"""This package has three commands.
+"""The commands of this package run as `python -m wn_kernels` or, once installed, as `wn-kernels`.
 
-python -m wn_kernels info                    prints versions, devices and backends for a bug report
-python -m wn_kernels build                   builds the native library, which is faster on a CPU
-python -m wn_kernels tune module:factory     times a model's calls and stores the fastest plans
+info                    prints versions, devices and backends for a bug report
+build                   builds the native library, which makes layers on a CPU faster
+tune module:factory     times the calls of a model and stores the fastest plans
+fuse module:factory     reports which layers of a model `fuse` would convert
 """
 
 from __future__ import annotations
@@ -142,40 +143,86 @@ def _backend(x: torch.Tensor) -> str:
         return f"none: {error}"
 
 
+# The help of each command ends with its example.
+EXAMPLES = {
+    "info": "python -m wn_kernels info",
+    "build": "python -m wn_kernels build",
+    "tune": "python -m wn_kernels tune my_project.models:vocoder_and_frames --seconds 2",
+    "fuse": "python -m wn_kernels fuse my_project.models:vocoder",
+}
+
+
+def _parser() -> argparse.ArgumentParser:
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(
+        prog="python -m wn_kernels",
+        description=__doc__,
+        epilog="`python -m wn_kernels COMMAND --help` shows an example of a command.",
+        formatter_class=raw,
+    )
+    parser.add_argument("--version", action="version", version=wn_kernels.__version__)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def add(name: str, what: str) -> argparse.ArgumentParser:
+        example = f"example:\n  {EXAMPLES[name]}"
+        description = f"{what[0].upper()}{what[1:]}."
+        return commands.add_parser(
+            name, help=what, description=description, epilog=example, formatter_class=raw
+        )
+
+    add("info", "print versions, devices and the backend of each dtype")
+    add("build", "build the native library with this machine's C++ compiler")
+    tune = add("tune", "time the plans of a model's calls and store the fastest")
+    tune.add_argument("factory", help="module:function, which returns (model, sample input)")
+    tune.add_argument(
+        "--seconds", type=float, default=1.0, help="how long each call is timed, in seconds"
+    )
+    fuse = add("fuse", "report which layers of a model `fuse` would convert; nothing is changed")
+    fuse.add_argument("factory", help="module:function, which returns the model or (model, sample)")
+    return parser
+
+
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m wn_kernels", description=__doc__)
-    commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("info", help="versions, devices, the backend for each dtype")
-    commands.add_parser("build", help="build the native library with this machine's C++ compiler")
-    tune = commands.add_parser("tune", help="time the plans of a model's calls, store the fastest")
-    tune.add_argument("factory", help="module:function that returns (model, sample input)")
-    tune.add_argument("--seconds", type=float, default=1.0, help="how long each call is timed")
-    chosen = parser.parse_args(arguments)
+    """Runs a command and returns its exit status."""
+    chosen = _parser().parse_args(arguments)
     if chosen.command == "info":
         print(info())
-        return 0
-    if chosen.command == "build":
+    elif chosen.command == "build":
         print(native.build())
-        return 0
-    model, sample = _made(chosen.factory)
-    print(wn_kernels.tune(model, sample, seconds=chosen.seconds))
-    print(f"stored in {table.location()}")
+    elif chosen.command == "fuse":
+        made = _made(chosen)
+        model = made[0] if isinstance(made, tuple) and made else made
+        _check(chosen, model, "a model or a tuple that begins with one")
+        print(wn_kernels.fuse(model, dry_run=True))
+    else:
+        made = _made(chosen)
+        pair = isinstance(made, tuple) and len(made) == 2
+        _check(chosen, made[0] if pair else None, "a tuple of a model and its sample input")
+        print(wn_kernels.tune(*made, seconds=chosen.seconds))
+        print(f"stored in {table.location()}")
     return 0
 
 
-def _made(factory: str) -> Any:
+def _made(chosen: argparse.Namespace) -> Any:
     """Calls the function that `module:function` names, and returns its result.
 
     Raises:
         SystemExit: there is no such function.
     """
-    module, _, name = factory.partition(":")
+    module, _, name = chosen.factory.partition(":")
     sys.path.insert(0, "")  # this allows modules of the current directory
     try:
         make = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:
-        raise SystemExit(f"tune: {factory!r} names no function of a module: {error}") from error
+        message = f"{chosen.factory!r} names no function of a module: {error}"
+        raise SystemExit(f"{chosen.command}: {message}") from error
     return make()
+
+
+def _check(chosen: argparse.Namespace, model: Any, expected: str) -> None:
+    """Raises SystemExit if a factory did not return what its command needs."""
+    if not isinstance(model, torch.nn.Module):
+        raise SystemExit(f"{chosen.command}: {chosen.factory} must return {expected}")
 
 
 if __name__ == "__main__":
