@@ -14,6 +14,9 @@ ROOT = Path(wn_kernels.__file__).parent
 # From the top down; a module may import from layers below its own.
 LAYERS = [
     "__main__",
+    "init",
+    "monitoring",
+    "training",
     "parallel",
     "convert",
     "tuning",
