@@ -52,6 +52,16 @@ class Normed:
         """Returns `(g, v)`. They are parameters, unless `fault` says otherwise."""
         return _held(self.module, self.tensor, self.form)
 
+    @property
+    def is_transposed(self) -> bool:
+        """Returns whether the weight is that of a transposed convolution, whose rows are inputs."""
+        return getattr(self.module, "transposed", False)
+
+    @property
+    def groups(self) -> int:
+        """Returns the number of groups of a convolution, and 1 for any other layer."""
+        return getattr(self.module, "groups", 1)
+
     def refresh(self) -> None:
         """Computes the plain attribute in which PyTorch's older form keeps the weight."""
         for hook in self.module._forward_pre_hooks.values():

@@ -1,94 +1,24 @@
-"""This module initialises weight-normalised networks.
-
-    from wn_kernels import init
-
-    report = init.data_dependent_(model, batch)    # pre-activations of mean 0 and variance 1
-    init.norm_preserving_(model, {"*.conv2": 1 / 3, "*.shortcut": 1})    # without data
-
-Both take any model that `wn_kernels.fuse` accepts: layers of this package, layers that `fuse`
-converted, and both forms of PyTorch's weight norm. docs/training.md compares them.
-"""
+"""This file initialises a model from a batch of data, layer by layer in the order in which they
+run."""
 
 from __future__ import annotations
 
-import fnmatch
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parametrize
 
-from . import functional as WF
-from . import prepare
-from .convert.normed import Normed, weights
-from .modules import checkpoints
-from .text import aligned
-
-
-def _is_transposed(module: Any) -> bool:
-    return getattr(module, "transposed", False)
-
-
-def _groups(module: Any) -> int:
-    return getattr(module, "groups", 1)
-
-
-# --- moments -------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Moments:
-    """Holds the moments of a layer's pre-activations, for each output channel, in float64.
-
-    Attributes:
-        count: the number of values of a channel, of shape `()`.
-        mean: their mean, of shape `(channels,)`.
-        squares: the sum of their squared deviations from the mean, of shape `(channels,)`.
-    """
-
-    count: Tensor
-    mean: Tensor
-    squares: Tensor
-
-    @property
-    def variance(self) -> Tensor:
-        """Returns the variance, of shape `(channels,)`. It divides by the count."""
-        return self.squares / self.count
-
-    @classmethod
-    def of(cls, y: Tensor, channels: int) -> Moments:
-        """Returns the moments of `y`, whose dimension `channels` counts from the end."""
-        values = y.detach().movedim(channels, 0).flatten(1).double()
-        variance, mean = torch.var_mean(values, 1, correction=0)
-        count = torch.tensor(float(values.shape[1]), dtype=torch.float64, device=y.device)
-        return cls(count, mean, variance * count)
-
-    @classmethod
-    def pooled(cls, parts: Iterable[Moments]) -> Moments:
-        """Returns the moments of several sets of values together (Chan, Golub & LeVeque 1979)."""
-        counts, means, squares = (
-            torch.stack(ts)
-            for ts in zip(*((p.count, p.mean, p.squares) for p in parts), strict=True)
-        )
-        share = (counts / counts.sum()).unsqueeze(1)
-        mean = (share * means).sum(0)
-        between = counts.unsqueeze(1) * (means - mean).square()
-        return cls(counts.sum(), mean, (squares + between).sum(0))
-
-    def reduced(self, group: Any) -> Moments:
-        """Returns the moments over the processes of a group."""
-        packed = torch.cat([self.count.view(1), self.mean, self.squares])
-        gathered = [torch.empty_like(packed) for _ in range(dist.get_world_size(group))]
-        dist.all_gather(gathered, packed, group=group)
-        channels = len(self.mean)
-        return Moments.pooled(Moments(t[0], *t[1:].split(channels)) for t in gathered)
-
+from .. import functional as WF
+from .. import prepare
+from ..convert.normed import Normed, weights
+from ..modules import checkpoints
+from ..text import aligned
+from .moments import Moments
 
 # --- reports -------------------------------------------------------------------------------------
 
@@ -133,12 +63,7 @@ def _shown(moments: Moments | None) -> tuple[str, str]:
     return f"{moments.mean.abs().max():.3g}", f"{least:.3g} to {most:.3g}"
 
 
-# --- data-dependent ------------------------------------------------------------------------------
-
-
-class _Stop(BaseException):
-    """Ends a forward pass at a layer that needs the other batches. No model's `except Exception`
-    catches it."""
+# --- one layer -----------------------------------------------------------------------------------
 
 
 class _Layer:
@@ -150,7 +75,7 @@ class _Layer:
         self.is_set = False
         self.parts: dict[int, Moments] = {}  # by batch
         module, (g, v) = normed.module, normed.tensors
-        self.transposed, self.groups = _is_transposed(module), _groups(module)
+        self.transposed, self.groups = normed.is_transposed, normed.groups
         self.channels_dim = -1 if v.ndim == 2 else 1 - v.ndim
         # `g` scales the channels itself if it has an entry for each.
         if self.transposed:
@@ -199,7 +124,7 @@ class _Layer:
         Raises:
             ValueError: the moments are not finite, or are those of one value.
         """
-        moments = _pooled(self.parts.values(), group)
+        moments = Moments.pooled(self.parts.values(), group)
         if moments.count < 2:
             raise ValueError(
                 f"{self.normed.name} gives one value per channel; its variance needs at least two"
@@ -246,9 +171,12 @@ class _Layer:
         checkpoints.assign(scaled, g, v, self.normed.dim)
 
 
-def _pooled(parts: Iterable[Moments], group: Any) -> Moments:
-    moments = Moments.pooled(parts)
-    return moments if group is None else moments.reduced(group)
+# --- the passes ----------------------------------------------------------------------------------
+
+
+class _Stop(BaseException):
+    """Ends a forward pass at a layer that needs the other batches. No model's `except Exception`
+    catches it."""
 
 
 @contextmanager
@@ -332,7 +260,7 @@ def _measure(model: nn.Module, layers: list[_Layer], calls: list, group: Any) ->
     with _hooked(layers, after):
         for call in calls:
             _forward(model, call)
-    return {name: _pooled(found, group) for name, found in parts.items()}
+    return {name: Moments.pooled(found, group) for name, found in parts.items()}
 
 
 def _initialise(model: nn.Module, layers: list[_Layer], calls: list, group: Any) -> None:
@@ -444,70 +372,3 @@ def _note(normed: Normed, layer: _Layer | None, has_run: bool) -> str:
     if not has_run:
         return "no batch reached it"
     return "the last batch did not reach it" if layer.is_open else layer.note
-
-
-# --- without data --------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def norm_preserving_(
-    model: nn.Module, gains: Mapping[str, float] | None = None, *, orthogonal: bool = True
-) -> dict[str, float]:
-    """Sets every weight-normed layer without data, in place, so that it preserves the norm of its
-    input in expectation.
-
-    It is the initialisation of Arpit, Campos & Bengio 2019 for networks of ReLUs: orthogonal rows
-    of `V`, a bias of zero, and
-
-        g = √(γ · fan_in / fan_out)
-
-    with γ = 2 for a layer that a ReLU follows, 1 for one that none follows (the shortcut of a
-    residual block, the last layer), and 1 / B for the last layer of each residual branch in a stage
-    of B blocks. The formula is that of `dim=0`. There, it makes `‖W‖² = γ · in_channels`, and this
-    is what makes the norm of the output that of the input. For any `dim`,
-
-        g = √(γ · in_channels / n)      with n the number of entries of g
-
-    Args:
-        model: any model that `wn_kernels.fuse` accepts.
-        gains: γ by the layer's name in the model, or by a pattern of `fnmatch` such as
-            `"*.conv2"`. A later entry takes precedence. Layers that none matches have γ = 2.
-        orthogonal: whether to draw `V` anew by `torch.nn.init.orthogonal_`, from PyTorch's random
-            numbers. Otherwise `V` stays as it is, which is as good in expectation if its entries
-            are independent with mean zero.
-
-    What is frozen stays as it is. A layer whose `forward` is its own, or whose `g` or `v` is itself
-    computed, is left alone.
-
-    Returns:
-        The value of `g` by the name of each layer that was set.
-
-    Raises:
-        TypeError: `model` is not a module.
-        ValueError: a gain is not positive, or a name matches no layer.
-    """
-    prepare.check_module("model", model)
-    found = [x for x in weights(model) if x.layer is not None and not x.fault]
-    chosen = {x.name: 2.0 for x in found}
-    for pattern, gain in (gains or {}).items():
-        if not gain > 0:
-            raise ValueError(f"the gain of {pattern!r} is {gain!r}; expected a positive number")
-        matching = fnmatch.filter(chosen, pattern)
-        if not matching:
-            raise ValueError(f"{pattern!r} matches no weight-normed layer")
-        chosen |= dict.fromkeys(matching, float(gain))
-    values = {}
-    for x in found:
-        g, v = x.tensors
-        if orthogonal and v.requires_grad:
-            wide = torch.promote_types(v.dtype, torch.float32)
-            v.copy_(nn.init.orthogonal_(torch.empty(v.shape, dtype=wide, device=v.device)))
-        bias = x.module._parameters.get("bias")
-        if bias is not None and bias.requires_grad:
-            bias.zero_()
-        if g.requires_grad:
-            inputs = v.shape[0] if _is_transposed(x.module) else v.shape[1] * _groups(x.module)
-            values[x.name] = math.sqrt(chosen[x.name] * inputs / g.numel())
-            g.fill_(values[x.name])
-        x.refresh()
-    return values
