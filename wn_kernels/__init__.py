@@ -1,6 +1,6 @@
 """Fused weight normalisation for PyTorch: see README.md and docs/architecture.md."""
 
-from . import functional
+from . import functional, init
 from .convert import fold, fuse, remove_weight_norm, state_dict, unfuse, weight_norm
 from .modules import (
     WNConv1d,
@@ -42,6 +42,7 @@ __all__ = [
     "fold",
     "functional",
     "fuse",
+    "init",
     "remove_weight_norm",
     "state_dict",
     "tune",

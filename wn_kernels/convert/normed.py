@@ -1,0 +1,128 @@
+"""This file lists the weight-normed tensors of a model, whichever form they have: layers of this
+package, layers that `fuse` converted, and both forms of PyTorch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+from torch.nn.utils import parametrize
+from torch.nn.utils.weight_norm import WeightNorm
+
+from ..call import canonical_dim
+from ..modules import checkpoints
+from ..modules.weight import WeightNormMixin
+from . import fused
+
+
+@dataclass(frozen=True)
+class Normed:
+    """Describes a weight-normed tensor of a model.
+
+    Attributes:
+        name: the module's name in the model, and the tensor's name if that is not `weight`.
+        module: the module that uses the tensor.
+        tensor: the tensor's name in the module.
+        dim: the dimension whose slices are normalised, or `None` for the whole tensor.
+        eps: the smallest norm.
+        form: the form of the state dict (`modules/checkpoints.py`).
+    """
+
+    name: str
+    module: Any
+    tensor: str
+    dim: int | None
+    eps: float
+    form: str
+
+    @property
+    def kind(self) -> str:
+        """Returns the name of the module's class."""
+        cls = type(self.module)
+        if not fused.is_fused(self.module):
+            cls = parametrize.type_before_parametrizations(self.module)
+        return cls.__name__
+
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor]:
+        """Returns `(g, v)`. They are parameters, unless `fault` says otherwise."""
+        return _held(self.module, self.tensor, self.form)
+
+    @property
+    def is_transposed(self) -> bool:
+        """Returns whether the weight is that of a transposed convolution, whose rows are inputs."""
+        return getattr(self.module, "transposed", False)
+
+    @property
+    def groups(self) -> int:
+        """Returns the number of groups of a convolution, and 1 for any other layer."""
+        return getattr(self.module, "groups", 1)
+
+    def refresh(self) -> None:
+        """Computes the plain attribute in which PyTorch's older form keeps the weight."""
+        for hook in self.module._forward_pre_hooks.values():
+            if type(hook) is WeightNorm and hook.name == self.tensor:
+                with torch.enable_grad():
+                    setattr(self.module, self.tensor, hook.compute_weight(self.module))
+
+    @property
+    def fault(self) -> str:
+        """Returns why `g` and `v` do not determine the weight, or an empty string if they do."""
+        if fused.is_replaced(self.module, self.tensor):
+            return "its g or v is itself computed"
+        if fused.is_stacked(self.module, self.tensor):
+            return "a second parametrization of the tensor"
+        return ""
+
+    @property
+    def layer(self) -> type[WeightNormMixin] | None:
+        """Returns our layer whose `forward` does what that of the module does, or `None`."""
+        cls: Any = type(self.module)
+        if isinstance(self.module, WeightNormMixin):
+            ours = (layer for layer in fused.LAYERS.values() if issubclass(cls, layer))
+            return next((layer for layer in ours if cls.forward is layer.forward), None)
+        base = self.module.plain if fused.is_fused(self.module) else None
+        base = base or parametrize.type_before_parametrizations(self.module)
+        return fused.known_layer(base, self.tensor)
+
+
+def weights(model: nn.Module) -> Iterator[Normed]:
+    """Yields the weight-normed tensors of a model in the order of its modules. A module that occurs
+    several times is visited once.
+
+    Raises:
+        ValueError: a lazy layer has no shape yet.
+    """
+    for prefix, module in model.named_modules():
+        for tensor, dim, eps, form in _found(module):
+            parts = [prefix] if tensor == "weight" else [prefix, tensor]
+            normed = Normed(".".join(filter(None, parts)), module, tensor, dim, eps, form)
+            if any(is_lazy(t) for t in normed.tensors):
+                raise ValueError(f"{normed.name} has no shape yet: run the model once")
+            yield normed
+
+
+def _held(module: nn.Module, tensor: str, form: str) -> tuple[Tensor, Tensor]:
+    """Returns `(g, v)`."""
+    path, _, key_g = checkpoints.keys(form, tensor)[0].rpartition(".")
+    key_v = checkpoints.keys(form, tensor)[1].rpartition(".")[2]
+    holder = module.get_submodule(path)
+    return getattr(holder, key_g), getattr(holder, key_v)
+
+
+def _found(module: Any) -> Iterator[tuple[str, int | None, float, str]]:
+    if isinstance(module, WeightNormMixin):
+        for tensor in module._normed():
+            yield tensor, module.dim, module.eps, "weight_norm"
+        return
+    fused_norms = fused.norms(module)
+    for tensor, norm in fused_norms.items():
+        yield tensor, norm.dim, 0.0, norm.form
+    for tensor, form, computer in fused.computers(module):
+        if tensor not in fused_norms:
+            _, v = _held(module, tensor, form)
+            yield tensor, canonical_dim(computer.dim, v.ndim), 0.0, form
