@@ -142,13 +142,12 @@ def _cached(module: Any, input: Tensor) -> Tensor | None:
     the uses of a weight add to its gradient in its own dtype."""
     if not isinstance(input, Tensor):
         return None
-    dtype = WF.product_dtype(input)
-    found = reading.form(module, "weight")
-    if found.is_cpu and vendor.is_wrong_for(dtype, found.ndim):
+    dtype, v = WF.product_dtype(input), module._tensors("weight")[1]
+    if v.is_cpu and vendor.is_wrong_for(dtype, v.ndim):
         return None
-    if found.dtype == dtype:
-        return found
-    wide = torch.promote_types(found.dtype, dtype)
+    wide = torch.promote_types(v.dtype, dtype)
+    if wide == v.dtype:
+        return reading.form(module, "weight").to(dtype)
     return reading.cached(module, "weight", wide).to(dtype)
 
 
