@@ -1,7 +1,7 @@
 """Fused weight normalisation for PyTorch: see README.md and docs/architecture.md."""
 
 from . import functional, init
-from .convert import fold, fuse, remove_weight_norm, state_dict, unfuse, weight_norm
+from .convert import fold, frozen_weights, fuse, remove_weight_norm, state_dict, unfuse, weight_norm
 from .modules import (
     WNConv1d,
     WNConv2d,
@@ -40,6 +40,7 @@ __all__ = [
     "WNLinear",
     "explain",
     "fold",
+    "frozen_weights",
     "functional",
     "fuse",
     "init",

@@ -25,12 +25,14 @@ from .call import Member, Operands, canonical_dim, recorder, reduced_dims, scale
 from .prepare import are_dense, plan_native, prepare, prepare_member, reject
 
 
-def _autocast(input: Tensor) -> Tensor:
-    """Casts `input` as autocast does for a linear layer. float64 stays as it is."""
-    device_type = input.device.type
-    if torch.is_autocast_enabled(device_type) and input.dtype != torch.float64:
-        return input.to(torch.get_autocast_dtype(device_type))
-    return input
+def product_dtype(input: Tensor) -> torch.dtype:
+    """Returns the dtype of a product with `input`. Under autocast it is autocast's, as for a linear
+    layer, but float64 stays as it is."""
+    if torch._C._is_any_autocast_enabled() and input.dtype != torch.float64:
+        device_type = input.device.type
+        if torch.is_autocast_enabled(device_type):
+            return torch.get_autocast_dtype(device_type)
+    return input.dtype
 
 
 def _library() -> Any:
@@ -63,7 +65,7 @@ def _run(
     if not are_dense(v if x is None else x, v, g, bias):
         reject(**{} if x is None else {"input": x}, v=v, g=g, bias=bias)
     if x is not None and torch._C._is_any_autocast_enabled():
-        x = _autocast(x)
+        x = x.to(product_dtype(x))
     backend = plan.choose_backend(v)
     tensors = Operands(x, v, g, bias)
     call, chosen, g_shape, pad, batched, fits = prepare(rank, tensors, geometry, dim, eps, backend)

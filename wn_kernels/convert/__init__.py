@@ -1,11 +1,13 @@
 """This package converts models; docs/convert.md describes it."""
 
+from .frozen import frozen_weights
 from .models import Layer, Report, fold, fuse, remove_weight_norm, state_dict, unfuse, weight_norm
 
 __all__ = [
     "Layer",
     "Report",
     "fold",
+    "frozen_weights",
     "fuse",
     "remove_weight_norm",
     "state_dict",

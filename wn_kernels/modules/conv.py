@@ -8,13 +8,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import functional as WF
+from . import prepared
 from .weight import WeightNormMixin
+
+_TRANSPOSED = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
 
 
 class _Convolution(WeightNormMixin):
     """Holds the `forward` of the three convolutions. Their constructors are those of torch.nn."""
 
     def forward(self: Any, input: Tensor) -> Tensor:
+        weight = self._prepared(input)
+        if weight is not None:
+            return self._conv_forward(input, weight, prepared.bias(self, weight))
         operands = self._operands()
         if operands is None:
             return self.plain.forward(self, input)
@@ -44,10 +50,12 @@ class _ConvolutionTranspose(WeightNormMixin):
     """Holds the `forward` of the three transposed convolutions."""
 
     def forward(self: Any, input: Tensor, output_size: list[int] | None = None) -> Tensor:
-        operands = self._operands()
-        if operands is None:
-            return self.plain.forward(self, input, output_size)
-        v, g, bias, dim, eps = operands
+        weight = self._prepared(input)
+        operands = None
+        if weight is None:
+            operands = self._operands()
+            if operands is None:
+                return self.plain.forward(self, input, output_size)
         output_padding = self.output_padding
         if output_size is not None:
             output_padding = self._output_padding(
@@ -59,6 +67,18 @@ class _ConvolutionTranspose(WeightNormMixin):
                 len(self.kernel_size),
                 self.dilation,
             )
+        if operands is None:
+            return _TRANSPOSED[weight.ndim - 3](
+                input,
+                weight,
+                prepared.bias(self, weight),
+                self.stride,
+                self.padding,
+                output_padding,
+                self.groups,
+                self.dilation,
+            )
+        v, g, bias, dim, eps = operands
         return WF.convolution(
             v.ndim - 2,
             input,

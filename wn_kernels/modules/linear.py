@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import functional as WF
+from . import prepared
 from .weight import WeightNormMixin
 
 
@@ -39,6 +41,9 @@ class WNLinear(WeightNormMixin, nn.Linear):  # type: ignore[override]
     plain = nn.Linear
 
     def forward(self, input: Tensor) -> Tensor:
+        weight = self._prepared(input)
+        if weight is not None:
+            return F.linear(input, weight, prepared.bias(self, weight))
         operands = self._operands()
         if operands is None:
             return self.plain.forward(self, input)

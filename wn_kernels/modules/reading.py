@@ -25,9 +25,10 @@ from torch.nn.utils import parametrize
 _watched: dict[tuple[int, str], tuple[Tensor, Tensor]] | None = None
 
 
-# The first WATCHES reads of a layer are checked for writes. STATE names the attributes for that.
+# The first WATCHES reads of a layer are checked for writes. STATE names the attributes for that,
+# and that of the weights which the layer keeps (prepared.py).
 WATCHES = 8
-STATE = ("_reads", "_is_read", "_watches")
+STATE = ("_reads", "_is_read", "_watches", "_store")
 
 _EMPTY: dict[torch.device, Tensor] = {}
 
@@ -47,17 +48,25 @@ def read(module: Any, name: str) -> Tensor:
     """Returns `module.weight`, which the module's `_form(name)` computes."""
     if parametrize._cache_enabled or _watched is not None:
         return form(module, name)
+    if is_compiling():
+        return module._form(name)
+    if module._store is not None and (weight := module._kept(name)) is not None:
+        return weight
     weight = module._form(name)
-    if not is_compiling() and module._watches:
+    if module._watches:
         _keep_counter(module, name, weight)
     return weight
 
 
 def form(module: Any, name: str) -> Tensor:
     """Returns `module.weight` for the layer's own use. Writes into it are not checked."""
-    if parametrize._cache_enabled or _watched is not None:
-        return _read_specially(module, name)
-    return module._form(name)
+    if _watched is not None:
+        return _read_watched(module, name)
+    if not is_compiling() and module._store is not None:
+        weight = module._kept(name)
+        if weight is not None:
+            return weight
+    return cached(module, name) if parametrize._cache_enabled else module._form(name)
 
 
 def _keep_counter(module: Any, name: str, weight: Tensor) -> None:
@@ -92,13 +101,17 @@ def warn_of_writes(module: Any) -> None:
     forget(module)
     if written and not reads.is_warned:
         reads.is_warned = True
-        name = written[0]
-        warnings.warn(
-            f"{name} of {type(module).__name__} was written to in place, which does not change the "
-            f"layer: {name} is computed from g and v. Assign to it (layer.{name} = values), or "
-            "initialise it in model.apply(function).",
-            stacklevel=4,
-        )
+        warn(module, written[0])
+
+
+def warn(module: Any, name: str) -> None:
+    """Warns that a weight that the layer returned was written to in place."""
+    warnings.warn(
+        f"{name} of {type(module).__name__} was written to in place, which does not change the "
+        f"layer: {name} is computed from g and v. Assign to it (layer.{name} = values), or "
+        "initialise it in model.apply(function).",
+        stacklevel=5,
+    )
 
 
 def forget(module: Any) -> None:
@@ -108,20 +121,35 @@ def forget(module: Any) -> None:
         module.__dict__["_reads"].clear()
 
 
-def _read_specially(module: Any, name: str) -> Tensor:
+def _read_watched(module: Any, name: str) -> Tensor:
+    """Returns the weight that a function of `apply` reads, which may write into it."""
+    assert _watched is not None
     key = (id(module), name)
-    if _watched is not None:
-        if key not in _watched or not _is_written(*_watched[key]):
-            weight = module._form(name)
-            _watched[key] = weight, weight.detach().clone()
-        return _watched[key][0]
+    if key not in _watched or not _is_written(*_watched[key]):
+        weight = module._form(name)
+        _watched[key] = weight, weight.detach().clone()
+    return _watched[key][0]
+
+
+def cached(module: Any, name: str, dtype: torch.dtype | None = None) -> Tensor:
+    """Returns the weight inside `parametrize.cached()`, in its own dtype or in a wider one. PyTorch
+    drops it at the end of the block.
+
+    A weight that was cached without a graph, as under `no_grad`, is computed once more for a
+    forward that needs one.
+    """
     if torch._C._get_tracing_state() is not None:
         raise RuntimeError("Cannot trace a model while caching parametrizations.")
-    cache = parametrize._cache
-    cached = cache.get(key)
-    if cached is None:
-        cached = cache[key] = module._form(name)
-    return cached
+    key = (id(module), name) if dtype is None else (id(module), name, dtype)
+    cache: dict[Any, Tensor | None] = parametrize._cache
+    found = cache.get(key)
+    if found is None or (
+        torch.is_grad_enabled()
+        and not found.requires_grad
+        and (found.is_inference() or any(t.requires_grad for t in module._tensors(name)))
+    ):
+        found = cache[key] = module._form(name, dtype)
+    return found
 
 
 def apply(module: Any, function: Callable[[nn.Module], None]) -> Any:

@@ -12,11 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.parameter import UninitializedParameter, is_lazy
-from torch.nn.utils import parametrize
 
 from .. import functional as WF
 from ..call import canonical_dim, canonical_eps, kept_shape
-from . import checkpoints, reading, removal
+from . import checkpoints, prepared, reading, removal
 
 # The entries are (v, g, bias, dim, eps).
 Operands = tuple[Tensor, Tensor, Tensor | None, int | None, float]
@@ -59,6 +58,7 @@ class WeightNormMixin(nn.Module):
     plain: Any  # the class of torch.nn that the layer replaces
     _is_read = False  # see modules/reading.py
     _watches = reading.WATCHES
+    _store: prepared.Store | None = None  # see modules/prepared.py
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Gives the constructor the signature of the plain layer, with our two arguments added."""
@@ -117,8 +117,6 @@ class WeightNormMixin(nn.Module):
     def _operands(self) -> Operands | None:
         """Returns the operands of `forward`, or `None` if it has to use the weight as a tensor. It
         avoids `nn.Module.__getattr__`, which costs 1 µs per parameter."""
-        if parametrize._cache_enabled:
-            return None
         if self._is_read:
             reading.warn_of_writes(self)
         own = self._parameters
@@ -127,8 +125,25 @@ class WeightNormMixin(nn.Module):
             return self.weight_v, self.weight_g, self.bias, self.dim, self.eps
         return v, g, own["bias"], self.dim, self.eps
 
-    def _form(self, name: str = "weight") -> Tensor:
-        return WF.weight_norm(self.weight_v, self.weight_g, dim=self.dim, eps=self.eps)
+    _prepared = prepared.weight
+
+    def _kept(self, name: str = "weight", dtype: torch.dtype | None = None) -> Tensor | None:
+        """Returns the weight that `frozen_weights` keeps for this call, in a dtype or in that of
+        `v`, or `None`."""
+        store, own = self._store, self._parameters
+        v, g = own.get("weight_v"), own.get("weight_g")
+        if store is None or v is None or g is None:  # one is parametrized or pruned
+            return None
+        return store.get(self, name, v, g, dtype or v.dtype)
+
+    def _is_claimed(self, name: str) -> bool:
+        """Returns whether something else takes part in computing the weight."""
+        return False
+
+    def _form(self, name: str = "weight", dtype: torch.dtype | None = None) -> Tensor:
+        """Returns the weight in the dtype of `v`, or in a wider one."""
+        v = self.weight_v if dtype is None else self.weight_v.to(dtype)
+        return WF.weight_norm(v, self.weight_g, dim=self.dim, eps=self.eps)
 
     @property
     def weight(self) -> Tensor:
@@ -143,6 +158,8 @@ class WeightNormMixin(nn.Module):
         # nn.Module would register a Parameter of this name before it considers the property.
         if name != "weight":
             super().__setattr__(name, value)
+            if name == "eps" and self._store is not None:
+                self._store.kept.clear()
         elif is_lazy(value) or not hasattr(self, "weight_v"):
             self._adopt(value)
         else:

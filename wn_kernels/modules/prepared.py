@@ -1,0 +1,185 @@
+"""A weight that was prepared before a forward: kept inside `frozen_weights`, or cached inside
+`torch.nn.utils.parametrize.cached()`.
+
+A layer's `forward` gets it from the layer's `_prepared(input)`, and then does what the plain layer
+does. Without one, `forward` computes with `g` and `v`.
+
+A kept weight has no gradient. It serves a forward that needs none with respect to `g` and `v`. A
+cached weight is differentiable: each use adds to one gradient, and the weight's backward runs once.
+
+A kept weight is used as long as nothing has changed: `g` and `v` are the same objects, their
+version counters and their addresses are the same, and nobody has written into the weight. What
+refers to the memory of `g` and `v` is kept as well, so that no other tensor gets their addresses.
+A write through `.data` in place leaves no trace, and cannot be noticed.
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.compiler import is_compiling
+from torch.nn.utils import parametrize
+
+from .. import functional as WF
+from ..backends import vendor
+from ..call import PLAIN_TYPES, recorder
+from . import reading
+
+
+class Kept(NamedTuple):
+    """One weight of a layer, and what it was computed from.
+
+    Attributes:
+        weight: the weight.
+        v, g: the parameters.
+        versions: the sum of the three tensors' version counters, which never decrease.
+        v_address, g_address: where the parameters' values were.
+        written: the version counter of the weight.
+        memory: tensors that share the parameters' memory of then.
+    """
+
+    weight: Tensor
+    v: Tensor
+    g: Tensor
+    versions: int
+    v_address: int
+    g_address: int
+    written: int
+    memory: tuple[Tensor, Tensor]
+
+
+class Store:
+    """Holds the weights that a layer keeps inside `frozen_weights`. A copy of the layer has none.
+
+    Attributes:
+        blocks: the number of blocks that the layer is in. At zero, nothing is kept any more.
+        kept: the weights by name, and those of a name by dtype, on a GPU by dtype and stream.
+    """
+
+    def __init__(self) -> None:
+        self.blocks = 0
+        self.kept: dict[str, dict[Any, Kept]] = {}
+
+    def __reduce__(self) -> tuple:
+        return type(None), ()
+
+    def get(
+        self, module: Any, name: str, v: Tensor, g: Tensor, dtype: torch.dtype
+    ) -> Tensor | None:
+        """Returns the kept weight in a dtype, computed if need be, or `None` if the call must not
+        use one."""
+        if torch.is_grad_enabled() and (v.requires_grad or g.requires_grad):
+            return None
+        if torch._C._get_tracing_state() is not None or torch._C._len_torch_dispatch_stack():
+            return None
+        key: Any = dtype
+        if v.is_cuda:
+            if torch.cuda.is_current_stream_capturing():  # the graph may outlive the weight
+                return None
+            key = dtype, torch._C._cuda_getCurrentRawStream(v.get_device())
+        weights = self.kept.get(name)
+        if weights is None:
+            weights = self.kept.setdefault(name, {})
+        found = weights.get(key)
+        if found is not None:
+            weight, kept_v, kept_g, versions, v_address, g_address, written, _ = found
+            if (
+                kept_v is v
+                and kept_g is g
+                and v._version + g._version + weight._version == versions
+                and v.data_ptr() == v_address
+                and g.data_ptr() == g_address
+            ):
+                return weight
+            if weight._version != written:
+                reading.warn(module, name)
+            weights.pop(key, None)
+        if not self.blocks or module._is_claimed(name) or not _can_keep(v, g, dtype):
+            return None
+        # A change that another thread makes meanwhile is noticed by the next call.
+        versions, addresses = v._version + g._version, (v.data_ptr(), g.data_ptr())
+        with torch.inference_mode(False), torch.no_grad():
+            memory = v.detach(), g.detach()
+            weight = module._form(name, torch.promote_types(v.dtype, dtype)).to(dtype)
+        written = weight._version
+        weights[key] = Kept(weight, v, g, versions + written, *addresses, written, memory)
+        return weight
+
+
+def _can_keep(v: Tensor, g: Tensor, dtype: torch.dtype) -> bool:
+    """Returns whether changes of `v` and `g` can be noticed, and the plain layer may compute with a
+    weight of this dtype."""
+    return (
+        not recorder(v)
+        and type(g) in PLAIN_TYPES
+        and not v.is_inference()  # inference tensors have no version counter
+        and not g.is_inference()
+        and dtype.is_floating_point
+        and not (v.is_cpu and (dtype in vendor.SLOW or vendor.is_wrong_for(dtype, v.ndim)))
+    )
+
+
+# --- for a layer ---------------------------------------------------------------------------------
+
+
+def weight(module: Any, input: Tensor) -> Tensor | None:
+    """Returns the weight that was prepared for a forward of the layer, in the dtype of the product
+    with `input`, or `None`."""
+    if not is_compiling() and module._store is not None and isinstance(input, Tensor):
+        is_cast = torch._C._is_any_autocast_enabled()
+        dtype = WF.product_dtype(input) if is_cast else input.dtype
+        found = module._kept("weight", dtype)
+        if found is not None:
+            return found
+    return _cached(module, input) if parametrize._cache_enabled else None
+
+
+def _cached(module: Any, input: Tensor) -> Tensor | None:
+    """Returns the weight that `parametrize.cached()` prepared. Casts of it are not cached, so that
+    the uses of a weight add to its gradient in its own dtype."""
+    if not isinstance(input, Tensor):
+        return None
+    dtype, v = WF.product_dtype(input), module._tensors("weight")[1]
+    if v.is_cpu and vendor.is_wrong_for(dtype, v.ndim):
+        return None
+    wide = torch.promote_types(v.dtype, dtype)
+    if wide == v.dtype:
+        return reading.form(module, "weight").to(dtype)
+    return reading.cached(module, "weight", wide).to(dtype)
+
+
+def bias(module: Any, weight: Tensor) -> Tensor | None:
+    """Returns the layer's bias in the dtype of the weight. It avoids `nn.Module.__getattr__`, which
+    costs 1 µs per parameter."""
+    own = module._parameters
+    found = own["bias"] if "bias" in own else module.bias  # noqa: SIM401 (lazily)
+    return found if found is None or found.dtype == weight.dtype else found.to(weight.dtype)
+
+
+# --- for frozen_weights --------------------------------------------------------------------------
+
+_lock = threading.Lock()
+
+
+def open_store(module: Any) -> Store:
+    """Makes a layer keep its weights until `close_store`, and returns where."""
+    with _lock:
+        store = module._store
+        if store is None:
+            store = module.__dict__["_store"] = Store()
+        store.blocks += 1
+        return store
+
+
+def close_store(module: Any, store: Store) -> None:
+    """Undoes one `open_store`. The last one drops the weights."""
+    with _lock:
+        store.blocks -= 1
+        if store.blocks:
+            return
+        if module.__dict__.get("_store") is store:
+            del module.__dict__["_store"]
+        store.kept.clear()
