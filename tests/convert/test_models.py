@@ -120,7 +120,7 @@ def test_report():
     assert (rows["custom"].path, rows["custom"].note) == (f"{backend}: weight", "its own forward")
     assert (rows["spectral"].path, rows["spectral"].note) == ("", "SpectralNorm")
     assert rows["stacked"].note == "a second parametrization of the tensor"
-    assert rows["memory.0.weight_hh_l0"].note == "its own forward"
+    assert rows["memory.0.weight_hh_l0"].note == "one call for all of the layer"
     table = str(report)
     assert table.splitlines()[0].split() == ["layer", "class", "shape", "dim", "path", "note"]
     assert table.endswith("5 fused, 2 left alone")

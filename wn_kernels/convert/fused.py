@@ -14,9 +14,8 @@ The computation of the weight changes:
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +26,8 @@ from torch.nn.utils.weight_norm import WeightNorm
 
 from .. import functional as WF
 from ..call import canonical_dim
-from ..modules import checkpoints, conv, linear, prepared, reading, removal
+from ..modules import checkpoints, conv, linear, prepared, reading, recurrent, removal
+from ..modules.norms import Norm, parts, weights
 from ..modules.weight import Operands, WeightNormMixin
 
 # This maps each layer of torch.nn to ours.
@@ -41,6 +41,12 @@ LAYERS: dict[type[nn.Module], type[WeightNormMixin]] = {
         conv.WNConvTranspose1d,
         conv.WNConvTranspose2d,
         conv.WNConvTranspose3d,
+        recurrent.WNRNN,
+        recurrent.WNLSTM,
+        recurrent.WNGRU,
+        recurrent.WNRNNCell,
+        recurrent.WNLSTMCell,
+        recurrent.WNGRUCell,
     )
 }
 
@@ -60,26 +66,6 @@ class Parametrization(_WeightNorm):
 
     def forward(self, weight_g: Tensor, weight_v: Tensor) -> Tensor:
         return WF.weight_norm(weight_v, weight_g, dim=self.dim)
-
-
-class Norm(NamedTuple):
-    """Describes how one tensor of a fused module is normalised.
-
-    Attributes:
-        dim: the dimension whose slices are normalised, `None` for the whole tensor.
-        form: the form of the state dict.
-        key_g, key_v: the names of `g` and `v` in the module that holds them.
-    """
-
-    dim: int | None
-    form: str
-    key_g: str
-    key_v: str
-
-    @classmethod
-    def of(cls, name: str, dim: int | None, form: str) -> Norm:
-        """Returns the description for the tensor `name`."""
-        return cls(dim, form, *(key.rpartition(".")[2] for key in checkpoints.keys(form, name)))
 
 
 # --- the class of a fused module -----------------------------------------------------------------
@@ -103,7 +89,7 @@ class _Fused:
 
     def _tensors(self: Any, name: str) -> tuple[Tensor, Tensor]:
         """Returns `(g, v)`."""
-        return _parts(self._holder(name), self._norms[name])
+        return parts(self._holder(name), self._norms[name])
 
     def _operands(self: Any) -> Operands | None:
         """Returns the operands of our `forward`, or `None` if it has to use the weight as a
@@ -116,7 +102,7 @@ class _Fused:
                 return None
         if self._is_read:
             reading.warn_of_writes(self)
-        g, v = _parts(holder, norm)
+        g, v = parts(holder, norm)
         own = self._parameters
         bias = own["bias"] if "bias" in own else self.bias  # noqa: SIM401 (lazily)
         return v, g, bias, norm.dim, 0.0
@@ -148,8 +134,18 @@ class _Fused:
         if self._is_claimed(name):
             weight = holder()
             return weight if dtype is None else weight.to(dtype)
-        g, v = _parts(holder, norm)
+        g, v = parts(holder, norm)
         return WF.weight_norm(v if dtype is None else v.to(dtype), g, dim=norm.dim)
+
+    def _forms(self: Any, names: Sequence[str]) -> list[Tensor]:
+        """Returns several weights. One call computes those that no other parametrization
+        claims."""
+        holders = {name: self._holder(name) for name in names}
+        claimed = {name: holder() for name, holder in holders.items() if self._is_claimed(name)}
+        free = {name: self._norms[name] for name in names if name not in claimed}
+        tensors = [parts(holders[name], norm) for name, norm in free.items()]
+        found = claimed | dict(zip(free, weights([*free.values()], tensors), strict=True))
+        return [found[name] for name in names]
 
     def apply(self: Any, fn: Callable[[nn.Module], None]) -> Any:
         """Does what `nn.Module.apply` does. Writes of `fn` into the weight take effect."""
@@ -235,30 +231,13 @@ class _Fused:
             self._init_flat_weights()
 
 
-class _FusedRecurrent:
-    """Holds additional methods of the class of a fused recurrent layer. Its `forward` takes the
-    weights from a list, which holds them only until the next forward."""
+class _OwnForward(recurrent.FlatWeights):
+    """Holds the methods of a fused recurrent layer that has a `forward` of its own. If that calls
+    the `forward` of torch.nn, it finds the weights in a list, which holds them until the next
+    call."""
 
     def _update_flat_weights(self: Any) -> None:
-        self._init_flat_weights()
-
-    def _init_flat_weights(self: Any) -> None:
-        weights = [
-            reading.form(self, name) if name in self._norms else getattr(self, name, None)
-            for name in self._flat_weights_names
-        ]
-        self._flat_weights = weights
-        self._flat_weight_refs = [w if w is None else weakref.ref(w) for w in weights]
-        self.flatten_parameters()
-
-
-def _parts(holder: Any, norm: Norm) -> tuple[Tensor, Tensor]:
-    """Returns `(g, v)`. It avoids `nn.Module.__getattr__`, which costs 1 µs per parameter."""
-    own = holder._parameters
-    g, v = own.get(norm.key_g), own.get(norm.key_v)
-    if g is None or v is None:  # for example, pruning replaces a parameter
-        return getattr(holder, norm.key_g), getattr(holder, norm.key_v)
-    return g, v
+        self._flat_weights = recurrent.flat_weights(self)
 
 
 def _own_parametrizations(module: Any) -> nn.ModuleDict:
@@ -274,7 +253,11 @@ def layer_class(base: Any, norms: dict[str, Norm], others: Iterable[str] = ()) -
         norms: its weight-normed tensors. Each becomes a property.
         others: its tensors that have parametrizations, but no weight norm.
     """
-    methods = vars(_Fused) | (vars(_FusedRecurrent) if issubclass(base, nn.RNNBase) else {})
+    layer = known_layer(base, *norms)
+    methods = dict(vars(_Fused))
+    if issubclass(base, nn.RNNBase):
+        methods |= vars(recurrent.FlatWeights)
+        methods |= vars(_OwnForward) if layer is None else {}
     namespace = {key: value for key, value in methods.items() if callable(value)}
     namespace |= {
         "__doc__": base.__doc__,
@@ -288,26 +271,25 @@ def layer_class(base: Any, norms: dict[str, Norm], others: Iterable[str] = ()) -
     }
     if not any(norm.form == "parametrizations" for norm in norms.values()):
         namespace["parametrizations"] = property(_own_parametrizations)
-    layer = known_layer(base, *norms)
     if layer is not None:
         namespace["forward"] = layer.forward
-    namespace |= {name: _reader(name) for name in norms}
+    namespace |= {name: reading.reader(name) for name in norms}
     namespace |= {name: _property(name) for name in others}
     return type(base.__name__, (base,), namespace)
 
 
-def _reader(name: str) -> property:
-    def read(self: Any) -> Tensor:
-        return reading.read(self, name)
-
-    return property(read)
-
-
 def known_layer(base: type[nn.Module], *names: str) -> type[WeightNormMixin] | None:
     """Returns our layer whose `forward` does what that of `base` does, or `None`."""
-    for plain, layer in LAYERS.items() if names == ("weight",) else ():
-        if issubclass(base, plain) and all(
-            getattr(base, method, None) is getattr(plain, method, None) for method in _FORWARD
+    for plain, layer in LAYERS.items():
+        serves = (
+            bool(names) if issubclass(layer, recurrent.RecurrentMixin) else names == ("weight",)
+        )
+        if (
+            serves
+            and issubclass(base, plain)
+            and all(
+                getattr(base, method, None) is getattr(plain, method, None) for method in _FORWARD
+            )
         ):
             return layer
     return None
@@ -470,6 +452,8 @@ def fuse(module: Any, found: Iterable[tuple[str, str, Any]]) -> None:
         _drop_load_hook(module)
         removal.attach(module, nested)
     _set_class(module, base, new)
+    if isinstance(module, nn.RNNBase):
+        module._init_flat_weights()
 
 
 def _drop_load_hook(module: nn.Module) -> None:

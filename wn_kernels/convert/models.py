@@ -25,7 +25,7 @@ from .. import functional as WF
 from .. import plan, prepare
 from ..call import Call, Geometry, canonical_dim
 from ..modules import checkpoints, removal
-from ..modules.weight import WeightNormMixin
+from ..modules.weight import SingleWeightMixin, WeightNormMixin
 from ..text import aligned
 from . import fused
 
@@ -90,6 +90,12 @@ def _others(module: Any) -> Iterator[tuple[str, Any, str]]:
             yield hook.name, getattr(module, hook.name + "_orig"), type(hook).__name__
 
 
+def _own(module: Any) -> tuple[str, ...]:
+    """Returns the weight-normed tensors of a layer of this package. It is empty for another
+    module."""
+    return module._normed() if isinstance(module, WeightNormMixin) else ()
+
+
 def _path(module: Any, v: torch.Tensor, dim: Any) -> str:
     """Returns what `plan` picks for a nominal input."""
     backend = plan.serving(v, dim)
@@ -139,9 +145,9 @@ def fuse(model: nn.Module, dry_run: bool = False) -> Report:
     lines = []
     for prefix, module in model.named_modules():
         lines += _fuse(prefix, module, dry_run)
-        if isinstance(module, WeightNormMixin):
-            note = "of this package"
-            lines.append(_line(prefix, module, "weight", module.weight_v, module.dim, "", note))
+        for tensor in _own(module):
+            v = module._tensors(tensor)[1]
+            lines.append(_line(prefix, module, tensor, v, module.dim, "", "of this package"))
         for tensor, original, what in _others(module):
             lines.append(_line(prefix, module, tensor, original, None, "", what))
     report = Report(lines)
@@ -208,6 +214,8 @@ def _fuse(prefix: str, module: nn.Module, dry_run: bool) -> list[Layer]:
             path, note = f"{plan.serving(v, dim)}: weight", "a second parametrization of the tensor"
         elif layer is None:
             path, note = f"{plan.serving(v, dim)}: weight", "its own forward"
+        elif not issubclass(layer, SingleWeightMixin):
+            path, note = f"{plan.serving(v, dim)}: weight", "one call for all of the layer"
         else:
             path = _path(module, v, dim)
         lines.append(_line(prefix, module, tensor, v, dim, path, note))
@@ -358,8 +366,8 @@ def remove_weight_norm(module: Module, name: str = "weight") -> Module:
 
 
 def _is_weight_normed(module: nn.Module, name: str) -> bool:
-    if isinstance(module, WeightNormMixin):
-        return name == "weight"
+    if name in _own(module):
+        return True
     return any(tensor == name for tensor, _, _ in fused.computers(module))
 
 
@@ -405,8 +413,9 @@ def state_dict(model: nn.Module, form: str) -> dict[str, Any]:
 def _stored(module: Any) -> Iterator[tuple[str, str, torch.Tensor]]:
     """Yields the name, the form and the weight of each weight-normed tensor of a module. It skips
     tensors that are pruned or have other parametrizations."""
-    if isinstance(module, WeightNormMixin) and not fused.is_replaced(module, "weight"):
-        yield "weight", "weight_norm", module.weight
+    for tensor in _own(module):
+        if not fused.is_replaced(module, tensor):
+            yield tensor, "weight_norm", getattr(module, tensor)
     for tensor, form, computer in fused.computers(module):
         if fused.is_stacked(module, tensor) or fused.is_replaced(module, tensor):
             continue

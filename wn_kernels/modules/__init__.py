@@ -15,14 +15,20 @@ from .conv import (
     WNLazyConvTranspose3d,
 )
 from .linear import WNLazyLinear, WNLinear
+from .recurrent import WNGRU, WNLSTM, WNRNN, WNGRUCell, WNLSTMCell, WNRNNCell
 
 __all__ = [
+    "WNGRU",
+    "WNLSTM",
+    "WNRNN",
     "WNConv1d",
     "WNConv2d",
     "WNConv3d",
     "WNConvTranspose1d",
     "WNConvTranspose2d",
     "WNConvTranspose3d",
+    "WNGRUCell",
+    "WNLSTMCell",
     "WNLazyConv1d",
     "WNLazyConv2d",
     "WNLazyConv3d",
@@ -31,4 +37,5 @@ __all__ = [
     "WNLazyConvTranspose3d",
     "WNLazyLinear",
     "WNLinear",
+    "WNRNNCell",
 ]

@@ -7,6 +7,7 @@ plain              weight                                      no weight norm, o
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -23,6 +24,7 @@ FORMS = {
 }
 
 
+@functools.cache
 def keys(form: str, name: str, prefix: str = "") -> tuple[str, str]:
     """Returns the keys of `g` and `v` in a form, for the tensor `name` of a layer."""
     g, v = FORMS[form]

@@ -12,7 +12,7 @@ read costs a few tenths of a microsecond more than the weight.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -67,6 +67,26 @@ def form(module: Any, name: str) -> Tensor:
         if weight is not None:
             return weight
     return cached(module, name) if parametrize._cache_enabled else module._form(name)
+
+
+def reader(name: str) -> property:
+    """Returns a property that reads a weight."""
+
+    def get(module: Any) -> Tensor:
+        return read(module, name)
+
+    return property(get)
+
+
+def forms(module: Any, names: Sequence[str]) -> list[Tensor]:
+    """Returns several weights for the layer's own use, which `module._forms(names)` computes. It
+    warns as a forward does if one that was read before was written to."""
+    if module._is_read:
+        warn_of_writes(module)
+    is_kept = module._store is not None and not is_compiling()
+    if is_kept or parametrize._cache_enabled or _watched is not None:
+        return [form(module, name) for name in names]
+    return module._forms(names)
 
 
 def _keep_counter(module: Any, name: str, weight: Tensor) -> None:

@@ -68,7 +68,7 @@ def check_held(module: nn.Module, name: str, holder: nn.Module, keys: Iterable[s
             )
 
 
-def _order(module: Any) -> list[str]:
+def order(module: Any) -> list[str]:
     """Returns the names of a recurrent layer's parameters in torch.nn's order."""
     if isinstance(module, nn.RNNBase):
         return module._flat_weights_names
@@ -81,9 +81,9 @@ def place(module: nn.Module, name: str, weight: nn.Parameter) -> None:
     first, or at its place among the weights of a recurrent layer."""
     gone = (name, *checkpoints.keys("weight_norm", name))
     parameters = {name: weight} | {k: t for k, t in module._parameters.items() if k not in gone}
-    order = _order(module)
+    names = order(module)
     parameters = dict(
-        sorted(parameters.items(), key=lambda item: order.index(item[0]) if item[0] in order else 0)
+        sorted(parameters.items(), key=lambda item: names.index(item[0]) if item[0] in names else 0)
     )
     for key in reading.STATE:
         module.__dict__.pop(key, None)

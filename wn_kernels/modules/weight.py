@@ -1,5 +1,6 @@
-"""This mixin gives a layer a weight-normalised weight. It handles parameters, `.weight`,
-initialisation and checkpoints."""
+"""These mixins give a layer weight-normalised weights. They handle parameters, reads of the weights
+and assignments to them, initialisation and checkpoints. `WeightNormMixin` serves any number of
+weights, and `SingleWeightMixin` a layer whose one weight is named `weight`."""
 
 from __future__ import annotations
 
@@ -41,17 +42,14 @@ def _is_inference(t: Tensor) -> bool:
 class WeightNormMixin(nn.Module):
     """This mixin is the base of every weight-normalised layer.
 
-    The layer holds `weight_v` (the direction) and `weight_g` (the magnitude) instead of `weight`.
-    Reading `.weight` gives the current weight `g · V / ‖V‖`, which is differentiable. Assigning to
-    it sets both.
+    For each of its weights, the layer holds `<name>_v` (the direction) and `<name>_g` (the
+    magnitude) instead of `<name>`. Reading the weight gives the current `g · V / ‖V‖`, which is
+    differentiable. Assigning to it sets both.
 
-    State dicts load in all three forms in use: `weight_g` / `weight_v`, PyTorch's
-    `parametrizations.weight.original0` / `original1`, and a plain `weight`.
+    State dicts load in all three forms in use: `<name>_g` / `<name>_v`, PyTorch's
+    `parametrizations.<name>.original0` / `original1`, and a plain `<name>`.
     """
 
-    weight_v: nn.Parameter
-    weight_g: nn.Parameter
-    bias: Any  # an nn.Parameter or None; torch.nn declares it as one or the other
     dim: int | None
     eps: float
     weight_ndim: int  # each class sets it
@@ -79,6 +77,164 @@ class WeightNormMixin(nn.Module):
         self.__dict__["dim"] = canonical_dim(dim, self.weight_ndim)
         self.__dict__["eps"] = canonical_eps(eps)
         super().__init__(*args, **kwargs)
+        self._normalise()
+
+    def _normalise(self) -> None:
+        """Puts the weights that the plain layer's constructor made under weight norm, unless they
+        are already."""
+
+    def _normed(self) -> tuple[str, ...]:
+        """Returns the names of the weights that are weight-normed."""
+        raise NotImplementedError
+
+    @staticmethod
+    def serves(names: tuple[str, ...]) -> bool:
+        """Returns whether the `forward` serves a layer with these weight-normed tensors."""
+        raise NotImplementedError
+
+    def _kept(self, name: str, dtype: torch.dtype | None = None) -> Tensor | None:
+        """Returns the weight that `frozen_weights` keeps for this call, in a dtype or in that of
+        `v`, or `None`."""
+        own = self._parameters
+        g, v = map(own.get, checkpoints.keys("weight_norm", name))
+        if self._store is None or v is None or g is None:  # one is parametrized or pruned
+            return None
+        return self._store.get(self, name, v, g, dtype or v.dtype)
+
+    def _is_claimed(self, name: str) -> bool:
+        """Returns whether something else takes part in computing the weight."""
+        return False
+
+    def _form(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
+        """Returns the weight in the dtype of `v`, or in a wider one."""
+        g, v = self._tensors(name)
+        return WF.weight_norm(v if dtype is None else v.to(dtype), g, dim=self.dim, eps=self.eps)
+
+    def apply(self, fn: Callable[[nn.Module], None]) -> Any:
+        """Does what `nn.Module.apply` does. Writes of `fn` into a weight take effect."""
+        return reading.apply(self, fn)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # nn.Module would register a Parameter of this name before it considers the property.
+        if name not in self._normed():
+            super().__setattr__(name, value)
+            if name == "eps" and self._store is not None:
+                self._store.kept.clear()
+            return
+        g, v = self._tensors(name)
+        checkpoints.assign(value, g, v, self.dim)
+        reading.forget(self)
+
+    def _bring_into_form(self, state_dict: dict[str, Any], prefix: str) -> None:
+        names = self._normed()
+        stored = {key for name in names for key in checkpoints.keys("weight_norm", name)}
+        others = {key: t for key, t in self._parameters.items() if key not in stored}
+        for name in names:
+            g, v = self._tensors(name)
+            checkpoints.bring_into("weight_norm", state_dict, prefix, name, g, v, self.dim, others)
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        self._bring_into_form(state_dict, prefix)
+        super()._load_from_state_dict(
+            state_dict,
+            prefix,
+            local_metadata,
+            strict,
+            missing_keys,
+            unexpected_keys,
+            error_msgs,
+        )
+
+    @property
+    def parametrizations(self) -> nn.ModuleDict:
+        """Returns the parametrizations of other tensors. If there are none, it returns a substitute
+        for PyTorch's removal function."""
+        own: Any = self.__dict__.get("_modules", {}).get("parametrizations")
+        return removal.Parametrizations(self) if own is None else own
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """Does what `nn.Module.register_parameter` does. A weight replaces `g` and `v`."""
+        if name in self._normed():
+            removal.finish(self, name, None)
+        else:
+            super().register_parameter(name, param)
+
+    def _tensors(self, name: str) -> tuple[Tensor, Tensor]:
+        """Returns `(g, v)`."""
+        g, v = checkpoints.keys("weight_norm", name)
+        return getattr(self, g), getattr(self, v)
+
+    def _own_class(self) -> type:
+        """Returns the layer's class without the subclass that `_expose` adds."""
+        return type(self).__bases__[0] if "_is_exposed" in vars(type(self)) else type(self)
+
+    def _is_own(self) -> bool:
+        """Returns whether the class is one of this package, which names its plain class."""
+        return "plain" in vars(self._own_class())
+
+    def _plain_class(self) -> type[nn.Module]:
+        """Returns the class of the layer without weight norm.
+
+        Raises:
+            TypeError: the layer's class derives from one of this package.
+        """
+        if not self._is_own():
+            raise TypeError(
+                f"{self._own_class().__name__} derives from a layer of wn_kernels: its class "
+                "without weight norm is not known"
+            )
+        return self.plain
+
+    def _expose(self, name: str) -> nn.Parameter:
+        """Gives the layer a class of its own, from which the property may be deleted."""
+        self._plain_class()
+        cls = self._own_class()
+        namespace = {"__module__": cls.__module__, "_is_exposed": True, name: reading.reader(name)}
+        self.__class__ = type(cls.__name__, (cls,), namespace)
+        g, v = self._tensors(name)
+        return removal.baked(v, g, self.dim, self.eps)
+
+    def _bake(self, name: str, weight: Tensor | None = None) -> None:
+        """Replaces `g` and `v` by a plain weight. The last one also gives the layer the class of
+        torch.nn."""
+        plain = self._plain_class()
+        removal.check_held(self, name, self, checkpoints.keys("weight_norm", name))
+        g, v = self._tensors(name)
+        baked = removal.baked(v, g, self.dim, self.eps)
+        self._leave(name, plain)
+        removal.place(self, name, baked)
+        removal.detach(self, name)
+
+    def _leave(self, name: str, plain: type[nn.Module]) -> None:
+        """Takes a weight from those that are weight-normed."""
+        self.__class__ = plain  # type: ignore[assignment]
+        del self.__dict__["dim"], self.__dict__["eps"]
+
+    def extra_repr(self) -> str:
+        eps = f", eps={self.eps}" if self.eps else ""
+        return f"{super().extra_repr()}, dim={self.dim}{eps}"
+
+
+class SingleWeightMixin(WeightNormMixin):
+    """This mixin is the base of the layers whose one weight is named `weight`."""
+
+    weight_v: nn.Parameter
+    weight_g: nn.Parameter
+    bias: Any  # an nn.Parameter or None; torch.nn declares it as one or the other
+
+    @staticmethod
+    def serves(names: tuple[str, ...]) -> bool:
+        """Returns whether the `forward` serves a layer with these weight-normed tensors."""
+        return names == ("weight",)
 
     def _adopt(self, v: nn.Parameter) -> None:
         """Uses the weight that the plain layer's constructor made as the direction."""
@@ -127,131 +283,16 @@ class WeightNormMixin(nn.Module):
 
     _prepared = prepared.weight
 
-    def _kept(self, name: str = "weight", dtype: torch.dtype | None = None) -> Tensor | None:
-        """Returns the weight that `frozen_weights` keeps for this call, in a dtype or in that of
-        `v`, or `None`."""
-        store, own = self._store, self._parameters
-        v, g = own.get("weight_v"), own.get("weight_g")
-        if store is None or v is None or g is None:  # one is parametrized or pruned
-            return None
-        return store.get(self, name, v, g, dtype or v.dtype)
-
-    def _is_claimed(self, name: str) -> bool:
-        """Returns whether something else takes part in computing the weight."""
-        return False
-
-    def _form(self, name: str = "weight", dtype: torch.dtype | None = None) -> Tensor:
-        """Returns the weight in the dtype of `v`, or in a wider one."""
-        v = self.weight_v if dtype is None else self.weight_v.to(dtype)
-        return WF.weight_norm(v, self.weight_g, dim=self.dim, eps=self.eps)
-
     @property
     def weight(self) -> Tensor:
         """Returns the weight `g · V / ‖V‖`, computed by each read and differentiable."""
         return reading.read(self, "weight")
 
-    def apply(self, fn: Callable[[nn.Module], None]) -> Any:
-        """Does what `nn.Module.apply` does. Writes of `fn` into `.weight` take effect."""
-        return reading.apply(self, fn)
-
     def __setattr__(self, name: str, value: Any) -> None:
-        # nn.Module would register a Parameter of this name before it considers the property.
-        if name != "weight":
-            super().__setattr__(name, value)
-            if name == "eps" and self._store is not None:
-                self._store.kept.clear()
-        elif is_lazy(value) or not hasattr(self, "weight_v"):
+        if name == "weight" and (is_lazy(value) or not hasattr(self, "weight_v")):
             self._adopt(value)
         else:
-            checkpoints.assign(value, self.weight_g, self.weight_v, self.dim)
-            reading.forget(self)
-
-    def _bring_into_form(self, state_dict: dict[str, Any], prefix: str) -> None:
-        v, g, bias = self.weight_v, self.weight_g, {"bias": self.bias}
-        checkpoints.bring_into("weight_norm", state_dict, prefix, "weight", g, v, self.dim, bias)
-
-    def _load_from_state_dict(
-        self,
-        state_dict: dict[str, Any],
-        prefix: str,
-        local_metadata: Any,
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
-        self._bring_into_form(state_dict, prefix)
-        super()._load_from_state_dict(
-            state_dict,
-            prefix,
-            local_metadata,
-            strict,
-            missing_keys,
-            unexpected_keys,
-            error_msgs,
-        )
-
-    @property
-    def parametrizations(self) -> nn.ModuleDict:
-        """Returns the parametrizations of other tensors. If there are none, it returns a substitute
-        for PyTorch's removal function."""
-        own: Any = self.__dict__.get("_modules", {}).get("parametrizations")
-        return removal.Parametrizations(self) if own is None else own
-
-    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        """Does what `nn.Module.register_parameter` does. A weight replaces `g` and `v`."""
-        if name == "weight":
-            removal.finish(self, name, None)
-        else:
-            super().register_parameter(name, param)
+            super().__setattr__(name, value)
 
     def _normed(self) -> tuple[str, ...]:
         return ("weight",)
-
-    def _tensors(self, name: str = "weight") -> tuple[Tensor, Tensor]:
-        """Returns `(g, v)`."""
-        return self.weight_g, self.weight_v
-
-    def _own_class(self) -> type:
-        """Returns the layer's class without the subclass that `_expose` adds."""
-        return type(self).__bases__[0] if "_is_exposed" in vars(type(self)) else type(self)
-
-    def _is_own(self) -> bool:
-        """Returns whether the class is one of this package, which names its plain class."""
-        return "plain" in vars(self._own_class())
-
-    def _plain_class(self) -> type[nn.Module]:
-        """Returns the class of the layer without weight norm.
-
-        Raises:
-            TypeError: the layer's class derives from one of this package.
-        """
-        if not self._is_own():
-            raise TypeError(
-                f"{self._own_class().__name__} derives from a layer of wn_kernels: its class "
-                "without weight norm is not known"
-            )
-        return self.plain
-
-    def _expose(self, name: str) -> nn.Parameter:
-        """Gives the layer a class of its own, from which the property may be deleted."""
-        self._plain_class()
-        cls = type(self)
-        namespace = {"__module__": cls.__module__, "_is_exposed": True, "weight": cls.weight}
-        if "_is_exposed" not in vars(cls):
-            self.__class__ = type(cls.__name__, (cls,), namespace)
-        return removal.baked(self.weight_v, self.weight_g, self.dim, self.eps)
-
-    def _bake(self, name: str = "weight", weight: Tensor | None = None) -> None:
-        """Replaces `g` and `v` by a plain weight, and the class by that of torch.nn."""
-        plain = self._plain_class()
-        removal.check_held(self, "weight", self, checkpoints.keys("weight_norm", "weight"))
-        baked = removal.baked(self.weight_v, self.weight_g, self.dim, self.eps)
-        self.__class__ = plain  # type: ignore[assignment]
-        del self.__dict__["dim"], self.__dict__["eps"]
-        removal.place(self, name, baked)
-        removal.detach(self, name)
-
-    def extra_repr(self) -> str:
-        eps = f", eps={self.eps}" if self.eps else ""
-        return f"{super().extra_repr()}, dim={self.dim}{eps}"

@@ -1,0 +1,67 @@
+"""This file describes how the weight-normed tensors of a layer are normalised, and computes the
+weights of a layer that has several in one call."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from .. import functional as WF
+from . import checkpoints
+
+
+class Norm(NamedTuple):
+    """Describes how one tensor of a layer is normalised.
+
+    Attributes:
+        dim: the dimension whose slices are normalised, `None` for the whole tensor.
+        form: the form of the state dict.
+        key_g, key_v: the names of `g` and `v` in the module that holds them.
+        eps: the smallest norm.
+    """
+
+    dim: int | None
+    form: str
+    key_g: str
+    key_v: str
+    eps: float = 0.0
+
+    @classmethod
+    def of(cls, name: str, dim: int | None, form: str, eps: float = 0.0) -> Norm:
+        """Returns the description for the tensor `name`."""
+        key_g, key_v = (key.rpartition(".")[2] for key in checkpoints.keys(form, name))
+        return cls(dim, form, key_g, key_v, eps)
+
+
+def parts(holder: Any, norm: Norm) -> tuple[Tensor, Tensor]:
+    """Returns `(g, v)`. It avoids `nn.Module.__getattr__`, which costs 1 µs per parameter."""
+    own = holder._parameters
+    g, v = own.get(norm.key_g), own.get(norm.key_v)
+    if g is None or v is None:  # for example, pruning replaces a parameter
+        return getattr(holder, norm.key_g), getattr(holder, norm.key_v)
+    return g, v
+
+
+def weights(norms: Sequence[Norm], tensors: Sequence[tuple[Tensor, Tensor]]) -> list[Tensor]:
+    """Returns the weights of several tensors, which are normalised as `norms` say. There is one
+    call for all that have the same `dim` and `eps`.
+
+    Args:
+        norms: how each is normalised.
+        tensors: the `(g, v)` of each.
+    """
+    found: dict[int, Tensor] = {}
+    options = [(norm.dim, norm.eps) for norm in norms]
+    for dim, eps in dict.fromkeys(options):
+        places = [i for i, option in enumerate(options) if option == (dim, eps)]
+        g, v = zip(*(tensors[i] for i in places), strict=True)
+        found |= zip(places, _weight_norms(v, g, dim, eps), strict=True)
+    return [found[i] for i in range(len(norms))]
+
+
+def _weight_norms(
+    v: Iterable[Tensor], g: Iterable[Tensor], dim: int | None, eps: float
+) -> list[Tensor]:
+    return [WF.weight_norm(a, b, dim=dim, eps=eps) for a, b in zip(v, g, strict=True)]

@@ -1,0 +1,225 @@
+"""This file contains the recurrent layers and cells.
+
+A forward computes all weights of the layer in one call, and then runs the `forward` of torch.nn on
+a plain layer that holds them (`with_weights`). Nothing of a call is kept in the layer itself, so
+that several threads may run it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import functional as WF
+from . import norms, reading, removal
+from .norms import Norm
+from .weight import WeightNormMixin
+
+
+def flat_weights(layer: Any) -> list[Tensor | None]:
+    """Returns the tensors of `layer._flat_weights_names`. Those that are weight-normed are computed
+    in one call."""
+    normed = layer._normed()
+    found = dict(zip(normed, reading.forms(layer, normed), strict=True))
+    names = layer._flat_weights_names
+    return [found[name] if name in found else getattr(layer, name, None) for name in names]
+
+
+def with_weights(layer: Any) -> Any:
+    """Returns a layer of the plain class that shares everything with `layer`, but holds the weights
+    of this call."""
+    plain = layer.plain.__new__(layer.plain)
+    state = plain.__dict__
+    state.update(layer.__dict__)
+    state["_flat_weights"] = flat_weights(layer)
+    state["_update_flat_weights"] = _nothing  # they are up to date
+    return plain
+
+
+def cell_with_weights(cell: Any) -> Any:
+    """Returns a cell of the plain class that shares everything with `cell`, but holds the weights
+    of this call."""
+    plain = cell.plain.__new__(cell.plain)
+    normed = cell._normed()
+    state = plain.__dict__
+    state.update(cell.__dict__)
+    for name in removal.order(cell):
+        if name not in normed and name not in cell._parameters:  # it has another parametrization
+            state[name] = getattr(cell, name)
+    state.update(zip(normed, reading.forms(cell, normed), strict=True))
+    return plain
+
+
+def _nothing() -> None:
+    pass
+
+
+class FlatWeights:
+    """Holds the methods of a recurrent layer whose `forward` computes the weights. The list that
+    torch.nn keeps of them stays empty."""
+
+    def _init_flat_weights(self: Any) -> None:
+        self._flat_weights = [None] * len(self._flat_weights_names)
+        self._flat_weight_refs = list(self._flat_weights)
+
+    def _update_flat_weights(self: Any) -> None:
+        pass
+
+    def flatten_parameters(self: Any) -> None:
+        """Does nothing: every forward writes its weights where cuDNN takes them."""
+
+
+class RecurrentMixin(WeightNormMixin):
+    """Holds what recurrent layers and cells share. Their constructors are those of torch.nn."""
+
+    weight_ndim = 2
+    hidden_size: int
+    _norm_of: Mapping[str, Norm] = MappingProxyType({})  # while torch.nn's constructor runs
+
+    @staticmethod
+    def serves(names: tuple[str, ...]) -> bool:
+        """Returns whether the `forward` serves a layer with these weight-normed tensors."""
+        return bool(names)
+
+    def _normalise(self) -> None:
+        parameters = dict(self._parameters)
+        names = [name for name in parameters if name.startswith("weight")]
+        self._parameters.clear()
+        for name, parameter in parameters.items():
+            if parameter is None or name not in names:
+                self.register_parameter(name, parameter)
+                continue
+            norm = Norm.of(name, self.dim, "weight_norm", self.eps)
+            with torch.no_grad():
+                g = nn.Parameter(WF.slice_norm(parameter, dim=self.dim))
+            self.register_parameter(norm.key_v, parameter)
+            self.register_parameter(norm.key_g, g)
+            self._norm_of = {**self._norm_of, name: norm}
+        removal.attach(self, names)
+
+    def reset_parameters(self) -> None:
+        """Initialises the parameters as the plain layer does. From the same seed, the weights have
+        the same values."""
+        bound = 1.0 / math.sqrt(self.hidden_size) if self.hidden_size > 0 else 0
+        for name in removal.order(self):
+            if name in self._norm_of:
+                g, v = self._tensors(name)
+                nn.init.uniform_(v, -bound, bound)
+                with torch.no_grad():
+                    g.copy_(WF.slice_norm(v, dim=self.dim))
+            elif (parameter := getattr(self, name)) is not None:
+                nn.init.uniform_(parameter, -bound, bound)
+
+    def _normed(self) -> tuple[str, ...]:
+        return tuple(self._norm_of)
+
+    def _tensors(self, name: str) -> tuple[Tensor, Tensor]:
+        return norms.parts(self, self._norm_of[name])
+
+    def _forms(self, names: Sequence[str]) -> list[Tensor]:
+        return norms.weights([self._norm_of[n] for n in names], [self._tensors(n) for n in names])
+
+    def __getattr__(self, name: str) -> Any:
+        if name in self._norm_of:
+            return reading.read(self, name)
+        return super().__getattr__(name)
+
+    def _leave(self, name: str, plain: type[nn.Module]) -> None:
+        rest = {other: norm for other, norm in self._norm_of.items() if other != name}
+        if rest:
+            self._norm_of = rest
+            self.__class__ = self._own_class()
+        else:
+            super()._leave(name, plain)
+            del self.__dict__["_norm_of"]
+
+
+class _Layer(FlatWeights, RecurrentMixin):
+    """Holds the `forward` of the three recurrent layers."""
+
+    def forward(self: Any, input: Any, hx: Any = None) -> Any:
+        return self.plain.forward(with_weights(self), input, hx)
+
+    def _bake(self, name: str, weight: Tensor | None = None) -> None:
+        super()._bake(name, weight)
+        self._init_flat_weights()
+
+
+class _Cell(RecurrentMixin):
+    """Holds the `forward` of the three cells."""
+
+    def forward(self: Any, input: Tensor, hx: Any = None) -> Any:
+        return self.plain.forward(cell_with_weights(self), input, hx)
+
+
+class WNLSTM(_Layer, nn.LSTM):
+    """Replaces `torch.nn.LSTM` with weight-normalised weights.
+
+    It takes the same arguments and is an instance of `nn.LSTM`. It starts from the same weights for
+    the same seed. Every `weight_ih`, `weight_hh` and `weight_hr` is normalised. A forward computes
+    them once for the whole sequence. Each can be read and assigned (`.weight_ih_l0`, ...).
+
+    Args:
+        *args: as in `torch.nn.LSTM`: `input_size, hidden_size, num_layers, bias, batch_first,
+            dropout, bidirectional, proj_size, device, dtype`.
+        **kwargs: the same.
+        dim: the dimension of the weights whose slices are normalised: 0 (each unit of each gate), 1
+            (each input), or `None` / `-1` (one norm over each whole weight).
+        eps: the smallest norm; see `wn_kernels.functional.weight_norm`.
+
+    Attributes:
+        weight_ih_l0_v: the direction of `weight_ih_l0`, of the shape that it has in `torch.nn`. The
+            other weights are named alike: `weight_hh_l0_v`, `weight_ih_l0_reverse_v`, ...
+        weight_ih_l0_g: its magnitude: the direction's shape with every dimension but `dim` set to
+            1, 0-d for `dim=None`.
+        bias_ih_l0: as in `torch.nn`, and so are the other biases.
+
+    Shape:
+        The shapes are those of `torch.nn.LSTM`. It takes packed sequences and inputs without a
+        batch as well.
+
+    Raises:
+        TypeError, ValueError: an option has the wrong type or is out of range.
+    """
+
+    plain = nn.LSTM
+
+
+class WNGRU(_Layer, nn.GRU):
+    """Replaces `torch.nn.GRU` with weight-normalised weights; see `WNLSTM`."""
+
+    plain = nn.GRU
+
+
+class WNRNN(_Layer, nn.RNN):
+    """Replaces `torch.nn.RNN` with weight-normalised weights; see `WNLSTM`."""
+
+    plain = nn.RNN
+
+
+class WNLSTMCell(_Cell, nn.LSTMCell):
+    """Replaces `torch.nn.LSTMCell` with weight-normalised weights.
+
+    It is a drop-in cell, as `WNLSTM` is a drop-in layer. Its parameters are `weight_ih_v`,
+    `weight_ih_g`, `weight_hh_v`, `weight_hh_g` and the biases. Every call computes both weights. A
+    loop over many steps computes them once inside `torch.nn.utils.parametrize.cached()`.
+    """
+
+    plain = nn.LSTMCell
+
+
+class WNGRUCell(_Cell, nn.GRUCell):
+    """Replaces `torch.nn.GRUCell` with weight-normalised weights; see `WNLSTMCell`."""
+
+    plain = nn.GRUCell
+
+
+class WNRNNCell(_Cell, nn.RNNCell):
+    """Replaces `torch.nn.RNNCell` with weight-normalised weights; see `WNLSTMCell`."""
+
+    plain = nn.RNNCell
