@@ -35,9 +35,16 @@ def product_dtype(input: Tensor) -> torch.dtype:
     return input.dtype
 
 
-def _library() -> Any:
-    """Returns the native library, or `None` if it cannot be used."""
-    return native.library(plan_native, operators.launches)
+def _server(v: Tensor) -> Any:
+    """Returns the function that a call with the weight `v` goes to first, or `None`. It takes the
+    arguments of `_run`, and returns `None` for a call that it does not serve."""
+    backend = plan.prepares(v)
+    if not backend:
+        return None
+    library = native.library(plan_native, operators.launches)
+    if backend == "native":
+        return library and library.computed
+    return (library or launched).launched
 
 
 def _run(
@@ -50,18 +57,17 @@ def _run(
     dim: int | None,
     eps: float,
 ) -> Tensor:
-    """Runs every call that the native library does not serve on a CPU. `rank` is the number of
-    spatial dimensions of a convolution, 0 for a linear layer, and `None` for the weight alone,
-    which has no `x`."""
+    """Runs every call. `rank` is the number of spatial dimensions of a convolution, 0 for a linear
+    layer, and `None` for the weight alone, which has no `x`."""
+    serve = _server(v)
+    if serve is not None:
+        y = serve(rank, x, v, g, bias, geometry, dim, eps)
+        if y is not None:
+            return y
     if rank is None:
         rank = 0
     elif x is None:
         reject(input=x, v=v, g=g, bias=bias)
-    if plan.launches(v):
-        serves = _library() or launched
-        y = serves.launched(rank, x, v, g, bias, geometry, dim, eps)
-        if y is not None:
-            return y
     if not are_dense(v if x is None else x, v, g, bias):
         reject(**{} if x is None else {"input": x}, v=v, g=g, bias=bias)
     if x is not None and torch._C._is_any_autocast_enabled():
@@ -144,10 +150,6 @@ def weight_norm(v: Tensor, g: Tensor, *, dim: int | None = 0, eps: float = 0.0) 
         ValueError: the shape of `g` does not fit, `dim` or `eps` is out of range, or the tensors
             are on different devices.
     """
-    if plan.tries_native(v) and (library := _library()):
-        w = library.weight_norm(v, g, dim, eps)
-        if w is not None:
-            return w
     return _run(None, None, v, g, None, (), dim, eps)
 
 
@@ -260,10 +262,6 @@ def wn_linear(
         ValueError: shapes do not fit, `dim` or `eps` is out of range, or the tensors are on
             different devices.
     """
-    if plan.tries_native(v) and (library := _library()):
-        y = library.linear(input, v, g, bias, dim, eps)
-        if y is not None:
-            return y
     return _run(0, input, v, g, bias, (), dim, eps)
 
 
@@ -284,10 +282,6 @@ def convolution(
 ) -> Tensor:
     """Computes any of the six convolutions below. `rank` is the number of spatial dimensions."""
     geometry = stride, padding, dilation, transposed, output_padding, groups
-    if plan.tries_native(v) and (library := _library()):
-        y = library.convolution(rank, input, v, g, bias, *geometry, dim, eps)
-        if y is not None:
-            return y
     return _run(rank, input, v, g, bias, geometry, dim, eps)
 
 

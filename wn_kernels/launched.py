@@ -28,7 +28,7 @@ native.memos.append(_prepared)
 
 
 def launched(
-    rank: int,
+    rank: int | None,
     x: Tensor | None,
     v: Tensor,
     g: Tensor,
@@ -44,7 +44,8 @@ def launched(
         TypeError, ValueError: as `prepare`.
     """
     if (
-        not (
+        (x is None) != (rank is None)
+        or not (
             type(v) in PLAIN_TYPES
             and type(g) in PLAIN_TYPES
             and (x is None or type(x) in PLAIN_TYPES)
@@ -56,7 +57,7 @@ def launched(
         or not g.is_contiguous()
     ):
         return None
-    launches = _launches(rank, (x, v, g, bias), geometry, dim, eps)
+    launches = _launches(rank or 0, (x, v, g, bias), geometry, dim, eps)
     if launches is None:
         return None
     needs_weight = v.requires_grad or g.requires_grad

@@ -12,9 +12,8 @@ from .backend import (
     cannot_serve,
     choose_backend,
     is_forced,
-    launches,
+    prepares,
     serving,
-    tries_native,
     triton_unavailable,
     use_backend,
 )
@@ -34,10 +33,9 @@ __all__ = [
     "devices",
     "is_forced",
     "key",
-    "launches",
+    "prepares",
     "serving",
     "table",
-    "tries_native",
     "triton_unavailable",
     "use_backend",
 ]

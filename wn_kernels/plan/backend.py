@@ -14,6 +14,8 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -127,7 +129,7 @@ def serving(v: Tensor, dim: int | None = 0) -> str:
         RuntimeError: a forced backend cannot serve it.
     """
     served = native.serves_dim(dim, v.ndim)
-    if served and v.is_cpu and tries_native(v) and native.unavailable() is None:
+    if served and v.is_cpu and prepares(v) == "native" and native.unavailable() is None:
         return "native"
     return choose_backend(v)
 
@@ -138,21 +140,47 @@ def cannot_serve(backend: str, reason: str = "") -> RuntimeError:
     return RuntimeError(f"backend {backend!r} was forced but cannot serve this call: {reason}")
 
 
-def tries_native(v: Tensor) -> bool:
-    """Returns whether a call with the weight `v` goes to the native library first. The library
-    returns `None` for calls that it does not serve."""
-    wanted = _forced == "native" if _forced else type(v) in PLAIN_TYPES and v.is_cpu
-    return wanted and not is_compiling()
+def prepares(v: Tensor) -> str:
+    """Returns the backend whose prepared calls a call with the weight `v` is looked up in first:
+    `"native"` for layers on a CPU, `"triton"` for kernels that are launched, or `""` for none.
+
+    If the native library was built, its nodes launch the kernels, except where a compiler is set to
+    trace the backward: it can trace a node in Python, and a node in C++ only if that defines
+    `compiled_args`, as ours do not.
+    """
+    if is_compiling():
+        return ""
+    if _forced is None:
+        if type(v) not in PLAIN_TYPES:
+            return ""
+        if v.is_cpu:
+            return "native"
+        if not v.is_cuda:
+            return ""
+    elif _forced == "native":
+        return "native"
+    elif _forced != "triton":
+        return ""
+    if triton_unavailable() is not None or (torch.is_grad_enabled() and _traces_backward()):
+        return ""
+    return "triton"
 
 
-def launches(v: Tensor) -> bool:
-    """Returns whether Triton's kernels serve a call with the weight `v`. If the native library was
-    built, its nodes launch them, except where a compiler is set to trace the backward: it can trace
-    a node in Python, and a node in C++ only if that defines `compiled_args`, as ours do not."""
-    wanted = _forced == "triton" if _forced else type(v) in PLAIN_TYPES and v.is_cuda
-    if not wanted or is_compiling() or triton_unavailable() is not None:
-        return False
+# What was read of the setting, and what it was then. Reading takes up to 3 µs.
+_setting: tuple[Any, bool] = object(), False
+
+
+def _traces_backward() -> bool:
+    """Returns whether a compiler is set to trace the backward."""
+    global _setting
     dynamo = sys.modules.get("torch._dynamo")
-    if dynamo is None or not torch.is_grad_enabled():  # reading the setting takes over 1 µs
-        return True
-    return not dynamo.config.compiled_autograd
+    if dynamo is None:
+        return False
+    try:
+        changed = dynamo.config._config["compiled_autograd"].user_override
+        changed = changed.get() if isinstance(changed, ContextVar) else changed
+    except (AttributeError, KeyError):  # another version of torch
+        return dynamo.config.compiled_autograd
+    if changed is not _setting[0]:
+        _setting = changed, dynamo.config.compiled_autograd
+    return _setting[1]

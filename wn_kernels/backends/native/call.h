@@ -6,6 +6,7 @@
 
 #pragma once
 
+#include <memory>
 #include <optional>
 #include <string>
 #include <tuple>
@@ -277,18 +278,18 @@ inline bool Key::option(py::handle handle) {
   return true;
 }
 
-// The answers of Python to new calls by their keys; nothing for a call that is not served. Used with
-// the GIL held.
-template <typename Value>
+// Pointers to the answers of Python to new calls by their keys; null for a call that is not served.
+// Used with the GIL held.
+template <typename Pointer>
 class Memo {
  public:
   // `ask` is called for a new key.
   template <typename Ask>
-  std::optional<Value> find(const std::string& key, const Ask& ask) {
+  Pointer find(const std::string& key, const Ask& ask) {
     auto found = values_.find(key);
     if (found == values_.end()) {
       const std::string kept = key;  // Python may call again
-      std::optional<Value> value = ask();
+      Pointer value = ask();
       if (values_.size() >= kMost_) values_.clear();
       found = values_.insert_or_assign(kept, std::move(value)).first;
     }
@@ -299,18 +300,20 @@ class Memo {
 
  private:
   static constexpr size_t kMost_ = 4096;
-  std::unordered_map<std::string, std::optional<Value>> values_;
+  std::unordered_map<std::string, Pointer> values_;
 };
 
-inline Memo<Plan>& plans() {
-  static auto* all = new Memo<Plan>;
+using Planned = std::shared_ptr<const Plan>;
+
+inline Memo<Planned>& plans() {
+  static auto* all = new Memo<Planned>;
   return *all;
 }
 
-// The plan of a layer's call. Nothing where the library does not serve it.
-inline std::optional<Plan> planned(
-    int64_t rank, const Operands& t, std::initializer_list<py::handle> geometry, py::handle dim,
-    py::handle eps, bool channels_last) {
+// The plan of a layer's call. Null where the library does not serve it.
+inline Planned planned(
+    int64_t rank, const Operands& t, py::handle geometry, py::handle dim, py::handle eps,
+    bool channels_last) {
   static thread_local Key key;
   key.clear();
   key.number(static_cast<char>(t.x.scalar_type()));
@@ -318,18 +321,13 @@ inline std::optional<Plan> planned(
   key.number(static_cast<char>(2 * rank + channels_last));
   for (const Tensor* tensor : {&t.x, &t.v, &t.g, &t.bias})
     key.list(tensor->defined() ? tensor->sizes() : at::IntArrayRef{-1});
-  for (const auto option : geometry)
-    if (!key.option(option)) return std::nullopt;
-  if (!key.option(dim) || !key.option(eps)) return std::nullopt;
-  return plans().find(key.bytes(), [&]() -> std::optional<Plan> {
-    py::tuple options(geometry.size());
-    size_t i = 0;
-    for (const auto option : geometry) options[i++] = option;
+  if (!key.option(geometry) || !key.option(dim) || !key.option(eps)) return nullptr;
+  return plans().find(key.bytes(), [&]() -> Planned {
     const py::object bias = t.bias.defined() ? py::cast(t.bias) : py::none();
     const auto encoded = callbacks().plan(
-        rank, py::make_tuple(t.x, t.v, t.g, bias), options, dim, eps, channels_last);
-    if (encoded.is_none()) return std::nullopt;
-    return Plan(encoded.cast<Plan::Encoded>());
+        rank, py::make_tuple(t.x, t.v, t.g, bias), geometry, dim, eps, channels_last);
+    if (encoded.is_none()) return nullptr;
+    return std::make_shared<const Plan>(encoded.cast<Plan::Encoded>());
   });
 }
 

@@ -249,16 +249,13 @@ struct Convolution : Function<Convolution> {
 
 // The arguments from `stride` on are those of functional.convolution.
 inline MaybeTensor convolution(
-    int64_t rank, py::handle x, py::handle v, py::handle g, py::handle bias, py::handle stride,
-    py::handle padding, py::handle dilation, py::handle transposed, py::handle output_padding,
-    py::handle groups, py::handle dim, py::handle eps) {
+    int64_t rank, py::handle x, py::handle v, py::handle g, py::handle bias, py::handle geometry,
+    py::handle dim, py::handle eps) {
   auto t = operands(x, v, g, bias);
   if (!t || !has_slices(t->v, t->g)) return std::nullopt;
   t->x = as_autocast(t->x);
   const bool channels_last = !(is_channels_first(t->x) && is_channels_first(t->v));
-  const auto found = planned(
-      rank, *t, {stride, padding, dilation, transposed, output_padding, groups}, dim, eps,
-      channels_last);
+  const auto found = planned(rank, *t, geometry, dim, eps, channels_last);
   if (!found) return std::nullopt;
   const Plan& plan = *found;
   const double least = py::cast<double>(eps);

@@ -50,10 +50,12 @@ struct Launches : torch::CustomClassHolder {
     Tensor y, n, w;
   };
 
+  // The norms may be undefined where the backward does not take them.
   Result forward(
-      const Tensor& x, const Tensor& v, const Tensor& g, const Tensor& bias, bool observed) {
+      const Tensor& x, const Tensor& v, const Tensor& g, const Tensor& bias, bool observed,
+      bool recorded = false) {
     if (forms_forward) {
-      auto formed = weight->forward({}, v, g, {}, observed);
+      auto formed = weight->forward({}, v, g, {}, observed, recorded);
       return {product(x, formed.y, bias), std::move(formed.n), {}};
     }
     if (!pass) {
@@ -63,11 +65,11 @@ struct Launches : torch::CustomClassHolder {
       return {std::move(y), std::move(n), {}};
     }
     if (!x.defined()) {
-      auto found = (*pass)({v, g}, observed);
+      auto found = (*pass)({v, g}, observed, recorded);
       return {std::move(found[0]), std::move(found[1]), {}};
     }
     const bool is_flat = conv || x.dim() == 2;
-    const auto found = (*pass)({is_flat ? x : as_rows(x), v, g, bias}, observed);
+    const auto found = (*pass)({is_flat ? x : as_rows(x), v, g, bias}, observed, recorded);
     if (is_flat) return {found[0], found[1], packs ? found[2] : Tensor()};
     auto sizes = x.sizes().vec();
     sizes.back() = v.size(0);
@@ -103,11 +105,11 @@ struct Launches : torch::CustomClassHolder {
         auto found = (*prepared)({dy, v, g, n}, observed);
         return {Tensor(), std::move(found[0]), std::move(found[1]), Tensor()};
       }
-      variable_list given{flat_dy, flat_x, v, g, n};
+      Tensors given{flat_dy, flat_x, v, g, n};
       if (packs) given.push_back(kept);
       auto found = (*prepared)(std::move(given), observed);
       if (!is_flat && found[0].defined()) found[0] = found[0].view(x.sizes());
-      return found;
+      return {found.begin(), found.end()};
     }
     const py::gil_scoped_acquire gil;
     return as_variables(
@@ -170,7 +172,7 @@ struct Launches : torch::CustomClassHolder {
 
 using Prepared = c10::intrusive_ptr<Launches>;
 
-inline std::optional<Prepared> prepared(
+inline Prepared prepared(
     int64_t rank, const Operands& t, py::handle geometry, py::handle dim, py::handle eps);
 
 // The node of a call. It is no `Function`, whose context takes longer than a launch does.
@@ -212,9 +214,7 @@ class Launched : public torch::autograd::Node {
     for (size_t i = 0; i < needs.size(); ++i) needs[i] = task_should_compute_output(i);
     // The launches of the weight alone, for W and its gradient.
     const bool again = at::GradMode::is_enabled(), for_weight = again || dw.defined();
-    const auto weight = !x.defined() ? std::make_optional(launches_)
-                        : for_weight ? weight_alone(v, g)
-                                     : std::nullopt;
+    const auto weight = !x.defined() ? launches_ : for_weight ? weight_alone(v, g) : Prepared();
     variable_list out(4);
     if (!given.are_plain(v.device().type()) || (for_weight && !weight)) {
       const py::gil_scoped_acquire gil;
@@ -222,13 +222,13 @@ class Launched : public torch::autograd::Node {
           as_object(dy), as_object(dw), as_object(x), v, g, launches_->geometry,
           as_dim(launches_->axis), launches_->eps, as_tuple(needs)));
     } else if (again) {
-      out = recorded(given, x, v, g, n, needs, **weight);
+      out = recorded(given, x, v, g, n, needs, *weight);
     } else {
       const bool observed = launches_->is_observed();
       if (dy.defined()) out = launches_->backward(dy, x, v, g, bias, n, kept, needs, observed);
       if (dw.defined()) {
         const Needs of_weight{false, needs[1], needs[2], false};
-        const auto more = (*weight)->backward(dw, {}, v, g, {}, n, {}, of_weight, observed);
+        const auto more = weight->backward(dw, {}, v, g, {}, n, {}, of_weight, observed);
         for (const size_t i : {1, 2})
           if (needs[i]) out[i] = out[i].defined() ? out[i] + more[i] : more[i];
       }
@@ -238,8 +238,8 @@ class Launched : public torch::autograd::Node {
   }
 
  private:
-  // What forms W alone in V's dtype, and its gradients; nothing where Python does.
-  std::optional<Prepared> weight_alone(const Tensor& v, const Tensor& g) const {
+  // What forms W alone in V's dtype, and its gradients; null where Python does.
+  Prepared weight_alone(const Tensor& v, const Tensor& g) const {
     const py::gil_scoped_acquire gil;
     return prepared(
         0, {{}, v, g, {}}, py::tuple(), as_dim(launches_->axis), py::float_(launches_->eps));
@@ -300,8 +300,8 @@ bool takes_tf32(Precision (at::Context::*get)(Backend, Op) const, int64_t rank) 
     return (context.*get)("cuda", rank ? "conv" : "matmul") == "tf32";
 }
 
-// What was prepared for a call; nothing where Python serves it by itself.
-inline std::optional<Prepared> prepared(
+// What was prepared for a call; null where Python serves it by itself.
+inline Prepared prepared(
     int64_t rank, const Operands& t, py::handle geometry, py::handle dim, py::handle eps) {
   static thread_local Key key;
   key.clear();
@@ -313,13 +313,13 @@ inline std::optional<Prepared> prepared(
     key.list(tensor->sizes());
     key.list(tensor->strides());
   }
-  if (!key.option(geometry) || !key.option(dim) || !key.option(eps)) return std::nullopt;
+  if (!key.option(geometry) || !key.option(dim) || !key.option(eps)) return {};
   if (t.x.defined() && t.x.scalar_type() == at::kFloat)
     key.number(takes_tf32(&at::Context::float32Precision, rank));
-  return launches_memo().find(key.bytes(), [&]() -> std::optional<Prepared> {
+  return launches_memo().find(key.bytes(), [&]() -> Prepared {
     const auto answer = callbacks().launches(
         rank, py::make_tuple(as_object(t.x), t.v, t.g, as_object(t.bias)), geometry, dim, eps);
-    if (answer.is_none()) return std::nullopt;
+    if (answer.is_none()) return {};
     return c10::make_intrusive<Launches>(answer, py::cast<double>(eps));
   });
 }
@@ -328,16 +328,16 @@ inline std::optional<Prepared> prepared(
 inline Tensor run(
     const Tensor& x, const Operands& t, const Tensor& bias, const Prepared& launches,
     bool observed) {
+  const auto needs = [](const Tensor& tensor) { return tensor.defined() && tensor.requires_grad(); };
+  const bool recorded =
+      at::GradMode::is_enabled() && (t.needs_weight_grad() || needs(x) || needs(bias));
   Launches::Result result;
   {
     at::AutoDispatchBelowADInplaceOrView below;
     const at::NoGradGuard no_grad;
-    result = launches->forward(x, t.v, t.g, bias, observed);
+    result = launches->forward(x, t.v, t.g, bias, observed, recorded);
   }
-  const auto needs = [](const Tensor& tensor) { return tensor.defined() && tensor.requires_grad(); };
-  const bool recorded =
-      at::GradMode::is_enabled() && (t.needs_weight_grad() || needs(x) || needs(bias));
-  if (!recorded) return result.y;
+  if (!recorded) return std::move(result.y);
   const Tensor kept = needs(x) ? result.w : Tensor();
   return Launched::recorded(result.y, x, t.v, t.g, bias, result.n, kept, launches);
 }
@@ -346,10 +346,9 @@ inline MaybeTensor launched(
     int64_t rank, py::handle x, py::handle v, py::handle g, py::handle bias, py::handle geometry,
     py::handle dim, py::handle eps) {
   const auto t = launched_operands(x, v, g, bias);
-  if (!t) return std::nullopt;
-  const auto found = prepared(rank, *t, geometry, dim, eps);
-  if (!found) return std::nullopt;
-  const Prepared& launches = *found;
+  if (!t || t->x.defined() != (rank >= 0)) return std::nullopt;
+  const auto launches = prepared(std::max<int64_t>(rank, 0), *t, geometry, dim, eps);
+  if (!launches) return std::nullopt;
   const bool observed = launches->is_observed();
   const py::gil_scoped_release released;
   if (!launches->keeps || !t->needs_grad()) return run(t->x, *t, t->bias, launches, observed);

@@ -12,6 +12,40 @@
 #include "launched.h"
 #include "linear.h"
 
+#include <torch/csrc/Exceptions.h>
+
+namespace wn_kernels {
+
+// A layer on a CPU. Without a rank it is the weight alone.
+inline MaybeTensor computed(
+    int64_t rank, py::handle x, py::handle v, py::handle g, py::handle bias, py::handle geometry,
+    py::handle dim, py::handle eps) {
+  if (rank < 0) return weight_norm(v, g, dim, eps);
+  if (rank == 0) return linear(x, v, g, bias, dim, eps);
+  return convolution(rank, x, v, g, bias, geometry, dim, eps);
+}
+
+// Such a function for Python: (rank or None, x, v, g, bias, geometry, dim, eps) -> y, or None. It has
+// no table of overloads, as pybind11's functions have, which takes as long as a small allocation.
+template <decltype(computed) serve>
+PyObject* served(PyObject*, PyObject* const* given, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  TORCH_CHECK_TYPE(count == 8, "expected 8 arguments, got ", count);
+  const int64_t rank = given[0] == Py_None ? -1 : PyLong_AsLongLong(given[0]);
+  const auto y =
+      serve(rank, given[1], given[2], given[3], given[4], given[5], given[6], given[7]);
+  if (y) return THPVariable_Wrap(*y);
+  Py_RETURN_NONE;
+  END_HANDLE_TH_ERRORS
+}
+
+template <decltype(computed) serve>
+PyMethodDef method(const char* name) {
+  return {name, reinterpret_cast<PyCFunction>(served<serve>), METH_FASTCALL, nullptr};
+}
+
+}  // namespace wn_kernels
+
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   using namespace wn_kernels;
 #if defined(__clang__)
@@ -21,11 +55,10 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
 #else
   m.attr("compiler") = "an unknown compiler";
 #endif
-  m.def("weight_norm", &weight_norm);
+  static PyMethodDef methods[] = {
+      method<computed>("computed"), method<launched>("launched"), {nullptr, nullptr, 0, nullptr}};
+  PyModule_AddFunctions(m.ptr(), methods);
   m.def("weight_norms", &weight_norms);
-  m.def("linear", &linear);
-  m.def("convolution", &convolution);
-  m.def("launched", &launched);
   m.def(
       "set_callbacks", [](py::object plan, py::object launches, py::object differentiable_grads,
                           py::object weight_grads_backward) {

@@ -446,7 +446,7 @@ inline MaybeTensor linear(
   auto t = operands(x, v, g, bias);
   if (!t || !t->v.is_contiguous()) return std::nullopt;
   t->x = as_autocast(t->x);
-  const auto found = planned(0, *t, {}, dim, eps, false);
+  const auto found = planned(0, *t, py::tuple(), dim, eps, false);
   if (!found) return std::nullopt;
   const Plan& plan = *found;
   const double least = py::cast<double>(eps);

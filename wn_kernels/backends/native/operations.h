@@ -5,17 +5,18 @@
 #include <optional>
 #include <string>
 
-#include <torch/csrc/autograd/variable.h>
+#include <c10/util/SmallVector.h>
 
 #include "convolution.h"
 
 namespace wn_kernels {
 
+// Those of a pass, whose number seldom needs more memory than this.
+using Tensors = c10::SmallVector<Tensor, 12>;
+
 // `A B + bias` of two matrices, or of their transposes; the sums of columns or channels; or the
 // gradient of a convolution's input.
 class Operation {
-  using variable_list = torch::autograd::variable_list;
-
  public:
   // The operation of a step: a function, the tensors that it takes, and the one that it returns.
   // Nothing for any other function.
@@ -37,7 +38,7 @@ class Operation {
   }
 
   // Takes the step. Called without the GIL.
-  void operator()(variable_list& tensors) const {
+  void operator()(Tensors& tensors) const {
     const Tensor& a = tensors[given_[0]];
     if (conv_) {
       const auto& [x, w] = std::tie(tensors[given_[1]], tensors[given_[2]]);

@@ -21,8 +21,6 @@
 
 namespace wn_kernels {
 
-using torch::autograd::variable_list;
-
 // References to Python objects, which are dropped with the GIL held, or kept where the interpreter
 // is gone.
 class References {
@@ -236,6 +234,9 @@ class Pass {
       const auto layout = py::reinterpret_borrow<py::tuple>(each);
       here = {layout[0].cast<Sizes>(), layout[1].cast<Sizes>(), layout[2].cast<at::ScalarType>()};
     }
+    arguments_ = pass.attr("arguments").cast<size_t>();
+    for (const auto& each : pass.attr("spare"))
+      layouts_[each.cast<size_t>() - arguments_]->is_spare = true;
     for (const auto& each : pass.attr("steps")) {
       const auto step = py::reinterpret_borrow<py::tuple>(each);
       auto& here = steps_.emplace_back();
@@ -251,13 +252,14 @@ class Pass {
       results_.push_back(each.is_none() ? -1 : each.cast<int>());
   }
 
-  // The results for these arguments, the first of which is defined. Called without the GIL.
-  variable_list operator()(variable_list tensors, bool is_observed) {
+  // The results for these arguments, the first of which is defined; those that are spare only where
+  // they are wanted. Called without the GIL.
+  Tensors operator()(Tensors tensors, bool is_observed, bool wants_spare = true) {
     const auto device = tensors[0].device();
     const c10::DeviceGuard guard(device);
-    tensors.reserve(tensors.size() + layouts_.size());
     for (const auto& layout : layouts_)  // the result of an operation has none
-      tensors.push_back(layout ? allocated(*layout, tensors[0]) : Tensor());
+      tensors.push_back(
+          layout && (wants_spare || !layout->is_spare) ? allocated(*layout, tensors[0]) : Tensor());
     std::optional<void*> stream;
     for (auto& step : steps_) {
       if (step.operation) {
@@ -268,7 +270,8 @@ class Pass {
       const size_t count = step.tensors.size();
       uint64_t addresses[most_tensors], unaligned = 0;
       for (size_t i = 0; i < count; ++i) {
-        addresses[i] = reinterpret_cast<uintptr_t>(tensors[step.tensors[i]].data_ptr());
+        const Tensor& t = tensors[step.tensors[i]];
+        addresses[i] = t.defined() ? reinterpret_cast<uintptr_t>(t.data_ptr()) : 0;
         if (addresses[i] & 15) unaligned |= uint64_t{1} << i;
       }
       const Compiled* compiled = is_observed ? nullptr : step.find(unaligned);
@@ -286,11 +289,14 @@ class Pass {
         continue;
       }
       py::tuple arguments(count);
-      for (size_t i = 0; i < count; ++i) arguments[i] = py::cast(tensors[step.tensors[i]]);
+      for (size_t i = 0; i < count; ++i) {
+        Tensor& t = tensors[step.tensors[i]];
+        if (!t.defined()) t = allocated(*layouts_[step.tensors[i] - arguments_], tensors[0]);
+        arguments[i] = py::cast(t);
+      }
       py::handle(step.launcher)(*arguments);
     }
-    variable_list out;
-    out.reserve(results_.size());
+    Tensors out;
     for (const int i : results_) out.push_back(i < 0 ? Tensor() : tensors[i]);
     return out;
   }
@@ -301,6 +307,7 @@ class Pass {
   struct Layout {
     Sizes sizes, strides;
     at::ScalarType dtype;
+    bool is_spare = false;
   };
 
   // Memory of that layout beside another tensor's.
@@ -310,6 +317,7 @@ class Pass {
   }
 
   References references_;
+  size_t arguments_;
   std::vector<std::optional<Layout>> layouts_;
   std::list<Step> steps_;
   std::vector<int> results_;

@@ -82,9 +82,11 @@ class Pass:
         layouts: the layouts of the tensors that follow; `None` for the result of a function.
         steps: a function, the tensors that it takes, and those that it returns.
         results: the tensors that are returned.
+        spare: those results that a caller can do without. A kernel writes them unless their address
+            is zero, and no step reads them.
     """
 
-    __slots__ = ("_names", "arguments", "layouts", "results", "steps")
+    __slots__ = ("_names", "arguments", "layouts", "results", "spare", "steps")
 
     def __init__(self, *arguments: str) -> None:
         self.arguments = len(arguments)
@@ -93,6 +95,7 @@ class Pass:
         self.layouts: list[Layout | None] = []
         self.steps: list[tuple[Callable[..., Any], Indices, Indices]] = []
         self.results: Indices = ()
+        self.spare: frozenset[int | None] = frozenset()
 
     def new(self, **layouts: Tensor) -> None:
         """Adds tensors of these layouts, by name."""
@@ -124,9 +127,10 @@ class Pass:
             self.steps.append((function, taken, found))
         return _chosen(here, other.results)
 
-    def returning(self, *names: str | None) -> Pass:
+    def returning(self, *names: str | None, spare: tuple[str, ...] = ()) -> Pass:
         """The pass itself, whose results are the tensors of these names, `None` for no tensor."""
         self.results = tuple(self._names[name] for name in names)
+        self.spare = frozenset(self._names[name] for name in spare)
         return self
 
     def __call__(self, *tensors: Any) -> tuple[Any, ...]:

@@ -76,7 +76,8 @@ def weight_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_S: tl.constexpr,
 ):
-    """W = g / n ⊙ V, and NORM. Only the form "partial" reads PARTIAL, the sums of squares."""
+    """W = g / n ⊙ V, and NORM, where its address is not zero. Only the form "partial" reads
+    PARTIAL, the sums of squares."""
     block_n, split = reversed_ids()
     weight_slices(
         V,
@@ -162,7 +163,8 @@ def weight_slices(
     else:
         squares = partial_sums(PARTIAL, offs_n, N, SPLITS, ACC, BLOCK_N, BLOCK_S)
     n = as_norm(squares, EPS)
-    tl.store(NORM + offs_n, n, mask=mask_n & (split == 0))
+    keeps = NORM.to(tl.int64) != 0
+    tl.store(NORM + offs_n, n, mask=mask_n & (split == 0) & keeps)
     scale = tl.load(G + offs_n, mask=mask_n, other=0.0).to(ACC) / n
     for step in range(steps):
         outer, offs_p, offs_r, mask = tile_offsets(
@@ -375,7 +377,7 @@ def prepare_weight_norm(
         run.new(partial=unallocated((walk.splits, slices.n), scale_dtype(v)))
         run.call(prepare_sums(walk, target, eps, 1, 1), "v", "v", "partial")
     run.call(launch, "v", "g", partial, "norm", "w")
-    return run.returning("w", "norm")
+    return run.returning("w", "norm", spare=("norm",))
 
 
 remembered_weight_norm = remembered(prepare_weight_norm)
