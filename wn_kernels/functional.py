@@ -35,13 +35,18 @@ def product_dtype(input: Tensor) -> torch.dtype:
     return input.dtype
 
 
+def _library() -> Any:
+    """Returns the native library, or `None` if it cannot be used."""
+    return native.library(plan_native, operators.launches)
+
+
 def _server(v: Tensor) -> Any:
     """Returns the function that a call with the weight `v` goes to first, or `None`. It takes the
     arguments of `_run`, and returns `None` for a call that it does not serve."""
     backend = plan.prepares(v)
     if not backend:
         return None
-    library = native.library(plan_native, operators.launches)
+    library = _library()
     if backend == "native":
         return library and library.computed
     return (library or launched).launched
@@ -209,7 +214,7 @@ def weight_norms(
 
 def _weights(v: list[Tensor], g: list[Tensor], members: tuple[Member, ...]) -> Sequence[Tensor]:
     """Runs a checked call of a group."""
-    if plan.tries_native(v[0]) and (library := _library()):
+    if plan.prepares(v[0]) == "native" and (library := _library()):
         options = zip(*members, strict=True)
         w = library.weight_norms(v, g, *map(list, options))
         if w is not None:
