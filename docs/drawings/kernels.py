@@ -63,8 +63,7 @@ def linear_backward() -> Canvas:
         c.text(x + 236, 166, "never stored", "small quiet")
         c.text(x + 236, 208, result, "small quiet")
     c.arrow((156, 224), (156, 262), (376, 262), (376, 204), (436, 204))
-    c.text(166, 252, "dg = a / n", "code")
-    c.text(256, 252, "c = s · dg / n", "code")
+    c.text(166, 252, "dg = a/n,  c = s·dg/n", "code")
     return c
 
 

@@ -38,7 +38,8 @@ class Net(nn.Module):
 
 linear: nn.Linear = wn_kernels.weight_norm(nn.Linear(3, 4))
 with wn_kernels.use_backend("aten"):
-    y: Tensor = WF.wn_linear(torch.ones(2, 3), linear.weight_v, torch.ones(4, 1), dim=0)
+    layer = WNLinear(3, 4)
+    y: Tensor = WF.wn_linear(torch.ones(2, 3), layer.weight_v, layer.weight_g, dim=0)
 report = wn_kernels.fuse(Net(), dry_run=True)
 names: list[str] = [line.name for line in report if line.dim == 0]
 folded: list[str] = wn_kernels.fold(Net())
@@ -50,7 +51,7 @@ import wn_kernels
 
 wn_kernels.fuse(3)
 wn_kernels.functional.wn_linear("x", None, None)
-wn_kernels.WNLinear("three", 4)
+wn_kernels.WNLinear(3, 4, dim="rows")
 """
 
 
