@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
 .PHONY: help setup native test newest oldest lint bench sanitize sanitize-kernels sanitize-native
-.PHONY: codegen traffic host gpu docs clean
+.PHONY: codegen traffic host gpu docs figures package clean
 
 help:
 	@echo "make setup     create the environment"
@@ -23,6 +23,8 @@ help:
 	@echo "make host      time what the processor takes for small calls, no GPU needed (1 minute)"
 	@echo "make gpu       test and time everything on a GPU (7 minutes)"
 	@echo "make docs      build the documentation into site/"
+	@echo "make figures   draw the pictures of the documentation anew"
+	@echo "make package   build the wheel and the source archive into dist/, and check them"
 
 setup: $(VENV)/.ready
 
@@ -94,5 +96,17 @@ gpu: setup
 docs: $(VENV)/.docs
 	$(BIN)/mkdocs build --strict
 
+figures: setup
+	$(BIN)/python -m docs.drawings
+
+$(VENV)/.package: $(VENV)/.ready
+	$(PIP) --constraint constraints.txt --editable '.[package]'
+	touch $@
+
+package: $(VENV)/.package
+	rm -rf build dist
+	$(BIN)/python -m build
+	$(BIN)/python -m twine check --strict dist/*
+
 clean:
-	rm -rf .venv* site build results
+	rm -rf .venv* site build dist results

@@ -71,6 +71,9 @@ def main(arguments: list[str] | None = None) -> int:
     readme.add_argument("--file", default="README.md")
     readme.add_argument("--every-case", action="store_true", help="not the means alone")
 
+    errors = commands.add_parser("errors", help="errors against float64, ours beside PyTorch's")
+    errors.add_argument("--write", action="store_true", help="replace the tables of the docs")
+
     codegen = commands.add_parser("codegen", help="compile every kernel for GPUs not present")
     codegen.add_argument("--json", default=None, help="where records go")
     codegen.add_argument("--only", default=None, help="kernels, configurations or targets with it")
@@ -123,6 +126,10 @@ def main(arguments: list[str] | None = None) -> int:
         if chosen.command == "readme":
             return pages.readme(chosen.results, chosen.file, chosen.every_case)
         return pages.main(chosen.results, chosen.output)
+    if chosen.command == "errors":
+        from bench import errors as table
+
+        return table.main(chosen.write)
     if chosen.command == "host":
         from bench import host as calls
 

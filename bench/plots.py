@@ -17,6 +17,9 @@ from bench.tables import competing
 
 matplotlib.use("svg")
 
+# What a mode of a case times, in words.
+TIMES = {"infer": "inference", "train": "training"}
+
 COLORS = {
     "plain": "tab:gray",
     "eager": "tab:orange",
@@ -39,7 +42,7 @@ def _panels(
     """A figure with a panel for each mode, and its cases."""
     modes = [(mode, [r for r in results if r["case"]["mode"] == mode]) for mode in MODES]
     modes = [(mode, cases) for mode, cases in modes if cases]
-    figure = Figure(figsize=(9, 4))
+    figure = Figure(figsize=(9, 4), layout="constrained")
     panels = figure.subplots(1, len(modes), squeeze=False)[0]
     return figure, [(axes, *mode) for axes, mode in zip(panels, modes, strict=True)]
 
@@ -68,8 +71,8 @@ def ratios(results: list[dict[str, Any]], mode: str) -> str:
     axes.minorticks_off()
     axes.set_yticks(range(len(cases)), [r["case"]["label"] for r in cases])
     axes.invert_yaxis()
-    axes.set_xlabel("time over that of the other (1: the same)")
-    axes.set_title(mode)
+    axes.set_xlabel("our time over that of PyTorch's weight norm (eager) and of the plain layer")
+    axes.set_title(f"{TIMES[mode]}: left of 1 ours is faster, and further left is better")
     axes.legend()
     return _svg(figure)
 
@@ -82,7 +85,8 @@ def _over_plain(axes: Axes, label: str, title: str) -> None:
     axes.set_yticks(ticks, [str(t) for t in ticks])
     axes.minorticks_off()
     axes.set_xlabel(label)
-    axes.set_title(f"{title}: time over the plain layer's")
+    axes.set_ylabel("time over that of the plain layer")
+    axes.set_title(f"{TIMES[title]}: lower is better")
     if axes.get_legend_handles_labels()[0]:  # one size of layer alone has no line over the rows
         axes.legend()
 
@@ -150,6 +154,7 @@ def roofline(results: list[dict[str, Any]], ceilings: dict[str, float]) -> str:
         axes.set_xscale("log")
         axes.set_yscale("log")
         axes.set_xlabel("operations per byte that has to move")
-        axes.set_title(f"{mode}: operations per second")
+        axes.set_ylabel("operations per second")
+        axes.set_title(f"{TIMES[mode]}: higher is better, up to the black roof")
         axes.legend()
     return _svg(figure)

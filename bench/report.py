@@ -14,7 +14,7 @@ from rich.console import Console
 from bench import memory, plots
 from bench.cases import MODES
 from bench.gpu.results import reports as gpu_reports
-from bench.tables import extra_rows, is_slower, rows
+from bench.tables import case_rows, extra_rows, is_slower, rows
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2em auto; max-width: 70em; padding: 0 1em }
@@ -35,10 +35,26 @@ def _table(lines: list[list[str]], slower: Sequence[bool] = ()) -> str:
     return "\n".join([*parts, "</table>"])
 
 
+def _fact(key: str, value: Any) -> str:
+    """What was recorded of a machine or of a run, in words and with its unit."""
+    if key == "bandwidth":
+        return f"a copy moves {value / 1e9:.1f} GB/s"
+    if key == "rate":
+        unit, size = ("TFLOP/s", 1e12) if value >= 1e12 else ("GFLOP/s", 1e9)
+        return f"a product does {value / size:.1f} {unit}"
+    if key == "seconds":
+        return f"{value:g} s a case"
+    if isinstance(value, bool):
+        value = "yes" if value else "no"
+    elif isinstance(value, dict):
+        value = " ".join(f"{name}={one}" for name, one in value.items())
+    return f"{key} {value}"
+
+
 def _section(report: dict[str, Any]) -> str:
     suite, results = report["suite"], report["results"]
     where = report["environment"] | report["settings"] | report.get("ceilings", {})
-    facts = ", ".join(f"{key} {value}" for key, value in where.items())
+    facts = ", ".join(_fact(key, value) for key, value in where.items())
     parts = [f"<h2>{html.escape(suite)}</h2><p>{html.escape(facts)}</p>"]
     if suite == "memory":
         parts += ["<p>KiB beyond the input and the parameters.</p>", _table(memory.rows(results))]
@@ -54,6 +70,9 @@ def _section(report: dict[str, Any]) -> str:
         parts.append(plots.roofline(counted, report["ceilings"]))
     parts.append(_table(rows(results), [is_slower(r) for r in results]))
     parts.append("<p>Highlighted: slower than eager beyond noise.</p>")
+    meanings = case_rows(results)
+    if len(meanings) > 1:
+        parts.append(f"<details><summary>What the cases are</summary>{_table(meanings)}</details>")
     for title, lines in extra_rows(results).items():
         parts += [f"<h3>{html.escape(title)}</h3>", _table(lines)]
     return "\n".join(parts)
@@ -76,8 +95,9 @@ def page(reports: list[dict[str, Any]]) -> str:
     return (
         f"<!doctype html><html lang=en><meta charset=utf-8><title>wn_kernels</title>"
         f"<style>{STYLE}</style><body><h1>wn_kernels: benchmarks</h1>"
-        "<p>Measured, interleaved, checked in float64 first. A ratio is the median over the "
-        "rounds, with its 95 % interval.</p>"
+        "<p>Every case was checked in float64 before it was timed, and all competitors ran in "
+        "turn. A ratio is the median over the rounds, with its 95 % interval. "
+        "<i>plain</i> is the layer without weight norm, <i>eager</i> PyTorch's weight norm.</p>"
         f"{sections}</body></html>\n"
     )
 

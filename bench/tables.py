@@ -42,6 +42,21 @@ def rows(results: list[dict[str, Any]]) -> list[list[str]]:
     return found
 
 
+def case_rows(results: list[dict[str, Any]]) -> list[list[str]]:
+    """What each label of a layer stands for, the header first."""
+    found = {r["case"]["label"]: explained(r["case"]) for r in results if "kind" in r["case"]}
+    return [["case", "what it is"], *([label, words] for label, words in found.items())]
+
+
+def explained(case: dict[str, Any]) -> str:
+    """The layer of a case, as one would write it, and the shape of its input."""
+    options = [f"{name}={value!r}" for name, value in case.get("options", {}).items()]
+    options += [f"dim={case['dim']}"] if case.get("dim") != 0 else []
+    options += [case["dtype"]] if case.get("dtype", "float32") != "float32" else []
+    layer = f"{case['kind']}({', '.join([*map(str, case['arguments']), *options])})"
+    return f"{layer}, input of shape ({', '.join(map(str, case['x_shape']))})"
+
+
 def variant_rows(results: list[dict[str, Any]]) -> list[list[str]]:
     """The same of ours by every path, for the cases that were timed by more than the chosen one."""
     found = [["case", "mode", "path", "time", "ours over it"]]

@@ -1,6 +1,5 @@
 """Imports run downward, and importing the package does not import triton."""
 
-import ast
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +7,7 @@ from pathlib import Path
 import pytest
 
 import wn_kernels
+from docs.drawings.imports import imports_of
 
 ROOT = Path(wn_kernels.__file__).parent
 
@@ -34,27 +34,12 @@ LAYERS = [
 ]
 
 
-def imports(path: Path) -> list[str]:
-    """The package's modules that a file imports, as dotted paths from the package's root."""
-    package = path.relative_to(ROOT.parent).with_suffix("").parts[:-1]
-    found = []
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom):
-            base = package[: len(package) - node.level + 1] if node.level else ()
-            module = (*base, *(node.module or "").split(".")) if node.module else base
-            for alias in node.names:
-                found.append(".".join((*module, alias.name)))
-        elif isinstance(node, ast.Import):
-            found += [alias.name for alias in node.names]
-    return found
-
-
 @pytest.mark.parametrize("path", sorted(ROOT.rglob("*.py")), ids=lambda p: str(p.relative_to(ROOT)))
 def test_imports_run_downward(path):
     own = path.relative_to(ROOT).with_suffix("").parts[0]
     if own == "__init__":
         return
-    for target in imports(path):
+    for target in imports_of(path):
         if not target.startswith("wn_kernels."):
             continue
         layer = target.split(".")[1]
@@ -65,7 +50,7 @@ def test_imports_run_downward(path):
 
 @pytest.mark.parametrize("name", ["reference.py", "aten.py", "aten_weight.py"])
 def test_no_triton_beside_the_kernels(name):
-    assert not [target for target in imports(ROOT / "backends" / name) if "triton" in target]
+    assert not [target for target in imports_of(ROOT / "backends" / name) if "triton" in target]
 
 
 def run(code: str) -> str:

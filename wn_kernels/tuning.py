@@ -24,7 +24,7 @@ from . import functional as WF
 from . import plan, prepare
 from .call import Call
 from .plan import Plan, costs, devices, table
-from .text import aligned
+from .text import aligned, html
 
 # A candidate replaces the cost model's choice only if its time is below this fraction of it.
 # Smaller differences vary from one process to the next.
@@ -51,18 +51,28 @@ class Tuned:
 
 
 class Tuning(tuple[Tuned, ...]):
-    """Holds the results of `tune`, one for each call. It prints as a table."""
+    """Holds the results of `tune`, one for each call. It prints as a table, and a notebook shows it
+    as one."""
 
-    def __str__(self) -> str:
-        rows = [("call", "backend", "default", "step", "choice", "step")]
+    def _rows(self) -> list[tuple[str, ...]]:
+        rows: list[tuple[str, ...]] = [("call", "backend", "default", "step", "choice", "step")]
         for x in self:
             times = (f"{x.seconds[choice] * 1e6:.0f} µs" for choice in (x.default, x.choice))
             default, chosen = times
             rows.append((x.call, x.backend, str(x.default), default, str(x.choice), chosen))
+        return rows
+
+    def _summary(self) -> str:
         changed = sum(x.choice != x.default for x in self)
-        return "\n".join([*aligned(rows), f"{len(self)} tuned, {changed} not the default"])
+        return f"{len(self)} tuned, {changed} not the default"
+
+    def __str__(self) -> str:
+        return "\n".join([*aligned(self._rows()), self._summary()])
 
     __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        return html(self._rows(), self._summary())
 
 
 # --- what a model calls --------------------------------------------------------------------------

@@ -117,7 +117,7 @@ class Mean(NamedTuple):
     best: str
 
 
-def _means(run: Run) -> dict[tuple[str, str], Mean]:
+def means_of(run: Run) -> dict[tuple[str, str], Mean]:
     """Returns the means of each section and mode, the worst first."""
     found = {}
     for section in TIMED:
@@ -136,7 +136,7 @@ def _means(run: Run) -> dict[tuple[str, str], Mean]:
 def _summary(run: Run) -> Rows:
     header = ["section", "mode", "cases", "ours/eager", "slower than eager"]
     rows = [[*header, "worst case", "best case", "ours/plain"]]
-    for key, mean in _means(run).items():
+    for key, mean in means_of(run).items():
         cells = [str(mean.cases), f"{mean.eager:.2f}", str(mean.slower), mean.worst, mean.best]
         rows.append([*key, *cells, f"{mean.plain:.2f}"])
     return rows
@@ -368,7 +368,7 @@ def text(run: Run) -> str:
 
 def overview(runs: Sequence[Run]) -> str:
     """Returns the table of all devices: geometric means, and how many cases lose to eager."""
-    means = {run.where["device"]: _means(run) for run in runs}
+    means = {run.where["device"]: means_of(run) for run in runs}
     header = ["section", "mode"]
     for device in means:
         header += [f"{device}: ours/eager", "ours/plain", "slower than eager"]

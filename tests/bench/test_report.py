@@ -83,6 +83,13 @@ def test_report_page(tmp_path):
     assert page.count("class=slower") == 3
     assert "doubt (noisy)" in page
     assert "a &lt;CPU&gt;" in page
+    assert "a copy moves 10.0 GB/s, a product does 100.0 GFLOP/s" in page
+    assert page.count("left of 1 ours is faster") == 2
+    assert page.count("lower is better") == 4
+    assert page.count("higher is better") == 2
+    case = TINY[0]
+    words = f"{case.kind}({', '.join(map(str, case.arguments))}), input of shape {case.x_shape}"
+    assert words in page
     assert "http" not in re.sub(
         r'xmlns(:\w+)?="[^"]*"|<metadata>.*?</metadata>', "", page, flags=re.S
     )

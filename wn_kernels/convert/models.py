@@ -26,7 +26,7 @@ from .. import plan, prepare
 from ..call import Call, Geometry, canonical_dim
 from ..modules import checkpoints, removal
 from ..modules.weight import SingleWeightMixin, WeightNormMixin
-from ..text import aligned
+from ..text import aligned, html
 from . import fused
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -59,20 +59,27 @@ class Layer:
 
 
 class Report(tuple[Layer, ...]):
-    """Holds the results of `fuse`, a line for each tensor. It prints as a table."""
+    """Holds the results of `fuse`, a line for each tensor. It prints as a table, and a notebook
+    shows it as one."""
 
-    def __str__(self) -> str:
-        header = ("layer", "class", "shape", "dim", "path", "note")
-        rows = [header] + [
+    def _rows(self) -> list[tuple[str, ...]]:
+        header: tuple[str, ...] = ("layer", "class", "shape", "dim", "path", "note")
+        return [header] + [
             (x.name, x.kind, "×".join(map(str, x.shape)), str(x.dim), x.path or "-", x.note)
             for x in self
         ]
-        lines = aligned(rows)
+
+    def _summary(self) -> str:
         done = sum(bool(x.path) for x in self)
-        lines.append(f"{done} fused, {len(self) - done} left alone")
-        return "\n".join(lines)
+        return f"{done} fused, {len(self) - done} left alone"
+
+    def __str__(self) -> str:
+        return "\n".join([*aligned(self._rows()), self._summary()])
 
     __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        return html(self._rows(), self._summary())
 
 
 # --- what there is -------------------------------------------------------------------------------

@@ -83,7 +83,7 @@ class Device:
         return self.tf32_rate if tf32 else self.rates[itemsize.bit_length() - 2]
 
 
-# These constants were measured on two cores of a current server (docs/performance.md).
+# These constants were measured on two cores of a current server (docs/notes/measurements.md).
 CPU = Device("CPU", bandwidth=2e10, rates=(1e11, 1e11, 5e10), overhead=8e-6)
 # The native library starts a pass without a dispatcher, and without Python.
 NATIVE = replace(CPU, overhead=1e-6)

@@ -1,7 +1,7 @@
 """The pinned configurations: one per kernel, regime and architecture, no search.
 
 Blocks are powers of two and at least 16 wherever a side meets `tl.dot`. How each regime's numbers
-came about is in docs/performance.md; `make codegen` compiles them all.
+came about is in docs/notes/measurements.md; `make codegen` compiles them all.
 """
 
 from __future__ import annotations

@@ -1,0 +1,112 @@
+"""The code of the README and of the documentation runs as written, page by page.
+
+The blocks of a page are run one after the other in one namespace. Where a page loads weights from a
+hub, a small model with random weights of the same class stands in for the download.
+"""
+
+import ast
+import re
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench import cli
+from wn_kernels.__main__ import _parser
+
+ROOT = Path(__file__).parent.parent.parent
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+FENCE = re.compile(r"^( *)```(\w*)\n(.*?)^\1```$", flags=re.DOTALL | re.MULTILINE)
+
+
+def fenced(page):
+    """The line, the language and the text of each block of a page."""
+    text = page.read_text("utf-8")
+    for found in FENCE.finditer(text):
+        line = text.count("\n", 0, found.start()) + 2
+        yield line, found[2], textwrap.dedent(found[3])
+
+
+def blocks(page):
+    """The line and the code of each block of Python."""
+    return [(line, code) for line, language, code in fenced(page) if language == "python"]
+
+
+def name_of(page):
+    return page.relative_to(ROOT).as_posix()
+
+
+@pytest.fixture
+def no_downloads(monkeypatch):
+    transformers = pytest.importorskip("transformers")
+
+    def small(cls, name):
+        return cls(cls.config_class(num_hidden_layers=1))
+
+    monkeypatch.setattr(transformers.PreTrainedModel, "from_pretrained", classmethod(small))
+
+
+@pytest.fixture
+def one_process(tmp_path):
+    """A group of one process, which `torchrun` would have made."""
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if blocks(p)], ids=name_of)
+def test_code(page, request, tmp_path, monkeypatch, own_table):
+    monkeypatch.chdir(tmp_path)
+    found = blocks(page)
+    text = "\n".join(code for _, code in found)
+    if "from_pretrained" in text:
+        request.getfixturevalue("no_downloads")
+    if "init_device_mesh" in text:
+        request.getfixturevalue("one_process")
+    names = {"__name__": "__main__"}
+    for line, code in found:
+        tree = ast.increment_lineno(ast.parse(code), line - 1)
+        exec(compile(tree, str(page), "exec"), names)
+
+
+def test_what_the_readme_says(capsys, tmp_path, monkeypatch):
+    """Both layers agree, and both convolutions of the model are found."""
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    for _, code in blocks(ROOT / "README.md"):
+        exec(code, names)
+    out = capsys.readouterr().out
+    assert float(out.split()[0]) < 1e-5
+    assert names["layer"].weight_v.grad.abs().max() > 0
+    assert "2 fused, 0 left alone" in out
+
+
+def commands():
+    """Each command of the package, of the benchmark and of make that a page shows."""
+    pattern = re.compile(r"(?:python -m (wn_kernels|bench)|(make))((?: [\w./:<>-]+)*)")
+    for page in PAGES:
+        for line, language, text in fenced(page):
+            if not language:
+                for found in pattern.finditer(text):
+                    yield pytest.param(
+                        found[1] or found[2], found[3].split(), id=f"{name_of(page)}:{line}"
+                    )
+
+
+@pytest.mark.parametrize(("program", "arguments"), [*commands()])
+def test_a_command_exists(program, arguments, capsys):
+    if program == "make":
+        makefile = (ROOT / "Makefile").read_text("utf-8")
+        for target in arguments:
+            assert re.search(rf"^{target}:", makefile, flags=re.MULTILINE), target
+    elif program == "wn_kernels":
+        _parser().parse_args(arguments)
+    else:
+        with pytest.raises(SystemExit, match=r"^0$"):
+            cli.main([*arguments[:1], "--help"])
+
+
+def test_there_is_code_to_run():
+    assert sum(len(blocks(page)) for page in PAGES) > 20
