@@ -16,7 +16,7 @@ import wn_kernels
 import wn_kernels.functional as WF
 from tests.comparison import DIMS, assert_matches, assert_same_bits, assert_zero
 from tests.convert.layers import NORMALISE
-from wn_kernels.modules.weight import WeightNormMixin
+from wn_kernels.modules.weight import NormedWeights
 
 INPUTS, HIDDEN, BATCH, STEPS = 6, 8, 3, 5
 LAYERS = {
@@ -362,7 +362,7 @@ def test_removals(kind, removal):
     layer._tensors(names[0])[0].requires_grad_(False)
     layer._tensors(names[0])[1].requires_grad_(False)
     for name in names:
-        if isinstance(layer, WeightNormMixin):
+        if isinstance(layer, NormedWeights):
             REMOVALS[removal](layer, name)
         assert_matches(flat(layer(x))[0], right, torch.float32, 64, roundings=8)
         assert_matches(flat(copy.deepcopy(layer).double()(x.double()))[0], right, torch.float32, 64)

@@ -75,7 +75,7 @@ def forms(module: Any, names: Sequence[str]) -> list[Tensor]:
     if module._is_read:
         warn_of_writes(module)
     if parametrize._cache_enabled or _watched is not None:
-        return [_read_specially(module, name) for name in names]
+        return [form(module, name) for name in names]
     return module._forms(names)
 
 
