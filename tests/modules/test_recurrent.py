@@ -13,9 +13,10 @@ from torch.nn.utils import parametrize
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 import wn_kernels
+import wn_kernels.functional as WF
 from tests.comparison import DIMS, assert_matches, assert_same_bits, assert_zero
 from tests.convert.layers import NORMALISE
-from wn_kernels.modules import recurrent
+from wn_kernels.modules.weight import NormedWeights
 
 INPUTS, HIDDEN, BATCH, STEPS = 6, 8, 3, 5
 LAYERS = {
@@ -315,11 +316,9 @@ def test_nothing_of_a_call_is_kept(kind):
 @pytest.mark.parametrize("kind", ALL)
 def test_one_call_for_all_weights(kind, monkeypatch):
     calls = []
-    weights = recurrent.norms._weight_norms
+    weight_norms = WF.weight_norms
     monkeypatch.setattr(
-        recurrent.norms,
-        "_weight_norms",
-        lambda v, g, *options: calls.append(len(v)) or weights(v, g, *options),
+        WF, "weight_norms", lambda v, g, **how: calls.append(len(v)) or weight_norms(v, g, **how)
     )
     layer = made(kind)
     layer(torch.randn(STEPS, INPUTS))
@@ -363,7 +362,7 @@ def test_removals(kind, removal):
     layer._tensors(names[0])[0].requires_grad_(False)
     layer._tensors(names[0])[1].requires_grad_(False)
     for name in names:
-        if isinstance(layer, wn_kernels.modules.weight.WeightNormMixin):
+        if isinstance(layer, NormedWeights):
             REMOVALS[removal](layer, name)
         assert_matches(flat(layer(x))[0], right, torch.float32, 64, roundings=8)
         assert_matches(flat(copy.deepcopy(layer).double()(x.double()))[0], right, torch.float32, 64)

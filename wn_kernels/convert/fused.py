@@ -28,10 +28,10 @@ from .. import functional as WF
 from ..call import canonical_dim
 from ..modules import checkpoints, conv, linear, prepared, reading, recurrent, removal
 from ..modules.norms import Norm, parts, weights
-from ..modules.weight import Operands, WeightNormMixin
+from ..modules.weight import NormedWeights, Operands
 
 # This maps each layer of torch.nn to ours.
-LAYERS: dict[type[nn.Module], type[WeightNormMixin]] = {
+LAYERS: dict[type[nn.Module], type[NormedWeights]] = {
     layer.plain: layer
     for layer in (
         linear.WNLinear,
@@ -278,7 +278,7 @@ def layer_class(base: Any, norms: dict[str, Norm], others: Iterable[str] = ()) -
     return type(base.__name__, (base,), namespace)
 
 
-def known_layer(base: type[nn.Module], *names: str) -> type[WeightNormMixin] | None:
+def known_layer(base: type[nn.Module], *names: str) -> type[NormedWeights] | None:
     """Returns our layer whose `forward` does what that of `base` does, or `None`."""
     for plain, layer in LAYERS.items():
         serves = (

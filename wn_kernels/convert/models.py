@@ -25,7 +25,7 @@ from .. import functional as WF
 from .. import plan, prepare
 from ..call import Call, Geometry, canonical_dim
 from ..modules import checkpoints, removal
-from ..modules.weight import SingleWeightMixin, WeightNormMixin
+from ..modules.weight import NormedWeights, WeightNormMixin
 from ..text import aligned, html
 from . import fused
 
@@ -100,7 +100,7 @@ def _others(module: Any) -> Iterator[tuple[str, Any, str]]:
 def _own(module: Any) -> tuple[str, ...]:
     """Returns the weight-normed tensors of a layer of this package. It is empty for another
     module."""
-    return module._normed() if isinstance(module, WeightNormMixin) else ()
+    return module._normed() if isinstance(module, NormedWeights) else ()
 
 
 def _path(module: Any, v: torch.Tensor, dim: Any) -> str:
@@ -169,7 +169,7 @@ def _load_all_or_nothing(model: Any, state_dict: dict[str, Any], prefix: str, *_
     current: dict[str, torch.Tensor | None] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         start = prefix + name + "." if name else prefix
-        if isinstance(module, WeightNormMixin) or fused.is_fused(module):
+        if isinstance(module, NormedWeights) or fused.is_fused(module):
             module._bring_into_form(state_dict, start)
         current |= {start + key: t for key, t in module._parameters.items()}
         current |= {start + key: t for key, t in module._buffers.items()}
@@ -221,7 +221,7 @@ def _fuse(prefix: str, module: nn.Module, dry_run: bool) -> list[Layer]:
             path, note = f"{plan.serving(v, dim)}: weight", "a second parametrization of the tensor"
         elif layer is None:
             path, note = f"{plan.serving(v, dim)}: weight", "its own forward"
-        elif not issubclass(layer, SingleWeightMixin):
+        elif not issubclass(layer, WeightNormMixin):
             path, note = f"{plan.serving(v, dim)}: weight", "one call for all of the layer"
         else:
             path = _path(module, v, dim)
@@ -365,7 +365,7 @@ def remove_weight_norm(module: Module, name: str = "weight") -> Module:
     if not _is_weight_normed(module, name):
         raise ValueError(f"{name} of {type(module).__name__} is not weight-normed")
     owner: Any = module
-    if isinstance(module, WeightNormMixin) or name in fused.norms(module):
+    if isinstance(module, NormedWeights) or name in fused.norms(module):
         owner._bake(name)
     else:
         _fold(module, lambda _, tensor: tensor == name)

@@ -9,12 +9,12 @@ from torch import Tensor, nn
 
 from .. import functional as WF
 from . import prepared
-from .weight import SingleWeightMixin
+from .weight import WeightNormMixin
 
 _TRANSPOSED = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
 
 
-class _Convolution(SingleWeightMixin):
+class _Convolution(WeightNormMixin):
     """Holds the `forward` of the three convolutions. Their constructors are those of torch.nn."""
 
     def forward(self: Any, input: Tensor) -> Tensor:
@@ -46,7 +46,7 @@ class _Convolution(SingleWeightMixin):
         )
 
 
-class _ConvolutionTranspose(SingleWeightMixin):
+class _ConvolutionTranspose(WeightNormMixin):
     """Holds the `forward` of the three transposed convolutions."""
 
     def forward(self: Any, input: Tensor, output_size: list[int] | None = None) -> Tensor:
@@ -96,7 +96,7 @@ class _ConvolutionTranspose(SingleWeightMixin):
         )
 
 
-class _Lazy(SingleWeightMixin):
+class _Lazy(WeightNormMixin):
     """Takes `in_channels` of the lazy convolutions from the first input."""
 
     def initialize_parameters(self: Any, input: Tensor, *args: Any, **kwargs: Any) -> None:

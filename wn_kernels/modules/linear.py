@@ -7,10 +7,10 @@ from torch import Tensor, nn
 
 from .. import functional as WF
 from . import prepared
-from .weight import SingleWeightMixin
+from .weight import WeightNormMixin
 
 
-class WNLinear(SingleWeightMixin, nn.Linear):  # type: ignore[override]
+class WNLinear(WeightNormMixin, nn.Linear):  # type: ignore[override]
     """Replaces `torch.nn.Linear` with a weight-normalised weight. It computes `y = x Wᵀ + b` with
     `W = g · V / ‖V‖`.
 
@@ -51,7 +51,7 @@ class WNLinear(SingleWeightMixin, nn.Linear):  # type: ignore[override]
         return WF.wn_linear(input, v, g, bias, dim=dim, eps=eps)
 
 
-class WNLazyLinear(SingleWeightMixin, nn.LazyLinear):  # type: ignore[misc, override]
+class WNLazyLinear(WeightNormMixin, nn.LazyLinear):  # type: ignore[misc, override]
     """Replaces `torch.nn.LazyLinear` with a weight-normalised weight. `in_features` is taken from
     the first input, and the layer then becomes a `WNLinear`.
 

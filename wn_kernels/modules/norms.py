@@ -3,7 +3,7 @@ weights of a layer that has several in one call."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -45,23 +45,11 @@ def parts(holder: Any, norm: Norm) -> tuple[Tensor, Tensor]:
 
 
 def weights(norms: Sequence[Norm], tensors: Sequence[tuple[Tensor, Tensor]]) -> list[Tensor]:
-    """Returns the weights of several tensors, which are normalised as `norms` say. There is one
-    call for all that have the same `dim` and `eps`.
+    """Returns the weights of several tensors, which are normalised as `norms` say, in one call.
 
     Args:
         norms: how each is normalised.
         tensors: the `(g, v)` of each.
     """
-    found: dict[int, Tensor] = {}
-    options = [(norm.dim, norm.eps) for norm in norms]
-    for dim, eps in dict.fromkeys(options):
-        places = [i for i, option in enumerate(options) if option == (dim, eps)]
-        g, v = zip(*(tensors[i] for i in places), strict=True)
-        found |= zip(places, _weight_norms(v, g, dim, eps), strict=True)
-    return [found[i] for i in range(len(norms))]
-
-
-def _weight_norms(
-    v: Iterable[Tensor], g: Iterable[Tensor], dim: int | None, eps: float
-) -> list[Tensor]:
-    return [WF.weight_norm(a, b, dim=dim, eps=eps) for a, b in zip(v, g, strict=True)]
+    dims, eps = [norm.dim for norm in norms], [norm.eps for norm in norms]
+    return WF.weight_norms([v for _, v in tensors], [g for g, _ in tensors], dim=dims, eps=eps)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from .. import functional as WF
 from . import norms, reading, removal
 from .norms import Norm
-from .weight import WeightNormMixin
+from .weight import NormedWeights
 
 
 def flat_weights(layer: Any) -> list[Tensor | None]:
@@ -74,7 +74,7 @@ class FlatWeights:
         """Does nothing: every forward writes its weights where cuDNN takes them."""
 
 
-class RecurrentMixin(WeightNormMixin):
+class RecurrentMixin(NormedWeights):
     """Holds what recurrent layers and cells share. Their constructors are those of torch.nn."""
 
     weight_ndim = 2

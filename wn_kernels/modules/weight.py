@@ -1,6 +1,6 @@
 """These mixins give a layer weight-normalised weights. They handle parameters, reads of the weights
-and assignments to them, initialisation and checkpoints. `WeightNormMixin` serves any number of
-weights, and `SingleWeightMixin` a layer whose one weight is named `weight`."""
+and assignments to them, initialisation and checkpoints. `NormedWeights` serves any number of
+weights, and `WeightNormMixin` the layers whose one weight is named `weight`."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ def _is_inference(t: Tensor) -> bool:
         return t.is_inference()
 
 
-class WeightNormMixin(nn.Module):
-    """This mixin is the base of every weight-normalised layer.
+class NormedWeights(nn.Module):
+    """This mixin is the base of every layer with weight-normalised weights.
 
     For each of its weights, the layer holds `<name>_v` (the direction) and `<name>_g` (the
     magnitude) instead of `<name>`. Reading the weight gives the current `g · V / ‖V‖`, which is
@@ -62,8 +62,8 @@ class WeightNormMixin(nn.Module):
         """Gives the constructor the signature of the plain layer, with our two arguments added."""
         super().__init_subclass__(**kwargs)
         constructors = [c for c in cls.__mro__ if "__init__" in vars(c)]
-        plain = constructors[constructors.index(WeightNormMixin) + 1]
-        if constructors[0] is not WeightNormMixin:  # the subclass has a constructor of its own
+        plain = constructors[constructors.index(NormedWeights) + 1]
+        if constructors[0] is not NormedWeights:  # the subclass has a constructor of its own
             arguments = _arguments(constructors[0])
         elif plain is not nn.Module:
             arguments = sorted([*_arguments(plain), *_OPTIONS], key=lambda p: p.kind)
@@ -224,8 +224,8 @@ class WeightNormMixin(nn.Module):
         return f"{super().extra_repr()}, dim={self.dim}{eps}"
 
 
-class SingleWeightMixin(WeightNormMixin):
-    """This mixin is the base of the layers whose one weight is named `weight`."""
+class WeightNormMixin(NormedWeights):
+    """This mixin is the base of every layer whose one weight is named `weight`."""
 
     weight_v: nn.Parameter
     weight_g: nn.Parameter
