@@ -226,12 +226,18 @@ def _weights(run: Run) -> Rows:
 
 def _models(run: Run) -> Rows:
     names = ["plain", "eager", "ours"]
+    lines = run.results("models")
+    others = dict.fromkeys(name for line in lines for name in line["seconds"] if name not in names)
     graph = [f"{name}, graph" for name in names]
-    rows = [["case", "mode", *names, *graph, "ours/eager", "ours/plain", "the same, graph"]]
-    for line in run.results("models"):
+    rows = [
+        ["case", "mode", *names, *others, *graph, "ours/eager", "ours/plain", "the same, graph"]
+    ]
+    for line in lines:
         found = line["conditions"]["CUDA graph"]
         inside = {name: found[name]["median"] for name in names}
-        times = [_time(line, name) for name in names] + [time_of(inside[name]) for name in names]
+        times = [_time(line, name) for name in names]
+        times += [_time(line, name) if name in line["seconds"] else "" for name in others]
+        times += [time_of(inside[name]) for name in names]
         ratios = [_ratio(line, other) for other in ("eager", "plain")]
         ratios += ["{:.2f}, {:.2f}".format(*(inside["ours"] / inside[o] for o in names[1::-1]))]
         rows.append([*_case(line), *times, *ratios])
