@@ -46,7 +46,7 @@ def weight_norms(group: Group, v: Sequence[Tensor], g: Sequence[Tensor]) -> Sequ
         aten.OutOfRange: a norm on a CPU is beyond the formulas of the ATen path.
     """
     if torch.is_grad_enabled() and any(t.requires_grad for t in (*v, *g)):
-        return WeightNorms.apply(group, *v, *g)  # type: ignore[no-any-return]
+        return WeightNorms.apply(group, *v, *g)
     return _forward(group, v, g)[0]
 
 
@@ -72,7 +72,8 @@ class WeightNorms(torch.autograd.Function):
         if used:
             v, g, n = ([saved[i + part] for i in used] for part in (0, count, 2 * count))
             given: list[Any] = [dw[i] for i in used]
-            for found, part in zip(_grads(group.only(used), given, v, g, n), (0, count)):
+            found_v, found_g = _grads(group.only(used), given, v, g, n)
+            for found, part in ((found_v, 0), (found_g, count)):
                 for i, grad in zip(used, found, strict=True):
                     grads[i + part] = grad
         return None, *grads
