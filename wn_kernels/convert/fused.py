@@ -123,6 +123,8 @@ class _Fused:
         bias = own["bias"] if "bias" in own else self.bias  # noqa: SIM401 (lazily)
         return v, g, bias, norm.dim, 0.0
 
+    _prepared_weight = WeightNormMixin._prepared_weight
+
     def _form(self: Any, name: str) -> Tensor:
         norm, holder = self._norms[name], self._holder(name)
         if holder is not self and is_claimed(holder):
@@ -261,6 +263,7 @@ def layer_class(base: Any, norms: dict[str, Norm], others: Iterable[str] = ()) -
         "__qualname__": base.__qualname__,
         "_is_read": False,
         "_norms": norms,
+        "_traced": None,
         "_watches": reading.WATCHES,
         "plain": base,
     }

@@ -16,7 +16,7 @@ from torch.nn.utils import parametrize
 
 from .. import functional as WF
 from ..call import canonical_dim, canonical_eps, kept_shape
-from . import checkpoints, reading, removal
+from . import checkpoints, prepared, reading, removal
 
 # The entries are (v, g, bias, dim, eps).
 Operands = tuple[Tensor, Tensor, Tensor | None, int | None, float]
@@ -59,6 +59,7 @@ class WeightNormMixin(nn.Module):
     plain: Any  # the class of torch.nn that the layer replaces
     _is_read = False  # see modules/reading.py
     _watches = reading.WATCHES
+    _traced: Tensor | None = None  # see modules/prepared.py
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Gives the constructor the signature of the plain layer, with our two arguments added."""
@@ -126,6 +127,14 @@ class WeightNormMixin(nn.Module):
         if v is None or g is None or "bias" not in own:  # one is parametrized or pruned
             return self.weight_v, self.weight_g, self.bias, self.dim, self.eps
         return v, g, own["bias"], self.dim, self.eps
+
+    def _prepared_weight(
+        self, input: Tensor, v: Tensor, g: Tensor, bias: Tensor | None
+    ) -> Tensor | None:
+        """Returns a `W` that was prepared for this call of `forward`, in the dtype of its product
+        with `input`, or `None` if the layer computes its own. The other arguments are those of
+        `_operands`."""
+        return prepared.take(self, input, v, g, bias)
 
     def _form(self, name: str = "weight") -> Tensor:
         return WF.weight_norm(self.weight_v, self.weight_g, dim=self.dim, eps=self.eps)

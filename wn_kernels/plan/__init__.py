@@ -18,7 +18,7 @@ from .backend import (
     triton_unavailable,
     use_backend,
 )
-from .variants import KEPT_WEIGHT, Plan, by_cost, choices, choose, key
+from .variants import KEPT_WEIGHT, Plan, by_cost, choices, choose, key, shares
 
 __all__ = [
     "BACKENDS",
@@ -36,6 +36,7 @@ __all__ = [
     "key",
     "launches",
     "serving",
+    "shares",
     "table",
     "tries_native",
     "triton_unavailable",
