@@ -12,6 +12,8 @@ hooks of saved tensors, as inside of a checkpoint; in another dtype than that of
 where the plan has a better way for this input than a formed weight (`plan.shares`).
 
 A group computes the weights that the forward before took, in the dtypes in which it took them.
+Where hooks save tensors, it computes all weights in the usual dtypes: a checkpoint of the model
+compares what two forwards save.
 """
 
 from __future__ import annotations
@@ -50,10 +52,12 @@ class Member:
         self.dtypes: dict[torch.dtype | None, torch.dtype] = {}
         self.shares: dict[Any, bool] = {}
 
-    def dtype(self, v: Tensor) -> torch.dtype:
-        """Returns the dtype in which the next forward takes the weight."""
+    def dtype(self, v: Tensor, is_usual: bool = True) -> torch.dtype:
+        """Returns the dtype of the weight in the next forward, the usual one if that is asked
+        for."""
         cast = autocast_dtype(v)
-        return self.dtypes.get(cast) or cast or v.dtype
+        found = None if is_usual else self.dtypes.get(cast)
+        return found or (v.dtype if cast is None or v.dtype is torch.float64 else cast)
 
 
 def autocast_dtype(t: Tensor) -> torch.dtype | None:
@@ -198,13 +202,13 @@ class Group:
         for member in self.members:
             entry = entries[id(member.module)] = Entry(member)
             entry.saving = saving
-            operands = member.module._operands() if member.is_taken else None
+            operands = member.module._operands() if member.is_taken or saving else None
             if operands is None:
                 continue
             v, g, _, dim, eps = operands
             if type(v) in PLAIN_TYPES and type(g) in PLAIN_TYPES:
                 entry.tensors, entry.versions = (v, g), _versions(v, g)
-                given = entry, v, g, dim, eps, member.dtype(v)
+                given = entry, v, g, dim, eps, member.dtype(v, saving is not None)
                 by_device.setdefault(v.device, []).append(given)
         for every in by_device.values():
             taken, v, g, dims, eps, dtypes = map(list, zip(*every, strict=True))
