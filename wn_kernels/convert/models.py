@@ -24,10 +24,10 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from .. import functional as WF
 from .. import plan, prepare
 from ..call import Call, Geometry, canonical_dim
-from ..modules import checkpoints, prepared, removal
+from ..modules import checkpoints, removal
 from ..modules.weight import WeightNormMixin
 from ..text import aligned
-from . import fused
+from . import fused, groups
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -143,6 +143,8 @@ def fuse(model: nn.Module, dry_run: bool = False, grouped: bool = False) -> Repo
         TypeError: `model` is not a module.
     """
     prepare.check_module("model", model)
+    if grouped:
+        groups.check(model)
     lines = []
     for prefix, module in model.named_modules():
         lines += _fuse(prefix, module, dry_run)
@@ -153,31 +155,12 @@ def fuse(model: nn.Module, dry_run: bool = False, grouped: bool = False) -> Repo
             lines.append(_line(prefix, module, tensor, original, None, "", what))
     report = Report(lines)
     if not dry_run:
-        _drop_group(model)
+        groups.ungroup(model)
         if grouped:
-            prepared.Group(_groupable(model)).install(model)
+            groups.group(model)
     if not dry_run and any(line.path for line in report) and not _load_hooks(model):
         model.register_load_state_dict_pre_hook(_load_all_or_nothing)
     return report
-
-
-def _groupable(model: nn.Module) -> Iterator[nn.Module]:
-    """Yields the layers that can compute with a weight that was formed elsewhere."""
-    for module in model.modules():
-        if isinstance(module, WeightNormMixin) or (
-            fused.is_fused(module)
-            and fused.known_layer(module.plain, *fused.norms(module)) is not None  # type: ignore[arg-type]
-        ):
-            yield module
-
-
-def _drop_group(model: nn.Module) -> None:
-    """Removes the hooks of a group."""
-    for hooks in (model._forward_pre_hooks, model._forward_hooks):
-        for key, hook in list(hooks.items()):
-            if isinstance(getattr(hook, "__self__", None), prepared.Group):
-                del hooks[key]
-                model._forward_hooks_always_called.pop(key, None)
 
 
 def _load_all_or_nothing(model: Any, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
@@ -263,7 +246,7 @@ def unfuse(model: nn.Module) -> list[str]:
             fused.unfuse(module)
             names.append(name)
         _drop_load_hook(module)
-        _drop_group(module)
+        groups.ungroup(module)
     return names
 
 
@@ -287,7 +270,7 @@ def fold(model: nn.Module) -> list[str]:
         if _fold(module, lambda m, tensor: not fused.is_stacked(m, tensor)):
             names.append(name)
         _drop_load_hook(module)
-        _drop_group(module)
+        groups.ungroup(module)
     return names
 
 

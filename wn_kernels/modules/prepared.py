@@ -1,7 +1,7 @@
 """Weights that are prepared at the start of a model's forward, for all of its layers at once.
 
-`fuse(model, grouped=True)` gives the model a `Group`, which is a forward pre-hook. It computes the
-weights of all members by one call of `functional.weight_norms`. A layer that runs meanwhile, on the
+`fuse(model, grouped=True)` gives the model a `Group` (`convert/groups.py`). It computes the weights
+of all members by one call of `functional.weight_norms`. A layer that runs meanwhile, on the
 same thread, finds its weight here (`take`), and PyTorch's own product does the rest. In the
 backward, the gradients of all members are one node.
 
@@ -34,6 +34,10 @@ from ..call import PLAIN_TYPES, Operands
 _saving = torch._C._autograd._top_saved_tensors_default_hooks
 
 
+# The inputs of a layer for which its decision is kept.
+MOST_SHAPES = 256
+
+
 class Member:
     """A layer of a group.
 
@@ -42,8 +46,8 @@ class Member:
         is_taken: whether the forward before took the weight, or would have.
         dtypes: the dtype of the weight by autocast's, or by `None` without autocast, where it is
             not the usual one.
-        shares: whether the plan has the weight formed by the group, by the input's shape and dtype
-            and by whether gradients are recorded.
+        shares: whether the plan has the weight formed by the group, by the input's shape and dtype,
+            by whether gradients are recorded, and by what else a plan depends on.
     """
 
     def __init__(self, module: Any) -> None:
@@ -92,10 +96,13 @@ class Entry:
         records = torch.is_grad_enabled()
         cast = autocast_dtype(x)
         dtype = x.dtype if cast is None or x.dtype is torch.float64 else cast
-        key = x.shape, dtype, records
-        shares = self.member.shares.get(key)
+        key = x.shape, dtype, records, plan.forced(), prepare.epoch
+        known = self.member.shares
+        shares = known.get(key)
         if shares is None:
-            shares = self.member.shares[key] = _shares(self.member.module, x, v, g, bias, dtype)
+            if len(known) >= MOST_SHAPES:
+                known.clear()
+            shares = known[key] = _shares(self.member.module, x, v, g, bias, dtype)
         if not shares or (bias is not None and bias.dtype is not dtype and cast is None):
             return None
         self.is_taken = True
@@ -175,23 +182,18 @@ def take(module: Any, x: Tensor, v: Tensor, g: Tensor, bias: Tensor | None) -> T
 
 
 class Group:
-    """The hooks of a model that prepare the weights of its layers.
-
-    A copy of the model has a group of its own, over its own layers.
+    """The layers of a model whose weights are prepared together.
 
     Attributes:
+        model: the model. A copy of it has a group of its own, over its own layers.
         members: the layers.
     """
 
-    def __init__(self, modules: Iterable[nn.Module]) -> None:
+    def __init__(self, model: nn.Module, modules: Iterable[nn.Module]) -> None:
+        self.model = model
         self.members = [Member(module) for module in modules]
 
-    def install(self, model: nn.Module) -> None:
-        """Registers the hooks."""
-        model.register_forward_pre_hook(self.begin)
-        model.register_forward_hook(self.end, always_call=True)
-
-    def begin(self, model: nn.Module, args: Any) -> None:
+    def begin(self) -> None:
         """Computes the weights for a forward of the model."""
         if is_compiling():
             self._trace()
@@ -216,17 +218,16 @@ class Group:
             for entry, weight in zip(taken, weights, strict=True):
                 entry.weight = weight
         outer = _state.entries
-        _state.entries = _Entries(self, outer, {**outer, **entries})
+        _state.entries = _Entries(outer, {**outer, **entries})
 
-    def end(self, model: nn.Module, args: Any, output: Any) -> None:
+    def end(self) -> None:
         """Drops the weights, also after an exception."""
         if is_compiling():
             for member in self.members:
                 object.__setattr__(member.module, "_traced", None)
             return
         entries = _state.entries
-        if not isinstance(entries, _Entries) or entries.group is not self:
-            return  # another hook has raised before `begin`
+        assert isinstance(entries, _Entries)
         _state.entries = entries.outer
         for member in self.members:
             member.is_taken = entries[id(member.module)].is_taken
@@ -245,6 +246,6 @@ class Group:
 class _Entries(dict[int, Entry]):
     """The entries of a forward, with those of the forwards around it."""
 
-    def __init__(self, group: Group, outer: dict[int, Entry], entries: dict[int, Entry]) -> None:
+    def __init__(self, outer: dict[int, Entry], entries: dict[int, Entry]) -> None:
         super().__init__(entries)
-        self.group, self.outer = group, outer
+        self.outer = outer
