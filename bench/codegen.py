@@ -19,6 +19,7 @@ from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 
+import torch
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -50,6 +51,9 @@ TARGETS = [
     Target("cuda:100", "cuda", 100, 32, 227 * 1024, 228 * 1024, 65536, 2048),
     Target("hip:gfx942", "hip", "gfx942", 64, 64 * 1024, 64 * 1024, 4 * 512 * 64, 2048),
 ]
+
+# The dtypes of tables.
+TABLES = {torch.int8: "i8", torch.int32: "i32", torch.int64: "i64"}
 
 # What counts as a tensor-core instruction, by the opcode's beginning.
 TENSOR_CORE = re.compile(r"^(HMMA|HGMMA|UTCHMMA|UTC\w*MMA|IMMA|DMMA|QGMMA|v_mfma|v_smfmac)")
@@ -102,7 +106,7 @@ def compile_for(compilation: Compilation, target: Target):
         if isinstance(value, Tensor) or value % 16 == 0:
             attributes[path] = [["tt.divisibility", 16]]
         if isinstance(value, Tensor):
-            return "*" + TYPES[value.dtype]
+            return "*" + (TYPES | TABLES)[value.dtype]
         return "i64" if abs(value) >= 2**31 else "i32"
 
     for i, parameter in enumerate(launch.kernel.params):

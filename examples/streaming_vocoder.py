@@ -1,17 +1,17 @@
-"""Feeds a HiFi-GAN vocoder chunk by chunk, as a speech synthesis that answers at once does, and prints
-what a chunk takes. You will see one row for each way to run the same model:
+"""Feeds a HiFi-GAN vocoder chunk by chunk, as a speech synthesis that answers at once does. You
+will see what the first chunk and each later one take, in a row for each way to run the same model:
 
     eager     PyTorch's weight norm, which computes all 78 weights for every chunk
-    fused     `wn_kernels.fuse(model)`, which computes them in less time, or not at all
-    frozen    the fused model inside `wn_kernels.frozen_weights(model)`: computed for the first chunk
-              alone, and again where a parameter has changed
+    fused     `wn_kernels.fuse(model)`, which computes them faster, or not at all
+    frozen    the fused model inside `wn_kernels.frozen_weights(model)`: weights are computed for
+              the first chunk alone, and again where a parameter has changed
     folded    `wn_kernels.fold(model)`: plain weights, and no way back to `g` and `v`
 
-All of them make the same sound, the one that the whole spectrogram gives. The frozen model takes what
-the folded one takes and can still be trained: after a step of its optimizer between two chunks, the
+All of them make the same sound, that of the whole spectrogram. The frozen model takes what the
+folded one takes, and can still be trained: after a step of an optimizer between two chunks, the
 next chunk comes from the new weights.
 
-    python examples/streaming_vocoder.py --chunks 12
+    python examples/streaming_vocoder.py --chunks 8
 
 It needs the extra `models`, and takes half a minute on two cores.
 """
@@ -80,7 +80,7 @@ def spectrogram(chunks: int) -> Tensor:
 
 
 def stream(models: dict[str, nn.Module], features: Tensor) -> dict[str, tuple[Tensor, list[float]]]:
-    """The sound of each model and the seconds of each chunk. The models take turns, so that whatever
+    """The sound of each model and the seconds of each chunk. The models take turns, so that what
     else the machine does meets all of them."""
     sounds: dict[str, list[Tensor]] = {name: [] for name in models}
     seconds: dict[str, list[float]] = {name: [] for name in models}
@@ -136,7 +136,7 @@ def main(chunks: int) -> Result:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--chunks", type=int, default=12)
+    parser.add_argument("--chunks", type=int, default=8)
     result = main(parser.parse_args().chunks)
     print(f"{'':8}{'first chunk':>13}{'later chunks':>14}{'over folded':>13}{'off the whole':>15}")
     for row in result.rows:

@@ -253,6 +253,19 @@ class Call(NamedTuple):
         return self._replace(x_shape=torch.Size(()), conv=None)
 
 
+class Member(NamedTuple):
+    """Holds the options of one weight of a group.
+
+    Attributes:
+        dim, eps: as in `Call`.
+        dtype: the dtype of `W`.
+    """
+
+    dim: int | None
+    eps: float
+    dtype: torch.dtype
+
+
 # These tensor classes have torch's own operators.
 PLAIN_TYPES = frozenset((Tensor, torch.nn.Parameter))
 

@@ -19,10 +19,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import autograd, launched, operators, plan
+from . import autograd, grouped, launched, operators, plan
 from .backends import aten, native, reference
-from .call import Operands, canonical_dim, reduced_dims, scale_dtype
-from .prepare import are_dense, plan_native, prepare, reject
+from .call import Member, Operands, canonical_dim, recorder, reduced_dims, scale_dtype
+from .prepare import are_dense, plan_native, prepare, prepare_member, reject
 
 
 def product_dtype(input: Tensor) -> torch.dtype:
@@ -149,6 +149,84 @@ def weight_norm(v: Tensor, g: Tensor, *, dim: int | None = 0, eps: float = 0.0) 
         if w is not None:
             return w
     return _run(None, None, v, g, None, (), dim, eps)
+
+
+def weight_norms(
+    v: Sequence[Tensor],
+    g: Sequence[Tensor],
+    *,
+    dim: int | Sequence[int | None] | None = 0,
+    eps: float | Sequence[float] = 0.0,
+    dtype: torch.dtype | Sequence[torch.dtype | None] | None = None,
+) -> list[Tensor]:
+    """Returns the weights `W_i = g_i · V_i / ‖V_i‖` of many layers, differentiable with respect to
+    every `v` and `g`.
+
+    Each of them is that of `weight_norm`. All are computed together: on a GPU by one launch, and so
+    are all of their gradients; on a CPU by one call of the native library, whose threads share the
+    work of all layers. Shapes, dtypes, memory layouts and options may differ.
+
+    Args:
+        v: the directions, as in `weight_norm`, all on one device.
+        g: the magnitudes, one for each direction.
+        dim: the kept dimension, one for all or one for each.
+        eps: the smallest norm, one for all or one for each.
+        dtype: the dtype of `W`, one for all or one for each. `None` is that of `v`.
+
+    Returns:
+        A list of the weights. Each has the shape and the memory layout of its `v`. None of them
+        shares memory with another one.
+
+    Raises:
+        TypeError: an argument has the wrong type, dtype or layout.
+        ValueError: the lists differ in length, the shape of a `g` does not fit, a `dim` or an
+            `eps` is out of range, or the tensors are on different devices. The message names the
+            index.
+    """
+    v, g = [*v], [*g]
+    if len(v) != len(g):
+        raise ValueError(f"v has {len(v)} tensors, but g has {len(g)}")
+    if not v:
+        return []
+    dims, least, dtypes = (
+        [*each] if isinstance(each, list | tuple) else [each] * len(v) for each in (dim, eps, dtype)
+    )
+    for name, each in (("dim", dims), ("eps", least), ("dtype", dtypes)):
+        if len(each) != len(v):
+            raise ValueError(f"{name} has {len(each)} values, but v has {len(v)} tensors")
+    members, scales = [], []
+    for i, options in enumerate(zip(v, g, dims, least, dtypes, strict=True)):
+        try:
+            member, shape = prepare_member(v[0], *options)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"weight {i}: {error}") from None
+        members.append(member)
+        scales.append(g[i] if g[i].shape == shape else g[i].view(shape))
+    return [*_weights(v, scales, tuple(members))]
+
+
+def _weights(v: list[Tensor], g: list[Tensor], members: tuple[Member, ...]) -> Sequence[Tensor]:
+    """Runs a checked call of a group."""
+    if plan.tries_native(v[0]) and (library := _library()):
+        options = zip(*members, strict=True)
+        w = library.weight_norms(v, g, *map(list, options))
+        if w is not None:
+            return w
+    records = {recorder(t) for t in (*v, *g)}
+    backend = "composite" in records and not plan.is_forced() and "reference"
+    backend = backend or plan.choose_backend(v[0])
+    if backend == "native":  # the library has declined the call already
+        raise plan.cannot_serve(backend)
+    every = [*zip(v, g, members, strict=True)]
+    if backend == "reference":
+        return [reference.weight_norm(t, s, m.dim, m.eps, m.dtype) for t, s, m in every]
+    try:
+        return grouped.weight_norms(grouped.Group(members, backend), v, g)
+    except aten.OutOfRange:
+        return [
+            reference.weight_norm(t.double(), s.double(), m.dim, m.eps, m.dtype)
+            for t, s, m in every
+        ]
 
 
 def wn_linear(

@@ -266,15 +266,15 @@ def _layer_backward(
     call, plan = _planned(tensors, conv, dim, eps, dy.dtype, backend)
     dx, dv, dg, db = _run_backward(call, plan, dy, tensors, n, None, tuple(needs))
     if dx is not None and x is not None and call.conv is not None:
-        dx = _laid_out_like(dx, x)
-    dv = dv if dv is None else _laid_out_like(dv, v)
+        dx = laid_out_like(dx, x)
+    dv = dv if dv is None else laid_out_like(dv, v)
     return tuple(
         grad if need and grad is not None else like.new_empty(0)
         for grad, like, need in zip((dx, dv, dg, db), (dy, v, g, dy), needs, strict=True)
     )
 
 
-def _laid_out_like(t: Tensor, like: Tensor) -> Tensor:
+def laid_out_like(t: Tensor, like: Tensor) -> Tensor:
     """`t` in the strides that `torch.empty_like(like)` has."""
     return t if t.stride() == like.stride() else torch.empty_like(like, dtype=t.dtype).copy_(t)
 
@@ -292,24 +292,24 @@ def _layer_backward_fake(
     )
 
 
-_library = torch.library.Library("wn_kernels", "DEF")
+library = torch.library.Library("wn_kernels", "DEF")
 
 
-def _register(schema: str, implementation: Callable, fake: Callable) -> Any:
+def register(schema: str, implementation: Callable, fake: Callable) -> Any:
     name = schema.partition("(")[0]
-    _library.define(schema)
-    _library.impl(name, implementation, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"wn_kernels::{name}", fake, lib=_library)
+    library.define(schema)
+    library.impl(name, implementation, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"wn_kernels::{name}", fake, lib=library)
     return getattr(torch.ops.wn_kernels, name).default
 
 
-_layer_op = _register(
+_layer_op = register(
     "layer(Tensor? x, Tensor v, Tensor g, Tensor? bias, int[] conv, int? dim, float eps,"
     " ScalarType dtype, str backend) -> (Tensor, Tensor)",
     _layer,
     _layer_fake,
 )
-_layer_backward_op = _register(
+_layer_backward_op = register(
     "layer_backward(Tensor dy, Tensor? x, Tensor v, Tensor g, Tensor n, int[] conv, int? dim,"
     " float eps, str backend, bool[4] needs) -> (Tensor, Tensor, Tensor, Tensor)",
     _layer_backward,

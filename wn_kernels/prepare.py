@@ -19,7 +19,16 @@ from torch.compiler import is_compiling
 
 from . import plan
 from .backends import native
-from .call import Call, Geometry, Operands, canonical_dim, canonical_eps, kept_shape, takes_tf32
+from .call import (
+    Call,
+    Geometry,
+    Member,
+    Operands,
+    canonical_dim,
+    canonical_eps,
+    kept_shape,
+    takes_tf32,
+)
 from .plan import Plan
 
 _DTYPES = frozenset((torch.float16, torch.bfloat16, torch.float32, torch.float64))
@@ -102,7 +111,7 @@ class Prepared(NamedTuple):
     fits: bool = True
 
 
-def _check_weight(
+def check_weight(
     v_shape: torch.Size, g_shape: torch.Size, dim: int | None, eps: float
 ) -> tuple[int | None, float, tuple[int, ...]]:
     """Returns `dim` and `eps` in canonical form, and the shape that `g` has to be viewed in."""
@@ -251,7 +260,7 @@ def _prepare(
     else:
         batched = len(x_shape) == rank + 2
         conv, x_shape, pad = _check_convolution(x_shape, v_shape, bias_shape, rank, *geometry)
-    dim, eps, shape = _check_weight(v_shape, g_shape, dim, eps)
+    dim, eps, shape = check_weight(v_shape, g_shape, dim, eps)
     fits = g_shape == shape and pad is None and batched
     if _has_symbols():
         call = Call(_NONE, _NONE, x_dtype, v_dtype, dim, conv, eps=eps)
@@ -335,6 +344,32 @@ def prepare(
         return _prepare(*key)
 
 
+_checked_weight = functools.lru_cache(maxsize=4096, typed=True)(check_weight)
+
+
+def prepare_member(
+    first: Tensor, v: Tensor, g: Tensor, dim: int | None, eps: float, dtype: Any
+) -> tuple[Member, tuple[int, ...]]:
+    """Checks one weight of a group, whose first `v` is `first`. Returns its options, and the shape
+    that `g` has to be viewed in.
+
+    Raises:
+        TypeError, ValueError: as `weight_norm`.
+    """
+    if not are_dense(v, v, g, None):
+        reject(v=v, g=g)
+    if v.device != first.device:
+        raise ValueError(f"v is on {v.device}, but the first one is on {first.device}")
+    if dtype is not None and dtype not in _DTYPES:
+        raise TypeError(f"dtype is {dtype!r}; expected float16, bfloat16, float32, float64 or None")
+    check = check_weight if _has_symbols() else _checked_weight
+    try:
+        found = check(v.shape, g.shape, dim, eps)
+    except TypeError:  # an argument cannot be hashed, or a check failed
+        found = check_weight(v.shape, g.shape, dim, eps)
+    return Member(found[0], found[1], dtype or v.dtype), found[2]
+
+
 def plan_native(
     rank: int,
     tensors: tuple[Tensor, Tensor, Tensor, Tensor | None],
@@ -363,8 +398,14 @@ _watched: list[tuple[Call, str]] | None = None
 _fixed: dict[tuple[Call, str], Plan] = {}
 
 
+# How often plans were forgotten: for who keeps what follows from a plan.
+epoch = 0
+
+
 def forget() -> None:
     """Clears all memoised plans, so that every call is planned again."""
+    global epoch
+    epoch += 1
     _memoised.cache_clear()
     native.forget()
 

@@ -14,7 +14,7 @@ ROOT = Path(wn_kernels.__file__).parent
 READS = {"item", "tolist", "cpu", "numpy", "synchronize", "is_nonzero"}
 
 # It looks at norms on the CPU alone: its callers ask for that.
-ALLOWED = {("backends/aten.py", "_is_in_range")}
+ALLOWED = {("backends/aten.py", "is_in_range")}
 
 
 def test_no_call_reads_a_gpus_data():

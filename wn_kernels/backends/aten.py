@@ -120,7 +120,7 @@ class OutOfRange(Exception):
     """This error means that a norm is too large or too small for the formulas of this file."""
 
 
-def _is_in_range(n: Tensor) -> bool:
+def is_in_range(n: Tensor) -> bool:
     """Returns whether all norms are in range. The result is false for NaN."""
     least, most = NORM_RANGE[n.dtype]
     low, high = n.aminmax()
@@ -130,11 +130,11 @@ def _is_in_range(n: Tensor) -> bool:
 def _check_range(v: Tensor, n: Tensor) -> None:
     """Raises `OutOfRange` if a norm is out of range. It checks tensors on a CPU only, because a
     check elsewhere would have to wait for the device."""
-    if not v.is_cpu or not n.numel() or recorder(v) or _is_in_range(n):
+    if not v.is_cpu or not n.numel() or recorder(v) or is_in_range(n):
         return
     dead = n.isinf()  # the norm is zero or too large
     live = n[~dead]
-    if (live.numel() and not _is_in_range(live)) or torch.where(dead, v, 0.0).any():
+    if (live.numel() and not is_in_range(live)) or torch.where(dead, v, 0.0).any():
         raise OutOfRange
 
 
@@ -201,15 +201,15 @@ def fused_weight_norm(
     The kernel returns NaN for a slice of norm zero, and its gradient divides by the norm's third
     power. The norms are therefore checked.
     """
-    if dtype is v.dtype and _fused_serves(v, g, dim, eps) and not recorder(v):
+    if dtype is v.dtype and fused_serves(v, g, dim, eps) and not recorder(v):
         assert dim is not None
         w, n = torch._weight_norm_interface(v, g, dim)
-        if _is_in_range(n):
+        if is_in_range(n):
             return w, n
     return None
 
 
-def _fused_serves(v: Tensor, g: Tensor, dim: int | None, eps: float) -> bool:
+def fused_serves(v: Tensor, g: Tensor, dim: int | None, eps: float) -> bool:
     return (
         (dim == 0 or dim == v.ndim - 1)
         and eps == 0
@@ -261,7 +261,7 @@ def weight_norm_backward(
     in_place = overwrite and v.numel() >= IN_PLACE_MIN and v.element_size() > 2
     if (
         not in_place
-        and _fused_serves(v, g, dim, eps)
+        and fused_serves(v, g, dim, eps)
         and (
             dw.dtype is v.dtype
             or (dw.element_size() < v.element_size() and v.numel() <= IN_PLACE_MIN)

@@ -1,13 +1,7 @@
-"""A weight that was prepared before a forward: kept inside `frozen_weights`, or cached inside
-`torch.nn.utils.parametrize.cached()`.
+"""Weights that layers keep inside `frozen_weights`.
 
-A layer's `forward` gets it from the layer's `_prepared(input)`, and then does what the plain layer
-does. Without one, `forward` computes with `g` and `v`.
-
-A kept weight has no gradient. It serves a forward that needs none with respect to `g` and `v`. A
-cached weight is differentiable: each use adds to one gradient, and the weight's backward runs once.
-
-A kept weight is used as long as nothing has changed: `g` and `v` are the same objects, their
+A kept weight has no gradient, and serves a forward that needs none with respect to `g` and `v`. It
+is used as long as nothing has changed: `g` and `v` are the same objects, their
 version counters and their addresses are the same, and nobody has written into the weight. What
 refers to the memory of `g` and `v` is kept as well, so that no other tensor gets their addresses.
 A write through `.data` in place leaves no trace, and cannot be noticed.
@@ -20,8 +14,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.compiler import is_compiling
-from torch.nn.utils import parametrize
 
 from .. import functional as WF
 from ..backends import vendor
@@ -122,41 +114,13 @@ def _can_keep(v: Tensor, g: Tensor, dtype: torch.dtype) -> bool:
     )
 
 
-# --- for a layer ---------------------------------------------------------------------------------
-
-
-def weight(module: Any, input: Tensor) -> Tensor | None:
-    """Returns the weight that was prepared for a forward of the layer, in the dtype of the product
-    with `input`, or `None`."""
-    if not is_compiling() and module._store is not None and isinstance(input, Tensor):
-        is_cast = torch._C._is_any_autocast_enabled()
-        dtype = WF.product_dtype(input) if is_cast else input.dtype
-        found = module._kept("weight", dtype)
-        if found is not None:
-            return found
-    return _cached(module, input) if parametrize._cache_enabled else None
-
-
-def _cached(module: Any, input: Tensor) -> Tensor | None:
-    """Returns the weight that `parametrize.cached()` prepared. Casts of it are not cached, so that
-    the uses of a weight add to its gradient in its own dtype."""
-    if not isinstance(input, Tensor):
+def for_product(module: Any, x: Tensor, v: Tensor, g: Tensor) -> Tensor | None:
+    """Returns the weight that a layer in a block keeps for a product with `x`, in the dtype of the
+    product, or `None`."""
+    if not isinstance(x, Tensor):
         return None
-    dtype, v = WF.product_dtype(input), module._tensors("weight")[1]
-    if v.is_cpu and vendor.is_wrong_for(dtype, v.ndim):
-        return None
-    wide = torch.promote_types(v.dtype, dtype)
-    if wide == v.dtype:
-        return reading.form(module, "weight").to(dtype)
-    return reading.cached(module, "weight", wide).to(dtype)
-
-
-def bias(module: Any, weight: Tensor) -> Tensor | None:
-    """Returns the layer's bias in the dtype of the weight. It avoids `nn.Module.__getattr__`, which
-    costs 1 µs per parameter."""
-    own = module._parameters
-    found = own["bias"] if "bias" in own else module.bias  # noqa: SIM401 (lazily)
-    return found if found is None or found.dtype == weight.dtype else found.to(weight.dtype)
+    dtype = WF.product_dtype(x) if torch._C._is_any_autocast_enabled() else x.dtype
+    return module._store.get(module, "weight", v, g, dtype)
 
 
 # --- for frozen_weights --------------------------------------------------------------------------

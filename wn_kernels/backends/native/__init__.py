@@ -6,6 +6,7 @@
     columns.h       passes over a weight whose slices are not its rows
     call.h          which calls are served, and how
     weight.h        W, its norms and its gradients
+    group.h         the weights of many layers in one call
     panels.h        products of a weight with few columns, from one read of the weight
     unfold.h        a convolution over few pixels as such a product
     linear.h, convolution.h

@@ -175,21 +175,12 @@ inline std::optional<Prepared> prepared(
 
 // The node of a call. It is no `Function`, whose context takes longer than a launch does.
 class Launched : public torch::autograd::Node {
-  // In what holds a node: a shared_ptr or an intrusive_ptr, by the version of torch.
-  template <typename Pointer>
-  static auto make() {
-    if constexpr (std::is_same_v<Pointer, std::shared_ptr<Node>>)
-      return std::shared_ptr<Launched>(new Launched, [](auto* node) { deleteNode(node); });
-    else
-      return c10::make_intrusive<Launched>();
-  }
-
  public:
   // y with a node that holds these tensors.
   static Tensor recorded(
       const Tensor& y, const Tensor& x, const Tensor& v, const Tensor& g, const Tensor& bias,
       const Tensor& n, const Tensor& kept, const Prepared& launches) {
-    const auto node = make<decltype(torch::autograd::Edge::function)>();
+    const auto node = make_node<Launched>();
     node->set_next_edges(torch::autograd::collect_next_edges(x, v, g, bias));
     node->launches_ = launches;
     size_t i = 0;

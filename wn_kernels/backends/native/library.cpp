@@ -8,6 +8,7 @@
 // that is itself differentiated is recorded as W, PyTorch's own products, and (dV, dg) of dW.
 
 #include "convolution.h"
+#include "group.h"
 #include "launched.h"
 #include "linear.h"
 
@@ -21,6 +22,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.attr("compiler") = "an unknown compiler";
 #endif
   m.def("weight_norm", &weight_norm);
+  m.def("weight_norms", &weight_norms);
   m.def("linear", &linear);
   m.def("convolution", &convolution);
   m.def("launched", &launched);

@@ -32,10 +32,14 @@ constexpr int64_t kShort = 16;
 // A thread takes at least this many elements.
 constexpr int64_t kGrain = 32768;
 
+// Returns how many items of `length` elements a thread takes at least.
+inline int64_t grain(int64_t length) {
+  return std::max<int64_t>(1, kGrain / std::max<int64_t>(1, length));
+}
+
 template <typename F>
 void for_each(int64_t count, int64_t length, const F& f) {
-  const int64_t grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(1, length));
-  at::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) {
+  at::parallel_for(0, count, grain(length), [&](int64_t begin, int64_t end) {
     for (int64_t j = begin; j < end; ++j) f(j);
   });
 }

@@ -15,6 +15,9 @@
 
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <torch/csrc/autograd/custom_function.h>
+#include <torch/csrc/autograd/function.h>
+#include <torch/csrc/autograd/functions/utils.h>
+#include <torch/csrc/autograd/saved_variable.h>
 
 #include "call.h"
 #include "columns.h"
@@ -135,6 +138,36 @@ inline Tensor scaled_weight(
   return w;
 }
 
+// Computes the rows of W and n from `begin` to `end`. Every row of V is read from memory once. Returns
+// whether all norms are in range.
+inline bool weight_rows(
+    const Tensor& w, const Tensor& n, const Tensor& v, const Tensor& g, double eps, int64_t begin,
+    int64_t end) {
+  const int64_t length = v.numel() / n.numel();
+  bool in_range = true;
+  with_dtypes(w.scalar_type(), v.scalar_type(), [&](auto to, auto from) {
+    using W = decltype(to);
+    using V = decltype(from);
+    using T = Wide<V>;
+    const auto *vs = v.const_data_ptr<V>(), *gs = g.const_data_ptr<V>();
+    auto* ws = w.mutable_data_ptr<W>();
+    Norms<T> all(n.mutable_data_ptr<T>(), eps);
+    for (int64_t j = begin; j < end; ++j) {
+      const auto* row = vs + j * length;
+      const T norm = all.set(j, dot(row, row, length), row, length);
+      scale(ws + j * length, row, static_cast<T>(gs[j]) / norm, length);
+    }
+    in_range = all.in_range();
+  });
+  return in_range;
+}
+
+// Returns memory for W in this dtype, and for n.
+inline std::pair<Tensor, Tensor> empty_weight(
+    const Tensor& v, const Tensor& g, at::ScalarType dtype) {
+  return {at::empty_like(v, v.options().dtype(dtype)), empty_norms(v, g)};
+}
+
 // Returns W in this dtype, and n, or nothing if a norm is out of range. If slices are rows, V is
 // read from memory once.
 inline std::optional<std::pair<Tensor, Tensor>> weight(
@@ -145,24 +178,46 @@ inline std::optional<std::pair<Tensor, Tensor>> weight(
     if (!n) return std::nullopt;
     return std::make_pair(scaled_weight(v, g, *n, dtype), *n);
   }
-  Tensor w = at::empty_like(v, v.options().dtype(dtype)), n = empty_norms(v, g);
-  bool in_range = true;
-  with_dtypes(dtype, v.scalar_type(), [&](auto to, auto from) {
-    using W = decltype(to);
-    using V = decltype(from);
-    using T = Wide<V>;
-    const auto *vs = v.const_data_ptr<V>(), *gs = g.const_data_ptr<V>();
-    auto* ws = w.mutable_data_ptr<W>();
-    Norms<T> all(n.mutable_data_ptr<T>(), eps);
-    for_each(e.count, e.length, [&](int64_t j) {
-      const auto* row = vs + j * e.length;
-      const T norm = all.set(j, dot(row, row, e.length), row, e.length);
-      scale(ws + j * e.length, row, static_cast<T>(gs[j]) / norm, e.length);
-    });
-    in_range = all.in_range();
+  auto result = empty_weight(v, g, dtype);
+  std::atomic<bool> in_range{true};
+  at::parallel_for(0, e.count, grain(e.length), [&](int64_t begin, int64_t end) {
+    if (!weight_rows(result.first, result.second, v, g, eps, begin, end)) in_range = false;
   });
   if (!in_range) return std::nullopt;
-  return std::make_pair(w, n);
+  return result;
+}
+
+// Computes the rows of dV and dg from `begin` to `end`. dV may be dW.
+inline void weight_grad_rows(
+    const Tensor& dv, const Tensor& dg, const Tensor& dw, const Tensor& v, const Tensor& g,
+    const Tensor& n, double eps, int64_t begin, int64_t end) {
+  const int64_t length = v.numel() / n.numel();
+  with_dtypes(dw.scalar_type(), v.scalar_type(), [&](auto of_dw, auto of_v) {
+    using W = decltype(of_dw);
+    using V = decltype(of_v);
+    const auto* dws = dw.const_data_ptr<W>();
+    const auto *vs = v.const_data_ptr<V>(), *gs = g.const_data_ptr<V>();
+    const auto* ns = n.const_data_ptr<Wide<V>>();
+    auto *dvs = dv.mutable_data_ptr<V>(), *dgs = dg.mutable_data_ptr<V>();
+    for (int64_t j = begin; j < end; ++j) {
+      const int64_t at = j * length;
+      dgs[j] =
+          static_cast<V>(weight_grad(dvs + at, dws + at, vs + at, gs[j], ns[j], eps, length));
+    }
+  });
+}
+
+// Returns dW in the memory layout of V, and memory for (dV, dg). dV takes the memory of dW if
+// `overwrite` is true, or dW was copied, and the dtypes are the same.
+inline std::tuple<Tensor, Tensor, Tensor> empty_weight_grads(
+    const Tensor& grad, const Tensor& v, const Tensor& g, bool overwrite) {
+  Tensor dw = grad;
+  if (dw.strides() != v.strides()) {
+    dw = at::empty_like(v, v.options().dtype(grad.scalar_type())).copy_(grad);
+    overwrite = true;
+  }
+  overwrite = overwrite && dw.scalar_type() == v.scalar_type();
+  return {dw, overwrite ? dw : at::empty_like(v), at::empty_like(g)};
 }
 
 // Computes (dV, dg), in the dtype of V, from dW. dV takes the memory of dW if `overwrite` is true
@@ -171,14 +226,16 @@ inline std::pair<Tensor, Tensor> weight_grads(
     const Tensor& grad, const Tensor& v, const Tensor& g, const Tensor& n, double eps,
     bool overwrite) {
   const Extents e(v, g);
-  Tensor dw = grad;
-  if (dw.strides() != v.strides()) {
-    dw = at::empty_like(v, v.options().dtype(grad.scalar_type())).copy_(grad);
-    overwrite = true;
+  const auto [dw, dv, dg] = empty_weight_grads(grad, v, g, overwrite);
+  if (!e.columns) {
+    const auto grad_rows = [&, &dw = dw, &dv = dv, &dg = dg](int64_t begin, int64_t end) {
+      weight_grad_rows(dv, dg, dw, v, g, n, eps, begin, end);
+    };
+    at::parallel_for(0, e.count, grain(e.length), grad_rows);
+    return {dv, dg};
   }
-  overwrite = overwrite && dw.scalar_type() == v.scalar_type();
-  Tensor dv = overwrite ? dw : at::empty_like(v), dg = at::empty_like(g);
-  with_dtypes(dw.scalar_type(), v.scalar_type(), [&](auto of_dw, auto of_v) {
+  with_dtypes(dw.scalar_type(), v.scalar_type(), [&, &dw = dw, &dv = dv, &dg = dg](
+                                                     auto of_dw, auto of_v) {
     using W = decltype(of_dw);
     using V = decltype(of_v);
     using T = Wide<V>;
@@ -186,28 +243,20 @@ inline std::pair<Tensor, Tensor> weight_grads(
     const auto *vs = v.const_data_ptr<V>(), *gs = g.const_data_ptr<V>();
     const auto* ns = n.const_data_ptr<T>();
     auto *dvs = dv.mutable_data_ptr<V>(), *dgs = dg.mutable_data_ptr<V>();
-    if (e.columns) {
-      const auto dots = column_dots(dws, vs, e.of);
-      const auto slope = [&](int64_t j) { return Slope<T>(dots[j], gs[j], ns[j], eps); };
-      for (int64_t j = 0; j < e.count; ++j) dgs[j] = static_cast<V>(slope(j).dg);
-      const auto s = spread<T>(e.of, [&](int64_t j) { return slope(j).s; }),
-                 c = spread<T>(e.of, [&](int64_t j) { return slope(j).c; });
-      const int64_t width = e.of.width();
-      const T *ss = s.data(), *cs = c.data();
-      for_each(e.of.rows, width, [=](int64_t i) {
-        const int64_t at = i * width;
-        for_each_vector<T>(width, [=](int64_t j, auto count) {
-          const auto scaled = load(ss + j, count) * load(dws + at + j, count);
-          store(dvs + at + j, scaled - load(cs + j, count) * load(vs + at + j, count), count);
-        });
+    const auto dots = column_dots(dws, vs, e.of);
+    const auto slope = [&](int64_t j) { return Slope<T>(dots[j], gs[j], ns[j], eps); };
+    for (int64_t j = 0; j < e.count; ++j) dgs[j] = static_cast<V>(slope(j).dg);
+    const auto s = spread<T>(e.of, [&](int64_t j) { return slope(j).s; }),
+               c = spread<T>(e.of, [&](int64_t j) { return slope(j).c; });
+    const int64_t width = e.of.width();
+    const T *ss = s.data(), *cs = c.data();
+    for_each(e.of.rows, width, [=](int64_t i) {
+      const int64_t at = i * width;
+      for_each_vector<T>(width, [=](int64_t j, auto count) {
+        const auto scaled = load(ss + j, count) * load(dws + at + j, count);
+        store(dvs + at + j, scaled - load(cs + j, count) * load(vs + at + j, count), count);
       });
-    } else {
-      for_each(e.count, e.length, [&](int64_t j) {
-        const int64_t at = j * e.length;
-        dgs[j] = static_cast<V>(
-            weight_grad(dvs + at, dws + at, vs + at, gs[j], ns[j], eps, e.length));
-      });
-    }
+    });
   });
   return {dv, dg};
 }
@@ -285,6 +334,17 @@ inline std::array<Tensor, 3> weight_grads_backward(
     }
   });
   return {to_dw, to_v, to_g};
+}
+
+// --- nodes -------------------------------------------------------------------------------------
+
+// Returns a new node in what holds one: a shared_ptr or an intrusive_ptr, by the version of torch.
+template <typename N, typename Pointer = decltype(torch::autograd::Edge::function)>
+auto make_node() {
+  if constexpr (std::is_same_v<Pointer, std::shared_ptr<torch::autograd::Node>>)
+    return std::shared_ptr<N>(new N, [](auto* node) { deleteNode(node); });
+  else
+    return c10::make_intrusive<N>();
 }
 
 // --- second derivatives ------------------------------------------------------------------------
@@ -457,8 +517,10 @@ inline std::optional<int64_t> axis_of(py::handle dim, int64_t ndim) {
   return known ? std::make_optional(axis) : std::nullopt;
 }
 
-inline MaybeTensor weight_norm(py::handle v, py::handle g, py::handle dim, py::handle eps) {
-  const auto t = operands(v, v, g, py::none());
+// Returns the operands of a weight alone. Returns nothing if they are not served.
+inline std::optional<Operands> weight_operands(
+    py::handle v, py::handle g, py::handle dim, py::handle eps) {
+  auto t = operands(v, v, g, py::none());
   if (!t || !PyFloat_CheckExact(eps.ptr())) return std::nullopt;
   const auto axis = axis_of(dim, t->v.dim());
   const double least = PyFloat_AS_DOUBLE(eps.ptr());
@@ -470,6 +532,13 @@ inline MaybeTensor weight_norm(py::handle v, py::handle g, py::handle dim, py::h
   };
   if (!axis || !fits(t->g) || !has_slices(t->v, t->g) || !(least >= 0 && std::isfinite(least)))
     return std::nullopt;
+  return t;
+}
+
+inline MaybeTensor weight_norm(py::handle v, py::handle g, py::handle dim, py::handle eps) {
+  const auto t = weight_operands(v, g, dim, eps);
+  if (!t) return std::nullopt;
+  const double least = PyFloat_AS_DOUBLE(eps.ptr());
   py::gil_scoped_release released;
   std::optional<std::pair<Tensor, Tensor>> result;
   {

@@ -195,6 +195,27 @@ def slices(
     return found._replace(num_warps=16) if target.architecture == "cuda:100" else found
 
 
+# The launch of a group has as many warps in every program. One walks a slice in so many steps at
+# most, and the addresses of so many sets of tensors are kept.
+GROUPED_WARPS = 4
+GROUPED_STEPS = 64
+GROUPED_KNOWN = 16
+
+
+def grouped(n: int, loops: tuple[int, int, int], along_rows: bool, itemsize: int) -> SliceConfig:
+    """A tile of a weight that shares a launch, of 4096 elements at most. There are few of them,
+    because the kernel has code for each."""
+    most = 4096 if itemsize <= 4 else 2048
+    _, middle, inner = loops
+    if along_rows:
+        block_r = next(r for r in (64, 256, 1024, most) if r >= inner or r == most)
+        return SliceConfig(min(64, most // block_r), 1, block_r, GROUPED_WARPS)
+    block_n = 32 if n >= 32 else 4
+    block_r = 64 if inner > 16 else 16 if inner > 1 else 1
+    rest = most // (block_n * block_r)
+    return SliceConfig(block_n, rest if middle > 1 else 1, block_r, GROUPED_WARPS)
+
+
 def splits(config: SliceConfig, blocks_n: int, tiles: int, programs: int, target: Target) -> int:
     """The programs that share a slice of so many tiles: one where those of other slices, so many
     `programs`, fill the machine, or where there is little to share.

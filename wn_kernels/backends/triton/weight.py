@@ -78,6 +78,58 @@ def weight_kernel(
 ):
     """W = g / n ⊙ V, and NORM. Only the form "partial" reads PARTIAL, the sums of squares."""
     block_n, split = reversed_ids()
+    weight_slices(
+        V,
+        G,
+        PARTIAL,
+        NORM,
+        W,
+        block_n,
+        split,
+        N,
+        loops,
+        steps,
+        stride_v,
+        stride_w,
+        SPLITS,
+        FORM,
+        EPS,
+        NESTED,
+        WIDE,
+        ACC,
+        BLOCK_N,
+        BLOCK_P,
+        BLOCK_R,
+        BLOCK_S,
+    )
+
+
+@triton.jit
+def weight_slices(
+    V,
+    G,
+    PARTIAL,
+    NORM,
+    W,
+    block_n,
+    split,
+    N,
+    loops,
+    steps,
+    stride_v,
+    stride_w,
+    SPLITS,
+    FORM: tl.constexpr,
+    EPS: tl.constexpr,
+    NESTED: tl.constexpr,
+    WIDE: tl.constexpr,
+    ACC: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+):
+    """The block `block_n` of slices of a weight, and their share `split` of it."""
     offs_n = offsets(block_n, BLOCK_N, WIDE)
     mask_n = offs_n < N
     first = split * steps
@@ -153,6 +205,64 @@ def weight_grad_kernel(
     """DV = g / n ⊙ DW - c ⊙ V, and DG; DV may be DW. Only the form "partial" reads
     PARTIAL, the dots."""
     block_n, split = reversed_ids()
+    weight_grad_slices(
+        DW,
+        V,
+        G,
+        NORM,
+        PARTIAL,
+        DG,
+        DV,
+        block_n,
+        split,
+        N,
+        loops,
+        steps,
+        stride_w,
+        stride_v,
+        stride_d,
+        SPLITS,
+        FORM,
+        EPS,
+        NESTED,
+        WIDE,
+        ACC,
+        BLOCK_N,
+        BLOCK_P,
+        BLOCK_R,
+        BLOCK_S,
+    )
+
+
+@triton.jit
+def weight_grad_slices(
+    DW,
+    V,
+    G,
+    NORM,
+    PARTIAL,
+    DG,
+    DV,
+    block_n,
+    split,
+    N,
+    loops,
+    steps,
+    stride_w,
+    stride_v,
+    stride_d,
+    SPLITS,
+    FORM: tl.constexpr,
+    EPS: tl.constexpr,
+    NESTED: tl.constexpr,
+    WIDE: tl.constexpr,
+    ACC: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+):
+    """The block `block_n` of slices of a gradient, and their share `split` of it."""
     offs_n = offsets(block_n, BLOCK_N, WIDE)
     mask_n = offs_n < N
     first = split * steps

@@ -1,0 +1,181 @@
+// This file computes the weights of a group of layers in one call, and makes them one node of the graph.
+//
+// The rows of all weights are divided into pieces of similar size, which the threads share. A weight
+// whose slices are not rows is a pass of its own (columns.h).
+
+#pragma once
+
+#include <torch/csrc/Dtype.h>
+
+#include "weight.h"
+
+namespace wn_kernels {
+
+// A piece of a group: some of the rows of one weight.
+struct Piece {
+  size_t member;
+  int64_t begin, end;
+};
+
+// Divides the rows of a weight into pieces.
+inline void add_pieces(std::vector<Piece>& pieces, size_t member, int64_t count, int64_t length) {
+  const int64_t step = grain(length);
+  for (int64_t begin = 0; begin < count; begin += step)
+    pieces.push_back({member, begin, std::min(begin + step, count)});
+}
+
+template <typename F>
+void for_each_piece(const std::vector<Piece>& pieces, const F& f) {
+  at::parallel_for(0, pieces.size(), 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) f(pieces[i]);
+  });
+}
+
+// The weights of a group, and their norms.
+struct Group {
+  variable_list v, g, w, n;
+  std::vector<double> eps;
+
+  // Computes W in these dtypes, and n. Returns false if a norm is out of range.
+  bool compute(const std::vector<at::ScalarType>& dtypes) {
+    const size_t count = v.size();
+    std::vector<Piece> pieces;
+    w.resize(count);
+    n.resize(count);
+    for (size_t i = 0; i < count; ++i) {
+      const Extents e(v[i], g[i]);
+      if (e.columns) {
+        const auto result = weight(v[i], g[i], eps[i], dtypes[i]);
+        if (!result) return false;
+        std::tie(w[i], n[i]) = *result;
+      } else {
+        std::tie(w[i], n[i]) = empty_weight(v[i], g[i], dtypes[i]);
+        add_pieces(pieces, i, e.count, e.length);
+      }
+    }
+    std::atomic<bool> in_range{true};
+    for_each_piece(pieces, [&](const Piece& piece) {
+      const size_t i = piece.member;
+      if (!weight_rows(w[i], n[i], v[i], g[i], eps[i], piece.begin, piece.end)) in_range = false;
+    });
+    return in_range;
+  }
+
+  // Returns the gradients of all V, and those of all g behind them. They are undefined where dW is.
+  variable_list grads(const variable_list& given) const {
+    const size_t count = v.size();
+    variable_list out(2 * count), dw(count);
+    std::vector<Piece> pieces;
+    for (size_t i = 0; i < count; ++i) {
+      if (!given[i].defined()) continue;
+      const Extents e(v[i], g[i]);
+      auto &dv = out[i], &dg = out[count + i];
+      if (e.columns) {
+        std::tie(dv, dg) = weight_grads(given[i], v[i], g[i], n[i], eps[i], false);
+      } else {
+        std::tie(dw[i], dv, dg) = empty_weight_grads(given[i], v[i], g[i], false);
+        add_pieces(pieces, i, e.count, e.length);
+      }
+    }
+    for_each_piece(pieces, [&](const Piece& piece) {
+      const size_t i = piece.member;
+      weight_grad_rows(
+          out[i], out[count + i], dw[i], v[i], g[i], n[i], eps[i], piece.begin, piece.end);
+    });
+    return out;
+  }
+};
+
+// The node of a group. It is no `Function`, which takes no lists of tensors.
+class WeightNorms : public torch::autograd::Node {
+ public:
+  static void record(const Group& group) {
+    const auto node = make_node<WeightNorms>();
+    torch::autograd::edge_list edges;
+    for (const auto* each : {&group.v, &group.g})
+      for (const Tensor& t : *each) edges.push_back(torch::autograd::impl::gradient_edge(t));
+    node->set_next_edges(std::move(edges));
+    for (const auto* each : {&group.v, &group.g, &group.n})
+      for (const Tensor& t : *each) node->saved_.emplace_back(t, /*is_output=*/false);
+    node->eps_ = group.eps;
+    for (const Tensor& w : group.w) torch::autograd::set_history(w, node);
+  }
+
+  std::string name() const override { return "wn_kernels::WeightNorms"; }
+
+  void release_variables() override {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    for (auto& each : saved_) each.reset_data();
+  }
+
+  variable_list apply(variable_list&& given) override {
+    const size_t count = eps_.size();
+    Group group{{}, {}, {}, {}, eps_};
+    {
+      const std::lock_guard<std::mutex> lock(mutex_);
+      for (size_t i = 0; i < saved_.size(); ++i) {
+        auto& list = i < count ? group.v : i < 2 * count ? group.g : group.n;
+        list.push_back(saved_[i].unpack());
+      }
+    }
+    variable_list out(2 * count), dw(count);
+    const bool again = at::GradMode::is_enabled();
+    for (size_t i = 0; i < count; ++i) {
+      const bool needs_v = task_should_compute_output(i),
+                 needs_g = task_should_compute_output(count + i);
+      if (!given[i].defined() || !(needs_v || needs_g)) continue;
+      const auto &v = group.v[i], &g = group.g[i];
+      if (!is_plain(given[i])) {
+        const auto all = composite_grads(
+            given[i], {}, {}, v, g, std::nullopt, eps_[i], {false, needs_v, needs_g});
+        out[i] = all[1];
+        out[count + i] = all[2];
+      } else if (again) {
+        const auto found = recorded_weight_grads(given[i], v, g, group.n[i], eps_[i]);
+        out[i] = found[0];
+        out[count + i] = found[1];
+      } else {
+        dw[i] = given[i];
+      }
+    }
+    if (again) return out;
+    const BelowAutograd below;
+    auto grads = group.grads(dw);
+    for (size_t i = 0; i < grads.size(); ++i)
+      if (grads[i].defined()) out[i] = std::move(grads[i]);
+    return out;
+  }
+
+ private:
+  std::vector<torch::autograd::SavedVariable> saved_;  // all V, all g, all n
+  std::vector<double> eps_;
+};
+
+// Returns every W, in its dtype. Returns nothing if the library does not serve one of them.
+inline std::optional<variable_list> weight_norms(
+    const py::list& v, const py::list& g, const py::list& dims, const py::list& eps,
+    const py::list& dtypes) {
+  Group group;
+  std::vector<at::ScalarType> of_w;
+  bool needs_grad = false;
+  for (size_t i = 0; i < v.size(); ++i) {
+    const auto t = weight_operands(v[i], g[i], dims[i], eps[i]);
+    if (!t) return std::nullopt;
+    const auto dtype = reinterpret_cast<THPDtype*>(py::handle(dtypes[i]).ptr())->scalar_type;
+    if ((dtype == at::kDouble) != (t->v.scalar_type() == at::kDouble)) return std::nullopt;
+    of_w.push_back(dtype);
+    group.v.push_back(t->v);
+    group.g.push_back(t->g);
+    group.eps.push_back(PyFloat_AS_DOUBLE(py::handle(eps[i]).ptr()));
+    needs_grad |= t->needs_grad();
+  }
+  const py::gil_scoped_release released;
+  {
+    const BelowAutograd below;
+    if (!group.compute(of_w)) return std::nullopt;
+  }
+  if (needs_grad) WeightNorms::record(group);
+  return group.w;
+}
+
+}  // namespace wn_kernels

@@ -1,0 +1,435 @@
+"""The weights of many layers in one launch, and all of their gradients in another one.
+
+A kernel walks a table. Each program takes the next block of slices of some weight, finds that
+weight's sizes and strides in the table, and computes the block as the kernels of one weight do
+(`weight.py`). What has to be known when a kernel is compiled (dtypes, the form of a sum, a tile) is
+a *kind*. A kernel holds the code of every kind among its weights, and a program branches to one.
+
+The table is made once for the layouts of a group. The addresses are a table of their own, which is
+kept while they stay the same. It is written by a copy from pinned memory, for which nothing waits,
+and which a CUDA graph captures.
+
+A weight whose slices are few and long, so that a program would walk one of them for too long, and
+one whose layout is not that of at most three loops have launches of their own.
+"""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton import cdiv
+
+from ...call import Member, kept_shape, scale_dtype
+from . import configs, weight
+from .configs import Target
+from .launch import Launcher, Slices, acc_type, as_slices, is_wide, remembered, target_of
+from .weight import weight_grad_slices, weight_slices
+
+# --- kernels -----------------------------------------------------------------------------------
+
+# The columns of a weight's row in the table. Its strides follow, four of each tensor.
+_KIND, _N, _LOOPS, _STEPS, _PLACE, _STRIDES = 0, 1, 2, 5, 6, 7
+
+
+@triton.jit
+def placed(BASE, PLACES, index, TYPE: tl.constexpr, ALIGNED: tl.constexpr):
+    """The tensor at a place: a number of bytes from BASE."""
+    at = tl.load(PLACES + index)
+    if ALIGNED:
+        at = tl.multiple_of(at, 16)
+    return (BASE + at).to(tl.pointer_type(TYPE), bitcast=True)
+
+
+@triton.jit
+def strides_at(AT, UNIT: tl.constexpr, EVEN: tl.constexpr):
+    """A tensor's four strides. The innermost is one in a UNIT kind, and the others are multiples of
+    16 in an EVEN one."""
+    n = tl.load(AT)
+    outer = tl.load(AT + 1)
+    middle = tl.load(AT + 2)
+    if EVEN:
+        n = tl.multiple_of(n, 16)
+        outer = tl.multiple_of(outer, 16)
+        middle = tl.multiple_of(middle, 16)
+    if UNIT:
+        return n, outer, middle, 1
+    else:
+        return n, outer, middle, tl.load(AT + 3)
+
+
+@triton.jit
+def loops_at(AT, EVEN: tl.constexpr):
+    inner = tl.load(AT + 2)
+    if EVEN:
+        inner = tl.multiple_of(inner, 16)
+    return tl.load(AT), tl.load(AT + 1), inner
+
+
+@triton.jit
+def group_weight_kernel(
+    BASE,
+    PLACES,
+    TABLE,
+    COUNT: tl.constexpr,
+    KINDS: tl.constexpr,
+    ALIGNED: tl.constexpr,
+):
+    """W and NORM of every weight."""
+    program = TABLE + 2 * tl.program_id(0)
+    row = TABLE + tl.load(program)
+    block_n = tl.load(program + 1)
+    kind = tl.load(row)
+    place = tl.load(row + 6)
+    for i in tl.static_range(COUNT):
+        if kind == i:
+            V = placed(BASE, PLACES, place, KINDS[i][0], ALIGNED)
+            G = placed(BASE, PLACES, place + 1, KINDS[i][1], ALIGNED)
+            NORM = placed(BASE, PLACES, place + 2, KINDS[i][3], ALIGNED)
+            W = placed(BASE, PLACES, place + 3, KINDS[i][2], ALIGNED)
+            weight_slices(
+                V,
+                G,
+                NORM,
+                NORM,
+                W,
+                block_n,
+                0,
+                tl.load(row + 1),
+                loops_at(row + 2, KINDS[i][8]),
+                tl.load(row + 5),
+                strides_at(row + 11, KINDS[i][7], KINDS[i][8]),
+                strides_at(row + 7, KINDS[i][7], KINDS[i][8]),
+                1,
+                KINDS[i][4],
+                KINDS[i][5],
+                KINDS[i][6],
+                False,
+                KINDS[i][3],
+                KINDS[i][9],
+                KINDS[i][10],
+                KINDS[i][11],
+                1,
+            )
+
+
+@triton.jit
+def group_grad_kernel(
+    BASE,
+    PLACES,
+    TABLE,
+    COUNT: tl.constexpr,
+    KINDS: tl.constexpr,
+    ALIGNED: tl.constexpr,
+):
+    """DV and DG of every weight."""
+    program = TABLE + 2 * tl.program_id(0)
+    row = TABLE + tl.load(program)
+    block_n = tl.load(program + 1)
+    kind = tl.load(row)
+    place = tl.load(row + 6)
+    for i in tl.static_range(COUNT):
+        if kind == i:
+            DW = placed(BASE, PLACES, place, KINDS[i][2], ALIGNED)
+            V = placed(BASE, PLACES, place + 1, KINDS[i][0], ALIGNED)
+            G = placed(BASE, PLACES, place + 2, KINDS[i][1], ALIGNED)
+            NORM = placed(BASE, PLACES, place + 3, KINDS[i][3], ALIGNED)
+            DG = placed(BASE, PLACES, place + 4, KINDS[i][1], ALIGNED)
+            DV = placed(BASE, PLACES, place + 5, KINDS[i][0], ALIGNED)
+            weight_grad_slices(
+                DW,
+                V,
+                G,
+                NORM,
+                NORM,
+                DG,
+                DV,
+                block_n,
+                0,
+                tl.load(row + 1),
+                loops_at(row + 2, KINDS[i][8]),
+                tl.load(row + 5),
+                strides_at(row + 11, KINDS[i][7], KINDS[i][8]),
+                strides_at(row + 15, KINDS[i][7], KINDS[i][8]),
+                strides_at(row + 7, KINDS[i][7], KINDS[i][8]),
+                1,
+                KINDS[i][4],
+                KINDS[i][5],
+                KINDS[i][6],
+                False,
+                KINDS[i][3],
+                KINDS[i][9],
+                KINDS[i][10],
+                KINDS[i][11],
+                1,
+            )
+
+
+# --- the table -----------------------------------------------------------------------------------
+
+
+class Kind(NamedTuple):
+    """What a kernel is compiled for. The kernels take the fields by their order."""
+
+    V: tl.dtype
+    G: tl.dtype
+    W: tl.dtype
+    ACC: tl.dtype
+    FORM: str
+    EPS: float
+    NESTED: int
+    UNIT: bool
+    EVEN: bool
+    BLOCK_N: int
+    BLOCK_P: int
+    BLOCK_R: int
+
+
+class Row(NamedTuple):
+    """A weight that shares a launch."""
+
+    member: int
+    kind: Kind
+    n: int
+    loops: tuple[int, int, int]
+    steps: int
+    strides: list[int]
+
+
+# A launch has the code of this many kinds at most.
+MOST_KINDS = 12
+
+_TYPES = {
+    torch.float16: tl.float16,
+    torch.bfloat16: tl.bfloat16,
+    torch.float32: tl.float32,
+    torch.float64: tl.float64,
+}
+
+
+def _row(index: int, tensors: Sequence[Tensor], g: Tensor, w: Tensor, member: Member) -> Row | None:
+    """The row of a weight whose kernel walks these tensors, the last of which is `V`. `None` where
+    it has launches of its own."""
+    v = tensors[-1]
+    slices = as_slices(tensors, member.dim)
+    if slices is None or is_wide(*tensors) or not v.numel():
+        return None
+    config = configs.grouped(slices.n, slices.loops, _is_along_rows(slices), v.element_size())
+    outer, middle, inner = slices.loops
+    steps = outer * cdiv(middle, config.BLOCK_P) * cdiv(inner, config.BLOCK_R)
+    if steps > configs.GROUPED_STEPS:
+        return None
+    rest = [stride for strides in slices.strides for stride in strides[:3]]
+    unit = all(strides[3] == 1 for strides in slices.strides)
+    kind = Kind(
+        V=_TYPES[v.dtype],
+        G=_TYPES[g.dtype],
+        W=_TYPES[w.dtype],
+        ACC=acc_type(v),
+        FORM="held" if steps == 1 else "walked",
+        EPS=member.eps,
+        NESTED=sum(size > 1 for size in slices.loops[:2]),
+        UNIT=unit,
+        EVEN=unit and not any(n % 16 for n in (inner, *rest)),
+        BLOCK_N=config.BLOCK_N,
+        BLOCK_P=config.BLOCK_P,
+        BLOCK_R=config.BLOCK_R,
+    )
+    strides = [stride for strides in slices.strides for stride in strides]
+    return Row(index, kind, slices.n, slices.loops, steps, strides)
+
+
+def _is_along_rows(slices: Slices) -> bool:
+    """Whether every slice is a run of memory in all tensors."""
+    outer, middle, _ = slices.loops
+    return outer == middle == 1 and all(strides[3] == 1 for strides in slices.strides)
+
+
+class Table:
+    """One launch of a group: its table on the device, and its kernel.
+
+    Attributes:
+        rows: the weights of the launch.
+        places: how many tensors a weight has.
+    """
+
+    def __init__(self, kernel: Any, target: Target, rows: list[Row], places: int) -> None:
+        self.rows, self.places = rows, places
+        kinds = list(dict.fromkeys(row.kind for row in rows))
+        programs: list[int] = []
+        numbers: list[int] = []
+        blocks = [cdiv(row.n, row.kind.BLOCK_N) for row in rows]
+        first = 2 * sum(blocks)
+        for i, (row, count) in enumerate(zip(rows, blocks, strict=True)):
+            programs += [n for block in range(count) for n in (first + len(numbers), block)]
+            place = places * i
+            numbers += [kinds.index(row.kind), row.n, *row.loops, row.steps, place, *row.strides]
+        self.numbers = torch.tensor(programs + numbers, dtype=torch.int32)
+        self.grid = (sum(blocks),)
+        self.launchers = [
+            Launcher(
+                kernel,
+                target,
+                self.grid,
+                COUNT=len(kinds),
+                KINDS=tuple(tuple(map(tl.constexpr, kind)) for kind in kinds),
+                ALIGNED=aligned,
+                num_warps=configs.GROUPED_WARPS,
+                num_stages=1,
+            )
+            for aligned in (False, True)
+        ]
+        self._table: Tensor | None = None
+        self._known: dict[tuple[int, ...], Tensor] = {}
+        self._lock = threading.Lock()
+
+    def launch(self, lists: Sequence[Sequence[Tensor]], base: Tensor | None = None) -> None:
+        """Launches the kernel on these tensors: a list for each place, with a tensor for each
+        weight of the group."""
+        beside = lists[0][0]
+        captures = is_capturing(beside)
+        table = self._table
+        if table is None:
+            table = on_device(self.numbers, beside, captures)
+        addresses = tuple([each[row.member].data_ptr() for row in self.rows for each in lists])
+        places = None if captures or base is not None else self._known.get(addresses)
+        at = table if base is None else base
+        if places is None:
+            first = at.data_ptr()
+            numbers = torch.tensor([address - first for address in addresses], dtype=torch.int64)
+            places = on_device(numbers, beside, captures)
+            if captures:
+                _captured.append(table)
+            elif base is None:
+                self._keep(table, addresses, places)
+        aligned = not any(address % 16 for address in addresses)
+        self.launchers[aligned](at.view(torch.int8), places, table)
+
+    def _keep(self, table: Tensor, addresses: tuple[int, ...], places: Tensor) -> None:
+        with self._lock:
+            self._table = table
+            if len(self._known) >= configs.GROUPED_KNOWN:
+                self._known.clear()
+            self._known[addresses] = places
+
+
+# What a CUDA graph reads when it is replayed. It is in use for as long as the graph, whose end
+# cannot be seen from here.
+_captured: list[Tensor] = []
+
+
+def is_capturing(beside: Tensor) -> bool:
+    return beside.get_device() >= 0 and torch.cuda.is_current_stream_capturing()
+
+
+def on_device(numbers: Tensor, beside: Tensor, captures: bool) -> Tensor:
+    """Numbers on the device of another tensor, without a wait for it."""
+    if beside.get_device() < 0:
+        return numbers
+    pinned = numbers.pin_memory()
+    if captures:
+        _captured.append(pinned)
+    return pinned.to(beside.device, non_blocking=True)
+
+
+# --- launchers ---------------------------------------------------------------------------------
+
+
+class Grouped(NamedTuple):
+    """What was prepared for a group: launches, and the weights that have launches of their own."""
+
+    tables: list[Table]
+    alone: list[int]
+
+
+def _tables(kernel: Any, target: Target, rows: list[Row | None], places: int) -> Grouped:
+    """Divides the weights of a group into launches of few kinds each."""
+    kinds: dict[Kind, list[Row]] = {}
+    for row in rows:
+        if row is not None:
+            kinds.setdefault(row.kind, []).append(row)
+    every = list(kinds.values())
+    parts = [every[i : i + MOST_KINDS] for i in range(0, len(every), MOST_KINDS)]
+    # The longest rows come first, so that no program is left alone with one at the end.
+    tables = []
+    for part in parts:
+        longest = sorted(itertools.chain(*part), key=lambda row: -row.steps)
+        tables.append(Table(kernel, target, longest, places))
+    return Grouped(tables, [i for i, row in enumerate(rows) if row is None])
+
+
+def _prepare(target: Target, *given: Any) -> Grouped:
+    *tensors, members = given
+    count = len(members)
+    v, g = tensors[:count], tensors[count:]
+    rows = []
+    for i, member in enumerate(members):
+        w = torch.empty_like(v[i], dtype=member.dtype)
+        rows.append(_row(i, [w, v[i]], g[i], w, member))
+    return _tables(group_weight_kernel, target, rows, 4)
+
+
+def _prepare_backward(target: Target, *given: Any) -> Grouped:
+    *tensors, members = given
+    count = len(members)
+    dw, v, g = (tensors[i : i + count] for i in range(0, 3 * count, count))
+    rows = []
+    for i, member in enumerate(members):
+        dv = torch.empty_like(v[i])
+        rows.append(_row(i, [dv, dw[i], v[i]], g[i], dw[i], member))
+    return _tables(group_grad_kernel, target, rows, 6)
+
+
+_remembered = remembered(_prepare)
+_remembered_backward = remembered(_prepare_backward)
+
+Lists = tuple[list[Tensor], list[Tensor]]
+
+
+def weight_norms(v: Sequence[Tensor], g: Sequence[Tensor], members: tuple[Member, ...]) -> Lists:
+    """The lists of all `W` and `n`, each `W` in its member's dtype and in `V`'s memory layout."""
+    g = [t.contiguous() for t in g]
+    prepared = _remembered(target_of(v[0]), (*v, *g), members)
+    w, n = [], []
+    alone = set(prepared.alone)
+    for i, (t, scales, m) in enumerate(zip(v, g, members, strict=True)):
+        if i in alone:
+            formed, norm = weight.weight_norm(t, scales, m.dim, m.eps, m.dtype)
+        else:
+            formed = torch.empty_like(t, dtype=m.dtype)
+            norm = t.new_empty(kept_shape(t.shape, m.dim), dtype=scale_dtype(t))
+        w.append(formed)
+        n.append(norm)
+    for table in prepared.tables:
+        table.launch((v, g, n, w))
+    return w, n
+
+
+def weight_norms_backward(
+    dw: Sequence[Tensor],
+    v: Sequence[Tensor],
+    g: Sequence[Tensor],
+    n: Sequence[Tensor],
+    members: tuple[Member, ...],
+) -> Lists:
+    """The lists of all `dV` and `dg`, in the dtypes of `V` and `g`."""
+    g = [t.contiguous() for t in g]
+    prepared = _remembered_backward(target_of(v[0]), (*dw, *v, *g), members)
+    dv, dg = [], []
+    alone = set(prepared.alone)
+    for i, (grad, t, scales, norm, m) in enumerate(zip(dw, v, g, n, members, strict=True)):
+        if i in alone:
+            of_v, of_g = weight.weight_norm_backward(grad, t, scales, norm, m.dim, m.eps)
+        else:
+            of_v, of_g = torch.empty_like(t), torch.empty_like(scales)
+        dv.append(of_v)
+        dg.append(of_g)
+    for table in prepared.tables:
+        table.launch((dw, v, g, n, dg, dv))
+    return dv, dg
