@@ -1,5 +1,6 @@
 """Real models in their default configuration, with random weights: whole networks to time, folded,
-as PyTorch runs them, and fused. Needs the extra `models`."""
+as PyTorch runs them, fused, and in inference fused with weights that are computed once. Needs the
+extra `models`."""
 
 from __future__ import annotations
 
@@ -7,7 +8,7 @@ import copy
 import functools
 import math
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -202,9 +203,12 @@ class ModelCase:
     mode: str
     is_large = True
 
+    def names(self) -> tuple[str, ...]:
+        """The providers."""
+        return ("plain", "eager", "ours", "frozen")[: 4 if self.mode == "infer" else 3]
+
     def competitors(self, device: torch.device, full: bool) -> dict[str, Callable[[], ModelRunner]]:
-        names = ("plain", "eager", "ours")
-        return {name: partial(ModelRunner, self, name, device) for name in names}
+        return {name: partial(ModelRunner, self, name, device) for name in self.names()}
 
     def record(self) -> dict[str, Any]:
         return {
@@ -226,9 +230,16 @@ class ModelRunner:
         self.model = copy.deepcopy(self.eager)
         if name == "plain":
             wn_kernels.fold(self.model)
-        if name == "ours":
+        if name in ("ours", "frozen"):
             wn_kernels.fuse(self.model)
         self.parameters = list(self.model.parameters())
+
+    @property
+    def session(self) -> Callable[[], AbstractContextManager[Any]]:
+        """What the runner has to be inside of, for `bench.timing`."""
+        if self.name == "frozen":
+            return partial(wn_kernels.frozen_weights, self.model)
+        return nullcontext
 
     def operand_bytes(self) -> int:
         """Returns the bytes that a call reads, without those of activations."""

@@ -23,6 +23,7 @@ LAYERS = [
     "modules",
     "functional",
     "launched",
+    "grouped",
     "autograd",
     "operators",
     "prepare",

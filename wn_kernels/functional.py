@@ -162,9 +162,9 @@ def weight_norms(
     v: Sequence[Tensor],
     g: Sequence[Tensor],
     *,
-    dim: int | None | Sequence[int | None] = 0,
+    dim: int | Sequence[int | None] | None = 0,
     eps: float | Sequence[float] = 0.0,
-    dtype: torch.dtype | None | Sequence[torch.dtype | None] = None,
+    dtype: torch.dtype | Sequence[torch.dtype | None] | None = None,
 ) -> list[Tensor]:
     """Returns the weights `W_i = g_i · V_i / ‖V_i‖` of many layers, differentiable with respect to
     every `v` and `g`.
@@ -224,13 +224,16 @@ def _weights(v: list[Tensor], g: list[Tensor], members: tuple[Member, ...]) -> S
     backend = backend or plan.choose_backend(v[0])
     if backend == "native":  # the library has declined the call already
         raise plan.cannot_serve(backend)
-    every = [(t, s, m.dim, m.eps, m.dtype) for t, s, m in zip(v, g, members, strict=True)]
+    every = [*zip(v, g, members, strict=True)]
     if backend == "reference":
-        return [reference.weight_norm(*each) for each in every]
+        return [reference.weight_norm(t, s, m.dim, m.eps, m.dtype) for t, s, m in every]
     try:
         return grouped.weight_norms(grouped.Group(members, backend), v, g)
     except aten.OutOfRange:
-        return [reference.weight_norm(t.double(), s.double(), *options) for t, s, *options in every]
+        return [
+            reference.weight_norm(t.double(), s.double(), m.dim, m.eps, m.dtype)
+            for t, s, m in every
+        ]
 
 
 def wn_linear(

@@ -398,8 +398,14 @@ _watched: list[tuple[Call, str]] | None = None
 _fixed: dict[tuple[Call, str], Plan] = {}
 
 
+# How often plans were forgotten: for who keeps what follows from a plan.
+epoch = 0
+
+
 def forget() -> None:
     """Clears all memoised plans, so that every call is planned again."""
+    global epoch
+    epoch += 1
     _memoised.cache_clear()
     native.forget()
 

@@ -66,9 +66,12 @@ def operator(device: torch.device) -> list[Row]:
 def network(device: torch.device) -> list[Row]:
     """Returns a whole model."""
     cases = [ModelCase(MODEL, mode) for mode in MODES]
-    names = ("plain", "eager", "ours")
     return [
-        Row(case, {name: partial(Network, case, name, device) for name in names}, lambda runs: {})
+        Row(
+            case,
+            {name: partial(Network, case, name, device) for name in case.names()},
+            lambda runs: {},
+        )
         for case in cases
     ]
 

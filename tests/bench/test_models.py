@@ -6,6 +6,7 @@ from torch.nn.utils import parametrizations
 
 from bench import models
 from bench.models import AtKinks, Model, ModelCase, ModelRunner, Wrong, assert_as_good
+from bench.timing import session_of
 from tests.bench.layers import CPU
 
 EPS = torch.finfo(torch.float32).eps
@@ -61,16 +62,33 @@ def test_zeros_and_nan_are_wrong():
         assert_as_good(ours, eager, nothing, torch.float32)
 
 
+TINY = Model(
+    build=lambda: torch.nn.Sequential(parametrizations.weight_norm(torch.nn.Linear(6, 4))),
+    small=(2, 6),
+    x_shape=(3, 6),
+    call=lambda model, x: model(x),
+    layers=1,
+)
+
+
+def test_frozen_weights_are_computed_once(monkeypatch):
+    """A runner keeps them inside its session, and so does its twin."""
+    monkeypatch.setitem(models.MODELS, "tiny", TINY)
+    build = ModelCase("tiny", "infer").competitors(CPU, full=False)["frozen"]
+    for run in (build(), build().twin()):
+        with session_of(run)():
+            run.check()
+            with torch.no_grad():
+                weight = run.model[0].weight
+                run()
+                assert run.model[0].weight is weight
+        assert run.model[0].weight is not weight
+    assert "frozen" not in ModelCase("tiny", "train").competitors(CPU, full=False)
+
+
 def test_a_runner_names_its_model(monkeypatch):
     """With the worst parameters, of the model that is fused."""
-    tiny = Model(
-        build=lambda: torch.nn.Sequential(parametrizations.weight_norm(torch.nn.Linear(6, 4))),
-        small=(2, 6),
-        x_shape=(3, 6),
-        call=lambda model, x: model(x),
-        layers=1,
-    )
-    monkeypatch.setitem(models.MODELS, "tiny", tiny)
+    monkeypatch.setitem(models.MODELS, "tiny", TINY)
     run = ModelRunner(ModelCase("tiny", "train"), "ours", CPU)
     with torch.no_grad():
         run.model[0].bias.add_(1)

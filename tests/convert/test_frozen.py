@@ -24,7 +24,7 @@ from tests.compatibility.layers import LAYERS, assert_right, gradients, made
 from tests.convert.layers import NORMALISE, Doubled, Scaled, Twice
 from tests.convert.test_removal import output, subject
 from wn_kernels import frozen_weights, plan, use_backend
-from wn_kernels.modules import prepared
+from wn_kernels.modules import kept as keeping
 
 
 @pytest.fixture
@@ -137,10 +137,12 @@ def test_a_kept_call_plans_nothing():
             sys.setprofile(None)
     assert called == {
         "_Convolution.forward",
-        "weight",
-        "WeightNormMixin._kept",
+        "WeightNormMixin._operands",
+        "WeightNormMixin._prepared_weight",
+        "take",
+        "for_product",
         "Store.get",
-        "bias",
+        "like",
     }
 
 
@@ -608,7 +610,7 @@ def test_streams_and_captures(monkeypatch):
     stream, is_capturing = [1], [False]
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda _: stream[0], raising=False)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: is_capturing[0])
-    monkeypatch.setattr(prepared, "_can_keep", lambda *_: True)
+    monkeypatch.setattr(keeping, "_can_keep", lambda *_: True)
     layer, _ = made("linear")
 
     class OnGpu(torch.Tensor):
@@ -621,7 +623,7 @@ def test_streams_and_captures(monkeypatch):
     module = SimpleNamespace(
         _is_claimed=lambda name: False, _form=lambda name, dtype: torch.ones(2, dtype=dtype)
     )
-    store = prepared.Store()
+    store = keeping.Store()
     store.blocks = 1
     first = store.get(module, "weight", v, g, torch.float32)
     stream[0] = 2

@@ -12,7 +12,7 @@ from torch.nn.parameter import is_lazy
 
 from .. import prepare
 from ..call import PLAIN_TYPES
-from ..modules import prepared
+from ..modules import kept
 from ..modules.weight import WeightNormMixin
 from . import fused
 
@@ -47,12 +47,12 @@ def frozen_weights(model: nn.Module) -> Iterator[list[str]]:
     names = []
     try:
         for name, module in _layers(model):
-            stores.append((module, prepared.open_store(module)))
+            stores.append((module, kept.open_store(module)))
             names.append(name)
         yield names
     finally:
         for module, store in stores:
-            prepared.close_store(module, store)
+            kept.close_store(module, store)
 
 
 def _layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

@@ -26,9 +26,9 @@ from torch.nn.utils.weight_norm import WeightNorm
 
 from .. import functional as WF
 from ..call import canonical_dim
-from ..modules import checkpoints, conv, linear, prepared, reading, recurrent, removal
+from ..modules import checkpoints, conv, linear, reading, recurrent, removal
 from ..modules.norms import Norm, parts, weights
-from ..modules.weight import NormedWeights, Operands
+from ..modules.weight import NormedWeights, Operands, WeightNormMixin
 
 # This maps each layer of torch.nn to ours.
 LAYERS: dict[type[nn.Module], type[NormedWeights]] = {
@@ -107,31 +107,16 @@ class _Fused:
         bias = own["bias"] if "bias" in own else self.bias  # noqa: SIM401 (lazily)
         return v, g, bias, norm.dim, 0.0
 
-    _prepared = prepared.weight
-
-    def _kept(self: Any, name: str, dtype: torch.dtype | None = None) -> Tensor | None:
-        """Returns the weight that `frozen_weights` keeps for this call, in a dtype or in that of
-        `v`, or `None`."""
-        norm = self._norms[name]
-        holder = self
-        if norm.form != "weight_norm":
-            holder = self._modules["parametrizations"]._modules[name]
-            if len(holder._modules) > 1:  # the full check, `_is_claimed`, precedes a computation
-                return None
-        store, own = self._store, holder._parameters
-        v, g = own.get(norm.key_v), own.get(norm.key_g)
-        if store is None or v is None or g is None:  # one is parametrized or pruned
-            return None
-        return store.get(self, name, v, g, dtype or v.dtype)
+    _prepared_weight = WeightNormMixin._prepared_weight
 
     def _is_claimed(self: Any, name: str) -> bool:
         holder = self._holder(name)
-        return holder is not self and is_claimed(holder)
+        return (holder is not self and is_claimed(holder)) or is_replaced(self, name)
 
     def _form(self: Any, name: str, dtype: torch.dtype | None = None) -> Tensor:
         """Returns the weight in the dtype of `v`, or in a wider one."""
         norm, holder = self._norms[name], self._holder(name)
-        if self._is_claimed(name):
+        if holder is not self and is_claimed(holder):
             weight = holder()
             return weight if dtype is None else weight.to(dtype)
         g, v = parts(holder, norm)
@@ -141,7 +126,7 @@ class _Fused:
         """Returns several weights. One call computes those that no other parametrization
         claims."""
         holders = {name: self._holder(name) for name in names}
-        claimed = {name: holder() for name, holder in holders.items() if self._is_claimed(name)}
+        claimed = {n: h() for n, h in holders.items() if h is not self and is_claimed(h)}
         free = {name: self._norms[name] for name in names if name not in claimed}
         tensors = [parts(holders[name], norm) for name, norm in free.items()]
         found = claimed | dict(zip(free, weights([*free.values()], tensors), strict=True))
@@ -266,6 +251,7 @@ def layer_class(base: Any, norms: dict[str, Norm], others: Iterable[str] = ()) -
         "_is_read": False,
         "_norms": norms,
         "_store": None,
+        "_traced": None,
         "_watches": reading.WATCHES,
         "plain": base,
     }

@@ -27,7 +27,7 @@ from ..call import Call, Geometry, canonical_dim
 from ..modules import checkpoints, removal
 from ..modules.weight import NormedWeights, WeightNormMixin
 from ..text import aligned, html
-from . import fused
+from . import fused, groups
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -130,9 +130,14 @@ def _path(module: Any, v: torch.Tensor, dim: Any) -> str:
 # --- whole models --------------------------------------------------------------------------------
 
 
-def fuse(model: nn.Module, dry_run: bool = False) -> Report:
+def fuse(model: nn.Module, dry_run: bool = False, grouped: bool = False) -> Report:
     """Makes every layer that PyTorch weight-normalised, with either of its APIs, compute with this
     package, in place.
+
+    With `grouped`, the model also computes the weights of its layers together: all of them by one
+    launch at the start of its forward, and all of their gradients by one launch in the backward.
+    Layers of this package take part as well. A layer that is better off with its own launches for
+    the input at hand keeps them.
 
     Parameters stay the same objects under the same names, so optimizers and checkpoints still work.
     Hooks, buffers, `requires_grad` and `isinstance` are preserved. docs/convert.md has the whole
@@ -141,6 +146,8 @@ def fuse(model: nn.Module, dry_run: bool = False) -> Report:
     Args:
         model: any module. It may be weight-normed itself.
         dry_run: whether to report only, without changes.
+        grouped: whether the model computes the weights of its layers together. A call without
+            `grouped` ends that.
 
     Returns:
         A report, which prints as a table.
@@ -149,6 +156,8 @@ def fuse(model: nn.Module, dry_run: bool = False) -> Report:
         TypeError: `model` is not a module.
     """
     prepare.check_module("model", model)
+    if grouped:
+        groups.check(model)
     lines = []
     for prefix, module in model.named_modules():
         lines += _fuse(prefix, module, dry_run)
@@ -158,6 +167,10 @@ def fuse(model: nn.Module, dry_run: bool = False) -> Report:
         for tensor, original, what in _others(module):
             lines.append(_line(prefix, module, tensor, original, None, "", what))
     report = Report(lines)
+    if not dry_run:
+        groups.ungroup(model)
+        if grouped:
+            groups.group(model)
     if not dry_run and any(line.path for line in report) and not _load_hooks(model):
         model.register_load_state_dict_pre_hook(_load_all_or_nothing)
     return report
@@ -248,6 +261,7 @@ def unfuse(model: nn.Module) -> list[str]:
             fused.unfuse(module)
             names.append(name)
         _drop_load_hook(module)
+        groups.ungroup(module)
     return names
 
 
@@ -271,6 +285,7 @@ def fold(model: nn.Module) -> list[str]:
         if _fold(module, lambda m, tensor: not fused.is_stacked(m, tensor)):
             names.append(name)
         _drop_load_hook(module)
+        groups.ungroup(module)
     return names
 
 

@@ -15,7 +15,7 @@ from torch.nn.utils.weight_norm import WeightNorm
 
 from ..call import canonical_dim
 from ..modules import checkpoints
-from ..modules.weight import WeightNormMixin
+from ..modules.weight import NormedWeights
 from . import fused
 
 
@@ -79,7 +79,7 @@ class Normed:
         return ""
 
     @property
-    def layer(self) -> type[WeightNormMixin] | None:
+    def layer(self) -> type[NormedWeights] | None:
         """Returns our layer whose `forward` does what that of the module does, or `None`."""
         cls: Any = type(self.module)
         if isinstance(self.module, WeightNormMixin):

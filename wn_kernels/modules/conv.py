@@ -11,20 +11,18 @@ from .. import functional as WF
 from . import prepared
 from .weight import WeightNormMixin
 
-_TRANSPOSED = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
-
 
 class _Convolution(WeightNormMixin):
     """Holds the `forward` of the three convolutions. Their constructors are those of torch.nn."""
 
     def forward(self: Any, input: Tensor) -> Tensor:
-        weight = self._prepared(input)
-        if weight is not None:
-            return self._conv_forward(input, weight, prepared.bias(self, weight))
         operands = self._operands()
         if operands is None:
             return self.plain.forward(self, input)
         v, g, bias, dim, eps = operands
+        w = self._prepared_weight(input, v, g, bias)
+        if w is not None:
+            return self._conv_forward(input, w, prepared.like(bias, w))
         padding = self.padding
         if self.padding_mode != "zeros":
             input = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode)
@@ -46,16 +44,18 @@ class _Convolution(WeightNormMixin):
         )
 
 
+# PyTorch's transposed convolutions, by the number of spatial dimensions.
+_TRANSPOSED = F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d
+
+
 class _ConvolutionTranspose(WeightNormMixin):
     """Holds the `forward` of the three transposed convolutions."""
 
     def forward(self: Any, input: Tensor, output_size: list[int] | None = None) -> Tensor:
-        weight = self._prepared(input)
-        operands = None
-        if weight is None:
-            operands = self._operands()
-            if operands is None:
-                return self.plain.forward(self, input, output_size)
+        operands = self._operands()
+        if operands is None:
+            return self.plain.forward(self, input, output_size)
+        v, g, bias, dim, eps = operands
         output_padding = self.output_padding
         if output_size is not None:
             output_padding = self._output_padding(
@@ -67,18 +67,10 @@ class _ConvolutionTranspose(WeightNormMixin):
                 len(self.kernel_size),
                 self.dilation,
             )
-        if operands is None:
-            return _TRANSPOSED[weight.ndim - 3](
-                input,
-                weight,
-                prepared.bias(self, weight),
-                self.stride,
-                self.padding,
-                output_padding,
-                self.groups,
-                self.dilation,
-            )
-        v, g, bias, dim, eps = operands
+        w = self._prepared_weight(input, v, g, bias)
+        if w is not None:
+            options = self.stride, self.padding, output_padding, self.groups, self.dilation
+            return _TRANSPOSED[v.ndim - 3](input, w, prepared.like(bias, w), *options)
         return WF.convolution(
             v.ndim - 2,
             input,

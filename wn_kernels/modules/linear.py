@@ -41,13 +41,13 @@ class WNLinear(WeightNormMixin, nn.Linear):  # type: ignore[override]
     plain = nn.Linear
 
     def forward(self, input: Tensor) -> Tensor:
-        weight = self._prepared(input)
-        if weight is not None:
-            return F.linear(input, weight, prepared.bias(self, weight))
         operands = self._operands()
         if operands is None:
             return self.plain.forward(self, input)
         v, g, bias, dim, eps = operands
+        w = self._prepared_weight(input, v, g, bias)
+        if w is not None:
+            return F.linear(input, w, prepared.like(bias, w))
         return WF.wn_linear(input, v, g, bias, dim=dim, eps=eps)
 
 

@@ -1,185 +1,269 @@
-"""A weight that was prepared before a forward: kept inside `frozen_weights`, or cached inside
-`torch.nn.utils.parametrize.cached()`.
+"""Weights that are prepared before a layer's forward, which finds them by `take`. There, PyTorch's
+own product does the rest. They are kept inside `frozen_weights` (`kept.py`), cached inside
+`torch.nn.utils.parametrize.cached()` (`reading.py`), or computed by a group.
 
-A layer's `forward` gets it from the layer's `_prepared(input)`, and then does what the plain layer
-does. Without one, `forward` computes with `g` and `v`.
+`fuse(model, grouped=True)` gives the model a `Group` (`convert/groups.py`). It computes the weights
+of all members by one call of `functional.weight_norms`, at the start of the model's forward. A
+layer that runs meanwhile, on the same thread, takes its weight. In the backward, the gradients of
+all members are one node.
 
-A kept weight has no gradient. It serves a forward that needs none with respect to `g` and `v`. A
-cached weight is differentiable: each use adds to one gradient, and the weight's backward runs once.
+A weight is used only where it is what the layer would compute itself. Otherwise the layer computes
+its own, as if there were no group: outside of the model's forward; if `g` or `v` is another tensor
+than at the start, or was written to; if gradients are recorded now and were not then, or by other
+hooks of saved tensors, as inside of a checkpoint; in another dtype than that of the input; and
+where the plan has a better way for this input than a formed weight (`plan.shares`).
 
-A kept weight is used as long as nothing has changed: `g` and `v` are the same objects, their
-version counters and their addresses are the same, and nobody has written into the weight. What
-refers to the memory of `g` and `v` is kept as well, so that no other tensor gets their addresses.
-A write through `.data` in place leaves no trace, and cannot be noticed.
+A group computes the weights that the forward before took, in the dtypes in which it took them.
+Where hooks save tensors, it computes all weights in the usual dtypes: a checkpoint of the model
+compares what two forwards save.
 """
 
 from __future__ import annotations
 
 import threading
-from typing import Any, NamedTuple
+from collections.abc import Iterable
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.compiler import is_compiling
 from torch.nn.utils import parametrize
 
 from .. import functional as WF
-from ..backends import vendor
-from ..call import PLAIN_TYPES, recorder
-from . import reading
+from .. import plan, prepare
+from ..call import PLAIN_TYPES, Operands
+from . import kept, reading
+
+# The hooks of saved tensors that are in effect, or `None`.
+_saving = torch._C._autograd._top_saved_tensors_default_hooks
 
 
-class Kept(NamedTuple):
-    """One weight of a layer, and what it was computed from.
-
-    Attributes:
-        weight: the weight.
-        v, g: the parameters.
-        versions: the sum of the three tensors' version counters, which never decrease.
-        v_address, g_address: where the parameters' values were.
-        written: the version counter of the weight.
-        memory: tensors that share the parameters' memory of then.
-    """
-
-    weight: Tensor
-    v: Tensor
-    g: Tensor
-    versions: int
-    v_address: int
-    g_address: int
-    written: int
-    memory: tuple[Tensor, Tensor]
+# The inputs of a layer for which its decision is kept.
+MOST_SHAPES = 256
 
 
-class Store:
-    """Holds the weights that a layer keeps inside `frozen_weights`. A copy of the layer has none.
+class Member:
+    """A layer of a group.
 
     Attributes:
-        blocks: the number of blocks that the layer is in. At zero, nothing is kept any more.
-        kept: the weights by name, and those of a name by dtype, on a GPU by dtype and stream.
+        module: the layer.
+        is_taken: whether the forward before took the weight, or would have.
+        dtypes: the dtype of the weight by autocast's, or by `None` without autocast, where it is
+            not the usual one.
+        shares: whether the plan has the weight formed by the group, by the input's shape and dtype,
+            by whether gradients are recorded, and by what else a plan depends on.
     """
 
-    def __init__(self) -> None:
-        self.blocks = 0
-        self.kept: dict[str, dict[Any, Kept]] = {}
+    def __init__(self, module: Any) -> None:
+        self.module = module
+        self.is_taken = True
+        self.dtypes: dict[torch.dtype | None, torch.dtype] = {}
+        self.shares: dict[Any, bool] = {}
 
-    def __reduce__(self) -> tuple:
-        return type(None), ()
+    def dtype(self, v: Tensor, is_usual: bool = True) -> torch.dtype:
+        """Returns the dtype of the weight in the next forward, the usual one if that is asked
+        for."""
+        cast = autocast_dtype(v)
+        found = None if is_usual else self.dtypes.get(cast)
+        return found or (v.dtype if cast is None or v.dtype is torch.float64 else cast)
 
-    def get(
-        self, module: Any, name: str, v: Tensor, g: Tensor, dtype: torch.dtype
-    ) -> Tensor | None:
-        """Returns the kept weight in a dtype, computed if need be, or `None` if the call must not
-        use one."""
-        if torch.is_grad_enabled() and (v.requires_grad or g.requires_grad):
+
+def autocast_dtype(t: Tensor) -> torch.dtype | None:
+    """Returns the dtype that autocast gives to a layer's input on the device of `t`, or `None`."""
+    kind = t.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+
+
+class Entry:
+    """What a forward holds of a member.
+
+    Attributes:
+        weight: `W`, or `None` if it was not computed.
+        tensors: `v` and `g` at the start, and their version counters.
+        is_taken: as in `Member`, of this forward.
+    """
+
+    __slots__ = ("is_taken", "member", "saving", "tensors", "versions", "weight")
+
+    def __init__(self, member: Member) -> None:
+        self.member = member
+        self.weight: Tensor | None = None
+        self.tensors: tuple[Tensor, Tensor] | None = None
+        self.versions = (0, 0)
+        self.saving: Any = None
+        self.is_taken = False
+
+    def take(self, x: Tensor, v: Tensor, g: Tensor, bias: Tensor | None) -> Tensor | None:
+        """Returns the weight for an input, if it is what the layer would compute."""
+        if type(x) not in PLAIN_TYPES or _saved_by() is not self.saving:
             return None
-        if torch._C._get_tracing_state() is not None or torch._C._len_torch_dispatch_stack():
+        records = torch.is_grad_enabled()
+        cast = autocast_dtype(x)
+        dtype = x.dtype if cast is None or x.dtype is torch.float64 else cast
+        key = x.shape, dtype, records, plan.forced(), prepare.epoch
+        known = self.member.shares
+        shares = known.get(key)
+        if shares is None:
+            if len(known) >= MOST_SHAPES:
+                known.clear()
+            shares = known[key] = _shares(self.member.module, x, v, g, bias, dtype)
+        if not shares or (bias is not None and bias.dtype is not dtype and cast is None):
             return None
-        key: Any = dtype
-        if v.is_cuda:
-            if torch.cuda.is_current_stream_capturing():  # the graph may outlive the weight
-                return None
-            key = dtype, torch._C._cuda_getCurrentRawStream(v.get_device())
-        weights = self.kept.get(name)
-        if weights is None:
-            weights = self.kept.setdefault(name, {})
-        found = weights.get(key)
-        if found is not None:
-            weight, kept_v, kept_g, versions, v_address, g_address, written, _ = found
-            if (
-                kept_v is v
-                and kept_g is g
-                and v._version + g._version + weight._version == versions
-                and v.data_ptr() == v_address
-                and g.data_ptr() == g_address
-            ):
-                return weight
-            if weight._version != written:
-                reading.warn(module, name)
-            weights.pop(key, None)
-        if not self.blocks or module._is_claimed(name) or not _can_keep(v, g, dtype):
+        self.is_taken = True
+        w = self.weight
+        if w is None or self.tensors is None:
             return None
-        # A change that another thread makes meanwhile is noticed by the next call.
-        versions, addresses = v._version + g._version, (v.data_ptr(), g.data_ptr())
-        with torch.inference_mode(False), torch.no_grad():
-            memory = v.detach(), g.detach()
-            weight = module._form(name, torch.promote_types(v.dtype, dtype)).to(dtype)
-        written = weight._version
-        weights[key] = Kept(weight, v, g, versions + written, *addresses, written, memory)
-        return weight
+        if w.dtype is not dtype:
+            self.member.dtypes[cast] = dtype
+            return None
+        if self.tensors[0] is not v or self.tensors[1] is not g or _versions(v, g) != self.versions:
+            return None
+        if w.is_inference():
+            return w if torch.is_inference_mode_enabled() else None
+        if records and not w.requires_grad and (v.requires_grad or g.requires_grad):
+            return None
+        return w
 
 
-def _can_keep(v: Tensor, g: Tensor, dtype: torch.dtype) -> bool:
-    """Returns whether changes of `v` and `g` can be noticed, and the plain layer may compute with a
-    weight of this dtype."""
-    return (
-        not recorder(v)
-        and type(g) in PLAIN_TYPES
-        and not v.is_inference()  # inference tensors have no version counter
-        and not g.is_inference()
-        and dtype.is_floating_point
-        and not (v.is_cpu and (dtype in vendor.SLOW or vendor.is_wrong_for(dtype, v.ndim)))
-    )
+def _versions(v: Tensor, g: Tensor) -> tuple[int, int]:
+    """Returns the version counters, which tensors of inference mode do not have."""
+    if v.is_inference() or g.is_inference():
+        return 0, 0
+    return v._version, g._version
 
 
-# --- for a layer ---------------------------------------------------------------------------------
+def _saved_by() -> Any:
+    """Returns the function that saves tensors for the backward, if it is not PyTorch's own."""
+    hooks = _saving(True) if torch.is_grad_enabled() else None
+    return hooks and hooks[0]
 
 
-def weight(module: Any, input: Tensor) -> Tensor | None:
-    """Returns the weight that was prepared for a forward of the layer, in the dtype of the product
-    with `input`, or `None`."""
-    if not is_compiling() and module._store is not None and isinstance(input, Tensor):
-        is_cast = torch._C._is_any_autocast_enabled()
-        dtype = WF.product_dtype(input) if is_cast else input.dtype
-        found = module._kept("weight", dtype)
-        if found is not None:
-            return found
-    return _cached(module, input) if parametrize._cache_enabled else None
+def _shares(
+    module: Any, x: Tensor, v: Tensor, g: Tensor, bias: Tensor | None, dtype: torch.dtype
+) -> bool:
+    """Returns whether the plan has the weight of a layer formed by a group, for this input."""
+    backend = plan.serving(v, module_dim(module))
+    if backend == "reference":
+        return False
+    like = x if x.dtype is dtype else torch.empty_like(x, dtype=dtype, device="meta")
+    rank = 0
+    geometry: tuple[Any, ...] = ()
+    if v.ndim > 2:
+        padding = module.padding if module.padding_mode == "zeros" else 0
+        more = module.transposed, module.output_padding, module.groups
+        rank, geometry = v.ndim - 2, (module.stride, padding, module.dilation, *more)
+    try:
+        tensors = Operands(like, v, g, bias)
+        found = prepare.prepare(rank, tensors, geometry, module_dim(module), 0.0, backend)
+    except (TypeError, ValueError):  # the layer raises it, if it is an error there too
+        return False
+    return plan.shares(found.call, found.plan, torch.is_grad_enabled())
 
 
-def _cached(module: Any, input: Tensor) -> Tensor | None:
-    """Returns the weight that `parametrize.cached()` prepared. Casts of it are not cached, so that
-    the uses of a weight add to its gradient in its own dtype."""
-    if not isinstance(input, Tensor):
-        return None
-    dtype, v = WF.product_dtype(input), module._tensors("weight")[1]
-    if v.is_cpu and vendor.is_wrong_for(dtype, v.ndim):
-        return None
-    wide = torch.promote_types(v.dtype, dtype)
-    if wide == v.dtype:
-        return reading.form(module, "weight").to(dtype)
-    return reading.cached(module, "weight", wide).to(dtype)
+def module_dim(module: Any) -> int | None:
+    """Returns the dimension whose slices a layer normalises."""
+    return module._operands()[3]
 
 
-def bias(module: Any, weight: Tensor) -> Tensor | None:
-    """Returns the layer's bias in the dtype of the weight. It avoids `nn.Module.__getattr__`, which
-    costs 1 µs per parameter."""
-    own = module._parameters
-    found = own["bias"] if "bias" in own else module.bias  # noqa: SIM401 (lazily)
-    return found if found is None or found.dtype == weight.dtype else found.to(weight.dtype)
+# --- the weights of a forward --------------------------------------------------------------------
 
 
-# --- for frozen_weights --------------------------------------------------------------------------
+class _State(threading.local):
+    """The forwards in progress on a thread."""
 
-_lock = threading.Lock()
-
-
-def open_store(module: Any) -> Store:
-    """Makes a layer keep its weights until `close_store`, and returns where."""
-    with _lock:
-        store = module._store
-        if store is None:
-            store = module.__dict__["_store"] = Store()
-        store.blocks += 1
-        return store
+    entries: dict[int, Entry] = {}  # noqa: RUF012 (replaced, never written to)
 
 
-def close_store(module: Any, store: Store) -> None:
-    """Undoes one `open_store`. The last one drops the weights."""
-    with _lock:
-        store.blocks -= 1
-        if store.blocks:
+_state = _State()
+
+
+def take(module: Any, x: Tensor, v: Tensor, g: Tensor, bias: Tensor | None) -> Tensor | None:
+    """Returns the `W` that was prepared for this call of a layer, or `None`."""
+    is_traced = is_compiling()
+    if not is_traced and module._store is not None:
+        w = kept.for_product(module, x, v, g)
+        if w is not None:
+            return w
+    if parametrize._cache_enabled:
+        return reading.cached_for_product(module, x, v)
+    if is_traced:
+        return module._traced
+    entry = _state.entries.get(id(module))
+    return None if entry is None else entry.take(x, v, g, bias)
+
+
+def like(bias: Tensor | None, w: Tensor) -> Tensor | None:
+    """Returns the bias of a layer in the dtype of a prepared weight."""
+    return bias if bias is None or bias.dtype == w.dtype else bias.to(w.dtype)
+
+
+class Group:
+    """The layers of a model whose weights are prepared together.
+
+    Attributes:
+        model: the model. A copy of it has a group of its own, over its own layers.
+        members: the layers.
+    """
+
+    def __init__(self, model: nn.Module, modules: Iterable[nn.Module]) -> None:
+        self.model = model
+        self.members = [Member(module) for module in modules]
+
+    def begin(self) -> None:
+        """Computes the weights for a forward of the model."""
+        if is_compiling():
+            self._trace()
             return
-        if module.__dict__.get("_store") is store:
-            del module.__dict__["_store"]
-        store.kept.clear()
+        saving = _saved_by()
+        entries = {}
+        by_device: dict[torch.device, list[Any]] = {}
+        for member in self.members:
+            entry = entries[id(member.module)] = Entry(member)
+            entry.saving = saving
+            is_wanted = (member.is_taken or saving) and not parametrize._cache_enabled
+            operands = member.module._operands() if is_wanted else None
+            if operands is None:
+                continue
+            v, g, _, dim, eps = operands
+            if type(v) in PLAIN_TYPES and type(g) in PLAIN_TYPES:
+                entry.tensors, entry.versions = (v, g), _versions(v, g)
+                given = entry, v, g, dim, eps, member.dtype(v, saving is not None)
+                by_device.setdefault(v.device, []).append(given)
+        for every in by_device.values():
+            taken, v, g, dims, eps, dtypes = map(list, zip(*every, strict=True))
+            weights = WF.weight_norms(v, g, dim=dims, eps=eps, dtype=dtypes)
+            for entry, weight in zip(taken, weights, strict=True):
+                entry.weight = weight
+        outer = _state.entries
+        _state.entries = _Entries(outer, {**outer, **entries})
+
+    def end(self) -> None:
+        """Drops the weights, also after an exception."""
+        if is_compiling():
+            for member in self.members:
+                object.__setattr__(member.module, "_traced", None)
+            return
+        entries = _state.entries
+        assert isinstance(entries, _Entries)
+        _state.entries = entries.outer
+        for member in self.members:
+            member.is_taken = entries[id(member.module)].is_taken
+
+    def _trace(self) -> None:
+        """Computes the weights of a forward that is compiled."""
+        members = [] if parametrize._cache_enabled else self.members
+        found = [(m.module, m.module._operands()) for m in members]
+        given = [(module, *operands) for module, operands in found if operands is not None]
+        if not given:
+            return
+        modules, v, g, _, dims, eps = map(list, zip(*given, strict=True))
+        for module, w in zip(modules, WF.weight_norms(v, g, dim=dims, eps=eps), strict=True):
+            object.__setattr__(module, "_traced", w)
+
+
+class _Entries(dict[int, Entry]):
+    """The entries of a forward, with those of the forwards around it."""
+
+    def __init__(self, outer: dict[int, Entry], entries: dict[int, Entry]) -> None:
+        super().__init__(entries)
+        self.outer = outer

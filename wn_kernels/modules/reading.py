@@ -20,6 +20,9 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 from torch.nn.utils import parametrize
 
+from .. import functional as WF
+from ..backends import vendor
+
 # While `apply` runs, this holds the weights that its function has read, each with a copy of its
 # original value.
 _watched: dict[tuple[int, str], tuple[Tensor, Tensor]] | None = None
@@ -50,7 +53,7 @@ def read(module: Any, name: str) -> Tensor:
         return form(module, name)
     if is_compiling():
         return module._form(name)
-    if module._store is not None and (weight := module._kept(name)) is not None:
+    if module._store is not None and (weight := _kept(module, name)) is not None:
         return weight
     weight = module._form(name)
     if module._watches:
@@ -63,7 +66,7 @@ def form(module: Any, name: str) -> Tensor:
     if _watched is not None:
         return _read_watched(module, name)
     if not is_compiling() and module._store is not None:
-        weight = module._kept(name)
+        weight = _kept(module, name)
         if weight is not None:
             return weight
     return cached(module, name) if parametrize._cache_enabled else module._form(name)
@@ -87,6 +90,14 @@ def forms(module: Any, names: Sequence[str]) -> list[Tensor]:
     if is_kept or parametrize._cache_enabled or _watched is not None:
         return [form(module, name) for name in names]
     return module._forms(names)
+
+
+def _kept(module: Any, name: str) -> Tensor | None:
+    """Returns the weight that a layer keeps inside `frozen_weights` (kept.py), or `None`."""
+    if module._is_claimed(name):
+        return None
+    g, v = module._tensors(name)
+    return module._store.get(module, name, v, g, v.dtype)
 
 
 def _keep_counter(module: Any, name: str, weight: Tensor) -> None:
@@ -170,6 +181,21 @@ def cached(module: Any, name: str, dtype: torch.dtype | None = None) -> Tensor:
     ):
         found = cache[key] = module._form(name, dtype)
     return found
+
+
+def cached_for_product(module: Any, x: Tensor, v: Tensor) -> Tensor | None:
+    """Returns the cached weight in the dtype of a product with `x`, or `None` if the product must
+    not use one. Casts are not cached, so that the uses of a weight add to its gradient in a dtype
+    that is as wide as that of `v`."""
+    if not isinstance(x, Tensor):
+        return None
+    dtype = WF.product_dtype(x)
+    if not dtype.is_floating_point or (v.is_cpu and vendor.is_wrong_for(dtype, v.ndim)):
+        return None
+    wide = torch.promote_types(v.dtype, dtype)
+    if wide == v.dtype:
+        return form(module, "weight").to(dtype)
+    return cached(module, "weight", wide).to(dtype)
 
 
 def apply(module: Any, function: Callable[[nn.Module], None]) -> Any:

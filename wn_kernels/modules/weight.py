@@ -16,7 +16,7 @@ from torch.nn.parameter import UninitializedParameter, is_lazy
 
 from .. import functional as WF
 from ..call import canonical_dim, canonical_eps, kept_shape
-from . import checkpoints, prepared, reading, removal
+from . import checkpoints, kept, prepared, reading, removal
 
 # The entries are (v, g, bias, dim, eps).
 Operands = tuple[Tensor, Tensor, Tensor | None, int | None, float]
@@ -56,7 +56,8 @@ class NormedWeights(nn.Module):
     plain: Any  # the class of torch.nn that the layer replaces
     _is_read = False  # see modules/reading.py
     _watches = reading.WATCHES
-    _store: prepared.Store | None = None  # see modules/prepared.py
+    _store: kept.Store | None = None  # see modules/kept.py
+    _traced: Tensor | None = None  # see modules/prepared.py
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Gives the constructor the signature of the plain layer, with our two arguments added."""
@@ -92,18 +93,9 @@ class NormedWeights(nn.Module):
         """Returns whether the `forward` serves a layer with these weight-normed tensors."""
         raise NotImplementedError
 
-    def _kept(self, name: str, dtype: torch.dtype | None = None) -> Tensor | None:
-        """Returns the weight that `frozen_weights` keeps for this call, in a dtype or in that of
-        `v`, or `None`."""
-        own = self._parameters
-        g, v = map(own.get, checkpoints.keys("weight_norm", name))
-        if self._store is None or v is None or g is None:  # one is parametrized or pruned
-            return None
-        return self._store.get(self, name, v, g, dtype or v.dtype)
-
     def _is_claimed(self, name: str) -> bool:
-        """Returns whether something else takes part in computing the weight."""
-        return False
+        """Returns whether a weight depends on more than two parameters of the layer."""
+        return not set(checkpoints.keys("weight_norm", name)) <= self._parameters.keys()
 
     def _form(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
         """Returns the weight in the dtype of `v`, or in a wider one."""
@@ -281,7 +273,13 @@ class WeightNormMixin(NormedWeights):
             return self.weight_v, self.weight_g, self.bias, self.dim, self.eps
         return v, g, own["bias"], self.dim, self.eps
 
-    _prepared = prepared.weight
+    def _prepared_weight(
+        self, input: Tensor, v: Tensor, g: Tensor, bias: Tensor | None
+    ) -> Tensor | None:
+        """Returns a `W` that was prepared for this call of `forward`, in the dtype of its product
+        with `input`, or `None` if the layer computes its own. The other arguments are those of
+        `_operands`."""
+        return prepared.take(self, input, v, g, bias)
 
     @property
     def weight(self) -> Tensor:

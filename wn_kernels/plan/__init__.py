@@ -11,13 +11,14 @@ from .backend import (
     ENVIRONMENT_VARIABLE,
     cannot_serve,
     choose_backend,
+    forced,
     is_forced,
     prepares,
     serving,
     triton_unavailable,
     use_backend,
 )
-from .variants import KEPT_WEIGHT, Plan, by_cost, choices, choose, key
+from .variants import KEPT_WEIGHT, Plan, by_cost, choices, choose, key, shares
 
 __all__ = [
     "BACKENDS",
@@ -31,10 +32,12 @@ __all__ = [
     "choose_backend",
     "costs",
     "devices",
+    "forced",
     "is_forced",
     "key",
     "prepares",
     "serving",
+    "shares",
     "table",
     "triton_unavailable",
     "use_backend",

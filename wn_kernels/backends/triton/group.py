@@ -15,8 +15,9 @@ one whose layout is not that of at most three loops have launches of their own.
 
 from __future__ import annotations
 
+import itertools
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -28,7 +29,7 @@ from triton import cdiv
 from ...call import Member, kept_shape, scale_dtype
 from . import configs, weight
 from .configs import Target
-from .launch import Launcher, Slices, acc_type, as_slices, is_wide, laid_out, remembered, target_of
+from .launch import Launcher, Slices, acc_type, as_slices, is_wide, remembered, target_of
 from .weight import weight_grad_slices, weight_slices
 
 # --- kernels -----------------------------------------------------------------------------------
@@ -193,7 +194,7 @@ class Kind(NamedTuple):
 class Row(NamedTuple):
     """A weight that shares a launch."""
 
-    index: int
+    member: int
     kind: Kind
     n: int
     loops: tuple[int, int, int]
@@ -261,7 +262,8 @@ class Table:
     def __init__(self, kernel: Any, target: Target, rows: list[Row], places: int) -> None:
         self.rows, self.places = rows, places
         kinds = list(dict.fromkeys(row.kind for row in rows))
-        programs, numbers = [], []
+        programs: list[int] = []
+        numbers: list[int] = []
         blocks = [cdiv(row.n, row.kind.BLOCK_N) for row in rows]
         first = 2 * sum(blocks)
         for i, (row, count) in enumerate(zip(rows, blocks, strict=True)):
@@ -276,7 +278,7 @@ class Table:
                 target,
                 self.grid,
                 COUNT=len(kinds),
-                KINDS=tuple(tuple(kind) for kind in kinds),
+                KINDS=tuple(tuple(map(tl.constexpr, kind)) for kind in kinds),
                 ALIGNED=aligned,
                 num_warps=configs.GROUPED_WARPS,
                 num_stages=1,
@@ -290,45 +292,50 @@ class Table:
     def launch(self, lists: Sequence[Sequence[Tensor]], base: Tensor | None = None) -> None:
         """Launches the kernel on these tensors: a list for each place, with a tensor for each
         weight of the group."""
-        device = lists[0][0].device
+        beside = lists[0][0]
+        captures = is_capturing(beside)
         table = self._table
-        if table is None or table.device != device:
-            table = self._table = on_device(self.numbers, device)
-        addresses = tuple([each[row.index].data_ptr() for row in self.rows for each in lists])
+        if table is None:
+            table = on_device(self.numbers, beside, captures)
+        addresses = tuple([each[row.member].data_ptr() for row in self.rows for each in lists])
+        places = None if captures or base is not None else self._known.get(addresses)
         at = table if base is None else base
-        aligned = not any(address % 16 for address in addresses)
-        places = self._known.get(addresses)
-        if places is None or base is not None:
+        if places is None:
             first = at.data_ptr()
             numbers = torch.tensor([address - first for address in addresses], dtype=torch.int64)
-            places = on_device(numbers, device)
-            if not is_capturing(device):
-                self._keep(addresses, places)
+            places = on_device(numbers, beside, captures)
+            if captures:
+                _captured.append(table)
+            elif base is None:
+                self._keep(table, addresses, places)
+        aligned = not any(address % 16 for address in addresses)
         self.launchers[aligned](at.view(torch.int8), places, table)
 
-    def _keep(self, addresses: tuple[int, ...], places: Tensor) -> None:
+    def _keep(self, table: Tensor, addresses: tuple[int, ...], places: Tensor) -> None:
         with self._lock:
+            self._table = table
             if len(self._known) >= configs.GROUPED_KNOWN:
                 self._known.clear()
             self._known[addresses] = places
 
 
-# What a CUDA graph copies from when it is replayed.
+# What a CUDA graph reads when it is replayed. It is in use for as long as the graph, whose end
+# cannot be seen from here.
 _captured: list[Tensor] = []
 
 
-def is_capturing(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+def is_capturing(beside: Tensor) -> bool:
+    return beside.get_device() >= 0 and torch.cuda.is_current_stream_capturing()
 
 
-def on_device(numbers: Tensor, device: torch.device) -> Tensor:
-    """Numbers on a device, without a wait for it."""
-    if device.type != "cuda":
-        return numbers.to(device)
+def on_device(numbers: Tensor, beside: Tensor, captures: bool) -> Tensor:
+    """Numbers on the device of another tensor, without a wait for it."""
+    if beside.get_device() < 0:
+        return numbers
     pinned = numbers.pin_memory()
-    if is_capturing(device):
+    if captures:
         _captured.append(pinned)
-    return pinned.to(device, non_blocking=True)
+    return pinned.to(beside.device, non_blocking=True)
 
 
 # --- launchers ---------------------------------------------------------------------------------
@@ -350,10 +357,10 @@ def _tables(kernel: Any, target: Target, rows: list[Row | None], places: int) ->
     every = list(kinds.values())
     parts = [every[i : i + MOST_KINDS] for i in range(0, len(every), MOST_KINDS)]
     # The longest rows come first, so that no program is left alone with one at the end.
-    tables = [
-        Table(kernel, target, sorted(sum(part, []), key=lambda row: -row.steps), places)
-        for part in parts
-    ]
+    tables = []
+    for part in parts:
+        longest = sorted(itertools.chain(*part), key=lambda row: -row.steps)
+        tables.append(Table(kernel, target, longest, places))
     return Grouped(tables, [i for i, row in enumerate(rows) if row is None])
 
 

@@ -1,0 +1,149 @@
+"""Weights that layers keep inside `frozen_weights`.
+
+A kept weight has no gradient, and serves a forward that needs none with respect to `g` and `v`. It
+is used as long as nothing has changed: `g` and `v` are the same objects, their
+version counters and their addresses are the same, and nobody has written into the weight. What
+refers to the memory of `g` and `v` is kept as well, so that no other tensor gets their addresses.
+A write through `.data` in place leaves no trace, and cannot be noticed.
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import functional as WF
+from ..backends import vendor
+from ..call import PLAIN_TYPES, recorder
+from . import reading
+
+
+class Kept(NamedTuple):
+    """One weight of a layer, and what it was computed from.
+
+    Attributes:
+        weight: the weight.
+        v, g: the parameters.
+        versions: the sum of the three tensors' version counters, which never decrease.
+        v_address, g_address: where the parameters' values were.
+        written: the version counter of the weight.
+        memory: tensors that share the parameters' memory of then.
+    """
+
+    weight: Tensor
+    v: Tensor
+    g: Tensor
+    versions: int
+    v_address: int
+    g_address: int
+    written: int
+    memory: tuple[Tensor, Tensor]
+
+
+class Store:
+    """Holds the weights that a layer keeps inside `frozen_weights`. A copy of the layer has none.
+
+    Attributes:
+        blocks: the number of blocks that the layer is in. At zero, nothing is kept any more.
+        kept: the weights by name, and those of a name by dtype, on a GPU by dtype and stream.
+    """
+
+    def __init__(self) -> None:
+        self.blocks = 0
+        self.kept: dict[str, dict[Any, Kept]] = {}
+
+    def __reduce__(self) -> tuple:
+        return type(None), ()
+
+    def get(
+        self, module: Any, name: str, v: Tensor, g: Tensor, dtype: torch.dtype
+    ) -> Tensor | None:
+        """Returns the kept weight in a dtype, computed if need be, or `None` if the call must not
+        use one."""
+        if torch.is_grad_enabled() and (v.requires_grad or g.requires_grad):
+            return None
+        if torch._C._get_tracing_state() is not None or torch._C._len_torch_dispatch_stack():
+            return None
+        key: Any = dtype
+        if v.is_cuda:
+            if torch.cuda.is_current_stream_capturing():  # the graph may outlive the weight
+                return None
+            key = dtype, torch._C._cuda_getCurrentRawStream(v.get_device())
+        weights = self.kept.get(name)
+        if weights is None:
+            weights = self.kept.setdefault(name, {})
+        found = weights.get(key)
+        if found is not None:
+            weight, kept_v, kept_g, versions, v_address, g_address, written, _ = found
+            if (
+                kept_v is v
+                and kept_g is g
+                and v._version + g._version + weight._version == versions
+                and v.data_ptr() == v_address
+                and g.data_ptr() == g_address
+            ):
+                return weight
+            if weight._version != written:
+                reading.warn(module, name)
+            weights.pop(key, None)
+        if not self.blocks or module._is_claimed(name) or not _can_keep(v, g, dtype):
+            return None
+        # A change that another thread makes meanwhile is noticed by the next call.
+        versions, addresses = v._version + g._version, (v.data_ptr(), g.data_ptr())
+        with torch.inference_mode(False), torch.no_grad():
+            memory = v.detach(), g.detach()
+            weight = module._form(name, torch.promote_types(v.dtype, dtype)).to(dtype)
+        written = weight._version
+        weights[key] = Kept(weight, v, g, versions + written, *addresses, written, memory)
+        return weight
+
+
+def _can_keep(v: Tensor, g: Tensor, dtype: torch.dtype) -> bool:
+    """Returns whether changes of `v` and `g` can be noticed, and the plain layer may compute with a
+    weight of this dtype."""
+    return (
+        not recorder(v)
+        and type(g) in PLAIN_TYPES
+        and not v.is_inference()  # inference tensors have no version counter
+        and not g.is_inference()
+        and dtype.is_floating_point
+        and not (v.is_cpu and (dtype in vendor.SLOW or vendor.is_wrong_for(dtype, v.ndim)))
+    )
+
+
+def for_product(module: Any, x: Tensor, v: Tensor, g: Tensor) -> Tensor | None:
+    """Returns the weight that a layer in a block keeps for a product with `x`, in the dtype of the
+    product, or `None`."""
+    if not isinstance(x, Tensor):
+        return None
+    dtype = WF.product_dtype(x) if torch._C._is_any_autocast_enabled() else x.dtype
+    return module._store.get(module, "weight", v, g, dtype)
+
+
+# --- for frozen_weights --------------------------------------------------------------------------
+
+_lock = threading.Lock()
+
+
+def open_store(module: Any) -> Store:
+    """Makes a layer keep its weights until `close_store`, and returns where."""
+    with _lock:
+        store = module._store
+        if store is None:
+            store = module.__dict__["_store"] = Store()
+        store.blocks += 1
+        return store
+
+
+def close_store(module: Any, store: Store) -> None:
+    """Undoes one `open_store`. The last one drops the weights."""
+    with _lock:
+        store.blocks -= 1
+        if store.blocks:
+            return
+        if module.__dict__.get("_store") is store:
+            del module.__dict__["_store"]
+        store.kept.clear()
