@@ -17,8 +17,13 @@ from .modules import (
     WNLazyConvTranspose3d,
     WNLazyLinear,
     WNLinear,
+    WNMeanOnlyBatchNorm1d,
+    WNMeanOnlyBatchNorm2d,
+    WNMeanOnlyBatchNorm3d,
+    WNMeanOnlySyncBatchNorm,
 )
 from .plan import use_backend
+from .training import fix_magnitudes_, param_groups, renormalize_, slice_norms
 from .tuning import explain, tune
 
 __version__ = "0.1.0"
@@ -38,12 +43,20 @@ __all__ = [
     "WNLazyConvTranspose3d",
     "WNLazyLinear",
     "WNLinear",
+    "WNMeanOnlyBatchNorm1d",
+    "WNMeanOnlyBatchNorm2d",
+    "WNMeanOnlyBatchNorm3d",
+    "WNMeanOnlySyncBatchNorm",
     "explain",
+    "fix_magnitudes_",
     "fold",
     "functional",
     "fuse",
     "init",
+    "param_groups",
     "remove_weight_norm",
+    "renormalize_",
+    "slice_norms",
     "state_dict",
     "tune",
     "unfuse",
