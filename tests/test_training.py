@@ -98,6 +98,35 @@ def test_param_groups_reject():
         wn_kernels.param_groups(nn.Linear(2, 2), -1)
 
 
+def test_decay_of_directions_is_a_larger_learning_rate():
+    """Training with decay of `V` is, but for ‖V‖, training without it at a rate of V's own:
+
+    V' = (1 − ηλ) V − η G(V) with G(cV) = G(V) / c, hence, with c_t = (1 − ηλ)^t,
+    U' = U − η / (c_t c_{t+1}) G(U) for U = V / c_t
+    """
+    decayed, scheduled = network("ours").double(), network("ours").double()
+    rate, decay = 0.1, 0.5
+    optimizers = [
+        torch.optim.SGD(wn_kernels.param_groups(net, 0.0), lr=rate) for net in (decayed, scheduled)
+    ]
+    for group in optimizers[0].param_groups:
+        group["weight_decay"] = decay if group["name"] == "directions" else 0.0
+    for step in range(10):
+        for group in optimizers[1].param_groups:
+            if group["name"] == "directions":
+                group["lr"] = rate / (1 - rate * decay) ** (2 * step + 1)
+        losses = []
+        for net, optimizer in zip((decayed, scheduled), optimizers, strict=True):
+            optimizer.zero_grad()
+            losses.append(net(torch.arange(5)).square().sum())
+            losses[-1].backward()
+            optimizer.step()
+        assert_matches(losses[0], losses[1].detach(), torch.float64, 64, roundings=64)
+    factor = (1 - rate * decay) ** 10
+    v = scheduled[1].weight_v.detach() * factor
+    assert_matches(decayed[1].weight_v, v, torch.float64, 64, roundings=64)
+
+
 # --- bounded weight norm -------------------------------------------------------------------------
 
 
@@ -169,7 +198,7 @@ def test_renormalised_after_each_step():
             optimizer.register_step_post_hook(
                 lambda *_, n=net, i=initial: wn_kernels.renormalize_(n, i)
             )
-        for _ in range(20):
+        for _ in range(10):
             optimizer.zero_grad()
             net(torch.arange(5)).square().sum().backward()
             optimizer.step()
@@ -212,7 +241,7 @@ def test_renormalize_leaves_the_rest_alone():
 def test_renormalize_rejects():
     layer = wn_kernels.WNLinear(6, 4)
     old = layer.weight_v.detach().clone()
-    for norm in (0, -1.0, math.inf, math.nan):
+    for norm in (0, -1.0, math.inf, math.nan, "l1", None):
         with pytest.raises(ValueError, match="expected a positive number"):
             wn_kernels.renormalize_(layer, norm)
     with pytest.raises(ValueError, match="norm has no entry for 0"):
@@ -222,6 +251,21 @@ def test_renormalize_rejects():
     with pytest.raises(TypeError, match="model must be"):
         wn_kernels.renormalize_(layer.weight_v)
     assert_same_bits(layer.weight_v, old)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("kind", LAYERS)
+def test_norms_of_g_make_v_the_weight(kind, form):
+    """A step of SGD then changes `V` as it would change `W`, but for what is parallel to it."""
+    layer, _ = made(kind, form)
+    g, v = parts(layer)
+    weight = effective(layer, LAYERS[kind][3])
+    wn_kernels.renormalize_(layer, "g")
+    assert_matches(v, weight, torch.float64, 64)
+    with torch.no_grad():
+        g.view(-1)[0] = 0
+    wn_kernels.renormalize_(layer, "g")
+    assert_matches(v, weight, torch.float64, 64)
 
 
 def test_few_dispatches():

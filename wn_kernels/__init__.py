@@ -22,6 +22,7 @@ from .modules import (
     WNMeanOnlyBatchNorm3d,
     WNMeanOnlySyncBatchNorm,
 )
+from .monitoring import monitor
 from .plan import use_backend
 from .training import fix_magnitudes_, param_groups, renormalize_, slice_norms
 from .tuning import explain, tune
@@ -53,6 +54,7 @@ __all__ = [
     "functional",
     "fuse",
     "init",
+    "monitor",
     "param_groups",
     "remove_weight_norm",
     "renormalize_",

@@ -145,7 +145,7 @@ def slice_norms(model: nn.Module) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def renormalize_(
-    model: nn.Module, norm: float | Literal["rms"] | Mapping[str, Tensor] = 1.0
+    model: nn.Module, norm: float | Literal["rms", "g"] | Mapping[str, Tensor] = 1.0
 ) -> None:
     """Sets the norm of every slice of every `V`, in place: forced weight norm, as Karras et al.
     2024 (EDM2) have it after each step, equation (66).
@@ -164,8 +164,10 @@ def renormalize_(
         model: any model that `wn_kernels.fuse` accepts. A `V` that is frozen, and a tensor whose
             `g` or `v` is itself computed, are left alone.
         norm: the norm of every slice. `"rms"` is √(number of its entries), which gives entries of
-            unit magnitude, as in EDM2. A mapping, such as an earlier result of `slice_norms`,
-            holds the norms of each tensor by name.
+            unit magnitude, as in EDM2. `"g"` is |g|, which makes `V` equal to `W` but for signs, so
+            that a step of SGD turns `W` as far as it would without weight norm; a slice with a `g`
+            of zero stays as it is. A mapping, such as an earlier result of `slice_norms`, holds
+            the norms of each tensor by name.
 
     Raises:
         TypeError: `model` is not a module.
@@ -173,14 +175,18 @@ def renormalize_(
             or a lazy layer has no shape yet.
     """
     prepare.check_module("model", model)
-    if not (norm == "rms" or isinstance(norm, Mapping) or (norm > 0 and math.isfinite(norm))):
-        raise ValueError(f'norm is {norm!r}; expected a positive number, "rms" or a mapping')
+    if isinstance(norm, (int, float)):
+        is_known = norm > 0 and math.isfinite(norm)
+    else:
+        is_known = norm in ("rms", "g") or isinstance(norm, Mapping)
+    if not is_known:
+        raise ValueError(f'norm is {norm!r}; expected a positive number, "rms", "g" or a mapping')
     chosen: dict[int, tuple[Tensor, Tensor, Any]] = {}
     for normed in weights(model):
-        _, v = normed.tensors
+        g, v = normed.tensors
         if v.requires_grad and v.numel() and not normed.fault:
             n = aten.norms(v, normed.dim, LEAST)
-            chosen[id(v)] = v, n, _target(norm, normed.name, v, n)
+            chosen[id(v)] = v, n, _target(norm, normed.name, v, g, n)
     if not chosen:
         return
     vs, norms, targets = map(list, zip(*chosen.values(), strict=True))
@@ -190,10 +196,13 @@ def renormalize_(
     torch._foreach_mul_(vs, factors)
 
 
-def _target(norm: Any, name: str, v: Tensor, n: Tensor) -> Any:
+def _target(norm: Any, name: str, v: Tensor, g: Tensor, n: Tensor) -> Any:
     """Returns the norms that the slices of `v` get: a number, or a tensor of `n`'s shape."""
     if norm == "rms":
         return math.sqrt(v.numel() / n.numel())
+    if norm == "g":
+        size = g.view(n.shape).abs().to(n)
+        return torch.where(size == 0, n, size)
     if not isinstance(norm, Mapping):
         return float(norm)
     if name not in norm:
