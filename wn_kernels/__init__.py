@@ -22,9 +22,15 @@ from .modules import (
     WNLazyLinear,
     WNLinear,
     WNLSTMCell,
+    WNMeanOnlyBatchNorm1d,
+    WNMeanOnlyBatchNorm2d,
+    WNMeanOnlyBatchNorm3d,
+    WNMeanOnlySyncBatchNorm,
     WNRNNCell,
 )
+from .monitoring import monitor
 from .plan import use_backend
+from .training import fix_magnitudes_, param_groups, renormalize_, slice_norms
 from .tuning import explain, tune
 
 __version__ = "0.1.0"
@@ -49,14 +55,23 @@ __all__ = [
     "WNLazyConvTranspose3d",
     "WNLazyLinear",
     "WNLinear",
+    "WNMeanOnlyBatchNorm1d",
+    "WNMeanOnlyBatchNorm2d",
+    "WNMeanOnlyBatchNorm3d",
+    "WNMeanOnlySyncBatchNorm",
     "WNRNNCell",
     "explain",
+    "fix_magnitudes_",
     "fold",
     "frozen_weights",
     "functional",
     "fuse",
     "init",
+    "monitor",
+    "param_groups",
     "remove_weight_norm",
+    "renormalize_",
+    "slice_norms",
     "state_dict",
     "tune",
     "unfuse",

@@ -50,7 +50,16 @@ class Normed:
     @property
     def tensors(self) -> tuple[Tensor, Tensor]:
         """Returns `(g, v)`. They are parameters, unless `fault` says otherwise."""
-        return _held(self.module, self.tensor, self.form)
+        holder, *keys = _place(self.module, self.tensor, self.form)
+        g, v = (getattr(holder, key) for key in keys)
+        return g, v
+
+    @property
+    def parameters(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+        """Returns the parameters that `g` is, or is computed from, and those of `v`."""
+        holder, *keys = _place(self.module, self.tensor, self.form)
+        g, v = (_origins(holder, key) for key in keys)
+        return g, v
 
     @property
     def is_transposed(self) -> bool:
@@ -82,7 +91,7 @@ class Normed:
     def layer(self) -> type[NormedWeights] | None:
         """Returns our layer whose `forward` does what that of the module does, or `None`."""
         cls: Any = type(self.module)
-        if isinstance(self.module, WeightNormMixin):
+        if isinstance(self.module, NormedWeights):
             ours = (layer for layer in fused.LAYERS.values() if issubclass(cls, layer))
             return next((layer for layer in ours if cls.forward is layer.forward), None)
         base = self.module.plain if fused.is_fused(self.module) else None
@@ -106,16 +115,23 @@ def weights(model: nn.Module) -> Iterator[Normed]:
             yield normed
 
 
-def _held(module: nn.Module, tensor: str, form: str) -> tuple[Tensor, Tensor]:
-    """Returns `(g, v)`."""
-    path, _, key_g = checkpoints.keys(form, tensor)[0].rpartition(".")
-    key_v = checkpoints.keys(form, tensor)[1].rpartition(".")[2]
-    holder = module.get_submodule(path)
-    return getattr(holder, key_g), getattr(holder, key_v)
+def _place(module: nn.Module, tensor: str, form: str) -> tuple[nn.Module, str, str]:
+    """Returns the module that holds `g` and `v`, and their names in it."""
+    key_g, key_v = checkpoints.keys(form, tensor)
+    path, _, key_g = key_g.rpartition(".")
+    return module.get_submodule(path), key_g, key_v.rpartition(".")[2]
+
+
+def _origins(holder: nn.Module, key: str) -> list[nn.Parameter]:
+    """Returns the parameters of a tensor, which may be pruned or parametrized itself."""
+    if key in fused.parametrized(holder):
+        return list(fused.parametrized(holder)[key].parameters())
+    own = (holder._parameters.get(name) for name in (key, f"{key}_orig"))
+    return [p for p in own if p is not None]
 
 
 def _found(module: Any) -> Iterator[tuple[str, int | None, float, str]]:
-    if isinstance(module, WeightNormMixin):
+    if isinstance(module, NormedWeights):
         for tensor in module._normed():
             yield tensor, module.dim, module.eps, "weight_norm"
         return
@@ -124,5 +140,5 @@ def _found(module: Any) -> Iterator[tuple[str, int | None, float, str]]:
         yield tensor, norm.dim, 0.0, norm.form
     for tensor, form, computer in fused.computers(module):
         if tensor not in fused_norms:
-            _, v = _held(module, tensor, form)
-            yield tensor, canonical_dim(computer.dim, v.ndim), 0.0, form
+            holder, _, key_v = _place(module, tensor, form)
+            yield tensor, canonical_dim(computer.dim, getattr(holder, key_v).ndim), 0.0, form

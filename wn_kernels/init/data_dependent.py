@@ -50,7 +50,7 @@ class Report(tuple[Initialised, ...]):
         header = ("layer", "class", "mean", "variance", "mean after", "variance after", "note")
         rows = [header]
         for x in self:
-            rows.append((x.name, x.kind, *_shown(x.before), *_shown(x.after), x.note))
+            rows.append((x.name or "(root)", x.kind, *_shown(x.before), *_shown(x.after), x.note))
         return "\n".join(aligned(rows))
 
     __repr__ = __str__

@@ -1,4 +1,5 @@
-"""This package contains drop-in layers with a weight-normalised weight."""
+"""This package contains drop-in layers with a weight-normalised weight, and mean-only batch
+normalisation."""
 
 from .conv import (
     WNConv1d,
@@ -15,6 +16,12 @@ from .conv import (
     WNLazyConvTranspose3d,
 )
 from .linear import WNLazyLinear, WNLinear
+from .mean_only import (
+    WNMeanOnlyBatchNorm1d,
+    WNMeanOnlyBatchNorm2d,
+    WNMeanOnlyBatchNorm3d,
+    WNMeanOnlySyncBatchNorm,
+)
 from .recurrent import WNGRU, WNLSTM, WNRNN, WNGRUCell, WNLSTMCell, WNRNNCell
 
 __all__ = [
@@ -37,5 +44,9 @@ __all__ = [
     "WNLazyConvTranspose3d",
     "WNLazyLinear",
     "WNLinear",
+    "WNMeanOnlyBatchNorm1d",
+    "WNMeanOnlyBatchNorm2d",
+    "WNMeanOnlyBatchNorm3d",
+    "WNMeanOnlySyncBatchNorm",
     "WNRNNCell",
 ]

@@ -122,6 +122,10 @@ class WNConv1d(_Convolution, nn.Conv1d):  # type: ignore[override]
             (each input channel of a group), 2 (each position of the kernel), or `None` / `-1` (one
             norm over the whole weight).
         eps: the smallest norm; see `wn_kernels.functional.weight_norm`.
+        magnitude_preserving: whether `g` is a constant with which outputs have the variance of
+            independent inputs, as in EDM2 (Karras et al. 2024). `V` starts from the normal
+            distribution, and the bias from zero. `wn_kernels.renormalize_(model, "rms")` keeps
+            the entries of `V` at unit magnitude.
 
     Attributes:
         weight_v: the direction, of shape `(out_channels, in_channels / groups, kernel_size)`.
@@ -167,6 +171,7 @@ class WNConvTranspose1d(_ConvolutionTranspose, nn.ConvTranspose1d):  # type: ign
         **kwargs: the same.
         dim: as in `WNConv1d`.
         eps: as in `WNConv1d`.
+        magnitude_preserving: as in `WNConv1d`.
     """
 
     weight_ndim = 3

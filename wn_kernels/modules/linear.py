@@ -24,6 +24,10 @@ class WNLinear(WeightNormMixin, nn.Linear):  # type: ignore[override]
         dim: the dimension of the weight whose slices are normalised: 0 (each output), 1 (each
             input), or `None` / `-1` (one norm over the whole weight).
         eps: the smallest norm; see `wn_kernels.functional.weight_norm`.
+        magnitude_preserving: whether `g` is a constant with which outputs have the variance of
+            independent inputs, as in EDM2 (Karras et al. 2024). `V` starts from the normal
+            distribution, and the bias from zero. `wn_kernels.renormalize_(model, "rms")` keeps
+            the entries of `V` at unit magnitude.
 
     Attributes:
         weight_v: the direction, of shape `(N, K)`.
@@ -60,6 +64,7 @@ class WNLazyLinear(WeightNormMixin, nn.LazyLinear):  # type: ignore[misc, overri
         **kwargs: the same.
         dim: as in `WNLinear`.
         eps: as in `WNLinear`.
+        magnitude_preserving: as in `WNLinear`.
     """
 
     weight_ndim = 2

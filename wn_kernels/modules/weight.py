@@ -27,10 +27,9 @@ def _arguments(cls: type) -> list[inspect.Parameter]:
     return list(inspect.signature(cls.__init__).parameters.values())[1:]  # type: ignore[misc]
 
 
-_OPTIONS = [
-    inspect.Parameter("dim", inspect.Parameter.KEYWORD_ONLY, default=0, annotation="int | None"),
-    inspect.Parameter("eps", inspect.Parameter.KEYWORD_ONLY, default=0.0, annotation="float"),
-]
+def _option(name: str, default: Any, annotation: str) -> inspect.Parameter:
+    kind = inspect.Parameter.KEYWORD_ONLY
+    return inspect.Parameter(name, kind, default=default, annotation=annotation)
 
 
 def _is_inference(t: Tensor) -> bool:
@@ -58,23 +57,25 @@ class NormedWeights(nn.Module):
     _watches = reading.WATCHES
     _store: kept.Store | None = None  # see modules/kept.py
     _traced: Tensor | None = None  # see modules/prepared.py
+    # What a mixin's constructor takes besides the arguments of the plain layer.
+    _options = (_option("dim", 0, "int | None"), _option("eps", 0.0, "float"))
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
-        """Gives the constructor the signature of the plain layer, with our two arguments added."""
+        """Gives the constructor the signature of the plain layer, with our arguments added."""
         super().__init_subclass__(**kwargs)
         constructors = [c for c in cls.__mro__ if "__init__" in vars(c)]
         plain = constructors[constructors.index(NormedWeights) + 1]
-        if constructors[0] is not NormedWeights:  # the subclass has a constructor of its own
+        if "_options" not in vars(constructors[0]):  # the subclass has a constructor of its own
             arguments = _arguments(constructors[0])
         elif plain is not nn.Module:
-            arguments = sorted([*_arguments(plain), *_OPTIONS], key=lambda p: p.kind)
+            arguments = sorted([*_arguments(plain), *cls._options], key=lambda p: p.kind)
         else:  # the class is another mixin
             return
         cls.__signature__ = inspect.Signature(arguments)  # type: ignore[attr-defined]
 
     def __init__(self, *args: Any, dim: int | None = 0, eps: float = 0.0, **kwargs: Any) -> None:
-        # The plain layer's constructor assigns the weight, which needs these two. They are set
-        # before nn.Module's own constructor runs, and therefore without its __setattr__.
+        # The plain layer's constructor assigns the weight, which needs these. They are set before
+        # nn.Module's own constructor runs, and therefore without its __setattr__.
         self.__dict__["dim"] = canonical_dim(dim, self.weight_ndim)
         self.__dict__["eps"] = canonical_eps(eps)
         super().__init__(*args, **kwargs)
@@ -208,8 +209,9 @@ class NormedWeights(nn.Module):
 
     def _leave(self, name: str, plain: type[nn.Module]) -> None:
         """Takes a weight from those that are weight-normed."""
+        for option in self._options:
+            self.__dict__.pop(option.name, None)
         self.__class__ = plain  # type: ignore[assignment]
-        del self.__dict__["dim"], self.__dict__["eps"]
 
     def extra_repr(self) -> str:
         eps = f", eps={self.eps}" if self.eps else ""
@@ -222,6 +224,13 @@ class WeightNormMixin(NormedWeights):
     weight_v: nn.Parameter
     weight_g: nn.Parameter
     bias: Any  # an nn.Parameter or None; torch.nn declares it as one or the other
+    magnitude_preserving = False
+    _options = (*NormedWeights._options, _option("magnitude_preserving", False, "bool"))
+
+    def __init__(self, *args: Any, magnitude_preserving: bool = False, **kwargs: Any) -> None:
+        if magnitude_preserving:
+            self.__dict__["magnitude_preserving"] = True
+        super().__init__(*args, **kwargs)
 
     @staticmethod
     def serves(names: tuple[str, ...]) -> bool:
@@ -232,11 +241,12 @@ class WeightNormMixin(NormedWeights):
         """Uses the weight that the plain layer's constructor made as the direction."""
         removal.attach(self, ["weight"])
         self.weight_v = v
+        is_trained = v.requires_grad and not self.magnitude_preserving
         if is_lazy(v):
-            self.weight_g = UninitializedParameter(device=v.device, dtype=v.dtype)
+            self.weight_g = UninitializedParameter(is_trained, device=v.device, dtype=v.dtype)
         else:
             g = v.new_empty(kept_shape(v.shape, self.dim))
-            self.weight_g = nn.Parameter(g, requires_grad=v.requires_grad)
+            self.weight_g = nn.Parameter(g, requires_grad=is_trained)
 
     def _materialize(self, shape: tuple[int, ...], outputs: int) -> None:
         """Gives a lazy layer's parameters their shapes and values."""
@@ -249,10 +259,17 @@ class WeightNormMixin(NormedWeights):
 
     def reset_parameters(self) -> None:
         """Initialises the parameters as the plain layer does. From the same seed, `.weight` has the
-        same values."""
+        same values. With `magnitude_preserving`, `V` is drawn from the normal distribution, `g` is
+        the constant of `_preserving_magnitude`, and the bias is zero."""
         if is_lazy(self.weight_v) or (
             isinstance(self, LazyModuleMixin) and not self.weight_v.numel()
         ):
+            return
+        if self.magnitude_preserving:
+            nn.init.normal_(self.weight_v)
+            nn.init.constant_(self.weight_g, self._preserving_magnitude())
+            if self.bias is not None:
+                nn.init.zeros_(self.bias)
             return
         nn.init.kaiming_uniform_(self.weight_v, a=math.sqrt(5))
         with torch.no_grad():
@@ -261,6 +278,21 @@ class WeightNormMixin(NormedWeights):
             fan_in, _ = nn.init._calculate_fan_in_and_fan_out(self.weight_v)
             bound = 1 / math.sqrt(fan_in) if fan_in > 0 else 0
             nn.init.uniform_(self.bias, -bound, bound)
+
+    def _preserving_magnitude(self: Any) -> float:
+        """Returns the `g` with which outputs have the variance of independent inputs.
+
+        Karras et al. 2024 (EDM2), equation (47), give each row of `W` the norm 1: `W` is
+        `1 / √fan_in` times a `V` whose entries have unit magnitude. In general, with `N` entries of
+        `g`, `‖W‖²` is the number of output channels. The outputs of a transposed convolution with
+        strides `s` share it among the `∏ s` phases.
+
+            g = √(out_channels · ∏ s / N)      which is 1 for `dim=0` of a layer not transposed
+        """
+        is_transposed = getattr(self, "transposed", False)
+        outputs = self.out_channels if hasattr(self, "out_channels") else self.out_features
+        phases = math.prod(self.stride) if is_transposed else 1
+        return math.sqrt(outputs * phases / max(1, self.weight_g.numel()))
 
     def _operands(self) -> Operands | None:
         """Returns the operands of `forward`, or `None` if it has to use the weight as a tensor. It
@@ -294,3 +326,7 @@ class WeightNormMixin(NormedWeights):
 
     def _normed(self) -> tuple[str, ...]:
         return ("weight",)
+
+    def extra_repr(self) -> str:
+        preserving = ", magnitude_preserving=True" if self.magnitude_preserving else ""
+        return f"{super().extra_repr()}{preserving}"

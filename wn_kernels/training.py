@@ -1,0 +1,214 @@
+"""This module has what a training loop needs beside a step of its optimizer: parameter groups, and
+magnitudes and norms that are held constant. docs/training.md has examples."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from . import functional as WF
+from . import prepare
+from .backends import aten
+from .convert.normed import weights
+
+# --- parameter groups ----------------------------------------------------------------------------
+
+
+def param_groups(
+    model: nn.Module, weight_decay: float = 0.01, *, decay_v: bool = False, decay_g: bool = False
+) -> list[dict[str, Any]]:
+    """Returns the trainable parameters of a model as groups for an optimizer. Plain weights decay.
+    Directions, magnitudes, biases and other vectors do not.
+
+    The decay of `V` has no effect on the function that the network computes, because `W` does not
+    depend on ‖V‖. It makes ‖V‖ smaller, and so the effective learning rate `lr / ‖V‖²` larger (van
+    Laarhoven 2017; Hoffer et al. 2018).
+
+    Each group has a `"name"`, which optimizers keep. A `g` of shape `(N, 1)` is a vector, although
+    it has two dimensions. Therefore, for optimizers that treat matrices apart, such as
+    `torch.optim.Muon`, select by name:
+
+    - `"weights"`: plain tensors of two dimensions and more
+    - `"directions"`: every `V`
+    - `"magnitudes"`: every `g`
+    - `"vectors"`: all others, such as biases
+
+    Args:
+        model: any model. It may have weight norm in every form that `wn_kernels.fuse` accepts.
+        weight_decay: the decay of `"weights"`.
+        decay_v: whether `"directions"` decay as well.
+        decay_g: whether `"magnitudes"` decay as well.
+
+    Returns:
+        The groups that have parameters, in this order, as mappings with `"params"`, `"name"` and
+        `"weight_decay"`. A parameter that is shared occurs once.
+
+    Raises:
+        TypeError: `model` is not a module.
+        ValueError: `weight_decay` is negative, or a lazy layer has no shape yet.
+    """
+    prepare.check_module("model", model)
+    if not weight_decay >= 0:
+        raise ValueError(
+            f"weight_decay is {weight_decay!r}; expected a number that is not negative"
+        )
+    magnitudes: set[int] = set()
+    directions: set[int] = set()
+    for normed in weights(model):
+        of_g, of_v = normed.parameters
+        magnitudes.update(map(id, of_g))
+        directions.update(map(id, of_v))
+    groups: dict[str, list[nn.Parameter]] = {
+        name: [] for name in ("weights", "directions", "magnitudes", "vectors")
+    }
+    for p in model.parameters():
+        if not p.requires_grad:
+            continue
+        if id(p) in magnitudes:
+            name = "magnitudes"
+        elif id(p) in directions:
+            name = "directions"
+        else:
+            name = "weights" if p.ndim > 1 else "vectors"
+        groups[name].append(p)
+    decays = {"weights": True, "directions": decay_v, "magnitudes": decay_g, "vectors": False}
+    return [
+        {"params": params, "name": name, "weight_decay": weight_decay if decays[name] else 0.0}
+        for name, params in groups.items()
+        if params
+    ]
+
+
+# --- constant magnitudes and norms ---------------------------------------------------------------
+
+
+# Norms and factors below are taken as this large, so that a slice whose squares float32 cannot hold
+# is scaled towards the range where it can, and not to zero.
+LEAST = 1e-30
+
+
+@torch.no_grad()
+def fix_magnitudes_(model: nn.Module, value: float | None = None) -> dict[str, float]:
+    """Sets every `g` of a model to a constant, in place, and freezes it: bounded weight norm.
+
+    By default the constant of each layer is that of Hoffer et al. 2018, section 5: with `N` entries
+    of `g`,
+
+        ρ = ‖g‖₂ / √N      W = ρ · V / ‖V‖
+
+    so that ‖W‖ stays what it is. At initialisation `‖g‖₂` is ‖V‖.
+
+    Args:
+        model: any model that `wn_kernels.fuse` accepts. A tensor whose `g` or `v` is itself
+            computed is left alone.
+        value: a constant for all layers instead.
+
+    Returns:
+        The constant by the name of each layer.
+
+    Raises:
+        TypeError: `model` is not a module.
+        ValueError: `value` is not finite, or a lazy layer has no shape yet.
+    """
+    prepare.check_module("model", model)
+    if value is not None and not math.isfinite(value):
+        raise ValueError(f"value is {value!r}; expected a finite number")
+    constants = {}
+    for normed in list(weights(model)):
+        if normed.fault:
+            continue
+        g, _ = normed.tensors
+        rho = g.double().norm().item() / math.sqrt(max(1, g.numel())) if value is None else value
+        constants[normed.name] = float(rho)
+        g.fill_(rho)
+        g.requires_grad_(False)
+        normed.refresh()
+    return constants
+
+
+@torch.no_grad()
+def slice_norms(model: nn.Module) -> dict[str, Tensor]:
+    """Returns the norms `‖V_j‖₂` of every weight-normed tensor of a model, by its name, each with
+    the shape of `g` and in `V`'s dtype.
+
+    Raises:
+        TypeError: `model` is not a module.
+        ValueError: a lazy layer has no shape yet.
+    """
+    prepare.check_module("model", model)
+    return {x.name: WF.slice_norm(x.tensors[1], dim=x.dim) for x in weights(model)}
+
+
+@torch.no_grad()
+def renormalize_(
+    model: nn.Module, norm: float | Literal["rms", "g"] | Mapping[str, Tensor] = 1.0
+) -> None:
+    """Sets the norm of every slice of every `V`, in place: forced weight norm, as Karras et al.
+    2024 (EDM2) have it after each step, equation (66).
+
+        V_j ← norm · V_j / ‖V_j‖₂
+
+    It does not change `W`, which depends on the direction alone. It keeps ‖V‖, which each step of
+    an optimizer makes larger, and with it the effective learning rate `lr / ‖V‖²`. A slice of norm
+    zero stays zero. Nothing waits for a GPU.
+
+    To call it after each step of an optimizer:
+
+        optimizer.register_step_post_hook(lambda *_: wn_kernels.renormalize_(model))
+
+    Args:
+        model: any model that `wn_kernels.fuse` accepts. A `V` that is frozen, and a tensor whose
+            `g` or `v` is itself computed, are left alone.
+        norm: the norm of every slice. `"rms"` is √(number of its entries), which gives entries of
+            unit magnitude, as in EDM2. `"g"` is |g|, which makes `V` equal to `W` but for signs, so
+            that a step of SGD turns `W` as far as it would without weight norm; a slice with a `g`
+            of zero stays as it is. A mapping, such as an earlier result of `slice_norms`, holds
+            the norms of each tensor by name.
+
+    Raises:
+        TypeError: `model` is not a module.
+        ValueError: `norm` is not positive and finite, lacks a tensor, or has one of another shape,
+            or a lazy layer has no shape yet.
+    """
+    prepare.check_module("model", model)
+    if isinstance(norm, (int, float)):
+        is_known = norm > 0 and math.isfinite(norm)
+    else:
+        is_known = norm in ("rms", "g") or isinstance(norm, Mapping)
+    if not is_known:
+        raise ValueError(f'norm is {norm!r}; expected a positive number, "rms", "g" or a mapping')
+    chosen: dict[int, tuple[Tensor, Tensor, Any]] = {}
+    for normed in weights(model):
+        g, v = normed.tensors
+        if v.requires_grad and v.numel() and not normed.fault:
+            n = aten.norms(v, normed.dim, LEAST)
+            chosen[id(v)] = v, n, _target(norm, normed.name, v, g, n)
+    if not chosen:
+        return
+    vs, norms, targets = map(list, zip(*chosen.values(), strict=True))
+    factors = torch._foreach_reciprocal(norms)
+    torch._foreach_clamp_min_(factors, LEAST)
+    torch._foreach_mul_(factors, targets)
+    torch._foreach_mul_(vs, factors)
+
+
+def _target(norm: Any, name: str, v: Tensor, g: Tensor, n: Tensor) -> Any:
+    """Returns the norms that the slices of `v` get: a number, or a tensor of `n`'s shape."""
+    if norm == "rms":
+        return math.sqrt(v.numel() / n.numel())
+    if norm == "g":
+        size = g.view(n.shape).abs().to(n)
+        return torch.where(size == 0, n, size)
+    if not isinstance(norm, Mapping):
+        return float(norm)
+    if name not in norm:
+        raise ValueError(f"norm has no entry for {name}")
+    if norm[name].shape != n.shape:
+        raise ValueError(
+            f"the norms of {name} have shape {tuple(norm[name].shape)}, expected {tuple(n.shape)}"
+        )
+    return norm[name].to(n)
