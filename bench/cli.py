@@ -40,6 +40,12 @@ def main(arguments: list[str] | None = None) -> int:
     tuned = commands.add_parser("tuned", help="the cost model's choices beside the fastest")
     tuned.add_argument("--seconds", type=float, default=SECONDS, help="timing of each case")
 
+    picks = commands.add_parser("picks", help="how often the cost model's pick is the fastest plan")
+    picks.add_argument("--json", default="results/picks.json", help="where results go")
+    picks.add_argument("--seconds", type=float, default=0.2, help="timing of each plan")
+    picks.add_argument("--random", type=int, default=200, help="random layers beside the suites'")
+    picks.add_argument("--threads", type=int, default=2, help="of torch on a CPU")
+
     device = commands.add_parser("gpu", help="test and time everything on the GPU at hand")
     device.add_argument("--out", default=None, help="folder of the results")
     device.add_argument("--sections", default=None, help="some of them, with commas between")
@@ -96,6 +102,13 @@ def main(arguments: list[str] | None = None) -> int:
         from bench import tuned as choices
 
         return choices.main(chosen.seconds)
+    if chosen.command == "picks":
+        import torch
+
+        from bench import picks as choices_of
+
+        torch.set_num_threads(chosen.threads)
+        return choices_of.main(chosen.json, chosen.seconds, chosen.random)
     if chosen.command == "memory":
         from bench import memory as held
 

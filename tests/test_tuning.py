@@ -46,7 +46,7 @@ def test_every_choice_is_right(case):
     assert len(set(every)) == len(every)
     for choice in every:
         with prepare.fixed(call, choice), wn_kernels.use_backend("aten"):
-            case.check(lambda *inputs: tuning._run(call, inputs))
+            case.check(lambda *inputs: tuning.run_call(call, inputs))
 
 
 @pytest.mark.parametrize("case", [c for c in CASES if c.dim == 0 and c.dtype == torch.float32])
@@ -57,7 +57,7 @@ def test_every_choice_is_right_native(case):
     assert every[0] == plan.by_cost(call, "native") == plan.choose(call, "native")
     for choice in every:
         with prepare.fixed(call, choice), wn_kernels.use_backend("native"):
-            case.check(lambda *inputs: tuning._run(call, inputs))
+            case.check(lambda *inputs: tuning.run_call(call, inputs))
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -68,7 +68,7 @@ def test_every_choice_is_right_triton(case):
     with wn_kernels.use_backend("triton"):
         for choice in plan.choices(call, "triton"):
             with prepare.fixed(call, choice):
-                case.check(lambda *inputs: tuning._run(call, inputs))
+                case.check(lambda *inputs: tuning.run_call(call, inputs))
 
 
 def model():

@@ -96,7 +96,7 @@ def _device(model: nn.Module) -> torch.device:
     return next((p.device for p in model.parameters()), torch.device("cpu"))
 
 
-def _operands(call: Call, device: torch.device) -> list[Tensor]:
+def operands_of(call: Call, device: torch.device) -> list[Tensor]:
     """Returns random `x, v, g` and bias for a call. Each requires its gradient."""
     x = torch.randn(call.x_shape, dtype=call.x_dtype, device=device)
     if call.channels_last:
@@ -108,7 +108,7 @@ def _operands(call: Call, device: torch.device) -> list[Tensor]:
     return [t.detach().requires_grad_() for t in (x, v, g, bias)]
 
 
-def _run(call: Call, operands: Sequence[Tensor]) -> Tensor:
+def run_call(call: Call, operands: Sequence[Tensor]) -> Tensor:
     x, v, g, bias = operands
     if call.conv is None:
         return WF.wn_linear(x, v, g, bias, dim=call.dim)
@@ -164,16 +164,16 @@ def _forget() -> None:
 def _tuned(call: Call, backend: str, device: torch.device, seconds: float) -> Tuned:
     candidates = plan.choices(call, backend)
     default = plan.by_cost(call, backend)
-    operands = _operands(call, device)
+    operands = operands_of(call, device)
     with torch.no_grad():
-        dy = torch.randn_like(_run(call, operands))
+        dy = torch.randn_like(run_call(call, operands))
 
     def infer() -> None:
         with torch.no_grad():
-            _run(call, operands)
+            run_call(call, operands)
 
     def step() -> None:
-        torch.autograd.grad(_run(call, operands), operands, dy)
+        torch.autograd.grad(run_call(call, operands), operands, dy)
 
     forwards = {choice.forward: choice for choice in reversed(candidates)}
     times: dict[Any, float] = _interleaved(call, infer, forwards, seconds / 2)

@@ -58,7 +58,10 @@ class NormedWeights(nn.Module):
     _store: kept.Store | None = None  # see modules/kept.py
     _traced: Tensor | None = None  # see modules/prepared.py
     # What a mixin's constructor takes besides the arguments of the plain layer.
-    _options = (_option("dim", 0, "int | None"), _option("eps", 0.0, "float"))
+    _options: tuple[inspect.Parameter, ...] = (
+        _option("dim", 0, "int | None"),
+        _option("eps", 0.0, "float"),
+    )
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Gives the constructor the signature of the plain layer, with our arguments added."""

@@ -64,9 +64,11 @@ T total(const T* from) {
 }
 
 // Computes N sums over a row. term(i, count) returns a vector of the terms of each sum, for the
-// elements from i on.
+// elements from i on. Vectors are numbered when the program is compiled, so that the partial sums stay in
+// registers.
 template <typename T, size_t N, typename Term>
-std::array<double, N> sums(int64_t length, const Term& term) {
+inline __attribute__((always_inline)) std::array<double, N> sums(
+    int64_t length, const Term& term) {
   constexpr int64_t lanes = Lanes<T>::count, vectors = kLanes / lanes;
   std::array<double, N> all{};
   for (int64_t start = 0; start < length; start += kBlock) {
@@ -78,10 +80,19 @@ std::array<double, N> sums(int64_t length, const Term& term) {
     int64_t i = start;
     for (; i + kLanes <= end; i += kLanes)
       for (int64_t l = 0; l < vectors; ++l) add(l, term(i + l * lanes, All{}));
-    for_each_vector<T>(
-        end - i, [&](int64_t at, auto count) { add(at / lanes, term(i + at, count)); });
-    for (size_t k = 0; k < N; ++k)
-      all[k] += total<kLanes>(reinterpret_cast<const T*>(parts[k]));
+#pragma GCC unroll 8
+    for (int64_t l = 0; l < vectors; ++l, i += lanes) {
+      if (i + lanes <= end)
+        add(l, term(i, All{}));
+      else if (i < end)
+        add(l, term(i, end - i));
+    }
+    for (size_t k = 0; k < N; ++k) {
+#pragma GCC unroll 8
+      for (int64_t half = vectors / 2; half > 0; half /= 2)
+        for (int64_t l = 0; l < half; ++l) parts[k][l] += parts[k][l + half];
+      all[k] += total<lanes>(reinterpret_cast<const T*>(&parts[k][0]));
+    }
   }
   return all;
 }

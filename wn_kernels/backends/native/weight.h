@@ -10,7 +10,10 @@
 #pragma once
 
 #include <array>
+#include <memory>
+#include <mutex>
 #include <tuple>
+#include <type_traits>
 #include <utility>
 
 #include <ATen/core/LegacyTypeDispatch.h>
@@ -477,33 +480,59 @@ inline Tensor bias_grad(
 
 // --- weight_norm -------------------------------------------------------------------------------
 
-struct WeightNorm : Function<WeightNorm> {
-  static Tensor forward(
-      AutogradContext* ctx, const Tensor& v, const Tensor& g,
-      const std::pair<Tensor, Tensor>& result, double eps) {
-    ctx->save_for_backward({v, g, result.second});
-    ctx->saved_data["eps"] = eps;
-    return result.first;
+// The node of W. It is one of PyTorch's own kind, since `Function` would take longer than the passes over a
+// small weight.
+class WeightNorm : public torch::autograd::Node {
+ public:
+  // Returns W as this node's output.
+  static Tensor apply(
+      const Tensor& v, const Tensor& g, std::pair<Tensor, Tensor> result, double eps) {
+    auto& [w, n] = result;
+    const auto node = made<NodePointer>(v, g, n, eps);
+    node->set_next_edges(torch::autograd::collect_next_edges(v, g));
+    torch::autograd::set_history(w, node);
+    return w;
   }
 
-  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
-    const auto saved = ctx->get_saved_variables();
-    const auto &v = saved[0], &g = saved[1], &n = saved[2];
-    const double eps = ctx->saved_data["eps"].toDouble();
-    const bool needs_v = ctx->needs_input_grad(0), needs_g = ctx->needs_input_grad(1);
-    if (!is_plain(grads[0])) {
-      auto out =
-          composite_grads(grads[0], {}, {}, v, g, std::nullopt, eps, {false, needs_v, needs_g});
-      return {out[1], out[2], Tensor(), Tensor()};
+  variable_list apply(variable_list&& grads) override {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    const Tensor &dw = grads[0], v = v_.unpack(), g = g_.unpack(), n = n_.unpack();
+    if (!dw.defined()) return variable_list(2);
+    if (!is_plain(dw)) {
+      auto out = composite_grads(
+          dw, {}, {}, v, g, std::nullopt, eps_,
+          {false, task_should_compute_output(0), task_should_compute_output(1)});
+      return {out[1], out[2]};
     }
-    if (at::GradMode::is_enabled()) {
-      auto out = recorded_weight_grads(grads[0], v, g, n, eps);
-      return {out[0], out[1], Tensor(), Tensor()};
-    }
+    if (at::GradMode::is_enabled()) return recorded_weight_grads(dw, v, g, n, eps_);
     const BelowAutograd below;
-    auto [dv, dg] = weight_grads(grads[0], v, g, n, eps, false);
-    return {dv, dg, Tensor(), Tensor()};
+    auto [dv, dg] = weight_grads(dw, v, g, n, eps_, false);
+    return {dv, dg};
   }
+
+  void release_variables() override {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    for (auto* saved : {&v_, &g_, &n_}) saved->reset_data();
+  }
+
+  std::string name() const override { return "wn_kernels::WeightNorm"; }
+
+  WeightNorm(const Tensor& v, const Tensor& g, const Tensor& n, double eps)
+      : v_(v, false), g_(g, false), n_(n, false), eps_(eps) {}
+
+ private:
+  // PyTorch has counted nodes by shared_ptr, and counts them by intrusive_ptr.
+  using NodePointer = decltype(torch::autograd::Edge::function);
+  template <typename Pointer, typename... Arguments>
+  static Pointer made(const Arguments&... arguments) {
+    if constexpr (std::is_same_v<Pointer, std::shared_ptr<Node>>)
+      return Pointer(new WeightNorm(arguments...), [](auto* node) { deleteNode(node); });
+    else
+      return c10::make_intrusive<WeightNorm>(arguments...);
+  }
+
+  torch::autograd::SavedVariable v_, g_, n_;
+  double eps_;
 };
 
 // Returns the axis that `dim` names, or -1 for the whole of V. Returns nothing if `dim` is invalid.
@@ -547,7 +576,7 @@ inline MaybeTensor weight_norm(py::handle v, py::handle g, py::handle dim, py::h
   }
   if (!result) return std::nullopt;
   if (!t->needs_grad()) return result->first;
-  return WeightNorm::apply(t->v, t->g, *result, least);
+  return WeightNorm::apply(t->v, t->g, *std::move(result), least);
 }
 
 }  // namespace wn_kernels
