@@ -107,8 +107,8 @@ class MatmulConfig(NamedTuple):
     num_stages: int
 
 
-class ConvConfig(NamedTuple):
-    """As `MatmulConfig`, for pixels and channels; `splits` programs share the steps of a tile."""
+class SplitConfig(NamedTuple):
+    """As `MatmulConfig`, where `splits` programs share the steps of a tile."""
 
     BLOCK_M: int
     BLOCK_O: int
@@ -116,6 +116,10 @@ class ConvConfig(NamedTuple):
     num_warps: int
     num_stages: int
     splits: int = 1
+
+    def of_kernel(self) -> dict[str, int]:
+        """What a kernel takes of it: all but the splits."""
+        return MatmulConfig(*self[:-1])._asdict()
 
 
 class GradConfig(NamedTuple):
@@ -275,6 +279,17 @@ def grad_one_pass(m: int, o: int, itemsize: int, target: Target) -> GradConfig:
     return GradConfig(_up_to(m, 32, 64), block_o, 128, 4, target.stages(4))
 
 
+def grads(m: int, o: int, r: int, itemsize: int, target: Target) -> SplitConfig:
+    """`dX` and `dV` from one walk over `V`, of which a program has some columns: bound by the bytes
+    of `V` and `dV`, so deep in flight. `itemsize` is the wider one of x's and V's."""
+    block_m = _up_to(m, 16, 32, 64, 128)
+    block_o, block_r = tiles.grads(itemsize)
+    splits = tiles.grads_splits(o, r, itemsize, target.multiprocessors)
+    stages = target.stages(4 if itemsize == 2 else 3 if itemsize == 4 else 1)
+    warps = 8 if block_m == 128 else 4
+    return SplitConfig(block_m, block_o, block_r, warps, stages, splits)
+
+
 def scale(m: int, sums: bool) -> ScaleConfig:
     """A pass over a matrix of `m` rows: 4096 elements a step. One that `sums` columns has all rows
     of a few."""
@@ -285,7 +300,7 @@ def scale(m: int, sums: bool) -> ScaleConfig:
 
 def conv(
     m: int, o: int, r: int, taps: float, rest: int, itemsize: int, ieee: bool, target: Target
-) -> ConvConfig:
+) -> SplitConfig:
     """A product over pixels, as `tiles.product` describes it. Its steps are long, and several are
     in flight: they are bound by latency."""
     tile = tiles.product(m, o, r, taps, rest, itemsize, ieee, target.multiprocessors)
@@ -298,7 +313,7 @@ def conv(
     stages = 3 if tile.BLOCK_R == 128 and tile.BLOCK_M >= 64 else 4
     if itemsize == 8 or ieee:
         stages = 2
-    return ConvConfig(*tile[:3], warps, target.stages(stages), tile.splits)
+    return SplitConfig(*tile[:3], warps, target.stages(stages), tile.splits)
 
 
 def conv_grad(o: int, r: int, itemsize: int, target: Target) -> GradConfig:
