@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from wn_kernels.backends.tiles import one_pass_rows
 from wn_kernels.call import Geometry, fits_unscaled, kept_shape, narrows_range
-from wn_kernels.plan.costs import one_pass_rows
 
 if TYPE_CHECKING:
     from wn_kernels.backends.triton.launch import Launch

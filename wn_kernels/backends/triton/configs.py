@@ -36,6 +36,10 @@ class Target(NamedTuple):
     def is_amd(self) -> bool:
         return self.architecture.startswith("hip")
 
+    @property
+    def is_hopper(self) -> bool:
+        return self.architecture == "cuda:90"
+
     def stages(self, wanted: int) -> int:
         """An AMD compute unit has 64 KiB of shared memory: two stages, never more."""
         return min(wanted, 2) if self.is_amd else wanted
@@ -230,7 +234,7 @@ def one_pass(m: int, o: int, itemsize: int, ieee: bool, target: Target) -> Matmu
     latency to fill with one program: more stages.
     """
     stages = target.stages(4 if itemsize < 8 else 2)
-    is_hopper = target.architecture == "cuda:90"
+    is_hopper = target.is_hopper
     block_o = 32 if o <= 8192 else 64
     if itemsize > 2:
         if is_hopper and not ieee:
@@ -274,7 +278,7 @@ def grad_one_pass(m: int, o: int, itemsize: int, target: Target) -> GradConfig:
         return GradConfig(16, 16, block_r, 4, target.stages(stages))
     block_o = tiles.grad_slices(m, o, itemsize)
     if block_o == 64:  # a tile of four warps spills where Hopper's does not
-        warps = 4 if target.architecture == "cuda:90" else 8
+        warps = 4 if target.is_hopper else 8
         return GradConfig(_up_to(m, 32, 64), block_o, 128, warps, target.stages(3))
     return GradConfig(_up_to(m, 32, 64), block_o, 128, 4, target.stages(4))
 

@@ -12,8 +12,8 @@ The scaled form rounds twice, as PyTorch rounds `W` and then the product. It nee
 one whose range an unscaled product does not leave (`call.fits_unscaled`); elsewhere `dX` takes `W`.
 
 The weight's gradient is `dW = dYᵀ x` by PyTorch and a pass that turns it into `dV` and `dg`. For a
-few rows (`linear_grad.py`), one kernel recomputes `dW` instead, or computes `dX` as well from one read
-of `V`, if the forward kept the product `x Vᵀ`.
+few rows (`linear_grad.py`), one kernel recomputes `dW` instead, or computes `dX` as well from one
+read of `V`, if the forward kept the product `x Vᵀ`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from torch import Tensor
 from ...call import fits_unscaled, scale_dtype, takes_tf32
 from .. import tiles
 from . import configs, weight
-from .common import as_norm, cast, dot, dot_coefficient, offsets
+from .common import as_norm, cast, dot, dot_coefficient, finished, offsets
 from .configs import Target
 from .launch import Launcher, is_wide, product_types, remembered, target_of, unallocated
 from .linear_grad import prepare_grads, prepare_weight_grad
@@ -62,6 +62,7 @@ def one_pass_kernel(
     WIDE: tl.constexpr,
     ACC: tl.constexpr,
     PRECISION: tl.constexpr,
+    WAITS: tl.constexpr,
     SPLIT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_O: tl.constexpr,
@@ -96,15 +97,16 @@ def one_pass_kernel(
             mask_r = offs_r < R
             x = tl.load(x_at, mask=mask_m[:, None] & mask_r[None, :], other=0.0)
             v = tl.load(v_at, mask=mask_o[:, None] & mask_r[None, :], other=0.0)
+        factor = cast(v, x.dtype)
+        if SPLIT == 1:
+            acc = dot(x, tl.trans(factor), acc, PRECISION)
+        else:
+            factor = tl.reshape(factor, (BLOCK_O, SPLIT, BLOCK_R // SPLIT))
+            x = tl.permute(tl.reshape(x, (BLOCK_M, SPLIT, BLOCK_R // SPLIT)), (1, 0, 2))
+            acc = dot(x, tl.permute(factor, (1, 2, 0)), acc, PRECISION)
         wide = v.to(norm_type)
         squares += tl.sum(tl.reshape(wide * wide, (BLOCK_O, BLOCK_R // 8, 8)), axis=2)
-        v = cast(v, x.dtype)
-        if SPLIT == 1:
-            acc = dot(x, tl.trans(v), acc, PRECISION)
-        else:
-            v = tl.permute(tl.reshape(v, (BLOCK_O, SPLIT, BLOCK_R // SPLIT)), (1, 2, 0))
-            x = tl.permute(tl.reshape(x, (BLOCK_M, SPLIT, BLOCK_R // SPLIT)), (1, 0, 2))
-            acc = dot(x, v, acc, PRECISION)
+        acc = finished(acc, R, WAITS)
     if SPLIT > 1:
         acc = tl.sum(acc, axis=0)
 
@@ -234,7 +236,7 @@ def prepare_linear(
     _check(variant, x, v, dim)
     if keep and (dim != 0 or variant == "materialize"):
         raise ValueError(f"{variant} does not compute the product x Vᵀ, or dim={dim} is not 0")
-    kept = ["p"] if keep else []
+    kept: list[str | None] = ["p"] if keep else []
     run = Pass("x", "v", "g", "bias")
     product, added = Product(turns_b=True), "bias" if bias is not None else None
     if variant == "materialize" or not len(x):  # without a row, no program would run
@@ -245,7 +247,8 @@ def prepare_linear(
     elif variant == "one_pass":
         launch = _prepare_one_pass(target, x, v, bias, eps, tf32, keep, config)
         run.new(y=_result(x, v), n=unallocated((len(v), 1), scale_dtype(v)))
-        run.new(**dict.fromkeys(kept, _result(x, v)))
+        if keep:
+            run.new(p=_result(x, v))
         run.call(launch, "x", "v", "g", "n", added or "y", "y", *kept or ["y"])
     else:
         run.call(remembered_slice_norms(target, (v,), dim, eps), "v", gives=("n",))
@@ -314,6 +317,7 @@ def _prepare_one_pass(
         KEEP=keep,
         EVEN_R=r % config.BLOCK_R == 0,
         WIDE=is_wide(x, v, y),
+        WAITS=target.is_hopper,
         SPLIT=configs.split(config, x.element_size()),
         **product_types(x, tf32),
         **config._asdict(),

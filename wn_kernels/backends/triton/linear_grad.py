@@ -163,6 +163,7 @@ def grads_kernel(
         coef = tl.load(COEF + offs_o, mask=mask_o, other=0.0)
         if NEEDS_X:
             dx = dot(tl.trans(cast(v, s.dtype)), s, dx, PRECISION)
+        # That dW is used here ends both products in this step (`common.finished`).
         dw = dot(s, x, tl.zeros((BLOCK_O, BLOCK_R), ACC), PRECISION).to(coef.dtype)
         at = DV + offs_o[:, None] * stride_do + offs_r[None, :] * stride_dr
         mask = mask_o[:, None] & (offs_r < R)[None, :]
