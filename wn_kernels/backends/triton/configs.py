@@ -288,6 +288,9 @@ def grads(m: int, o: int, r: int, itemsize: int, target: Target) -> SplitConfig:
     of `V` and `dV`, so deep in flight. `itemsize` is the wider one of x's and V's."""
     block_m = _up_to(m, 16, 32, 64, 128)
     block_o, block_r = tiles.grads(itemsize)
+    # What their products without asynchronous tensor cores hold would not fit the registers.
+    if (itemsize == 4 and block_m > 16) or (block_m == 128 and not target.is_hopper):
+        block_o //= 2
     splits = tiles.grads_splits(o, r, itemsize, target.multiprocessors)
     stages = target.stages(4 if itemsize == 2 else 3 if itemsize == 4 else 1)
     warps = 8 if block_m == 128 else 4
