@@ -93,10 +93,13 @@ def bound(compilation: Compilation, record: Record, target: Target) -> Bound:
         tile = _tile(compilation)
         operations = 2.0 * tile.m * tile.o * tile.r
         moved = 2.0 * (tile.m + tile.o) * tile.r
-        one_pass = compilation.kernel == "one_pass_kernel"
         if compilation.kernel == "grad_one_pass_kernel":
             own = 2.0 * tile.m * tile.o  # of V's own tile, which is dW's
-        elif one_pass:
+        elif compilation.kernel == "grads_kernel":  # V's and dV's; both products take its factors
+            own = 4.0 * tile.m * tile.o
+            moved = own + 2.0 * tile.m * tile.r
+            operations *= 2
+        elif compilation.kernel == "one_pass_kernel":
             own = 2.0 * tile.o * tile.r
         else:
             own = 0.0

@@ -1,8 +1,8 @@
 """Compiles every shipped kernel configuration for GPUs that are not there, and reads the result.
 
 Each launch that `shipped.py` records is compiled for each target as a GPU would have it compiled. A
-configuration fails that spills, that needs more shared memory than its target has, or whose float16
-or bfloat16 product uses no tensor cores.
+configuration fails that spills, that needs more shared memory than its target has, whose float16 or
+bfloat16 product uses no tensor cores, or whose loads race with its products (`races.py`).
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from rich.table import Table
 from torch import Tensor
 
 from bench import baseline
+from bench.races import races
 from bench.shipped import TYPES, Compilation, shipped
 
 
@@ -156,6 +157,8 @@ def inspect(compilation: Compilation, target: Target) -> Record:
         record.failures.append(f"loads {record.load_bits} bits, not 128")
     if half and compilation.product and not record.tensor_core_instructions:
         record.failures.append("uses no tensor cores")
+    if raced := races(kernel.asm["ttgir"]):
+        record.failures.append(f"writes {', '.join(raced)} while a product reads it")
     return record
 
 

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from wn_kernels.backends.tiles import one_pass_rows
 from wn_kernels.call import Geometry, fits_unscaled, kept_shape, narrows_range
-from wn_kernels.plan.costs import one_pass_rows
 
 if TYPE_CHECKING:
     from wn_kernels.backends.triton.launch import Launch
@@ -29,7 +29,10 @@ TYPES = {
 }
 
 # The flags that tell a kernel's variants apart.
-FLAGS = (*("FORM", "PHASED", "FLAT", "BIAS", "FUSED", "SQUARE", "AS_NORM", "GRAD", "SUM", "WIDE"),)
+FLAGS = (
+    *("FORM", "PHASED", "FLAT", "BIAS", "FUSED", "SQUARE", "AS_NORM", "GRAD", "SUM", "WIDE"),
+    *("KEEP", "DOTS", "NEEDS_X"),
+)
 
 # Dtypes whose kernels without a product are those of another one, but for a conversion.
 AS_OTHERS = ("tf32", "fp16", "fp16·fp32")
@@ -38,6 +41,7 @@ AS_OTHERS = ("tf32", "fp16", "fp16·fp32")
 PRODUCTS = (
     "one_pass_kernel",
     "grad_one_pass_kernel",
+    "grads_kernel",
     "conv_kernel",
     "conv_grad_kernel",
 )
@@ -145,8 +149,12 @@ def _linear_launches(dtype: str, x_dtype: torch.dtype, v_dtype: torch.dtype) -> 
         if fits_unscaled(x_dtype, v_dtype):
             backend.linear(x, v, g, bias, dim, 0.0, "scaled")
             backend.linear_backward(dy, x, v, g, n, dim, 0.0, "scaled", needs)
-        if m <= one_pass_rows(size) and dim == 0 and not narrows_range(x_dtype, v_dtype):
+        few = dim == 0 and m <= one_pass_rows(size)
+        if few and not narrows_range(x_dtype, v_dtype):
             backend.linear(x, v, g, bias, dim, 0.0, "one_pass")
+        if few and x_dtype != torch.float16:
+            backend.linear(x, v, g, bias, dim, 0.0, "one_pass", True)
+            backend.linear_backward(dy, x, v, g, n, dim, 0.0, "product", needs, dy)
         if m <= one_pass_rows(size, grad=True) and dim is not None:
             backend.linear_backward(dy, x, v, g, n, dim, 0.0, "one_pass", needs)
         w, _ = backend.weight_norm(v, g, dim, 0.0, x_dtype)

@@ -258,6 +258,9 @@ class _Layer:
         self.bias = random((outputs,), case.v_dtype)
         self.y, self.n = self.forward(case.variants[-1])
         self.dy = torch.randn_like(self.y)
+        self.product = (
+            None if case.conv else (self.x.double() @ self.v.double().t()).to(case.x_dtype)
+        )
 
     def forward(self, variant: str) -> tuple[Tensor, Tensor]:
         from wn_kernels.backends import triton as backend
@@ -273,7 +276,8 @@ class _Layer:
         case, operands = self.case, (self.dy, self.x, self.v, self.g, self.n)
         needs = (True, True, True, True)
         if case.conv is None:
-            return backend.linear_backward(*operands, case.dim, 0.0, variant, needs)
+            kept = self.product if variant == "product" else None
+            return backend.linear_backward(*operands, case.dim, 0.0, variant, needs, kept)
         return backend.convolution_backward(*operands, case.conv, case.dim, 0.0, variant, needs)
 
     def minimum(self, direction: str) -> int:
@@ -325,9 +329,10 @@ def records(cases: list[Case] | None = None) -> Iterator[tuple[str, str, str, Tr
 
 
 def _of(case: Case, direction: str) -> tuple[str, ...]:
-    """The variants of a direction, of which a convolution's has some that the other has not."""
+    """The variants of a direction, which has some that the other has not."""
     if case.conv is None:
-        return case.variants
+        takes_product = direction == "backward" and "one_pass" in case.variants
+        return (*["product"] * takes_product, *case.variants)
     other = "one_pass" if direction == "backward" else "weight_grad"
     return tuple(name for name in case.variants if name != other)
 

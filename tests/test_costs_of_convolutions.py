@@ -14,7 +14,7 @@ import torch
 
 from wn_kernels import plan
 from wn_kernels.call import Call, Geometry
-from wn_kernels.plan import costs, devices
+from wn_kernels.plan import costs, devices, gpu_costs
 
 H200 = devices.GPUS["H200"]
 REPACK = 2.6  # a copy with channels last, µs
@@ -86,7 +86,7 @@ def test_picks(name):
     form, finish = (1e6 * model.seconds([costs.Stage(n * size)]) for n in (3, 7))
     vendors_y, y, vendors_dx, dx, vendors_dw, dw = times
     if math.isnan(dw):
-        own = costs._Products.of(call, geometry, model.device)
+        own = gpu_costs._Products.of(call, geometry, model.device)
         dw = 1e6 * model.seconds(own.gradient())
     copy = 0.0 if call.channels_last else REPACK
     bias = BIAS if geometry.transposed else 0.0

@@ -106,7 +106,7 @@ def test_triton_variants():
         assert triton(512, 4096, 4096, x=x, v=v)[1:3] == ("materialize", "materialize")
     assert triton(16, 4096, 4096, x=BF16, v=F32)[1:3] == ("one_pass", "one_pass")
     assert triton(16, 4096, 4096, x=F16, v=F32)[1:3] == ("materialize", "one_pass")
-    assert triton(costs.one_pass_rows(8) + 1, 4096, 4096, x=F64, v=F64).forward != "one_pass"
+    assert triton(tiles.one_pass_rows(8) + 1, 4096, 4096, x=F64, v=F64).forward != "one_pass"
 
 
 def test_a_small_weight_is_kept():
@@ -127,12 +127,12 @@ def test_a_small_weight_is_kept():
 def test_one_pass_never_exceeds_its_tile():
     configs = pytest.importorskip("wn_kernels.backends.triton.configs")
     for itemsize in (2, 4, 8):
-        rows = costs.one_pass_rows(itemsize)
+        rows = tiles.one_pass_rows(itemsize)
         for m in range(1, rows + 1):
             for ieee in {False, itemsize > 2}:
                 found = configs.one_pass(m, 4096, itemsize, ieee, configs.target(-1))
                 assert m <= found.BLOCK_M
-        for m in range(1, costs.one_pass_rows(itemsize, grad=True) + 1):
+        for m in range(1, tiles.one_pass_rows(itemsize, grad=True) + 1):
             assert m <= configs.grad_one_pass(m, 4096, itemsize, configs.target(-1)).BLOCK_M
 
 

@@ -115,8 +115,9 @@ class Launched(torch.autograd.Function):
         bias: Tensor | None,
         launches: Launches,
     ) -> Tensor:
-        y, n, *more = _forward(launches, x, v, g, bias)
-        kept = more[0] if launches.packs and ctx.needs_input_grad[0] else None
+        needs = ctx.needs_input_grad
+        keep = needs[0] if launches.conv is not None else needs[1] or needs[2]
+        y, n, kept = _forward(launches, x, v, g, bias, keep)
         ctx.save_for_backward(x, v, g, bias, n, kept)
         ctx.launches = launches
         return y
@@ -147,22 +148,28 @@ _apply = super(torch.autograd.Function, Launched).apply
 
 
 def _forward(
-    launches: Launches, x: Tensor | None, v: Tensor, g: Tensor, bias: Tensor | None
-) -> tuple[Any, ...]:
-    """`(y, n)`, of a pass with what it formed behind them; `(W, n)` without `x`."""
+    launches: Launches,
+    x: Tensor | None,
+    v: Tensor,
+    g: Tensor,
+    bias: Tensor | None,
+    keep: bool = False,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """`(y, n, kept)`, where `y` is `W` without `x`."""
     if launches.forms_forward:
         assert launches.weight is not None
-        w, n, *_ = _forward(launches.weight, None, v, g, None)
-        return _product(launches, x, w, bias), n
-    run = launches.run
+        w, n, _ = _forward(launches.weight, None, v, g, None)
+        return _product(launches, x, w, bias), n, None
+    keep = keep and launches.keeping is not None
+    run = launches.keeping if keep else launches.run
     if run is None:
-        return launches.forward(x, v, g, bias)
+        return *launches.forward(x, v, g, bias), None
     if x is None:
-        return run(v, g)
-    if launches.conv is not None or x.ndim == 2:
-        return run(x, v, g, bias)
-    y, n = run(rows_of(x), v, g, bias)
-    return y.view(*x.shape[:-1], len(v)), n
+        return *run(v, g), None
+    is_flat = launches.conv is not None or x.ndim == 2
+    y, n, *more = run(x if is_flat else rows_of(x), v, g, bias)
+    y = y if is_flat else y.view(*x.shape[:-1], len(v))
+    return y, n, more[0] if keep else None
 
 
 def _formed(launches: Launches, v: Tensor, g: Tensor) -> Tensor:
@@ -207,7 +214,7 @@ def _backward(
     needs: Needs,
     kept: Tensor | None = None,
 ) -> Grads:
-    """`(dX, dV, dg, db)`; what is not needed may be `None`. `kept` is the packed `W`."""
+    """`(dX, dV, dg, db)`; what is not needed may be `None`."""
     if launches.forms_backward:
         return _backward_of_convolution(launches, dy, x, v, g, n, needs)
     is_flat = x is None or launches.conv is not None or x.ndim == 2
@@ -224,7 +231,7 @@ def _backward(
     if x is None:
         dv, dg = run(dy, v, g, n)
         return None, dv, dg, None
-    dx, dv, dg, db = run(flat_dy, flat_x, v, g, n, *[kept] * launches.packs)
+    dx, dv, dg, db = run(flat_dy, flat_x, v, g, n, *[kept] * (launches.keeping is not None))
     return dx if is_flat or dx is None else dx.view(x.shape), dv, dg, db
 
 

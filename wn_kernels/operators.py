@@ -126,8 +126,8 @@ class Launches(NamedTuple):
             for these layouts, or `None` where it is none.
         forms_forward, forms_backward: whether PyTorch's convolution with a formed `W` serves them.
         keeps: whether a training step keeps the `W` that PyTorch's product takes.
-        packs: whether it keeps the packed `W`, which `run` returns behind `n`, and the pass of the
-            backward takes.
+        keeping: the pass of the forward in a training step that keeps the packed `W` or the product
+            `x Vᵀ`, which it returns behind `n`, and which the pass of the backward takes.
         weight: the same of `W` alone, where it is formed.
         conv, dim, eps: as in `Call`.
         signs: attributes that tell whether something observes launches.
@@ -142,7 +142,7 @@ class Launches(NamedTuple):
     forms_forward: bool
     forms_backward: bool
     keeps: bool
-    packs: bool
+    keeping: Callable[..., Any] | None
     weight: Launches | None
     conv: Geometry | None
     dim: int | None
@@ -196,11 +196,13 @@ def _launches(call: Call, plan: Plan, tensors: Operands) -> Launches | None:
     def prepare_backward(
         dy: Tensor, x: Tensor | None, v: Tensor, g: Tensor, needs: Needs
     ) -> Callable[..., Any] | None:
-        how = plan if packs else plan._replace(keeps="")
+        how = plan._replace(keeps="") if keeping is None else plan
         return module.pass_backward(call, how, dy, Operands(x, v, g, None), needs)
 
     run = None if forms_forward else module.pass_forward(call, plan, tensors)
-    packs = plan.keeps == "packed" and run is not None
+    keeping = None
+    if run is not None and plan.keeps in ("packed", "product"):
+        keeping = module.pass_forward(call, plan, tensors, keep=True)
     return Launches(
         forward=forward,
         backward=backward,
@@ -209,7 +211,7 @@ def _launches(call: Call, plan: Plan, tensors: Operands) -> Launches | None:
         forms_forward=forms_forward,
         forms_backward=forms_backward,
         keeps=plan.keeps == "weight",
-        packs=packs,
+        keeping=keeping,
         weight=weight,
         conv=call.conv,
         dim=call.dim,

@@ -1,5 +1,5 @@
 """The cost model's expectation stands beside each figure. Where a figure misses it, a constant of
-`wn_kernels/plan/devices.py` or a count of bytes in `wn_kernels/plan/costs.py` is wrong. Every
+`wn_kernels/plan/devices.py` or a count of bytes in `wn_kernels/plan/gpu_costs.py` is wrong. Every
 function returns seconds; none of them was measured."""
 
 from __future__ import annotations
@@ -8,14 +8,14 @@ from typing import Any
 
 from bench.cases import Case
 from wn_kernels.call import Call
-from wn_kernels.plan import costs, devices
-from wn_kernels.plan.costs import Stage
+from wn_kernels.plan import costs, devices, gpu_costs
 from wn_kernels.plan.devices import Device
+from wn_kernels.plan.stages import Costs, Stage
 
 
 def seconds(stages: list[Stage], device: Device, rate: float) -> float:
     """Returns the seconds of stages that run one after the other."""
-    return costs.Costs({}, {}, device, rate).seconds(stages)
+    return Costs({}, {}, device, rate).seconds(stages)
 
 
 def rate(case: Case, device: Device) -> float:
@@ -31,7 +31,7 @@ def vendors(case: Case) -> dict[str, float]:
     device = devices.gpu()
     operations, moved = case.work()
     products = 1 if case.mode == "infer" else 3
-    launches = costs.PRODUCT_LAUNCHES
+    launches = gpu_costs.PRODUCT_LAUNCHES
     plain = [Stage(moved / products, operations / products, launches=launches)] * products
     weight = float(case.size() * case.torch_dtype.itemsize)
     norms = [Stage(2 * weight)] + ([Stage(3 * weight)] if case.mode == "train" else [])
@@ -39,14 +39,14 @@ def vendors(case: Case) -> dict[str, float]:
     return {"plain": seconds(plain, device, fast), "eager": seconds(plain + norms, device, fast)}
 
 
-def _stages(found: costs.Costs, choice: Any, mode: str) -> list[Stage]:
+def _stages(found: Costs, choice: Any, mode: str) -> list[Stage]:
     """Of a path of ours."""
     if mode == "infer":
         return found.forward[choice.forward]
     forward, backward = found.forward[choice.recorded], found.backward[choice.backward]
     if choice.keeps == "packed":  # the first stage of ours forms it
         backward = backward[1:]
-    elif choice.keeps and found.kept:
+    elif choice.keeps == "weight" and found.kept:
         backward = found.kept
     return [*forward, *backward]
 

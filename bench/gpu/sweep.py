@@ -27,7 +27,7 @@ from bench.providers import PROVIDERS
 from wn_kernels import plan
 from wn_kernels.call import Call, kept_shape
 from wn_kernels.plan import devices
-from wn_kernels.plan.costs import Stage
+from wn_kernels.plan.stages import Stage
 
 SHIPPED = "shipped"
 

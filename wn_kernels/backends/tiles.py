@@ -114,8 +114,29 @@ def gradient(o: int, r: int, itemsize: int) -> tuple[int, int, int]:
     return 64 if itemsize == 2 else 32, block_o, up_to(r, 16, 32, 64)
 
 
+def one_pass_rows(itemsize: int, grad: bool = False) -> int:
+    """Returns how many rows one tile of the one-pass kernels holds, of the forward or of the
+    weight's gradient. `itemsize` is that of the wider of `x` and `V`. A tile of more rows would not
+    fit the registers."""
+    if itemsize > 2:
+        return 32
+    return 64 if grad else 128
+
+
 def grad_slices(m: int, slices: int, itemsize: int) -> int:
     """Returns how many slices a program of the one-pass gradient has, for `m` rows. Every program
     reads all of the other factor, so it has more slices where that is large and enough programs are
     left."""
     return 64 if itemsize == 2 and m > 16 and slices >= 8192 else 16
+
+
+def grads(itemsize: int) -> tuple[int, int]:
+    """Returns the rows and the columns of `V` that a step of the walk for `dX` and `dV` has."""
+    return {2: (64, 64), 4: (32, 64), 8: (16, 32)}[itemsize]
+
+
+def grads_splits(o: int, r: int, itemsize: int, programs: int) -> int:
+    """Returns how many programs share the rows of the same columns of `V` in that walk: as many as
+    give each multiprocessor (`programs`) two."""
+    block_o, block_r = grads(itemsize)
+    return max(1, min(2 * programs // blocks(r, block_r), blocks(o, block_o)))

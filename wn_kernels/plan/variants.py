@@ -13,7 +13,11 @@ from typing import Literal, NamedTuple
 from ..backends import vendor
 from ..call import Call
 from . import table
-from .costs import costs, keeps_product, scales_late
+from .costs import costs, scales_late
+from .stages import can_follow, keeps_product
+
+Kept = Literal["", "product", "weight", "packed"]
+_NOTHING: Kept = ""
 
 
 class Plan(NamedTuple):
@@ -24,14 +28,14 @@ class Plan(NamedTuple):
         forward: the variant of the forward, without gradients.
         backward: the variant of the backward.
         keeps: what the forward of a training step saves for the backward besides its inputs and the
-            norms: the `"product"` `x Vᵀ` of a linear layer on a CPU, the `"weight"` `W`, the same
-            `"packed"` for our products of a convolution on a GPU, or nothing.
+            norms: the `"product"` `x Vᵀ` of a linear layer, the `"weight"` `W`, the same `"packed"`
+            for our products of a convolution on a GPU, or nothing.
     """
 
     backend: str
     forward: str
     backward: str
-    keeps: Literal["", "product", "weight", "packed"] = ""
+    keeps: Kept = ""
 
     @property
     def kept(self) -> str:
@@ -60,35 +64,33 @@ class Plan(NamedTuple):
 KEPT_WEIGHT = 2**21
 
 
-def _may_keep(call: Call, backend: str, forward: str, backward: str) -> bool:
-    """Returns whether more may be saved for the backward than the plain layer saves.
+def _keepable(call: Call, backend: str, forward: str, backward: str) -> Kept:
+    """Returns what may be saved for the backward besides what the plain layer saves.
 
-    The product of a linear layer on a CPU may take 1/8 of the size of the weight. The `W` of a
-    convolution, packed or not, and on the Triton path of a linear layer, may take 1/8 of the size
-    of the input. A small `W` is kept whatever the input's size, since computing it again is all
-    overhead. A `W` in float32 for a layer in half precision is not kept on a CPU. The native
-    library, and the Triton path of a linear layer, form `W` for a training step, whatever the
-    forward does without gradients. The native library keeps every `W` that is normalised along
-    taps, because forming it twice takes longer than eager does.
+    The product of a linear layer may take 1/8 of the size of the weight. The `W` of a convolution,
+    packed or not, and on the Triton path of a linear layer, may take 1/8 of the size of the input.
+    A small `W` is kept whatever the input's size, since computing it again is all overhead. A `W`
+    in float32 for a layer in half precision is not kept on a CPU. The native library, and the
+    Triton path of a linear layer, form `W` for a training step, whatever the forward does without
+    gradients. The native library keeps every `W` that is normalised along taps, because forming it
+    twice takes longer than eager does.
     """
     linear = call.conv is None
     if linear and backend != "triton":
-        return forward == backward == "scaled" and scales_late(call) and keeps_product(call)
+        keeps = forward == backward == "scaled" and scales_late(call) and keeps_product(call)
+        return "product" if keeps else ""
+    if backward == "product":
+        return "product"
+    if backend == "triton" and forward == backward == "packed":
+        return "packed" if _is_small(call) else ""
     forms_anyway = linear or backend == "native"
-    if _packs(call, backend, forward, backward):
-        return _is_small(call)
     if backward != "materialize" or (forward != "materialize" and not forms_anyway):
-        return False
+        return ""
     if backend == "aten" and vendor.is_wrong_for(call.x_dtype, len(call.v_shape)):
-        return False  # PyTorch would save `x` and `W` in float32
+        return ""  # PyTorch would save `x` and `W` in float32
     if call.conv and backend != "triton" and call.conv.scale_axis(call.dim) == "taps":
-        return backend == "native"  # it can scale nothing but `W`
-    return _is_small(call)
-
-
-def _packs(call: Call, backend: str, forward: str, backward: str) -> bool:
-    """Returns whether both directions take a packed `W`."""
-    return backend == "triton" and call.conv is not None and forward == backward == "packed"
+        return "weight" if backend == "native" else ""  # it can scale nothing but `W`
+    return "weight" if _is_small(call) else ""
 
 
 def _is_small(call: Call) -> bool:
@@ -98,36 +100,31 @@ def _is_small(call: Call) -> bool:
     return w <= max(input / 8, KEPT_WEIGHT)
 
 
-def _plan(call: Call, backend: str, forward: str, backward: str, keeps: bool) -> Plan:
-    kept = "product" if call.conv is None and backend != "triton" else "weight"
-    if _packs(call, backend, forward, backward):
-        kept = "packed"
-    return Plan(backend, forward, backward, kept if keeps else "")  # type: ignore[arg-type]
-
-
 def by_cost(call: Call, backend: str) -> Plan:
     """Returns the cheapest plan by the cost model."""
     if not call.x_shape or backend == "reference":  # there is only one plan
         return Plan(backend, "materialize", "materialize")
     found = costs(call, backend)
     forward, backward = found.cheapest()
-    if found.kept is None:
-        keeps = _may_keep(call, backend, forward, backward)
-        return _plan(call, backend, forward, backward, keeps)
-    keeps = found.keeping_pays() and _may_keep(call, backend, forward, "materialize")
-    return _plan(call, backend, forward, "materialize" if keeps else backward, keeps)
+    if found.keeping_pays() and _keepable(call, backend, forward, "materialize"):
+        return Plan(backend, forward, "materialize", "weight")
+    keeps = found.kept is None or backward == "product"
+    return Plan(
+        backend, forward, backward, _keepable(call, backend, forward, backward) if keeps else ""
+    )
 
 
 def choices(call: Call, backend: str) -> list[Plan]:
     """Returns every plan of a backend for the call of a layer. The cost model's comes first."""
     found = costs(call, backend)
-    every = {
-        _plan(call, backend, forward, backward, keeps): None
+    every = [
+        Plan(backend, forward, backward, kept)
         for forward in found.forward
         for backward in found.backward
-        for keeps in (True, False)
-        if not keeps or _may_keep(call, backend, forward, backward)
-    }
+        if can_follow(forward, backward)
+        for kept in dict.fromkeys((_keepable(call, backend, forward, backward), _NOTHING))
+        if kept or backward != "product"
+    ]
     first = by_cost(call, backend)
     return sorted(every, key=lambda plan: plan != first)
 

@@ -135,9 +135,28 @@ def test_linear(name, variant, planned, monkeypatch):
     case.check(layer(name))
 
 
+@pytest.mark.parametrize("name", ["linear, one pass", "linear, wide weight"])
+@pytest.mark.parametrize("forward", ["one_pass", "scaled"])
+def test_kept_product(name, forward, planned, monkeypatch):
+    """The backward takes it from the node, and reads `V` once."""
+    case = CASES[name]
+    if forward == "scaled" and not fits_unscaled(case.x.dtype, case.v.dtype):
+        pytest.skip("the planner never scales such a product late")
+    planned(forward, "product", "product")
+    no_functions(monkeypatch)
+    case.check(layer(name))
+    leaves = case.leaves()
+    with launch.recording() as launches:
+        torch.autograd.backward(layer(name)(*leaves), case.dy)
+    names = [each.kernel.__name__ for each in launches]
+    assert names[-2:] == ["scale_kernel", "grads_kernel"]
+
+
+@pytest.mark.parametrize("plan", [("one_pass", "one_pass"), ("one_pass", "product", "product")])
 @pytest.mark.parametrize("shape", [(20,), (2, 3, 20), (0, 20)])
-def test_rows(shape, planned, monkeypatch):
+def test_rows(shape, plan, planned, monkeypatch):
     """`x` of any number of dimensions, and without a row."""
+    planned(*plan)
     no_functions(monkeypatch)
     case = Case(6, 20, 12, 0)
     x = torch.randn(shape, requires_grad=True)
@@ -173,11 +192,19 @@ def test_layouts_of_the_gradient(monkeypatch):
             assert_matches(grad, other.double(), torch.float32, 30, terms=20.0)
 
 
-@pytest.mark.parametrize("name", ["linear, one pass", "1d", "up"])
-@pytest.mark.parametrize("keeps", [None, "", "weight"])
+@pytest.mark.parametrize(
+    ("name", "keeps"),
+    [
+        ("linear, one pass", "product"),
+        *itertools.product(["linear, one pass", "1d", "up"], [None, "", "weight"]),
+    ],
+)
 def test_gradients_that_are_wanted(name, keeps, planned):
-    """Every choice of them, by the plan of the cost model and with a formed `W`."""
-    if keeps is not None:
+    """Every choice of them, by the plan of the cost model, with a formed `W`, and with a kept
+    product."""
+    if keeps == "product":
+        planned("one_pass", "product", keeps)
+    elif keeps is not None:
         planned("materialize", "materialize", keeps)
     case = CASES[name]
     for chosen in itertools.product((False, True), repeat=4):

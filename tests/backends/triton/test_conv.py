@@ -10,7 +10,7 @@ from wn_kernels.backends.triton import configs, convolution, convolution_backwar
 from wn_kernels.backends.triton.launch import recording
 
 # Small blocks, so that small tensors span several of them.
-SMALL = configs.ConvConfig(16, 16, 16, 4, 2)
+SMALL = configs.SplitConfig(16, 16, 16, 4, 2)
 SMALL_DIRECT = configs.DirectConfig(8, 4, 4, 2)
 SMALL_GRAD = configs.GradConfig(16, 16, 16, 4, 2)
 

@@ -7,10 +7,10 @@ import torch
 
 from tests.comparison import DIMS, LAYOUTS, Case, assert_matches, assert_same_bits
 from wn_kernels.backends import tiles
+from wn_kernels.backends.tiles import one_pass_rows
 from wn_kernels.backends.triton import configs, linear, linear_backward, slice_norms
 from wn_kernels.backends.triton.launch import recording
 from wn_kernels.call import fits_unscaled, narrows_range
-from wn_kernels.plan.costs import one_pass_rows
 
 FORWARD = {
     0: ("one_pass", "scaled", "materialize"),
@@ -18,14 +18,17 @@ FORWARD = {
     None: ("scaled", "materialize"),
 }
 BACKWARD = {
-    0: ("one_pass", "scaled", "materialize"),
+    0: ("product", "one_pass", "scaled", "materialize"),
     1: ("one_pass", "scaled", "materialize"),
     None: ("scaled", "materialize"),
 }
+# Those that hold the batch in one tile.
+FEW = ("one_pass", "product")
 
 # Small blocks, so that small tensors span several of them.
 SMALL = configs.MatmulConfig(16, 16, 16, 4, 2)
 SMALL_GRAD = configs.GradConfig(16, 16, 16, 4, 2)
+SMALL_WALK = configs.SplitConfig(16, 16, 16, 4, 2, 2)
 
 # Several blocks long in every direction, and no multiple of them.
 BLOCKS = (35, 50, 41)
@@ -50,20 +53,24 @@ def run(case, forward=None, backward=None, config=SMALL, grad_config=SMALL_GRAD)
         expected = slice_norms(case.v.double(), case.dim, case.eps)
         assert_matches(n, expected, n.dtype, case.v.numel(), what="n")
         return y, n
-    n = slice_norms(case.v, case.dim, case.eps)
+    n, kept = slice_norms(case.v, case.dim, case.eps), None
+    if backward == "product":
+        kept = product(case)
+        grad_config = SMALL_WALK if grad_config is SMALL_GRAD else grad_config
     needs = (True, True, True, case.bias is not None)
     grads = linear_backward(
-        case.dy,
-        *inputs,
-        n,
-        case.dim,
-        case.eps,
-        backward,
-        needs,
-        config=grad_config,
+        *(case.dy, *inputs, n, case.dim, case.eps, backward, needs, kept), config=grad_config
     )
     case.check_backward(grads)
     return grads
+
+
+def product(case, config=None):
+    """What the forward in one pass keeps."""
+    inputs = case.x, case.v, case.g, case.bias
+    y, _, kept = linear(*inputs, case.dim, case.eps, "one_pass", True, config=config)
+    case.check_forward(y)
+    return kept
 
 
 def forms(table):
@@ -78,6 +85,8 @@ def served(table):
     def serves(form, x_dtype, v_dtype):
         if form == "scaled":
             return fits_unscaled(x_dtype, v_dtype)
+        if form == "product":
+            return x_dtype != torch.float16
         in_range = table is BACKWARD or not narrows_range(x_dtype, v_dtype)
         return form == "materialize" or in_range
 
@@ -88,14 +97,14 @@ def served(table):
 @pytest.mark.sanitize
 @pytest.mark.parametrize(("dim", "form", "x_dtype", "v_dtype"), served(FORWARD))
 def test_forward(dim, form, x_dtype, v_dtype, device):
-    m = 15 if form == "one_pass" else BLOCKS[0]
+    m = 15 if form in FEW else BLOCKS[0]
     run(Case(m, *BLOCKS[1:], dim, x_dtype, v_dtype, device=device), forward=form)
 
 
 @pytest.mark.sanitize
 @pytest.mark.parametrize(("dim", "form", "x_dtype", "v_dtype"), served(BACKWARD))
 def test_backward(dim, form, x_dtype, v_dtype, device):
-    m = 15 if form == "one_pass" else BLOCKS[0]
+    m = 15 if form in FEW else BLOCKS[0]
     run(Case(m, *BLOCKS[1:], dim, x_dtype, v_dtype, device=device), backward=form)
 
 
@@ -103,7 +112,7 @@ def test_backward(dim, form, x_dtype, v_dtype, device):
 @pytest.mark.parametrize(("dim", "form"), forms(BACKWARD))
 @pytest.mark.parametrize("layout", LAYOUTS[1:])
 def test_strides(dim, form, layout, device):
-    m = 15 if form == "one_pass" else BLOCKS[0]
+    m = 15 if form in FEW else BLOCKS[0]
     case = Case(m, *BLOCKS[1:], dim, layout=layout, device=device)
     if form in FORWARD[dim]:
         run(case, forward=form)
@@ -128,7 +137,8 @@ def test_sizes_of_one(dim, shape, device):
     for form in FORWARD[dim]:
         run(case, forward=form, config=SMALL._replace(BLOCK_M=32))
     for form in BACKWARD[dim]:
-        run(case, backward=form, grad_config=SMALL_GRAD._replace(BLOCK_M=32))
+        config = SMALL_WALK if form == "product" else SMALL_GRAD
+        run(case, backward=form, grad_config=config._replace(BLOCK_M=32))
 
 
 @pytest.mark.parametrize("dim", DIMS)
@@ -166,8 +176,53 @@ def test_pinned_configurations(regime, dim, dtype, device):
         if form != "one_pass" or regime[0] <= one_pass_rows(dtype.itemsize):
             run(case, forward=form, config=None)
     for form in BACKWARD[dim]:
-        if form != "one_pass" or regime[0] <= one_pass_rows(dtype.itemsize, grad=True):
+        if form not in FEW or regime[0] <= one_pass_rows(dtype.itemsize, grad=form == "one_pass"):
             run(case, backward=form, grad_config=None)
+
+
+@pytest.mark.parametrize("forward", ["one_pass", "scaled"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_kept(forward, dtype, device):
+    """The product, and an output that does not depend on whether it is kept."""
+    case = Case(15, 50, 41, 0, dtype, device=device)
+    inputs = case.x, case.v, case.g, case.bias, 0, 0.0, forward
+    y, n, kept = linear(*inputs, True, config=SMALL)
+    assert_matches(kept, case.x.double() @ case.v.double().t(), dtype, 50, roundings=3)
+    assert_same_bits(y, linear(*inputs, config=SMALL)[0])
+    grads = linear_backward(
+        case.dy, case.x, case.v, case.g, n, 0, 0.0, "product", (True,) * 4, kept, config=SMALL_WALK
+    )
+    case.check_backward(grads)
+
+
+@pytest.mark.sanitize
+@pytest.mark.parametrize("splits", [1, 2, 3, 4])
+@pytest.mark.parametrize("needs_x", [True, False])
+def test_walks_that_share_rows(splits, needs_x, device):
+    """Three tiles of rows, the last of them short, by one to four programs; two and four are no
+    divisors."""
+    case = Case(15, 50, 41, 0, device=device)
+    n = slice_norms(case.v, 0, 0.0)
+    operands = case.dy, case.x, case.v, case.g, n, 0, 0.0, "product", (needs_x, True, True, True)
+    config = SMALL_WALK._replace(splits=splits)
+    grads = linear_backward(*operands, product(case), config=config)
+    assert (grads[0] is None) == (not needs_x)
+    case.check_backward(grads if needs_x else (case.grads[0].float(), *grads[1:]))
+
+
+def test_v_is_read_once(device):
+    """By the kernel alone that computes `dX` and `dV`: no product of PyTorch's runs."""
+    case = Case(15, 50, 41, 0, device=device)
+    n, kept = slice_norms(case.v, 0, 0.0), product(case)
+    operands = case.dy, case.x, case.v, case.g, n, 0, 0.0, "product"
+    with recording() as launches:
+        linear_backward(*operands, (True,) * 4, kept, config=SMALL_WALK)
+    names = [launch.kernel.__name__ for launch in launches]
+    assert names == ["scale_kernel", "grads_kernel", "sum_kernel"]
+    with recording() as launches:  # without the product, and where no gradient takes it
+        linear_backward(*operands, (True,) * 4)
+        linear_backward(*operands, (True, False, False, True), kept)
+    assert "grads_kernel" not in [launch.kernel.__name__ for launch in launches]
 
 
 def test_range(device):
@@ -208,6 +263,12 @@ def test_what_is_refused(x_dtype, v_dtype, device):
         linear(case.x, case.v, case.g, None, 0, 0.0, "scaled")
     with pytest.raises(ValueError, match="scaled needs x and V of one dtype other than float16"):
         linear_backward(case.dy, case.x, case.v, case.g, n, 0, 0.0, "scaled", (True,) * 4)
+    if x_dtype == torch.float16:
+        with pytest.raises(ValueError, match="product needs dim=0 and no float16"):
+            linear_backward(case.dy, case.x, case.v, case.g, n, 0, 0.0, "product", (True,) * 4)
+    for variant, dim in (("materialize", 0), ("materialize", 1)):
+        with pytest.raises(ValueError, match="does not compute the product"):
+            linear(case.x, case.v, case.g, None, dim, 0.0, variant, True)
 
 
 @pytest.mark.parametrize(("dim", "form"), forms(BACKWARD))
@@ -215,9 +276,10 @@ def test_gradients_that_are_wanted(dim, form, device):
     """Each alone and all of them, and no more kernels than they take."""
     case = Case(9, 20, 18, dim, device=device)
     n = slice_norms(case.v, dim, 0.0)
+    kept, config = (product(case), SMALL_WALK) if form == "product" else (None, SMALL_GRAD)
     for needs in itertools.product((False, True), repeat=4):
         grads = linear_backward(
-            case.dy, case.x, case.v, case.g, n, dim, 0.0, form, needs, config=SMALL_GRAD
+            case.dy, case.x, case.v, case.g, n, dim, 0.0, form, needs, kept, config=config
         )
         for wanted, grad, expected in zip(needs, grads, case.grads, strict=True):
             if wanted:
@@ -276,8 +338,9 @@ def test_dead_slice_and_nan(dim, device):
         assert torch.isfinite(y).all()
         assert (n == float("inf")).sum() == 1
     for form in BACKWARD[dim]:
+        kept = product(case) if form == "product" else None
         grads = linear_backward(
-            case.dy, case.x, case.v, case.g, n, dim, 0.0, form, (True, True, True, False)
+            case.dy, case.x, case.v, case.g, n, dim, 0.0, form, (True, True, True, False), kept
         )
         assert all(torch.isfinite(t).all() for t in grads[:3])
     case.v[2, 3] = float("nan")

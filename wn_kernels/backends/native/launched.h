@@ -32,30 +32,31 @@ struct Launches : torch::CustomClassHolder {
   Launches(const py::object& prepared, double eps)
       : forms_forward(prepared.attr("forms_forward").cast<bool>()),
         forms_backward(prepared.attr("forms_backward").cast<bool>()),
-        keeps(prepared.attr("keeps").cast<bool>()), packs(prepared.attr("packs").cast<bool>()),
+        keeps(prepared.attr("keeps").cast<bool>()),
         axis(prepared.attr("dim").cast<std::optional<int64_t>>().value_or(-1)), eps(eps),
         is_observed(prepared.attr("signs")),
         geometry(references.keep(prepared.attr("conv"))),
         python_forward(references.keep(prepared.attr("forward"))),
         python_backward(references.keep(prepared.attr("backward"))),
         prepare_backward(references.keep(prepared.attr("prepare_backward"))),
-        pass(as_pass(prepared.attr("run"))) {
+        pass(as_pass(prepared.attr("run"))), keeping(as_pass(prepared.attr("keeping"))) {
     if (const py::object w = prepared.attr("weight"); !w.is_none())
       weight = c10::make_intrusive<Launches>(w, eps);
     if (!geometry.is_none()) conv = Geometry::of(geometry.cast<Geometry::Fields>());
   }
 
-  // y or, without x, W; the norms; and the packed W where that is kept.
+  // y or, without x, W; the norms; and what is kept.
   struct Result {
-    Tensor y, n, w;
+    Tensor y, n, kept;
   };
 
-  // The norms may be undefined where the backward does not take them.
+  // `keep` says whether the backward will need what a training step keeps. The norms may be undefined
+  // where the backward does not take them, unless the call is `recorded`.
   Result forward(
-      const Tensor& x, const Tensor& v, const Tensor& g, const Tensor& bias, bool observed,
-      bool recorded = false) {
+      const Tensor& x, const Tensor& v, const Tensor& g, const Tensor& bias, bool keep,
+      bool observed, bool recorded = false) {
     if (forms_forward) {
-      auto formed = weight->forward({}, v, g, {}, observed, recorded);
+      auto formed = weight->forward({}, v, g, {}, false, observed, recorded);
       return {product(x, formed.y, bias), std::move(formed.n), {}};
     }
     if (!pass) {
@@ -69,11 +70,14 @@ struct Launches : torch::CustomClassHolder {
       return {std::move(found[0]), std::move(found[1]), {}};
     }
     const bool is_flat = conv || x.dim() == 2;
-    const auto found = (*pass)({is_flat ? x : as_rows(x), v, g, bias}, observed, recorded);
-    if (is_flat) return {found[0], found[1], packs ? found[2] : Tensor()};
+    keep = keep && keeping;
+    const auto found = (*(keep ? keeping : pass))(
+        {is_flat ? x : as_rows(x), v, g, bias}, observed, recorded);
+    const Tensor kept = keep ? found[2] : Tensor();
+    if (is_flat) return {found[0], found[1], kept};
     auto sizes = x.sizes().vec();
     sizes.back() = v.size(0);
-    return {found[0].view(sizes), found[1], {}};
+    return {found[0].view(sizes), found[1], kept};
   }
 
   // The layer with a W that is formed or kept, by PyTorch.
@@ -106,7 +110,7 @@ struct Launches : torch::CustomClassHolder {
         return {Tensor(), std::move(found[0]), std::move(found[1]), Tensor()};
       }
       Tensors given{flat_dy, flat_x, v, g, n};
-      if (packs) given.push_back(kept);
+      if (keeping) given.push_back(kept);
       auto found = (*prepared)(std::move(given), observed);
       if (!is_flat && found[0].defined()) found[0] = found[0].view(x.sizes());
       return {found.begin(), found.end()};
@@ -121,7 +125,7 @@ struct Launches : torch::CustomClassHolder {
       const Tensor& dy, const Tensor& x, const Tensor& v, const Tensor& g, const Tensor& n,
       const Needs& needs, bool observed) {
     const bool needs_weight = needs[1] || needs[2];
-    const Tensor formed = needs[0] ? weight->forward({}, v, g, {}, observed).y : Tensor();
+    const Tensor formed = needs[0] ? weight->forward({}, v, g, {}, false, observed).y : Tensor();
     Tensor dx, dw, db;
     const Tensor w = needs[0] ? formed : v.to(x.scalar_type());
     std::tie(dx, dw, db) = product_grads(dy, x, w, needs);
@@ -156,7 +160,6 @@ struct Launches : torch::CustomClassHolder {
   References references;
   bool forms_forward, forms_backward;  // whether PyTorch's convolution by W serves a direction
   bool keeps;                          // whether a training step keeps that W
-  bool packs;                          // whether it keeps the packed W
   int64_t axis;                        // the kept dimension; -1 for the whole of V
   double eps;
   Observation is_observed;
@@ -165,6 +168,9 @@ struct Launches : torch::CustomClassHolder {
   py::handle python_backward;   // (dY, x, v, g, bias, n, needs) -> (dX, dV, dg, db)
   py::handle prepare_backward;  // (dY, x, v, g, needs) -> its pass, or None
   std::shared_ptr<Pass> pass;   // of the forward; null where Python serves it
+  // The same in a training step that keeps the packed W or the product x Vᵀ, which it returns behind
+  // n, and which the pass of the backward takes.
+  std::shared_ptr<Pass> keeping;
   c10::intrusive_ptr<Launches> weight;  // of W alone, where it is formed
   std::optional<Geometry> conv;
   Published<Backward> backwards;
@@ -257,7 +263,7 @@ class Launched : public torch::autograd::Node {
         {
           at::AutoDispatchBelowADInplaceOrView below;
           const at::NoGradGuard no_grad;
-          w = weight.forward({}, v, g, {}, observed).y;
+          w = weight.forward({}, v, g, {}, false, observed).y;
         }
         w = recorded_weight(w, v, g);
       }
@@ -279,7 +285,7 @@ class Launched : public torch::autograd::Node {
     return out;
   }
 
-  // x, V, g, the bias, n and the packed W
+  // x, V, g, the bias, n and what is kept
   std::array<torch::autograd::SavedVariable, 6> saved_;
   Prepared launches_;
 };
@@ -331,15 +337,16 @@ inline Tensor run(
   const auto needs = [](const Tensor& tensor) { return tensor.defined() && tensor.requires_grad(); };
   const bool recorded =
       at::GradMode::is_enabled() && (t.needs_weight_grad() || needs(x) || needs(bias));
+  // dX takes the packed W, and the gradients of V and g take the product.
+  const bool keep = recorded && (launches->conv ? needs(x) : t.needs_weight_grad());
   Launches::Result result;
   {
     at::AutoDispatchBelowADInplaceOrView below;
     const at::NoGradGuard no_grad;
-    result = launches->forward(x, t.v, t.g, bias, observed, recorded);
+    result = launches->forward(x, t.v, t.g, bias, keep, observed, recorded);
   }
   if (!recorded) return std::move(result.y);
-  const Tensor kept = needs(x) ? result.w : Tensor();
-  return Launched::recorded(result.y, x, t.v, t.g, bias, result.n, kept, launches);
+  return Launched::recorded(result.y, x, t.v, t.g, bias, result.n, result.kept, launches);
 }
 
 inline MaybeTensor launched(

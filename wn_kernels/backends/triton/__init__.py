@@ -14,7 +14,7 @@ from .conv import (
     remembered_convolution,
     remembered_convolution_backward,
 )
-from .launch import SIGNS, target_of
+from .launch import SIGNS, target_of, unallocated
 from .linear import linear, linear_backward, remembered_linear, remembered_linear_backward
 from .norm import slice_norms
 from .passes import Pass
@@ -53,7 +53,8 @@ def layer(
     if call.conv is not None:
         y, n, w = convolution(x, v, g, bias, call.conv, *options)
         return y, n, w if keep and plan.keeps else None
-    return *linear(x, v, g, bias, *options), None
+    y, n, *kept = linear(x, v, g, bias, *options, keep and plan.keeps == "product")
+    return y, n, kept[0] if kept else None
 
 
 def layer_backward(
@@ -72,12 +73,13 @@ def layer_backward(
     options = call.dim, call.eps, plan.backward, needs
     if call.conv is not None:
         return convolution_backward(dy, x, v, g, n, call.conv, *options, kept)
-    return linear_backward(dy, x, v, g, n, *options)
+    return linear_backward(dy, x, v, g, n, *options, kept)
 
 
-def pass_forward(call: Call, plan: Any, tensors: Operands) -> Pass | None:
+def pass_forward(call: Call, plan: Any, tensors: Operands, keep: bool = False) -> Pass | None:
     """The pass that computes `layer` for tensors of these layouts, `x` of a linear layer being 2-d;
-    `None` where more happens than allocations, launches and PyTorch's own products."""
+    `None` where more happens than allocations, launches and PyTorch's own products. With `keep` it
+    returns what the plan keeps behind the norms; that of a convolution always does."""
     x, v, g, bias = tensors
     target, options = target_of(v), (call.dim, call.eps)
     if x is None:
@@ -86,7 +88,8 @@ def pass_forward(call: Call, plan: Any, tensors: Operands) -> Pass | None:
     if call.conv is not None:
         run = remembered_convolution(target, (x, v, g, bias), call.conv, *options, *how)
         return _as_pass(run)
-    return _as_pass(remembered_linear(target, (x, v, g, bias), *options, *how))
+    keep = keep and plan.keeps == "product"
+    return _as_pass(remembered_linear(target, (x, v, g, bias), *options, *how, keep))
 
 
 def pass_backward(
@@ -104,7 +107,8 @@ def pass_backward(
         given = dy, x, v, g, kept
         run = remembered_convolution_backward(target, given, call.conv, *options, *how)
         return _as_pass(run)
-    return _as_pass(remembered_linear_backward(target, (dy, x, v, g), *options, *how))
+    kept = unallocated(dy.shape, call.x_dtype) if plan.keeps == "product" else None
+    return _as_pass(remembered_linear_backward(target, (dy, x, v, g, kept), *options, *how))
 
 
 def _as_pass(run: Any) -> Pass | None:

@@ -17,6 +17,21 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def finished(acc, steps, WAITS: tl.constexpr):
+    """`acc` itself, inside a loop of `steps` > 0. With WAITS, its product ends in the same step.
+
+    A Hopper's product still reads its factors while the next step is on its way, so Triton gives
+    their loads one buffer more than others. It does not where such a load is used elsewhere as well
+    (triton 3.6 and 3.7, pull request 7110 of its repository): the factor would be overwritten while
+    it is read. A use of the sum in the loop has Triton wait for it. The condition is that of the
+    loop itself, so the use costs nothing.
+    """
+    if WAITS:
+        acc = tl.where(steps > 0, acc, 0.0)
+    return acc
+
+
+@triton.jit
 def cast(x, TYPE: tl.constexpr):
     """`x` as TYPE. Triton's interpreter takes the wrong bits of a float64 for a bfloat16; float32
     lies between the two anyway."""

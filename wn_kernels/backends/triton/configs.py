@@ -36,6 +36,10 @@ class Target(NamedTuple):
     def is_amd(self) -> bool:
         return self.architecture.startswith("hip")
 
+    @property
+    def is_hopper(self) -> bool:
+        return self.architecture == "cuda:90"
+
     def stages(self, wanted: int) -> int:
         """An AMD compute unit has 64 KiB of shared memory: two stages, never more."""
         return min(wanted, 2) if self.is_amd else wanted
@@ -107,8 +111,8 @@ class MatmulConfig(NamedTuple):
     num_stages: int
 
 
-class ConvConfig(NamedTuple):
-    """As `MatmulConfig`, for pixels and channels; `splits` programs share the steps of a tile."""
+class SplitConfig(NamedTuple):
+    """As `MatmulConfig`, where `splits` programs share the steps of a tile."""
 
     BLOCK_M: int
     BLOCK_O: int
@@ -116,6 +120,10 @@ class ConvConfig(NamedTuple):
     num_warps: int
     num_stages: int
     splits: int = 1
+
+    def of_kernel(self) -> dict[str, int]:
+        """What a kernel takes of it: all but the splits."""
+        return MatmulConfig(*self[:-1])._asdict()
 
 
 class GradConfig(NamedTuple):
@@ -247,7 +255,7 @@ def one_pass(m: int, o: int, itemsize: int, ieee: bool, target: Target) -> Matmu
     latency to fill with one program: more stages.
     """
     stages = target.stages(4 if itemsize < 8 else 2)
-    is_hopper = target.architecture == "cuda:90"
+    is_hopper = target.is_hopper
     block_o = 32 if o <= 8192 else 64
     if itemsize > 2:
         if is_hopper and not ieee:
@@ -291,9 +299,23 @@ def grad_one_pass(m: int, o: int, itemsize: int, target: Target) -> GradConfig:
         return GradConfig(16, 16, block_r, 4, target.stages(stages))
     block_o = tiles.grad_slices(m, o, itemsize)
     if block_o == 64:  # a tile of four warps spills where Hopper's does not
-        warps = 4 if target.architecture == "cuda:90" else 8
+        warps = 4 if target.is_hopper else 8
         return GradConfig(_up_to(m, 32, 64), block_o, 128, warps, target.stages(3))
     return GradConfig(_up_to(m, 32, 64), block_o, 128, 4, target.stages(4))
+
+
+def grads(m: int, o: int, r: int, itemsize: int, target: Target) -> SplitConfig:
+    """`dX` and `dV` from one walk over `V`, of which a program has some columns: bound by the bytes
+    of `V` and `dV`, so deep in flight. `itemsize` is the wider one of x's and V's."""
+    block_m = _up_to(m, 16, 32, 64, 128)
+    block_o, block_r = tiles.grads(itemsize)
+    # What their products without asynchronous tensor cores hold would not fit the registers.
+    if (itemsize == 4 and block_m > 16) or (block_m == 128 and not target.is_hopper):
+        block_o //= 2
+    splits = tiles.grads_splits(o, r, itemsize, target.multiprocessors)
+    stages = target.stages(4 if itemsize == 2 else 3 if itemsize == 4 else 1)
+    warps = 8 if block_m == 128 else 4
+    return SplitConfig(block_m, block_o, block_r, warps, stages, splits)
 
 
 def scale(m: int, sums: bool) -> ScaleConfig:
@@ -306,7 +328,7 @@ def scale(m: int, sums: bool) -> ScaleConfig:
 
 def conv(
     m: int, o: int, r: int, taps: float, rest: int, itemsize: int, ieee: bool, target: Target
-) -> ConvConfig:
+) -> SplitConfig:
     """A product over pixels, as `tiles.product` describes it. Its steps are long, and several are
     in flight: they are bound by latency."""
     tile = tiles.product(m, o, r, taps, rest, itemsize, ieee, target.multiprocessors)
@@ -319,7 +341,7 @@ def conv(
     stages = 3 if tile.BLOCK_R == 128 and tile.BLOCK_M >= 64 else 4
     if itemsize == 8 or ieee:
         stages = 2
-    return ConvConfig(*tile[:3], warps, target.stages(stages), tile.splits)
+    return SplitConfig(*tile[:3], warps, target.stages(stages), tile.splits)
 
 
 def conv_grad(o: int, r: int, itemsize: int, target: Target) -> GradConfig:

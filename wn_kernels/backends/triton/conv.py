@@ -53,7 +53,7 @@ def convolution(
     eps: float,
     variant: str,
     *,
-    config: configs.ConvConfig | configs.DirectConfig | None = None,
+    config: configs.SplitConfig | configs.DirectConfig | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """`(y, n, W)` for `x` of shape `(B, C, *sizes)`; variants as in `costs.triton_convolution`. `W`
     is `None` where none is formed."""
@@ -78,7 +78,7 @@ def prepare_convolution(
     eps: float,
     variant: str,
     tf32: bool,
-    config: configs.ConvConfig | configs.DirectConfig | None = None,
+    config: configs.SplitConfig | configs.DirectConfig | None = None,
 ) -> Pass:
     """`run(x, v, g, bias)` returns `(y, n, W)`."""
     sizes = conv.output_sizes(x.shape[2:], v.shape[2:])
@@ -96,7 +96,7 @@ def prepare_convolution(
                 "one_pass needs groups of few channels and whole slices in each output channel, "
                 f"got groups={conv.groups} of a weight of {tuple(v.shape)} and dim={dim}"
             )
-        assert not isinstance(config, configs.ConvConfig)
+        assert not isinstance(config, configs.SplitConfig)
         product = prepare_one_pass(target, x, v, bias, out, conv, eps, config)
         run.call(product, a, "v", "g", given_bias, gives=("y", "n"))
         return run.returning("y", "n", None)
@@ -141,7 +141,7 @@ def convolution_backward(
     needs: tuple[bool, bool, bool, bool],
     kept: Tensor | None = None,
     *,
-    config: configs.ConvConfig | configs.DirectConfig | None = None,
+    config: configs.SplitConfig | configs.DirectConfig | None = None,
     grad_config: configs.GradConfig | configs.DirectConfig | None = None,
 ) -> Grads:
     """`(dX, dV, dg, db)`, `None` where `needs` says so and no other output brings it along. `kept`
@@ -165,7 +165,7 @@ def prepare_convolution_backward(
     variant: str,
     needs: tuple[bool, bool, bool, bool],
     tf32: bool,
-    config: configs.ConvConfig | configs.DirectConfig | None = None,
+    config: configs.SplitConfig | configs.DirectConfig | None = None,
     grad_config: configs.GradConfig | configs.DirectConfig | None = None,
 ) -> Pass:
     """`run(dy, x, v, g, n)` returns `(dX, dV, dg, db)`. Where `W` is `kept`, it comes last."""

@@ -23,7 +23,7 @@ from torch import Tensor
 from ...call import Geometry, scale_dtype
 from ..tiles import parts as split_over
 from . import configs, weight
-from .common import dot, offsets
+from .common import dot, finished, offsets
 from .configs import Target
 from .launch import Launcher, is_wide, product_types, unallocated
 from .parts import prepare_sum
@@ -72,6 +72,7 @@ def conv_grad_kernel(
     WIDE: tl.constexpr,
     ACC: tl.constexpr,
     PRECISION: tl.constexpr,
+    WAITS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_O: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -106,8 +107,9 @@ def conv_grad_kernel(
         q_at = b[:, None] * stride_q[0] + pixels + offs_r[None, :] * stride_q[1]
         q = tl.load(Q + q_at, mask=mask_m & inside & mask_r[None, :], other=0.0)
         acc = dot(tl.trans(p), q, acc, PRECISION)
-        if HAS_BIAS:
+        if HAS_BIAS:  # a second use of P
             bias += tl.sum(p.to(ACC), axis=0)
+            acc = finished(acc, steps, WAITS)
 
     DW += part.to(tl.int64) * stride_part + group.to(tl.int64) * stride_w[0]
     at = offs_o[:, None] * stride_w[1] + offs_r[None, :] * stride_w[2]
@@ -252,6 +254,7 @@ def prepare_weight_grad(
         launch = Launcher(direct_grad_kernel, target, grid, GROUPS=groups, **constants)
     else:
         constants |= {"tiles_r": tiles_r, "FLAT": flat, "PRECISION": types["PRECISION"]}
+        constants["WAITS"] = target.is_hopper
         launch = Launcher(conv_grad_kernel, target, grid, **constants)
 
     run = Pass("dy", "x")

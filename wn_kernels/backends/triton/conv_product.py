@@ -323,7 +323,7 @@ def prepare_product(
     conv: Geometry,
     phased: bool,
     tf32: bool,
-    config: configs.ConvConfig | configs.DirectConfig | None = None,
+    config: configs.SplitConfig | configs.DirectConfig | None = None,
 ) -> Pass:
     """`run(a, w, bias)` returns `(C,)`, laid out as `out`, from an `A` with its channels contiguous
     and a packed `W`."""
@@ -342,9 +342,8 @@ def prepare_product(
         ieee = a.dtype == torch.float32 and not tf32
         rest = phases * conv.groups
         config = configs.conv(m, o, r, walked, rest, a.element_size(), ieee, target)
-    assert isinstance(config, configs.ConvConfig)
-    splits, blocks = config.splits, config._asdict()
-    del blocks["splits"]
+    assert isinstance(config, configs.SplitConfig)
+    splits = config.splits
     tiles = triton.cdiv(m, config.BLOCK_M) * triton.cdiv(o, config.BLOCK_O)
     types = product_types(a, tf32)
     parts, stride_part = out, 0
@@ -366,7 +365,7 @@ def prepare_product(
         WIDE=is_wide(a, w, out),
         GROUP=8,
         **types,
-        **blocks,
+        **config.of_kernel(),
     )
     if splits == 1:
         run.call(launch, "a", "w", given_bias, "c")
@@ -405,7 +404,7 @@ def _prepare_direct(
     phased: bool,
     form: str,
     eps: float,
-    config: configs.ConvConfig | configs.DirectConfig | None,
+    config: configs.SplitConfig | configs.DirectConfig | None,
 ) -> Launcher:
     """A launch with `(a, w, g, n, bias, c)`."""
     config = config or configs.direct(a.element_size())

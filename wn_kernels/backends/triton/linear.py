@@ -11,14 +11,14 @@
 The scaled form rounds twice, as PyTorch rounds `W` and then the product. It needs one dtype, and
 one whose range an unscaled product does not leave (`call.fits_unscaled`); elsewhere `dX` takes `W`.
 
-The weight's gradient is `dW = dYᵀ x` by PyTorch and a pass that turns it into `dV` and `dg`, or one
-kernel that recomputes `dW` (`linear_grad.py`), for a few rows.
+The weight's gradient is `dW = dYᵀ x` by PyTorch and a pass that turns it into `dV` and `dg`. For a
+few rows (`linear_grad.py`), one kernel recomputes `dW` instead, or computes `dX` as well from one
+read of `V`, if the forward kept the product `x Vᵀ`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -26,10 +26,10 @@ from torch import Tensor
 from ...call import fits_unscaled, scale_dtype, takes_tf32
 from .. import tiles
 from . import configs, weight
-from .common import as_norm, cast, dot, offsets
+from .common import as_norm, cast, dot, dot_coefficient, finished, offsets
 from .configs import Target
 from .launch import Launcher, is_wide, product_types, remembered, target_of, unallocated
-from .linear_grad import prepare_weight_grad
+from .linear_grad import prepare_grads, prepare_weight_grad
 from .norm import remembered_slice_norms
 from .passes import Pass, Product, Sums
 
@@ -44,6 +44,7 @@ def one_pass_kernel(
     NORM,
     BIAS,
     Y,
+    P,
     M,
     O,
     R,
@@ -56,10 +57,12 @@ def one_pass_kernel(
     stride_yo,
     EPS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    KEEP: tl.constexpr,
     EVEN_R: tl.constexpr,
     WIDE: tl.constexpr,
     ACC: tl.constexpr,
     PRECISION: tl.constexpr,
+    WAITS: tl.constexpr,
     SPLIT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_O: tl.constexpr,
@@ -68,6 +71,7 @@ def one_pass_kernel(
     """Y = X Wᵀ + bias and the norms, for the rows of V that this program owns. M ≤ BLOCK_M.
 
     SPLIT > 1: so many products of a share of r each, one to a warp.
+    KEEP: P, which lies as Y does, is X Vᵀ.
     """
     pid = tl.program_id(0)
     offs_m = offsets(0 * pid, BLOCK_M, WIDE)
@@ -93,36 +97,43 @@ def one_pass_kernel(
             mask_r = offs_r < R
             x = tl.load(x_at, mask=mask_m[:, None] & mask_r[None, :], other=0.0)
             v = tl.load(v_at, mask=mask_o[:, None] & mask_r[None, :], other=0.0)
+        factor = cast(v, x.dtype)
+        if SPLIT == 1:
+            acc = dot(x, tl.trans(factor), acc, PRECISION)
+        else:
+            factor = tl.reshape(factor, (BLOCK_O, SPLIT, BLOCK_R // SPLIT))
+            x = tl.permute(tl.reshape(x, (BLOCK_M, SPLIT, BLOCK_R // SPLIT)), (1, 0, 2))
+            acc = dot(x, tl.permute(factor, (1, 2, 0)), acc, PRECISION)
         wide = v.to(norm_type)
         squares += tl.sum(tl.reshape(wide * wide, (BLOCK_O, BLOCK_R // 8, 8)), axis=2)
-        v = cast(v, x.dtype)
-        if SPLIT == 1:
-            acc = dot(x, tl.trans(v), acc, PRECISION)
-        else:
-            v = tl.permute(tl.reshape(v, (BLOCK_O, SPLIT, BLOCK_R // SPLIT)), (1, 2, 0))
-            x = tl.permute(tl.reshape(x, (BLOCK_M, SPLIT, BLOCK_R // SPLIT)), (1, 0, 2))
-            acc = dot(x, v, acc, PRECISION)
+        acc = finished(acc, R, WAITS)
     if SPLIT > 1:
         acc = tl.sum(acc, axis=0)
 
+    at = offs_m[:, None] * stride_ym + offs_o[None, :] * stride_yo
+    mask = mask_m[:, None] & mask_o[None, :]
+    if KEEP:
+        tl.store(P + at, acc, mask=mask)
     n = as_norm(tl.sum(squares, axis=1), EPS)
     tl.store(NORM + offs_o, n, mask=mask_o)
     g = tl.load(G + offs_o, mask=mask_o, other=0.0).to(norm_type)
     acc *= (g / n).to(ACC)[None, :]
     if HAS_BIAS:
         acc += tl.load(BIAS + offs_o * stride_bias, mask=mask_o, other=0.0).to(ACC)[None, :]
-    y_at = Y + offs_m[:, None] * stride_ym + offs_o[None, :] * stride_yo
-    tl.store(y_at, acc, mask=mask_m[:, None] & mask_o[None, :])
+    tl.store(Y + at, acc, mask=mask)
 
 
 @triton.jit
 def scale_kernel(
     A,
+    P,
     G,
     NORM,
     BIAS,
     OUT,
     SUMS,
+    DG,
+    COEF,
     M,
     C,
     steps,
@@ -132,8 +143,10 @@ def scale_kernel(
     stride_oc,
     stride_s,
     stride_bias,
+    EPS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     SUM: tl.constexpr,
+    DOTS: tl.constexpr,
     WIDE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -141,17 +154,21 @@ def scale_kernel(
     """OUT = A ⊙ g / n + bias, along columns; OUT may be A. `stride_s` is 0 for a scalar scale.
 
     SUM: SUMS has the sums of A's columns, of which a program then has every row.
+    DOTS, with SUM: DG has the dots of the columns of A and of a dense P over n, and COEF what they
+    contribute to dV.
     """
     tiles_c = tl.cdiv(C, BLOCK_C)
     offs_c = offsets(tl.program_id(0) % tiles_c, BLOCK_C, WIDE)
     first = tl.program_id(0) // tiles_c * steps
     mask_c = offs_c < C
     n = tl.load(NORM + offs_c * stride_s, mask=mask_c, other=1.0)
-    scale = tl.load(G + offs_c * stride_s, mask=mask_c, other=0.0).to(n.dtype) / n
+    g = tl.load(G + offs_c * stride_s, mask=mask_c, other=0.0).to(n.dtype)
     if HAS_BIAS:
         bias = tl.load(BIAS + offs_c * stride_bias, mask=mask_c, other=0.0).to(n.dtype)
     if SUM:
         sums = tl.zeros((BLOCK_M, BLOCK_C), n.dtype)
+    if DOTS:
+        dots = tl.zeros((BLOCK_M, BLOCK_C), n.dtype)
     for step in range(steps):
         offs_m = offsets(first + step, BLOCK_M, WIDE)
         mask = (offs_m < M)[:, None] & mask_c[None, :]
@@ -159,13 +176,20 @@ def scale_kernel(
         a = tl.load(at, mask=mask, other=0.0).to(n.dtype)
         if SUM:
             sums += a
-        a *= scale[None, :]
+        if DOTS:
+            at = P + offs_m[:, None] * C + offs_c[None, :]
+            dots += a * tl.load(at, mask=mask, other=0.0).to(n.dtype)
+        a *= (g / n)[None, :]
         if HAS_BIAS:
             a += bias[None, :]
         at = OUT + offs_m[:, None] * stride_om + offs_c[None, :] * stride_oc
         tl.store(at, a, mask=mask)
     if SUM:
         tl.store(SUMS + offs_c, tl.sum(sums, axis=0), mask=mask_c)
+    if DOTS:
+        dg = tl.sum(dots, axis=0) / n
+        tl.store(DG + offs_c, dg, mask=mask_c)
+        tl.store(COEF + offs_c, dot_coefficient(g, n, dg, EPS), mask=mask_c)
 
 
 # --- the forward -------------------------------------------------------------------------------
@@ -179,12 +203,14 @@ def linear(
     dim: int | None,
     eps: float,
     variant: str,
+    keep: bool = False,
     *,
     config: configs.MatmulConfig | None = None,
-) -> tuple[Tensor, Tensor]:
-    """`(y, n)` for `x` of shape `(M, K)`; variants as in `costs.triton_linear`."""
+) -> tuple[Tensor, ...]:
+    """`(y, n)` for `x` of shape `(M, K)`; variants as in `costs.triton_linear`. With `keep`, `x Vᵀ`
+    follows, for dim=0, of a variant that computes it."""
     g = g.contiguous()
-    options = dim, eps, variant, takes_tf32(x.dtype), config
+    options = dim, eps, variant, takes_tf32(x.dtype), keep, config
     return remembered_linear(target_of(x), (x, v, g, bias), *options)(x, v, g, bias)
 
 
@@ -198,34 +224,42 @@ def prepare_linear(
     eps: float,
     variant: str,
     tf32: bool,
+    keep: bool = False,
     config: configs.MatmulConfig | None = None,
 ) -> Pass:
-    """`run(x, v, g, bias)` returns `(y, n)`.
+    """`run(x, v, g, bias)` returns `(y, n)` and, with `keep`, `x Vᵀ`, or nothing in its place where
+    there is no row.
 
     Raises:
         ValueError: the variant cannot serve the call.
     """
     _check(variant, x, v, dim)
+    if keep and (dim != 0 or variant == "materialize"):
+        raise ValueError(f"{variant} does not compute the product x Vᵀ, or dim={dim} is not 0")
+    kept: list[str | None] = ["p"] if keep else []
     run = Pass("x", "v", "g", "bias")
     product, added = Product(turns_b=True), "bias" if bias is not None else None
     if variant == "materialize" or not len(x):  # without a row, no program would run
         weight_norm = weight.remembered_weight_norm(target, (v, g), dim, eps, x.dtype)
         run.call(weight_norm, "v", "g", gives=("w", "n"))
         run.call(product, "x", "w", added, gives=("y",))
+        kept = [None] * keep
     elif variant == "one_pass":
-        launch = _prepare_one_pass(target, x, v, bias, eps, tf32, config)
+        launch = _prepare_one_pass(target, x, v, bias, eps, tf32, keep, config)
         run.new(y=_result(x, v), n=unallocated((len(v), 1), scale_dtype(v)))
-        run.call(launch, "x", "v", "g", "n", added or "y", "y")
+        if keep:
+            run.new(p=_result(x, v))
+        run.call(launch, "x", "v", "g", "n", added or "y", "y", *kept or ["y"])
     else:
         run.call(remembered_slice_norms(target, (v,), dim, eps), "v", gives=("n",))
         if dim == 1:
             run.call(_prepare_scale(target, x, dim), "x", "g", "n", None, gives=("s", "_"))
             run.call(product, "s", "v", added, gives=("y",))
         else:
-            run.call(product, "x", "v", None, gives=("y",))
-            scale = _prepare_scale(target, _result(x, v), dim, bias, in_place=True)
-            run.call(scale, "y", "g", "n", "bias", gives=("y", "_"))
-    return run.returning("y", "n")
+            run.call(product, "x", "v", None, gives=("p",))
+            scale = _prepare_scale(target, _result(x, v), dim, bias, in_place=not keep)
+            run.call(scale, "p", "g", "n", "bias", gives=("y", "_"))
+    return run.returning("y", "n", *kept)
 
 
 remembered_linear = remembered(prepare_linear)
@@ -253,9 +287,10 @@ def _prepare_one_pass(
     bias: Tensor | None,
     eps: float,
     tf32: bool,
+    keep: bool,
     config: configs.MatmulConfig | None,
 ) -> Launcher:
-    """Called as `launch(x, v, g, n, bias, y)`."""
+    """Called as `launch(x, v, g, n, bias, y, p)`."""
     (m, r), o, y = x.shape, len(v), _result(x, v)
     if config is None:  # V's tile is held in its own dtype
         size = max(x.element_size(), v.element_size())
@@ -279,8 +314,10 @@ def _prepare_one_pass(
         stride_ym=y.stride(0),
         stride_yo=y.stride(1),
         HAS_BIAS=bias is not None,
+        KEEP=keep,
         EVEN_R=r % config.BLOCK_R == 0,
         WIDE=is_wide(x, v, y),
+        WAITS=target.is_hopper,
         SPLIT=configs.split(config, x.element_size()),
         **product_types(x, tf32),
         **config._asdict(),
@@ -297,12 +334,48 @@ def _prepare_scale(
     in_place: bool = False,
 ) -> Pass:
     """`run(a, g, n, bias)` returns `(A ⊙ s + bias, the sums of A's columns or nothing)`."""
+    run = Pass("a", "g", "n", "bias")
+    if not in_place:
+        run.new(out=unallocated(a.shape, a.dtype))
+    if sums:
+        run.new(sums=unallocated(a.shape[1:], a.dtype))
+    scaled = "a" if in_place else "out"
+    added, summed = "bias" if bias is not None else scaled, "sums" if sums else None
+    launch = _scale_launcher(target, a, dim, bias, sums=sums, in_place=in_place)
+    rest = (summed or scaled, scaled, scaled)
+    run.call(launch, "a", "a", "g", "n", added, scaled, *rest)
+    return run.returning(scaled, summed)
+
+
+def _prepare_dots(target: Target, dy: Tensor, v: Tensor, g: Tensor, eps: float) -> Pass:
+    """`run(dy, p, g, n)` returns `(dY ⊙ s, db, dg, c)`, of the kept product `P` and for dim=0."""
+    run = Pass("dy", "p", "g", "n")
+    run.new(s=unallocated(dy.shape, dy.dtype), db=unallocated(dy.shape[1:], dy.dtype))
+    run.new(dg=g, c=unallocated(g.shape, scale_dtype(v)))
+    launch = _scale_launcher(target, dy, 0, None, eps, sums=True, dots=True)
+    run.call(launch, "dy", "p", "g", "n", "s", "s", "db", "dg", "c")
+    return run.returning("s", "db", "dg", "c")
+
+
+def _scale_launcher(
+    target: Target,
+    a: Tensor,
+    dim: int | None,
+    bias: Tensor | None,
+    eps: float = 0.0,
+    *,
+    sums: bool,
+    dots: bool = False,
+    in_place: bool = False,
+) -> Launcher:
+    """Called as `launch(a, p, g, n, bias, out, sums, dg, c)`; any tensor takes the place of one
+    that there is not."""
     m, c = a.shape
     config = configs.scale(m, sums)
     steps = triton.cdiv(m, config.BLOCK_M) if sums else 1
     tiles_m = 1 if sums else triton.cdiv(m, config.BLOCK_M)
     out = a if in_place else unallocated(a.shape, a.dtype)
-    launch = Launcher(
+    return Launcher(
         scale_kernel,
         target,
         (tiles_m * triton.cdiv(c, config.BLOCK_C),),
@@ -315,20 +388,13 @@ def _prepare_scale(
         stride_oc=out.stride(1),
         stride_s=0 if dim is None else 1,
         stride_bias=0 if bias is None else bias.stride(0),
+        EPS=eps,
         HAS_BIAS=bias is not None,
         SUM=sums,
+        DOTS=dots,
         WIDE=is_wide(a, out),
         **config._asdict(),
     )
-    run = Pass("a", "g", "n", "bias")
-    if not in_place:
-        run.new(out=out)
-    if sums:
-        run.new(sums=unallocated((c,), a.dtype))
-    scaled = "a" if in_place else "out"
-    added, summed = "bias" if bias is not None else scaled, "sums" if sums else None
-    run.call(launch, "a", "g", "n", added, scaled, summed or scaled)
-    return run.returning(scaled, summed)
 
 
 # --- the backward ------------------------------------------------------------------------------
@@ -346,13 +412,16 @@ def linear_backward(
     eps: float,
     variant: str,
     needs: tuple[bool, bool, bool, bool],
+    kept: Tensor | None = None,
     *,
-    config: configs.GradConfig | None = None,
+    config: configs.GradConfig | configs.SplitConfig | None = None,
 ) -> Grads:
-    """`(dX, dV, dg, db)`, `None` where `needs` says so and no other output brings it along."""
+    """`(dX, dV, dg, db)`, `None` where `needs` says so and no other output brings it along. `kept`
+    is the product that `linear` returned, where it was kept."""
     g = g.contiguous()
     options = dim, eps, variant, needs, takes_tf32(x.dtype), config
-    return remembered_linear_backward(target_of(x), (dy, x, v, g), *options)(dy, x, v, g, n)
+    run = remembered_linear_backward(target_of(x), (dy, x, v, g, kept), *options)
+    return run(dy, x, v, g, n, *([] if kept is None else [kept]))
 
 
 def prepare_linear_backward(
@@ -361,24 +430,40 @@ def prepare_linear_backward(
     x: Tensor,
     v: Tensor,
     g: Tensor,
+    kept: Tensor | None,
     dim: int | None,
     eps: float,
     variant: str,
     needs: tuple[bool, bool, bool, bool],
     tf32: bool,
-    config: configs.GradConfig | None = None,
-) -> Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Grads]:
-    """`run(dy, x, v, g, n)` returns `(dX, dV, dg, db)`.
+    config: configs.GradConfig | configs.SplitConfig | None = None,
+) -> Pass:
+    """`run(dy, x, v, g, n)` returns `(dX, dV, dg, db)`. Where the product is `kept`, it comes last.
+
+    `product` is the form that takes it. Without it, and where nothing but `dX` and `db` is needed,
+    another one serves the call.
 
     Raises:
         ValueError: the variant cannot serve the call.
     """
     needs_x, needs_v, needs_g, needs_bias = needs
+    run = Pass("dy", "x", "v", "g", "n", *([] if kept is None else ["p"]))
+    if variant == "product":
+        if dim != 0 or x.dtype == torch.float16:
+            raise ValueError(f"product needs dim=0 and no float16, got dim={dim} and {x.dtype}")
+        if kept is not None and (needs_v or needs_g) and v.numel() and len(x):
+            assert not isinstance(config, configs.GradConfig)
+            dots = _prepare_dots(target, dy, v, g, eps)
+            run.call(dots, "dy", "p", "g", "n", gives=("s", "db", "dg", "c"))
+            grads = prepare_grads(target, x, v, needs_x, tf32, config)
+            run.call(grads, "s", "x", "v", "c", gives=("dx", "dv"))
+            return run.returning("dx" if needs_x else None, "dv", "dg", "db" * needs_bias or None)
+        config, variant = None, _without_product(x, v)
+    assert not isinstance(config, configs.SplitConfig)
     one_pass = variant == "one_pass"
     late = variant != "materialize" and fits_unscaled(x.dtype, v.dtype)
     if variant == "scaled":
         _check(variant, x, v, dim)
-    run = Pass("dy", "x", "v", "g", "n")
     dv = dg = db = None
     if needs_x and not late:
         weight_norm = weight.remembered_weight_norm(target, (v, g), dim, eps, x.dtype)
@@ -411,6 +496,13 @@ def prepare_linear_backward(
         run.call(Sums(), "dy", gives=("db",))
         db = "db"
     return run.returning("dx" if needs_x else None, dv, dg, db)
+
+
+def _without_product(x: Tensor, v: Tensor) -> str:
+    """The form that serves a call of `product` without the product."""
+    if len(x) <= tiles.one_pass_rows(max(x.element_size(), v.element_size()), grad=True):
+        return "one_pass"
+    return "scaled" if fits_unscaled(x.dtype, v.dtype) else "materialize"
 
 
 remembered_linear_backward = remembered(prepare_linear_backward)

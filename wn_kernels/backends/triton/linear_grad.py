@@ -1,14 +1,19 @@
-"""The gradient of a linear layer's weight, `dW[o, r] = Σ_m P[m, o] Q[m, r]`, as `dV` and `dg`, for
-a few rows.
+"""The gradients of a linear layer for a few rows.
 
-Each program has the slices `o` that it owns:
+`grads_kernel` reads `V` once. It needs the dots `a_o = ⟨dW_o, V_o⟩` beforehand, for which the
+forward keeps its product `P = x Vᵀ` (dim=0):
+
+    a_o = Σ_m dY P,   dg = a / n,   S = dY ⊙ s,   c = s · dg / n     by a pass (`linear.py`)
+    dX = S V,   dV = Sᵀ x - c ⊙ V                                    in one walk over V
+
+Without the product, `grad_one_pass_kernel` computes `dV` and `dg` of `dW[o, r] = Σ_m P[m, o]
+Q[m, r]`. Each program has the slices `o` that it owns:
 
     dim=0   o = n, P = dY, Q = x          dim=1   o = k, P = x, Q = dY
 
     a_o = Σ_r dW V,   dg = a / n,   dV = s ⊙ dW - c ⊙ V,   c = s · dg / n
 
-The kernel walks r twice and recomputes the tile of dW instead of storing it. `db = Σ_m dY` rides
-along.
+It walks r twice and recomputes the tile of dW instead of storing it. `db = Σ_m dY` rides along.
 """
 
 from __future__ import annotations
@@ -21,9 +26,10 @@ import triton.language as tl
 from torch import Tensor
 
 from . import configs
-from .common import dot, dot_coefficient, offsets
+from .common import cast, dot, dot_coefficient, offsets
 from .configs import Target
 from .launch import Launcher, allocator, is_wide, product_types, unallocated
+from .parts import prepare_sum
 from .passes import Pass
 
 # --- kernels -----------------------------------------------------------------------------------
@@ -110,7 +116,64 @@ def grad_one_pass_kernel(
         tl.store(at, scale * dw.to(norm_type) - coef * v.to(norm_type), mask=mask)
 
 
-# --- launcher ----------------------------------------------------------------------------------
+@triton.jit
+def grads_kernel(
+    S,
+    X,
+    V,
+    COEF,
+    DV,
+    DX,
+    M,
+    O,
+    R,
+    steps,
+    stride_xm,
+    stride_xr,
+    stride_vo,
+    stride_vr,
+    stride_do,
+    stride_dr,
+    NEEDS_X: tl.constexpr,
+    WIDE: tl.constexpr,
+    ACC: tl.constexpr,
+    PRECISION: tl.constexpr,
+    STAGES: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_O: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """DV = Sᵀ X - COEF ⊙ V, and DX = S V. M ≤ BLOCK_M, S is dense.
+
+    A program has BLOCK_R columns of V and walks `steps` tiles of its rows. Programs that share the
+    rows of some columns leave a part of DX each, (M, R).
+    """
+    tiles_r = tl.cdiv(R, BLOCK_R)
+    share = tl.program_id(0) // tiles_r
+    offs_m = offsets(0 * share, BLOCK_M, WIDE)
+    offs_r = offsets(tl.program_id(0) % tiles_r, BLOCK_R, WIDE)
+    x = _load_tile(X, offs_m, offs_r, M, R, stride_xm, stride_xr)
+    # Turned, so that its rows are many and fill the tensor cores' tiles however few those of S are.
+    dx = tl.zeros((BLOCK_R, BLOCK_M), ACC)
+    for step in tl.range(0, steps, num_stages=STAGES):
+        offs_o = offsets(share * steps + step, BLOCK_O, WIDE)
+        mask_o = offs_o < O
+        s = _load_tile(S, offs_o, offs_m, O, M, 1, O)
+        v = _load_tile(V, offs_o, offs_r, O, R, stride_vo, stride_vr)
+        coef = tl.load(COEF + offs_o, mask=mask_o, other=0.0)
+        if NEEDS_X:
+            dx = dot(tl.trans(cast(v, s.dtype)), s, dx, PRECISION)
+        # That dW is used here ends both products in this step (`common.finished`).
+        dw = dot(s, x, tl.zeros((BLOCK_O, BLOCK_R), ACC), PRECISION).to(coef.dtype)
+        at = DV + offs_o[:, None] * stride_do + offs_r[None, :] * stride_dr
+        mask = mask_o[:, None] & (offs_r < R)[None, :]
+        tl.store(at, dw - coef[:, None] * v.to(coef.dtype), mask=mask)
+    if NEEDS_X:
+        at = DX + (share * M + offs_m)[None, :] * R + offs_r[:, None]
+        tl.store(at, dx, mask=(offs_m < M)[None, :] & (offs_r < R)[:, None])
+
+
+# --- launchers ---------------------------------------------------------------------------------
 
 
 def prepare_weight_grad(
@@ -174,3 +237,55 @@ def prepare_weight_grad(
     factors = ("x", "dy") if swaps else ("dy", "x")
     run.call(launch, *factors, "v", "g", "n", "dv", "dg", "db" if needs_bias else "dv")
     return run.returning("dv", "dg", "db" if needs_bias else None)
+
+
+def prepare_grads(
+    target: Target,
+    x: Tensor,
+    v: Tensor,
+    needs_x: bool,
+    tf32: bool,
+    config: configs.SplitConfig | None,
+) -> Pass:
+    """`run(s, x, v, c)` returns `(dX, dV)`, or nothing in the place of `dX`, for sizes other than
+    zero."""
+    dv, dx = torch.empty_like(v), unallocated(x.shape, x.dtype)
+    (m, r), o = x.shape, len(v)
+    if config is None:
+        config = configs.grads(m, o, r, max(x.element_size(), v.element_size()), target)
+    if m > config.BLOCK_M:
+        raise ValueError(f"the tile has {config.BLOCK_M} rows, got {m}")
+    tiles_o = triton.cdiv(o, config.BLOCK_O)
+    steps = triton.cdiv(tiles_o, config.splits)
+    splits = triton.cdiv(tiles_o, steps)
+    acc = torch.float64 if x.dtype == torch.float64 else torch.float32
+    parts = unallocated((splits, dx.numel()), acc) if splits > 1 else dx
+    launch = Launcher(
+        grads_kernel,
+        target,
+        (triton.cdiv(r, config.BLOCK_R) * splits,),
+        M=m,
+        O=o,
+        R=r,
+        steps=steps,
+        stride_xm=x.stride(0),
+        stride_xr=x.stride(1),
+        stride_vo=v.stride(0),
+        stride_vr=v.stride(1),
+        stride_do=dv.stride(0),
+        stride_dr=dv.stride(1),
+        NEEDS_X=needs_x,
+        WIDE=is_wide(x, v, dv, parts),
+        STAGES=config.num_stages,
+        **product_types(x, tf32),
+        **config.of_kernel(),
+    )
+    run = Pass("s", "x", "v", "c")
+    run.new(dv=dv)
+    if needs_x:
+        run.new(dx=dx, parts=parts) if splits > 1 else run.new(dx=dx)
+    result = "dv" if not needs_x else "parts" if splits > 1 else "dx"
+    run.call(launch, "s", "x", "v", "c", "dv", result)
+    if needs_x and splits > 1:
+        run.call(prepare_sum(target, parts, dx), "parts", "dx", "dx", "dx")
+    return run.returning("dx" if needs_x else None, "dv")

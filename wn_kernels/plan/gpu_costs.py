@@ -1,0 +1,269 @@
+"""The candidates of the Triton path on a GPU, for the cost model (`costs.py`)."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+
+from ..backends import tiles
+from ..call import Call, Geometry, fits_unscaled, narrows_range
+from .devices import Device
+from .stages import Costs, Stage, convolution_sizes, keeps_product
+
+# --- linear layers -------------------------------------------------------------------------------
+
+# A product of the vendor's takes the overhead of this many launches, since its kernels take longer
+# to begin and to end than a pass does.
+PRODUCT_LAUNCHES = 2
+# Our products of more rows than a pass takes reach this fraction of the rate. It is an assumption.
+PRODUCT_EFFICIENCY = 0.5
+# The vendor's products round the rows of `x` up to a multiple of this, except a single row.
+VENDOR_ROWS = 128
+
+
+def triton_linear(call: Call, device: Device) -> Costs:
+    """Returns the candidates `one_pass`, `scaled` and `materialize` on a GPU, and the backward
+    `product`.
+
+    `one_pass` reads `V` once and launches once, for a few rows. Each of its programs reads all of
+    `x`, so it is bound by what a multiprocessor takes in. In the backward it recomputes `dW`, and
+    writes nothing but `dV`. `scaled` has the vendor's product with `V` itself, after a pass that
+    reads `V` for the norms, and scales the smaller activations in another pass. `materialize`
+    writes `W` instead, which costs less than these passes for many rows. In the backward all but
+    `one_pass` form `dW` and finish it in a pass.
+
+    `product` reads `V` once for `dX` and `dV`, and leaves parts of `dX` that are added. It takes
+    the product `x Vᵀ` of the forward, whose write and whose read count with the pass that scales
+    `dY`. A `W` that is kept from the forward spares the backward a pass.
+    """
+    n, k = call.v_shape
+    m = math.prod(call.x_shape[:-1])
+    x_size, v_size = call.x_dtype.itemsize, call.v_dtype.itemsize
+    x, y, v, w = x_size * m * k, x_size * m * n, v_size * n * k, x_size * n * k
+    dim, size = call.dim, max(x_size, v_size)
+    rows = m if m == 1 else math.ceil(m / VENDOR_ROWS) * VENDOR_ROWS
+
+    def passes(moved: float) -> Stage:
+        return Stage(moved / device.passes)
+
+    product = Stage(x + y + w, 2.0 * rows * n * k, launches=PRODUCT_LAUNCHES)
+    form = passes(v + w)
+    late = fits_unscaled(call.x_dtype, call.v_dtype)
+    scale, sums, finish = passes(2 * (x if dim == 1 else y)), passes(y), passes(w + 2 * v)
+
+    forward = {"materialize": [form, product]}
+    if late:
+        forward = {"scaled": [passes(v), product, scale]} | forward
+    few = dim == 0 and m <= tiles.one_pass_rows(size)
+    if few and not narrows_range(call.x_dtype, call.v_dtype):
+        # A program has as many rows of `V` as leave no multiprocessor idle, or 16.
+        programs = max(1, min(device.multiprocessors, n / 16))
+        tile = 64 if m <= 64 else 128
+        taken_in = v / programs + (tile if size == 2 else m) * x_size * k
+        intake = device.intake if size == 2 else device.wide_intake
+        products = 0.0 if x_size < 4 or call.tf32 else 2.0 * m * n * k / device.ieee
+        least = taken_in / intake
+        forward = {"one_pass": [Stage(x + v + y, products, least)]} | forward
+
+    dx = [form, product]
+    if late:
+        dx = [product, scale] if dim == 1 else [scale, product]
+    backward = {"materialize": [form, product, product, sums, finish]}
+    if late:  # the pass over `dY` sums its columns as well, for a few rows
+        bias = [sums] if dim == 1 or m > tiles.SUMMED_ROWS else []
+        backward = {"scaled": [*dx, *bias, product, finish]} | backward
+    if dim is not None and m <= tiles.one_pass_rows(size, grad=True):
+        slices, walked = (k, y) if dim == 1 else (n, x)
+        programs = math.ceil(slices / tiles.grad_slices(m, slices, size))
+        busy = min(device.multiprocessors, programs)
+        taken_in = 3 * v / busy + 2 * walked * programs / busy
+        products = 0.0 if x_size < 4 or call.tf32 else 8.0 * m * n * k
+        grad = Stage((x + y + 3 * v) / device.passes, products, taken_in / device.grad_intake)
+        backward = {"one_pass": [*dx, grad]} | backward
+    if few and keeps_product(call) and call.x_dtype != torch.float16:
+        splits = tiles.grads_splits(n, k, size, device.multiprocessors)
+        parts = 0.0 if splits == 1 else max(4.0, x_size) * splits * m * k
+        walk = Stage((2 * v + x + parts) / device.passes, 4.0 * m * n * k / PRODUCT_EFFICIENCY)
+        added = [passes(parts + x)] if parts else []
+        backward = {"product": [passes(4 * y), walk, *added]} | backward
+    kept = [product, product, sums, finish]
+    return Costs(forward, backward, device, device.rate(x_size, call.tf32), kept)
+
+
+# --- convolutions --------------------------------------------------------------------------------
+
+# The vendor's convolutions split a sum of more numbers than this.
+VENDOR_LENGTH = 2**13
+
+
+def triton_convolution(call: Call, conv: Geometry, device: Device) -> Costs:
+    """Returns the candidates `one_pass`, `packed`, `weight_grad` and `materialize` on a GPU.
+
+    Our products read channels-last activations. Others are repacked first, and results are written
+    as they have to lie. The loop of our products is bound by latency, so their time is that of
+    their steps (`backends/tiles.py`). A call of the vendor's convolution takes longer than its
+    kernel does, since it converts layouts.
+
+    `packed` writes `W` once, in the product's dtype and with channels innermost, and computes all
+    products itself. `materialize` leaves all of them to the vendor. The backward `weight_grad`
+    leaves `dX` to the vendor and computes the weight's gradient itself. Groups of a few channels
+    are bound by the bytes of their activations. Their forward can compute the norms in its loop
+    (`one_pass`), where each output owns a slice.
+    """
+    own = _Products.of(call, conv, device)
+    constants, weight = device.convolution, math.prod(call.v_shape)
+    v, dw = call.v_dtype.itemsize * weight, _grad_size(call) * weight
+    form, finish = Stage(2 * v + own.w), Stage(2 * (dw + v) + v)
+    repacks = not call.channels_last
+    repack_x, repack_y = (
+        [Stage(2 * side, 0.0, constants.repack)] * repacks for side in (own.x, own.y)
+    )
+
+    forward = {
+        "packed": [form, *repack_x, *own.product(conv.transposed)],
+        "materialize": [form, own.vendors(own.length(conv.transposed))],
+    }
+    narrows = narrows_range(call.x_dtype, call.v_dtype)
+    if conv.has_small_groups(call.v_shape) and conv.owns_slices(call.dim) and not narrows:
+        forward["one_pass"] = [*repack_x, *own.product(False)]
+    vendors_dx = own.vendors(own.length(not conv.transposed), is_grad=True)
+    bias = Stage(own.y, 0.0, constants.step)  # the sum of `dY` alone
+    grad = [*repack_x, *own.gradient(), finish] + ([bias] if conv.transposed else [])
+    backward = {
+        "packed": [form, *repack_y, *own.product(not conv.transposed), *grad],
+        "weight_grad": [form, vendors_dx, *repack_y, *grad],
+        "materialize": [form, vendors_dx, own.vendors(own.small, is_grad=True), bias, finish],
+    }
+    return Costs(forward, backward, device, device.rate(call.x_dtype.itemsize, call.tf32))
+
+
+def _grad_size(call: Call) -> int:
+    """Returns the bytes of an element of the norms, and of our gradients of a weight."""
+    return 8 if call.v_dtype.itemsize == 8 else 4
+
+
+class _Products(NamedTuple):
+    """Describes the products of a convolution.
+
+    Attributes:
+        call, conv, device: what they compute, and where.
+        x, y, w: bytes of the input, of the output and of `W`.
+        operations: those of each.
+        small, phase: pixels of the smaller side, and of a phase of the larger one.
+    """
+
+    call: Call
+    conv: Geometry
+    device: Device
+    x: float
+    y: float
+    w: float
+    operations: float
+    small: int
+    phase: int
+
+    @classmethod
+    def of(cls, call: Call, conv: Geometry, device: Device) -> _Products:
+        sizes = conv.output_sizes(call.x_shape[2:], call.v_shape[2:])
+        small, large = (call.x_shape[2:], sizes) if conv.transposed else (sizes, call.x_shape[2:])
+        phase = (tiles.blocks(n, s) for n, s in zip(large, conv.stride, strict=True))
+        batch = call.x_shape[0]
+        pixels = batch * math.prod(small), batch * math.prod(phase)
+        return cls(call, conv, device, *convolution_sizes(call, conv), *pixels)
+
+    def vendors(self, length: float, is_grad: bool = False) -> Stage:
+        """Returns one of the vendor's products, each of whose results sums `length` numbers. A call
+        has a fixed time, and the sum is bound by latency, but for a long one, which is split."""
+        call, conv, device = self.call, self.conv, self.device
+        constants, moved = device.convolution, self.x + self.y + self.w
+        if conv.has_small_groups(call.v_shape):
+            converts = 2 * (self.x + self.y) * call.channels_last
+            return Stage(moved + converts, 0.0, constants.vendor_direct, 1 + call.channels_last)
+        # Few channels are padded.
+        as_it_lies = call.channels_last and len(conv.stride) > 1 and call.v_shape[1] >= 16
+        least, step = constants.vendor, constants.vendor_step
+        if as_it_lies:
+            least = constants.vendor_native_grad if is_grad else constants.vendor_native
+            step = constants.vendor_native_step
+        least += min(length, VENDOR_LENGTH) * step + 4 * self.w / device.bandwidth
+        if conv.groups > 1:
+            least += self.operations / (constants.vendor_grouped * device.rates[0])
+        return Stage(moved, 0.0, least + self.operations / device.rate(self._size, call.tf32))
+
+    @property
+    def _size(self) -> int:
+        return self.call.x_dtype.itemsize
+
+    def _channels(self, phased: bool) -> tuple[int, int]:
+        """Returns the output and input channels of a group."""
+        o, r = self.call.v_shape[0] // self.conv.groups, self.call.v_shape[1]
+        return (r, o) if phased else (o, r)
+
+    def length(self, phased: bool) -> float:
+        """Returns how many numbers an element of the result sums, in the mean over phases."""
+        phases = math.prod(self.conv.stride) if phased else 1
+        return self._channels(phased)[1] * math.prod(self.call.v_shape[2:]) / phases
+
+    @property
+    def ieee(self) -> bool:
+        """Whether tensor cores cannot serve them."""
+        return self._size == 8 or (self._size == 4 and not self.call.tf32)
+
+    def _seconds(self, steps: float, ieee: float) -> float:
+        """Returns the time of steps of a loop, and of what it computes without tensor cores, where
+        it reaches the fraction `ieee` of the rate."""
+        constants = self.device.convolution
+        seconds = steps * constants.step
+        if self.ieee:
+            rate = self.device.rate(self._size) * ieee
+            seconds = max(seconds, self.operations / rate)
+        return seconds
+
+    def product(self, phased: bool) -> list[Stage]:
+        """Returns the launches of a product: forward, or `dX`."""
+        moved, conv = self.x + self.y + self.w, self.conv
+        constants = self.device.convolution
+        if conv.has_small_groups(self.call.v_shape):
+            return [Stage(moved, 0.0, constants.direct)]
+        o, r = self._channels(phased)
+        phases = math.prod(conv.stride) if phased else 1
+        tile = tiles.product(
+            self.phase if phased else self.small,
+            *(o, r, self.length(phased) / r, phases * conv.groups, self._size, self.ieee),
+            self.device.multiprocessors,
+        )
+        steps = tile.steps * (constants.flat ** len(conv.stride) if r < 16 else 1)
+        found = [Stage(moved, self.operations, self._seconds(steps, constants.ieee))]
+        if tile.splits > 1:
+            result = self.y if phased == conv.transposed else self.x
+            found.append(Stage((4 * tile.splits / self._size + 1) * result, 0.0, constants.added))
+        return found
+
+    def gradient(self) -> list[Stage]:
+        """Returns the launches of the gradient of the weight."""
+        call, conv, device = self.call, self.conv, self.device
+        constants = device.convolution
+        o, r = self._channels(False)
+        taps = math.prod(call.v_shape[2:])
+        dw = float(_grad_size(call) * math.prod(call.v_shape))
+        if conv.has_small_groups(call.v_shape):
+            return [Stage(self.x + self.y + dw, 0.0, constants.direct)]
+        block_m, block_o, block_r = tiles.gradient(o, r, self._size)
+        across = tiles.blocks(taps * r, block_r) if r < 16 else taps * tiles.blocks(r, block_r)
+        count = tiles.blocks(o, block_o) * across * conv.groups
+        steps = tiles.blocks(self.small, block_m)
+        parts = tiles.parts(steps, count, device.multiprocessors)
+        # The first loads and the stores of a program take a step of a product.
+        waves = max(1.0, count * parts / (2 * device.multiprocessors))
+        step = tiles.GRAD_STEP * (len(conv.stride) + 1) / 2
+        walked = (step * tiles.blocks(steps, parts) + 1) * waves
+        if r < 16 or call.tf32:  # loads of single elements, and a tile that is turned in registers
+            walked *= 2
+        seconds = self._seconds(walked, constants.grad_ieee)
+        found = [Stage(self.x + self.y + parts * dw, self.operations, seconds)]
+        if parts > 1:
+            least = tiles.blocks(parts, tiles.ADDED) * constants.added
+            found.append(Stage(parts * dw + dw, 0.0, least))
+        return found
