@@ -94,7 +94,7 @@ gpu: setup
 	$(BIN)/python -m bench gpu --out docs/results/gpu
 
 docs: $(VENV)/.docs
-	$(BIN)/mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 figures: setup
 	$(BIN)/python -m docs.drawings

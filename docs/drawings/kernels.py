@@ -113,7 +113,7 @@ def implicit_product() -> Canvas:
     c.text(24, 62, "the left factor, which is loaded tile by tile from x", "small quiet")
     for tap in range(3):
         c.text(149 + 116 * tap, 84, f"tap {tap}", "small", "middle")
-        c.text(149 + 116 * tap, 100, "channels 0 … C−1", "small quiet", "middle")
+        c.text(149 + 116 * tap, 100, "all channels", "small quiet", "middle")
         for row in range(4):
             pixel = 4 + row + tap - 1
             kind = "cost" if pixel == 6 else "box"

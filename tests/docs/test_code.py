@@ -56,7 +56,7 @@ def one_process(tmp_path):
     torch.distributed.destroy_process_group()
 
 
-@pytest.mark.parametrize("page", [p for p in PAGES if blocks(p)], ids=name_of)
+@pytest.mark.parametrize("page", [p for p in PAGES[1:] if blocks(p)], ids=name_of)
 def test_code(page, request, tmp_path, monkeypatch, own_table):
     monkeypatch.chdir(tmp_path)
     found = blocks(page)
@@ -72,7 +72,7 @@ def test_code(page, request, tmp_path, monkeypatch, own_table):
 
 
 def test_what_the_readme_says(capsys, tmp_path, monkeypatch):
-    """Both layers agree, and both convolutions of the model are found."""
+    """Its code runs as well: both layers agree, and both convolutions of the model are found."""
     monkeypatch.chdir(tmp_path)
     names: dict = {}
     for _, code in blocks(ROOT / "README.md"):
@@ -84,15 +84,17 @@ def test_what_the_readme_says(capsys, tmp_path, monkeypatch):
 
 
 def commands():
-    """Each command of the package, of the benchmark and of make that a page shows."""
+    """Each command of the package, of the benchmark and of make that a page shows, in a block or in
+    a line."""
     pattern = re.compile(r"(?:python -m (wn_kernels|bench)|(make))((?: [\w./:<>-]+)*)")
     for page in PAGES:
-        for line, language, text in fenced(page):
-            if not language:
-                for found in pattern.finditer(text):
-                    yield pytest.param(
-                        found[1] or found[2], found[3].split(), id=f"{name_of(page)}:{line}"
-                    )
+        shown = [text for _, language, text in fenced(page) if not language]
+        shown += re.findall(r"`((?:python -m|make) [^`\n]+)`", page.read_text("utf-8"))
+        for program, make, arguments in sorted(set(pattern.findall("\n".join(shown)))):
+            words = arguments.split()
+            if words[:1] not in ([], ["COMMAND"]):
+                name = f"{name_of(page)}: {program or make}{arguments}"
+                yield pytest.param(program or make, words, id=name)
 
 
 @pytest.mark.parametrize(("program", "arguments"), [*commands()])
@@ -106,6 +108,15 @@ def test_a_command_exists(program, arguments, capsys):
     else:
         with pytest.raises(SystemExit, match=r"^0$"):
             cli.main([*arguments[:1], "--help"])
+
+
+@pytest.mark.parametrize("page", sorted(ROOT.glob("*.md")), ids=name_of)
+def test_links(page):
+    """A link or a picture of a page outside the site leads to a file. `make docs` checks those of
+    the site."""
+    for target in re.findall(r"\]\(([^)#\s]+)", page.read_text("utf-8")):
+        if not target.startswith("http"):
+            assert (ROOT / target).exists(), target
 
 
 def test_there_is_code_to_run():
