@@ -335,6 +335,7 @@ class Decay(NamedTuple):
 def decay_runs(rate: float = 0.1, decay: float = 0.05, number: int = 200) -> dict[str, Decay]:
     """Trains without decay, with decay of `V`, and without decay at the learning rate of `V` that
     should give the same network: `η / (c_t c_{t+1})` with `c_t = (1 − ηλ)^t`."""
+    torch.set_num_threads(1)
     runs = {}
     for name in ("no decay of V", "decay of V", "a larger learning rate of V"):
         net = build("mlp", "WN", 0, data()[0]).double()
