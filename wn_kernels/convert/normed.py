@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 from torch.nn.utils.weight_norm import WeightNorm
@@ -89,8 +90,11 @@ class Normed:
 
     @property
     def layer(self) -> type[NormedWeights] | None:
-        """Returns our layer whose `forward` does what that of the module does, or `None`."""
+        """Returns our linear layer or convolution whose `forward` does what that of the module
+        does, or `None`."""
         cls: Any = type(self.module)
+        if not issubclass(cls, (nn.Linear, _ConvNd)):
+            return None
         if isinstance(self.module, NormedWeights):
             ours = (layer for layer in fused.LAYERS.values() if issubclass(cls, layer))
             return next((layer for layer in ours if cls.forward is layer.forward), None)
