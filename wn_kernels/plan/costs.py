@@ -20,12 +20,18 @@ from ..backends.native import limits
 from ..call import Call, Geometry, fits_unscaled, narrows_range
 from .devices import CPU, NATIVE, Device, gpu
 
-# A call of PyTorch's own convolution has the overhead of this many stages of the native library.
-ATEN_CALLS = 8
-# The native library's own products of few columns reach this fraction of the rate.
-UNFOLDED_EFFICIENCY = 0.88
-# PyTorch's convolution reaches this fraction in its backward, which also copies its results back.
-BACKWARD_EFFICIENCY = 0.85
+# PyTorch's own convolution has the overhead of this many stages of the native library, and each of its
+# gradients.
+CONVOLUTION_CALLS, GRADIENT_CALLS = 7, 10
+# It reaches this fraction of the rate.
+CONVOLUTION_EFFICIENCY = 0.85
+# The native library's own products of few columns reach this fraction. Each of their sums then costs
+# as much as this many bytes for each of its own, and so does each number of an unfolded image that is
+# written, or added to the image.
+UNFOLDED_EFFICIENCY = 1.06
+SUMMED, UNFOLDED, FOLDED = 32, 2, 4
+# A run of numbers that is copied costs as much as this many bytes.
+RUN = 12
 # An unfolded input may take this many bytes whatever the size of the weight.
 UNFOLDED_BYTES = 2**18
 # PyTorch's own loops for half precision (`vendor.SLOW`) take this many times as long as a product
@@ -253,9 +259,9 @@ def native_convolution(call: Call, conv: Geometry) -> Costs:
     x, y, w, operations = _convolution_sizes(call, conv)
     # A weight of a few MiB stays in cache between two passes.
     weight = w / 4 if w <= 2**22 else w
-    call_of_pytorch = [*[Stage(0)] * ATEN_CALLS, Stage(2 * weight)]
-    product = [*call_of_pytorch, Stage(x + y + weight, operations)]
-    grad = [*call_of_pytorch, Stage(x + y + weight, operations / BACKWARD_EFFICIENCY)]
+    moved, flops = x + y + weight, operations / CONVOLUTION_EFFICIENCY
+    product = [*[Stage(0)] * CONVOLUTION_CALLS, Stage(2 * weight), Stage(moved, flops)]
+    grad = [*[Stage(0)] * GRADIENT_CALLS, Stage(2 * weight), Stage(moved, flops)]
     pages = 10 * w if w > FRESH_PAGES else 0
     forward, backward = {}, {}
     for name, (slow, slow_grad), wider in _formed(call):
@@ -269,18 +275,13 @@ def native_convolution(call: Call, conv: Geometry) -> Costs:
             forward["input"] = [Stage(weight), *product, Stage(2 * x)]
             backward["input"] = [Stage(2 * x), *grad, *grad, Stage(3 * weight)]
         else:
-            forward["output"] = [Stage(weight), *product, Stage(2 * y)]
+            forward["output"] = [Stage(weight), *product, Stage(2 * y, launches=0)]
             again = Stage(2 * (x + y + weight))
             backward["output"] = [Stage(2 * y), *grad, again, *grad, Stage(3 * weight)]
     unfolded = Unfolded.of(call, conv)
     few = size * unfolded.numbers <= max(2 * w, UNFOLDED_BYTES)
     if few and scales_late(call) and not call.channels_last:
-        lay_out = Stage(size * unfolded.numbers + 64 * unfolded.runs)
-        own = Stage(x + y + weight, unfolded.operations / UNFOLDED_EFFICIENCY)
-        norms = [] if call.dim == 0 else [Stage(weight)]
-        finish = Stage(weight if call.dim == 0 else 3 * weight)
-        forward["unfold"] = [*norms, lay_out, own]
-        backward["unfold"] = [lay_out, own, lay_out, own, finish]
+        forward["unfold"], backward["unfold"] = unfolded.stages(call, conv, x, y, weight)
     return Costs(forward, backward, NATIVE, NATIVE.rate(size))
 
 
@@ -293,8 +294,7 @@ class Unfolded(NamedTuple):
 
     Attributes:
         numbers: the elements of the unfolded input.
-        runs: the runs along taps or pixels in which they are copied. A run costs as much as 64
-            bytes.
+        runs: the runs along taps or pixels in which they are copied.
         operations: the operations of a product with it. Its sizes are padded to whole panels and
             tiles.
     """
@@ -314,6 +314,27 @@ class Unfolded(NamedTuple):
         padded = math.ceil(rows / tile) * tile * math.ceil(length / panel) * panel * conv.groups
         run = taps[-1] if taps[-1] >= limits.LONG_LINE else pixels[-1]
         return Unfolded(numbers, numbers / run, 2.0 * padded * columns)
+
+    def stages(
+        self, call: Call, conv: Geometry, x: float, y: float, weight: float
+    ) -> tuple[list[Stage], list[Stage]]:
+        """Returns the forward and the backward. `x`, `y` and `weight` are bytes.
+
+        The forward of a convolution, and `dX` of a transposed one, unfold an image and multiply it by
+        `V`, which gives a sum for each number of the other image. `dX`, and the forward of a
+        transposed one, multiply by `Vᵀ` and add the results to an image. Both gradients share the
+        rest.
+        """
+        size, moved = call.x_dtype.itemsize, x + y + weight
+        product = Stage(moved, self.operations / UNFOLDED_EFFICIENCY)
+        unfold = Stage(UNFOLDED * size * self.numbers + RUN * self.runs)
+        fold = Stage(FOLDED * size * self.numbers + RUN * self.runs)
+        sums = Stage(SUMMED * (x if conv.transposed else y), launches=0)
+        norms = [] if call.dim == 0 else [Stage(weight)]
+        finish = Stage(weight if call.dim == 0 else 3 * weight)
+        if conv.transposed:
+            return [*norms, product, fold], [unfold, product, sums, product, finish]
+        return [*norms, unfold, product, sums], [product, fold, unfold, product, finish]
 
 
 # --- the Triton path -----------------------------------------------------------------------------
