@@ -20,16 +20,16 @@ from ..backends.native import limits
 from ..call import Call, Geometry, fits_unscaled, narrows_range
 from .devices import CPU, NATIVE, Device, gpu
 
-# PyTorch's own convolution has the overhead of this many stages of the native library, and each of its
-# gradients.
+# PyTorch's own convolution has the overhead of this many stages of the native library, and each of
+# its gradients.
 CONVOLUTION_CALLS, GRADIENT_CALLS = 7, 10
 # It reaches this fraction of the rate.
 CONVOLUTION_EFFICIENCY = 0.85
-# The native library's own products of few columns reach this fraction. Each of their sums then costs
-# as much as this many bytes for each of its own, and so does each number of an unfolded image that is
-# written, or added to the image.
+# The native library's own products of few columns reach this fraction. A sum that they write then
+# costs as much as so many times its bytes, and so does a number of an unfolded image that is written,
+# or added to the image.
 UNFOLDED_EFFICIENCY = 1.06
-SUMMED, UNFOLDED, FOLDED = 32, 2, 4
+SUMMED, UNFOLDED, FOLDED = 32, 2, 5
 # A run of numbers that is copied costs as much as this many bytes.
 RUN = 12
 # An unfolded input may take this many bytes whatever the size of the weight.
@@ -320,10 +320,9 @@ class Unfolded(NamedTuple):
     ) -> tuple[list[Stage], list[Stage]]:
         """Returns the forward and the backward. `x`, `y` and `weight` are bytes.
 
-        The forward of a convolution, and `dX` of a transposed one, unfold an image and multiply it by
-        `V`, which gives a sum for each number of the other image. `dX`, and the forward of a
-        transposed one, multiply by `Vᵀ` and add the results to an image. Both gradients share the
-        rest.
+        The forward of a convolution, and `dX` of a transposed one, unfold an image and multiply it
+        by `V`, which gives a sum for each number of the other image. `dX`, and the forward of a
+        transposed one, multiply by `Vᵀ` and add the results to an image.
         """
         size, moved = call.x_dtype.itemsize, x + y + weight
         product = Stage(moved, self.operations / UNFOLDED_EFFICIENCY)
