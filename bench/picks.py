@@ -2,9 +2,9 @@
 
 The calls are those of the benchmark's layers and of random ones, each without gradients and in a
 training step. The plans of a call are timed in turn. A plan's time is the lower quartile of its
-rounds, since another process can only add to a time. On one thread of a CPU, it is the time that the
-thread has run, which leaves out what other processes take. The least of many times is too low by
-chance, so a pick that seems slow is timed once more beside the fastest plan alone.
+rounds, since another process can only add to a time. On one thread of a CPU, it is the time that
+the thread has run, which leaves out what other processes take. The least of many times is too low
+by chance, so a pick that seems slow is timed once more beside the fastest plan alone.
 """
 
 from __future__ import annotations

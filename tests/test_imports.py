@@ -17,6 +17,7 @@ LAYERS = [
     "parallel",
     "convert",
     "tuning",
+    "calibration",
     "modules",
     "functional",
     "launched",

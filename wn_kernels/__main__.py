@@ -1,7 +1,8 @@
 """This package has three commands.
 
 python -m wn_kernels info                    prints versions, devices and backends for a bug report
-python -m wn_kernels build                   builds the native library, which is faster on a CPU
+python -m wn_kernels build                   builds the native library, which is faster on a CPU,
+                                             and measures the rates of the processor
 python -m wn_kernels tune module:factory     times a model's calls and stores the fastest plans
 """
 
@@ -19,9 +20,9 @@ import torch
 
 import wn_kernels
 
-from . import plan
+from . import calibration, plan
 from .backends import native, vendor
-from .plan import table
+from .plan import rates, table
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -69,7 +70,7 @@ def info() -> str:
     for i in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
         lines += ["", f"cuda:{i}: {torch.cuda.get_device_name(i)}"]
         lines += _backends(torch.device("cuda", i))
-    lines += ["", *_native_library(), f"tuned table: {_tuned()}"]
+    lines += ["", *_native_library(), f"rates of the cpu: {_rates()}", f"tuned table: {_tuned()}"]
     if not torch.cuda.is_available():
         why = "no device found" if _has_gpu_build() else "this torch is built without it"
         lines.append(f"no GPU: {why}")
@@ -111,6 +112,15 @@ def _native_library() -> list[str]:
     return [*lines, f"  its file: {native.location()}"]
 
 
+def _rates() -> str:
+    measured = rates.find()
+    if measured is not None:
+        return f"{measured}\n  their file: {rates.location()}"
+    if rates.location() is None:
+        return f"none, by {rates.VARIABLE}"
+    return "none measured (python -m wn_kernels build does); the constants serve as they are"
+
+
 def _tuned() -> str:
     path = table.location()
     return str(path) if os.path.exists(path) else f"none ({path} does not exist)"
@@ -146,7 +156,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m wn_kernels", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("info", help="versions, devices, the backend for each dtype")
-    commands.add_parser("build", help="build the native library with this machine's C++ compiler")
+    commands.add_parser("build", help="build the native library, and measure this processor")
     tune = commands.add_parser("tune", help="time the plans of a model's calls, store the fastest")
     tune.add_argument("factory", help="module:function that returns (model, sample input)")
     tune.add_argument("--seconds", type=float, default=1.0, help="how long each call is timed")
@@ -156,6 +166,8 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     if chosen.command == "build":
         print(native.build())
+        if measured := calibration.ensure():
+            print(f"rates of the cpu: {measured}", file=sys.stderr)
         return 0
     model, sample = _made(chosen.factory)
     print(wn_kernels.tune(model, sample, seconds=chosen.seconds))

@@ -2,10 +2,10 @@
 
 `backend.py` chooses the backend, and `variants.py` chooses the variant. The choice of the variant
 follows measurements (`table.py`) or the cost model (`costs.py`), which uses constants of devices
-(`devices.py`).
+(`devices.py`), scaled by the rates of a CPU (`rates.py`).
 """
 
-from . import costs, devices, table
+from . import costs, devices, rates, table
 from .backend import (
     BACKENDS,
     ENVIRONMENT_VARIABLE,
@@ -35,6 +35,7 @@ __all__ = [
     "is_forced",
     "key",
     "launches",
+    "rates",
     "serving",
     "table",
     "tries_native",
