@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import random
-import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -28,7 +27,7 @@ from rich.table import Table
 from bench import precision
 from bench.cases import MODES, SUITES, Case
 from bench.providers import PROVIDERS
-from bench.timing import interleaved, warm
+from bench.timing import interleaved, sampler
 from wn_kernels import plan, prepare, tuning
 from wn_kernels.call import Call
 from wn_kernels.plan import Plan
@@ -142,21 +141,12 @@ def picks_of(case: Case, seconds: float) -> Iterator[Pick]:
             yield Pick(case.label, mode, picked, fastest, loss)
 
 
-def own_time(run: Callable[[], None], repeats: int, device: torch.device) -> float:
-    """Seconds that this thread runs for so many calls in a row."""
-    begin = time.thread_time()
-    for _ in range(repeats):
-        run()
-    return time.thread_time() - begin
-
-
 def _times(
     runs: dict[str, Callable[[], None]], device: torch.device, seconds: float
 ) -> dict[str, float]:
     if len(runs) == 1:
         return dict.fromkeys(runs, 1.0)
-    alone = device.type == "cpu" and torch.get_num_threads() == 1
-    sample = own_time if alone else warm
+    sample = sampler(device)
     stats = interleaved(runs, device, seconds * len(runs), sample=sample, span=2e-3)
     return {name: quantiles(found.data)[0] for name, found in stats.items()}
 
