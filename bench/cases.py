@@ -36,6 +36,7 @@ class Case:
     dtype: str = "float32"
     precision: str = "own"  # "autocast": the call's in bfloat16; "tf32": float32 products in TF32
     channels_last: bool = False  # of the input, and of the weights of two dimensions
+    frozen_g: bool = False  # whether the magnitudes are not trained
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -108,6 +109,8 @@ LINEAR = [
     *_linear(16, 4096, 4096),
     *_linear(128, 4096, 4096),
     *_linear(512, 1024, 4096),
+    # The last layer of a DINO head, whose magnitudes are not trained.
+    *(replace(case, frozen_g=True) for case in _linear(128, 256, 65536)),
 ]
 
 # Vocoders and codecs, speech encoders, discriminators, temporal networks, super-resolution.
@@ -203,6 +206,10 @@ class Runner:
         with torch.no_grad(), case.session(device):
             self.dy = torch.randn_like(layer(self.x))
         self.module = provider.make(case, layer)
+        if case.frozen_g:
+            for name, parameter in self.module.named_parameters():
+                if name.endswith(("weight_g", "original0")):
+                    parameter.requires_grad_(False)
         self.right: dict[str, Tensor] = {}  # what is compared with, once it is there
         self.leaves = [self.x, *self.module.parameters()]
 
@@ -249,7 +256,7 @@ class Runner:
             self.right.update(self._reference())
         results = {"output": self.module(self.x)}
         if self.case.mode == "train":
-            leaves = self._leaves()
+            leaves = {what: leaf for what, leaf in self._leaves().items() if leaf.requires_grad}
             grads = torch.autograd.grad(results["output"], list(leaves.values()), self.dy)
             results |= dict(zip(leaves, grads, strict=True))
         # The sums of the output, of the input's gradient and of the weight's.

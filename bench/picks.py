@@ -2,8 +2,9 @@
 
 The calls are those of the benchmark's layers and of random ones, each without gradients and in a
 training step. The plans of a call are timed in turn. A plan's time is the lower quartile of its
-rounds, since another process can only add to a time. The least of many such times is too low by
-chance, so a pick that seems slow is timed once more beside the fastest plan alone.
+rounds, since another process can only add to a time. On one thread of a CPU, it is the time that
+the thread has run, which leaves out what other processes take. The least of many times is too low
+by chance, so a pick that seems slow is timed once more beside the fastest plan alone.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from rich.table import Table
 from bench import precision
 from bench.cases import MODES, SUITES, Case
 from bench.providers import PROVIDERS
-from bench.timing import interleaved
+from bench.timing import interleaved, sampler
 from wn_kernels import plan, prepare, tuning
 from wn_kernels.call import Call
 from wn_kernels.plan import Plan
@@ -72,9 +73,7 @@ class Candidate:
             with torch.no_grad():
                 tuning.run_call(self.call, self.operands)
         else:
-            torch.autograd.grad(
-                tuning.run_call(self.call, self.operands), self.operands, self.dy
-            )
+            torch.autograd.grad(tuning.run_call(self.call, self.operands), self.operands, self.dy)
 
 
 def _log_uniform(draw: random.Random, low: int, high: int) -> int:
@@ -95,7 +94,10 @@ def random_cases(count: int, seed: int = 0) -> Iterator[Case]:
             taps, dilation = draw.choice([1, 3, 5, 7, 11]), draw.choice([1, 1, 1, 3, 9])
             if draw.random() < 0.15:
                 outputs, options = inputs, {"groups": inputs}
-            arguments, x_shape = (inputs, outputs, taps), (batch, inputs, _log_uniform(draw, 8, 2048))
+            arguments, x_shape = (
+                (inputs, outputs, taps),
+                (batch, inputs, _log_uniform(draw, 8, 2048)),
+            )
             options |= {"dilation": dilation, "padding": dilation * (taps // 2)}
         elif kind == "ConvTranspose1d":
             stride = draw.choice([2, 4, 8])
@@ -144,8 +146,18 @@ def _times(
 ) -> dict[str, float]:
     if len(runs) == 1:
         return dict.fromkeys(runs, 1.0)
-    stats = interleaved(runs, device, seconds * len(runs), span=2e-3)
+    sample = sampler(device)
+    stats = interleaved(runs, device, seconds * len(runs), sample=sample, span=2e-3)
     return {name: quantiles(found.data)[0] for name, found in stats.items()}
+
+
+def _all(found: dict[str, list[Pick]]) -> list[Pick]:
+    return [pick for picks in found.values() for pick in picks]
+
+
+def _store(path: str, found: dict[str, list[Pick]]) -> None:
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    Path(path).write_text(json.dumps([vars(pick) for pick in _all(found)], indent=1) + "\n")
 
 
 def main(path: str, seconds: float, count: int) -> int:
@@ -159,10 +171,11 @@ def main(path: str, seconds: float, count: int) -> int:
         measure = partial(picks_of, seconds=seconds)
         for case in track(chosen, name, console=console, transient=True):
             found[name] += measure(case)
+            _store(path, found)
     table = Table(title="picks that take more than 5 % longer than the fastest plan")
     for column in ("call", "mode", "picked", "fastest", "picked over fastest"):
         table.add_column(column)
-    everything = [pick for picks in found.values() for pick in picks]
+    everything = _all(found)
     for pick in sorted(everything, key=lambda pick: -pick.loss):
         if pick.loss > CLOSE:
             words = pick.label, pick.mode, pick.picked, pick.fastest, f"{pick.loss:.2f}"
@@ -172,7 +185,5 @@ def main(path: str, seconds: float, count: int) -> int:
         good = sum(pick.loss <= CLOSE for pick in picks)
         if picks:
             console.print(f"{name}: {good} of {len(picks)} picks are within 5 % of the fastest")
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    Path(path).write_text(json.dumps([vars(pick) for pick in everything], indent=1) + "\n")
     good = sum(pick.loss <= CLOSE for pick in everything)
     return 0 if good >= SHARE * len(everything) else 1

@@ -137,10 +137,34 @@ def readme_table(reports: list[dict[str, Any]]) -> str:
                 f"{r['ratios']['ours/eager']['median']:.2f} ({r['case']['label']})"
                 for r in (cases[0], cases[-1])
             )
-            eager, plain = (report["means"][f"{mode} ours/{name}"] for name in ("eager", "plain"))
-            cells = (report["suite"], mode, f"{eager:.2f}", best, worst, f"{plain:.2f}")
+            eager, plain = (
+                f"{report['means'][key]:.2f}" if key in report["means"] else ""
+                for key in (f"{mode} ours/eager", f"{mode} ours/plain")
+            )
+            own = report["environment"]["threads"]
+            suite = report["suite"] + (f", {own} thread" if own != where["threads"] else "")
+            cells = (suite, mode, eager, best, worst, plain)
             lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+    return "\n".join([*lines, "", losing(reports)])
+
+
+# A case is slower than eager if the whole interval of its ratio is above this.
+SLOWER = 1.02
+
+
+def losing(reports: list[dict[str, Any]]) -> str:
+    """Names the cases that are slower than eager, beyond what is uncertain."""
+    found = [
+        (r["ratios"]["ours/eager"], f"{r['case']['label']}, {r['case']['mode']}")
+        for report in reports
+        for r in report["results"]
+        if r["ratios"]["ours/eager"]["low"] > SLOWER
+    ]
+    if not found:
+        return "No case is slower than eager by more than 2 %."
+    found.sort(key=lambda case: -case[0]["median"])
+    cases = "; ".join(f"{words} ({ratio['median']:.2f})" for ratio, words in found)
+    return f"Slower than eager by more than 2 %: {cases}."
 
 
 def markdown(lines: list[list[str]]) -> str:

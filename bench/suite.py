@@ -31,6 +31,7 @@ from bench.timing import (
     paired_ratio,
     replayed,
     rotated,
+    sampler,
     session_of,
 )
 from wn_kernels import plan
@@ -75,10 +76,11 @@ def run_case(
     for runner in runners.values():
         with session_of(runner)():
             runner.check()
-    stats = interleaved(runners, device, seconds)
+    sample = sampler(device)
+    stats = interleaved(runners, device, seconds, sample=sample)
     ratios = ratios_of(stats)
     if again and any(map(is_wide, ratios.values())):
-        interleaved(runners, device, seconds, stats)
+        interleaved(runners, device, seconds, stats, sample)
         ratios = ratios_of(stats)
     result = {
         "case": case.record(),

@@ -43,6 +43,19 @@ def warm(run: Callable[[], None], repeats: int, device: torch.device) -> float:
     return time.perf_counter() - begin
 
 
+def own(run: Callable[[], None], repeats: int, device: torch.device) -> float:
+    """Seconds that this thread itself runs for so many calls in a row."""
+    begin = time.thread_time()
+    for _ in range(repeats):
+        run()
+    return time.thread_time() - begin
+
+
+def sampler(device: torch.device) -> Sample:
+    """What times calls there: on a single thread of a CPU, the time that it runs itself."""
+    return own if device.type == "cpu" and torch.get_num_threads() == 1 else warm
+
+
 # Launches after which the host waits for the GPU: fewer than its queue holds.
 QUEUE = 64
 

@@ -20,6 +20,7 @@ LAYERS = [
     "parallel",
     "convert",
     "tuning",
+    "calibration",
     "modules",
     "functional",
     "launched",

@@ -74,7 +74,7 @@ def run(case, grad):
     inputs = [t if t is None else t.detach() for t in (case.x, case.v, case.g, case.bias)]
     inputs = [t if t is None else t.requires_grad_(grad) for t in inputs]
     with prepare.watching() as seen:
-        y = tuning._run(call, inputs)
+        y = tuning.run_call(call, inputs)
     ((planned_call, backend),) = set(seen)
     wanted = [t for t in inputs if t is not None]
     return (

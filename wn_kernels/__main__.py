@@ -1,7 +1,8 @@
 """The commands of this package run as `python -m wn_kernels` or, once installed, as `wn-kernels`.
 
 info                    prints versions, devices and backends for a bug report
-build                   builds the native library, which makes layers on a CPU faster
+build                   builds the native library, which makes layers on a CPU faster, and measures
+                        the rates of the processor
 tune module:factory     times the calls of a model and stores the fastest plans
 fuse module:factory     reports which layers of a model `fuse` would convert
 """
@@ -20,9 +21,9 @@ import torch
 
 import wn_kernels
 
-from . import plan
+from . import calibration, plan
 from .backends import native, vendor
-from .plan import table
+from .plan import rates, table
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -70,7 +71,7 @@ def info() -> str:
     for i in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
         lines += ["", f"cuda:{i}: {torch.cuda.get_device_name(i)}"]
         lines += _backends(torch.device("cuda", i))
-    lines += ["", *_native_library(), f"tuned table: {_tuned()}"]
+    lines += ["", *_native_library(), f"rates of the cpu: {_rates()}", f"tuned table: {_tuned()}"]
     if not torch.cuda.is_available():
         why = "no device found" if _has_gpu_build() else "this torch is built without it"
         lines.append(f"no GPU: {why}")
@@ -110,6 +111,15 @@ def _native_library() -> list[str]:
     else:
         lines = [f"native library: loaded, built by {native.compiler()}"]
     return [*lines, f"  its file: {native.location()}"]
+
+
+def _rates() -> str:
+    measured = rates.find()
+    if measured is not None:
+        return f"{measured}\n  their file: {rates.location()}"
+    if rates.location() is None:
+        return f"none, by {rates.VARIABLE}"
+    return "none measured (python -m wn_kernels build does); the constants serve as they are"
 
 
 def _tuned() -> str:
@@ -171,7 +181,7 @@ def _parser() -> argparse.ArgumentParser:
         )
 
     add("info", "print versions, devices and the backend of each dtype")
-    add("build", "build the native library with this machine's C++ compiler")
+    add("build", "build the native library with this machine's C++ compiler, and measure it")
     tune = add("tune", "time the plans of a model's calls and store the fastest")
     tune.add_argument("factory", help="module:function, which returns (model, sample input)")
     tune.add_argument(
@@ -189,6 +199,8 @@ def main(arguments: list[str] | None = None) -> int:
         print(info())
     elif chosen.command == "build":
         print(native.build())
+        if measured := calibration.ensure():
+            print(f"rates of the cpu: {measured}", file=sys.stderr)
     elif chosen.command == "fuse":
         made = _made(chosen)
         model = made[0] if isinstance(made, tuple) and made else made

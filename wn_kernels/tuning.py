@@ -20,8 +20,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.benchmark import Timer
 
+from . import calibration, plan, prepare
 from . import functional as WF
-from . import plan, prepare
 from .call import Call
 from .plan import Plan, costs, devices, table
 from .text import aligned, html
@@ -122,7 +122,9 @@ def tune(model: nn.Module, sample: Any, *, seconds: float = 1.0) -> Tuning:
     """Times every plan that can serve each call of a model, and stores the fastest.
 
     The forward's variant is the fastest without gradients. The backward's is the fastest in a
-    training step after that forward. The candidates are timed alternately, on random values.
+    training step after that forward. The candidates are timed alternately, on random values. On a
+    CPU whose rates were not measured when the native library was built, they are measured first, in
+    about a second.
 
     Args:
         model: any module that calls layers or functions of this package. It runs once, in
@@ -138,7 +140,7 @@ def tune(model: nn.Module, sample: Any, *, seconds: float = 1.0) -> Tuning:
         TypeError: `model` is not a module.
         ValueError: `seconds` is not positive, or a backend is forced, so that nothing is left to
             choose.
-        OSError: the table cannot be written.
+        OSError: the table, or the file of rates, cannot be written.
     """
     prepare.check_module("model", model)
     if not seconds > 0:
@@ -147,6 +149,8 @@ def tune(model: nn.Module, sample: Any, *, seconds: float = 1.0) -> Tuning:
         raise ValueError("a backend is forced, so there is nothing to tune")
     inputs = sample if isinstance(sample, tuple) else (sample,)
     device = _device(model)
+    if device.type == "cpu":
+        calibration.ensure()
     found = [_tuned(*call, device, seconds) for call in calls_of(model, inputs)]
     for backend in {x.backend for x in found}:
         chosen = {x.call: x.choice.entry() for x in found if x.backend == backend}
@@ -291,4 +295,6 @@ def _explained(call: Call, backend: str, device: str | None) -> str:
     if picked.keeps:
         recorded = f"A training step keeps the {picked.kept}"
         keeps = [f"{recorded}; its forward is {picked.recorded}."]
-    return "\n".join([title, *aligned(rows), *keeps])
+    measured = plan.rates.find() if backend in ("aten", "native") else None
+    measured_rates = [f"Rates of this CPU: {measured}."] if measured else []
+    return "\n".join([title, *aligned(rows), *keeps, *measured_rates])

@@ -2,10 +2,10 @@
 
 `backend.py` chooses the backend, and `variants.py` chooses the variant. The choice of the variant
 follows measurements (`table.py`) or the cost model (`costs.py`), which uses constants of devices
-(`devices.py`).
+(`devices.py`), scaled by the rates of a CPU (`rates.py`).
 """
 
-from . import costs, devices, table
+from . import costs, devices, rates, table
 from .backend import (
     BACKENDS,
     ENVIRONMENT_VARIABLE,
@@ -36,6 +36,7 @@ __all__ = [
     "is_forced",
     "key",
     "prepares",
+    "rates",
     "serving",
     "shares",
     "table",

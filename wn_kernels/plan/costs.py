@@ -15,21 +15,29 @@ import torch
 from ..backends import vendor
 from ..backends.native import limits
 from ..call import Call, Geometry
-from .devices import CPU, NATIVE, Device, gpu
+from .devices import Device, cpu, gpu, native
 from .gpu_costs import triton_convolution, triton_linear
 from .stages import Costs, Stage, convolution_sizes, keeps_product
 
-# A call of PyTorch's own convolution has the overhead of this many stages of the native library.
-ATEN_CALLS = 8
-# The native library's own products of few columns reach this fraction of the rate.
-UNFOLDED_EFFICIENCY = 0.88
-# PyTorch's convolution reaches this fraction in its backward, which also copies its results back.
-BACKWARD_EFFICIENCY = 0.85
+# PyTorch's own convolution has the overhead of this many stages of the native library, and each of
+# its gradients.
+CONVOLUTION_CALLS, GRADIENT_CALLS = 7, 10
+# It reaches this fraction of the rate.
+CONVOLUTION_EFFICIENCY = 0.85
+# The native library's own products of few columns reach this fraction. A sum that they write then
+# costs as much as so many times its bytes, and so does a number of an unfolded image that is
+# written, or added to the image.
+UNFOLDED_EFFICIENCY = 1.06
+SUMMED, UNFOLDED, FOLDED = 32, 2, 5
+# A run of numbers that is copied costs as much as this many bytes.
+RUN = 12
 # An unfolded input may take this many bytes whatever the size of the weight.
 UNFOLDED_BYTES = 2**18
 # PyTorch's own loops for half precision (`vendor.SLOW`) take this many times as long as a product
 # in float32, in the forward and in the backward.
 SLOW_FORWARD, SLOW_BACKWARD = 4, 50
+# A product of at most so many columns has few of them.
+FEW_COLUMNS = 64
 # For a `W` of more bytes than this, the allocator maps fresh pages each time.
 FRESH_PAGES = 2**24
 
@@ -65,12 +73,13 @@ def aten_linear(call: Call) -> Costs:
     `dX` before its scale. For dim=0, it is the forward's `x Vᵀ`. Materialising launches fewer
     operations, which matters most for small layers.
     """
+    device = cpu()
     n, k = call.v_shape
     m = math.prod(call.x_shape[:-1])
     size = call.x_dtype.itemsize
     x, y, w = size * m * k, size * m * n, size * n * k
     activation = x if call.dim == 1 else y
-    product = Stage(x + y + w, 2.0 * m * n * k)
+    product = Stage(x + y + w, _vendors(device, 2.0 * m * n * k, m))
     forward = {"materialize": [Stage(3 * w), product]}
     backward = {"materialize": [Stage(2 * w), product, product, Stage(5 * w)]}
     if call.dim == 0 and call.x_dtype == call.v_dtype == torch.bfloat16:
@@ -83,7 +92,7 @@ def aten_linear(call: Call) -> Costs:
         else:
             finish = [Stage(2 * activation), Stage(0), Stage(5 * w)]
         backward = {"scaled": [product, product, *finish]} | backward
-    return Costs(forward, backward, CPU, CPU.rate(size))
+    return Costs(forward, backward, device, device.rate(size))
 
 
 def aten_convolution(call: Call, conv: Geometry) -> Costs:
@@ -99,12 +108,13 @@ def aten_convolution(call: Call, conv: Geometry) -> Costs:
     scaled `dY` and `⟨dW, V⟩` needs the unscaled one. If the input is scaled, the dots come from `x`
     and `dX` instead of the weight's gradient, and one pass over `dV` completes it.
     """
+    device = cpu()
     size = call.x_dtype.itemsize
     x, y, w, operations = convolution_sizes(call, conv)
     axis = conv.scale_axis(call.dim) if scales_late(call) else "none"
     # A weight of a few MiB stays in cache between two operations.
-    weight = w / 4 if w <= 2**23 else w
-    product = Stage(x + y + weight, operations)
+    weight = w / device.cache if w <= 2**23 else w
+    product = Stage(x + y + weight, _vendors(device, operations, _columns(call, conv)))
     forward = {"materialize": [Stage(3 * weight), product]}
     backward = {"materialize": [Stage(2 * weight), product, product, Stage(5 * weight)]}
     if axis in ("output", "whole"):
@@ -115,7 +125,20 @@ def aten_convolution(call: Call, conv: Geometry) -> Costs:
         forward["input"] = [Stage(weight), product, Stage(2 * x), *[Stage(0)] * 3]
         rest = [*[Stage(2 * x)] * 4, Stage(3 * weight), *[Stage(0)] * 4]
         backward["input"] = [product, product, *rest]
-    return Costs(forward, backward, CPU, CPU.rate(size))
+    return Costs(forward, backward, device, device.rate(size))
+
+
+def _columns(call: Call, conv: Geometry) -> int:
+    """Returns the columns of the product that a convolution is: the pixels of its smaller side."""
+    sizes = call.x_shape[2:]
+    pixels = sizes if conv.transposed else conv.output_sizes(sizes, call.v_shape[2:])
+    return call.x_shape[0] * math.prod(pixels)
+
+
+def _vendors(device: Device, operations: float, columns: int) -> float:
+    """Returns the operations of PyTorch's product, with those that its efficiency costs on this
+    processor if it has few columns."""
+    return operations / device.few if columns <= FEW_COLUMNS else operations
 
 
 # --- the native library --------------------------------------------------------------------------
@@ -129,6 +152,7 @@ def native_linear(call: Call) -> Costs:
     in float32 from a `V` of any dtype. Otherwise `scaled` needs one dtype, which must not be
     float16, and a product of oneDNN. `widen` forms `W` in float32 for an `x` in half precision.
     """
+    device = native()
     n, k = call.v_shape
     m = math.prod(call.x_shape[:-1])
     size = call.x_dtype.itemsize
@@ -137,19 +161,20 @@ def native_linear(call: Call) -> Costs:
     forward, backward = {}, {}
     own, slow = limits.is_own(call), call.x_dtype in vendor.SLOW
     if own or (call.x_dtype == call.v_dtype != torch.float16 and not slow):
-        product = Stage(x + y + v, operations)
+        own_operations = operations / device.own
+        product = Stage(x + y + v, own_operations if own else _vendors(device, operations, m))
         forward["scaled"] = [product] if own else [Stage(v), product, Stage(2 * y)]
         finish = Stage(2 * v if own or keeps_product(call) else w + 2 * v)
         backward["scaled"] = [Stage(2 * y), product, product, finish]
     # The empty stage is the call of PyTorch's layer with `W`.
     for name, (slowness, slowness_of_grad), wider in _formed(call):
-        size = wider * w
-        product = Stage(wider * (x + y) + size, operations)
+        formed = wider * w
+        product = Stage(wider * (x + y) + formed, _vendors(device, operations, m))
         casts = [Stage(3 * x), Stage(3 * y)] if wider > 1 else []
-        forward[name] = [Stage(v + size), Stage(0), *casts, *_slower([product], slowness)]
+        forward[name] = [Stage(v + formed), Stage(0), *casts, *_slower([product], slowness)]
         grads = _slower([product, product], slowness_of_grad)
-        backward[name] = [Stage(v + size), *casts, *grads, Stage(size + 2 * v)]
-    return Costs(forward, backward, NATIVE, NATIVE.rate(call.x_dtype.itemsize))
+        backward[name] = [Stage(v + formed), *casts, *grads, Stage(formed + 2 * v)]
+    return Costs(forward, backward, device, device.rate(size))
 
 
 def _formed(call: Call) -> list[tuple[str, tuple[float, float], int]]:
@@ -178,13 +203,15 @@ def native_convolution(call: Call, conv: Geometry) -> Costs:
     with one read of `V`. It suits a large weight over few pixels. It is a candidate if those
     numbers are few, or not many more than the weight's.
     """
+    device = native()
     size = call.x_dtype.itemsize
     x, y, w, operations = convolution_sizes(call, conv)
     # A weight of a few MiB stays in cache between two passes.
-    weight = w / 4 if w <= 2**22 else w
-    call_of_pytorch = [*[Stage(0)] * ATEN_CALLS, Stage(2 * weight)]
-    product = [*call_of_pytorch, Stage(x + y + weight, operations)]
-    grad = [*call_of_pytorch, Stage(x + y + weight, operations / BACKWARD_EFFICIENCY)]
+    weight = w / device.cache if w <= 2**22 else w
+    moved = x + y + weight
+    flops = _vendors(device, operations / CONVOLUTION_EFFICIENCY, _columns(call, conv))
+    product = [*[Stage(0)] * CONVOLUTION_CALLS, Stage(2 * weight), Stage(moved, flops)]
+    grad = [*[Stage(0)] * GRADIENT_CALLS, Stage(2 * weight), Stage(moved, flops)]
     pages = 10 * w if w > FRESH_PAGES else 0
     forward, backward = {}, {}
     for name, (slow, slow_grad), wider in _formed(call):
@@ -198,19 +225,16 @@ def native_convolution(call: Call, conv: Geometry) -> Costs:
             forward["input"] = [Stage(weight), *product, Stage(2 * x)]
             backward["input"] = [Stage(2 * x), *grad, *grad, Stage(3 * weight)]
         else:
-            forward["output"] = [Stage(weight), *product, Stage(2 * y)]
+            forward["output"] = [Stage(weight), *product, Stage(2 * y, launches=0)]
             again = Stage(2 * (x + y + weight))
             backward["output"] = [Stage(2 * y), *grad, again, *grad, Stage(3 * weight)]
     unfolded = Unfolded.of(call, conv)
     few = size * unfolded.numbers <= max(2 * w, UNFOLDED_BYTES)
     if few and scales_late(call) and not call.channels_last:
-        lay_out = Stage(size * unfolded.numbers + 64 * unfolded.runs)
-        own = Stage(x + y + weight, unfolded.operations / UNFOLDED_EFFICIENCY)
-        norms = [] if call.dim == 0 else [Stage(weight)]
-        finish = Stage(weight if call.dim == 0 else 3 * weight)
-        forward["unfold"] = [*norms, lay_out, own]
-        backward["unfold"] = [lay_out, own, lay_out, own, finish]
-    return Costs(forward, backward, NATIVE, NATIVE.rate(size))
+        forward["unfold"], backward["unfold"] = unfolded.stages(
+            call, conv, device.own, x, y, weight
+        )
+    return Costs(forward, backward, device, device.rate(size))
 
 
 def _slower(stages: list[Stage], slowness: float) -> list[Stage]:
@@ -222,8 +246,7 @@ class Unfolded(NamedTuple):
 
     Attributes:
         numbers: the elements of the unfolded input.
-        runs: the runs along taps or pixels in which they are copied. A run costs as much as 64
-            bytes.
+        runs: the runs along taps or pixels in which they are copied.
         operations: the operations of a product with it. Its sizes are padded to whole panels and
             tiles.
     """
@@ -237,9 +260,30 @@ class Unfolded(NamedTuple):
         rows, length = call.v_shape[0] // conv.groups, math.prod(call.v_shape[1:])
         sizes, taps = call.x_shape[2:], call.v_shape[2:]
         pixels = sizes if conv.transposed else conv.output_sizes(sizes, taps)
-        columns = call.x_shape[0] * math.prod(pixels)
+        columns = _columns(call, conv)
         numbers = conv.groups * length * columns
         panel, tile = limits.panel(call.x_dtype.itemsize), limits.TILE_ROWS
         padded = math.ceil(rows / tile) * tile * math.ceil(length / panel) * panel * conv.groups
         run = taps[-1] if taps[-1] >= limits.LONG_LINE else pixels[-1]
         return Unfolded(numbers, numbers / run, 2.0 * padded * columns)
+
+    def stages(
+        self, call: Call, conv: Geometry, efficiency: float, x: float, y: float, weight: float
+    ) -> tuple[list[Stage], list[Stage]]:
+        """Returns the forward and the backward. `efficiency` is the device's `own`. `x`, `y` and
+        `weight` are bytes.
+
+        The forward of a convolution, and `dX` of a transposed one, unfold an image and multiply it
+        by `V`, which gives a sum for each number of the other image. `dX`, and the forward of a
+        transposed one, multiply by `Vᵀ` and add the results to an image.
+        """
+        size, moved = call.x_dtype.itemsize, x + y + weight
+        product = Stage(moved, self.operations / (UNFOLDED_EFFICIENCY * efficiency))
+        unfold = Stage(UNFOLDED * size * self.numbers + RUN * self.runs)
+        fold = Stage(FOLDED * size * self.numbers + RUN * self.runs)
+        sums = Stage(SUMMED * (x if conv.transposed else y), launches=0)
+        norms = [] if call.dim == 0 else [Stage(weight)]
+        finish = Stage(weight if call.dim == 0 else 3 * weight)
+        if conv.transposed:
+            return [*norms, product, fold], [unfold, product, sums, product, finish]
+        return [*norms, unfold, product, sums], [product, fold, unfold, product, finish]

@@ -6,6 +6,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from . import rates
+
 
 @dataclass(frozen=True)
 class Convolution:
@@ -61,6 +63,10 @@ class Device:
         grad_intake: the same in the one-pass gradient of its weight.
         ieee: the fraction of the rate that the one-pass forward reaches in float32 without TF32,
             and in float64.
+        cache: the bandwidth of a CPU's cache, as a multiple of that of memory.
+        few: on a CPU, the efficiency of the vendor's products of few columns beside that of others,
+            as a multiple of what it is on the processor of the constants.
+        own: the same of the native library's products.
         tf32_rate: operations per second of a float32 matmul in TF32.
         convolution: the constants of convolutions.
     """
@@ -76,6 +82,9 @@ class Device:
     wide_intake: float = 2.2e10
     grad_intake: float = 7e10
     ieee: float = 0.07
+    cache: float = 4.0
+    few: float = 1.0
+    own: float = 1.0
     convolution: Convolution = Convolution()
 
     def rate(self, itemsize: int, tf32: bool = False) -> float:
@@ -87,6 +96,44 @@ class Device:
 CPU = Device("CPU", bandwidth=2e10, rates=(1e11, 1e11, 5e10), overhead=8e-6)
 # The native library starts a pass without a dispatcher, and without Python.
 NATIVE = replace(CPU, overhead=1e-6)
+
+# What was measured on another processor counts within these factors. Beyond them, the measurement
+# was disturbed, or its processor differs in more than its rates.
+_MOST_RATE, _MOST_EFFICIENCY = 64.0, 3.0
+
+
+def scaled(device: Device, found: rates.Rates | None) -> Device:
+    """Returns the constants of a CPU for a processor of these rates."""
+    if found is None:
+        return device
+
+    def limited(ratio: float, most: float) -> float:
+        return min(max(ratio, 1 / most), most)
+
+    narrow, single, double = device.rates
+    ratios = (a / b for a, b in zip(found, rates.REFERENCE, strict=True))
+    memory, cache, product, few, own, call = (limited(ratio, _MOST_RATE) for ratio in ratios)
+    return replace(
+        device,
+        name=f"{device.name} as measured",
+        bandwidth=memory * device.bandwidth,
+        rates=(product * narrow, product * single, product * double),
+        overhead=call * device.overhead,
+        cache=max(1.0, cache / memory * device.cache),
+        few=limited(few / product, _MOST_EFFICIENCY),
+        own=limited(own / product, _MOST_EFFICIENCY),
+    )
+
+
+def cpu() -> Device:
+    """Returns the constants of the ATen path on this processor."""
+    return scaled(CPU, rates.find())
+
+
+def native() -> Device:
+    """Returns the constants of the native library on this processor."""
+    return scaled(NATIVE, rates.find())
+
 
 # The constants of the H200 were measured (docs/results/gpu-h200), except for the rate of float64,
 # for which that of float32 stands. The overhead is that of a launch in a graph, with the beginning

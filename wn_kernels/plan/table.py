@@ -78,9 +78,9 @@ def _version(package: str) -> str:
         return "none"
 
 
-def _read(path: Path) -> Entries | None:
+def read(path: Path, what: str = "the tuned table") -> Entries | None:
     """Returns the file's contents, which are empty if there is no file. It returns `None` if the
-    file cannot be read."""
+    file cannot be read, with a warning that says `what` it is."""
     try:
         if reason := cache.distrust(path, _top(path)):
             raise PermissionError(reason)
@@ -88,13 +88,13 @@ def _read(path: Path) -> Entries | None:
     except (FileNotFoundError, NotADirectoryError):
         return {}
     except (OSError, ValueError) as error:
-        warnings.warn(f"the tuned table {path} is ignored: {error}", stacklevel=3)
+        warnings.warn(f"{what} {path} is ignored: {error}", stacklevel=3)
         return None
     if not isinstance(entries, dict) or not all(
         isinstance(calls, dict) and all(isinstance(choice, dict) for choice in calls.values())
         for calls in entries.values()
     ):
-        warnings.warn(f"the tuned table {path} is ignored: its structure is wrong", stacklevel=3)
+        warnings.warn(f"{what} {path} is ignored: its structure is wrong", stacklevel=3)
         return None
     return entries
 
@@ -104,7 +104,7 @@ def find(backend: str, call: str, device: torch.device | None = None) -> dict[st
     once."""
     global _entries
     if _entries is None:
-        _entries = _read(location()) or {}
+        _entries = read(location()) or {}
     return _entries.get(machine(backend, device), {}).get(call) if _entries else None
 
 
@@ -118,15 +118,24 @@ def store(
             stays.
     """
     path = location()
+    write(path, machine(backend, device), calls)
+    forget()
+    return path
+
+
+def write(path: Path, machine: str, calls: dict[str, dict[str, Any]]) -> None:
+    """Adds the entries of a machine to a file of this form.
+
+    Raises:
+        OSError: as `store`.
+    """
     with cache.replacing(path, _top(path)) as new:
-        entries = _read(path)
+        entries = read(path)
         if entries is None:
             os.replace(path, path.with_name(path.name + ".unreadable"))
             entries = {}
-        entries.setdefault(machine(backend, device), {}).update(calls)
+        entries.setdefault(machine, {}).update(calls)
         new.write_text(json.dumps(entries, indent=1, sort_keys=True, ensure_ascii=False), "utf-8")
-    forget()
-    return path
 
 
 def forget() -> None:
