@@ -139,7 +139,7 @@ def test_one_pass_never_exceeds_its_tile():
         for m in range(1, tiles.one_pass_rows(itemsize, grad=True) + 1):
             assert m <= configs.grad_one_pass(m, 4096, itemsize, configs.target(-1)).BLOCK_M
         for m in range(1, rows + 1):
-            assert m <= configs.grads(m, 4096, 4096, itemsize, configs.target(-1)).BLOCK_M
+            assert m <= configs.grads(m, 4096, 4096, itemsize, False, configs.target(-1)).BLOCK_M
 
 
 def test_the_model_counts_on_the_kernels_blocks():
@@ -151,9 +151,9 @@ def test_the_model_counts_on_the_kernels_blocks():
         blocks.add(found.BLOCK_O)
     assert blocks == {16, 64}
     for size, o, r in itertools.product((2, 4, 8), (70, 1024, 16384), (40, 4096)):
-        found = configs.grads(16, o, r, size, configs.target(-1))
-        assert tiles.grads(size) == (found.BLOCK_O, found.BLOCK_R)
-        assert tiles.grads_splits(o, r, size, 132) == found.splits
+        found = configs.grads(16, o, r, size, False, configs.target(-1))
+        steps = tiles.blocks(o, found.BLOCK_O)
+        assert tiles.blocks(steps, found.splits) * (found.splits - 1) < steps, "a split is empty"
 
 
 def test_forcing(monkeypatch):
@@ -293,13 +293,15 @@ def linear_on(device, m, size=4096, dim=0, dtype=BF16):
 @pytest.mark.parametrize("device", devices.GPUS.values(), ids=devices.GPUS)
 def test_gpus(device):
     """The choices that follow from the kernels alone hold on every device."""
+    # Two stages of one pass do not cover the bandwidth of an MI300X.
+    covers = "scaled" if device.name == "MI300X" else "one_pass"
     for m in (1, 16):
-        assert linear_on(device, m) == ("one_pass", "product")
+        assert linear_on(device, m) == (covers, "product")
         assert linear_on(device, m, dim=1)[0] == "scaled"
     assert linear_on(device, 16384, 8192) == ("materialize", "materialize")
     # Where all is overhead, the fewest launches win.
-    for m, size in ((1, 16), (32, 64), (64, 128)):
-        assert linear_on(device, m, size) == ("one_pass", "one_pass")
+    for m, size, backward in ((1, 16, "product"), (32, 64, "one_pass"), (64, 128, "one_pass")):
+        assert linear_on(device, m, size) == ("one_pass", backward)
     assert linear_on(device, 200, 64) == ("materialize", "scaled")
     # Fewer bytes in a faster dtype, never slower.
     call = Call(torch.Size((512, 4096)), torch.Size((4096, 4096)), F32, F32, 0)
