@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
 .PHONY: help setup native test newest oldest lint bench sanitize sanitize-kernels sanitize-native
-.PHONY: codegen traffic host gpu docs figures package clean
+.PHONY: codegen traffic occupancy host gpu docs figures package clean
 
 help:
 	@echo "make setup     create the environment"
@@ -19,6 +19,7 @@ help:
 	@echo "make sanitize  the kernels under a launch checker: bounds and races, no GPU needed;"
 	@echo "               the native library under address and undefined-behaviour sanitizers"
 	@echo "make codegen   compile every kernel for four GPU targets, no GPU needed"
+	@echo "make occupancy how the planned paths fill a GPU, by the cost model"
 	@echo "make traffic   count what the kernels move through memory, no GPU needed"
 	@echo "make host      time what the processor takes for small calls, no GPU needed (1 minute)"
 	@echo "make gpu       test and time everything on a GPU (7 minutes)"
@@ -86,6 +87,9 @@ codegen: setup
 
 traffic: setup
 	$(BIN)/python -m bench traffic
+
+occupancy: setup
+	$(BIN)/python -m bench occupancy
 
 host: native
 	$(BIN)/python -m bench host

@@ -91,6 +91,9 @@ def main(arguments: list[str] | None = None) -> int:
     traffic.add_argument("--kernels", action="store_true", help="list each path's kernels")
     traffic.add_argument("--write", action="store_true", help="replace the committed baseline")
 
+    filled = commands.add_parser("occupancy", help="how the planned paths fill a GPU, by the model")
+    filled.add_argument("--write", action="store_true", help="replace the committed baseline")
+
     host = commands.add_parser("host", help="time what the processor takes, without a GPU")
     host.add_argument("--json", default="results/host.json", help="where results go")
     host.add_argument("--seconds", type=float, default=1.0, help="timing of each case")
@@ -154,6 +157,10 @@ def main(arguments: list[str] | None = None) -> int:
 
         interpreter.mend()
         return counts.main(chosen.write, chosen.kernels)
+    if chosen.command == "occupancy":
+        from bench import occupancy
+
+        return occupancy.main(chosen.write)
     if chosen.command in ("codegen", "bounds"):
         os.environ.pop("TRITON_INTERPRET", None)  # compiles, so must not interpret
         if chosen.command == "bounds":

@@ -99,8 +99,10 @@ class Parts:
         if "one_pass" in self.model.backward:
             backward["one_pass"] = dx + self.kernel("grad_one_pass_kernel")
         first = forward.get(self.plan.forward, forward["unmeasured"])
+        if "product" in self.model.backward:  # which the model alone has a figure for
+            backward["product"] = self.model.seconds(self.model.backward["product"])
         steps = {name: first + rest for name, rest in backward.items()}
-        if self.plan.keeps:
+        if self.plan.keeps == "weight":
             steps["kept"] = forward["materialize"] + backward["materialize"] - form
         return forward, steps
 
@@ -140,7 +142,7 @@ def test_picks(key):
         picked = estimate
     assert picked <= 1.05 * min(forward.values()), (chosen, forward)
     assert picked <= parts.of("infer", "eager")
-    step = steps["kept" if chosen.keeps else chosen.backward]
+    step = steps["kept" if chosen.keeps == "weight" else chosen.backward]
     assert step <= 1.05 * min(steps.values()), (chosen, steps)
     assert step <= parts.of("train", "eager"), (chosen, steps)
 
@@ -166,8 +168,8 @@ def test_times(key):
 @pytest.mark.parametrize(
     ("m", "k", "n", "expected"),
     [
-        (1, 4096, 4096, "one_pass/one_pass"),
-        (16, 4096, 16384, "one_pass/one_pass"),
+        (1, 4096, 4096, "one_pass/product, keeps the product"),
+        (16, 4096, 16384, "one_pass/product, keeps the product"),
         (256, 4096, 4096, "scaled/scaled"),
         (1024, 4096, 16384, "scaled/scaled"),
         (8192, 4096, 4096, "materialize/materialize"),

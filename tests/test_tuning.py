@@ -286,7 +286,10 @@ def test_explain_for_a_gpu_that_is_not_there(device):
     text = wn_kernels.explain(WNLinear(4096, 4096), (1, 4096), device=device)
     assert f"triton, constants of {device}" in text
     picked = [line.split()[:2] for line in text.splitlines() if "<- picked" in line]
-    assert picked == [["forward", "one_pass"], ["backward", "one_pass"]]
+    forward = "scaled" if device == "MI300X" else "one_pass"
+    assert picked == [["forward", forward], ["backward", "product"]]
+    assert "covers" in text
+    assert "A training step keeps the product" in text
 
 
 def test_explain_refuses():

@@ -24,6 +24,8 @@ from . import calibration, plan, prepare
 from . import functional as WF
 from .call import Call
 from .plan import Plan, costs, devices, table
+from .plan.devices import Device
+from .plan.stages import Stage, narrowest
 from .text import aligned, html
 
 # A candidate replaces the cost model's choice only if its time is below this fraction of it.
@@ -237,7 +239,8 @@ def explain(
 ) -> Explanation:
     """Lists the variants that can serve each call of a module. For each, it gives the bytes,
     operations and launches, and the time that the cost model estimates. It marks the one that is
-    picked.
+    picked. On a GPU it also gives the programs of the launch that fills it the least, how often
+    they fill it, their bytes in flight, and the share of the bandwidth that these cover.
 
     Args:
         module: a layer of this package, a fused one, or any module that holds some. It runs once,
@@ -267,16 +270,29 @@ def explain(
     return Explanation("\n\n".join(_explained(*call, device) for call in dict.fromkeys(calls)))
 
 
+def _filled(stages: list[Stage], device: Device) -> tuple[str, ...]:
+    """Returns how the launch that fills a GPU the least fills it; empty strings for a vendor's."""
+    least = narrowest(stages, device)
+    if least is None or least.grid is None:
+        return ("",) * 4
+    waves, flight = least.grid.waves(device), least.grid.in_flight(device)
+    covers = f"{least.covers(device):.2f}"
+    return str(least.grid.programs), f"{waves:.2f}", f"{flight / 2**20:.2f} MiB", covers
+
+
 def _explained(call: Call, backend: str, device: str | None) -> str:
     found = costs.costs(call, backend, devices.GPUS[device] if device else None)
     source = "cost model"
     if device:
-        picked = Plan(backend, *found.cheapest())
+        picked = plan.by_cost(call, backend, devices.GPUS[device])
     else:
         picked = plan.choose(call, backend)
         if table.find(backend, plan.key(call), call.device) is not None:
             source = "tuned table"
-    rows = [("direction", "variant", "bytes", "operations", "launches", "estimate", "")]
+    fills: tuple[str, ...] = ()
+    if backend == "triton":
+        fills = ("programs", "waves", "in flight", "covers")
+    rows = [("direction", "variant", "bytes", "operations", "launches", "estimate", *fills, "")]
     for direction, candidates in (("forward", found.forward), ("backward", found.backward)):
         for name, stages in candidates.items():
             rows.append(
@@ -287,6 +303,7 @@ def _explained(call: Call, backend: str, device: str | None) -> str:
                     f"{sum(s.operations for s in stages):.3g}",
                     str(len(stages)),
                     f"{found.seconds(stages) * 1e6:.1f} µs",
+                    *(_filled(stages, found.device) if fills else ()),
                     "<- picked" if name == getattr(picked, direction) else "",
                 )
             )

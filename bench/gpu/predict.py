@@ -13,9 +13,9 @@ from wn_kernels.plan.devices import Device
 from wn_kernels.plan.stages import Costs, Stage
 
 
-def seconds(stages: list[Stage], device: Device, rate: float) -> float:
+def seconds(steps: list[Stage], device: Device, rate: float) -> float:
     """Returns the seconds of stages that run one after the other."""
-    return Costs({}, {}, device, rate).seconds(stages)
+    return Costs({}, {}, device, rate).seconds(steps)
 
 
 def rate(case: Case, device: Device) -> float:
@@ -24,11 +24,11 @@ def rate(case: Case, device: Device) -> float:
     return device.rate(itemsize, case.precision == "tf32")
 
 
-def vendors(case: Case) -> dict[str, float]:
+def vendors(case: Case, device: Device | None = None) -> dict[str, float]:
     """Returns the seconds of the plain layer, which has a product for each direction, and of
     PyTorch's weight norm, which besides writes `W` from one read of `V`, and `dV` from one of `dW`
-    and `V`."""
-    device = devices.gpu()
+    and `V`. The device is the present one by default, as everywhere here."""
+    device = device or devices.gpu()
     operations, moved = case.work()
     products = 1 if case.mode == "infer" else 3
     launches = gpu_costs.PRODUCT_LAUNCHES
@@ -39,8 +39,8 @@ def vendors(case: Case) -> dict[str, float]:
     return {"plain": seconds(plain, device, fast), "eager": seconds(plain + norms, device, fast)}
 
 
-def _stages(found: Costs, choice: Any, mode: str) -> list[Stage]:
-    """Of a path of ours."""
+def stages(found: Costs, choice: Any, mode: str) -> list[Stage]:
+    """Returns the stages of a path of ours."""
     if mode == "infer":
         return found.forward[choice.forward]
     forward, backward = found.forward[choice.recorded], found.backward[choice.backward]
@@ -54,17 +54,17 @@ def _stages(found: Costs, choice: Any, mode: str) -> list[Stage]:
 def ours(call: Call, choice: Any, mode: str) -> float:
     """Returns the seconds of a path of ours."""
     found = costs.costs(call, "triton")
-    return found.seconds(_stages(found, choice, mode))
+    return found.seconds(stages(found, choice, mode))
 
 
 def kernels(call: Call, choice: Any, mode: str, launches: int) -> list[float | None]:
     """Returns the seconds of each kernel of a path alone, or `None` for each if the model counts
     other launches."""
     found = costs.costs(call, "triton")
-    stages = _stages(found, choice, mode)
-    if len(stages) != launches:
+    steps = stages(found, choice, mode)
+    if len(steps) != launches:
         return [None] * launches
-    return [found.seconds([stage]) for stage in stages]
+    return [found.seconds([stage]) for stage in steps]
 
 
 def passes(size: float, forward: bool) -> dict[str, float]:

@@ -20,6 +20,9 @@ ADDED = 64
 # A tile's loads of this many bytes take as long as their latency.
 STEP_BYTES = 2**15
 
+# The architecture of an H100 and of an H200.
+HOPPER = "cuda:90"
+
 # Up to this many rows of a linear layer's `dY`, the pass that scales them sums their columns too.
 SUMMED_ROWS = 256
 
@@ -123,6 +126,82 @@ def one_pass_rows(itemsize: int, grad: bool = False) -> int:
     return 64 if grad else 128
 
 
+def stages(wanted: int, architecture: str) -> int:
+    """Returns how many stages a loop has. An AMD compute unit has 64 KiB of shared memory: two
+    stages, never more."""
+    return min(wanted, 2) if architecture.startswith("hip") else wanted
+
+
+class Loop(NamedTuple):
+    """The tile of a loop that is bound by the bytes of `V`, and how it is launched: of a product,
+    `BLOCK_M` rows by `BLOCK_O` outputs in steps of `BLOCK_R`."""
+
+    BLOCK_M: int
+    BLOCK_O: int
+    BLOCK_R: int
+    num_warps: int
+    num_stages: int
+
+
+def one_pass(m: int, o: int, itemsize: int, ieee: bool, architecture: str, programs: int) -> Loop:
+    """Returns the loop of the one-pass forward: a single row tile over the batch, deep in flight
+    and narrow enough in `o` to occupy the machine.
+
+    Hopper's and Blackwell's tensor cores read both factors of a tile of at least 64 rows
+    themselves. On an H200 it takes less time than one of 16 rows, however few there are; its
+    configurations are the fastest of those measured there. Blackwell has a multiprocessor's memory
+    latency to fill with one program: more stages.
+
+    Args:
+        m, o: rows of `x` and of `V`.
+        itemsize: that of the wider one of `x` and `V`.
+        ieee: whether the product is computed without tensor cores.
+        architecture: as in `configs.Target`.
+        programs: the multiprocessors to fill.
+    """
+    deep = stages(4 if itemsize < 8 else 2, architecture)
+    is_hopper = architecture == HOPPER
+    block_o = 32 if o <= 8192 else 64
+    if itemsize > 2:
+        if is_hopper and not ieee:
+            return Loop(64, block_o, 64, 4, deep)
+        return Loop(up_to(m, 16, 32), block_o, 256 // itemsize, 4, deep)
+    if is_hopper and o <= 16 * programs:
+        return Loop(up_to(m, 64, 128), 16, 128, 4, deep)
+    if m > 64:
+        if is_hopper and block_o == 64:
+            return Loop(128, 128, 128, 8, 3)
+        deep = stages(4 if block_o == 32 else 3, architecture)
+        return Loop(128, block_o, 64 if architecture.startswith("hip") else 128, 8, deep)
+    if is_hopper:
+        return Loop(64, block_o, 128, 4, 5 if block_o == 32 else 3)
+    if architecture == "cuda:100":
+        block_o, deep = (32, 6) if o <= 4096 else (64, 4)
+        return Loop(16 if m <= 16 else 64, block_o, 128, 4, deep)
+    return Loop(up_to(m, 16, 32, 64), block_o, 128, 4, deep)
+
+
+def grad_one_pass(m: int, o: int, itemsize: int, architecture: str) -> Loop:
+    """Returns the loop of `dV` that recomputes `dW`: the whole batch in one tile, few slices a
+    program; deep in flight, as it is bound by the bytes of `V` and `dV`. The tile of `dY` is read
+    from shared memory for every step: steps of twice the width halve that, where a tile of 16 rows
+    leaves room."""
+    if itemsize == 8:
+        return Loop(up_to(m, 16, 32), 16, 16, 4, 1)
+    if itemsize == 4:
+        return Loop(*((16, 16, 128) if m <= 16 else (32, 16, 64)), 4, stages(4, architecture))
+    if m <= 16:  # on an A100 twice the width spills
+        block_r = 128 if architecture == "cuda:80" else 256
+        # A Blackwell's loop of five stages with 64-bit indices is bound by issue slots.
+        deep = 4 if architecture == "cuda:100" else 5
+        return Loop(16, 16, block_r, 4, stages(deep, architecture))
+    block_o = grad_slices(m, o, itemsize)
+    if block_o == 64:  # a tile of four warps spills where Hopper's does not
+        warps = 4 if architecture == HOPPER else 8
+        return Loop(up_to(m, 32, 64), block_o, 128, warps, stages(3, architecture))
+    return Loop(up_to(m, 32, 64), block_o, 128, 4, stages(4, architecture))
+
+
 def grad_slices(m: int, slices: int, itemsize: int) -> int:
     """Returns how many slices a program of the one-pass gradient has, for `m` rows. Every program
     reads all of the other factor, so it has more slices where that is large and enough programs are
@@ -130,13 +209,22 @@ def grad_slices(m: int, slices: int, itemsize: int) -> int:
     return 64 if itemsize == 2 and m > 16 and slices >= 8192 else 16
 
 
-def grads(itemsize: int) -> tuple[int, int]:
-    """Returns the rows and the columns of `V` that a step of the walk for `dX` and `dV` has."""
-    return {2: (64, 64), 4: (32, 64), 8: (16, 32)}[itemsize]
+def grads(m: int, itemsize: int, ieee: bool, architecture: str) -> Loop:
+    """Returns the loop of the walk for `dX` and `dV`: a step has `BLOCK_O` rows of `V`, of which a
+    program has `BLOCK_R` columns. Arguments as in `one_pass`."""
+    block_m = up_to(m, 16, 32, 64, 128)
+    block_o, block_r, deep = {2: (64, 64, 4), 4: (32, 64, 3), 8: (16, 32, 1)}[itemsize]
+    # What products without asynchronous tensor cores hold would not fit the registers.
+    is_hopper = architecture == HOPPER
+    if (ieee and itemsize == 4 and block_m > 16) or (block_m == 128 and not is_hopper):
+        block_o //= 2
+    warps = 8 if block_m == 128 else 4
+    return Loop(block_m, block_o, block_r, warps, stages(deep, architecture))
 
 
-def grads_splits(o: int, r: int, itemsize: int, programs: int) -> int:
+def grads_splits(o: int, r: int, loop: Loop, programs: int) -> int:
     """Returns how many programs share the rows of the same columns of `V` in that walk: as many as
     give each multiprocessor (`programs`) two."""
-    block_o, block_r = grads(itemsize)
-    return max(1, min(2 * programs // blocks(r, block_r), blocks(o, block_o)))
+    wanted = 2 * programs // blocks(r, loop.BLOCK_R)
+    steps = blocks(o, loop.BLOCK_O)
+    return blocks(steps, blocks(steps, max(1, min(wanted, steps))))  # none of which is empty

@@ -56,6 +56,9 @@ class Device:
         rates: floating-point operations per second of the vendor's matmul in 16, 32 and 64 bits.
         overhead: seconds per launched operation.
         multiprocessors: their number.
+        architecture: as in `configs.Target`.
+        shared: bytes of a multiprocessor's shared memory.
+        latency: seconds that a load from memory takes.
         passes: the fraction of the bandwidth that passes over a weight or activations reach.
         intake: bytes per second that a multiprocessor takes in from the L2 cache in the one-pass
             forward of a linear layer.
@@ -77,6 +80,9 @@ class Device:
     overhead: float
     tf32_rate: float = 0.0
     multiprocessors: int = 132
+    architecture: str = "cuda:90"
+    shared: int = 228 * 1024
+    latency: float = 7e-7
     passes: float = 0.87
     intake: float = 5.5e10
     wide_intake: float = 2.2e10
@@ -142,16 +148,22 @@ def native() -> Device:
 #
 # Bandwidths and rates of the others come from the data sheets, for the SXM or OAM part and dense
 # matrices. The rates are those of bfloat16, float32, float64 and TF32. All other constants of
-# theirs are the H200's, which is an assumption.
+# theirs are the H200's, which is an assumption. So is the memory's latency on all of them.
 _H200 = Device("H200", 4.2e12, (7.84e14, 5.1e13, 5.1e13), 2e-6, 4.11e14)
 GPUS = {
     device.name: device
     for device in (
-        Device("A100", 2.04e12, (3.12e14, 1.95e13, 1.95e13), 2e-6, 1.56e14, 108),
+        Device(
+            *("A100", 2.04e12, (3.12e14, 1.95e13, 1.95e13), 2e-6, 1.56e14, 108),
+            *("cuda:80", 164 * 1024),
+        ),
         replace(_H200, name="H100", bandwidth=2.97e12),
         _H200,
-        Device("B200", 8.0e12, (2.25e15, 8.0e13, 4.0e13), 2e-6, 1.1e15, 148),
-        Device("MI300X", 5.3e12, (1.307e15, 1.634e14, 1.634e14), 2e-6, 6.54e14, 304),
+        Device("B200", 8.0e12, (2.25e15, 8.0e13, 4.0e13), 2e-6, 1.1e15, 148, "cuda:100"),
+        Device(
+            *("MI300X", 5.3e12, (1.307e15, 1.634e14, 1.634e14), 2e-6, 6.54e14, 304),
+            *("hip:gfx942", 64 * 1024),
+        ),
     )
 }
 

@@ -10,7 +10,37 @@ import torch
 from ..backends import tiles
 from ..call import Call, Geometry, fits_unscaled, narrows_range
 from .devices import Device
-from .stages import Costs, Stage, convolution_sizes, keeps_product
+from .stages import Costs, Grid, Stage, convolution_sizes, keeps_product
+
+# Threads that a multiprocessor runs at a time, and the elements that each has in flight in a pass.
+THREADS = 2048
+PER_THREAD = 16
+
+
+def _pass(moved: float, elements: float, device: Device) -> Stage:
+    """Returns a pass of ours over so many elements, in tiles of at least 2048, all of which a
+    program has in flight."""
+    tile, needed = 2048, moved / device.passes
+    programs = max(1, math.ceil(elements / tile))
+    return Stage(needed, grid=Grid(programs, needed / programs, THREADS * PER_THREAD // tile))
+
+
+def column_sums(m: int, size: float) -> Stage:
+    """Returns PyTorch's sums of the columns of a matrix of `m` rows and so many bytes."""
+    return Stage(size, least=min(m, SHARED_ROWS) * SUMMED_ROW)
+
+
+def _loop(tile: tiles.Loop, programs: int, itemsizes: tuple[int, int], device: Device) -> Grid:
+    """Returns the grid of a loop over `V`. A program has its tiles of `V` in flight, all stages but
+    the one that it computes with; those of the other factor come from the cache. `itemsizes` are
+    those of `x` and `V`."""
+    x_size, v_size = itemsizes
+    v = tile.BLOCK_O * tile.BLOCK_R * v_size
+    step = v + tile.BLOCK_M * max(tile.BLOCK_O, tile.BLOCK_R) * x_size
+    deep = max(1, tile.num_stages - 1)
+    resident = min(THREADS // (32 * tile.num_warps), device.shared // (deep * step))
+    return Grid(programs, deep * v, max(1, resident))
+
 
 # --- linear layers -------------------------------------------------------------------------------
 
@@ -19,6 +49,10 @@ from .stages import Costs, Stage, convolution_sizes, keeps_product
 PRODUCT_LAUNCHES = 2
 # Our products of more rows than a pass takes reach this fraction of the rate. It is an assumption.
 PRODUCT_EFFICIENCY = 0.5
+# Sums of columns walk rows, each of which takes so many seconds: PyTorch's, which share more rows
+# than these among programs, and those that ride along with the pass over `dY`.
+SUMMED_ROW, RIDING_ROW = 1.25e-8, 7e-9
+SHARED_ROWS = 512
 # The vendor's products round the rows of `x` up to a multiple of this, except a single row.
 VENDOR_ROWS = 128
 
@@ -45,17 +79,23 @@ def triton_linear(call: Call, device: Device) -> Costs:
     dim, size = call.dim, max(x_size, v_size)
     rows = m if m == 1 else math.ceil(m / VENDOR_ROWS) * VENDOR_ROWS
 
-    def passes(moved: float) -> Stage:
-        return Stage(moved / device.passes)
+    def passes(moved: float) -> Stage:  # over activations
+        return _pass(moved, moved / x_size, device)
+
+    def weight_passes(moved: float) -> Stage:
+        return _pass(moved, n * k, device)
 
     product = Stage(x + y + w, 2.0 * rows * n * k, launches=PRODUCT_LAUNCHES)
-    form = passes(v + w)
+    ieee = x_size >= 4 and not call.tf32
+    sizes, architecture = (x_size, v_size), device.architecture
+    form, finish = weight_passes(v + w), weight_passes(w + 2 * v)
     late = fits_unscaled(call.x_dtype, call.v_dtype)
-    scale, sums, finish = passes(2 * (x if dim == 1 else y)), passes(y), passes(w + 2 * v)
+    scale = passes(2 * (x if dim == 1 else y))
+    sums = column_sums(m, y)
 
     forward = {"materialize": [form, product]}
     if late:
-        forward = {"scaled": [passes(v), product, scale]} | forward
+        forward = {"scaled": [weight_passes(v), product, scale]} | forward
     few = dim == 0 and m <= tiles.one_pass_rows(size)
     if few and not narrows_range(call.x_dtype, call.v_dtype):
         # A program has as many rows of `V` as leave no multiprocessor idle, or 16.
@@ -63,31 +103,39 @@ def triton_linear(call: Call, device: Device) -> Costs:
         tile = 64 if m <= 64 else 128
         taken_in = v / programs + (tile if size == 2 else m) * x_size * k
         intake = device.intake if size == 2 else device.wide_intake
-        products = 0.0 if x_size < 4 or call.tf32 else 2.0 * m * n * k / device.ieee
-        least = taken_in / intake
-        forward = {"one_pass": [Stage(x + v + y, products, least)]} | forward
+        products = 2.0 * m * n * k / device.ieee if ieee else 0.0
+        loop = tiles.one_pass(m, n, size, ieee, architecture, device.multiprocessors)
+        grid = _loop(loop, tiles.blocks(n, loop.BLOCK_O), sizes, device)
+        forward = {"one_pass": [Stage(x + v + y, products, taken_in / intake, 1, grid)]} | forward
 
     dx = [form, product]
-    if late:
-        dx = [product, scale] if dim == 1 else [scale, product]
-    backward = {"materialize": [form, product, product, sums, finish]}
     if late:  # the pass over `dY` sums its columns as well, for a few rows
-        bias = [sums] if dim == 1 or m > tiles.SUMMED_ROWS else []
-        backward = {"scaled": [*dx, *bias, product, finish]} | backward
+        rides = dim != 1 and m <= tiles.SUMMED_ROWS
+        over_dy = scale._replace(least=m * RIDING_ROW * rides)
+        dx = [product, scale] if dim == 1 else [over_dy, product]
+    backward = {"materialize": [form, product, product, sums, finish]}
+    if late:
+        backward = {"scaled": [*dx, *[sums] * (not rides), product, finish]} | backward
     if dim is not None and m <= tiles.one_pass_rows(size, grad=True):
         slices, walked = (k, y) if dim == 1 else (n, x)
-        programs = math.ceil(slices / tiles.grad_slices(m, slices, size))
+        loop = tiles.grad_one_pass(m, slices, size, architecture)
+        programs = tiles.blocks(slices, loop.BLOCK_O)
         busy = min(device.multiprocessors, programs)
         taken_in = 3 * v / busy + 2 * walked * programs / busy
-        products = 0.0 if x_size < 4 or call.tf32 else 8.0 * m * n * k
-        grad = Stage((x + y + 3 * v) / device.passes, products, taken_in / device.grad_intake)
+        products = 8.0 * m * n * k if ieee else 0.0
+        least, grid = taken_in / device.grad_intake, _loop(loop, programs, sizes, device)
+        grad = Stage((x + y + 3 * v) / device.passes, products, least, 1, grid)
         backward = {"one_pass": [*dx, grad]} | backward
     if few and keeps_product(call) and call.x_dtype != torch.float16:
-        splits = tiles.grads_splits(n, k, size, device.multiprocessors)
+        loop = tiles.grads(m, size, ieee, architecture)
+        splits = tiles.grads_splits(n, k, loop, device.multiprocessors)
         parts = 0.0 if splits == 1 else max(4.0, x_size) * splits * m * k
-        walk = Stage((2 * v + x + parts) / device.passes, 4.0 * m * n * k / PRODUCT_EFFICIENCY)
+        moved, products = 2 * v + x + parts, 4.0 * m * n * k / PRODUCT_EFFICIENCY
+        grid = _loop(loop, splits * tiles.blocks(k, loop.BLOCK_R), sizes, device)
+        walk = Stage(moved / device.passes, products, 0.0, 1, grid)
         added = [passes(parts + x)] if parts else []
-        backward = {"product": [passes(4 * y), walk, *added]} | backward
+        dots = passes(4 * y)._replace(least=m * RIDING_ROW)
+        backward = {"product": [dots, walk, *added]} | backward
     kept = [product, product, sums, finish]
     return Costs(forward, backward, device, device.rate(x_size, call.tf32), kept)
 

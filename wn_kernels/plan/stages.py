@@ -2,9 +2,10 @@
 
 Its time is estimated as
 
-    Σ launches · overhead + max(bytes / bandwidth, operations / rate, least)
+    Σ launches · overhead + max(bytes / (bandwidth · covered share), operations / rate, least)
 
-over its stages.
+over its stages. The share of the bandwidth that a stage covers is that of its bytes in flight in
+latency times bandwidth; those of a vendor's cover it.
 """
 
 from __future__ import annotations
@@ -16,6 +17,28 @@ from ..call import Call, Geometry
 from .devices import Device
 
 
+class Grid(NamedTuple):
+    """How the programs of a launch fill a GPU.
+
+    Attributes:
+        programs: how many there are.
+        flight: the bytes that a program has on their way from memory at a time.
+        resident: how many of them a multiprocessor holds at a time.
+    """
+
+    programs: int
+    flight: float
+    resident: int
+
+    def waves(self, device: Device) -> float:
+        """Returns how often the programs fill the machine."""
+        return self.programs / (self.resident * device.multiprocessors)
+
+    def in_flight(self, device: Device) -> float:
+        """Returns the bytes on their way from memory at a time."""
+        return min(self.programs, self.resident * device.multiprocessors) * self.flight
+
+
 class Stage(NamedTuple):
     """A stage is one launched operation of a candidate.
 
@@ -24,12 +47,28 @@ class Stage(NamedTuple):
         operations: what it computes.
         least: seconds that it takes whatever it moves and computes.
         launches: how many launches' overhead it has.
+        grid: how it fills a GPU, if it is a launch of ours there.
     """
 
     bytes: float
     operations: float = 0.0
     least: float = 0.0
     launches: int = 1
+    grid: Grid | None = None
+
+    def covers(self, device: Device) -> float:
+        """Returns the share of the device's bandwidth that its bytes in flight cover. There have to
+        be as many as arrive during the memory's latency, or all that there are."""
+        if self.grid is None:
+            return 1.0
+        needed = min(device.latency * device.bandwidth, self.bytes)
+        return min(1.0, self.grid.in_flight(device) / needed) if needed else 1.0
+
+
+def narrowest(stages: list[Stage], device: Device) -> Stage | None:
+    """Returns the launch of ours that covers the least of a GPU's bandwidth, if there is one."""
+    ours = (stage for stage in stages if stage.grid is not None)
+    return min(ours, key=lambda stage: stage.covers(device), default=None)
 
 
 def can_follow(forward: str, backward: str) -> bool:
@@ -50,12 +89,13 @@ class Costs(NamedTuple):
 
     def seconds(self, stages: list[Stage]) -> float:
         """Returns the estimated time of a candidate in seconds."""
+        return sum(self._seconds(stage) for stage in stages)
+
+    def _seconds(self, stage: Stage) -> float:
         device = self.device
-        return sum(
-            s.launches * device.overhead
-            + max(s.bytes / device.bandwidth, s.operations / self.rate, s.least)
-            for s in stages
-        )
+        moving = stage.bytes / (device.bandwidth * stage.covers(device))
+        computing = stage.operations / self.rate
+        return stage.launches * device.overhead + max(moving, computing, stage.least)
 
     def keeping_pays(self) -> bool:
         """Returns whether a training step that keeps `W`, if it is a candidate, is faster than one

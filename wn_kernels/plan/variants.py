@@ -14,6 +14,7 @@ from ..backends import vendor
 from ..call import Call
 from . import table
 from .costs import costs, scales_late
+from .devices import Device
 from .stages import can_follow, keeps_product
 
 Kept = Literal["", "product", "weight", "packed"]
@@ -100,11 +101,11 @@ def _is_small(call: Call) -> bool:
     return w <= max(input / 8, KEPT_WEIGHT)
 
 
-def by_cost(call: Call, backend: str) -> Plan:
-    """Returns the cheapest plan by the cost model."""
+def by_cost(call: Call, backend: str, device: Device | None = None) -> Plan:
+    """Returns the cheapest plan by the cost model, on the call's GPU by default."""
     if not call.x_shape or backend == "reference":  # there is only one plan
         return Plan(backend, "materialize", "materialize")
-    found = costs(call, backend)
+    found = costs(call, backend, device)
     forward, backward = found.cheapest()
     if found.keeping_pays() and _keepable(call, backend, forward, "materialize"):
         return Plan(backend, forward, "materialize", "weight")

@@ -38,11 +38,11 @@ class Target(NamedTuple):
 
     @property
     def is_hopper(self) -> bool:
-        return self.architecture == "cuda:90"
+        return self.architecture == tiles.HOPPER
 
     def stages(self, wanted: int) -> int:
-        """An AMD compute unit has 64 KiB of shared memory: two stages, never more."""
-        return min(wanted, 2) if self.is_amd else wanted
+        """As `tiles.stages`."""
+        return tiles.stages(wanted, self.architecture)
 
 
 _other: str | None = None
@@ -245,35 +245,9 @@ def finish(itemsize: int) -> FinishConfig:
 
 
 def one_pass(m: int, o: int, itemsize: int, ieee: bool, target: Target) -> MatmulConfig:
-    """A single row tile over the batch: bound by the bytes of `V`, so deep in flight and narrow
-    enough in `O` to occupy the machine. `itemsize` is the wider one of x's and V's, and `ieee` says
-    whether the product is computed without tensor cores.
-
-    Hopper's and Blackwell's tensor cores read both factors of a tile of at least 64 rows
-    themselves. On an H200 it takes less time than one of 16 rows, however few there are; its
-    configurations are the fastest of those measured there. Blackwell has a multiprocessor's memory
-    latency to fill with one program: more stages.
-    """
-    stages = target.stages(4 if itemsize < 8 else 2)
-    is_hopper = target.is_hopper
-    block_o = 32 if o <= 8192 else 64
-    if itemsize > 2:
-        if is_hopper and not ieee:
-            return MatmulConfig(64, block_o, 64, 4, stages)
-        return MatmulConfig(_up_to(m, 16, 32), block_o, 256 // itemsize, 4, stages)
-    if is_hopper and o <= 16 * target.multiprocessors:
-        return MatmulConfig(_up_to(m, 64, 128), 16, 128, 4, stages)
-    if m > 64:
-        if is_hopper and block_o == 64:
-            return MatmulConfig(128, 128, 128, 8, 3)
-        stages = target.stages(4 if block_o == 32 else 3)
-        return MatmulConfig(128, block_o, 64 if target.is_amd else 128, 8, stages)
-    if is_hopper:
-        return MatmulConfig(64, block_o, 128, 4, 5 if block_o == 32 else 3)
-    if target.architecture == "cuda:100":
-        block_o, stages = (32, 6) if o <= 4096 else (64, 4)
-        return MatmulConfig(16 if m <= 16 else 64, block_o, 128, 4, stages)
-    return MatmulConfig(_up_to(m, 16, 32, 64), block_o, 128, 4, stages)
+    """As `tiles.one_pass`."""
+    tile = tiles.one_pass(m, o, itemsize, ieee, target.architecture, target.multiprocessors)
+    return MatmulConfig(*tile)
 
 
 def split(config: MatmulConfig, itemsize: int) -> int:
@@ -285,37 +259,14 @@ def split(config: MatmulConfig, itemsize: int) -> int:
 
 
 def grad_one_pass(m: int, o: int, itemsize: int, target: Target) -> GradConfig:
-    """The recompute form of `dV`: the whole batch in one tile, few rows a program; deep in flight,
-    as it is bound by the bytes of `V` and `dV`. The tile of `dY` is read from shared memory for
-    every step: steps of twice the width halve that, where a tile of 16 rows leaves room."""
-    if itemsize == 8:
-        return GradConfig(_up_to(m, 16, 32), 16, 16, 4, 1)
-    if itemsize == 4:
-        return GradConfig(*((16, 16, 128) if m <= 16 else (32, 16, 64)), 4, target.stages(4))
-    if m <= 16:  # on an A100 twice the width spills
-        block_r = 128 if target.architecture == "cuda:80" else 256
-        # A Blackwell's loop of five stages with 64-bit indices is bound by issue slots.
-        stages = 4 if target.architecture == "cuda:100" else 5
-        return GradConfig(16, 16, block_r, 4, target.stages(stages))
-    block_o = tiles.grad_slices(m, o, itemsize)
-    if block_o == 64:  # a tile of four warps spills where Hopper's does not
-        warps = 4 if target.is_hopper else 8
-        return GradConfig(_up_to(m, 32, 64), block_o, 128, warps, target.stages(3))
-    return GradConfig(_up_to(m, 32, 64), block_o, 128, 4, target.stages(4))
+    """As `tiles.grad_one_pass`."""
+    return GradConfig(*tiles.grad_one_pass(m, o, itemsize, target.architecture))
 
 
-def grads(m: int, o: int, r: int, itemsize: int, target: Target) -> SplitConfig:
-    """`dX` and `dV` from one walk over `V`, of which a program has some columns: bound by the bytes
-    of `V` and `dV`, so deep in flight. `itemsize` is the wider one of x's and V's."""
-    block_m = _up_to(m, 16, 32, 64, 128)
-    block_o, block_r = tiles.grads(itemsize)
-    # What their products without asynchronous tensor cores hold would not fit the registers.
-    if (itemsize == 4 and block_m > 16) or (block_m == 128 and not target.is_hopper):
-        block_o //= 2
-    splits = tiles.grads_splits(o, r, itemsize, target.multiprocessors)
-    stages = target.stages(4 if itemsize == 2 else 3 if itemsize == 4 else 1)
-    warps = 8 if block_m == 128 else 4
-    return SplitConfig(block_m, block_o, block_r, warps, stages, splits)
+def grads(m: int, o: int, r: int, itemsize: int, ieee: bool, target: Target) -> SplitConfig:
+    """As `tiles.grads`."""
+    tile = tiles.grads(m, itemsize, ieee, target.architecture)
+    return SplitConfig(*tile, tiles.grads_splits(o, r, tile, target.multiprocessors))
 
 
 def scale(m: int, sums: bool) -> ScaleConfig:

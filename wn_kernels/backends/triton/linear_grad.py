@@ -252,12 +252,13 @@ def prepare_grads(
     dv, dx = torch.empty_like(v), unallocated(x.shape, x.dtype)
     (m, r), o = x.shape, len(v)
     if config is None:
-        config = configs.grads(m, o, r, max(x.element_size(), v.element_size()), target)
+        size = max(x.element_size(), v.element_size())
+        config = configs.grads(m, o, r, size, x.element_size() >= 4 and not tf32, target)
     if m > config.BLOCK_M:
         raise ValueError(f"the tile has {config.BLOCK_M} rows, got {m}")
     tiles_o = triton.cdiv(o, config.BLOCK_O)
     steps = triton.cdiv(tiles_o, config.splits)
-    splits = triton.cdiv(tiles_o, steps)
+    splits = triton.cdiv(tiles_o, steps)  # none of which is empty
     acc = torch.float64 if x.dtype == torch.float64 else torch.float32
     parts = unallocated((splits, dx.numel()), acc) if splits > 1 else dx
     launch = Launcher(
