@@ -33,7 +33,7 @@ def _autocast(input: Tensor) -> Tensor:
     return input
 
 
-# The functions that a call goes to first, by backend. Each takes the arguments of `_run`, and returns
+# By backend, the function that a call goes to first. It takes the arguments of `_run`, and returns
 # `None` for a call that it does not serve.
 _servers: dict[str, Callable[..., Tensor | None]] = {}
 native.memos.append(_servers)

@@ -11,8 +11,8 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import checkpoint
 
 import wn_kernels
-from tests.comparison import assert_matches, assert_same_bits
 from tests import library
+from tests.comparison import assert_matches, assert_same_bits
 from tests.compatibility.layers import LAYERS, made
 from wn_kernels.backends import native
 

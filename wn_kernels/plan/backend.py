@@ -171,8 +171,8 @@ _seen: tuple[Any, bool] = object(), False  # what a user has set, and what the s
 
 
 def _traces_backward() -> bool:
-    """Returns whether a compiler is set to trace the backward. Reading the setting takes up to 3 µs,
-    so it is read where a user has changed it."""
+    """Returns whether a compiler is set to trace the backward. The setting, which takes up to 3 µs
+    to read, is read again only if a user has changed it."""
     global _tracing, _seen
     dynamo = sys.modules.get("torch._dynamo")
     if dynamo is None:

@@ -146,7 +146,7 @@ class Pass:
         self._wanted = [None if i in self.spare else layout for i, layout in new]
         self._chosen = _chooser(self.results)
         self._taken = [
-            (function, _chooser(given), found, isinstance(function, Launcher))
+            (getattr(function, "launches", None), function, _chooser(given), found)
             for function, given, found in self.steps
         ]
         return self
@@ -160,16 +160,18 @@ class Pass:
         for layout in self.layouts if spare else self._wanted:
             held.append(None if layout is None else new(layout[0], layout[1], dtype=layout[2]))
         held.append(None)
-        for function, given, found, is_launcher in self._taken:
+        for launches, function, given, found in self._taken:
             arguments = given(held)
-            if is_launcher:
-                if seen or not function.launches(arguments):
+            if launches is not None:
+                if seen or not launches(arguments):
                     if not spare:  # the kernel is not compiled
                         return self(*tensors)
                     function(*arguments)
                 continue
-            for i, t in zip(found, function(*arguments), strict=True):
-                held[i] = t  # type: ignore[index]
+            results = function(*arguments)
+            if found:
+                for i, t in zip(found, results, strict=True):
+                    held[i] = t  # type: ignore[index]
         return self._chosen(held)
 
     def needs_no_python(self) -> bool:
