@@ -7,16 +7,17 @@ import torch
 pytest.importorskip("triton")
 
 import wn_kernels.functional as WF
+from tests import library
 from tests.comparison import assert_matches, assert_same_bits
 from wn_kernels import launched, prepare, use_backend
-from wn_kernels.backends import native, reference
+from wn_kernels.backends import reference
 from wn_kernels.backends.triton import launch
 
 
 @pytest.fixture(autouse=True)
 def served(monkeypatch):
     """Whether the node has served each call."""
-    monkeypatch.setattr(native, "library", lambda *callbacks: None)
+    library.hide(monkeypatch)
     launch.forget()
     real, found = launched.launched, []
 

@@ -190,12 +190,14 @@ def test_a_compiled_backward_needs_a_node_in_python():
     import torch._dynamo
 
     v = torch.randn(4, 3)
-    assert not plan.launches(v)
+    assert plan.prepares(v) == "native"
     with use_backend("triton"):
-        assert plan.launches(v)
+        assert plan.prepares(v) == "triton"
         with torch._dynamo.config.patch(compiled_autograd=True):
-            assert not plan.launches(v)
-        assert plan.launches(v)
+            assert plan.prepares(v) == ""
+            with torch.no_grad():
+                assert plan.prepares(v) == "triton"
+        assert plan.prepares(v) == "triton"
 
 
 @pytest.mark.parametrize("dim", [0, 1, None])

@@ -5,13 +5,14 @@ operands of PyTorch's products on the ATen path, and the kernels that Triton lau
 """
 
 from contextlib import contextmanager
+from random import Random
 
 import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
 import wn_kernels
-from tests.comparison import Case, ConvCase
+from tests.comparison import DIMS, FLOATS, LAYOUTS, Case, ConvCase
 from wn_kernels import plan, prepare, tuning, use_backend
 from wn_kernels.backends import aten, native
 
@@ -42,6 +43,39 @@ CASES = {
     "up, outputs": ConvCase(1, 64, 32, (9,), (8,), 1, transposed=True, stride=4),
 }
 LATE = ("scaled", "input", "output")
+
+
+def drawn(seed):
+    """A random call: of any kind, in any dtypes, along any `dim`, in any layout."""
+    random = Random(seed)
+    x_dtype, v_dtype = (random.choice(FLOATS) for _ in range(2))
+    if random.random() < 0.5:
+        v_dtype = x_dtype
+    common = {"bias": random.random() < 0.5, "seed": seed}
+    if random.random() < 0.5:
+        sizes = random.choice([1, 7, 40, 300]), random.randint(2, 300), random.randint(2, 90)
+        layout = random.choice(LAYOUTS)
+        return Case(*sizes, random.choice(DIMS), x_dtype, v_dtype, layout=layout, **common)
+    rank, groups, transposed = random.randint(1, 2), random.choice([1, 1, 2]), random.random() < 0.3
+    channels = [groups * random.randint(1, 24) for _ in range(2)]
+    sizes = tuple(random.randint(4, 9) for _ in range(rank))
+    return ConvCase(
+        random.randint(1, 3),
+        *channels,
+        sizes,
+        (random.randint(1, 4),) * rank,
+        random.choice([0, 1, 2, None]),
+        x_dtype,
+        v_dtype,
+        transposed=transposed,
+        groups=groups,
+        stride=random.randint(1, 2),
+        layout=random.choice(["contiguous", "channels-last"]) if rank == 2 else "contiguous",
+        **common,
+    )
+
+
+CASES |= {f"drawn {seed}": drawn(seed) for seed in range(40)}
 
 
 def described(case):

@@ -12,7 +12,7 @@ Reparameterization to Accelerate Training of Deep Neural Networks*, 2016, equati
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -40,16 +40,19 @@ def _library() -> Any:
     return native.library(plan_native, operators.launches)
 
 
-def _server(v: Tensor) -> Any:
-    """Returns the function that a call with the weight `v` goes to first, or `None`. It takes the
-    arguments of `_run`, and returns `None` for a call that it does not serve."""
-    backend = plan.prepares(v)
-    if not backend:
-        return None
+# By backend, the function that a call goes to first. It takes the arguments of `_run`, and returns
+# `None` for a call that it does not serve.
+_servers: dict[str, Callable[..., Tensor | None]] = {}
+native.memos.append(_servers)
+
+
+def _find_server(backend: str) -> Callable[..., Tensor | None]:
     library = _library()
-    if backend == "native":
-        return library and library.computed
-    return (library or launched).launched
+    if backend == "triton":
+        _servers[backend] = (library or launched).launched
+    else:
+        _servers[backend] = library.computed if library else lambda *_: None
+    return _servers[backend]
 
 
 def _run(
@@ -64,8 +67,8 @@ def _run(
 ) -> Tensor:
     """Runs every call. `rank` is the number of spatial dimensions of a convolution, 0 for a linear
     layer, and `None` for the weight alone, which has no `x`."""
-    serve = _server(v)
-    if serve is not None:
+    if backend := plan.prepares(v):
+        serve = _servers.get(backend) or _find_server(backend)
         y = serve(rank, x, v, g, bias, geometry, dim, eps)
         if y is not None:
             return y

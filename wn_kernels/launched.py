@@ -53,8 +53,6 @@ def launched(
         )
         or recorder(v)
         or torch._C._is_any_autocast_enabled()
-        or not are_dense(v if x is None else x, v, g, bias)
-        or not g.is_contiguous()
     ):
         return None
     launches = _launches(rank or 0, (x, v, g, bias), geometry, dim, eps)
@@ -66,7 +64,7 @@ def launched(
         or (x is not None and x.requires_grad)
         or (bias is not None and bias.requires_grad)
     ):
-        return _forward(launches, x, v, g, bias)[0]
+        return _forward(launches, x, v, g, bias, False)[0]
     if not launches.keeps:
         return _apply(x, v, g, bias, launches)
     assert launches.weight is not None
@@ -82,19 +80,23 @@ def _launches(
 ) -> Launches | None:
     """Returns what is prepared for a call, or `None` where the rest of the package serves it."""
     x, v, g, bias = tensors
-    key: tuple = (
-        *(rank, geometry, dim, eps, v.get_device()),
-        *(v.shape, v.stride(), v.dtype, g.shape, g.dtype),
-        None if bias is None else (bias.shape, bias.stride(), bias.dtype),
-    )
-    if x is not None:
-        tf32 = takes_tf32(x.dtype, "conv" if rank else "matmul")
-        key = (*key, x.shape, x.stride(), x.dtype, tf32)
+    key: tuple
     try:
+        key = (
+            *(rank, geometry, dim, eps, v.device, g.device),
+            *(v.shape, v.stride(), v.dtype, g.shape, g.stride(), g.dtype),
+        )
+        if bias is not None:
+            key = (*key, bias.shape, bias.stride(), bias.dtype, bias.device)
+        if x is not None:
+            tf32 = takes_tf32(x.dtype, "conv" if rank else "matmul")
+            key = (*key, None, x.shape, x.stride(), x.dtype, x.device, tf32)
         found = _prepared.get(key, _prepared)
-    except TypeError:  # an option cannot be hashed
+    except (TypeError, RuntimeError):  # an option cannot be hashed, or a tensor has no strides
         return None
     if found is _prepared:
+        if not are_dense(v if x is None else x, v, g, bias) or not g.is_contiguous():
+            return None
         found = operators.launches(rank, tensors, geometry, dim, eps)
         if len(_prepared) >= _MOST:
             _prepared.clear()
@@ -117,7 +119,7 @@ class Launched(torch.autograd.Function):
     ) -> Tensor:
         needs = ctx.needs_input_grad
         keep = needs[0] if launches.conv is not None else needs[1] or needs[2]
-        y, n, kept = _forward(launches, x, v, g, bias, keep)
+        y, n, kept = _forward(launches, x, v, g, bias, True, keep)
         ctx.save_for_backward(x, v, g, bias, n, kept)
         ctx.launches = launches
         return y
@@ -153,21 +155,23 @@ def _forward(
     v: Tensor,
     g: Tensor,
     bias: Tensor | None,
+    records: bool,
     keep: bool = False,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """`(y, n, kept)`, where `y` is `W` without `x`."""
+) -> tuple[Tensor, Any, Tensor | None]:
+    """`(y, n, kept)`, where `y` is `W` without `x`. The norms may be `None` unless the call is
+    recorded."""
     if launches.forms_forward:
         assert launches.weight is not None
-        w, n, _ = _forward(launches.weight, None, v, g, None)
+        w, n, _ = _forward(launches.weight, None, v, g, None, records)
         return _product(launches, x, w, bias), n, None
     keep = keep and launches.keeping is not None
     run = launches.keeping if keep else launches.run
     if run is None:
         return *launches.forward(x, v, g, bias), None
     if x is None:
-        return *run(v, g), None
+        return *run(v, g, spare=records), None
     is_flat = launches.conv is not None or x.ndim == 2
-    y, n, *more = run(x if is_flat else rows_of(x), v, g, bias)
+    y, n, *more = run(x if is_flat else rows_of(x), v, g, bias, spare=records)
     y = y if is_flat else y.view(*x.shape[:-1], len(v))
     return y, n, more[0] if keep else None
 
@@ -176,7 +180,7 @@ def _formed(launches: Launches, v: Tensor, g: Tensor) -> Tensor:
     """`W`, as part of the graph, by the launches of the weight alone."""
     if v.requires_grad or g.requires_grad:
         return _apply(None, v, g, None, launches)
-    return _forward(launches, None, v, g, None)[0]
+    return _forward(launches, None, v, g, None, False)[0]
 
 
 def _weight_of(launches: Launches, x: Tensor | None, v: Tensor, g: Tensor) -> Weight | None:
@@ -244,7 +248,7 @@ def _backward_of_convolution(
     weight, conv = launches.weight, launches.conv
     assert weight is not None
     assert conv is not None
-    w = _forward(weight, None, v, g, None)[0] if needs_x else v.to(x.dtype)
+    w = _forward(weight, None, v, g, None, False)[0] if needs_x else v.to(x.dtype)
     dx, dw, db = vendor.convolution_grads(dy, x, w, conv, needs_x, needs_weight, needs_bias)
     dv = dg = None
     if dw is not None:

@@ -62,7 +62,7 @@ def call() -> Canvas:
         c.text(x + 114, 164, head, "head", "middle")
     steps = (
         (
-            ("library.linear", "call.h"),
+            ("library.computed", "library.cpp"),
             ("planned()", "the plan by shapes and options"),
             ("linear_forward", "linear.h"),
             ("Linear", "the node of the graph"),

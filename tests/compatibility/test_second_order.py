@@ -11,6 +11,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import checkpoint
 
 import wn_kernels
+from tests import library
 from tests.comparison import assert_matches, assert_same_bits
 from tests.compatibility.layers import LAYERS, made
 from wn_kernels.backends import native
@@ -23,7 +24,7 @@ def serving(backend, monkeypatch):
     if "native" in backend:
         native.build()
         return wn_kernels.use_backend("triton" if "triton" in backend else "auto")
-    monkeypatch.setattr(native, "library", lambda *callbacks: None)
+    library.hide(monkeypatch)
     return wn_kernels.use_backend(backend)
 
 

@@ -171,21 +171,24 @@ def prepares(v: Tensor) -> str:
     return "triton"
 
 
-# What was read of the setting, and what it was then. Reading takes up to 3 µs.
-_setting: tuple[Any, bool] = object(), False
+_tracing: Any = None  # the entry of the compiler's setting
+_seen: tuple[Any, bool] = object(), False  # what a user has set, and what the setting was then
 
 
 def _traces_backward() -> bool:
-    """Returns whether a compiler is set to trace the backward."""
-    global _setting
+    """Returns whether a compiler is set to trace the backward. The setting, which takes up to 3 µs
+    to read, is read again only if a user has changed it."""
+    global _tracing, _seen
     dynamo = sys.modules.get("torch._dynamo")
     if dynamo is None:
         return False
     try:
-        changed = dynamo.config._config["compiled_autograd"].user_override
+        if _tracing is None:
+            _tracing = dynamo.config._config["compiled_autograd"]
+        changed = _tracing.user_override
         changed = changed.get() if isinstance(changed, ContextVar) else changed
     except (AttributeError, KeyError):  # another version of torch
         return dynamo.config.compiled_autograd
-    if changed is not _setting[0]:
-        _setting = changed, dynamo.config.compiled_autograd
-    return _setting[1]
+    if changed is not _seen[0]:
+        _seen = changed, dynamo.config.compiled_autograd
+    return _seen[1]

@@ -12,6 +12,7 @@ import torch
 pytest.importorskip("triton")
 
 import wn_kernels.functional as WF
+from tests import library
 from tests.comparison import Case, ConvCase, assert_matches, assert_same_bits
 from wn_kernels import operators, plan, prepare, use_backend
 from wn_kernels.backends import native, reference, vendor
@@ -39,7 +40,7 @@ def way(request, monkeypatch):
     native.build()
     launch.forget()
     if request.param == "python":
-        monkeypatch.setattr(native, "library", lambda *callbacks: None)
+        library.hide(monkeypatch)
 
     def closed(*_):
         raise AssertionError("no node served the call")

@@ -193,3 +193,27 @@ print(json.dumps([made(), made(), sorted({c.kernel.name for l in launchers()
     assert first == second
     assert len(first) == 5
     assert names == sorted({each[0] for each in first})
+
+
+def test_norms_that_nobody_reads():
+    """Without gradients, a compiled kernel gets the address zero for the norms, by the library and
+    without it. It is the kernel of a training step."""
+    found, kernels = compiled("""
+from wn_kernels import prepare
+from wn_kernels.backends import native
+
+def has_norms(grad):
+    with stand_in.launches() as launches, torch.set_grad_enabled(grad):
+        WF.weight_norm(v, g)
+    (only,) = launches
+    return any(only.parameters[3])
+
+found = []
+for _ in range(2):
+    found.append([has_norms(grad) for grad in (True, False, True, False)])
+    native.library = lambda *callbacks: None
+    prepare.forget()
+print(json.dumps([found, sum(len(l.compiled) for l in launchers())]))
+""")
+    assert found == [[True, False, True, False]] * 2
+    assert kernels == 1

@@ -141,6 +141,7 @@ def build() -> Path:
     except OSError as error:
         raise RuntimeError(f"the native library cannot be built as {path}: {error}") from error
     _loaded.cache_clear()
+    forget()
     return path
 
 

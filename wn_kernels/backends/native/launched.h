@@ -230,7 +230,7 @@ class Launched : public torch::autograd::Node {
     } else if (again) {
       out = recorded(given, x, v, g, n, needs, *weight);
     } else {
-      const bool observed = launches_->is_observed();
+      const bool observed = is_observed();
       if (dy.defined()) out = launches_->backward(dy, x, v, g, bias, n, kept, needs, observed);
       if (dw.defined()) {
         const Needs of_weight{false, needs[1], needs[2], false};
@@ -244,6 +244,11 @@ class Launched : public torch::autograd::Node {
   }
 
  private:
+  bool is_observed() const {
+    const py::gil_scoped_acquire gil;
+    return launches_->is_observed();
+  }
+
   // What forms W alone in V's dtype, and its gradients; null where Python does.
   Prepared weight_alone(const Tensor& v, const Tensor& g) const {
     const py::gil_scoped_acquire gil;
@@ -255,7 +260,7 @@ class Launched : public torch::autograd::Node {
   variable_list recorded(
       const LayerGrads& given, const Tensor& x, const Tensor& v, const Tensor& g, const Tensor& n,
       const Needs& needs, Launches& weight) const {
-    const bool observed = launches_->is_observed();
+    const bool observed = is_observed();
     Tensor dx, own = x.defined() ? Tensor() : given.dy, db;
     if (x.defined() && given.dy.defined()) {
       Tensor w = v.detach();  // without dX, its values play no part

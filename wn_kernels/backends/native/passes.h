@@ -102,8 +102,8 @@ class Observation {
     }
   }
 
+  // Called with the GIL.
   bool operator()() const {
-    const py::gil_scoped_acquire gil;
     for (const auto& sign : signs_) {
       const auto value = py::reinterpret_steal<py::object>(PyObject_GetAttr(sign.owner, sign.name));
       if (!value) throw py::error_already_set();

@@ -40,8 +40,16 @@ for _name in ("launch_enter_hook", "launch_exit_hook"):
         SIGNS.append((_chain, "calls", _chain.calls))
 
 
+_PLACES = [(owner, name) for owner, name, _ in SIGNS]
+_USUAL = [[] if isinstance(usual, list) else usual for _, _, usual in SIGNS]
+
+
 def is_watched() -> bool:
     """Whether something observes launches that it could not see from here."""
+    return [getattr(owner, name) for owner, name in _PLACES] != _USUAL and _is_unusual()
+
+
+def _is_unusual() -> bool:
     for owner, name, usual in SIGNS:
         value = getattr(owner, name)
         if (value is not usual and value is not None) or (value.__class__ is list and value):

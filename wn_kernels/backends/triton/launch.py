@@ -9,11 +9,13 @@ prepared (`remembered`).
 
 from __future__ import annotations
 
+import functools
 import math
+import operator
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -102,7 +104,7 @@ class Launcher:
         count = len(kernel.arg_names) - len(constants)
         self.tensors = kernel.arg_names[:count]
         self.values = tuple(constants[name] for name in kernel.arg_names[count:])
-        # By the tensors whose addresses are no multiples of 16 bytes: bit i stands for tensor i.
+        # By `_unaligned`.
         self.compiled: dict[int, compiled.Compiled] = {}
 
     def __call__(self, *tensors: Any) -> None:
@@ -111,38 +113,53 @@ class Launcher:
             _recorded.append(Launch(self.kernel, self.grid, arguments, **self.options))
         elif self.is_empty:
             pass
-        elif self.device < 0 or self.device == _current_device():
-            self._launch(tensors)
+        elif compiled.is_watched():
+            with self._on_device():
+                self._launch_by_triton(tensors)
+        elif not self.launches(tensors):
+            with self._on_device(), _compiling:  # once, whichever thread comes first
+                self._compile(tensors)
+
+    def launches(self, tensors: Sequence[Any]) -> bool:
+        """Launches what is compiled for such addresses, seen by nobody, and returns whether it is.
+        For `None`, the kernel gets the address 0."""
+        addresses = [0 if t is None else t.data_ptr() for t in tensors]
+        launch = self.compiled.get(_unaligned(addresses))
+        if launch is None:
+            return False
+        if self.device < 0 or self.device == _current_device():
+            launch(addresses)
         else:
             with torch.cuda.device(self.device):
-                self._launch(tensors)
+                launch(addresses)
+        return True
 
-    def _launch(self, tensors: tuple[Any, ...]) -> None:
-        bits = unaligned = 0
-        addresses = [t.data_ptr() for t in tensors]
-        for address in addresses:
-            bits |= address
-        if bits & 15:
-            unaligned = sum(1 << i for i, address in enumerate(addresses) if address & 15)
-        launch = self.compiled.get(unaligned)
-        if launch is None:
-            with _compiling:  # once, whichever thread comes first
-                self._compile(tensors, unaligned)
-        elif compiled.is_watched():
-            self._launch_by_triton(tensors)
-        else:
-            launch(addresses)
+    def _on_device(self) -> AbstractContextManager[Any]:
+        return nullcontext() if self.device < 0 else torch.cuda.device(self.device)
 
     def _launch_by_triton(self, tensors: tuple[Any, ...]) -> Any:
         return self.kernel[self.grid](*tensors, **self.constants, **self.options)
 
-    def _compile(self, tensors: tuple[Any, ...], unaligned: int) -> None:
+    def _compile(self, tensors: tuple[Any, ...]) -> None:
         """Launches by Triton, and keeps what it compiled."""
         result = self._launch_by_triton(tensors)
+        unaligned = _unaligned([t.data_ptr() for t in tensors])
         if unaligned not in self.compiled and not compiled.is_watched():
             launch = compiled.launcher(result, self.grid, self.device, self.values)
             if launch is not None:
                 self.compiled[unaligned] = launch
+
+
+def _unaligned(addresses: list[int]) -> int:
+    """The addresses that are no multiples of 16 bytes: bit i stands for address i."""
+    if not functools.reduce(operator.or_, addresses, 0) & 15:
+        return 0
+    return sum(1 << i for i, address in enumerate(addresses) if address & 15)
+
+
+def is_seen() -> bool:
+    """Whether launches are recorded, or observed by something that would not see them from here."""
+    return _recorded is not None or compiled.is_watched()
 
 
 # --- preparing -----------------------------------------------------------------------------------

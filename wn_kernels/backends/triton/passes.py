@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import Any, ClassVar
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from ...call import Geometry
 from ..vendor import channel_sums, convolution_grads
-from .launch import Launcher
+from .launch import Launcher, is_seen
 
 Layout = tuple[Sequence[int], Sequence[int], torch.dtype]  # shape, strides, dtype
 Indices = tuple[int | None, ...]  # of tensors; `None` for no tensor
@@ -86,7 +87,17 @@ class Pass:
             is zero, and no step reads them.
     """
 
-    __slots__ = ("_names", "arguments", "layouts", "results", "spare", "steps")
+    __slots__ = (
+        "_chosen",
+        "_names",
+        "_taken",
+        "_wanted",
+        "arguments",
+        "layouts",
+        "results",
+        "spare",
+        "steps",
+    )
 
     def __init__(self, *arguments: str) -> None:
         self.arguments = len(arguments)
@@ -131,23 +142,47 @@ class Pass:
         """The pass itself, whose results are the tensors of these names, `None` for no tensor."""
         self.results = tuple(self._names[name] for name in names)
         self.spare = frozenset(self._names[name] for name in spare)
+        new = enumerate(self.layouts, self.arguments)
+        self._wanted = [None if i in self.spare else layout for i, layout in new]
+        self._chosen = _chooser(self.results)
+        self._taken = [
+            (getattr(function, "launches", None), function, _chooser(given), found)
+            for function, given, found in self.steps
+        ]
         return self
 
-    def __call__(self, *tensors: Any) -> tuple[Any, ...]:
+    def __call__(self, *tensors: Any, spare: bool = True) -> tuple[Any, ...]:
+        """The results; those that are spare may be `None` if `spare` is false."""
+        seen = is_seen()
+        spare = spare or seen
         held = [*tensors]
         new = tensors[0].new_empty_strided
-        for layout in self.layouts:
+        for layout in self.layouts if spare else self._wanted:
             held.append(None if layout is None else new(layout[0], layout[1], dtype=layout[2]))
-        for function, given, found in self.steps:
-            results = function(*[None if i is None else held[i] for i in given])
+        held.append(None)
+        for launches, function, given, found in self._taken:
+            arguments = given(held)
+            if launches is not None:
+                if seen or not launches(arguments):
+                    if not spare:  # the kernel is not compiled
+                        return self(*tensors)
+                    function(*arguments)
+                continue
+            results = function(*arguments)
             if found:
                 for i, t in zip(found, results, strict=True):
                     held[i] = t  # type: ignore[index]
-        return _chosen(held, self.results)
+        return self._chosen(held)
 
     def needs_no_python(self) -> bool:
         """Whether the native library can take every step: launches, and operations of PyTorch's."""
         return all(isinstance(function, Launcher | Operation) for function, _, _ in self.steps)
+
+
+def _chooser(indices: Indices) -> Callable[[Sequence[Any]], tuple[Any, ...]]:
+    """As `_chosen`, for values the last of which is `None`."""
+    at = [-1 if i is None else i for i in indices]
+    return itemgetter(*at) if len(at) > 1 else lambda values: tuple([values[i] for i in at])
 
 
 def _chosen(values: Sequence[Any], indices: Indices) -> tuple[Any, ...]:
