@@ -43,3 +43,16 @@ def test_convert_hifigan():
     assert result.eager.losses[-1] < result.eager.losses[0]
     assert len(result.folded) == 78
     assert result.change < 1e-5
+
+
+def test_streaming_vocoder():
+    """Chunk by chunk, every way to run the model makes the sound of the whole spectrogram, and the
+    frozen model follows an optimizer."""
+    pytest.importorskip("transformers")
+    path = Path(__file__).parent.parent / "examples" / "streaming_vocoder.py"
+    result = runpy.run_path(str(path))["main"](chunks=8)
+    assert [row.name for row in result.rows] == ["eager", "fused", "frozen", "folded"]
+    for row in result.rows:
+        assert row.error < 1e-5
+        assert min(row.first, row.later, row.ratio) > 0
+    assert result.followed
