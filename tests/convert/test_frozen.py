@@ -214,8 +214,21 @@ def test_changes_are_noticed(name, change, count):
         assert not count
 
 
+def test_no_tensor_gets_a_parameter_s_address():
+    """Otherwise another `.data` could be where the values were that the weight was computed from."""
+    layer, x = made("conv1d")
+    with torch.no_grad(), frozen_weights(layer):
+        layer(x)
+        addresses = {p.data_ptr() for p in parameters(layer)}
+        for p in parameters(layer):
+            p.data = p.data * 2
+        others = [torch.empty_like(p) for p in parameters(layer) for _ in range(256)]
+        assert not addresses & {t.data_ptr() for t in others}
+        assert_is_current(layer, x)
+
+
 def test_a_move():
-    """To another dtype, and to another device, which has another dtype's address by no chance."""
+    """To another dtype and to another device."""
     layer, x = made("conv2d")
     with torch.no_grad(), frozen_weights(layer):
         layer(x)
