@@ -32,7 +32,7 @@ from torch.nn.utils import parametrize
 from .. import functional as WF
 from .. import plan, prepare
 from ..call import PLAIN_TYPES, Operands
-from . import kept, reading
+from . import reading
 
 # The hooks of saved tensors that are in effect, or `None`.
 _saving = torch._C._autograd._top_saved_tensors_default_hooks
@@ -100,13 +100,7 @@ class Entry:
         records = torch.is_grad_enabled()
         cast = autocast_dtype(x)
         dtype = x.dtype if cast is None or x.dtype is torch.float64 else cast
-        key = x.shape, dtype, records, plan.forced(), prepare.epoch
-        known = self.member.shares
-        shares = known.get(key)
-        if shares is None:
-            if len(known) >= MOST_SHAPES:
-                known.clear()
-            shares = known[key] = _shares(self.member.module, x, v, g, bias, dtype)
+        shares = _pays(self.member.shares, self.member.module, x, v, g, bias, dtype)
         if not shares or (bias is not None and bias.dtype is not dtype and cast is None):
             return None
         self.is_taken = True
@@ -136,6 +130,26 @@ def _saved_by() -> Any:
     """Returns the function that saves tensors for the backward, if it is not PyTorch's own."""
     hooks = _saving(True) if torch.is_grad_enabled() else None
     return hooks and hooks[0]
+
+
+def _pays(
+    known: dict[Any, bool],
+    module: Any,
+    x: Tensor,
+    v: Tensor,
+    g: Tensor,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+) -> bool:
+    """Returns whether the plan has the weight of a layer prepared for this input. `known` are the
+    answers for former inputs."""
+    key = x.shape, dtype, torch.is_grad_enabled(), plan.forced(), prepare.epoch
+    found = known.get(key)
+    if found is None:
+        if len(known) >= MOST_SHAPES:
+            known.clear()
+        found = known[key] = _shares(module, x, v, g, bias, dtype)
+    return found
 
 
 def _shares(
@@ -180,10 +194,14 @@ _state = _State()
 def take(module: Any, x: Tensor, v: Tensor, g: Tensor, bias: Tensor | None) -> Tensor | None:
     """Returns the `W` that was prepared for this call of a layer, or `None`."""
     is_traced = is_compiling()
-    if not is_traced and module._store is not None:
-        w = kept.for_product(module, x, v, g)
-        if w is not None:
-            return w
+    store = None if is_traced else module._store
+    if store is not None and isinstance(x, Tensor):
+        dtype = WF.product_dtype(x) if torch._C._is_any_autocast_enabled() else x.dtype
+        # On a CPU, a product with few columns that reads V once may be faster than PyTorch's.
+        if not v.is_cpu or _pays(store.pays, module, x, v, g, bias, dtype):
+            w = store.get(module, "weight", v, g, dtype)
+            if w is not None:
+                return w
     if parametrize._cache_enabled:
         return reading.cached_for_product(module, x, v)
     if is_traced:
