@@ -400,6 +400,20 @@ def test_cached_parametrizations(calls):
     assert calls == []
 
 
+def test_the_report_says_what_is_grouped():
+    model = Net()
+    report = wn_kernels.fuse(model, grouped=True)
+    notes = {line.name: line.note for line in report}
+    assert notes["first"].startswith("grouped: ")
+    model = nn.Sequential(wn_kernels.WNLinear(4096, 4096))
+    (line,) = wn_kernels.fuse(model, grouped=True)
+    assert line.note.startswith("of this package; ")
+    text = wn_kernels.explain(model, (1, 4096))
+    assert "In a group a forward " in text
+    with pytest.raises(TypeError, match="WNLinear is weight-normed itself"):
+        wn_kernels.fuse(model[0], grouped=True)
+
+
 def test_the_end_of_a_group(calls):
     _, grouped = nets()
     wn_kernels.fuse(grouped)
