@@ -304,9 +304,11 @@ class Table:
         addresses = addresses_of(lists, self._members)
         known = None if captures or base is not None else self._known.get(addresses)
         if known is None:
-            numbers = torch.frombuffer(bytearray(addresses), dtype=torch.int64)
-            aligned = not (numbers % 16).any()
-            known = on_device(numbers - at.data_ptr(), beside, captures), aligned
+            numbers, first = array("q", addresses), at.data_ptr()
+            aligned = not any(number % 16 for number in numbers)
+            bytes_from = array("q", [number - first for number in numbers])
+            places = torch.frombuffer(bytes_from, dtype=torch.int64)
+            known = on_device(places, beside, captures), aligned
             if captures:
                 _captured.append(table)
             elif base is None:
