@@ -116,3 +116,16 @@ def test_compare_norms_is_written(tmp_path):
     assert page.endswith("after")
     assert "| perceptron, 64 | WN | 0.965 ± 0.007 | 0.032 | 3 of 7 | 1.00 |" in page
     assert len(list((tmp_path / "images").iterdir())) == 4
+
+
+def test_streaming_vocoder():
+    """Chunk by chunk, every way to run the model makes the sound of the whole spectrogram, and the
+    frozen model follows an optimizer."""
+    pytest.importorskip("transformers")
+    path = Path(__file__).parent.parent / "examples" / "streaming_vocoder.py"
+    result = runpy.run_path(str(path))["main"](chunks=8)
+    assert [row.name for row in result.rows] == ["eager", "fused", "frozen", "folded"]
+    for row in result.rows:
+        assert row.error < 1e-5
+        assert min(row.first, row.later, row.ratio) > 0
+    assert result.followed

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from . import autograd, grouped, launched, operators, plan
 from .backends import aten, native, reference
@@ -204,10 +205,15 @@ def weight_norms(
     for name, each in (("dim", dims), ("eps", least), ("dtype", dtypes)):
         if len(each) != len(v):
             raise ValueError(f"{name} has {len(each)} values, but v has {len(v)} tensors")
+    options = tuple(dims), tuple(least), tuple(dtypes)
+    if not is_compiling() and (library := _library()):
+        w = grouped.weights(library, v, g, *options)
+        if w is not None:
+            return w
     members, scales = [], []
-    for i, options in enumerate(zip(v, g, dims, least, dtypes, strict=True)):
+    for i, arguments in enumerate(zip(v, g, *options, strict=True)):
         try:
-            member, shape = prepare_member(v[0], *options)
+            member, shape = prepare_member(v[0], *arguments)
         except (TypeError, ValueError) as error:
             raise type(error)(f"weight {i}: {error}") from None
         members.append(member)
@@ -216,12 +222,7 @@ def weight_norms(
 
 
 def _weights(v: list[Tensor], g: list[Tensor], members: tuple[Member, ...]) -> Sequence[Tensor]:
-    """Runs a checked call of a group."""
-    if plan.prepares(v[0]) == "native" and (library := _library()):
-        options = zip(*members, strict=True)
-        w = library.weight_norms(v, g, *map(list, options))
-        if w is not None:
-            return w
+    """Runs a checked call of a group that the native library does not serve."""
     records = {recorder(t) for t in (*v, *g)}
     backend = "composite" in records and not plan.is_forced() and "reference"
     backend = backend or plan.choose_backend(v[0])

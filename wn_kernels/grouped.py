@@ -22,9 +22,10 @@ from torch import Tensor
 
 from . import plan as plans
 from .autograd import ONLY_WEIGHT, Weight, recorded_grads
-from .backends import foreach
+from .backends import foreach, native
 from .call import Member, Operands, kept_shape, recorder, scale_dtype
 from .operators import laid_out_like, library, register
+from .prepare import prepare_member
 
 
 class Group(NamedTuple):
@@ -37,6 +38,72 @@ class Group(NamedTuple):
     def only(self, indices: Sequence[int]) -> Group:
         """Returns the group of some of the weights."""
         return self._replace(members=tuple([self.members[i] for i in indices]))
+
+
+# --- by the native library -----------------------------------------------------------------------
+
+_MOST = 1024  # groups whose checked options are kept
+
+# What was checked, by layouts and options: the options of every weight in canonical form, and what
+# launches its kernels.
+_known: dict[Any, tuple[tuple[Member, ...], Any]] = {}
+native.memos.append(_known)
+
+
+def weights(
+    library: Any,
+    v: list[Tensor],
+    g: list[Tensor],
+    dims: tuple[Any, ...],
+    eps: tuple[Any, ...],
+    dtypes: tuple[Any, ...],
+) -> list[Tensor] | None:
+    """Returns every `W` as an output of a node of the library, which computes it on a CPU, and
+    launches its kernels on a GPU. The result is `None` where the rest of the package serves the
+    call, or rejects it.
+    """
+    first = v[0]
+    backend = plans.prepares(first) if isinstance(first, Tensor) else ""
+    if not backend:
+        return None
+    layouts = library.layouts(v + g)
+    if layouts is None:
+        return None
+    key = layouts, dims, eps, dtypes, backend
+    try:
+        known = _known.get(key)
+    except TypeError:  # an option cannot be hashed
+        return None
+    if known is None:
+        every = zip(v, g, dims, eps, dtypes, strict=True)
+        try:
+            checked = [prepare_member(first, *each) for each in every]
+        except (TypeError, ValueError):
+            return None
+        if any(t.shape != shape for t, (_, shape) in zip(g, checked, strict=True)):
+            return None
+        members = tuple([member for member, _ in checked])
+        prepared = None
+        if backend == "triton":
+            if not all(t.is_contiguous() for t in g):
+                return None
+            from .backends.triton.group import Prepared
+
+            prepared = Prepared(v, g, members)
+        if len(_known) >= _MOST:
+            _known.clear()
+        known = _known[key] = members, prepared
+    members, prepared = known
+    if prepared is None:
+        return library.weight_norms(v, g, *map(list, zip(*members, strict=True)))
+    with torch.no_grad():
+        w, n = prepared(v, g)
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (*v, *g)):
+        return library.record(w, v, g, n, [m.eps for m in members], prepared.grads)
+    return w
+
+
+# --- by Python -----------------------------------------------------------------------------------
 
 
 def weight_norms(group: Group, v: Sequence[Tensor], g: Sequence[Tensor]) -> Sequence[Tensor]:

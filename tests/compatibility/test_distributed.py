@@ -102,6 +102,40 @@ def fsdp(rank, dim, options):
     check(grads, dim, torch.bfloat16 if options else torch.float32)
 
 
+def frozen(rank, dim, options):
+    """A sharded model is left out of `frozen_weights`, also where it is unsharded on entry, and
+    follows a step between two calls. A replicated one is not left out, and follows as well."""
+    sharded = options["sharded"]
+    net = network(dim)
+    if sharded:
+        fully_shard(net, mesh=init_device_mesh("cpu", (WORLD,)), reshard_after_forward=False)
+    else:
+        net = DistributedDataParallel(net)
+    x, y = data()
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.5)
+    with torch.no_grad():
+        before = net(x)
+    with wn_kernels.frozen_weights(net) as names:
+        assert len(names) == (0 if sharded else 3)
+        for _ in range(2):
+            with torch.no_grad():
+                net(x)
+            loss_of(net, x, y).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        with torch.no_grad():
+            after = net(x)
+    twin = network(dim).double()
+    optimizer = torch.optim.SGD(twin.parameters(), lr=0.5)
+    for _ in range(2):
+        with wn_kernels.use_backend("reference"):
+            loss_of(twin, x.double(), y.double()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert (after - before).norm() > 0.1 * before.norm()
+    assert_matches(after, twin(x.double()).detach(), torch.float32, 64, roundings=8)
+
+
 def tensor_parallel(rank, dim, options):
     """Outputs, gradients, and how often processes talk: forward, then backward."""
     layer = wn_kernels.WNLinear(8, 6, dim=dim)
@@ -169,6 +203,11 @@ MIXED = {"mp_policy": MixedPrecisionPolicy(torch.bfloat16, torch.float32)}
 )
 def test_as_one_process(run, options, dim, tmp_path):
     processes.run(tmp_path, run, dim, options)
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_frozen_weights(sharded, tmp_path):
+    processes.run(tmp_path, frozen, 0, {"sharded": sharded})
 
 
 @pytest.mark.parametrize("dim", [0, 1, None])

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.utils import parametrizations, parametrize, prune
@@ -25,6 +26,13 @@ from tests.convert.layers import NORMALISE, Doubled, Scaled, Twice
 from tests.convert.test_removal import output, subject
 from wn_kernels import frozen_weights, plan, use_backend
 from wn_kernels.modules import kept as keeping
+from wn_kernels.modules import prepared
+
+
+@pytest.fixture(autouse=True)
+def _paying(monkeypatch):
+    """The inputs are so small that the planner may compute without a weight."""
+    monkeypatch.setattr(prepared, "_shares", lambda *_: True)
 
 
 @pytest.fixture
@@ -140,10 +148,35 @@ def test_a_kept_call_plans_nothing():
         "WeightNormMixin._operands",
         "WeightNormMixin._prepared_weight",
         "take",
-        "for_product",
+        "_pays",
+        "forced",
         "Store.get",
         "like",
     }
+
+
+def test_what_is_faster_without_a_weight(monkeypatch):
+    """Where the planner has a better way than PyTorch's product with a weight that is there, a call
+    takes it, as outside of the block. Other inputs take the weight."""
+    monkeypatch.undo()
+    layer = wn_kernels.WNLinear(1024, 512)
+    row, rows = torch.randn(1, 1024), torch.randn(256, 1024)
+    choices = {1: False, 256: True}
+    monkeypatch.setattr(plan, "shares", lambda call, *_: choices[call.x_shape[0]])
+    products = []
+    linear = F.linear
+
+    def counted(x, *arguments):
+        if x.dtype == torch.float32:  # not that of the reference
+            products.append(len(x))
+        return linear(x, *arguments)
+
+    monkeypatch.setattr(F, "linear", counted)
+    with torch.no_grad(), frozen_weights(layer):
+        for _ in range(2):
+            assert_is_current(layer, row)
+            assert_is_current(layer, rows)
+    assert products == [256, 256]
 
 
 # --- changes -------------------------------------------------------------------------------------
@@ -214,8 +247,21 @@ def test_changes_are_noticed(name, change, count):
         assert not count
 
 
+def test_no_tensor_gets_a_parameter_s_address():
+    """Otherwise another `.data` could be where the values of the kept weight were."""
+    layer, x = made("conv1d")
+    with torch.no_grad(), frozen_weights(layer):
+        layer(x)
+        addresses = {p.data_ptr() for p in parameters(layer)}
+        for p in parameters(layer):
+            p.data = p.data * 2
+        others = [torch.empty_like(p) for p in parameters(layer) for _ in range(256)]
+        assert not addresses & {t.data_ptr() for t in others}
+        assert_is_current(layer, x)
+
+
 def test_a_move():
-    """To another dtype, and to another device, which has another dtype's address by no chance."""
+    """To another dtype and to another device."""
     layer, x = made("conv2d")
     with torch.no_grad(), frozen_weights(layer):
         layer(x)

@@ -12,6 +12,7 @@ from tests.comparison import assert_matches
 from tests.compatibility.layers import LAYERS, made, reference
 from wn_kernels import use_backend
 from wn_kernels.backends import vendor
+from wn_kernels.modules import prepared
 
 USES = 3
 
@@ -109,9 +110,10 @@ def test_gradients_after_a_call_without(name, first):
     assert y.norm() > 0
 
 
-def test_frozen_and_cached():
+def test_frozen_and_cached(monkeypatch):
     """The kept weight serves calls without gradients, also of later blocks, and the cached one
     those that need them."""
+    monkeypatch.setattr(prepared, "_shares", lambda *_: True)
     layer, x = made("conv1d")
     with wn_kernels.frozen_weights(layer):
         kept = []

@@ -91,6 +91,15 @@ class _Fused:
         """Returns `(g, v)`."""
         return parts(self._holder(name), self._norms[name])
 
+    def _normalisation(self: Any) -> tuple[int | None, float]:
+        """Returns `(dim, eps)`."""
+        return self._norms["weight"].dim, 0.0
+
+    def _held(self: Any) -> tuple[dict[str, Any], str, str]:
+        """Returns where `g` and `v` are held: a dictionary and their keys."""
+        norm = self._norms["weight"]
+        return self._holder("weight")._parameters, norm.key_g, norm.key_v
+
     def _operands(self: Any) -> Operands | None:
         """Returns the operands of our `forward`, or `None` if it has to use the weight as a
         tensor."""

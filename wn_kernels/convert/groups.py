@@ -23,14 +23,14 @@ from . import fused
 def groupable(model: nn.Module) -> Iterator[nn.Module]:
     """Yields the layers that can compute with a weight that was formed elsewhere."""
     for module in model.modules():
-        if isinstance(module, WeightNormMixin) or is_layer(module):
+        if is_groupable(module):
             yield module
 
 
-def is_layer(module: Any) -> bool:
-    """Returns whether a module is a fused layer that has the `forward` of one of ours."""
+def is_groupable(module: Any) -> bool:
+    """Returns whether a module is a layer of ours, or a fused one with the `forward` of one."""
     if not fused.is_fused(module):
-        return False
+        return isinstance(module, WeightNormMixin)
     return fused.known_layer(module.plain, *fused.norms(module)) is not None
 
 

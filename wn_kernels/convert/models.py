@@ -11,7 +11,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
@@ -47,7 +47,9 @@ class Layer:
         path: the backend and the variants (forward/backward) that `plan` picks for a nominal input
             of 1024 rows or pixels. It is the backend and `weight` if this package computes only the
             weight, and empty if the tensor was left alone.
-        note: why a tensor was left alone, or not fused in full.
+        note: why a tensor was left alone, or not fused in full. In a grouped model it also states
+            whether the layer takes the group's weight for the nominal input in a training step,
+            with the times that the cost model estimates.
     """
 
     name: str
@@ -103,28 +105,48 @@ def _own(module: Any) -> tuple[str, ...]:
     return module._normed() if isinstance(module, NormedWeights) else ()
 
 
+def _nominal(module: Any, v: torch.Tensor, dim: Any) -> Call:
+    """Returns the call of a layer with a nominal input."""
+    if v.ndim == 2:
+        return Call(torch.Size((NOMINAL, v.shape[1])), v.shape, v.dtype, v.dtype, dim)
+    rank = v.ndim - 2
+    conv = Geometry(
+        module.stride,
+        (0,) * rank,
+        module.dilation,
+        module.transposed,
+        module.output_padding,
+        module.groups,
+    )
+    reach = [d * (t - 1) for d, t in zip(conv.dilation, v.shape[2:], strict=True)]
+    size = round(NOMINAL ** (1 / rank))
+    x_shape = torch.Size((1, module.in_channels, *(size + r for r in reach)))
+    return Call(x_shape, v.shape, v.dtype, v.dtype, dim, conv)
+
+
 def _path(module: Any, v: torch.Tensor, dim: Any) -> str:
     """Returns what `plan` picks for a nominal input."""
     backend = plan.serving(v, dim)
     if backend == "reference":
         return f"{backend}: weight"
-    if v.ndim == 2:
-        call = Call(torch.Size((NOMINAL, v.shape[1])), v.shape, v.dtype, v.dtype, dim)
-    else:
-        rank = v.ndim - 2
-        conv = Geometry(
-            module.stride,
-            (0,) * rank,
-            module.dilation,
-            module.transposed,
-            module.output_padding,
-            module.groups,
-        )
-        reach = [d * (t - 1) for d, t in zip(conv.dilation, v.shape[2:], strict=True)]
-        size = round(NOMINAL ** (1 / rank))
-        x_shape = torch.Size((1, module.in_channels, *(size + r for r in reach)))
-        call = Call(x_shape, v.shape, v.dtype, v.dtype, dim, conv)
-    return f"{backend}: {plan.choose(call, backend)}"
+    return f"{backend}: {plan.choose(_nominal(module, v, dim), backend)}"
+
+
+def _in_group(module: Any) -> str:
+    """Returns the note of a layer of a grouped model, for a nominal input in a training step."""
+    v, (dim, _) = module._tensors("weight")[1], module._normalisation()
+    backend = plan.serving(v, dim)
+    if is_lazy(v) or backend == "reference":
+        return "its own weight"
+    call = _nominal(module, v, dim)
+    picked = plan.choose(call, backend)
+    seconds = plan.shared_seconds(call, picked, True)
+    if seconds is None:
+        return "its own weight: PyTorch has no product for it"
+    own, shared = (f"{each * 1e6:.0f}" for each in seconds)
+    if plan.shares(call, picked, True):
+        return f"grouped: {shared} µs, {own} by itself"
+    return f"its own weight: {own} µs, {shared} grouped"
 
 
 # --- whole models --------------------------------------------------------------------------------
@@ -166,6 +188,8 @@ def fuse(model: nn.Module, dry_run: bool = False, grouped: bool = False) -> Repo
             lines.append(_line(prefix, module, tensor, v, module.dim, "", "of this package"))
         for tensor, original, what in _others(module):
             lines.append(_line(prefix, module, tensor, original, None, "", what))
+    if grouped:
+        lines = [_noted(model, line) for line in lines]
     report = Report(lines)
     if not dry_run:
         groups.ungroup(model)
@@ -174,6 +198,17 @@ def fuse(model: nn.Module, dry_run: bool = False, grouped: bool = False) -> Repo
     if not dry_run and any(line.path for line in report) and not _load_hooks(model):
         model.register_load_state_dict_pre_hook(_load_all_or_nothing)
     return report
+
+
+def _noted(model: nn.Module, line: Layer) -> Layer:
+    """Returns the line of a report with what a group makes of the layer."""
+    try:
+        module = model.get_submodule(line.name)
+    except AttributeError:  # a tensor that is not named `weight`
+        return line
+    if not groups.is_groupable(module):
+        return line
+    return replace(line, note="; ".join(filter(None, (line.note, _in_group(module)))))
 
 
 def _load_all_or_nothing(model: Any, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:

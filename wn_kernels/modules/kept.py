@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import functional as WF
 from ..backends import vendor
 from ..call import PLAIN_TYPES, recorder
 from . import reading
@@ -49,11 +48,14 @@ class Store:
     Attributes:
         blocks: the number of blocks that the layer is in. At zero, nothing is kept any more.
         kept: the weights by name, and those of a name by dtype, on a GPU by dtype and stream.
+        pays: whether PyTorch's product with a kept weight is the fastest for an input
+            (`prepared.py`).
     """
 
     def __init__(self) -> None:
         self.blocks = 0
         self.kept: dict[str, dict[Any, Kept]] = {}
+        self.pays: dict[Any, bool] = {}
 
     def __reduce__(self) -> tuple:
         return type(None), ()
@@ -112,15 +114,6 @@ def _can_keep(v: Tensor, g: Tensor, dtype: torch.dtype) -> bool:
         and dtype.is_floating_point
         and not (v.is_cpu and (dtype in vendor.SLOW or vendor.is_wrong_for(dtype, v.ndim)))
     )
-
-
-def for_product(module: Any, x: Tensor, v: Tensor, g: Tensor) -> Tensor | None:
-    """Returns the weight that a layer in a block keeps for a product with `x`, in the dtype of the
-    product, or `None`."""
-    if not isinstance(x, Tensor):
-        return None
-    dtype = WF.product_dtype(x) if torch._C._is_any_autocast_enabled() else x.dtype
-    return module._store.get(module, "weight", v, g, dtype)
 
 
 # --- for frozen_weights --------------------------------------------------------------------------

@@ -8,14 +8,17 @@ layer that runs meanwhile, on the same thread, takes its weight. In the backward
 all members are one node.
 
 A weight is used only where it is what the layer would compute itself. Otherwise the layer computes
-its own, as if there were no group: outside of the model's forward; if `g` or `v` is another tensor
-than at the start, or was written to; if gradients are recorded now and were not then, or by other
-hooks of saved tensors, as inside of a checkpoint; in another dtype than that of the input; and
-where the plan has a better way for this input than a formed weight (`plan.shares`).
+its own, as if there were no group:
 
-A group computes the weights that the forward before took, in the dtypes in which it took them.
-Where hooks save tensors, it computes all weights in the usual dtypes: a checkpoint of the model
-compares what two forwards save.
+- outside of the model's forward;
+- if `g` or `v` is another tensor than at the start, or was written to;
+- in another mode than at the start: of gradients, of inference, of autocast, or of hooks that save
+  tensors, as inside of a checkpoint;
+- if its input has another dtype than the weight;
+- where the plan has a better way for this input than a formed weight (`plan.shares`).
+
+A group computes the weights that the forward before used. Where hooks save tensors it computes all
+weights, because a checkpoint of the model compares what two forwards save.
 """
 
 from __future__ import annotations
@@ -32,117 +35,142 @@ from torch.nn.utils import parametrize
 from .. import functional as WF
 from .. import plan, prepare
 from ..call import PLAIN_TYPES, Operands
-from . import kept, reading
+from . import reading
 
 # The hooks of saved tensors that are in effect, or `None`.
 _saving = torch._C._autograd._top_saved_tensors_default_hooks
-
 
 # The inputs of a layer for which its decision is kept.
 MOST_SHAPES = 256
 
 
-class Member:
-    """A layer of a group.
+# Whether gradients are recorded, whether inference mode is on, what saves tensors, and the dtype
+# that autocast gives to the input of a layer.
+Mode = tuple[bool, bool, Any, torch.dtype | None]
+
+
+def _mode(device: torch.device) -> Mode:
+    records = torch.is_grad_enabled()
+    hooks = _saving(True) if records else None
+    cast = None
+    if torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(device.type):
+        cast = torch.get_autocast_dtype(device.type)
+    return records, torch.is_inference_mode_enabled(), hooks and hooks[0], cast
+
+
+class Forward:
+    """A forward of a group's model that is in progress.
 
     Attributes:
-        module: the layer.
-        is_taken: whether the forward before took the weight, or would have.
-        dtypes: the dtype of the weight by autocast's, or by `None` without autocast, where it is
-            not the usual one.
-        shares: whether the plan has the weight formed by the group, by the input's shape and dtype,
-            by whether gradients are recorded, and by what else a plan depends on.
+        group: the group.
+        outer: the forward around it, or `None`.
+        modes: the modes at the start, by device.
+        v, g: the tensors of all layers at the start, `None` for one that is not torch's own.
+        weights: every `W`, or `None` if it was not computed.
+        versions: the version counters of `v` and `g`.
+        used: whether a layer used its weight, or would have.
     """
 
-    def __init__(self, module: Any) -> None:
-        self.module = module
-        self.is_taken = True
-        self.dtypes: dict[torch.dtype | None, torch.dtype] = {}
-        self.shares: dict[Any, bool] = {}
+    __slots__ = ("g", "group", "modes", "outer", "used", "v", "versions", "weights")
 
-    def dtype(self, v: Tensor, is_usual: bool = True) -> torch.dtype:
-        """Returns the dtype of the weight in the next forward, the usual one if that is asked
-        for."""
-        cast = autocast_dtype(v)
-        found = None if is_usual else self.dtypes.get(cast)
-        return found or (v.dtype if cast is None or v.dtype is torch.float64 else cast)
+    def __init__(self, group: Group, outer: Forward | None) -> None:
+        self.group, self.outer = group, outer
+        self.v, self.g = (_plain(parameters) for parameters in group.parameters)
+        self.versions = [*map(_versions, self.v, self.g)]
+        self.weights: list[Tensor | None] = [None] * len(self.v)
+        self.used = [False] * len(self.v)
+        self.modes: dict[torch.device, Mode] = {}
+        if not parametrize._cache_enabled:
+            self._compute()
 
+    def _compute(self) -> None:
+        by_device: dict[torch.device, list[int]] = {}
+        for i, (v, g) in enumerate(zip(self.v, self.g, strict=True)):
+            if v is not None and g is not None:
+                by_device.setdefault(v.device, []).append(i)
+        for device, members in by_device.items():
+            mode = self.modes[device] = _mode(device)
+            used = self.group.used
+            wanted = members if mode[2] else [i for i in members if used[i]]
+            if wanted:
+                v, g = ([each[i] for i in wanted] for each in (self.v, self.g))
+                cast = mode[3]
+                dtypes = [t.dtype if cast is None or t.dtype is torch.float64 else cast for t in v]
+                dims, eps = ([each[i] for i in wanted] for each in self.group.options)
+                weights = WF.weight_norms(v, g, dim=dims, eps=eps, dtype=dtypes)
+                for i, w in zip(wanted, weights, strict=True):
+                    self.weights[i] = w
 
-def autocast_dtype(t: Tensor) -> torch.dtype | None:
-    """Returns the dtype that autocast gives to a layer's input on the device of `t`, or `None`."""
-    kind = t.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-
-
-class Entry:
-    """What a forward holds of a member.
-
-    Attributes:
-        weight: `W`, or `None` if it was not computed.
-        tensors: `v` and `g` at the start, and their version counters.
-        is_taken: as in `Member`, of this forward.
-    """
-
-    __slots__ = ("is_taken", "member", "saving", "tensors", "versions", "weight")
-
-    def __init__(self, member: Member) -> None:
-        self.member = member
-        self.weight: Tensor | None = None
-        self.tensors: tuple[Tensor, Tensor] | None = None
-        self.versions = (0, 0)
-        self.saving: Any = None
-        self.is_taken = False
-
-    def take(self, x: Tensor, v: Tensor, g: Tensor, bias: Tensor | None) -> Tensor | None:
-        """Returns the weight for an input, if it is what the layer would compute."""
-        if type(x) not in PLAIN_TYPES or _saved_by() is not self.saving:
+    def take(self, i: int, x: Tensor, v: Tensor, g: Tensor, bias: Tensor | None) -> Tensor | None:
+        """Returns the weight of a layer for an input, if it is what the layer would compute."""
+        mode = _mode(x.device)
+        if type(x) not in PLAIN_TYPES or mode != self.modes.get(x.device):
             return None
-        records = torch.is_grad_enabled()
-        cast = autocast_dtype(x)
+        records, _, _, cast = mode
         dtype = x.dtype if cast is None or x.dtype is torch.float64 else cast
-        key = x.shape, dtype, records, plan.forced(), prepare.epoch
-        known = self.member.shares
-        shares = known.get(key)
+        if cast is None and bias is not None and bias.dtype is not dtype:
+            return None
+        group = self.group
+        key = x.shape, dtype, records
+        shares = group.shares[i].get(key)
         if shares is None:
-            if len(known) >= MOST_SHAPES:
-                known.clear()
-            shares = known[key] = _shares(self.member.module, x, v, g, bias, dtype)
-        if not shares or (bias is not None and bias.dtype is not dtype and cast is None):
+            shares = group.decide(i, key, x, v, g, bias)
+        if not shares:
             return None
-        self.is_taken = True
-        w = self.weight
-        if w is None or self.tensors is None:
-            return None
-        if w.dtype is not dtype:
-            self.member.dtypes[cast] = dtype
-            return None
-        if self.tensors[0] is not v or self.tensors[1] is not g or _versions(v, g) != self.versions:
-            return None
-        if w.is_inference():
-            return w if torch.is_inference_mode_enabled() else None
-        if records and not w.requires_grad and (v.requires_grad or g.requires_grad):
+        self.used[i] = True
+        w = self.weights[i]
+        if (
+            w is None
+            or w.dtype is not dtype
+            or v is not self.v[i]
+            or g is not self.g[i]
+            or self.versions[i] != _versions(v, g)
+            or (records and not w.requires_grad and (v.requires_grad or g.requires_grad))
+        ):
             return None
         return w
 
 
-def _versions(v: Tensor, g: Tensor) -> tuple[int, int]:
+def _plain(parameters: list[tuple[dict[str, Any], str]]) -> list[Any]:
+    """Returns parameters, and `None` for one that is missing or not of torch's own kind."""
+    found = [own.get(key) for own, key in parameters]
+    return [t if type(t) in PLAIN_TYPES else None for t in found]
+
+
+def _versions(v: Any, g: Any) -> tuple[int, int]:
     """Returns the version counters, which tensors of inference mode do not have."""
-    if v.is_inference() or g.is_inference():
+    try:
+        return v._version, g._version
+    except (AttributeError, RuntimeError):
         return 0, 0
-    return v._version, g._version
 
 
-def _saved_by() -> Any:
-    """Returns the function that saves tensors for the backward, if it is not PyTorch's own."""
-    hooks = _saving(True) if torch.is_grad_enabled() else None
-    return hooks and hooks[0]
+def _pays(
+    known: dict[Any, bool],
+    module: Any,
+    x: Tensor,
+    v: Tensor,
+    g: Tensor,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+) -> bool:
+    """Returns whether the plan has the weight of a layer prepared for this input. `known` are the
+    answers for former inputs."""
+    key = x.shape, dtype, torch.is_grad_enabled(), plan.forced(), prepare.epoch
+    found = known.get(key)
+    if found is None:
+        if len(known) >= MOST_SHAPES:
+            known.clear()
+        found = known[key] = _shares(module, x, v, g, bias, dtype)
+    return found
 
 
 def _shares(
     module: Any, x: Tensor, v: Tensor, g: Tensor, bias: Tensor | None, dtype: torch.dtype
 ) -> bool:
     """Returns whether the plan has the weight of a layer formed by a group, for this input."""
-    backend = plan.serving(v, module_dim(module))
+    dim, eps = module._normalisation()
+    backend = plan.serving(v, dim)
     if backend == "reference":
         return False
     like = x if x.dtype is dtype else torch.empty_like(x, dtype=dtype, device="meta")
@@ -154,24 +182,19 @@ def _shares(
         rank, geometry = v.ndim - 2, (module.stride, padding, module.dilation, *more)
     try:
         tensors = Operands(like, v, g, bias)
-        found = prepare.prepare(rank, tensors, geometry, module_dim(module), 0.0, backend)
+        found = prepare.prepare(rank, tensors, geometry, dim, eps, backend)
     except (TypeError, ValueError):  # the layer raises it, if it is an error there too
         return False
     return plan.shares(found.call, found.plan, torch.is_grad_enabled())
 
 
-def module_dim(module: Any) -> int | None:
-    """Returns the dimension whose slices a layer normalises."""
-    return module._operands()[3]
-
-
-# --- the weights of a forward --------------------------------------------------------------------
+# --- the forwards in progress --------------------------------------------------------------------
 
 
 class _State(threading.local):
-    """The forwards in progress on a thread."""
+    """The innermost forward in progress on a thread, or `None`."""
 
-    entries: dict[int, Entry] = {}  # noqa: RUF012 (replaced, never written to)
+    forward: Forward | None = None
 
 
 _state = _State()
@@ -180,16 +203,25 @@ _state = _State()
 def take(module: Any, x: Tensor, v: Tensor, g: Tensor, bias: Tensor | None) -> Tensor | None:
     """Returns the `W` that was prepared for this call of a layer, or `None`."""
     is_traced = is_compiling()
-    if not is_traced and module._store is not None:
-        w = kept.for_product(module, x, v, g)
-        if w is not None:
-            return w
+    store = None if is_traced else module._store
+    if store is not None and isinstance(x, Tensor):
+        dtype = WF.product_dtype(x) if torch._C._is_any_autocast_enabled() else x.dtype
+        # On a CPU, a product with few columns that reads V once may be faster than PyTorch's.
+        if not v.is_cpu or _pays(store.pays, module, x, v, g, bias, dtype):
+            w = store.get(module, "weight", v, g, dtype)
+            if w is not None:
+                return w
     if parametrize._cache_enabled:
         return reading.cached_for_product(module, x, v)
     if is_traced:
         return module._traced
-    entry = _state.entries.get(id(module))
-    return None if entry is None else entry.take(x, v, g, bias)
+    forward = _state.forward
+    while forward is not None:
+        i = forward.group.index.get(id(module))
+        if i is not None:
+            return forward.take(i, x, v, g, bias)
+        forward = forward.outer
+    return None
 
 
 def like(bias: Tensor | None, w: Tensor) -> Tensor | None:
@@ -202,68 +234,77 @@ class Group:
 
     Attributes:
         model: the model. A copy of it has a group of its own, over its own layers.
-        members: the layers.
+        modules: the layers.
+        used: whether the forward before used the weight of a layer, or would have.
+        index: the index of a layer by its `id`.
+        parameters: where every `v` is held, and every `g`: a dictionary and a key.
+        options: the lists of every `dim` and `eps`.
+        shares: whether the plan has the weight of a layer formed by the group, by the input's
+            shape, the dtype of the product, and whether gradients are recorded.
     """
 
     def __init__(self, model: nn.Module, modules: Iterable[nn.Module]) -> None:
         self.model = model
-        self.members = [Member(module) for module in modules]
+        self.modules: list[Any] = [*modules]
+        self.used = [True] * len(self.modules)
+        self._find()
+
+    def _find(self) -> None:
+        self.index = {id(module): i for i, module in enumerate(self.modules)}
+        held = [module._held() for module in self.modules]
+        self.parameters = [(own, v) for own, _, v in held], [(own, g) for own, g, _ in held]
+        options = [module._normalisation() for module in self.modules]
+        self.options = [dim for dim, _ in options], [eps for _, eps in options]
+        self._epoch: Any = None
+        self.shares: list[dict[Any, bool]] = [{} for _ in self.modules]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"model": self.model, "modules": self.modules, "used": self.used}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
 
     def begin(self) -> None:
         """Computes the weights for a forward of the model."""
         if is_compiling():
             self._trace()
             return
-        saving = _saved_by()
-        entries = {}
-        by_device: dict[torch.device, list[Any]] = {}
-        for member in self.members:
-            entry = entries[id(member.module)] = Entry(member)
-            entry.saving = saving
-            is_wanted = (member.is_taken or saving) and not parametrize._cache_enabled
-            operands = member.module._operands() if is_wanted else None
-            if operands is None:
-                continue
-            v, g, _, dim, eps = operands
-            if type(v) in PLAIN_TYPES and type(g) in PLAIN_TYPES:
-                entry.tensors, entry.versions = (v, g), _versions(v, g)
-                given = entry, v, g, dim, eps, member.dtype(v, saving is not None)
-                by_device.setdefault(v.device, []).append(given)
-        for every in by_device.values():
-            taken, v, g, dims, eps, dtypes = map(list, zip(*every, strict=True))
-            weights = WF.weight_norms(v, g, dim=dims, eps=eps, dtype=dtypes)
-            for entry, weight in zip(taken, weights, strict=True):
-                entry.weight = weight
-        outer = _state.entries
-        _state.entries = _Entries(outer, {**outer, **entries})
+        if "index" not in self.__dict__:  # a copy, whose layers are complete by now
+            self._find()
+        epoch = plan.forced(), prepare.epoch
+        if epoch != self._epoch:
+            self._epoch = epoch
+            self.shares = [{} for _ in self.modules]
+        _state.forward = Forward(self, _state.forward)
 
     def end(self) -> None:
         """Drops the weights, also after an exception."""
         if is_compiling():
-            for member in self.members:
-                object.__setattr__(member.module, "_traced", None)
+            for module in self.modules:
+                object.__setattr__(module, "_traced", None)
             return
-        entries = _state.entries
-        assert isinstance(entries, _Entries)
-        _state.entries = entries.outer
-        for member in self.members:
-            member.is_taken = entries[id(member.module)].is_taken
+        forward = _state.forward
+        assert forward is not None
+        _state.forward = forward.outer
+        self.used = forward.used
+
+    def decide(
+        self, i: int, key: Any, x: Tensor, v: Tensor, g: Tensor, bias: Tensor | None
+    ) -> bool:
+        """Returns whether the plan has the weight of a layer formed by the group, for an input, and
+        keeps the answer. The key has the dtype of the product."""
+        known = self.shares[i]
+        if len(known) >= MOST_SHAPES:
+            known.clear()
+        known[key] = _shares(self.modules[i], x, v, g, bias, key[1])
+        return known[key]
 
     def _trace(self) -> None:
         """Computes the weights of a forward that is compiled."""
-        members = [] if parametrize._cache_enabled else self.members
-        found = [(m.module, m.module._operands()) for m in members]
+        found = [(module, module._operands()) for module in self.modules]
         given = [(module, *operands) for module, operands in found if operands is not None]
         if not given:
             return
         modules, v, g, _, dims, eps = map(list, zip(*given, strict=True))
         for module, w in zip(modules, WF.weight_norms(v, g, dim=dims, eps=eps), strict=True):
             object.__setattr__(module, "_traced", w)
-
-
-class _Entries(dict[int, Entry]):
-    """The entries of a forward, with those of the forwards around it."""
-
-    def __init__(self, outer: dict[int, Entry], entries: dict[int, Entry]) -> None:
-        super().__init__(entries)
-        self.outer = outer

@@ -169,6 +169,14 @@ class NormedWeights(nn.Module):
         g, v = checkpoints.keys("weight_norm", name)
         return getattr(self, g), getattr(self, v)
 
+    def _normalisation(self) -> tuple[int | None, float]:
+        """Returns `(dim, eps)`."""
+        return self.dim, self.eps
+
+    def _held(self) -> tuple[dict[str, Any], str, str]:
+        """Returns where `g` and `v` are held: a dictionary and their keys."""
+        return self._parameters, "weight_g", "weight_v"
+
     def _own_class(self) -> type:
         """Returns the layer's class without the subclass that `_expose` adds."""
         return type(self).__bases__[0] if "_is_exposed" in vars(type(self)) else type(self)

@@ -18,7 +18,7 @@ from .backend import (
     triton_unavailable,
     use_backend,
 )
-from .variants import KEPT_WEIGHT, Plan, by_cost, choices, choose, key, shares
+from .variants import KEPT_WEIGHT, Plan, by_cost, choices, choose, key, shared_seconds, shares
 
 __all__ = [
     "BACKENDS",
@@ -38,6 +38,7 @@ __all__ = [
     "prepares",
     "rates",
     "serving",
+    "shared_seconds",
     "shares",
     "table",
     "triton_unavailable",

@@ -151,28 +151,35 @@ def choose(call: Call, backend: str) -> Plan:
 LAUNCHED = 13e-6, 33e-6
 
 
-def shares(call: Call, plan: Plan, records: bool) -> bool:
-    """Returns whether a layer is better off with a `W` that is formed together with those of other
-    layers than with its own plan, in a training step (`records`) or in a forward alone.
+def shared_seconds(call: Call, plan: Plan, records: bool) -> tuple[float, float] | None:
+    """Returns the estimated seconds of a layer with its own plan, and with a `W` that is formed
+    together with those of other layers, in a training step (`records`) or in a forward alone. The
+    result is `None` if PyTorch's product with a formed `W` cannot serve the call.
 
-    With a formed `W`, PyTorch's product is left, which is the variant `materialize` without its
-    first launch. A layer of its own costs the processor more, on a GPU.
+    With a formed `W`, that product is left, which is the variant `materialize` without its first
+    launch. A layer of its own costs the processor more, on a GPU.
     """
     if not plan.forward or not call.x_shape:
-        return False
+        return None
     launches = plan.backend == "triton"
     if call.conv and not launches and vendor.is_wrong_for(call.x_dtype, len(call.v_shape)):
-        return False
+        return None
     found = costs(call, plan.backend)
     forward, backward = (way.get("materialize") for way in (found.forward, found.backward))
     if forward is None or backward is None:
-        return False
+        return None
     own = found.seconds(found.forward[plan.recorded if records else plan.forward])
     with_weight = found.seconds(forward[1:])
     if records:
         own += found.seconds(found.backward[plan.backward])
         with_weight += found.seconds(found.kept or backward[1:])
-    return with_weight <= own + (LAUNCHED[records] if launches else 0.0)
+    return own + (LAUNCHED[records] if launches else 0.0), with_weight
+
+
+def shares(call: Call, plan: Plan, records: bool) -> bool:
+    """Returns whether a layer of a group takes the `W` that the group forms."""
+    seconds = shared_seconds(call, plan, records)
+    return seconds is not None and seconds[1] <= seconds[0]
 
 
 def key(call: Call) -> str:

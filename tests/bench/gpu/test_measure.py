@@ -294,7 +294,7 @@ def test_host(measured, monkeypatch):
     names = ["plain", "eager", "ours"]
     assert [list(line["seconds"]) for line in others] == [
         *(names, names),
-        *([*names, "frozen"], names),
+        *([*names, "grouped", "frozen"], [*names, "grouped"]),
     ]
 
 
@@ -314,10 +314,10 @@ def test_models(measured, monkeypatch):
     monkeypatch.setattr(models.ModelRunner, "check", lambda run: (checked.append(run), check(run)))
     found = measured("models", models.main)
     assert [line["case"]["precision"] for line in found] == ["own", "tf32"]
-    assert len(checked) == 4
+    assert len(checked) == 5
     for line in found:
-        assert list(line["seconds"]) == ["plain", "eager", "ours", "frozen"]
-        assert list(line["conditions"]["CUDA graph"]) == ["plain", "eager", "ours"]
+        assert list(line["seconds"]) == ["plain", "eager", "ours", "grouped", "frozen"]
+        assert list(line["conditions"]["CUDA graph"]) == ["plain", "eager", "ours", "grouped"]
         assert min(line["predicted"][name] for name in ("ours", "plain")) > 0
 
 

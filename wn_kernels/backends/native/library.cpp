@@ -59,6 +59,10 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       method<computed>("computed"), method<launched>("launched"), {nullptr, nullptr, 0, nullptr}};
   PyModule_AddFunctions(m.ptr(), methods);
   m.def("weight_norms", &weight_norms);
+  m.def("layouts", &layouts);
+  m.def("addresses", &addresses);
+  m.def("empty_like", &wn_kernels::empty_like);
+  m.def("record", &record);
   m.def(
       "set_callbacks", [](py::object plan, py::object launches, py::object differentiable_grads,
                           py::object weight_grads_backward) {

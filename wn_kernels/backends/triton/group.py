@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import itertools
 import threading
+from array import array
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -26,7 +27,8 @@ import triton.language as tl
 from torch import Tensor
 from triton import cdiv
 
-from ...call import Member, kept_shape, scale_dtype
+from ...call import Member, scale_dtype
+from .. import native
 from . import configs, weight
 from .configs import Target
 from .launch import Launcher, Slices, acc_type, as_slices, is_wide, remembered, target_of
@@ -286,37 +288,53 @@ class Table:
             for aligned in (False, True)
         ]
         self._table: Tensor | None = None
-        self._known: dict[tuple[int, ...], Tensor] = {}
+        self._known: dict[bytes, tuple[Tensor, bool]] = {}
         self._lock = threading.Lock()
+        self._members = [row.member for row in rows]
 
-    def launch(self, lists: Sequence[Sequence[Tensor]], base: Tensor | None = None) -> None:
+    def launch(self, lists: Sequence[list[Tensor]], base: Tensor | None = None) -> None:
         """Launches the kernel on these tensors: a list for each place, with a tensor for each
-        weight of the group."""
+        weight of the group. Addresses are counted from `base`, which is the table by default."""
         beside = lists[0][0]
         captures = is_capturing(beside)
         table = self._table
         if table is None:
             table = on_device(self.numbers, beside, captures)
-        addresses = tuple([each[row.member].data_ptr() for row in self.rows for each in lists])
-        places = None if captures or base is not None else self._known.get(addresses)
         at = table if base is None else base
-        if places is None:
-            first = at.data_ptr()
-            numbers = torch.tensor([address - first for address in addresses], dtype=torch.int64)
-            places = on_device(numbers, beside, captures)
+        addresses = addresses_of(lists, self._members)
+        known = None if captures or base is not None else self._known.get(addresses)
+        if known is None:
+            numbers, first = array("q", addresses), at.data_ptr()
+            aligned = not any(number % 16 for number in numbers)
+            bytes_from = array("q", [number - first for number in numbers])
+            places = torch.frombuffer(bytes_from, dtype=torch.int64)
+            known = on_device(places, beside, captures), aligned
             if captures:
                 _captured.append(table)
             elif base is None:
-                self._keep(table, addresses, places)
-        aligned = not any(address % 16 for address in addresses)
-        self.launchers[aligned](at.view(torch.int8), places, table)
+                with self._lock:
+                    self._table = table
+                    if len(self._known) >= configs.GROUPED_KNOWN:
+                        self._known.clear()
+                    self._known[addresses] = known
+        places, is_aligned = known
+        self.launchers[is_aligned](at.view(torch.int8), places, table)
 
-    def _keep(self, table: Tensor, addresses: tuple[int, ...], places: Tensor) -> None:
-        with self._lock:
-            self._table = table
-            if len(self._known) >= configs.GROUPED_KNOWN:
-                self._known.clear()
-            self._known[addresses] = places
+
+def addresses_of(lists: Sequence[list[Tensor]], members: list[int]) -> bytes:
+    """The addresses of the tensors of these weights, one of each list, as numbers of 64 bits."""
+    library = native.helpers()
+    if library is not None:
+        return library.addresses(lists, members)
+    return array("q", [each[i].data_ptr() for i in members for each in lists]).tobytes()
+
+
+def empty_like(tensors: list[Tensor], dtypes: list[torch.dtype]) -> list[Tensor]:
+    """Memory like that of tensors, in these dtypes."""
+    library = native.helpers()
+    if library is not None:
+        return library.empty_like(tensors, dtypes)
+    return [torch.empty_like(t, dtype=dtype) for t, dtype in zip(tensors, dtypes, strict=True)]
 
 
 # What a CUDA graph reads when it is replayed. It is in use for as long as the graph, whose end
@@ -342,13 +360,17 @@ def on_device(numbers: Tensor, beside: Tensor, captures: bool) -> Tensor:
 
 
 class Grouped(NamedTuple):
-    """What was prepared for a group: launches, and the weights that have launches of their own."""
+    """What was prepared for a group: launches, and the weights that have launches of their own.
+    `dtypes` are those of the two lists of results."""
 
     tables: list[Table]
     alone: list[int]
+    dtypes: tuple[list[torch.dtype], list[torch.dtype]]
 
 
-def _tables(kernel: Any, target: Target, rows: list[Row | None], places: int) -> Grouped:
+def _tables(
+    kernel: Any, target: Target, rows: list[Row | None], places: int, *dtypes: list[torch.dtype]
+) -> Grouped:
     """Divides the weights of a group into launches of few kinds each."""
     kinds: dict[Kind, list[Row]] = {}
     for row in rows:
@@ -361,7 +383,8 @@ def _tables(kernel: Any, target: Target, rows: list[Row | None], places: int) ->
     for part in parts:
         longest = sorted(itertools.chain(*part), key=lambda row: -row.steps)
         tables.append(Table(kernel, target, longest, places))
-    return Grouped(tables, [i for i, row in enumerate(rows) if row is None])
+    alone = [i for i, row in enumerate(rows) if row is None]
+    return Grouped(tables, alone, (dtypes[0], dtypes[1]))
 
 
 def _prepare(target: Target, *given: Any) -> Grouped:
@@ -372,7 +395,8 @@ def _prepare(target: Target, *given: Any) -> Grouped:
     for i, member in enumerate(members):
         w = torch.empty_like(v[i], dtype=member.dtype)
         rows.append(_row(i, [w, v[i]], g[i], w, member))
-    return _tables(group_weight_kernel, target, rows, 4)
+    dtypes = [member.dtype for member in members], [scale_dtype(t) for t in v]
+    return _tables(group_weight_kernel, target, rows, 4, *dtypes)
 
 
 def _prepare_backward(target: Target, *given: Any) -> Grouped:
@@ -383,7 +407,8 @@ def _prepare_backward(target: Target, *given: Any) -> Grouped:
     for i, member in enumerate(members):
         dv = torch.empty_like(v[i])
         rows.append(_row(i, [dv, dw[i], v[i]], g[i], dw[i], member))
-    return _tables(group_grad_kernel, target, rows, 6)
+    dtypes = [t.dtype for t in v], [t.dtype for t in g]
+    return _tables(group_grad_kernel, target, rows, 6, *dtypes)
 
 
 _remembered = remembered(_prepare)
@@ -392,23 +417,66 @@ _remembered_backward = remembered(_prepare_backward)
 Lists = tuple[list[Tensor], list[Tensor]]
 
 
+class Prepared:
+    """The launches of a group, for the dtypes and layouts of its `v` and `g`.
+
+    Attributes:
+        members: the options of every weight.
+        backwards: the launches of the gradients, by the layouts of `dW` and by which there are.
+    """
+
+    def __init__(
+        self, v: Sequence[Tensor], g: Sequence[Tensor], members: tuple[Member, ...]
+    ) -> None:
+        self.members = members
+        self._forward = _remembered(target_of(v[0]), (*v, *g), members)
+        self.backwards: dict[Any, Grouped] = {}
+
+    def __call__(self, v: list[Tensor], g: list[Tensor]) -> Lists:
+        """The lists of all `W` and `n`, each `W` in its member's dtype and `V`'s memory layout."""
+        made = self._forward
+        w, n = empty_like(v, made.dtypes[0]), empty_like(g, made.dtypes[1])
+        for i in made.alone:
+            m = self.members[i]
+            w[i], n[i] = weight.weight_norm(v[i], g[i], m.dim, m.eps, m.dtype)
+        for table in made.tables:
+            table.launch([v, g, n, w])
+        return w, n
+
+    def grads(
+        self,
+        dw: list[Tensor],
+        v: list[Tensor],
+        g: list[Tensor],
+        n: list[Tensor],
+        indices: Sequence[int],
+    ) -> Lists:
+        """The lists of `dV` and `dg` of some of the weights, in the dtypes of `V` and `g`."""
+        members = tuple([self.members[i] for i in indices])
+        library = native.helpers()
+        layouts = None if library is None else library.layouts(dw)
+        if layouts is None:
+            layouts = tuple([(t.shape, t.stride(), t.dtype) for t in dw])
+        key = layouts, tuple(indices)
+        made = self.backwards.get(key)
+        if made is None:
+            made = _remembered_backward(target_of(v[0]), (*dw, *v, *g), members)
+            if len(self.backwards) >= configs.GROUPED_KNOWN:
+                self.backwards.clear()
+            self.backwards[key] = made
+        dv, dg = empty_like(v, made.dtypes[0]), empty_like(g, made.dtypes[1])
+        for i in made.alone:
+            m = members[i]
+            dv[i], dg[i] = weight.weight_norm_backward(dw[i], v[i], g[i], n[i], m.dim, m.eps)
+        for table in made.tables:
+            table.launch([dw, v, g, n, dg, dv])
+        return dv, dg
+
+
 def weight_norms(v: Sequence[Tensor], g: Sequence[Tensor], members: tuple[Member, ...]) -> Lists:
     """The lists of all `W` and `n`, each `W` in its member's dtype and in `V`'s memory layout."""
     g = [t.contiguous() for t in g]
-    prepared = _remembered(target_of(v[0]), (*v, *g), members)
-    w, n = [], []
-    alone = set(prepared.alone)
-    for i, (t, scales, m) in enumerate(zip(v, g, members, strict=True)):
-        if i in alone:
-            formed, norm = weight.weight_norm(t, scales, m.dim, m.eps, m.dtype)
-        else:
-            formed = torch.empty_like(t, dtype=m.dtype)
-            norm = t.new_empty(kept_shape(t.shape, m.dim), dtype=scale_dtype(t))
-        w.append(formed)
-        n.append(norm)
-    for table in prepared.tables:
-        table.launch((v, g, n, w))
-    return w, n
+    return Prepared(v, g, members)([*v], g)
 
 
 def weight_norms_backward(
@@ -420,16 +488,4 @@ def weight_norms_backward(
 ) -> Lists:
     """The lists of all `dV` and `dg`, in the dtypes of `V` and `g`."""
     g = [t.contiguous() for t in g]
-    prepared = _remembered_backward(target_of(v[0]), (*dw, *v, *g), members)
-    dv, dg = [], []
-    alone = set(prepared.alone)
-    for i, (grad, t, scales, norm, m) in enumerate(zip(dw, v, g, n, members, strict=True)):
-        if i in alone:
-            of_v, of_g = weight.weight_norm_backward(grad, t, scales, norm, m.dim, m.eps)
-        else:
-            of_v, of_g = torch.empty_like(t), torch.empty_like(scales)
-        dv.append(of_v)
-        dg.append(of_g)
-    for table in prepared.tables:
-        table.launch((dw, v, g, n, dg, dv))
-    return dv, dg
+    return Prepared(v, g, members).grads([*dw], [*v], g, [*n], range(len(members)))
