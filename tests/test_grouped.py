@@ -169,9 +169,9 @@ def test_what_was_wrong():
         WF.weight_norms(v, [g[0], torch.ones(4)])
     with pytest.raises(ValueError, match="weight 1: dim=2 is out of range"):
         WF.weight_norms(v, g, dim=[0, 2])
-    with pytest.raises(TypeError, match="weight 0: dtype is torch.int32"):
+    with pytest.raises(TypeError, match=r"weight 0: dtype is torch\.int32"):
         WF.weight_norms(v, g, dtype=torch.int32)
-    with pytest.raises(TypeError, match="weight 1: v has dtype torch.int64"):
+    with pytest.raises(TypeError, match=r"weight 1: v has dtype torch\.int64"):
         WF.weight_norms([v[0], torch.ones(3, 4, dtype=torch.int64)], g)
     with pytest.raises(ValueError, match="weight 1: v is on meta"):
         WF.weight_norms([v[0], v[0].to("meta")], [g[0], g[0].to("meta")])
