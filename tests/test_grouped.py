@@ -91,3 +91,87 @@ def test_the_native_library_serves_rows():
     assert len({t.grad_fn for t in w}) == 1
     grads = torch.autograd.grad(w, [*v, *g], dw)
     check(ROWS, v, g, dw, w, grads)
+
+
+@pytest.mark.parametrize("backend", ["auto", "aten", "triton"])
+def test_double_backward(backend, device):
+    """Through the closed formula, with a weight that has no gradient."""
+    members = [(*m[:3], torch.float64, None, m[5]) for m in (MEMBERS[0], MEMBERS[2], MEMBERS[4])]
+    v, g, _ = tensors(members, device if backend == "triton" else "cpu")
+
+    def grads(*leaves):
+        count = len(members)
+        w = WF.weight_norms(leaves[:count], leaves[count:], dim=[m[1] for m in members])
+        total = sum(t.pow(3).sum() for t in w[:-1])
+        return torch.autograd.grad(total, leaves, create_graph=True, allow_unused=True)
+
+    with wn_kernels.use_backend(backend):
+        found = [t for t in grads(*v, *g) if t is not None]
+        assert len(found) == 2 * (len(members) - 1)
+        second = torch.autograd.grad(sum(t.sin().sum() for t in found), [*v, *g], allow_unused=True)
+    with wn_kernels.use_backend("reference"):
+        found = [t for t in grads(*v, *g) if t is not None]
+        right = torch.autograd.grad(sum(t.sin().sum() for t in found), [*v, *g], allow_unused=True)
+    for a, b in zip(second, right, strict=True):
+        assert (a is None) == (b is None)
+        if a is not None:
+            assert_matches(a, b, torch.float64, 1024, roundings=64)
+
+
+def test_transforms():
+    v, g, dw = tensors(MEMBERS[:2])
+    v, g = [t.detach().double() for t in v], [t.detach().double() for t in g]
+    w, tangents = torch.func.jvp(lambda *v: WF.weight_norms(v, g), tuple(v), tuple(dw))
+    _, pull = torch.func.vjp(lambda *v: WF.weight_norms(v, g), *v)
+    back = pull([t.double() for t in dw])
+    left = sum((t * d).sum() for t, d in zip(tangents, dw, strict=True))
+    right = sum((t * d).sum() for t, d in zip(back, dw, strict=True))
+    assert_matches(left, right, torch.float64, 4096, roundings=64)
+    assert_matches(w[0], reference.weight_norm(v[0], g[0], 0, 0.0), torch.float64, 64)
+
+
+def test_the_operator():
+    v, g, _ = tensors(MEMBERS[:3])
+    arguments = "aten", [m[1] for m in MEMBERS[:3]], [0.0] * 3, [2, 1, 2]
+    torch.library.opcheck(torch.ops.wn_kernels.weight_norms.default, (v, g, *arguments))
+
+
+def test_norms_out_of_range():
+    """All weights are then computed in float64."""
+    v, g = [torch.full((2, 3), 1e-25), torch.randn(4, 5)], [torch.ones(2, 1), torch.ones(4, 1)]
+    for backend in ("auto", "aten"):
+        with wn_kernels.use_backend(backend):
+            w = WF.weight_norms(v, g)
+        for t, a, b in zip(w, v, g, strict=True):
+            right = reference.weight_norm(a.double(), b.double(), 0, 0.0)
+            assert_matches(t, right, torch.float32, 8)
+
+
+def test_dead_slices_and_nothing():
+    assert WF.weight_norms([], []) == []
+    v = [torch.randn(3, 4), torch.randn(0, 4), torch.zeros(2, 3)]
+    g = [torch.ones(3, 1), torch.ones(0, 1), torch.ones(2, 1)]
+    for backend in ("auto", "aten", "reference"):
+        with wn_kernels.use_backend(backend):
+            w = WF.weight_norms(v, g)
+        assert w[1].shape == (0, 4)
+        assert not w[2].any()
+        assert_matches(w[0].norm(dim=1), torch.ones(3, dtype=torch.float64), torch.float32, 4)
+
+
+def test_what_was_wrong():
+    v, g = [torch.randn(3, 4)] * 2, [torch.ones(3, 1)] * 2
+    with pytest.raises(ValueError, match="v has 2 tensors, but g has 1"):
+        WF.weight_norms(v, g[:1])
+    with pytest.raises(ValueError, match="dim has 1 values"):
+        WF.weight_norms(v, g, dim=[0])
+    with pytest.raises(ValueError, match="weight 1: g has shape"):
+        WF.weight_norms(v, [g[0], torch.ones(4)])
+    with pytest.raises(ValueError, match="weight 1: dim=2 is out of range"):
+        WF.weight_norms(v, g, dim=[0, 2])
+    with pytest.raises(TypeError, match=r"weight 0: dtype is torch\.int32"):
+        WF.weight_norms(v, g, dtype=torch.int32)
+    with pytest.raises(TypeError, match=r"weight 1: v has dtype torch\.int64"):
+        WF.weight_norms([v[0], torch.ones(3, 4, dtype=torch.int64)], g)
+    with pytest.raises(ValueError, match="weight 1: v is on meta"):
+        WF.weight_norms([v[0], v[0].to("meta")], [g[0], g[0].to("meta")])

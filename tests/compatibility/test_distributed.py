@@ -19,6 +19,7 @@ from tests.comparison import assert_matches, assert_same_bits
 from tests.compatibility import processes
 from tests.compatibility.processes import WORLD
 from wn_kernels import parallel
+from wn_kernels.modules import prepared
 
 
 def network(dim, unused=False):
@@ -231,3 +232,34 @@ def test_reloads_at_another_world_size(tmp_path):
     net.load_state_dict(state)
     for key, t in net.state_dict().items():
         assert_same_bits(t, right[key], key)
+
+
+# --- grouped -------------------------------------------------------------------------------------
+
+
+def grouped(rank, shards):
+    """A grouped model, by DDP or by FSDP2: the whole of it, or its layers by themselves."""
+    prepared.plan.shares = lambda *_: True  # small layers on a CPU have better ways
+    net = network(None if shards else 0)
+    wn_kernels.fuse(net, grouped=True)
+    module = net
+    if shards:
+        mesh = init_device_mesh("cpu", (WORLD,))
+        for layer in net if shards == "layers" else ():
+            if list(layer.parameters()):
+                fully_shard(layer, mesh=mesh)
+        fully_shard(net, mesh=mesh)
+    else:
+        module = DistributedDataParallel(net)
+    x, y = (t.chunk(WORLD)[rank] for t in data())
+    for _ in range(2):
+        module.zero_grad()
+        loss_of(module, x, y).backward()
+    assert any(net._group.used) == (shards != "layers")
+    grads = {name: p.grad for name, p in net.named_parameters()}
+    check({n: g.full_tensor() if shards else g for n, g in grads.items()}, None if shards else 0)
+
+
+@pytest.mark.parametrize("shards", ["", "model", "layers"])
+def test_grouped(shards, tmp_path):
+    processes.run(tmp_path, grouped, shards)
