@@ -156,6 +156,7 @@ def weight_norms(
     dim: int | None | Sequence[int | None] = 0,
     eps: float | Sequence[float] = 0.0,
     dtype: torch.dtype | None | Sequence[torch.dtype | None] = None,
+    places: Sequence[Tensor] | None = None,
 ) -> list[Tensor]:
     """Returns the weights `W_i = g_i · V_i / ‖V_i‖` of many layers, differentiable with respect to
     every `v` and `g`.
@@ -170,10 +171,13 @@ def weight_norms(
         dim: the kept dimension, one for all or one for each.
         eps: the smallest norm, one for all or one for each.
         dtype: the dtype of `W`, one for all or one for each. `None` is that of `v`.
+        places: memory for the weights, one tensor for each, which nothing else uses. Each has the
+            shape, the dtype and the memory layout of its weight. A path that can write a weight to
+            its place does so, and returns that tensor.
 
     Returns:
         A list of the weights. Each has the shape and the memory layout of its `v`. None of them
-        shares memory with another one.
+        shares memory with another one, unless their places do.
 
     Raises:
         TypeError: an argument has the wrong type, dtype or layout.
@@ -192,6 +196,10 @@ def weight_norms(
     for name, each in (("dim", dims), ("eps", least), ("dtype", dtypes)):
         if len(each) != len(v):
             raise ValueError(f"{name} has {len(each)} values, but v has {len(v)} tensors")
+    if plan.tries_native(v[0]) and (library := _library()):
+        w = library.weight_norms(v, g, dims, least, dtypes, places and [*places])
+        if w is not None:
+            return [*w]
     members, scales = [], []
     for i, options in enumerate(zip(v, g, dims, least, dtypes, strict=True)):
         try:
@@ -200,18 +208,31 @@ def weight_norms(
             raise type(error)(f"weight {i}: {error}") from None
         members.append(member)
         scales.append(g[i] if g[i].shape == shape else g[i].view(shape))
-    return [*_weights(v, scales, tuple(members))]
+    if places is not None:
+        _check_places(places, v, members)
+    return [*_weights(v, scales, tuple(members), places)]
+
+
+def _check_places(places: Sequence[Tensor], v: list[Tensor], members: list[Member]) -> None:
+    if len(places) != len(v):
+        raise ValueError(f"places has {len(places)} tensors, but v has {len(v)}")
+    for i, (place, t, member) in enumerate(zip(places, v, members, strict=True)):
+        wanted = t.shape, t.stride(), member.dtype, t.device
+        if (place.shape, place.stride(), place.dtype, place.device) != wanted:
+            raise ValueError(
+                f"weight {i}: its place has shape {tuple(place.shape)}, strides {place.stride()}, "
+                f"{place.dtype} on {place.device}, expected {tuple(t.shape)}, {t.stride()}, "
+                f"{member.dtype} on {t.device}"
+            )
 
 
 def _weights(
-    v: list[Tensor], g: list[Tensor], members: tuple[Member, ...]
+    v: list[Tensor],
+    g: list[Tensor],
+    members: tuple[Member, ...],
+    places: Sequence[Tensor] | None,
 ) -> Sequence[Tensor]:
-    """Runs a checked call of a group."""
-    if plan.tries_native(v[0]) and (library := _library()):
-        options = zip(*members, strict=True)
-        w = library.weight_norms(v, g, *map(list, options))
-        if w is not None:
-            return w
+    """Runs a checked call of a group that the native library does not serve."""
     records = {recorder(t) for t in (*v, *g)}
     backend = "composite" in records and not plan.is_forced() and "reference"
     backend = backend or plan.choose_backend(v[0])
@@ -221,7 +242,7 @@ def _weights(
     if backend == "reference":
         return [reference.weight_norm(*each) for each in every]
     try:
-        return grouped.weight_norms(grouped.Group(members, backend), v, g)
+        return grouped.weight_norms(grouped.Group(members, backend, places), v, g)
     except aten.OutOfRange:
         return [
             reference.weight_norm(t.double(), s.double(), *options)

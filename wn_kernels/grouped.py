@@ -29,10 +29,12 @@ from .operators import laid_out_like, register
 
 class Group(NamedTuple):
     """Describes a call: the options of every weight, and the backend that computes them. Under a
-    compiler the backend is `""`, and the operator chooses it when it runs."""
+    compiler the backend is `""`, and the operator chooses it when it runs. `places` is memory that
+    the weights may be written to."""
 
     members: tuple[Member, ...]
     backend: str
+    places: Sequence[Tensor] | None = None
 
     def only(self, indices: Sequence[int]) -> Group:
         """Returns the group of some of the weights."""
@@ -58,7 +60,7 @@ class WeightNorms(torch.autograd.Function):
         count = len(tensors) // 2
         w, n = _forward(group, tensors[:count], tensors[count:])
         ctx.save_for_backward(*tensors, *n)
-        ctx.group = group
+        ctx.group = group._replace(places=None)  # they are the outputs
         if not torch.compiler.is_compiling():  # a compiler does not trace this
             ctx.set_materialize_grads(False)
         return tuple(w)
@@ -133,7 +135,8 @@ def _is_direct(group: Group, v: Sequence[Tensor]) -> bool:
 
 def _forward(group: Group, v: Sequence[Tensor], g: Sequence[Tensor]) -> Lists:
     if _is_direct(group, v):
-        return _module(group.backend).weight_norms(v, g, group.members)
+        places = (group.places,) if group.backend == "triton" else ()
+        return _module(group.backend).weight_norms(v, g, group.members, *places)
     return _op([*v], [*g], *_packed(group), [_DTYPES.index(m.dtype) for m in group.members])
 
 

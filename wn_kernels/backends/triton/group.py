@@ -387,8 +387,14 @@ _remembered_backward = remembered(_prepare_backward)
 Lists = tuple[list[Tensor], list[Tensor]]
 
 
-def weight_norms(v: Sequence[Tensor], g: Sequence[Tensor], members: tuple[Member, ...]) -> Lists:
-    """The lists of all `W` and `n`, each `W` in its member's dtype and in `V`'s memory layout."""
+def weight_norms(
+    v: Sequence[Tensor],
+    g: Sequence[Tensor],
+    members: tuple[Member, ...],
+    places: Sequence[Tensor] | None = None,
+) -> Lists:
+    """The lists of all `W` and `n`, each `W` in its member's dtype and in `V`'s memory layout. The
+    launch that they share writes `W` to its place, if there is one."""
     g = [t.contiguous() for t in g]
     prepared = _remembered(target_of(v[0]), (*v, *g), members)
     w, n = [], []
@@ -397,7 +403,7 @@ def weight_norms(v: Sequence[Tensor], g: Sequence[Tensor], members: tuple[Member
         if i in alone:
             formed, norm = weight.weight_norm(t, scales, m.dim, m.eps, m.dtype)
         else:
-            formed = torch.empty_like(t, dtype=m.dtype)
+            formed = places[i] if places else torch.empty_like(t, dtype=m.dtype)
             norm = t.new_empty(kept_shape(t.shape, m.dim), dtype=scale_dtype(t))
         w.append(formed)
         n.append(norm)
