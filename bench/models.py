@@ -229,7 +229,8 @@ class ModelRunner:
     def __init__(self, case: ModelCase, name: str, device: torch.device) -> None:
         self.case, self.name = case, name
         model, x = built(case.label, case.model.x_shape, case.models)
-        self.eager, self.x = model.to(device), x.to(device)
+        with torch.no_grad():  # PyTorch's recurrent layers keep the weights that a move computes
+            self.eager, self.x = model.to(device), x.to(device)
         self.model = copy.deepcopy(self.eager)
         if name == "plain":
             wn_kernels.fold(self.model)

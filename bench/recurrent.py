@@ -25,7 +25,12 @@ def normed(kind: type[nn.Module], *arguments: int) -> nn.Module:
 
 def first(layer: Any, x: Tensor) -> Tensor:
     """The output without the states at its end."""
-    y = layer(x)
+    return layer(x)[0]
+
+
+def stepped(cell: Any, x: Tensor) -> Tensor:
+    """The hidden state after a step that starts from the input."""
+    y = cell(x, (x, x) if isinstance(cell, nn.LSTMCell) else x)
     return y[0] if isinstance(y, tuple) else y
 
 
@@ -37,7 +42,7 @@ LAYERS = {
     for steps in (4, 64)
 } | {
     f"{kind.__name__} {SIZE}, {BATCH} rows": Model(
-        partial(normed, kind), (3, SIZE), (BATCH, SIZE), first, 2
+        partial(normed, kind), (3, SIZE), (BATCH, SIZE), stepped, 2
     )
     for kind in (nn.LSTMCell, nn.GRUCell)
 }

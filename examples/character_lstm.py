@@ -1,6 +1,6 @@
-"""Trains a character-level language model on the documentation that ships with Python, twice from the
-same start: with PyTorch's weight norm, and fused. Prints both losses and, on unseen text, the bits
-per character.
+"""Trains a character-level language model on the documentation that ships with Python, twice from
+the same start: with PyTorch's weight norm, and fused. Prints both losses and, on unseen text, the
+bits per character.
 
     python examples/character_lstm.py
 

@@ -4,9 +4,10 @@ cuDNN takes the weights and the biases of a layer from one buffer, in an order o
 copies those that do not lie so, with a warning. Here, the weights are written there when they are
 computed, and one launch copies the biases.
 
-On a CPU, PyTorch's recurrence takes weights from anywhere. One piece of memory is better there as
-well: if many pieces are freed at the end of a forward, the C library returns their pages to the
-system, and the next forward has to fetch them again.
+On a CPU, PyTorch's recurrence takes weights from anywhere. One piece of memory is better in
+inference: if many pieces are freed at the end of a forward, the C library returns their pages to
+the system, and the next forward has to fetch them again. A training step frees each weight as soon
+as the backward is done with it, and those that it does not need at once.
 """
 
 from __future__ import annotations
@@ -46,8 +47,8 @@ def places(
     """
     like = next(iter(directions.values()))
     if like.is_cpu:
-        size = sum([t.numel() for t in directions.values()])
-        if size * like.element_size() < SHARED or not _are_ordinary([*directions.values()]):
+        size = sum([t.numel() for t in directions.values()]) * like.element_size()
+        if torch.is_grad_enabled() or size < SHARED or not _are_ordinary([*directions.values()]):
             return {}
         return _memory(_one_after_another(directions), directions, like.dtype)
     every = {**others, **directions}
