@@ -14,6 +14,7 @@ MORE = {
     "norm": "the operator alone",
     "overhead": "layers so small that only the calls count",
     "second-order": "steps whose loss contains a gradient",
+    "recurrent": "recurrent layers and cells",
     "models": "whole models (needs the extra of that name)",
 }
 DTYPES = ("float32", "bfloat16", "float16")

@@ -7,9 +7,9 @@ from __future__ import annotations
 import copy
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -107,16 +107,18 @@ NAMES = ("plain", "eager", "ours", "grouped")
 INPUTS = 3
 
 
-def built(name: str, x_shape: tuple[int, ...] | None = None) -> tuple[nn.Module, Tensor]:
+def built(
+    name: str, x_shape: tuple[int, ...] | None = None, models: Mapping[str, Model] = MODELS
+) -> tuple[nn.Module, Tensor]:
     """The model, without dropout, and an input, small by default. `g` is moved off the norm it
     starts from."""
     torch.manual_seed(0)
-    model = MODELS[name].build().eval()
+    model = models[name].build().eval()
     with torch.no_grad():
         for key, p in model.named_parameters():
             if key.endswith("original0"):
                 p.mul_(torch.rand_like(p) / 2 + 0.75)
-    return model, torch.randn(x_shape or MODELS[name].small)
+    return model, torch.randn(x_shape or models[name].small)
 
 
 class Miss(NamedTuple):
@@ -199,22 +201,27 @@ def assert_as_good(
 
 
 @functools.cache
-def parameters_of(name: str) -> int:
+def parameters_of(build: Callable[[], nn.Module]) -> int:
     """How many numbers a model's parameters are."""
-    return sum(p.numel() for p in built(name)[0].parameters())
+    return sum(p.numel() for p in build().parameters())
 
 
 @dataclass(frozen=True)
 class ModelCase:
-    """One model in one mode. `plain` is the model with its weights folded."""
+    """One of the models in one mode. `plain` is the model with its weights folded."""
 
     label: str
     mode: str
+    models: Mapping[str, Model] = field(default_factory=lambda: MODELS, repr=False, compare=False)
     is_large = True
 
     def names(self) -> tuple[str, ...]:
         """The providers."""
         return (*NAMES, "frozen") if self.mode == "infer" else NAMES
+
+    @property
+    def model(self) -> Model:
+        return self.models[self.label]
 
     def competitors(self, device: torch.device, full: bool) -> dict[str, Callable[[], ModelRunner]]:
         return {name: partial(ModelRunner, self, name, device) for name in self.names()}
@@ -224,8 +231,8 @@ class ModelCase:
             "label": self.label,
             "mode": self.mode,
             "is_large": True,
-            "x_shape": MODELS[self.label].x_shape,
-            "parameters": parameters_of(self.label),
+            "x_shape": self.model.x_shape,
+            "parameters": parameters_of(self.model.build),
         }
 
 
@@ -234,8 +241,9 @@ class ModelRunner:
 
     def __init__(self, case: ModelCase, name: str, device: torch.device) -> None:
         self.case, self.name = case, name
-        model, x = built(case.label, MODELS[case.label].x_shape)
-        self.eager, self.x = model.to(device), x.to(device)
+        model, x = built(case.label, case.model.x_shape, case.models)
+        with torch.no_grad():  # PyTorch's recurrent layers keep the weights that a move computes
+            self.eager, self.x = model.to(device), x.to(device)
         self.model = copy.deepcopy(self.eager)
         if name == "plain":
             wn_kernels.fold(self.model)
@@ -271,7 +279,7 @@ class ModelRunner:
 
     def _output(self, model: nn.Module) -> Tensor:
         x = self.x.to(next(model.parameters()).dtype)
-        return MODELS[self.case.label].call(model, x)
+        return self.case.model.call(model, x)
 
     def _loss(self, model: nn.Module) -> Tensor:
         return self._output(model).square().mean()
@@ -300,7 +308,7 @@ class ModelRunner:
         with suppress(AtKinks):
             assert_as_good(*map(self._results, models), self.x.dtype)
         for left in reversed(range(INPUTS)):
-            self.x = torch.randn(MODELS[self.case.label].small).to(self.x)
+            self.x = torch.randn(self.case.model.small).to(self.x)
             try:
                 return assert_as_good(*map(self._results, models), self.x.dtype)
             except AtKinks:

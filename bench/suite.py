@@ -52,6 +52,10 @@ def cases_of(suite: str) -> list[Any]:
         from bench import models  # needs packages that the other suites do not
 
         return models.CASES
+    if suite == "recurrent":
+        from bench import recurrent
+
+        return recurrent.CASES
     if suite == "second-order":
         from bench import second_order
 

@@ -45,6 +45,19 @@ def test_digits_is_drawn(runs, tmp_path):
     assert (tmp_path / "digits.png").stat().st_size > 10_000
 
 
+def test_character_lstm_learns_as_pytorch_does():
+    """The masks are the same, and the losses agree to 1e-3 relative over 24 steps of Adam."""
+    path = Path(__file__).parent.parent / "examples" / "character_lstm.py"
+    example = runpy.run_path(str(path))
+    runs = example["main"](steps=24)
+    for a, b in zip(runs["wn_kernels"].losses, runs["torch"].losses, strict=True):
+        assert abs(a - b) <= 1e-3 * abs(b)
+    for run in runs.values():
+        assert run.losses[0] > 4
+        assert run.losses[-1] < 3.4
+        assert run.bits < 5.2
+
+
 def test_convert_hifigan():
     """The losses agree to 1e-3 relative over four steps, whose size Adam gives even to a gradient
     that is all rounding, and folding changes nothing else."""

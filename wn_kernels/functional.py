@@ -169,6 +169,7 @@ def weight_norms(
     dim: int | Sequence[int | None] | None = 0,
     eps: float | Sequence[float] = 0.0,
     dtype: torch.dtype | Sequence[torch.dtype | None] | None = None,
+    places: Sequence[Tensor] | None = None,
 ) -> list[Tensor]:
     """Returns the weights `W_i = g_i · V_i / ‖V_i‖` of many layers, differentiable with respect to
     every `v` and `g`.
@@ -183,10 +184,13 @@ def weight_norms(
         dim: the kept dimension, one for all or one for each.
         eps: the smallest norm, one for all or one for each.
         dtype: the dtype of `W`, one for all or one for each. `None` is that of `v`.
+        places: memory for the weights, one tensor for each, which nothing else uses. Each has the
+            shape, the dtype and the memory layout of its weight. A path that can write a weight to
+            its place does so, and returns that tensor.
 
     Returns:
         A list of the weights. Each has the shape and the memory layout of its `v`. None of them
-        shares memory with another one.
+        shares memory with another one, unless their places do.
 
     Raises:
         TypeError: an argument has the wrong type, dtype or layout.
@@ -206,10 +210,13 @@ def weight_norms(
         if len(each) != len(v):
             raise ValueError(f"{name} has {len(each)} values, but v has {len(v)} tensors")
     options = tuple(dims), tuple(least), tuple(dtypes)
+    if places is not None:
+        places = [*places]
+        _check_places(places, v, dtypes)
     if not is_compiling() and (library := _library()):
-        w = grouped.weights(library, v, g, *options)
+        w = grouped.weights(library, v, g, *options, places)
         if w is not None:
-            return w
+            return [*w]
     members, scales = [], []
     for i, arguments in enumerate(zip(v, g, *options, strict=True)):
         try:
@@ -218,10 +225,28 @@ def weight_norms(
             raise type(error)(f"weight {i}: {error}") from None
         members.append(member)
         scales.append(g[i] if g[i].shape == shape else g[i].view(shape))
-    return [*_weights(v, scales, tuple(members))]
+    return [*_weights(v, scales, tuple(members), places)]
 
 
-def _weights(v: list[Tensor], g: list[Tensor], members: tuple[Member, ...]) -> Sequence[Tensor]:
+def _check_places(places: list[Tensor], v: list[Tensor], dtypes: list[Any]) -> None:
+    if len(places) != len(v):
+        raise ValueError(f"places has {len(places)} tensors, but v has {len(v)}")
+    for i, (place, t, dtype) in enumerate(zip(places, v, dtypes, strict=True)):
+        wanted = t.shape, t.stride(), dtype or t.dtype, t.device
+        if (place.shape, place.stride(), place.dtype, place.device) != wanted:
+            raise ValueError(
+                f"weight {i}: its place has shape {tuple(place.shape)}, strides {place.stride()}, "
+                f"{place.dtype} on {place.device}, expected {tuple(t.shape)}, {t.stride()}, "
+                f"{dtype or t.dtype} on {t.device}"
+            )
+
+
+def _weights(
+    v: list[Tensor],
+    g: list[Tensor],
+    members: tuple[Member, ...],
+    places: Sequence[Tensor] | None,
+) -> Sequence[Tensor]:
     """Runs a checked call of a group that the native library does not serve."""
     records = {recorder(t) for t in (*v, *g)}
     backend = "composite" in records and not plan.is_forced() and "reference"
@@ -232,7 +257,7 @@ def _weights(v: list[Tensor], g: list[Tensor], members: tuple[Member, ...]) -> S
     if backend == "reference":
         return [reference.weight_norm(t, s, m.dim, m.eps, m.dtype) for t, s, m in every]
     try:
-        return grouped.weight_norms(grouped.Group(members, backend), v, g)
+        return grouped.weight_norms(grouped.Group(members, backend, places), v, g)
     except aten.OutOfRange:
         return [
             reference.weight_norm(t.double(), s.double(), m.dim, m.eps, m.dtype)

@@ -30,10 +30,12 @@ from .prepare import prepare_member
 
 class Group(NamedTuple):
     """Describes a call: the options of every weight, and the backend that computes them. Under a
-    compiler the backend is `""`, and the operator chooses it when it runs."""
+    compiler the backend is `""`, and the operator chooses it when it runs. `places` is memory that
+    the weights may be written to."""
 
     members: tuple[Member, ...]
     backend: str
+    places: Sequence[Tensor] | None = None
 
     def only(self, indices: Sequence[int]) -> Group:
         """Returns the group of some of the weights."""
@@ -57,6 +59,7 @@ def weights(
     dims: tuple[Any, ...],
     eps: tuple[Any, ...],
     dtypes: tuple[Any, ...],
+    places: list[Tensor] | None = None,
 ) -> list[Tensor] | None:
     """Returns every `W` as an output of a node of the library, which computes it on a CPU, and
     launches its kernels on a GPU. The result is `None` where the rest of the package serves the
@@ -95,9 +98,9 @@ def weights(
         known = _known[key] = members, prepared
     members, prepared = known
     if prepared is None:
-        return library.weight_norms(v, g, *map(list, zip(*members, strict=True)))
+        return library.weight_norms(v, g, *map(list, zip(*members, strict=True)), places)
     with torch.no_grad():
-        w, n = prepared(v, g)
+        w, n = prepared(v, g, places)
     if torch.is_grad_enabled() and any(t.requires_grad for t in (*v, *g)):
         return library.record(w, v, g, n, [m.eps for m in members], prepared.grads)
     return w
@@ -127,8 +130,9 @@ class WeightNorms(torch.autograd.Function):
         count = len(tensors) // 2
         w, n = _forward(group, tensors[:count], tensors[count:])
         ctx.save_for_backward(*tensors, *n)
-        ctx.group = group
-        ctx.set_materialize_grads(False)
+        ctx.group = group._replace(places=None)  # they are the outputs
+        if not torch.compiler.is_compiling():  # a compiler does not trace this
+            ctx.set_materialize_grads(False)
         return tuple(w)
 
     @staticmethod
@@ -215,7 +219,8 @@ def _is_direct(group: Group, v: Sequence[Tensor]) -> bool:
 
 def _forward(group: Group, v: Sequence[Tensor], g: Sequence[Tensor]) -> Lists:
     if _is_direct(group, v):
-        return _module(group.backend).weight_norms(v, g, group.members)
+        places = (group.places,) if group.backend == "triton" else ()
+        return _module(group.backend).weight_norms(v, g, group.members, *places)
     return _op([*v], [*g], *_packed(group), [_DTYPES.index(m.dtype) for m in group.members])
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -251,7 +251,8 @@ def explain(
             By default, the table lists the backend that serves the module on its own device.
 
     Returns:
-        A string with a table for each call. Its `repr` is its text.
+        A string with a table for each call, and for all weights of each recurrent layer. Its `repr`
+        is its text.
 
     Raises:
         TypeError: `module` is not a module.
@@ -263,11 +264,34 @@ def explain(
     dtype = dtype or next((p.dtype for p in module.parameters()), torch.get_default_dtype())
     x = torch.zeros(tuple(input_shape), dtype=dtype, device=_device(module))
     calls = calls_of(module, (x,))
-    if not calls:
+    weights = [_explained_weights(*item) for item in _recurrent(module)]
+    if not calls and not weights:
         raise ValueError(f"{type(module).__name__} makes no planned call of this package")
     if device is not None:
         calls = [(call, "triton") for call, _ in calls]
-    return Explanation("\n\n".join(_explained(*call, device) for call in dict.fromkeys(calls)))
+    found = [_explained(*call, device) for call in dict.fromkeys(calls)]
+    return Explanation("\n\n".join([*found, *weights]))
+
+
+def _recurrent(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """Yields the recurrent layers and cells of a model that compute weights by this package."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.RNNBase | nn.RNNCellBase) and hasattr(module, "_normed"):
+            yield name, module
+
+
+def _explained_weights(name: str, module: Any) -> str:
+    """Describes the one call that computes all weights of a recurrent layer."""
+    v = [module._tensors(tensor)[1] for tensor in module._normed()]
+    size = sum(t.numel() * t.element_size() for t in v)
+    title = f"{name or type(module).__name__}: {len(v)} weights in one call"
+    rows = [
+        ("direction", "variant", "bytes", "launches"),
+        ("forward", "weight", f"{2 * size:.3g}", "1"),
+        ("backward", "weight", f"{3 * size:.3g}", "1"),
+    ]
+    rest = "torch.nn computes the recurrence."
+    return "\n".join([title, f"{plan.serving(v[0])}, nothing to choose", *aligned(rows), rest])
 
 
 def _filled(stages: list[Stage], device: Device) -> tuple[str, ...]:

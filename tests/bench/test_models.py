@@ -97,4 +97,4 @@ def test_a_runner_names_its_model(monkeypatch):
     assert str(found.value).startswith("ours is wrong for tiny train, and not timed: ")
     assert "; the worst: " in str(found.value)
     assert found.value.details["worst"][0]["name"]
-    assert models.parameters_of("tiny") == 6 * 4 + 4 + 4
+    assert models.parameters_of(models.MODELS["tiny"].build) == 6 * 4 + 4 + 4

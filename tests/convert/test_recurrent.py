@@ -7,17 +7,34 @@ import pickle
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrize
 
 import wn_kernels
+import wn_kernels.functional as WF
 from tests.comparison import assert_matches, assert_same_bits
-from tests.convert.layers import FORMS, NORMALISE
+from tests.convert.layers import FORMS, NORMALISE, Twice
+from wn_kernels.convert import fused
 
 NORMALISED_BY = {**NORMALISE, "wn_kernels.weight_norm": wn_kernels.weight_norm}
+
+
+class Own(nn.LSTM):
+    """A layer with a forward of its own, which calls torch.nn's."""
+
+    def forward(self, input, hx=None):
+        y, state = super().forward(input, hx)
+        return 2 * y, state
+
+
+ENDS = ("l0", "l0_reverse", "l1", "l1_reverse")
+WHOLE = [f"weight_{kind}_{end}" for end in ENDS for kind in ("ih", "hh")]
 RECURRENT = {
     "rnn": (lambda: nn.RNN(6, 4), ["weight_hh_l0"]),
     "lstm": (lambda: nn.LSTM(6, 4, 2), ["weight_ih_l0", "weight_hh_l0", "weight_hh_l1"]),
     "projected": (lambda: nn.LSTM(6, 4, proj_size=3), ["weight_hr_l0", "weight_hh_l0"]),
     "gru": (lambda: nn.GRU(6, 4, bidirectional=True, bias=False), ["weight_hh_l0_reverse"]),
+    "whole": (lambda: nn.LSTM(6, 4, 2, bidirectional=True), WHOLE),
+    "its own forward": (lambda: Own(6, 4), ["weight_ih_l0", "weight_hh_l0"]),
     "rnn cell": (lambda: nn.RNNCell(6, 4), ["weight_hh"]),
     "lstm cell": (lambda: nn.LSTMCell(6, 4), ["weight_ih", "weight_hh"]),
     "gru cell": (lambda: nn.GRUCell(6, 4, bias=False), ["weight_ih"]),
@@ -116,6 +133,65 @@ def test_folds(kind, form, fuse_first):
         assert_matches(output(moved, x.double()), right, torch.float32, 64, roundings=8)
         other.load_state_dict(plain.state_dict())
         assert_same_bits(output(other, x).detach(), output(plain, x).detach())
+
+
+@pytest.mark.parametrize("form", NORMALISED_BY)
+@pytest.mark.parametrize("kind", RECURRENT)
+def test_one_call_for_all_weights(kind, form, monkeypatch):
+    """Nothing is computed twice for a forward, and nothing of it is kept."""
+    layer, _, x = pair(kind, form)
+    calls = []
+    weight_norms = WF.weight_norms
+    monkeypatch.setattr(
+        WF, "weight_norms", lambda v, g, **how: calls.append(len(v)) or weight_norms(v, g, **how)
+    )
+    monkeypatch.setattr(WF, "weight_norm", None)
+    before = set(map(id, layer.__dict__.values()))
+    layer(x)
+    assert calls == [len(RECURRENT[kind][1])]
+    if kind != "its own forward":
+        assert {id(value) for value in layer.__dict__.values()} == before
+        assert not any(isinstance(w, torch.Tensor) for w in getattr(layer, "_flat_weights", []))
+
+
+@pytest.mark.parametrize("kind", RECURRENT)
+def test_report(kind):
+    make, names = RECURRENT[kind]
+    layer = make()
+    for name in names:
+        NORMALISE["parametrizations"](layer, name)
+    note = kind if kind == "its own forward" else "one call for all of the layer"
+    for report in (wn_kernels.fuse(layer, dry_run=True), wn_kernels.fuse(layer)):
+        assert [line.name for line in report] == [f".{name}" for name in names]
+        assert {line.note for line in report} == {note}
+        assert all(line.path.endswith(": weight") for line in report)
+    assert {line.note for line in wn_kernels.fuse(layer)} == {"fused already"}
+    if kind != "its own forward":
+        own = getattr(wn_kernels, "WN" + type(layer).__name__)(6, 4)
+        report = wn_kernels.fuse(own)
+        assert [line.name for line in report] == [f".{name}" for name in own._normed()]
+        assert {line.note for line in report} == {"of this package"}
+
+
+def test_a_second_parametrization_of_one_weight():
+    """It has effect. The others are computed in one call."""
+    torch.manual_seed(3)
+    layer = nn.LSTM(6, 4)
+    for name in ("weight_ih_l0", "weight_hh_l0"):
+        NORMALISE["parametrizations"](layer, name)
+    parametrize.register_parametrization(layer, "weight_hh_l0", Twice())
+    twin = nn.LSTM(6, 4).double()
+    weights = {name: getattr(layer, name).detach().double() for name in layer._flat_weights_names}
+    twin.load_state_dict(weights)
+    x = torch.randn(5, 6)
+    right = output(twin, x.double()).detach()
+    notes = {line.name: line.note for line in wn_kernels.fuse(layer)}
+    assert notes[".weight_hh_l0"] == "a second parametrization of the tensor"
+    for other in (layer, copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert_matches(output(other, x), right, torch.float32, 64, roundings=8)
+    assert wn_kernels.fold(layer) == [""]
+    assert list(fused.norms(layer)) == ["weight_hh_l0"]
+    assert_matches(output(layer, x), right, torch.float32, 64, roundings=8)
 
 
 def test_both_forms_in_one_cell():

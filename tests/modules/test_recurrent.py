@@ -382,3 +382,31 @@ def test_no_warnings():
         layer = made("lstm", num_layers=2, dropout=0.1)
         layer(torch.randn(STEPS, INPUTS))[0].sum().backward()
         copy.deepcopy(layer).half().float()
+
+
+@pytest.mark.parametrize("kind", ALL)
+def test_is_explained(kind):
+    layer = made(kind)
+    text = wn_kernels.explain(layer, (STEPS, INPUTS))
+    size = 4 * sum(layer._tensors(name)[1].numel() for name in layer._normed())
+    lines = [line.split() for line in text.splitlines()]
+    count = len(layer._normed())
+    assert lines[0] == [f"{type(layer).__name__}:", str(count), *["weights", "in", "one", "call"]]
+    assert ["forward", "weight", f"{2 * size:.3g}", "1"] in lines
+    assert ["backward", "weight", f"{3 * size:.3g}", "1"] in lines
+    model = nn.Sequential(layer)
+    assert wn_kernels.explain(model, (STEPS, INPUTS)).startswith(f"0: {count} weights")
+
+
+@pytest.mark.parametrize("make", [lambda: made("lstm"), lambda: wn_kernels.WNLinear(6, 8)])
+def test_no_other_parameter_is_normalised(make):
+    """It is refused, and nothing has changed."""
+    layer = make()
+    x = torch.randn(STEPS, INPUTS)
+    right = flat(copy.deepcopy(layer).double()(x.double()))[0].detach()
+    before = list(layer.state_dict())
+    name = next(name for name in before if name.startswith("bias"))
+    with pytest.raises(TypeError, match=f"{name} of {type(layer).__name__} cannot be"):
+        wn_kernels.weight_norm(layer, name)
+    assert list(layer.state_dict()) == before
+    assert_matches(flat(layer(x))[0], right, torch.float32, 64, roundings=8)

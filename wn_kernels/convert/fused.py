@@ -14,7 +14,7 @@ The computation of the weight changes:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -131,14 +131,17 @@ class _Fused:
         g, v = parts(holder, norm)
         return WF.weight_norm(v if dtype is None else v.to(dtype), g, dim=norm.dim)
 
-    def _forms(self: Any, names: Sequence[str]) -> list[Tensor]:
+    def _forms(
+        self: Any, names: Sequence[str], places: Mapping[str, Tensor] | None
+    ) -> list[Tensor]:
         """Returns several weights. One call computes those that no other parametrization
         claims."""
         holders = {name: self._holder(name) for name in names}
         claimed = {n: h() for n, h in holders.items() if h is not self and is_claimed(h)}
         free = {name: self._norms[name] for name in names if name not in claimed}
         tensors = [parts(holders[name], norm) for name, norm in free.items()]
-        found = claimed | dict(zip(free, weights([*free.values()], tensors), strict=True))
+        to = [places[name] for name in free] if places else None
+        found = claimed | dict(zip(free, weights([*free.values()], tensors, to), strict=True))
         return [found[name] for name in names]
 
     def apply(self: Any, fn: Callable[[nn.Module], None]) -> Any:

@@ -374,7 +374,8 @@ def weight_norm(module: Module, name: str = "weight", dim: int | None = 0) -> Mo
     Raises:
         AttributeError: the module has no such parameter.
         RuntimeError: the parameter is weight-normed already.
-        TypeError: `module` is not a module, or the parameter's dtype or layout is not supported.
+        TypeError: `module` is not a module or is a layer of this package, whose weights alone are
+            normalised, or the parameter's dtype or layout is not supported.
         ValueError: the parameter has no shape yet, or `dim` is out of range.
     """
     prepare.check_module("module", module)
@@ -383,6 +384,11 @@ def weight_norm(module: Module, name: str = "weight", dim: int | None = 0) -> Mo
     weight = module._parameters.get(name)
     if weight is None:
         raise AttributeError(f"{type(module).__name__} has no parameter {name!r}")
+    if isinstance(module, NormedWeights):
+        raise TypeError(
+            f"{name} of {type(module).__name__} cannot be weight-normed: a layer of this package "
+            "normalises the weights that it was made with, and nothing else"
+        )
     if is_lazy(weight):
         raise ValueError(f"{name} of {type(module).__name__} has no shape yet: run the module once")
     if not prepare.are_dense(weight, weight, weight, None):

@@ -44,12 +44,23 @@ def parts(holder: Any, norm: Norm) -> tuple[Tensor, Tensor]:
     return g, v
 
 
-def weights(norms: Sequence[Norm], tensors: Sequence[tuple[Tensor, Tensor]]) -> list[Tensor]:
+def weights(
+    norms: Sequence[Norm],
+    tensors: Sequence[tuple[Tensor, Tensor]],
+    places: Sequence[Tensor] | None = None,
+) -> list[Tensor]:
     """Returns the weights of several tensors, which are normalised as `norms` say, in one call.
 
     Args:
         norms: how each is normalised.
         tensors: the `(g, v)` of each.
+        places: memory for each weight, as in `functional.weight_norms`. The weights have its dtype.
     """
-    dims, eps = [norm.dim for norm in norms], [norm.eps for norm in norms]
-    return WF.weight_norms([v for _, v in tensors], [g for g, _ in tensors], dim=dims, eps=eps)
+    return WF.weight_norms(
+        [v for _, v in tensors],
+        [g for g, _ in tensors],
+        dim=[norm.dim for norm in norms],
+        eps=[norm.eps for norm in norms],
+        dtype=places[0].dtype if places else None,
+        places=places,
+    )

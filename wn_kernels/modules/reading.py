@@ -12,7 +12,7 @@ read costs a few tenths of a microsecond more than the weight.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -81,15 +81,18 @@ def reader(name: str) -> property:
     return property(get)
 
 
-def forms(module: Any, names: Sequence[str]) -> list[Tensor]:
-    """Returns several weights for the layer's own use, which `module._forms(names)` computes. It
-    warns as a forward does if one that was read before was written to."""
+def forms(
+    module: Any, names: Sequence[str], places: Mapping[str, Tensor] | None = None
+) -> list[Tensor]:
+    """Returns several weights for the layer's own use. `module._forms(names, places)` computes
+    them, and may write them to their places. It warns as a forward does if one that was read before
+    was written to."""
     if module._is_read:
         warn_of_writes(module)
     is_kept = module._store is not None and not is_compiling()
     if is_kept or parametrize._cache_enabled or _watched is not None:
         return [form(module, name) for name in names]
-    return module._forms(names)
+    return module._forms(names, places)
 
 
 def _kept(module: Any, name: str) -> Tensor | None:

@@ -16,18 +16,20 @@ import torch
 from torch import Tensor, nn
 
 from .. import functional as WF
-from . import norms, reading, removal
+from . import flat, norms, reading, removal
 from .norms import Norm
 from .weight import NormedWeights
 
 
 def flat_weights(layer: Any) -> list[Tensor | None]:
     """Returns the tensors of `layer._flat_weights_names`. Those that are weight-normed are computed
-    in one call."""
-    normed = layer._normed()
-    found = dict(zip(normed, reading.forms(layer, normed), strict=True))
-    names = layer._flat_weights_names
-    return [found[name] if name in found else getattr(layer, name, None) for name in names]
+    in one call. Where cuDNN runs the layer, all of them lie in one buffer, in its order."""
+    names, normed = layer._flat_weights_names, layer._normed()
+    directions = {name: layer._tensors(name)[1] for name in normed}
+    others = {name: getattr(layer, name, None) for name in names if name not in directions}
+    places = flat.places(layer, directions, others)
+    found = others | dict(zip(normed, reading.forms(layer, normed, places), strict=True))
+    return flat.gathered([found[name] for name in names], [places.get(name) for name in names])
 
 
 def with_weights(layer: Any) -> Any:
@@ -121,8 +123,12 @@ class RecurrentMixin(NormedWeights):
     def _tensors(self, name: str) -> tuple[Tensor, Tensor]:
         return norms.parts(self, self._norm_of[name])
 
-    def _forms(self, names: Sequence[str]) -> list[Tensor]:
-        return norms.weights([self._norm_of[n] for n in names], [self._tensors(n) for n in names])
+    def _forms(self, names: Sequence[str], places: Mapping[str, Tensor] | None) -> list[Tensor]:
+        return norms.weights(
+            [self._norm_of[name] for name in names],
+            [self._tensors(name) for name in names],
+            [places[name] for name in names] if places else None,
+        )
 
     def __getattr__(self, name: str) -> Any:
         if name in self._norm_of:

@@ -34,10 +34,22 @@ void for_each_piece(const std::vector<Piece>& pieces, const F& f) {
   });
 }
 
+// Returns whether a W of this dtype can be written to a place.
+inline bool is_place(const Tensor& place, const Tensor& v, at::ScalarType dtype) {
+  return place.scalar_type() == dtype && place.is_cpu() && place.sizes() == v.sizes() &&
+         place.strides() == v.strides();
+}
+
+// Returns whether the holder of a tensor may write into it.
+inline bool is_free(const Tensor& t) {
+  return t.use_count() == 1 && t.storage().use_count() == 1;
+}
+
 // The weights of a group, and their norms.
 struct Group {
   variable_list v, g, w, n;
   std::vector<double> eps;
+  variable_list places;  // memory for all W, or nothing
 
   // Computes W in these dtypes, and n. Returns false if a norm is out of range.
   bool compute(const std::vector<at::ScalarType>& dtypes) {
@@ -52,7 +64,8 @@ struct Group {
         if (!result) return false;
         std::tie(w[i], n[i]) = *result;
       } else {
-        std::tie(w[i], n[i]) = empty_weight(v[i], g[i], dtypes[i]);
+        n[i] = empty_norms(v[i], g[i]);
+        w[i] = places.empty() ? empty_weight(v[i], dtypes[i]) : places[i];
         add_pieces(pieces, i, e.count, e.length);
       }
     }
@@ -65,7 +78,8 @@ struct Group {
   }
 
   // Returns the gradients of all V, and those of all g behind them. They are undefined where dW is.
-  variable_list grads(const variable_list& given) const {
+  // dV takes the memory of a dW that nothing else refers to.
+  variable_list grads(variable_list&& given) const {
     const size_t count = v.size();
     variable_list out(2 * count), dw(count);
     std::vector<Piece> pieces;
@@ -74,9 +88,9 @@ struct Group {
       const Extents e(v[i], g[i]);
       auto &dv = out[i], &dg = out[count + i];
       if (e.columns) {
-        std::tie(dv, dg) = weight_grads(given[i], v[i], g[i], n[i], eps[i], false);
+        std::tie(dv, dg) = weight_grads(given[i], v[i], g[i], n[i], eps[i], is_free(given[i]));
       } else {
-        std::tie(dw[i], dv, dg) = empty_weight_grads(given[i], v[i], g[i], false);
+        std::tie(dw[i], dv, dg) = empty_weight_grads(given[i], v[i], g[i], is_free(given[i]));
         add_pieces(pieces, i, e.count, e.length);
       }
     }
@@ -116,7 +130,7 @@ class WeightNorms : public torch::autograd::Node {
 
   variable_list apply(variable_list&& given) override {
     const size_t count = eps_.size();
-    Group group{{}, {}, {}, {}, eps_};
+    Group group{{}, {}, {}, {}, eps_, {}};
     {
       const std::lock_guard<std::mutex> lock(mutex_);
       for (size_t i = 0; i < saved_.size(); ++i) {
@@ -141,12 +155,12 @@ class WeightNorms : public torch::autograd::Node {
         out[i] = found[0];
         out[count + i] = found[1];
       } else {
-        dw[i] = given[i];
+        dw[i] = std::move(given[i]);
       }
     }
     if (again) return out;
     const BelowAutograd below;
-    auto grads = grads_ ? by_python(dw, group.v, group.g, group.n) : group.grads(dw);
+    auto grads = grads_ ? by_python(dw, group.v, group.g, group.n) : group.grads(std::move(dw));
     for (size_t i = 0; i < grads.size(); ++i)
       if (grads[i].defined()) out[i] = std::move(grads[i]);
     return out;
@@ -203,14 +217,23 @@ class WeightNorms : public torch::autograd::Node {
 // Returns every W, in its dtype. Returns nothing if the library does not serve one of them.
 inline std::optional<variable_list> weight_norms(
     const py::list& v, const py::list& g, const py::list& dims, const py::list& eps,
-    const py::list& dtypes) {
+    const py::list& dtypes, const std::optional<variable_list>& places) {
   Group group;
+  if (places) {
+    if (places->size() != v.size()) return std::nullopt;
+    group.places = *places;
+  }
   std::vector<at::ScalarType> of_w;
   bool needs_grad = false;
   for (size_t i = 0; i < v.size(); ++i) {
     const auto t = weight_operands(v[i], g[i], dims[i], eps[i]);
     if (!t) return std::nullopt;
-    const auto dtype = reinterpret_cast<THPDtype*>(py::handle(dtypes[i]).ptr())->scalar_type;
+    const py::handle given = dtypes[i];
+    if (!given.is_none() && !THPDtype_Check(given.ptr())) return std::nullopt;
+    const auto dtype = given.is_none() ? t->v.scalar_type()
+                                       : reinterpret_cast<THPDtype*>(given.ptr())->scalar_type;
+    if (!at::isFloatingType(dtype)) return std::nullopt;
+    if (places && !is_place((*places)[i], t->v, dtype)) return std::nullopt;
     if ((dtype == at::kDouble) != (t->v.scalar_type() == at::kDouble)) return std::nullopt;
     of_w.push_back(dtype);
     group.v.push_back(t->v);
@@ -288,7 +311,7 @@ inline py::list empty_like(const py::list& tensors, const py::list& dtypes) {
 inline py::list record(
     const py::list& w, const py::list& v, const py::list& g, const py::list& n,
     const std::vector<double>& eps, const py::object& grads) {
-  Group group{unpacked(v), unpacked(g), unpacked(w), unpacked(n), eps};
+  Group group{unpacked(v), unpacked(g), unpacked(w), unpacked(n), eps, {}};
   WeightNorms::record(group, grads);
   return packed(group.w);
 }

@@ -165,10 +165,9 @@ inline bool weight_rows(
   return in_range;
 }
 
-// Returns memory for W in this dtype, and for n.
-inline std::pair<Tensor, Tensor> empty_weight(
-    const Tensor& v, const Tensor& g, at::ScalarType dtype) {
-  return {at::empty_like(v, v.options().dtype(dtype)), empty_norms(v, g)};
+// Returns memory for W in this dtype.
+inline Tensor empty_weight(const Tensor& v, at::ScalarType dtype) {
+  return at::empty_like(v, v.options().dtype(dtype));
 }
 
 // Returns W in this dtype, and n, or nothing if a norm is out of range. If slices are rows, V is
@@ -181,7 +180,7 @@ inline std::optional<std::pair<Tensor, Tensor>> weight(
     if (!n) return std::nullopt;
     return std::make_pair(scaled_weight(v, g, *n, dtype), *n);
   }
-  auto result = empty_weight(v, g, dtype);
+  auto result = std::make_pair(empty_weight(v, dtype), empty_norms(v, g));
   std::atomic<bool> in_range{true};
   at::parallel_for(0, e.count, grain(e.length), [&](int64_t begin, int64_t end) {
     if (!weight_rows(result.first, result.second, v, g, eps, begin, end)) in_range = false;

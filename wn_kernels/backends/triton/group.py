@@ -432,10 +432,14 @@ class Prepared:
         self._forward = _remembered(target_of(v[0]), (*v, *g), members)
         self.backwards: dict[Any, Grouped] = {}
 
-    def __call__(self, v: list[Tensor], g: list[Tensor]) -> Lists:
-        """The lists of all `W` and `n`, each `W` in its member's dtype and `V`'s memory layout."""
+    def __call__(
+        self, v: list[Tensor], g: list[Tensor], places: Sequence[Tensor] | None = None
+    ) -> Lists:
+        """The lists of all `W` and `n`, each `W` in its member's dtype and `V`'s memory layout. The
+        launch that they share writes `W` to its place, if there is one."""
         made = self._forward
-        w, n = empty_like(v, made.dtypes[0]), empty_like(g, made.dtypes[1])
+        w = [*places] if places else empty_like(v, made.dtypes[0])
+        n = empty_like(g, made.dtypes[1])
         for i in made.alone:
             m = self.members[i]
             w[i], n[i] = weight.weight_norm(v[i], g[i], m.dim, m.eps, m.dtype)
@@ -473,10 +477,15 @@ class Prepared:
         return dv, dg
 
 
-def weight_norms(v: Sequence[Tensor], g: Sequence[Tensor], members: tuple[Member, ...]) -> Lists:
-    """The lists of all `W` and `n`, each `W` in its member's dtype and in `V`'s memory layout."""
+def weight_norms(
+    v: Sequence[Tensor],
+    g: Sequence[Tensor],
+    members: tuple[Member, ...],
+    places: Sequence[Tensor] | None = None,
+) -> Lists:
+    """The lists of all `W` and `n`; see `Prepared`."""
     g = [t.contiguous() for t in g]
-    return Prepared(v, g, members)([*v], g)
+    return Prepared(v, g, members)([*v], g, places)
 
 
 def weight_norms_backward(

@@ -1,0 +1,306 @@
+"""Recurrent layers and cells under what the files beside this one try on other layers."""
+
+import copy
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import parametrizations
+from torch.utils.checkpoint import checkpoint
+
+import wn_kernels
+import wn_kernels.functional as WF
+from tests.comparison import assert_matches, assert_same_bits
+from tests.compatibility import processes
+from tests.compatibility.processes import WORLD
+from wn_kernels.modules import flat, recurrent
+
+STEPS, BATCH, INPUTS, HIDDEN = 4, 2, 6, 8
+
+
+def normed(layer):
+    """The layer as PyTorch normalises it, fused."""
+    for name in [name for name, _ in layer.named_parameters() if name.startswith("weight")]:
+        parametrizations.weight_norm(layer, name)
+    wn_kernels.fuse(layer)
+    return layer
+
+
+LAYERS = {
+    "rnn": lambda: wn_kernels.WNRNN(INPUTS, HIDDEN),
+    "lstm": lambda: wn_kernels.WNLSTM(INPUTS, HIDDEN, 2, bidirectional=True),
+    "gru": lambda: wn_kernels.WNGRU(INPUTS, HIDDEN, dim=None),
+    "fused": lambda: normed(nn.LSTM(INPUTS, HIDDEN)),
+    "lstm cell": lambda: wn_kernels.WNLSTMCell(INPUTS, HIDDEN),
+    "gru cell": lambda: wn_kernels.WNGRUCell(INPUTS, HIDDEN, dim=1),
+    "fused cell": lambda: normed(nn.RNNCell(INPUTS, HIDDEN)),
+}
+
+
+def made(name):
+    torch.manual_seed(2)
+    layer = LAYERS[name]()
+    with torch.no_grad():
+        for key, p in layer.named_parameters():
+            if key.endswith(("_g", "original0")):
+                p.mul_(torch.rand_like(p) + 0.5)
+    return layer, torch.randn(STEPS, BATCH, INPUTS)
+
+
+def output(layer, x):
+    """The hidden states of the last of two calls, which starts from where the first ended."""
+    if isinstance(layer, nn.RNNBase):
+        return layer(x, layer(x)[1])[0]
+    state = layer(x[1], layer(x[0]))
+    return state[0] if isinstance(state, tuple) else state
+
+
+def loss(layer, x, run=output):
+    y = run(layer, x)
+    return (y * torch.arange(y.numel()).to(y).view(y.shape).sin()).sum()
+
+
+def gradients(layer, x, run=output):
+    named = dict(layer.named_parameters())
+    return dict(zip(named, torch.autograd.grad(loss(layer, x, run), named.values()), strict=True))
+
+
+def reference(layer, x):
+    """The output and the gradients by the definition, in float64."""
+    wide = copy.deepcopy(layer).double()
+    with wn_kernels.use_backend("reference"):
+        return output(wide, x.double()).detach(), gradients(wide, x.double())
+
+
+def assert_right(layer, x, y=None, grads=None, dtype=torch.float32):
+    right, right_grads = reference(layer, x)
+    if y is not None:
+        assert_matches(y, right, dtype, 64, roundings=16)
+    terms = max(grad.norm().item() for grad in right_grads.values())
+    for name, grad in (grads or {}).items():
+        expected = right_grads[name]
+        assert_matches(grad, expected, dtype, 256, roundings=16, terms=terms, what=name)
+
+
+@pytest.mark.parametrize("backend", ["auto", "aten", "reference"])
+@pytest.mark.parametrize("name", LAYERS)
+def test_backends(name, backend):
+    layer, x = made(name)
+    with wn_kernels.use_backend(backend):
+        assert_right(layer, x, output(layer, x), gradients(layer, x))
+
+
+def first(layer, x):
+    """The output of one call without a state."""
+    result = layer(x if isinstance(layer, nn.RNNBase) else x[0])
+    return result[0] if isinstance(result, tuple) else result
+
+
+@pytest.mark.parametrize("name", ["rnn", "gru", "gru cell", "fused cell"])
+def test_one_graph(name):
+    """`allow_rnn` lets a compiler trace recurrent layers. PyTorch's own LSTM fails there as well,
+    in its backward, which oneDNN computes."""
+    layer, x = made(name)
+    with torch._dynamo.config.patch(allow_rnn=True):
+        compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+        result = compiled(x[0] if name.endswith("cell") else x)
+    y = result[0] if isinstance(result, tuple) else result
+    grads = torch.autograd.grad(y.square().sum(), layer.parameters())
+    wide = copy.deepcopy(layer).double()
+    right = first(wide, x.double())
+    right_grads = torch.autograd.grad(right.square().sum(), wide.parameters())
+    assert_matches(y, right.detach(), torch.float32, 64, roundings=16)
+    terms = max(grad.norm().item() for grad in right_grads)
+    for grad, expected in zip(grads, right_grads, strict=True):
+        if expected.any():  # not that of a weight which multiplies a state of zeros
+            assert_matches(grad, expected, torch.float32, 256, roundings=16, terms=terms)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("name", LAYERS)
+def test_export_and_trace(name):
+    layer, x = made(name)
+    given = x if isinstance(layer, nn.RNNBase) else x[0]
+    right = first(copy.deepcopy(layer).double(), x.double()).detach()
+    for program in (
+        torch.export.export(layer, (given,)).module(),
+        torch.jit.trace(layer, given),
+    ):
+        result = program(given)
+        y = result[0] if isinstance(result, tuple) else result
+        assert_matches(y, right, torch.float32, 64, roundings=16)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_transforms_and_checkpoints(name):
+    layer, x = made(name)
+    values = {key: p.detach() for key, p in layer.named_parameters()}
+
+    def of_values(values):
+        def run(_, x):
+            wrapped = Wrapped(layer)
+            named = {"layer." + key: p for key, p in values.items()}
+            return torch.func.functional_call(wrapped, named, (x,))
+
+        return loss(layer, x, run)
+
+    assert_right(layer, x, grads=torch.func.grad(of_values)(values))
+
+    def again(layer, x):
+        return checkpoint(output, layer, x, use_reentrant=False)
+
+    assert_right(layer, x, again(layer, x), gradients(layer, x, again))
+
+
+class Wrapped(nn.Module):
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x):
+        return output(self.layer, x)
+
+
+@pytest.mark.parametrize("name", ["lstm", "gru cell", "fused"])
+def test_threads(name):
+    layer, x = made(name)
+    with ThreadPoolExecutor(4) as pool:
+        every = list(pool.map(lambda _: (output(layer, x), gradients(layer, x)), range(8)))
+    for y, grads in every:
+        assert_right(layer, x, y, grads)
+
+
+@pytest.mark.parametrize("name", ["lstm", "gru cell", "fused"])
+def test_autocast(name):
+    layer, x = made(name)
+    with torch.autocast("cpu", torch.bfloat16):
+        y, grads = output(layer, x), gradients(layer, x)
+    right, right_grads = reference(layer, x)
+    assert_matches(y.float(), right, torch.bfloat16, 64, roundings=8)
+    every = torch.cat([grads[key].flatten() for key in right_grads])
+    assert every.dtype == torch.float32
+    expected = torch.cat([grad.flatten() for grad in right_grads.values()])
+    assert_matches(every, expected, torch.bfloat16, 256, roundings=16)
+
+
+def test_second_derivatives():
+    """A penalty on the gradient of the parameters."""
+    layer = wn_kernels.WNGRUCell(INPUTS, HIDDEN, dtype=torch.float64)
+    x, h = torch.randn(2, INPUTS).double(), torch.randn(2, HIDDEN).double()
+
+    def run(*parameters):
+        named = dict(zip(dict(layer.named_parameters()), parameters, strict=True))
+        return torch.func.functional_call(layer, named, (x, h))
+
+    leaves = [p.detach().requires_grad_() for p in layer.parameters()]
+    assert torch.autograd.gradcheck(run, leaves)
+    assert torch.autograd.gradgradcheck(run, leaves)
+
+
+# --- several processes ---------------------------------------------------------------------------
+
+
+def trains_as_one(rank, name):
+    layer, _ = made(name)
+    torch.manual_seed(3)
+    x = torch.randn(STEPS, 2 * WORLD, INPUTS)
+    model = DistributedDataParallel(Wrapped(layer))
+    y = model(x[:, 2 * rank : 2 * rank + 2])
+    y.pow(2).sum().div(2 * WORLD).backward()
+    wide = copy.deepcopy(made(name)[0]).double()
+    (Wrapped(wide)(x.double()).pow(2).sum() / (2 * WORLD) / WORLD).backward()
+    right = {key: p.grad for key, p in wide.named_parameters()}
+    terms = max(grad.norm().item() for grad in right.values())
+    for key, p in layer.named_parameters():
+        assert_matches(p.grad, right[key], torch.float32, 256, roundings=16, terms=terms, what=key)
+
+
+@pytest.mark.parametrize("name", ["lstm", "fused"])
+def test_data_parallel(name, tmp_path):
+    processes.run(tmp_path, trains_as_one, name)
+
+
+# --- where the weights lie -----------------------------------------------------------------------
+
+
+def test_large_weights_share_their_memory():
+    """Those of a forward without gradients are freed as one. None is a view of another one."""
+    layer = wn_kernels.WNLSTM(128, 128)
+    apart = recurrent.flat_weights(layer)[:2]
+    assert len({w.untyped_storage().data_ptr() for w in apart}) == 2
+    with torch.no_grad():
+        shared = recurrent.flat_weights(layer)[:2]
+    assert len({w.untyped_storage().data_ptr() for w in shared}) == 1
+    assert all(w.data_ptr() % 64 == 0 and not w._is_view() for w in shared)
+    for a, b in zip(apart, shared, strict=True):
+        assert_same_bits(a.detach(), b)
+    versions = [w._version for w in shared]
+    shared[0].zero_()
+    assert [w._version for w in shared] == [versions[0] + 1, versions[1]]
+    assert_same_bits(shared[1], apart[1].detach())
+    x = torch.randn(STEPS, BATCH, INPUTS)
+    layer = wn_kernels.WNGRU(INPUTS, 256)
+    assert_right(layer, x, output(layer, x), gradients(layer, x))
+    with torch.no_grad():
+        y = output(layer, x)
+    assert_right(layer, x, y)
+
+
+def test_gradients_pass_through_places():
+    """What is not computed at its place is copied there, in the dtype of the place."""
+    tensors = [torch.randn(3, 4, requires_grad=True), torch.randn(5, requires_grad=True)]
+    places = [torch.empty(3, 4, dtype=torch.float16), torch.empty(5, dtype=torch.float16)]
+    copies = flat.Placed.apply(places, *tensors)
+    (copies[0].float().pow(2).sum() + 3 * copies[1].float().sum()).backward()
+    for copied, place, t in zip(copies, places, tensors, strict=True):
+        assert copied.data_ptr() == place.data_ptr()
+        assert_matches(copied, t.detach().double(), torch.float16, 1)
+    assert_matches(tensors[0].grad, 2 * tensors[0].detach().double(), torch.float16, 1)
+    assert_matches(tensors[1].grad, torch.full((5,), 3.0).double(), torch.float32, 1)
+
+
+@pytest.mark.parametrize("backend", ["native", "triton", "aten"])
+def test_weights_are_written_to_places(backend):
+    """On the paths that can; on any, they are right."""
+    v = [torch.randn(6, 4, requires_grad=True), torch.randn(5, 7, requires_grad=True)]
+    g = [torch.rand(6, 1) + 0.5, torch.rand(5, 1) + 0.5]
+    memory = torch.empty(64)
+    places = [
+        torch.empty(0).set_(memory.untyped_storage(), offset, t.shape, t.stride())
+        for t, offset in zip(v, (0, 29), strict=True)
+    ]
+    with wn_kernels.use_backend(backend):
+        w = WF.weight_norms(v, g, places=places)
+    for t, scale, weight, place in zip(v, g, w, places, strict=True):
+        assert (weight.data_ptr() == place.data_ptr()) == (backend != "aten")
+        wide, dw = t.detach().double().requires_grad_(), torch.randn_like(t)
+        right = scale.double() * wide / wide.norm(dim=1, keepdim=True)
+        assert_matches(weight, right.detach(), torch.float32, 16)
+        (expected,) = torch.autograd.grad(right, wide, dw.double())
+        (grad,) = torch.autograd.grad(weight, t, dw, retain_graph=True)
+        assert_matches(grad, expected, torch.float32, 16, terms=dw.norm().item() * 4)
+    with pytest.raises(ValueError, match=r"weight 1: its place has shape \(6, 4\)"):
+        WF.weight_norms(v, g, places=[places[0], places[0]])
+    with pytest.raises(ValueError, match="places has 1 tensors, but v has 2"):
+        WF.weight_norms(v, g, places=places[:1])
+
+
+def test_a_gradient_that_others_hold_is_not_overwritten():
+    """`dV` takes the memory of `dW` only where nothing else refers to it."""
+    v, g = torch.randn(6, 4, requires_grad=True), torch.rand(6, 1)
+    dw = torch.randn(6, 4)
+    before = dw.clone()
+    (w,) = WF.weight_norms([v], [g])
+    w.retain_grad()
+    seen = []
+    w.register_hook(seen.append)
+    torch.autograd.backward(w, dw)
+    assert_same_bits(dw, before)
+    assert_same_bits(w.grad, before)
+    assert_same_bits(seen[0], before)
+    (w,) = WF.weight_norms([v], [g])
+    other = torch.randn(6, 4, requires_grad=True)
+    ((w + other) * before).sum().backward()  # both get the same gradient
+    assert_same_bits(other.grad, before)

@@ -1,0 +1,170 @@
+"""One piece of memory for all weights of a recurrent layer.
+
+cuDNN takes the weights and the biases of a layer from one buffer, in an order of its own. PyTorch
+copies those that do not lie so, with a warning. Here, the weights are written there when they are
+computed, and one launch copies the biases.
+
+On a CPU, PyTorch's recurrence takes weights from anywhere. One piece of memory is better in
+inference: if many pieces are freed at the end of a forward, the C library returns their pages to
+the system, and the next forward has to fetch them again. A training step frees each weight as soon
+as the backward is done with it, and those that it does not need at once.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.backends.cudnn import rnn
+
+from ..call import PLAIN_TYPES, recorder
+
+# The number of bytes from which weights on a CPU share their memory, and the multiple that each of
+# them starts at.
+SHARED, ALIGNMENT = 1 << 18, 64
+
+
+class Layout(NamedTuple):
+    """Describes where tensors lie in one buffer, in elements."""
+
+    size: int
+    offsets: tuple[int, ...]
+
+
+def places(
+    layer: Any, directions: Mapping[str, Tensor], others: Mapping[str, Tensor | None]
+) -> dict[str, Tensor]:
+    """Returns new memory in one piece for the tensors of a layer, or nothing if they are to be
+    where they are.
+
+    Args:
+        layer: a recurrent layer.
+        directions: `v` of each of its weight-normed tensors.
+        others: the rest of its tensors. They have places as well where cuDNN runs the layer.
+    """
+    like = next(iter(directions.values()))
+    if like.is_cpu:
+        size = sum([t.numel() for t in directions.values()]) * like.element_size()
+        if torch.is_grad_enabled() or size < SHARED or not _are_ordinary([*directions.values()]):
+            return {}
+        return _memory(_one_after_another(directions), directions, like.dtype)
+    every = {**others, **directions}
+    given = {name: t for name in layer._flat_weights_names if (t := every[name]) is not None}
+    if len(given) < len(every) or not _is_for_cudnn(like) or not _are_ordinary([*given.values()]):
+        return {}
+    cast = torch.is_autocast_enabled("cuda") and like.dtype is not torch.float64
+    dtype = torch.float16 if cast else like.dtype  # cuDNN's recurrence has no other there
+    shapes = tuple(t.shape for t in given.values())
+    layout = _layout_of_cudnn(shapes, _options(layer), like.device, dtype)
+    return _memory(layout, given, dtype)
+
+
+def gathered(
+    tensors: Sequence[Tensor | None], places: Sequence[Tensor | None]
+) -> list[Tensor | None]:
+    """Returns the tensors of a layer. On a GPU, one launch copies those that are not at their
+    places."""
+    found = list(tensors)
+    both = enumerate(zip(tensors, places, strict=True))
+    away = {
+        i: (place, t)
+        for i, (t, place) in both
+        if t is not None and place is not None and t.is_cuda and t.data_ptr() != place.data_ptr()
+    }
+    if away:
+        to, given = zip(*away.values(), strict=True)
+        for i, copy in zip(away, Placed.apply(to, *given), strict=True):
+            found[i] = copy
+    return found
+
+
+def _memory(layout: Layout, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """Returns memory for each tensor. The pieces are no views of each other."""
+    like = next(iter(tensors.values()))
+    storage: Any = like.new_empty(layout.size, dtype=dtype).untyped_storage()
+    offsets = zip(tensors.items(), layout.offsets, strict=True)
+    return {
+        name: like.new_empty(0, dtype=dtype).set_(storage, offset, t.shape, t.stride())
+        for (name, t), offset in offsets
+    }
+
+
+def _one_after_another(tensors: Mapping[str, Tensor]) -> Layout:
+    offsets, size = [], 0
+    for t in tensors.values():
+        offsets.append(size)
+        unit = ALIGNMENT // t.element_size()
+        size += -(-t.numel() // unit) * unit
+    return Layout(size, tuple(offsets))
+
+
+def _are_ordinary(tensors: Sequence[Tensor]) -> bool:
+    """Returns whether these tensors may share their memory: they are contiguous, of one dtype and
+    device, and nothing records the call."""
+    first = tensors[0]
+    return not recorder(first) and all(
+        type(t) in PLAIN_TYPES
+        and t.dtype is first.dtype
+        and t.device == first.device
+        and t.is_contiguous()
+        for t in tensors
+    )
+
+
+def _is_for_cudnn(like: Tensor) -> bool:
+    """Returns whether cuDNN runs a layer with weights like this one."""
+    return (
+        like.is_cuda
+        and torch.version.cuda is not None
+        and torch.backends.cudnn.is_acceptable(like)
+        and torch._use_cudnn_rnn_flatten_weight()
+    )
+
+
+def _options(layer: Any) -> tuple[Any, ...]:
+    """Returns the arguments of `torch._cudnn_rnn_flatten_weight` behind the tensors, as torch.nn
+    has them."""
+    return (
+        (4 if layer.bias else 2) + (layer.proj_size > 0),
+        layer.input_size,
+        rnn.get_cudnn_mode(layer.mode),
+        layer.hidden_size,
+        layer.proj_size,
+        layer.num_layers,
+        layer.batch_first,
+        bool(layer.bidirectional),
+    )
+
+
+@functools.lru_cache(maxsize=256)
+def _layout_of_cudnn(
+    shapes: tuple[torch.Size, ...],
+    options: tuple[Any, ...],
+    device: torch.device,
+    dtype: torch.dtype,
+) -> Layout:
+    """Returns the layout that cuDNN has for the tensors of a layer. It is read off tensors that
+    PyTorch's function moved into a buffer."""
+    tensors = [torch.empty(shape, device=device, dtype=dtype) for shape in shapes]
+    with torch.no_grad():
+        buffer = torch._cudnn_rnn_flatten_weight(tensors, *options)
+    return Layout(buffer.numel(), tuple(int(t.storage_offset()) for t in tensors))
+
+
+class Placed(torch.autograd.Function):
+    """Copies tensors to their places. The gradients are those of the places."""
+
+    @staticmethod
+    def forward(ctx: Any, places: Sequence[Tensor], *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.dtypes = [t.dtype for t in tensors]
+        ctx.set_materialize_grads(False)
+        torch._foreach_copy_([*places], tensors)
+        return tuple(places)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        cast = zip(grads, ctx.dtypes, strict=True)
+        return None, *(g if g is None else g.to(dtype) for g, dtype in cast)
