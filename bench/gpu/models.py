@@ -39,13 +39,24 @@ def _measure(context: Context, case: ModelCase) -> None:
     for kind, session in sessions.items():
         with session:
             wall = context.clock.wall(runs, seconds)
-            captured = {name: [run] for name, run in runs.items() if name != "frozen"}
+            captured = _capturable(context, runs)
             graphs = context.clock.graphs(captured, seconds)
             infers = case.mode == "infer" and "ours" in runs
             predicted = _predicted(runs["ours"]) if infers else {}
         conditions = {"CUDA graph": medians(graphs)}
         record = case.record() | {"precision": kind}
         context.result(record, wall, predicted, conditions=conditions)
+
+
+def _capturable(context: Context, runs: dict[str, Any]) -> dict[str, list[Any]]:
+    """Returns the models that a graph captures. What a capture raises is written down."""
+    found = {}
+    for name, run in runs.items():
+        if name != "frozen":
+            with context.attempt(f"{name} in a graph"):
+                context.clock.graphs({name: [run]}, 0.0)
+                found[name] = [run]
+    return found
 
 
 def _predicted(run: Any) -> dict[str, float]:

@@ -13,7 +13,7 @@ from torch.nn.parameter import is_lazy
 from .. import prepare
 from ..call import PLAIN_TYPES
 from ..modules import kept
-from ..modules.weight import WeightNormMixin
+from ..modules.weight import NormedWeights
 from . import fused
 
 
@@ -66,7 +66,7 @@ def _layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     }
     for name, module in modules.items():
         if (
-            (isinstance(module, WeightNormMixin) or fused.is_fused(module))
+            (isinstance(module, NormedWeights) or fused.is_fused(module))
             and module not in left
             and all(type(p) in PLAIN_TYPES or is_lazy(p) for p in module.parameters())
         ):
