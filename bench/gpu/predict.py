@@ -35,14 +35,17 @@ def vendors(case: Case, device: Device | None = None) -> dict[str, float]:
     here."""
     device = device or devices.gpu()
     operations, moved = case.work()
+    rows = math.prod(case.x_shape[:-1]) if case.kind == "Linear" else 0
+    if rows:
+        operations *= gpu_costs.vendor_rows(rows) / rows
     products = 1 if case.mode == "infer" else 3
     launches = gpu_costs.PRODUCT_LAUNCHES
     plain = [Stage(moved / products, operations / products, launches=launches)] * products
     weight = float(case.size() * case.torch_dtype.itemsize) / PASSES
     norms = [Stage(2 * weight)] + ([Stage(3 * weight)] if case.mode == "train" else [])
-    if case.mode == "train" and case.kind == "Linear":
-        rows, outputs = math.prod(case.x_shape[:-1]), case.arguments[1]
-        plain.append(gpu_costs.column_sums(rows, rows * outputs * case.torch_dtype.itemsize))
+    if case.mode == "train" and rows:
+        y = rows * case.arguments[1] * case.torch_dtype.itemsize
+        plain.append(gpu_costs.column_sums(rows, y))
     fast = rate(case, device)
     return {"plain": seconds(plain, device, fast), "eager": seconds(plain + norms, device, fast)}
 
