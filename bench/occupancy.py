@@ -26,16 +26,12 @@ from wn_kernels import plan
 from wn_kernels.call import Call
 from wn_kernels.plan import costs, devices
 from wn_kernels.plan.devices import Device
-from wn_kernels.plan.gpu_costs import column_sums
-from wn_kernels.plan.stages import Costs, Stage, narrowest
+from wn_kernels.plan.stages import Stage, narrowest
 
 CASES = [*BF16, *(case for case in FLOAT32 if case.precision == "own")]
 
 # What a launch should cover, and the floor's multiple that a path of few rows should stay below.
 COVERED, FLOOR, FEW = 0.8, 1.1, 64
-
-# The fraction of the bandwidth that PyTorch's weight norm reaches, as measured on an H200.
-EAGER = 0.4
 
 
 class Line(NamedTuple):
@@ -90,18 +86,8 @@ def _line(device: Device, case: Case) -> Line:
     floor += device.overhead * (1 if case.mode == "infer" else 2)
     return Line(
         *(device, case, path, least, least.covers(device) if least else 1.0),
-        *(found.seconds(steps), found.seconds(_eager(found, case, m, n, k)), floor),
+        *(found.seconds(steps), predict.vendors(case, device)["eager"], floor),
     )
-
-
-def _eager(found: Costs, case: Case, m: int, n: int, k: int) -> list[Stage]:
-    """Returns the stages of PyTorch's parametrized layer: its passes over the weight, the vendor's
-    products, and the sums of the bias."""
-    y, w = (case.torch_dtype.itemsize * size for size in (m * n, n * k))
-    product = found.forward["materialize"][-1]
-    if case.mode == "infer":
-        return [Stage(2 * w / EAGER), product]
-    return [Stage(2 * w / EAGER), *[product] * 3, column_sums(m, y), Stage(3 * w / EAGER)]
 
 
 def figures(found: list[Line]) -> baseline.Figures:

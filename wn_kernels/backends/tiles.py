@@ -214,9 +214,8 @@ def grads(m: int, itemsize: int, ieee: bool, architecture: str) -> Loop:
     program has `BLOCK_R` columns. Arguments as in `one_pass`."""
     block_m = up_to(m, 16, 32, 64, 128)
     block_o, block_r, deep = {2: (64, 64, 4), 4: (32, 64, 3), 8: (16, 32, 1)}[itemsize]
-    # What products without asynchronous tensor cores hold would not fit the registers.
-    is_hopper = architecture == HOPPER
-    if (ieee and itemsize == 4 and block_m > 16) or (block_m == 128 and not is_hopper):
+    # What these products hold would not fit the registers.
+    if (ieee and itemsize == 4 and block_m > 16) or (block_m == 128 and architecture == "cuda:80"):
         block_o //= 2
     warps = 8 if block_m == 128 else 4
     return Loop(block_m, block_o, block_r, warps, stages(deep, architecture))

@@ -57,6 +57,11 @@ SHARED_ROWS = 512
 VENDOR_ROWS = 128
 
 
+def vendor_rows(m: int) -> int:
+    """Returns how many rows the vendor's product of `m` rows computes."""
+    return m if m == 1 else math.ceil(m / VENDOR_ROWS) * VENDOR_ROWS
+
+
 def triton_linear(call: Call, device: Device) -> Costs:
     """Returns the candidates `one_pass`, `scaled` and `materialize` on a GPU, and the backward
     `product`.
@@ -77,7 +82,6 @@ def triton_linear(call: Call, device: Device) -> Costs:
     x_size, v_size = call.x_dtype.itemsize, call.v_dtype.itemsize
     x, y, v, w = x_size * m * k, x_size * m * n, v_size * n * k, x_size * n * k
     dim, size = call.dim, max(x_size, v_size)
-    rows = m if m == 1 else math.ceil(m / VENDOR_ROWS) * VENDOR_ROWS
 
     def passes(moved: float) -> Stage:  # over activations
         return _pass(moved, moved / x_size, device)
@@ -85,7 +89,7 @@ def triton_linear(call: Call, device: Device) -> Costs:
     def weight_passes(moved: float) -> Stage:
         return _pass(moved, n * k, device)
 
-    product = Stage(x + y + w, 2.0 * rows * n * k, launches=PRODUCT_LAUNCHES)
+    product = Stage(x + y + w, 2.0 * vendor_rows(m) * n * k, launches=PRODUCT_LAUNCHES)
     ieee = x_size >= 4 and not call.tf32
     sizes, architecture = (x_size, v_size), device.architecture
     form, finish = weight_passes(v + w), weight_passes(w + 2 * v)

@@ -40,14 +40,15 @@ def case(m, mode, precision="own"):
 
 
 def test_a_layer_that_is_bound_by_its_weight():
-    """An H100 reads 32 MiB in 11 µs; eager reads and writes them first."""
+    """An H100 reads 32 MiB in 11 µs; eager reads and writes them first, at 0.4 of the rate. One row
+    of `dY` is summed."""
     weight = 2 * 4096 * 4096 / 2.97e12
     found = predict.vendors(case(1, "infer"))
     assert found["plain"] in About(4e-6 + weight, 0.01)
-    assert found["eager"] in About(6e-6 + 3 * weight, 0.01)
+    assert found["eager"] in About(6e-6 + 6 * weight, 0.01)
     trained = predict.vendors(case(1, "train"))
-    assert trained["plain"] in About(3 * found["plain"], 0.01)
-    assert trained["eager"] - trained["plain"] in About(4e-6 + 5 * weight, 0.01)
+    assert trained["plain"] in About(3 * found["plain"] + 2e-6, 0.01)
+    assert trained["eager"] - trained["plain"] in About(4e-6 + 12.5 * weight, 0.01)
 
 
 def test_a_layer_that_is_bound_by_products():
