@@ -55,7 +55,7 @@ def test_the_baseline_has_every_row():
     committed, _ = baseline.read("host")
     assert list(committed) == [f"{label}, {mode}" for label, mode, _ in host.rows()]
     ratios = {f"{ours}/{other}" for ours in host.OURS for other in host.OTHERS}
-    assert all(figures.keys() == ratios for figures in committed.values())
+    assert all(figures.keys() >= ratios for figures in committed.values())  # grouped ones as well
 
 
 def test_a_busy_machine_is_no_reason_to_fail(monkeypatch, tmp_path):
