@@ -16,7 +16,6 @@ one whose layout is not that of at most three loops have launches of their own.
 from __future__ import annotations
 
 import itertools
-import threading
 from array import array
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -35,9 +34,6 @@ from .launch import Launcher, Slices, acc_type, as_slices, is_wide, remembered, 
 from .weight import weight_grad_slices, weight_slices
 
 # --- kernels -----------------------------------------------------------------------------------
-
-# The columns of a weight's row in the table. Its strides follow, four of each tensor.
-_KIND, _N, _LOOPS, _STEPS, _PLACE, _STRIDES = 0, 1, 2, 5, 6, 7
 
 
 @triton.jit
@@ -287,38 +283,59 @@ class Table:
             )
             for aligned in (False, True)
         ]
-        self._table: Tensor | None = None
-        self._known: dict[bytes, tuple[Tensor, bool]] = {}
-        self._lock = threading.Lock()
+        self._uploads: dict[int, _Uploads] = {}  # by stream
+        self._reserve: list[Tensor] = []
+        self._pinned: Tensor | None = None  # the numbers, for captures
         self._members = [row.member for row in rows]
 
     def launch(self, lists: Sequence[list[Tensor]], base: Tensor | None = None) -> None:
         """Launches the kernel on these tensors: a list for each place, with a tensor for each
         weight of the group. Addresses are counted from `base`, which is the table by default."""
         beside = lists[0][0]
-        captures = is_capturing(beside)
-        table = self._table
-        if table is None:
-            table = on_device(self.numbers, beside, captures)
+        device = beside.get_device()
+        stream = _stream(device) if device >= 0 else 0
+        captures = device >= 0 and torch.cuda.is_current_stream_capturing()
+        uploads = self._uploads.get(stream)
+        if uploads is None:
+            # A capture uploads the table itself, and keeps it.
+            pinned = self._pinned if captures else None
+            uploads = _Uploads(on_device(self.numbers, beside, captures, pinned), {})
+            if not captures:
+                uploads = self._uploads.setdefault(stream, uploads)
+        table, kept = uploads
         at = table if base is None else base
         addresses = addresses_of(lists, self._members)
-        known = None if captures or base is not None else self._known.get(addresses)
+        known = None if captures or base is not None else kept.get(addresses)
         if known is None:
             numbers, first = array("q", addresses), at.data_ptr()
             aligned = not any(number % 16 for number in numbers)
-            bytes_from = array("q", [number - first for number in numbers])
-            places = torch.frombuffer(bytes_from, dtype=torch.int64)
-            known = on_device(places, beside, captures), aligned
+            offsets = array("q", [number - first for number in numbers])
+            places = torch.frombuffer(offsets, dtype=torch.int64)
             if captures:
                 _captured.append(table)
-            elif base is None:
-                with self._lock:
-                    self._table = table
-                    if len(self._known) >= configs.GROUPED_KNOWN:
-                        self._known.clear()
-                    self._known[addresses] = known
+            elif device >= 0 and self._pinned is None:
+                self._reserve += torch.empty((RESERVE, len(places)), dtype=torch.int64).pin_memory()
+                self._pinned = self.numbers.pin_memory()
+            pinned = self._reserve.pop() if captures and self._reserve else None
+            known = on_device(places, beside, captures, pinned), aligned
+            if not captures and base is None:
+                if len(kept) >= configs.GROUPED_KNOWN:
+                    kept.clear()
+                kept[addresses] = known
         places, is_aligned = known
         self.launchers[is_aligned](at.view(torch.int8), places, table)
+
+
+class _Uploads(NamedTuple):
+    """What was uploaded on a stream: the table, and the addresses by themselves as bytes, with
+    whether all are multiples of 16."""
+
+    table: Tensor
+    known: dict[bytes, tuple[Tensor, bool]]
+
+
+# The current stream of a device, as a number.
+_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None) or (lambda _: 0)
 
 
 def addresses_of(lists: Sequence[list[Tensor]], members: list[int]) -> bytes:
@@ -342,15 +359,19 @@ def empty_like(tensors: list[Tensor], dtypes: list[torch.dtype]) -> list[Tensor]
 _captured: list[Tensor] = []
 
 
-def is_capturing(beside: Tensor) -> bool:
-    return beside.get_device() >= 0 and torch.cuda.is_current_stream_capturing()
+# Pinned memory cannot be allocated during a capture. A table that was launched before has some for
+# so many captured launches.
+RESERVE = 64
 
 
-def on_device(numbers: Tensor, beside: Tensor, captures: bool) -> Tensor:
-    """Numbers on the device of another tensor, without a wait for it."""
+def on_device(
+    numbers: Tensor, beside: Tensor, captures: bool, reserve: Tensor | None = None
+) -> Tensor:
+    """Numbers on the device of another tensor, without a wait for it, by way of pinned memory: the
+    reserve, if there is one."""
     if beside.get_device() < 0:
         return numbers
-    pinned = numbers.pin_memory()
+    pinned = numbers.pin_memory() if reserve is None else reserve.copy_(numbers)
     if captures:
         _captured.append(pinned)
     return pinned.to(beside.device, non_blocking=True)
