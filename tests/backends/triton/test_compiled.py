@@ -37,14 +37,18 @@ def spy(self, *arguments):
 
 CudaLauncher.__call__ = spy
 made = []  # the addresses of each launch of ours, and whether Triton has bound it
-launch_s_call = launch.Launcher.__call__
 
-def notes(self, *tensors):
-    bound.clear()
-    launch_s_call(self, *tensors)
-    made.append(([t.data_ptr() for t in tensors], any(bound)))
+def noted(launches):
+    def notes(self, tensors):
+        bound.clear()
+        result = launches(self, tensors)
+        if result:
+            made.append(([t.data_ptr() for t in tensors], any(bound)))
+        return result
+    return notes
 
-launch.Launcher.__call__ = notes
+for way in ("launches", "_launch_by_triton"):
+    setattr(launch.Launcher, way, noted(getattr(launch.Launcher, way)))
 
 def launched(run):
     "The launches that the driver is given, addresses by the tensor that they are of."
