@@ -106,6 +106,12 @@ def test_readme_table(tmp_path, capsys):
     assert text.endswith(f"{end}\nafter\n")
     assert "old" not in text
     assert "| linear | infer | 0.50 | 0.25 (b) | 1.00 (c) | 1.10 |" in text
+    assert "No case is slower than eager by more than 2 %." in text
+    lost = results_of(
+        tmp_path / "b.json", result("b", "train", eager=1.04), result("c", eager=1.01)
+    )
+    assert cli.main(["readme", path, lost, "--file", str(readme)]) == 0
+    assert "Slower than eager by more than 2 %: b, train: 1.04 (1.03–1.05)." in readme.read_text()
     assert cli.main(["readme", path, "--file", str(readme), "--every-case"]) == 0
     assert "| c | infer |" in readme.read_text()
     readme.write_text("no marks")
@@ -116,11 +122,11 @@ def test_readme_table(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("file", "table", "names"),
     [
-        ("README.md", report.readme_table, ("linear", "conv")),
+        ("README.md", report.readme_table, ("linear", "conv", "half")),
         (
             "docs/benchmarks.md",
             report.every_case,
-            ("linear", "conv", "norm", "overhead", "memory"),
+            ("linear", "conv", "half", "norm", "overhead", "memory"),
         ),
     ],
 )

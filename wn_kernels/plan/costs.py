@@ -209,7 +209,8 @@ def native_convolution(call: Call, conv: Geometry) -> Costs:
     # A weight of a few MiB stays in cache between two passes.
     weight = w / device.cache if w <= 2**22 else w
     moved = x + y + weight
-    flops = _vendors(device, operations / CONVOLUTION_EFFICIENCY, _columns(call, conv))
+    flops = _padded(call, conv) * operations / CONVOLUTION_EFFICIENCY
+    flops = _vendors(device, flops, _columns(call, conv))
     product = [*[Stage(0)] * CONVOLUTION_CALLS, Stage(2 * weight), Stage(moved, flops)]
     grad = [*[Stage(0)] * GRADIENT_CALLS, Stage(2 * weight), Stage(moved, flops)]
     pages = 10 * w if w > FRESH_PAGES else 0
@@ -235,6 +236,17 @@ def native_convolution(call: Call, conv: Geometry) -> Costs:
             call, conv, device.own, x, y, weight
         )
     return Costs(forward, backward, device, device.rate(size))
+
+
+def _padded(call: Call, conv: Geometry) -> float:
+    """Returns by how much PyTorch's convolution has more operations than the layer. Channels are
+    padded to whole vectors, or to halves of one. A depthwise one computes few anyway."""
+    lanes = limits.VECTOR_BYTES // 4
+    channels = call.v_shape[0] // conv.groups, call.v_shape[1]
+    if min(channels) == 1:
+        return 1.0
+    blocks = (lanes // 2 if c <= lanes // 2 else lanes for c in channels)
+    return math.prod(math.ceil(c / b) * b / c for c, b in zip(channels, blocks, strict=True))
 
 
 def _slower(stages: list[Stage], slowness: float) -> list[Stage]:
