@@ -4,6 +4,7 @@ it. Their launches go to a driver that does nothing (`stand_in.py`), in one thre
     plain     the layer without weight norm; of a whole model, its weights folded
     eager     PyTorch's weight norm
     triton    ours with its Triton kernels
+    grouped   the same, of a model whose weights are formed by one launch
     auto      ours as the planner has it for a CPU: the native library where it was built, or ATen
 
 Triton's kernels compute nothing here. PyTorch's run on the CPU, in the time of the others and,
@@ -67,6 +68,8 @@ class ModelRunner:
             wn_kernels.fold(self.model)
         if name in OURS:
             wn_kernels.fuse(self.model)
+        if name == "grouped":
+            wn_kernels.fuse(self.model, grouped=True)
 
     def __call__(self) -> None:
         if self.mode == "infer":
@@ -94,7 +97,8 @@ def rows() -> Iterator[tuple[str, str, dict[str, Callable[[], Any]]]]:
             {name: partial(NormRunner, norm, of, CPU) for name, of in names.items()},
         )
     for mode in MODES:
-        yield MODEL, mode, {name: partial(ModelRunner, name, mode) for name in OTHERS + OURS}
+        names = (*OTHERS, *OURS, "grouped")
+        yield MODEL, mode, {name: partial(ModelRunner, name, mode) for name in names}
 
 
 def processor(run: Callable[[], None], repeats: int, _device: torch.device) -> float:
@@ -110,16 +114,17 @@ def row(
 ) -> dict[str, Any]:
     """Times the providers of a row by turns: microseconds of a call, and ratios."""
     runners = {name: make() for name, make in makes.items()}
-    for name in OURS:
-        backend = "triton" if name == "triton" else "auto"
+    ours = [name for name in (*OURS, "grouped") if name in runners]
+    for name in ours:
+        backend = "auto" if name == "auto" else "triton"
         runners[name].session = partial(wn_kernels.use_backend, backend)
     stats = interleaved(runners, CPU, seconds, sample=processor)
     result = {
         "case": {"label": label, "mode": mode},
         "microseconds": {name: s.median * 1e6 for name, s in stats.items()},
         "ratios": {
-            f"{ours}/{other}": paired_ratio(stats[ours], stats[other])["median"]
-            for ours in OURS
+            f"{mine}/{other}": paired_ratio(stats[mine], stats[other])["median"]
+            for mine in ours
             for other in OTHERS
         },
     }
@@ -134,11 +139,14 @@ def row(
 
 def table(results: list[dict[str, Any]]) -> list[list[str]]:
     """The rows of the table, the header first."""
-    first = results[0]
-    lines = [["case", "mode", *(f"{name}, µs" for name in first["microseconds"]), *first["ratios"]]]
+    names, ratios_of = (
+        {k: None for r in results for k in r[what]} for what in ("microseconds", "ratios")
+    )
+    lines = [["case", "mode", *(f"{name}, µs" for name in names), *ratios_of]]
     for r in results:
-        times = (f"{t:.0f}" for t in r["microseconds"].values())
-        ratios = (f"{ratio:.2f}" for ratio in r["ratios"].values())
+        found = r["microseconds"], r["ratios"]
+        times = (f"{found[0][name]:.0f}" if name in found[0] else "" for name in names)
+        ratios = (f"{found[1][name]:.2f}" if name in found[1] else "" for name in ratios_of)
         lines.append([r["case"]["label"], r["case"]["mode"], *times, *ratios])
     return lines
 

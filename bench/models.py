@@ -29,6 +29,8 @@ class Model(NamedTuple):
     x_shape: tuple[int, ...]  # to time: about a second of sound, a batch of images
     call: Callable[[Any, Tensor], Tensor]
     layers: int  # those with weight norm
+    # What `call` calls, to be grouped: the model itself, modules of it, or nothing for one layer.
+    parts: tuple[str, ...] = ("",)
 
 
 def _hifigan() -> nn.Module:
@@ -80,7 +82,12 @@ MODELS = {
     "hifigan": Model(_hifigan, (8, 80), (64, 80), lambda model, x: model(x), 78),
     # The codes between the two are discrete: a rounding may turn into another code.
     "encodec": Model(
-        _encodec, (1, 1, 1280), (1, 1, 24000), lambda model, x: model.decoder(model.encoder(x)), 36
+        _encodec,
+        (1, 1, 1280),
+        (1, 1, 24000),
+        lambda model, x: model.decoder(model.encoder(x)),
+        36,
+        ("encoder", "decoder"),
     ),
     "wav2vec2": Model(
         _wav2vec2, (1, 4000), (1, 16000), lambda model, x: model(x).last_hidden_state, 1
@@ -92,6 +99,9 @@ MODELS = {
     "critic": Model(_critic, (4, 1, 28, 28), (64, 1, 28, 28), lambda model, x: model(x), 3),
 }
 
+
+# The providers. `grouped` is ours with the weights of all layers in one call.
+NAMES = ("plain", "eager", "ours", "grouped")
 
 # Inputs that a check may take.
 INPUTS = 3
@@ -210,7 +220,7 @@ class ModelCase:
         return self.models[self.label]
 
     def competitors(self, device: torch.device, full: bool) -> dict[str, Callable[[], ModelRunner]]:
-        names = ("plain", "eager", "ours")
+        names = NAMES if self.model.parts else NAMES[:-1]
         return {name: partial(ModelRunner, self, name, device) for name in names}
 
     def record(self) -> dict[str, Any]:
@@ -236,6 +246,8 @@ class ModelRunner:
             wn_kernels.fold(self.model)
         if name == "ours":
             wn_kernels.fuse(self.model)
+        for part in case.model.parts if name == "grouped" else ():
+            wn_kernels.fuse(self.model.get_submodule(part), grouped=True)
         self.parameters = list(self.model.parameters())
 
     def operand_bytes(self) -> int:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from wn_kernels.call import Geometry, fits_unscaled, kept_shape, narrows_range
+from wn_kernels.call import Geometry, Member, fits_unscaled, kept_shape, narrows_range
 from wn_kernels.plan.costs import one_pass_rows
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ def shipped(architecture: str) -> list[Compilation]:
 
     found: dict[tuple, Compilation] = {}
     for dtype, x_dtype, v_dtype in _dtypes():
-        for run in (_linear_launches, _convolution_launches):
+        for run in (_linear_launches, _convolution_launches, _group_launches):
             with (
                 configs.architecture(architecture),
                 _float32_products(dtype == "tf32"),
@@ -185,6 +185,31 @@ def _convolution_launches(dtype: str, x_dtype: torch.dtype, v_dtype: torch.dtype
         yield f"{rank}d"
 
 
+# Weights that between them take every tile of a group: (shape, dim).
+GROUP = [
+    ((512, 80, 7), 0),
+    ((256, 128, 16), 0),
+    ((128, 32, 3), 0),
+    ((32, 1, 7), 0),
+    ((64, 512, 11), 0),
+    ((64, 48, 128), 2),
+    ((64, 64, 4), 1),
+]
+
+
+def _group_launches(dtype: str, x_dtype: torch.dtype, v_dtype: torch.dtype) -> Iterator[str]:
+    """The two launches of a group."""
+    from wn_kernels.backends.triton import group
+
+    v = [torch.empty(shape, dtype=v_dtype, device="meta") for shape, _ in GROUP]
+    scales = [_scales(t, dim) for t, (_, dim) in zip(v, GROUP, strict=True)]
+    g, n = ([pair[i] for pair in scales] for i in (0, 1))
+    members = tuple(Member(dim, 0.0, x_dtype) for _, dim in GROUP)
+    w, _ = group.weight_norms(v, g, members)
+    group.weight_norms_backward(w, v, g, n, members)
+    yield ""
+
+
 def named(launch: Launch, dtype: str, note: str) -> Compilation:
     """The recorded launch, under a name that tells it from the others."""
     name = launch.kernel.__name__
@@ -200,6 +225,8 @@ def named(launch: Launch, dtype: str, note: str) -> Compilation:
         )
         if block in launch.arguments
     ]
+    if kinds := launch.arguments.get("KINDS"):
+        blocks = [f"{len(kinds)} kinds"]
     words = ["x".join(blocks), f"w{launch.num_warps}", f"s{launch.num_stages}", *flags]
     if "d" not in note or "taps" in launch.arguments:  # a rank says nothing of a weight's kernels
         words.append(note)

@@ -32,7 +32,7 @@ from torch.utils._pytree import tree_flatten
 from torch.utils.flop_counter import flop_registry
 
 from bench import baseline
-from wn_kernels.call import Geometry, kept_shape
+from wn_kernels.call import Geometry, Member, kept_shape
 
 
 @dataclass
@@ -311,6 +311,57 @@ class _Layer:
         return {"forward": count(forward), "backward": count(backward)}
 
 
+# The weights of a group, all along `dim=0`, with the `W` of each in bfloat16.
+GROUP = [(16, 32, 7), *[(16, 16, 3)] * 3, (16, 8, 8), (1, 16, 7)]
+
+
+class _Group:
+    """The directions of the weights of many layers."""
+
+    label = f"{len(GROUP)} weights"
+
+    def __init__(self) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self.v = [torch.randn(shape, generator=generator) for shape in GROUP]
+        self.g = [t.flatten(1).norm(dim=1).view(kept_shape(t.shape, 0)) for t in self.v]
+        self.members = tuple(Member(0, 0.0, torch.bfloat16) for _ in GROUP)
+        self.w, self.n = self.forward("grouped")
+        self.dw = [torch.randn_like(t) for t in self.w]
+
+    def forward(self, variant: str) -> Any:
+        from wn_kernels.backends.triton import group, weight_norm
+
+        if variant == "grouped":
+            return group.weight_norms(self.v, self.g, self.members)
+        every = zip(self.v, self.g, strict=True)
+        return [weight_norm(v, g, 0, 0.0, torch.bfloat16) for v, g in every]
+
+    def backward(self, variant: str) -> Any:
+        from wn_kernels.backends.triton import group, weight_norm_backward
+
+        lists = self.dw, self.v, self.g, self.n
+        if variant == "grouped":
+            return group.weight_norms_backward(*lists, self.members)
+        return [weight_norm_backward(*tensors, 0, 0.0) for tensors in zip(*lists, strict=True)]
+
+    def minimum(self, direction: str) -> int:
+        lists = [self.v, self.g, self.n, *([self.w] if direction == "forward" else [])]
+        if direction == "backward":
+            lists += [self.dw, self.v, self.g]
+        return sum(t.nbytes for each in lists for t in each)
+
+
+def group_records() -> Iterator[tuple[str, str, str, Traffic]]:
+    """The same of the weights of a group: in one launch, and each by itself."""
+    group = _Group()
+    for direction in ("forward", "backward"):
+        run = getattr(group, direction)
+        for name in ("grouped", "each by itself"):
+            traffic = count(functools.partial(run, name))
+            traffic.minimum = group.minimum(direction)
+            yield group.label, direction, name, traffic
+
+
 def records(cases: list[Case] | None = None) -> Iterator[tuple[str, str, str, Traffic]]:
     """`(case, direction, variant, traffic)`, with eager PyTorch as a variant."""
     for case in cases or CASES:
@@ -379,7 +430,7 @@ def figures(found: list[tuple[str, str, str, Traffic]]) -> baseline.Figures:
 def main(write: bool, kernels: bool) -> int:
     """Prints the table; 1 where a figure is worse than the baseline."""
     torch.utils.deterministic.fill_uninitialized_memory = False
-    found = list(records())
+    found = [*records(), *group_records()]
     console = Console()
     (console if console.is_terminal else Console(width=180)).print(table(found))
     if kernels:

@@ -54,7 +54,7 @@ def options(members):
 
 
 def check(members, v, g, dw, w, grads):
-    for i, (shape, dim, eps, dtype, of_w, _) in enumerate(members):
+    for i, (_, dim, eps, dtype, of_w, _) in enumerate(members):
         wide = [t.detach().double().cpu().requires_grad_() for t in (v[i], g[i])]
         expected = reference.weight_norm(*wide, dim, eps)
         expected_grads = torch.autograd.grad(expected, wide, dw[i].double().cpu())

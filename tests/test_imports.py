@@ -20,6 +20,7 @@ LAYERS = [
     "modules",
     "functional",
     "launched",
+    "grouped",
     "autograd",
     "operators",
     "prepare",

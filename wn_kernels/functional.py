@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from . import autograd, grouped, launched, operators, plan
 from .backends import aten, native, reference
@@ -153,9 +154,9 @@ def weight_norms(
     v: Sequence[Tensor],
     g: Sequence[Tensor],
     *,
-    dim: int | None | Sequence[int | None] = 0,
+    dim: int | Sequence[int | None] | None = 0,
     eps: float | Sequence[float] = 0.0,
-    dtype: torch.dtype | None | Sequence[torch.dtype | None] = None,
+    dtype: torch.dtype | Sequence[torch.dtype | None] | None = None,
     places: Sequence[Tensor] | None = None,
 ) -> list[Tensor]:
     """Returns the weights `W_i = g_i · V_i / ‖V_i‖` of many layers, differentiable with respect to
@@ -196,34 +197,22 @@ def weight_norms(
     for name, each in (("dim", dims), ("eps", least), ("dtype", dtypes)):
         if len(each) != len(v):
             raise ValueError(f"{name} has {len(each)} values, but v has {len(v)} tensors")
-    if plan.tries_native(v[0]) and (library := _library()):
-        w = library.weight_norms(v, g, dims, least, dtypes, places and [*places])
+    options = tuple(dims), tuple(least), tuple(dtypes)
+    if not is_compiling() and (library := _library()):
+        w = grouped.weights(library, v, g, *options, places)
         if w is not None:
-            return [*w]
+            return w
     members, scales = [], []
-    for i, options in enumerate(zip(v, g, dims, least, dtypes, strict=True)):
+    for i, arguments in enumerate(zip(v, g, *options, strict=True)):
         try:
-            member, shape = prepare_member(v[0], *options)
+            member, shape = prepare_member(v[0], *arguments)
         except (TypeError, ValueError) as error:
             raise type(error)(f"weight {i}: {error}") from None
         members.append(member)
         scales.append(g[i] if g[i].shape == shape else g[i].view(shape))
     if places is not None:
-        _check_places(places, v, members)
+        grouped.check_places(places, v, members)
     return [*_weights(v, scales, tuple(members), places)]
-
-
-def _check_places(places: Sequence[Tensor], v: list[Tensor], members: list[Member]) -> None:
-    if len(places) != len(v):
-        raise ValueError(f"places has {len(places)} tensors, but v has {len(v)}")
-    for i, (place, t, member) in enumerate(zip(places, v, members, strict=True)):
-        wanted = t.shape, t.stride(), member.dtype, t.device
-        if (place.shape, place.stride(), place.dtype, place.device) != wanted:
-            raise ValueError(
-                f"weight {i}: its place has shape {tuple(place.shape)}, strides {place.stride()}, "
-                f"{place.dtype} on {place.device}, expected {tuple(t.shape)}, {t.stride()}, "
-                f"{member.dtype} on {t.device}"
-            )
 
 
 def _weights(
@@ -238,15 +227,15 @@ def _weights(
     backend = backend or plan.choose_backend(v[0])
     if backend == "native":  # the library has declined the call already
         raise plan.cannot_serve(backend)
-    every = [(t, s, m.dim, m.eps, m.dtype) for t, s, m in zip(v, g, members, strict=True)]
+    every = [*zip(v, g, members, strict=True)]
     if backend == "reference":
-        return [reference.weight_norm(*each) for each in every]
+        return [reference.weight_norm(t, s, m.dim, m.eps, m.dtype) for t, s, m in every]
     try:
         return grouped.weight_norms(grouped.Group(members, backend, places), v, g)
     except aten.OutOfRange:
         return [
-            reference.weight_norm(t.double(), s.double(), *options)
-            for t, s, *options in every
+            reference.weight_norm(t.double(), s.double(), m.dim, m.eps, m.dtype)
+            for t, s, m in every
         ]
 
 

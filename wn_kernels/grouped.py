@@ -14,7 +14,7 @@ either. A backward that is itself differentiated is recorded weight by weight, a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -22,9 +22,10 @@ from torch import Tensor
 
 from . import plan as plans
 from .autograd import ONLY_WEIGHT, Weight, recorded_grads
-from .backends import foreach
+from .backends import foreach, native
 from .call import Member, Operands, kept_shape, recorder, scale_dtype
-from .operators import laid_out_like, register
+from .operators import laid_out_like, library, register
+from .prepare import prepare_member
 
 
 class Group(NamedTuple):
@@ -41,14 +42,104 @@ class Group(NamedTuple):
         return self._replace(members=tuple([self.members[i] for i in indices]))
 
 
+def check_places(places: Sequence[Tensor], v: Sequence[Tensor], members: Sequence[Member]) -> None:
+    """Checks that every `W` can be written to its place.
+
+    Raises:
+        ValueError: one cannot.
+    """
+    if len(places) != len(v):
+        raise ValueError(f"places has {len(places)} tensors, but v has {len(v)}")
+    for i, (place, t, member) in enumerate(zip(places, v, members, strict=True)):
+        wanted = t.shape, t.stride(), member.dtype, t.device
+        if (place.shape, place.stride(), place.dtype, place.device) != wanted:
+            raise ValueError(
+                f"weight {i}: its place has shape {tuple(place.shape)}, strides {place.stride()}, "
+                f"{place.dtype} on {place.device}, expected {tuple(t.shape)}, {t.stride()}, "
+                f"{member.dtype} on {t.device}"
+            )
+
+
+# --- by the native library -----------------------------------------------------------------------
+
+_MOST = 1024  # groups whose checked options are kept
+
+# What was checked, by layouts and options: the options of every weight in canonical form, and what
+# launches its kernels.
+_known: dict[Any, tuple[tuple[Member, ...], Any]] = {}
+native.memos.append(_known)
+
+
+def weights(
+    library: Any,
+    v: list[Tensor],
+    g: list[Tensor],
+    dims: tuple[Any, ...],
+    eps: tuple[Any, ...],
+    dtypes: tuple[Any, ...],
+    places: Sequence[Tensor] | None = None,
+) -> list[Tensor] | None:
+    """Returns every `W` as an output of a node of the library, which computes it on a CPU, and
+    launches its kernels on a GPU. The result is `None` where the rest of the package serves the
+    call, or rejects it.
+    """
+    first = v[0]
+    launches = isinstance(first, Tensor) and plans.launches(first)
+    if not launches and not plans.tries_native(first):
+        return None
+    layouts = library.layouts(v + g)
+    if layouts is None:
+        return None
+    key = layouts, dims, eps, dtypes, launches
+    try:
+        known = _known.get(key)
+    except TypeError:  # an option cannot be hashed
+        return None
+    if known is None:
+        every = zip(v, g, dims, eps, dtypes, strict=True)
+        try:
+            checked = [prepare_member(first, *each) for each in every]
+        except (TypeError, ValueError):
+            return None
+        if any(t.shape != shape for t, (_, shape) in zip(g, checked, strict=True)):
+            return None
+        members = tuple([member for member, _ in checked])
+        prepared = None
+        if launches:
+            if not all(t.is_contiguous() for t in g):
+                return None
+            from .backends.triton.group import Prepared
+
+            prepared = Prepared(v, g, members)
+        if len(_known) >= _MOST:
+            _known.clear()
+        known = _known[key] = members, prepared
+    members, prepared = known
+    if places is not None:
+        check_places(places, v, members)
+    if prepared is None:
+        options = map(list, zip(*members, strict=True))
+        return library.weight_norms(v, g, *options, places and [*places])
+    with torch.no_grad():
+        w, n = prepared(v, g, places)
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (*v, *g)):
+        return library.record(w, v, g, n, [m.eps for m in members], prepared.grads)
+    return w
+
+
+# --- by Python -----------------------------------------------------------------------------------
+
+
 def weight_norms(group: Group, v: Sequence[Tensor], g: Sequence[Tensor]) -> Sequence[Tensor]:
     """Returns every `W`, differentiable. Each `g` has the kept shape.
 
     Raises:
         aten.OutOfRange: a norm on a CPU is beyond the formulas of the ATen path.
     """
+    if not group.backend:  # a compiler records the operator, which is differentiable by itself
+        return _forward(group, v, g)[0]
     if torch.is_grad_enabled() and any(t.requires_grad for t in (*v, *g)):
-        return WeightNorms.apply(group, *v, *g)  # type: ignore[no-any-return]
+        return WeightNorms.apply(group, *v, *g)
     return _forward(group, v, g)[0]
 
 
@@ -61,23 +152,36 @@ class WeightNorms(torch.autograd.Function):
         w, n = _forward(group, tensors[:count], tensors[count:])
         ctx.save_for_backward(*tensors, *n)
         ctx.group = group._replace(places=None)  # they are the outputs
-        if not torch.compiler.is_compiling():  # a compiler does not trace this
-            ctx.set_materialize_grads(False)
+        ctx.set_materialize_grads(False)
         return tuple(w)
 
     @staticmethod
     def backward(ctx: Any, *dw: Tensor | None) -> tuple[Tensor | None, ...]:
-        group, count = ctx.group, len(dw)
-        saved, needs = ctx.saved_tensors, ctx.needs_input_grad[1:]
-        grads: list[Tensor | None] = [None] * (2 * count)
-        used = [i for i in range(count) if dw[i] is not None and (needs[i] or needs[count + i])]
-        if used:
-            v, g, n = ([saved[i + part] for i in used] for part in (0, count, 2 * count))
-            given: list[Any] = [dw[i] for i in used]
-            for found, part in zip(_grads(group.only(used), given, v, g, n), (0, count)):
-                for i, grad in zip(used, found, strict=True):
-                    grads[i + part] = grad
-        return None, *grads
+        count, needs = len(dw), ctx.needs_input_grad[1:]
+        wanted = [needs[i] or needs[count + i] for i in range(count)]
+        dv, dg = _used_grads(ctx.group, dw, ctx.saved_tensors, wanted, _grads)
+        return None, *dv, *dg
+
+
+def _used_grads(
+    group: Group,
+    dw: Sequence[Tensor | None],
+    saved: Sequence[Tensor],
+    wanted: Sequence[bool],
+    function: Callable[..., Any],
+) -> tuple[list[Tensor | None], list[Tensor | None]]:
+    """Returns the lists of `dV` and `dg` that a function gives, of the weights that have a
+    gradient. The other elements are `None`. What is saved are all `v`, all `g` and all `n`."""
+    count = len(dw)
+    used = [i for i in range(count) if dw[i] is not None and wanted[i]]
+    grads: tuple[list[Tensor | None], list[Tensor | None]] = [None] * count, [None] * count
+    if used:
+        v, g, n = ([saved[i + part] for i in used] for part in (0, count, 2 * count))
+        found = function(group.only(used), [dw[i] for i in used], v, g, n)
+        for into, each in zip(grads, found, strict=True):
+            for i, grad in zip(used, each, strict=True):
+                into[i] = grad
+    return grads
 
 
 Lists = tuple[Sequence[Tensor], Sequence[Tensor]]
@@ -149,6 +253,16 @@ def _backward(
 ) -> Lists:
     if _is_direct(group, v):
         return _module(group.backend).weight_norms_backward(dw, v, g, n, group.members)
+    return _call_backward_op(group, dw, v, g, n)
+
+
+def _call_backward_op(
+    group: Group,
+    dw: Sequence[Tensor],
+    v: Sequence[Tensor],
+    g: Sequence[Tensor],
+    n: Sequence[Tensor],
+) -> Lists:
     return _backward_op([*dw], [*v], [*g], [*n], *_packed(group))
 
 
@@ -166,10 +280,14 @@ def _packed(group: Group) -> tuple[str, list[int], list[float]]:
 def _unpacked(
     v: Sequence[Tensor], backend: str, dims: list[int], eps: list[float], dtypes: Sequence[Any]
 ) -> tuple[Any, tuple[Member, ...]]:
-    backend = backend or plans.choose_backend(v[0])
+    return _module(backend or plans.choose_backend(v[0])), _members(dims, eps, dtypes)
+
+
+def _members(
+    dims: Sequence[int], eps: Sequence[float], dtypes: Sequence[Any]
+) -> tuple[Member, ...]:
     options = zip(dims, eps, dtypes, strict=True)
-    members = [Member(None if dim < 0 else dim, eps, dtype) for dim, eps, dtype in options]
-    return _module(backend), tuple(members)
+    return tuple([Member(None if dim < 0 else dim, least, dtype) for dim, least, dtype in options])
 
 
 def _run(
@@ -236,4 +354,25 @@ _backward_op = register(
     " -> (Tensor[], Tensor[])",
     _run_backward,
     _run_backward_fake,
+)
+
+
+# --- the operator as part of a graph that a compiler records -------------------------------------
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    v, g, backend, dims, eps, dtypes = inputs
+    ctx.save_for_backward(*v, *g, *output[1])
+    ctx.group = Group(_members(dims, eps, [_DTYPES[i] for i in dtypes]), backend)
+    ctx.set_materialize_grads(False)
+
+
+def _op_backward(ctx: Any, dw: list[Tensor | None], dn: Any) -> tuple[Any, ...]:
+    function = _grads if torch.is_grad_enabled() else _call_backward_op
+    wanted = [True] * len(dw)
+    return *_used_grads(ctx.group, dw, ctx.saved_tensors, wanted, function), *[None] * 4
+
+
+torch.library.register_autograd(
+    "wn_kernels::weight_norms", _op_backward, setup_context=_setup_context, lib=library
 )

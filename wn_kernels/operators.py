@@ -292,14 +292,14 @@ def _layer_backward_fake(
     )
 
 
-_library = torch.library.Library("wn_kernels", "DEF")
+library = torch.library.Library("wn_kernels", "DEF")
 
 
 def register(schema: str, implementation: Callable, fake: Callable) -> Any:
     name = schema.partition("(")[0]
-    _library.define(schema)
-    _library.impl(name, implementation, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"wn_kernels::{name}", fake, lib=_library)
+    library.define(schema)
+    library.impl(name, implementation, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"wn_kernels::{name}", fake, lib=library)
     return getattr(torch.ops.wn_kernels, name).default
 
 

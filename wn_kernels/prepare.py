@@ -19,7 +19,16 @@ from torch.compiler import is_compiling
 
 from . import plan
 from .backends import native
-from .call import Call, Geometry, Member, Operands, canonical_dim, canonical_eps, kept_shape, takes_tf32
+from .call import (
+    Call,
+    Geometry,
+    Member,
+    Operands,
+    canonical_dim,
+    canonical_eps,
+    kept_shape,
+    takes_tf32,
+)
 from .plan import Plan
 
 _DTYPES = frozenset((torch.float16, torch.bfloat16, torch.float32, torch.float64))
@@ -352,9 +361,7 @@ def prepare_member(
     if v.device != first.device:
         raise ValueError(f"v is on {v.device}, but the first one is on {first.device}")
     if dtype is not None and dtype not in _DTYPES:
-        raise TypeError(
-            f"dtype is {dtype!r}; expected float16, bfloat16, float32, float64 or None"
-        )
+        raise TypeError(f"dtype is {dtype!r}; expected float16, bfloat16, float32, float64 or None")
     check = check_weight if _has_symbols() else _checked_weight
     try:
         found = check(v.shape, g.shape, dim, eps)
@@ -391,8 +398,14 @@ _watched: list[tuple[Call, str]] | None = None
 _fixed: dict[tuple[Call, str], Plan] = {}
 
 
+# How often plans were forgotten: for who keeps what follows from a plan.
+epoch = 0
+
+
 def forget() -> None:
     """Clears all memoised plans, so that every call is planned again."""
+    global epoch
+    epoch += 1
     _memoised.cache_clear()
     native.forget()
 

@@ -305,4 +305,18 @@ def _explained(call: Call, backend: str, device: str | None) -> str:
     if picked.keeps:
         recorded = f"A training step keeps the {picked.kept}"
         keeps = [f"{recorded}; its forward is {picked.recorded}."]
-    return "\n".join([title, *aligned(rows), *keeps])
+    groups = [] if device else [_in_a_group(call, picked)]
+    return "\n".join([title, *aligned(rows), *keeps, *groups])
+
+
+def _in_a_group(call: Call, picked: Plan) -> str:
+    """Returns how a layer of a grouped model serves a call, and why."""
+    parts = []
+    for records, what in ((False, "a forward"), (True, "a training step")):
+        seconds = plan.shared_seconds(call, picked, records)
+        if seconds is None:
+            return "In a group it forms its own weight: PyTorch has no product for it."
+        own, shared = (f"{each * 1e6:.1f} µs" for each in seconds)
+        takes = "takes the group's weight" if seconds[1] <= seconds[0] else "forms its own"
+        parts.append(f"{what} {takes} ({own} by itself, {shared} with the group's)")
+    return f"In a group {parts[0]}, and {parts[1]}."

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from bench import overhead, timing
+from bench import models, overhead, timing
 from bench.cases import MODES, Case, Runner
 from bench.gpu.context import Context, named
 from bench.gpu.layers import paths
@@ -66,9 +66,12 @@ def operator(device: torch.device) -> list[Row]:
 def network(device: torch.device) -> list[Row]:
     """Returns a whole model."""
     cases = [ModelCase(MODEL, mode) for mode in MODES]
-    names = ("plain", "eager", "ours")
     return [
-        Row(case, {name: partial(Network, case, name, device) for name in names}, lambda runs: {})
+        Row(
+            case,
+            {name: partial(Network, case, name, device) for name in models.NAMES},
+            lambda runs: {},
+        )
         for case in cases
     ]
 

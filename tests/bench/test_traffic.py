@@ -116,3 +116,13 @@ def test_a_baseline_belongs_to_its_compiler(compiler, tmp_path, monkeypatch):
     assert baseline.settle(console, "x", before, False, compiler=compiler) == 0
     assert baseline.settle(console, "x", found, False, compiler="triton 2") == 0
     assert "the baseline is" in console.file.getvalue()
+
+
+def test_a_group_is_one_launch():
+    """With the bytes of its weights, and those of its table."""
+    found = {record[1:3]: record[3] for record in traffic.group_records()}
+    for direction in ("forward", "backward"):
+        grouped, each = found[direction, "grouped"], found[direction, "each by itself"]
+        assert (grouped.launches, each.launches) == (1, len(traffic.GROUP))
+        table = 4 * 20 * len(traffic.GROUP) + 8 * 6 * len(traffic.GROUP) + 2**13
+        assert each.distinct == grouped.minimum < grouped.distinct <= grouped.minimum + table

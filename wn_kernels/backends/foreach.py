@@ -43,8 +43,8 @@ def weight_norms(
         every = zip(v, g, members, strict=True)
         found = [aten.weight_norm(t, s, m.dim, m.eps, m.dtype, look) for t, s, m in every]
         return [pair[0] for pair in found], [pair[1] for pair in found]
-    scales = _scales([g[i] for i in rest], [norms[i] for i in rest])
-    for i, t in zip(rest, _scaled([v[i] for i in rest], scales), strict=True):
+    s = _scales([g[i] for i in rest], [norms[i] for i in rest])
+    for i, t in zip(rest, _scaled([v[i] for i in rest], s), strict=True):
         w[i] = t.to(members[i].dtype)
     return [t for t in w if t is not None], norms
 
@@ -75,6 +75,8 @@ def weight_norms_backward(
     members: Sequence[Member],
 ) -> Lists:
     """Returns the lists of all `dV` and `dg`, in the dtypes of `V` and `g`."""
-    every = zip(dw, v, g, n, members, strict=True)
-    found = [aten.weight_norm_backward(*tensors, m.dim, m.eps) for *tensors, m in every]
+    found = [
+        aten.weight_norm_backward(grad, t, scales, norm, m.dim, m.eps)
+        for grad, t, scales, norm, m in zip(dw, v, g, n, members, strict=True)
+    ]
     return [pair[0] for pair in found], [pair[1] for pair in found]

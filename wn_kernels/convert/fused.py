@@ -28,7 +28,7 @@ from .. import functional as WF
 from ..call import canonical_dim
 from ..modules import checkpoints, conv, linear, reading, recurrent, removal
 from ..modules.norms import Norm, parts, weights
-from ..modules.weight import NormedWeights, Operands
+from ..modules.weight import NormedWeights, Operands, WeightNormMixin
 
 # This maps each layer of torch.nn to ours.
 LAYERS: dict[type[nn.Module], type[NormedWeights]] = {
@@ -91,6 +91,15 @@ class _Fused:
         """Returns `(g, v)`."""
         return parts(self._holder(name), self._norms[name])
 
+    def _normalisation(self: Any) -> tuple[int | None, float]:
+        """Returns `(dim, eps)`."""
+        return self._norms["weight"].dim, 0.0
+
+    def _held(self: Any) -> tuple[dict[str, Any], str, str]:
+        """Returns where `g` and `v` are held: a dictionary and their keys."""
+        norm = self._norms["weight"]
+        return self._holder("weight")._parameters, norm.key_g, norm.key_v
+
     def _operands(self: Any) -> Operands | None:
         """Returns the operands of our `forward`, or `None` if it has to use the weight as a
         tensor."""
@@ -108,6 +117,8 @@ class _Fused:
         own = self._parameters
         bias = own["bias"] if "bias" in own else self.bias  # noqa: SIM401 (lazily)
         return v, g, bias, norm.dim, 0.0
+
+    _prepared_weight = WeightNormMixin._prepared_weight
 
     def _form(self: Any, name: str) -> Tensor:
         norm, holder = self._norms[name], self._holder(name)
@@ -247,6 +258,7 @@ def layer_class(base: Any, norms: dict[str, Norm], others: Iterable[str] = ()) -
         "__qualname__": base.__qualname__,
         "_is_read": False,
         "_norms": norms,
+        "_traced": None,
         "_watches": reading.WATCHES,
         "plain": base,
     }

@@ -11,7 +11,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
@@ -27,7 +27,7 @@ from ..call import Call, Geometry, canonical_dim
 from ..modules import checkpoints, removal
 from ..modules.weight import NormedWeights, WeightNormMixin
 from ..text import aligned
-from . import fused
+from . import fused, groups
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -47,7 +47,9 @@ class Layer:
         path: the backend and the variants (forward/backward) that `plan` picks for a nominal input
             of 1024 rows or pixels. It is the backend and `weight` if this package computes only the
             weight, and empty if the tensor was left alone.
-        note: why a tensor was left alone, or not fused in full.
+        note: why a tensor was left alone, or not fused in full. In a grouped model it also states
+            whether the layer takes the group's weight for the nominal input in a training step,
+            with the times that the cost model estimates.
     """
 
     name: str
@@ -96,36 +98,61 @@ def _own(module: Any) -> tuple[str, ...]:
     return module._normed() if isinstance(module, NormedWeights) else ()
 
 
+def _nominal(module: Any, v: torch.Tensor, dim: Any) -> Call:
+    """Returns the call of a layer with a nominal input."""
+    if v.ndim == 2:
+        return Call(torch.Size((NOMINAL, v.shape[1])), v.shape, v.dtype, v.dtype, dim)
+    rank = v.ndim - 2
+    conv = Geometry(
+        module.stride,
+        (0,) * rank,
+        module.dilation,
+        module.transposed,
+        module.output_padding,
+        module.groups,
+    )
+    reach = [d * (t - 1) for d, t in zip(conv.dilation, v.shape[2:], strict=True)]
+    size = round(NOMINAL ** (1 / rank))
+    x_shape = torch.Size((1, module.in_channels, *(size + r for r in reach)))
+    return Call(x_shape, v.shape, v.dtype, v.dtype, dim, conv)
+
+
 def _path(module: Any, v: torch.Tensor, dim: Any) -> str:
     """Returns what `plan` picks for a nominal input."""
     backend = plan.serving(v, dim)
     if backend == "reference":
         return f"{backend}: weight"
-    if v.ndim == 2:
-        call = Call(torch.Size((NOMINAL, v.shape[1])), v.shape, v.dtype, v.dtype, dim)
-    else:
-        rank = v.ndim - 2
-        conv = Geometry(
-            module.stride,
-            (0,) * rank,
-            module.dilation,
-            module.transposed,
-            module.output_padding,
-            module.groups,
-        )
-        reach = [d * (t - 1) for d, t in zip(conv.dilation, v.shape[2:], strict=True)]
-        size = round(NOMINAL ** (1 / rank))
-        x_shape = torch.Size((1, module.in_channels, *(size + r for r in reach)))
-        call = Call(x_shape, v.shape, v.dtype, v.dtype, dim, conv)
-    return f"{backend}: {plan.choose(call, backend)}"
+    return f"{backend}: {plan.choose(_nominal(module, v, dim), backend)}"
+
+
+def _in_group(module: Any) -> str:
+    """Returns the note of a layer of a grouped model, for a nominal input in a training step."""
+    v, (dim, _) = module._tensors("weight")[1], module._normalisation()
+    backend = plan.serving(v, dim)
+    if is_lazy(v) or backend == "reference":
+        return "its own weight"
+    call = _nominal(module, v, dim)
+    picked = plan.choose(call, backend)
+    seconds = plan.shared_seconds(call, picked, True)
+    if seconds is None:
+        return "its own weight: PyTorch has no product for it"
+    own, shared = (f"{each * 1e6:.0f}" for each in seconds)
+    if plan.shares(call, picked, True):
+        return f"grouped: {shared} µs, {own} by itself"
+    return f"its own weight: {own} µs, {shared} grouped"
 
 
 # --- whole models --------------------------------------------------------------------------------
 
 
-def fuse(model: nn.Module, dry_run: bool = False) -> Report:
+def fuse(model: nn.Module, dry_run: bool = False, grouped: bool = False) -> Report:
     """Makes every layer that PyTorch weight-normalised, with either of its APIs, compute with this
     package, in place.
+
+    With `grouped`, the model also computes the weights of its layers together: all of them by one
+    launch at the start of its forward, and all of their gradients by one launch in the backward.
+    Layers of this package take part as well. A layer that is better off with its own launches for
+    the input at hand keeps them.
 
     Parameters stay the same objects under the same names, so optimizers and checkpoints still work.
     Hooks, buffers, `requires_grad` and `isinstance` are preserved. docs/convert.md has the whole
@@ -134,6 +161,8 @@ def fuse(model: nn.Module, dry_run: bool = False) -> Report:
     Args:
         model: any module. It may be weight-normed itself.
         dry_run: whether to report only, without changes.
+        grouped: whether the model computes the weights of its layers together. A call without
+            `grouped` ends that.
 
     Returns:
         A report, which prints as a table.
@@ -142,6 +171,8 @@ def fuse(model: nn.Module, dry_run: bool = False) -> Report:
         TypeError: `model` is not a module.
     """
     prepare.check_module("model", model)
+    if grouped:
+        groups.check(model)
     lines = []
     for prefix, module in model.named_modules():
         lines += _fuse(prefix, module, dry_run)
@@ -150,10 +181,27 @@ def fuse(model: nn.Module, dry_run: bool = False) -> Report:
             lines.append(_line(prefix, module, tensor, v, module.dim, "", "of this package"))
         for tensor, original, what in _others(module):
             lines.append(_line(prefix, module, tensor, original, None, "", what))
+    if grouped:
+        lines = [_noted(model, line) for line in lines]
     report = Report(lines)
+    if not dry_run:
+        groups.ungroup(model)
+        if grouped:
+            groups.group(model)
     if not dry_run and any(line.path for line in report) and not _load_hooks(model):
         model.register_load_state_dict_pre_hook(_load_all_or_nothing)
     return report
+
+
+def _noted(model: nn.Module, line: Layer) -> Layer:
+    """Returns the line of a report with what a group makes of the layer."""
+    try:
+        module = model.get_submodule(line.name)
+    except AttributeError:  # a tensor that is not named `weight`
+        return line
+    if not groups.is_groupable(module):
+        return line
+    return replace(line, note="; ".join(filter(None, (line.note, _in_group(module)))))
 
 
 def _load_all_or_nothing(model: Any, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
@@ -241,6 +289,7 @@ def unfuse(model: nn.Module) -> list[str]:
             fused.unfuse(module)
             names.append(name)
         _drop_load_hook(module)
+        groups.ungroup(module)
     return names
 
 
@@ -264,6 +313,7 @@ def fold(model: nn.Module) -> list[str]:
         if _fold(module, lambda m, tensor: not fused.is_stacked(m, tensor)):
             names.append(name)
         _drop_load_hook(module)
+        groups.ungroup(module)
     return names
 
 

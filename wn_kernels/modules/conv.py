@@ -19,6 +19,9 @@ class _Convolution(WeightNormMixin):
         if operands is None:
             return self.plain.forward(self, input)
         v, g, bias, dim, eps = operands
+        w = self._prepared_weight(input, v, g, bias)
+        if w is not None:
+            return self._conv_forward(input, w, bias)
         padding = self.padding
         if self.padding_mode != "zeros":
             input = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode)
@@ -40,6 +43,10 @@ class _Convolution(WeightNormMixin):
         )
 
 
+# PyTorch's transposed convolutions, by the number of spatial dimensions.
+_TRANSPOSED = F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d
+
+
 class _ConvolutionTranspose(WeightNormMixin):
     """Holds the `forward` of the three transposed convolutions."""
 
@@ -59,6 +66,10 @@ class _ConvolutionTranspose(WeightNormMixin):
                 len(self.kernel_size),
                 self.dilation,
             )
+        w = self._prepared_weight(input, v, g, bias)
+        if w is not None:
+            options = self.stride, self.padding, output_padding, self.groups, self.dilation
+            return _TRANSPOSED[v.ndim - 3](input, w, bias, *options)
         return WF.convolution(
             v.ndim - 2,
             input,

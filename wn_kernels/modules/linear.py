@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import functional as WF
@@ -43,6 +44,9 @@ class WNLinear(WeightNormMixin, nn.Linear):  # type: ignore[override]
         if operands is None:
             return self.plain.forward(self, input)
         v, g, bias, dim, eps = operands
+        w = self._prepared_weight(input, v, g, bias)
+        if w is not None:
+            return F.linear(input, w, bias)
         return WF.wn_linear(input, v, g, bias, dim=dim, eps=eps)
 
 

@@ -17,7 +17,7 @@ from torch.nn.utils import parametrize
 
 from .. import functional as WF
 from ..call import canonical_dim, canonical_eps, kept_shape
-from . import checkpoints, reading, removal
+from . import checkpoints, prepared, reading, removal
 
 # The entries are (v, g, bias, dim, eps).
 Operands = tuple[Tensor, Tensor, Tensor | None, int | None, float]
@@ -214,6 +214,7 @@ class WeightNormMixin(NormedWeights):
     weight_v: nn.Parameter
     weight_g: nn.Parameter
     bias: Any  # an nn.Parameter or None; torch.nn declares it as one or the other
+    _traced: Tensor | None = None  # see modules/prepared.py
 
     @staticmethod
     def serves(names: tuple[str, ...]) -> bool:
@@ -267,6 +268,14 @@ class WeightNormMixin(NormedWeights):
             return self.weight_v, self.weight_g, self.bias, self.dim, self.eps
         return v, g, own["bias"], self.dim, self.eps
 
+    def _prepared_weight(
+        self, input: Tensor, v: Tensor, g: Tensor, bias: Tensor | None
+    ) -> Tensor | None:
+        """Returns a `W` that was prepared for this call of `forward`, in the dtype of its product
+        with `input`, or `None` if the layer computes its own. The other arguments are those of
+        `_operands`."""
+        return prepared.take(self, input, v, g, bias)
+
     @property
     def weight(self) -> Tensor:
         """Returns the weight `g · V / ‖V‖`, computed by each read and differentiable."""
@@ -280,3 +289,11 @@ class WeightNormMixin(NormedWeights):
 
     def _normed(self) -> tuple[str, ...]:
         return ("weight",)
+
+    def _normalisation(self) -> tuple[int | None, float]:
+        """Returns `(dim, eps)`."""
+        return self.dim, self.eps
+
+    def _held(self) -> tuple[dict[str, Any], str, str]:
+        """Returns where `g` and `v` are held: a dictionary and their keys."""
+        return self._parameters, "weight_g", "weight_v"

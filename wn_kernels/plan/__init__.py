@@ -11,6 +11,7 @@ from .backend import (
     ENVIRONMENT_VARIABLE,
     cannot_serve,
     choose_backend,
+    forced,
     is_forced,
     launches,
     serving,
@@ -18,7 +19,7 @@ from .backend import (
     triton_unavailable,
     use_backend,
 )
-from .variants import KEPT_WEIGHT, Plan, by_cost, choices, choose, key
+from .variants import KEPT_WEIGHT, Plan, by_cost, choices, choose, key, shared_seconds, shares
 
 __all__ = [
     "BACKENDS",
@@ -32,10 +33,13 @@ __all__ = [
     "choose_backend",
     "costs",
     "devices",
+    "forced",
     "is_forced",
     "key",
     "launches",
     "serving",
+    "shared_seconds",
+    "shares",
     "table",
     "tries_native",
     "triton_unavailable",

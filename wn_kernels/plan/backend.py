@@ -73,6 +73,11 @@ def is_forced() -> bool:
     return _forced is not None
 
 
+def forced() -> str | None:
+    """Returns the backend that is forced, or `None`."""
+    return _forced
+
+
 @functools.cache
 def triton_unavailable() -> str | None:
     """Returns why Triton cannot be used in this process, or `None` if it can."""

@@ -147,6 +147,43 @@ def choose(call: Call, backend: str) -> Plan:
     return by_cost(call, backend)
 
 
+# Seconds of the processor that a layer with launches of its own takes more than PyTorch's with a
+# formed `W`, in a forward and in a training step: those of a HiFi-GAN of 78 layers on an H200
+# (docs/gpu.md), (4.24 - 3.21) ms / 78 and (13.58 - 10.98) ms / 78.
+LAUNCHED = 13e-6, 33e-6
+
+
+def shared_seconds(call: Call, plan: Plan, records: bool) -> tuple[float, float] | None:
+    """Returns the estimated seconds of a layer with its own plan, and with a `W` that is formed
+    together with those of other layers, in a training step (`records`) or in a forward alone. The
+    result is `None` if PyTorch's product with a formed `W` cannot serve the call.
+
+    With a formed `W`, that product is left, which is the variant `materialize` without its first
+    launch. A layer of its own costs the processor more, on a GPU.
+    """
+    if not plan.forward or not call.x_shape:
+        return None
+    launches = plan.backend == "triton"
+    if call.conv and not launches and vendor.is_wrong_for(call.x_dtype, len(call.v_shape)):
+        return None
+    found = costs(call, plan.backend)
+    forward, backward = (way.get("materialize") for way in (found.forward, found.backward))
+    if forward is None or backward is None:
+        return None
+    own = found.seconds(found.forward[plan.recorded if records else plan.forward])
+    with_weight = found.seconds(forward[1:])
+    if records:
+        own += found.seconds(found.backward[plan.backward])
+        with_weight += found.seconds(found.kept or backward[1:])
+    return own + (LAUNCHED[records] if launches else 0.0), with_weight
+
+
+def shares(call: Call, plan: Plan, records: bool) -> bool:
+    """Returns whether a layer of a group takes the `W` that the group forms."""
+    seconds = shared_seconds(call, plan, records)
+    return seconds is not None and seconds[1] <= seconds[0]
+
+
 def key(call: Call) -> str:
     """Returns the name of a layer's call in the tuned table."""
     shapes = "·".join("×".join(map(str, shape)) for shape in (call.x_shape, call.v_shape))

@@ -205,6 +205,11 @@ def kernel(kernel: Any) -> Any:
     return None if found is None else found.kernel(kernel)
 
 
+def helpers() -> Any:
+    """Returns the library for functions that serve tensors on any device, or `None`."""
+    return _loaded()[0]
+
+
 # Tables that Python keeps in the library's place.
 memos: list[dict] = []
 

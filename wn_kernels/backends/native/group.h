@@ -1,12 +1,15 @@
-// This file computes the weights of a group of layers in one call, and makes them one node of the graph.
+// This file computes the weights of a group of layers in one call, and makes them one node of the
+// graph.
 //
 // The rows of all weights are divided into pieces of similar size, which the threads share. A weight
-// whose slices are not rows is a pass of its own (columns.h).
+// whose slices are not rows is a pass of its own (columns.h). On a GPU, Python launches the kernels of
+// a group, and the functions at the end of this file do what it would do for every tensor by itself.
 
 #pragma once
 
 #include <torch/csrc/Dtype.h>
 
+#include "passes.h"
 #include "weight.h"
 
 namespace wn_kernels {
@@ -29,12 +32,6 @@ void for_each_piece(const std::vector<Piece>& pieces, const F& f) {
   at::parallel_for(0, pieces.size(), 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) f(pieces[i]);
   });
-}
-
-// Returns whether a W of this dtype can be written to a place.
-inline bool is_place(const Tensor& place, const Tensor& v, at::ScalarType dtype) {
-  return place.scalar_type() == dtype && place.is_cpu() && place.sizes() == v.sizes() &&
-         place.strides() == v.strides();
 }
 
 // Returns whether the holder of a tensor may write into it.
@@ -103,7 +100,9 @@ struct Group {
 // The node of a group. It is no `Function`, which takes no lists of tensors.
 class WeightNorms : public torch::autograd::Node {
  public:
-  static void record(const Group& group) {
+  // Makes W the outputs of a node. Its backward is that of the group, or `grads`, a function of the
+  // lists (dW, V, g, n) that returns those of dV and dg.
+  static void record(const Group& group, py::handle grads = {}) {
     const auto node = make_node<WeightNorms>();
     torch::autograd::edge_list edges;
     for (const auto* each : {&group.v, &group.g})
@@ -112,6 +111,7 @@ class WeightNorms : public torch::autograd::Node {
     for (const auto* each : {&group.v, &group.g, &group.n})
       for (const Tensor& t : *each) node->saved_.emplace_back(t, /*is_output=*/false);
     node->eps_ = group.eps;
+    if (grads) node->grads_ = node->references_.keep(py::reinterpret_borrow<py::object>(grads));
     for (const Tensor& w : group.w) torch::autograd::set_history(w, node);
   }
 
@@ -139,13 +139,13 @@ class WeightNorms : public torch::autograd::Node {
                  needs_g = task_should_compute_output(count + i);
       if (!given[i].defined() || !(needs_v || needs_g)) continue;
       const auto &v = group.v[i], &g = group.g[i];
-      if (!is_plain(given[i])) {
+      if (!is_plain(given[i], v.device().type())) {
         const auto all = composite_grads(
             given[i], {}, {}, v, g, std::nullopt, eps_[i], {false, needs_v, needs_g});
         out[i] = all[1];
         out[count + i] = all[2];
       } else if (again) {
-        const auto found = recorded_weight_grads(given[i], v, g, group.n[i], eps_[i]);
+        const auto found = recorded(given[i], v, g, group.n[i], i);
         out[i] = found[0];
         out[count + i] = found[1];
       } else {
@@ -154,37 +154,73 @@ class WeightNorms : public torch::autograd::Node {
     }
     if (again) return out;
     const BelowAutograd below;
-    auto grads = group.grads(std::move(dw));
+    auto grads = grads_ ? by_python(dw, group.v, group.g, group.n) : group.grads(std::move(dw));
     for (size_t i = 0; i < grads.size(); ++i)
       if (grads[i].defined()) out[i] = std::move(grads[i]);
     return out;
   }
 
  private:
+  // The gradients by Python. The first of the weights has this index in the group.
+  variable_list by_python(
+      const variable_list& dw, const variable_list& v, const variable_list& g,
+      const variable_list& n, size_t first = 0) const {
+    variable_list out(2 * dw.size());
+    std::vector<size_t> used;
+    for (size_t i = 0; i < dw.size(); ++i)
+      if (dw[i].defined()) used.push_back(i);
+    if (used.empty()) return out;
+    const py::gil_scoped_acquire gil;
+    py::list lists[5];
+    for (const size_t i : used) {
+      size_t k = 0;
+      for (const auto* each : {&dw, &v, &g, &n}) lists[k++].append((*each)[i]);
+      lists[4].append(first + i);
+    }
+    const py::tuple found = grads_(lists[0], lists[1], lists[2], lists[3], lists[4]);
+    const py::list dv = found[0], dg = found[1];
+    for (size_t k = 0; k < used.size(); ++k) {
+      out[used[k]] = dv[k].cast<Tensor>();
+      out[dw.size() + used[k]] = dg[k].cast<Tensor>();
+    }
+    return out;
+  }
+
+  // (dV, dg) of one weight as part of the graph.
+  variable_list recorded(
+      const Tensor& grad, const Tensor& v, const Tensor& g, const Tensor& n, size_t i) const {
+    const double eps = eps_[i];
+    if (!grads_) return recorded_weight_grads(grad, v, g, n, eps);
+    const Tensor dw = as(grad, v.scalar_type());
+    std::pair<Tensor, Tensor> result;
+    {
+      const BelowAutograd below;
+      const at::NoGradGuard no_grad;
+      const auto found = by_python({dw}, {v}, {g}, {n}, i);
+      result = {found[0], found[1]};
+    }
+    return WeightGrads::apply(dw, v, g, n, result, Extents(v, g).axis, eps);
+  }
+
   std::vector<torch::autograd::SavedVariable> saved_;  // all V, all g, all n
   std::vector<double> eps_;
+  References references_;
+  py::handle grads_;
 };
 
-// Returns every W, in its dtype. Returns nothing if the library does not serve one of them.
+// Returns every W, in its dtype, at its place if there are places. Returns nothing if the library does
+// not serve one of them.
 inline std::optional<variable_list> weight_norms(
     const py::list& v, const py::list& g, const py::list& dims, const py::list& eps,
     const py::list& dtypes, const std::optional<variable_list>& places) {
   Group group;
-  if (places) {
-    if (places->size() != v.size()) return std::nullopt;
-    group.places = *places;
-  }
+  if (places) group.places = *places;
   std::vector<at::ScalarType> of_w;
   bool needs_grad = false;
   for (size_t i = 0; i < v.size(); ++i) {
     const auto t = weight_operands(v[i], g[i], dims[i], eps[i]);
     if (!t) return std::nullopt;
-    const py::handle given = dtypes[i];
-    if (!given.is_none() && !THPDtype_Check(given.ptr())) return std::nullopt;
-    const auto dtype = given.is_none() ? t->v.scalar_type()
-                                       : reinterpret_cast<THPDtype*>(given.ptr())->scalar_type;
-    if (!at::isFloatingType(dtype)) return std::nullopt;
-    if (places && !is_place((*places)[i], t->v, dtype)) return std::nullopt;
+    const auto dtype = reinterpret_cast<THPDtype*>(py::handle(dtypes[i]).ptr())->scalar_type;
     if ((dtype == at::kDouble) != (t->v.scalar_type() == at::kDouble)) return std::nullopt;
     of_w.push_back(dtype);
     group.v.push_back(t->v);
@@ -199,6 +235,72 @@ inline std::optional<variable_list> weight_norms(
   }
   if (needs_grad) WeightNorms::record(group);
   return group.w;
+}
+
+// --- for groups whose kernels Python launches ------------------------------------------------------
+
+inline variable_list unpacked(const py::list& tensors) {
+  variable_list out;
+  for (const auto t : tensors) out.push_back(THPVariable_Unpack(t.ptr()));
+  return out;
+}
+
+inline py::list packed(const variable_list& tensors) {
+  py::list out(tensors.size());
+  for (size_t i = 0; i < tensors.size(); ++i) out[i] = py::cast(tensors[i]);
+  return out;
+}
+
+// Returns the dtypes and layouts of tensors on one device as bytes. Returns nothing if one of them is
+// of another kind than torch's own, or if something sees through the call.
+inline py::object layouts(const py::list& tensors) {
+  Key key;
+  std::optional<at::Device> device;
+  for (const auto object : tensors) {
+    if (!is_tensor(object)) return py::none();
+    const Tensor& t = THPVariable_Unpack(object.ptr());
+    if (!device) {
+      device = t.device();
+      if (!is_eager(device->type())) return py::none();
+      key.number(t.get_device());
+    }
+    if (t.device() != *device || !is_floating(t.scalar_type()) || !is_plain(t, device->type()))
+      return py::none();
+    key.number(static_cast<char>(t.scalar_type()));
+    key.list(t.sizes());
+    key.list(t.strides());
+  }
+  return py::bytes(key.bytes());
+}
+
+// Returns the addresses of the tensors of these weights, as bytes: weight by weight, one of each list.
+inline py::bytes addresses(const py::sequence& lists, const std::vector<size_t>& weights) {
+  Key key;
+  std::vector<variable_list> all;
+  for (const auto each : lists) all.push_back(unpacked(each.cast<py::list>()));
+  for (const size_t i : weights)
+    for (const auto& each : all) key.number(reinterpret_cast<uintptr_t>(each[i].data_ptr()));
+  return py::bytes(key.bytes());
+}
+
+// Returns memory like that of tensors, in these dtypes.
+inline py::list empty_like(const py::list& tensors, const py::list& dtypes) {
+  const BelowAutograd below;
+  variable_list out = unpacked(tensors);
+  for (size_t i = 0; i < out.size(); ++i) {
+    const auto dtype = reinterpret_cast<THPDtype*>(py::handle(dtypes[i]).ptr())->scalar_type;
+    out[i] = at::empty_like(out[i], out[i].options().dtype(dtype));
+  }
+  return packed(out);
+}
+
+// Makes the weights W outputs of a node, whose backward is `grads`.
+inline py::list record(
+    const py::list& w, const py::list& v, const py::list& g, const py::list& n,
+    const std::vector<double>& eps, const py::object& grads) {
+  Group group{unpacked(v), unpacked(g), unpacked(w), unpacked(n), eps};
+  WeightNorms::record(group, grads);
+  return packed(group.w);
 }
 
 }  // namespace wn_kernels

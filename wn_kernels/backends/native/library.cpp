@@ -23,6 +23,10 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
 #endif
   m.def("weight_norm", &weight_norm);
   m.def("weight_norms", &weight_norms);
+  m.def("layouts", &layouts);
+  m.def("addresses", &addresses);
+  m.def("empty_like", &wn_kernels::empty_like);
+  m.def("record", &record);
   m.def("linear", &linear);
   m.def("convolution", &convolution);
   m.def("launched", &launched);

@@ -15,8 +15,10 @@ one whose layout is not that of at most three loops have launches of their own.
 
 from __future__ import annotations
 
+import itertools
 import threading
-from collections.abc import Callable, Sequence
+from array import array
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -25,10 +27,11 @@ import triton.language as tl
 from torch import Tensor
 from triton import cdiv
 
-from ...call import Member, kept_shape, scale_dtype
+from ...call import Member, scale_dtype
+from .. import native
 from . import configs, weight
 from .configs import Target
-from .launch import Launcher, Slices, acc_type, as_slices, is_wide, laid_out, remembered, target_of
+from .launch import Launcher, Slices, acc_type, as_slices, is_wide, remembered, target_of
 from .weight import weight_grad_slices, weight_slices
 
 # --- kernels -----------------------------------------------------------------------------------
@@ -193,7 +196,7 @@ class Kind(NamedTuple):
 class Row(NamedTuple):
     """A weight that shares a launch."""
 
-    index: int
+    member: int
     kind: Kind
     n: int
     loops: tuple[int, int, int]
@@ -212,9 +215,7 @@ _TYPES = {
 }
 
 
-def _row(
-    index: int, tensors: Sequence[Tensor], g: Tensor, w: Tensor, member: Member
-) -> Row | None:
+def _row(index: int, tensors: Sequence[Tensor], g: Tensor, w: Tensor, member: Member) -> Row | None:
     """The row of a weight whose kernel walks these tensors, the last of which is `V`. `None` where
     it has launches of its own."""
     v = tensors[-1]
@@ -263,7 +264,8 @@ class Table:
     def __init__(self, kernel: Any, target: Target, rows: list[Row], places: int) -> None:
         self.rows, self.places = rows, places
         kinds = list(dict.fromkeys(row.kind for row in rows))
-        programs, numbers = [], []
+        programs: list[int] = []
+        numbers: list[int] = []
         blocks = [cdiv(row.n, row.kind.BLOCK_N) for row in rows]
         first = 2 * sum(blocks)
         for i, (row, count) in enumerate(zip(rows, blocks, strict=True)):
@@ -278,7 +280,7 @@ class Table:
                 target,
                 self.grid,
                 COUNT=len(kinds),
-                KINDS=tuple(tuple(kind) for kind in kinds),
+                KINDS=tuple(tuple(map(tl.constexpr, kind)) for kind in kinds),
                 ALIGNED=aligned,
                 num_warps=configs.GROUPED_WARPS,
                 num_stages=1,
@@ -286,64 +288,89 @@ class Table:
             for aligned in (False, True)
         ]
         self._table: Tensor | None = None
-        self._known: dict[tuple[int, ...], Tensor] = {}
+        self._known: dict[bytes, tuple[Tensor, bool]] = {}
         self._lock = threading.Lock()
+        self._members = [row.member for row in rows]
 
-    def launch(self, lists: Sequence[Sequence[Tensor]], base: Tensor | None = None) -> None:
+    def launch(self, lists: Sequence[list[Tensor]], base: Tensor | None = None) -> None:
         """Launches the kernel on these tensors: a list for each place, with a tensor for each
-        weight of the group."""
-        device = lists[0][0].device
+        weight of the group. Addresses are counted from `base`, which is the table by default."""
+        beside = lists[0][0]
+        captures = is_capturing(beside)
         table = self._table
-        if table is None or table.device != device:
-            table = self._table = on_device(self.numbers, device)
-        addresses = tuple([each[row.index].data_ptr() for row in self.rows for each in lists])
+        if table is None:
+            table = on_device(self.numbers, beside, captures)
         at = table if base is None else base
-        aligned = not any(address % 16 for address in addresses)
-        places = self._known.get(addresses)
-        if places is None or base is not None:
-            first = at.data_ptr()
-            numbers = torch.tensor([address - first for address in addresses], dtype=torch.int64)
-            places = on_device(numbers, device)
-            if not is_capturing(device):
-                self._keep(addresses, places)
-        self.launchers[aligned](at.view(torch.int8), places, table)
+        addresses = addresses_of(lists, self._members)
+        known = None if captures or base is not None else self._known.get(addresses)
+        if known is None:
+            numbers, first = array("q", addresses), at.data_ptr()
+            aligned = not any(number % 16 for number in numbers)
+            bytes_from = array("q", [number - first for number in numbers])
+            places = torch.frombuffer(bytes_from, dtype=torch.int64)
+            known = on_device(places, beside, captures), aligned
+            if captures:
+                _captured.append(table)
+            elif base is None:
+                with self._lock:
+                    self._table = table
+                    if len(self._known) >= configs.GROUPED_KNOWN:
+                        self._known.clear()
+                    self._known[addresses] = known
+        places, is_aligned = known
+        self.launchers[is_aligned](at.view(torch.int8), places, table)
 
-    def _keep(self, addresses: tuple[int, ...], places: Tensor) -> None:
-        with self._lock:
-            if len(self._known) >= configs.GROUPED_KNOWN:
-                self._known.clear()
-            self._known[addresses] = places
+
+def addresses_of(lists: Sequence[list[Tensor]], members: list[int]) -> bytes:
+    """The addresses of the tensors of these weights, one of each list, as numbers of 64 bits."""
+    library = native.helpers()
+    if library is not None:
+        return library.addresses(lists, members)
+    return array("q", [each[i].data_ptr() for i in members for each in lists]).tobytes()
 
 
-# What a CUDA graph copies from when it is replayed.
+def empty_like(tensors: list[Tensor], dtypes: list[torch.dtype]) -> list[Tensor]:
+    """Memory like that of tensors, in these dtypes."""
+    library = native.helpers()
+    if library is not None:
+        return library.empty_like(tensors, dtypes)
+    return [torch.empty_like(t, dtype=dtype) for t, dtype in zip(tensors, dtypes, strict=True)]
+
+
+# What a CUDA graph reads when it is replayed. It is in use for as long as the graph, whose end
+# cannot be seen from here.
 _captured: list[Tensor] = []
 
 
-def is_capturing(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+def is_capturing(beside: Tensor) -> bool:
+    return beside.get_device() >= 0 and torch.cuda.is_current_stream_capturing()
 
 
-def on_device(numbers: Tensor, device: torch.device) -> Tensor:
-    """Numbers on a device, without a wait for it."""
-    if device.type != "cuda":
-        return numbers.to(device)
+def on_device(numbers: Tensor, beside: Tensor, captures: bool) -> Tensor:
+    """Numbers on the device of another tensor, without a wait for it."""
+    if beside.get_device() < 0:
+        return numbers
     pinned = numbers.pin_memory()
-    if is_capturing(device):
+    if captures:
         _captured.append(pinned)
-    return pinned.to(device, non_blocking=True)
+    return pinned.to(beside.device, non_blocking=True)
 
 
 # --- launchers ---------------------------------------------------------------------------------
 
 
 class Grouped(NamedTuple):
-    """What was prepared for a group: launches, and the weights that have launches of their own."""
+    """What was prepared for a group: launches, and the weights that have launches of their own.
+    `dtypes` are those of the two lists of results."""
 
     tables: list[Table]
     alone: list[int]
+    dtypes: tuple[list[torch.dtype], list[torch.dtype]]
 
 
-def _tables(kernel: Any, target: Target, rows: list[Row | None], places: int) -> Grouped:
+def _tables(
+    kernel: Any, target: Target, rows: list[Row | None], places: int, *dtypes: list[torch.dtype]
+) -> Grouped:
     """Divides the weights of a group into launches of few kinds each."""
     kinds: dict[Kind, list[Row]] = {}
     for row in rows:
@@ -352,11 +379,12 @@ def _tables(kernel: Any, target: Target, rows: list[Row | None], places: int) ->
     every = list(kinds.values())
     parts = [every[i : i + MOST_KINDS] for i in range(0, len(every), MOST_KINDS)]
     # The longest rows come first, so that no program is left alone with one at the end.
-    tables = [
-        Table(kernel, target, sorted(sum(part, []), key=lambda row: -row.steps), places)
-        for part in parts
-    ]
-    return Grouped(tables, [i for i, row in enumerate(rows) if row is None])
+    tables = []
+    for part in parts:
+        longest = sorted(itertools.chain(*part), key=lambda row: -row.steps)
+        tables.append(Table(kernel, target, longest, places))
+    alone = [i for i, row in enumerate(rows) if row is None]
+    return Grouped(tables, alone, (dtypes[0], dtypes[1]))
 
 
 def _prepare(target: Target, *given: Any) -> Grouped:
@@ -367,7 +395,8 @@ def _prepare(target: Target, *given: Any) -> Grouped:
     for i, member in enumerate(members):
         w = torch.empty_like(v[i], dtype=member.dtype)
         rows.append(_row(i, [w, v[i]], g[i], w, member))
-    return _tables(group_weight_kernel, target, rows, 4)
+    dtypes = [member.dtype for member in members], [scale_dtype(t) for t in v]
+    return _tables(group_weight_kernel, target, rows, 4, *dtypes)
 
 
 def _prepare_backward(target: Target, *given: Any) -> Grouped:
@@ -378,7 +407,8 @@ def _prepare_backward(target: Target, *given: Any) -> Grouped:
     for i, member in enumerate(members):
         dv = torch.empty_like(v[i])
         rows.append(_row(i, [dv, dw[i], v[i]], g[i], dw[i], member))
-    return _tables(group_grad_kernel, target, rows, 6)
+    dtypes = [t.dtype for t in v], [t.dtype for t in g]
+    return _tables(group_grad_kernel, target, rows, 6, *dtypes)
 
 
 _remembered = remembered(_prepare)
@@ -387,29 +417,75 @@ _remembered_backward = remembered(_prepare_backward)
 Lists = tuple[list[Tensor], list[Tensor]]
 
 
+class Prepared:
+    """The launches of a group, for the dtypes and layouts of its `v` and `g`.
+
+    Attributes:
+        members: the options of every weight.
+        backwards: the launches of the gradients, by the layouts of `dW` and by which there are.
+    """
+
+    def __init__(
+        self, v: Sequence[Tensor], g: Sequence[Tensor], members: tuple[Member, ...]
+    ) -> None:
+        self.members = members
+        self._forward = _remembered(target_of(v[0]), (*v, *g), members)
+        self.backwards: dict[Any, Grouped] = {}
+
+    def __call__(
+        self, v: list[Tensor], g: list[Tensor], places: Sequence[Tensor] | None = None
+    ) -> Lists:
+        """The lists of all `W` and `n`, each `W` in its member's dtype and `V`'s memory layout. The
+        launches that weights share write `W` to its place, if there is one."""
+        made = self._forward
+        w = [*places] if places else empty_like(v, made.dtypes[0])
+        n = empty_like(g, made.dtypes[1])
+        for i in made.alone:
+            m = self.members[i]
+            w[i], n[i] = weight.weight_norm(v[i], g[i], m.dim, m.eps, m.dtype)
+        for table in made.tables:
+            table.launch([v, g, n, w])
+        return w, n
+
+    def grads(
+        self,
+        dw: list[Tensor],
+        v: list[Tensor],
+        g: list[Tensor],
+        n: list[Tensor],
+        indices: Sequence[int],
+    ) -> Lists:
+        """The lists of `dV` and `dg` of some of the weights, in the dtypes of `V` and `g`."""
+        members = tuple([self.members[i] for i in indices])
+        library = native.helpers()
+        layouts = None if library is None else library.layouts(dw)
+        if layouts is None:
+            layouts = tuple([(t.shape, t.stride(), t.dtype) for t in dw])
+        key = layouts, tuple(indices)
+        made = self.backwards.get(key)
+        if made is None:
+            made = _remembered_backward(target_of(v[0]), (*dw, *v, *g), members)
+            if len(self.backwards) >= configs.GROUPED_KNOWN:
+                self.backwards.clear()
+            self.backwards[key] = made
+        dv, dg = empty_like(v, made.dtypes[0]), empty_like(g, made.dtypes[1])
+        for i in made.alone:
+            m = members[i]
+            dv[i], dg[i] = weight.weight_norm_backward(dw[i], v[i], g[i], n[i], m.dim, m.eps)
+        for table in made.tables:
+            table.launch([dw, v, g, n, dg, dv])
+        return dv, dg
+
+
 def weight_norms(
     v: Sequence[Tensor],
     g: Sequence[Tensor],
     members: tuple[Member, ...],
     places: Sequence[Tensor] | None = None,
 ) -> Lists:
-    """The lists of all `W` and `n`, each `W` in its member's dtype and in `V`'s memory layout. The
-    launch that they share writes `W` to its place, if there is one."""
+    """The lists of all `W` and `n`, as `Prepared` returns them."""
     g = [t.contiguous() for t in g]
-    prepared = _remembered(target_of(v[0]), (*v, *g), members)
-    w, n = [], []
-    alone = set(prepared.alone)
-    for i, (t, scales, m) in enumerate(zip(v, g, members, strict=True)):
-        if i in alone:
-            formed, norm = weight.weight_norm(t, scales, m.dim, m.eps, m.dtype)
-        else:
-            formed = places[i] if places else torch.empty_like(t, dtype=m.dtype)
-            norm = t.new_empty(kept_shape(t.shape, m.dim), dtype=scale_dtype(t))
-        w.append(formed)
-        n.append(norm)
-    for table in prepared.tables:
-        table.launch((v, g, n, w))
-    return w, n
+    return Prepared(v, g, members)([*v], g, places)
 
 
 def weight_norms_backward(
@@ -421,16 +497,4 @@ def weight_norms_backward(
 ) -> Lists:
     """The lists of all `dV` and `dg`, in the dtypes of `V` and `g`."""
     g = [t.contiguous() for t in g]
-    prepared = _remembered_backward(target_of(v[0]), (*dw, *v, *g), members)
-    dv, dg = [], []
-    alone = set(prepared.alone)
-    for i, (grad, t, scales, norm, m) in enumerate(zip(dw, v, g, n, members, strict=True)):
-        if i in alone:
-            of_v, of_g = weight.weight_norm_backward(grad, t, scales, norm, m.dim, m.eps)
-        else:
-            of_v, of_g = torch.empty_like(t), torch.empty_like(scales)
-        dv.append(of_v)
-        dg.append(of_g)
-    for table in prepared.tables:
-        table.launch((dw, v, g, n, dg, dv))
-    return dv, dg
+    return Prepared(v, g, members).grads([*dw], [*v], g, [*n], range(len(members)))
