@@ -30,7 +30,8 @@ class Model(NamedTuple):
     x_shape: tuple[int, ...]  # to time: about a second of sound, a batch of images
     call: Callable[[Any, Tensor], Tensor]
     layers: int  # those with weight norm
-    parts: tuple[str, ...] = ("",)  # what `call` calls: the model itself, or modules of it
+    # What `call` calls, to be grouped: the model itself, modules of it, or nothing for one layer.
+    parts: tuple[str, ...] = ("",)
 
 
 def _hifigan() -> nn.Module:
@@ -217,7 +218,8 @@ class ModelCase:
 
     def names(self) -> tuple[str, ...]:
         """The providers."""
-        return (*NAMES, "frozen") if self.mode == "infer" else NAMES
+        names = NAMES if self.model.parts else NAMES[:-1]
+        return (*names, "frozen") if self.mode == "infer" else names
 
     @property
     def model(self) -> Model:
@@ -249,7 +251,7 @@ class ModelRunner:
             wn_kernels.fold(self.model)
         if name in ("ours", "frozen"):
             wn_kernels.fuse(self.model)
-        for part in MODELS[case.label].parts if name == "grouped" else ():
+        for part in case.model.parts if name == "grouped" else ():
             wn_kernels.fuse(self.model.get_submodule(part), grouped=True)
         self.parameters = list(self.model.parameters())
 

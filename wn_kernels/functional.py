@@ -210,13 +210,10 @@ def weight_norms(
         if len(each) != len(v):
             raise ValueError(f"{name} has {len(each)} values, but v has {len(v)} tensors")
     options = tuple(dims), tuple(least), tuple(dtypes)
-    if places is not None:
-        places = [*places]
-        _check_places(places, v, dtypes)
     if not is_compiling() and (library := _library()):
         w = grouped.weights(library, v, g, *options, places)
         if w is not None:
-            return [*w]
+            return w
     members, scales = [], []
     for i, arguments in enumerate(zip(v, g, *options, strict=True)):
         try:
@@ -225,20 +222,9 @@ def weight_norms(
             raise type(error)(f"weight {i}: {error}") from None
         members.append(member)
         scales.append(g[i] if g[i].shape == shape else g[i].view(shape))
+    if places is not None:
+        grouped.check_places(places, v, members)
     return [*_weights(v, scales, tuple(members), places)]
-
-
-def _check_places(places: list[Tensor], v: list[Tensor], dtypes: list[Any]) -> None:
-    if len(places) != len(v):
-        raise ValueError(f"places has {len(places)} tensors, but v has {len(v)}")
-    for i, (place, t, dtype) in enumerate(zip(places, v, dtypes, strict=True)):
-        wanted = t.shape, t.stride(), dtype or t.dtype, t.device
-        if (place.shape, place.stride(), place.dtype, place.device) != wanted:
-            raise ValueError(
-                f"weight {i}: its place has shape {tuple(place.shape)}, strides {place.stride()}, "
-                f"{place.dtype} on {place.device}, expected {tuple(t.shape)}, {t.stride()}, "
-                f"{dtype or t.dtype} on {t.device}"
-            )
 
 
 def _weights(

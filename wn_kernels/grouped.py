@@ -42,6 +42,24 @@ class Group(NamedTuple):
         return self._replace(members=tuple([self.members[i] for i in indices]))
 
 
+def check_places(places: Sequence[Tensor], v: Sequence[Tensor], members: Sequence[Member]) -> None:
+    """Checks that every `W` can be written to its place.
+
+    Raises:
+        ValueError: one cannot.
+    """
+    if len(places) != len(v):
+        raise ValueError(f"places has {len(places)} tensors, but v has {len(v)}")
+    for i, (place, t, member) in enumerate(zip(places, v, members, strict=True)):
+        wanted = t.shape, t.stride(), member.dtype, t.device
+        if (place.shape, place.stride(), place.dtype, place.device) != wanted:
+            raise ValueError(
+                f"weight {i}: its place has shape {tuple(place.shape)}, strides {place.stride()}, "
+                f"{place.dtype} on {place.device}, expected {tuple(t.shape)}, {t.stride()}, "
+                f"{member.dtype} on {t.device}"
+            )
+
+
 # --- by the native library -----------------------------------------------------------------------
 
 _MOST = 1024  # groups whose checked options are kept
@@ -59,7 +77,7 @@ def weights(
     dims: tuple[Any, ...],
     eps: tuple[Any, ...],
     dtypes: tuple[Any, ...],
-    places: list[Tensor] | None = None,
+    places: Sequence[Tensor] | None = None,
 ) -> list[Tensor] | None:
     """Returns every `W` as an output of a node of the library, which computes it on a CPU, and
     launches its kernels on a GPU. The result is `None` where the rest of the package serves the
@@ -97,8 +115,11 @@ def weights(
             _known.clear()
         known = _known[key] = members, prepared
     members, prepared = known
+    if places is not None:
+        check_places(places, v, members)
     if prepared is None:
-        return library.weight_norms(v, g, *map(list, zip(*members, strict=True)), places)
+        options = map(list, zip(*members, strict=True))
+        return library.weight_norms(v, g, *options, places and [*places])
     with torch.no_grad():
         w, n = prepared(v, g, places)
     if torch.is_grad_enabled() and any(t.requires_grad for t in (*v, *g)):
@@ -131,8 +152,7 @@ class WeightNorms(torch.autograd.Function):
         w, n = _forward(group, tensors[:count], tensors[count:])
         ctx.save_for_backward(*tensors, *n)
         ctx.group = group._replace(places=None)  # they are the outputs
-        if not torch.compiler.is_compiling():  # a compiler does not trace this
-            ctx.set_materialize_grads(False)
+        ctx.set_materialize_grads(False)
         return tuple(w)
 
     @staticmethod

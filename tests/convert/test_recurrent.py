@@ -212,3 +212,30 @@ def test_both_forms_in_one_cell():
         nn.utils.remove_weight_norm(other, second)
         assert type(other) is nn.GRUCell
         assert_matches(output(other, x), right, torch.float32, 64, roundings=8)
+
+
+def test_in_a_grouped_model():
+    """The layer computes its weights itself; the others are prepared."""
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = NORMALISE["parametrizations"](nn.Linear(6, 6))
+            self.lstm = NORMALISE["parametrizations"](nn.LSTM(6, 4), "weight_hh_l0")
+            self.own = wn_kernels.WNGRU(4, 4)
+
+        def forward(self, x):
+            return self.own(self.lstm(self.inner(x))[0])[0]
+
+    torch.manual_seed(5)
+    model, x = Model(), torch.randn(5, 3, 6)
+    right = copy.deepcopy(model).double()(x.double()).detach()
+    report = wn_kernels.fuse(model, grouped=True)
+    notes = {line.name: line.note for line in report}
+    assert notes["lstm.weight_hh_l0"] == "one call for all of the layer"
+    assert notes["own.weight_ih_l0"] == "of this package"
+    assert_matches(model(x), right, torch.float32, 64, roundings=8)
+    model(x).sum().backward()
+    assert all(p.grad is not None and p.grad.any() for p in model.parameters())
+    assert wn_kernels.fold(model) == ["inner", "lstm", "own"]
+    assert_matches(model(x), right, torch.float32, 64, roundings=8)

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from ..modules.prepared import Group
-from ..modules.weight import WeightNormMixin
+from ..modules.weight import NormedWeights, WeightNormMixin
 from . import fused
 
 
@@ -31,13 +31,14 @@ def is_groupable(module: Any) -> bool:
     """Returns whether a module is a layer of ours, or a fused one with the `forward` of one."""
     if not fused.is_fused(module):
         return isinstance(module, WeightNormMixin)
-    return fused.known_layer(module.plain, *fused.norms(module)) is not None
+    layer = fused.known_layer(module.plain, *fused.norms(module))
+    return layer is not None and issubclass(layer, WeightNormMixin)
 
 
 def check(model: nn.Module) -> None:
     """Raises a `TypeError` if a model cannot be grouped."""
     name = type(model).__name__
-    if any(True for _ in fused.computers(model)) or isinstance(model, WeightNormMixin):
+    if any(True for _ in fused.computers(model)) or isinstance(model, NormedWeights):
         raise TypeError(f"{name} is weight-normed itself: a group needs a model that has layers")
     if isinstance(model, torch.jit.ScriptModule):
         raise TypeError(f"{name} is a ScriptModule, whose class cannot change")

@@ -158,7 +158,7 @@ class Placed(torch.autograd.Function):
     """Copies tensors to their places. The gradients are those of the places."""
 
     @staticmethod
-    def forward(ctx: Any, places: Sequence[Tensor], *tensors: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, places: tuple[Tensor, ...], *tensors: Tensor) -> tuple[Tensor, ...]:
         ctx.dtypes = [t.dtype for t in tensors]
         ctx.set_materialize_grads(False)
         torch._foreach_copy_([*places], tensors)

@@ -338,6 +338,14 @@ class WeightNormMixin(NormedWeights):
     def _normed(self) -> tuple[str, ...]:
         return ("weight",)
 
+    def _normalisation(self) -> tuple[int | None, float]:
+        """Returns `(dim, eps)`."""
+        return self.dim, self.eps
+
+    def _held(self) -> tuple[dict[str, Any], str, str]:
+        """Returns where `g` and `v` are held: a dictionary and their keys."""
+        return self._parameters, "weight_g", "weight_v"
+
     def extra_repr(self) -> str:
         preserving = ", magnitude_preserving=True" if self.magnitude_preserving else ""
         return f"{super().extra_repr()}{preserving}"

@@ -34,12 +34,6 @@ void for_each_piece(const std::vector<Piece>& pieces, const F& f) {
   });
 }
 
-// Returns whether a W of this dtype can be written to a place.
-inline bool is_place(const Tensor& place, const Tensor& v, at::ScalarType dtype) {
-  return place.scalar_type() == dtype && place.is_cpu() && place.sizes() == v.sizes() &&
-         place.strides() == v.strides();
-}
-
 // Returns whether the holder of a tensor may write into it.
 inline bool is_free(const Tensor& t) {
   return t.use_count() == 1 && t.storage().use_count() == 1;
@@ -214,26 +208,19 @@ class WeightNorms : public torch::autograd::Node {
   py::handle grads_;
 };
 
-// Returns every W, in its dtype. Returns nothing if the library does not serve one of them.
+// Returns every W, in its dtype, at its place if there are places. Returns nothing if the library does
+// not serve one of them.
 inline std::optional<variable_list> weight_norms(
     const py::list& v, const py::list& g, const py::list& dims, const py::list& eps,
     const py::list& dtypes, const std::optional<variable_list>& places) {
   Group group;
-  if (places) {
-    if (places->size() != v.size()) return std::nullopt;
-    group.places = *places;
-  }
+  if (places) group.places = *places;
   std::vector<at::ScalarType> of_w;
   bool needs_grad = false;
   for (size_t i = 0; i < v.size(); ++i) {
     const auto t = weight_operands(v[i], g[i], dims[i], eps[i]);
     if (!t) return std::nullopt;
-    const py::handle given = dtypes[i];
-    if (!given.is_none() && !THPDtype_Check(given.ptr())) return std::nullopt;
-    const auto dtype = given.is_none() ? t->v.scalar_type()
-                                       : reinterpret_cast<THPDtype*>(given.ptr())->scalar_type;
-    if (!at::isFloatingType(dtype)) return std::nullopt;
-    if (places && !is_place((*places)[i], t->v, dtype)) return std::nullopt;
+    const auto dtype = reinterpret_cast<THPDtype*>(py::handle(dtypes[i]).ptr())->scalar_type;
     if ((dtype == at::kDouble) != (t->v.scalar_type() == at::kDouble)) return std::nullopt;
     of_w.push_back(dtype);
     group.v.push_back(t->v);

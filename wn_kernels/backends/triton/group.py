@@ -457,7 +457,7 @@ class Prepared:
         self, v: list[Tensor], g: list[Tensor], places: Sequence[Tensor] | None = None
     ) -> Lists:
         """The lists of all `W` and `n`, each `W` in its member's dtype and `V`'s memory layout. The
-        launch that they share writes `W` to its place, if there is one."""
+        launches that weights share write `W` to its place, if there is one."""
         made = self._forward
         w = [*places] if places else empty_like(v, made.dtypes[0])
         n = empty_like(g, made.dtypes[1])
@@ -504,7 +504,7 @@ def weight_norms(
     members: tuple[Member, ...],
     places: Sequence[Tensor] | None = None,
 ) -> Lists:
-    """The lists of all `W` and `n`; see `Prepared`."""
+    """The lists of all `W` and `n`, as `Prepared` returns them."""
     g = [t.contiguous() for t in g]
     return Prepared(v, g, members)([*v], g, places)
 
