@@ -105,8 +105,9 @@ inline std::tuple<Tensor, Tensor, Tensor> plain_convolution_grads(
 }
 
 inline std::optional<ConvolutionResult> convolution_forward(
-    const Tensor& x, const Tensor& v, const Tensor& g, const Tensor& bias, const Geometry& conv,
+    const Tensor& x, const Tensor& v, const Tensor& g, const Tensor& given_bias, const Geometry& conv,
     at::IntArrayRef y_sizes, double eps, Variant variant, bool keeps) {
+  const Tensor bias = as(given_bias, x.scalar_type());
   if (variant == Variant::unfold) {
     RECORD_FUNCTION("wn_kernels::convolution, unfold", {});
     const auto result = unfolded_forward(x, v, g, bias, conv, y_sizes, eps);
