@@ -214,8 +214,9 @@ def grads(m: int, itemsize: int, ieee: bool, architecture: str) -> Loop:
     program has `BLOCK_R` columns. Arguments as in `one_pass`."""
     block_m = up_to(m, 16, 32, 64, 128)
     block_o, block_r, deep = {2: (64, 64, 4), 4: (32, 64, 3), 8: (16, 32, 1)}[itemsize]
-    # What these products hold would not fit the registers.
-    if (ieee and itemsize == 4 and block_m > 16) or (block_m == 128 and architecture == "cuda:80"):
+    if ieee and itemsize == 4:
+        block_o, block_r, deep = (16, 128, 4) if block_m == 16 else (16, 64, 3)
+    elif block_m == 128 and architecture == "cuda:80":  # more would not fit the registers
         block_o //= 2
     warps = 8 if block_m == 128 else 4
     return Loop(block_m, block_o, block_r, warps, stages(deep, architecture))
@@ -223,7 +224,7 @@ def grads(m: int, itemsize: int, ieee: bool, architecture: str) -> Loop:
 
 def grads_splits(o: int, r: int, loop: Loop, programs: int) -> int:
     """Returns how many programs share the rows of the same columns of `V` in that walk: as many as
-    give each multiprocessor (`programs`) two."""
-    wanted = 2 * programs // blocks(r, loop.BLOCK_R)
+    give each multiprocessor (`programs`) two, or one of 128 rows."""
+    wanted = (1 if loop.BLOCK_M == 128 else 2) * programs // blocks(r, loop.BLOCK_R)
     steps = blocks(o, loop.BLOCK_O)
     return blocks(steps, blocks(steps, max(1, min(wanted, steps))))  # none of which is empty

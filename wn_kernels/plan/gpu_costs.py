@@ -47,8 +47,10 @@ def _loop(tile: tiles.Loop, programs: int, itemsizes: tuple[int, int], device: D
 # A product of the vendor's takes the overhead of this many launches, since its kernels take longer
 # to begin and to end than a pass does.
 PRODUCT_LAUNCHES = 2
-# Our products of more rows than a pass takes reach this fraction of the rate. It is an assumption.
-PRODUCT_EFFICIENCY = 0.5
+# The products of the backward `product` reach these fractions of the rate: by tensor cores, and
+# without them.
+PRODUCT_EFFICIENCY, IEEE_EFFICIENCY = 0.3, 0.25
+IEEE_ROWS = 16
 # Sums of columns walk rows, each of which takes so many seconds: PyTorch's, which share more rows
 # than these among programs, and those that ride along with the pass over `dY`.
 SUMMED_ROW, RIDING_ROW = 1.25e-8, 7e-9
@@ -130,11 +132,14 @@ def triton_linear(call: Call, device: Device) -> Costs:
         least, grid = taken_in / device.grad_intake, _loop(loop, programs, sizes, device)
         grad = Stage((x + y + 3 * v) / device.passes, products, least, 1, grid)
         backward = {"one_pass": [*dx, grad]} | backward
-    if few and keeps_product(call) and call.x_dtype != torch.float16:
+    # Without tensor cores it lost to the vendor's products by more rows than these.
+    many = ieee and m > IEEE_ROWS
+    if few and not many and keeps_product(call) and call.x_dtype != torch.float16:
         loop = tiles.grads(m, size, ieee, architecture)
         splits = tiles.grads_splits(n, k, loop, device.multiprocessors)
         parts = 0.0 if splits == 1 else max(4.0, x_size) * splits * m * k
-        moved, products = 2 * v + x + parts, 4.0 * m * n * k / PRODUCT_EFFICIENCY
+        efficiency = IEEE_EFFICIENCY if ieee else PRODUCT_EFFICIENCY
+        moved, products = 2 * v + x + parts, 4.0 * max(m, loop.BLOCK_M) * n * k / efficiency
         grid = _loop(loop, splits * tiles.blocks(k, loop.BLOCK_R), sizes, device)
         walk = Stage(moved / device.passes, products, 0.0, 1, grid)
         added = [passes(parts + x)] if parts else []
