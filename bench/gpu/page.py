@@ -41,6 +41,7 @@ class Run:
         path: the file.
         lines: all lines.
         where: the environment of the first section.
+        commits: the sections that ran at each commit.
     """
 
     def __init__(self, path: Path) -> None:
@@ -49,6 +50,11 @@ class Run:
         if not environments:
             raise ValueError(f"{path} holds no results of bench gpu")
         self.where: dict[str, Any] = environments[0]["environment"]
+        # A file may hold the sections of several runs.
+        self.commits: dict[str, list[str]] = {}
+        for line in environments:
+            commit = line["environment"]["commit"]
+            self.commits.setdefault(commit, []).append(line["section"])
 
     @property
     def page(self) -> str:
@@ -90,9 +96,12 @@ def _where(run: Run) -> str:
     driver = where.get("driver") or clocks.get("driver_version", "unknown")
     cudnn = (run.fact("device") or {}).get("cuDNN")
     cudnn = f", cuDNN {cudnn}" if cudnn else ""
+    first, *others = run.commits
+    later = [f"{commit} for {' and '.join(run.commits[commit])}" for commit in others]
+    commits = ", ".join([first, *later])
     return (
         f"One {where['device']}: driver {driver}, torch {where['torch']}{cudnn}, triton "
-        f"{where['triton']}, Python {where['python']}, commit {where['commit']}, on "
+        f"{where['triton']}, Python {where['python']}, commit {commits}, on "
         f"{where['time'][:10]}. All figures are those of `{run.path.as_posix()}`."
     )
 

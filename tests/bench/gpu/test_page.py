@@ -68,6 +68,13 @@ def test_losing_cases_come_first(run):
     assert best.startswith("| linear | infer | 2 | 0.87 | 1 | 1.50 (loses) | 0.50 (wins) |")
 
 
+def test_sections_of_several_runs(run):
+    """The page names the commit of each."""
+    later = environment("models", commit="def"), environment("tests", commit="def")
+    about, _ = run(result("linear", "a", 1e-5), *later)
+    assert "commit abc, def for models and tests, on 20" in about
+
+
 def test_every_case_of_a_layer(run):
     """With its path, and a path that was faster."""
     more = {"chosen": "one_pass/materialize, keeps nothing"}
