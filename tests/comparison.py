@@ -126,8 +126,6 @@ class LayerCase(ABC):
         device: torch.device | str,
         seed: int,
     ) -> None:
-        from wn_kernels.backends import reference
-
         v_dtype = v_dtype or x_dtype
         generator = torch.Generator().manual_seed(seed)
 
@@ -148,10 +146,17 @@ class LayerCase(ABC):
         spread = product.std().item() if product.numel() > 1 else 0.0
         dy = random(*product.shape, dtype=torch.float64) + (product / spread if spread else 0.0)
         self.dy = strided(dy.to(x_dtype), layout)
+        self.refer()
+        # No sum is longer.
+        self.length = max(t.numel() for t in (self.x, self.v, self.y))
+
+    def refer(self) -> None:
+        """Computes the reference, once more where a test has changed an input in place."""
+        from wn_kernels.backends import reference
 
         inputs = [self.x, self.v, self.g, self.bias]
         wide = [None if t is None else t.detach().double().requires_grad_() for t in inputs]
-        scale = reference.slice_scale(wide[1], wide[2], dim, eps)
+        scale = reference.slice_scale(wide[1], wide[2], self.dim, self.eps)
         w = wide[1] * scale
         y = self.plain(wide[0], w, wide[3])
         given = [t for t in wide if t is not None]
@@ -159,8 +164,6 @@ class LayerCase(ABC):
         grads = iter(rest)
         self.y = y.detach()
         self.grads = [None if t is None else next(grads) for t in wide]
-        # No sum is longer.
-        self.length = max(t.numel() for t in (self.x, self.v, self.y))
         # dg sums products as large as dW; dV is a difference of terms as large as s ⊙ dW.
         self.terms = {"dg": dw.norm().item(), "dv": (scale * dw).norm().item()}
 
@@ -188,6 +191,14 @@ class LayerCase(ABC):
     def check_forward(self, y: Tensor) -> None:
         assert y.dtype == self.x.dtype
         assert_matches(y, self.y, self.dtype, self.length, roundings=3, what="y")
+
+    def check_backward_of_dead(self, grads: Sequence[Tensor | None]) -> None:
+        """As `check_backward`, also where `V` is all zeros: then all but `db` are zero."""
+        if bool((self.v != 0).any()):
+            return self.check_backward(grads)
+        for name, grad in zip(("dx", "dv", "dg"), grads, strict=False):
+            assert grad is not None, f"{name} is missing"
+            assert_zero(grad, name)
 
     def check_backward(self, grads: Sequence[Tensor | None]) -> None:
         names = ("dx", "dv", "dg", "db")

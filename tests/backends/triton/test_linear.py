@@ -328,25 +328,52 @@ def test_products_are_pytorch_s_own(device, monkeypatch):
 
 
 @pytest.mark.parametrize("dim", DIMS)
-def test_dead_slice_and_nan(dim, device):
-    """A slice of norm zero gives zeros and finite gradients; a NaN stays a NaN."""
+def test_dead_slice(dim, device):
+    """A slice of norm zero adds nothing to the output, and its gradients are zero."""
     case = Case(9, 20, 18, dim, device=device)
     dead = case.v if dim is None else case.v.select(dim, 3)
     dead.zero_()
+    case.refer()
     for form in FORWARD[dim]:
-        y, n = linear(case.x, case.v, case.g, None, dim, 0.0, form, config=SMALL)
-        assert torch.isfinite(y).all()
+        y, n = linear(case.x, case.v, case.g, case.bias, dim, 0.0, form, config=SMALL)
+        case.check_forward(y)
         assert (n == float("inf")).sum() == 1
     for form in BACKWARD[dim]:
-        kept = product(case) if form == "product" else None
-        grads = linear_backward(
-            case.dy, case.x, case.v, case.g, n, dim, 0.0, form, (True, True, True, False), kept
-        )
-        assert all(torch.isfinite(t).all() for t in grads[:3])
+        kept = [product(case)] if form == "product" else []
+        options = dim, 0.0, form, (True,) * 4, *kept
+        grads = linear_backward(case.dy, case.x, case.v, case.g, n, *options)
+        case.check_backward_of_dead(grads)
+
+
+@pytest.mark.parametrize("dim", DIMS)
+def test_nan(dim, device):
+    """A NaN reaches what the definition has it reach, and no other slice."""
+    case = Case(9, 20, 18, dim, device=device)
+    names = "y", "dx", "dv", "dg", "db"
+    expected, terms = dict(zip(names, (case.y, *case.grads), strict=True)), case.terms
     case.v[2, 3] = float("nan")
+    case.refer()
+    spoiled = dict(zip(names, (case.y, *case.grads), strict=True))
+
+    def check(name, actual):
+        nans = spoiled[name].isnan()
+        assert torch.equal(actual.isnan(), nans), f"{name}: NaN in other places"
+        if not nans.all():
+            one, other = (t.masked_fill(nans, 0.0) for t in (actual, expected[name]))
+            scale = terms.get(name, 0.0)
+            assert_matches(one, other, case.dtype, 20, roundings=4, scale=scale, what=name)
+
+    inputs = case.x, case.v, case.g
     for form in FORWARD[dim]:
-        y, _ = linear(case.x, case.v, case.g, None, dim, 0.0, form, config=SMALL)
-        assert torch.isnan(y).any()
+        y, n = linear(*inputs, case.bias, dim, 0.0, form, config=SMALL)
+        check("y", y)
+    for form in BACKWARD[dim]:
+        options = dim, 0.0, form, (True,) * 4
+        if form == "product":
+            options += linear(*inputs, case.bias, dim, 0.0, "one_pass", True)[2:]
+        grads = linear_backward(case.dy, *inputs, n, *options)
+        for name, grad in zip(names[1:], grads, strict=True):
+            check(name, grad)
 
 
 @pytest.mark.parametrize(("dim", "form"), forms(BACKWARD))

@@ -479,7 +479,8 @@ class Prepared:
         """The lists of `dV` and `dg` of some of the weights, in the dtypes of `V` and `g`."""
         members = tuple([self.members[i] for i in indices])
         library = native.helpers()
-        layouts = None if library is None else library.layouts(dw)
+        known = library is not None and not dw[0].is_meta  # autocast has no such device
+        layouts = library.layouts(dw) if known else None
         if layouts is None:
             layouts = tuple([(t.shape, t.stride(), t.dtype) for t in dw])
         key = layouts, tuple(indices)
