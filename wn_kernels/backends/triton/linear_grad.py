@@ -26,7 +26,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import configs
-from .common import cast, dot, dot_coefficient, offsets
+from .common import cast, dot, dot_coefficient, finished, offsets
 from .configs import Target
 from .launch import Launcher, allocator, is_wide, product_types, unallocated
 from .parts import prepare_sum
@@ -138,6 +138,7 @@ def grads_kernel(
     WIDE: tl.constexpr,
     ACC: tl.constexpr,
     PRECISION: tl.constexpr,
+    WAITS: tl.constexpr,
     STAGES: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_O: tl.constexpr,
@@ -163,8 +164,8 @@ def grads_kernel(
         coef = tl.load(COEF + offs_o, mask=mask_o, other=0.0)
         if NEEDS_X:
             dx = dot(tl.trans(cast(v, s.dtype)), s, dx, PRECISION)
-        # That dW is used here ends both products in this step (`common.finished`).
         dw = dot(s, x, tl.zeros((BLOCK_O, BLOCK_R), ACC), PRECISION).to(coef.dtype)
+        dx = finished(dx, steps, WAITS)  # dW alone ends no product but its own
         at = DV + offs_o[:, None] * stride_do + offs_r[None, :] * stride_dr
         mask = mask_o[:, None] & (offs_r < R)[None, :]
         tl.store(at, dw - coef[:, None] * v.to(coef.dtype), mask=mask)
@@ -277,6 +278,7 @@ def prepare_grads(
         stride_dr=dv.stride(1),
         NEEDS_X=needs_x,
         WIDE=is_wide(x, v, dv, parts),
+        WAITS=target.is_hopper,
         STAGES=config.num_stages,
         **product_types(x, tf32),
         **config.of_kernel(),
