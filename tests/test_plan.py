@@ -433,3 +433,34 @@ def test_the_gpu_of_the_call(monkeypatch):
         assert costs.costs(call._replace(device=device), "triton").device.name == expected
         assert f"; NVIDIA {expected};" in table.machine("triton", device)
     assert "interpreter" in table.machine("triton", torch.device("cpu"))
+
+
+def test_what_takes_the_weight_of_a_group_on_a_gpu(monkeypatch):
+    """With the native library, only layers whose own plans form a weight do. Without it, a launch
+    of Python's costs more than a formed weight may."""
+    geometry = Geometry((1,), (1,), (1,), False, (0,), 1)
+    small, wide = (
+        Call(torch.Size((1, n, size)), torch.Size((n, n, 3)), F32, F32, 0, geometry)
+        for n, size in ((16, 64), (256, 800))
+    )
+    row = Call(torch.Size((1, 4096)), torch.Size((4096, 4096)), F32, F32, 0)
+    large = row._replace(x_shape=torch.Size((8192, 4096)))
+    forwards = {small: "packed", wide: "materialize", row: "one_pass", large: "materialize"}
+    picked = {call: plan.choose(call, "triton") for call in forwards}
+    assert {call: each.forward for call, each in picked.items()} == forwards
+    assert picked[large].backward == "materialize" != picked[wide].backward
+
+    def taking(library, records):
+        monkeypatch.setattr(plan.variants.native, "helpers", lambda: library)
+        return {call for call, each in picked.items() if plan.shares(call, each, records)}
+
+    assert taking(object(), records=False) == {wide, large}
+    assert taking(object(), records=True) == {large}
+    assert taking(None, records=False) == {small, wide, row, large}
+    assert taking(None, records=True) == {wide, large}
+    for call, each in picked.items():
+        own = {}
+        for library in (None, object()):
+            monkeypatch.setattr(plan.variants.native, "helpers", lambda library=library: library)
+            own[library is None], _ = plan.shared_seconds(call, each, False)
+        assert own[True] - own[False] == pytest.approx(plan.variants.LAUNCHED[0])

@@ -350,6 +350,7 @@ def _in_a_group(call: Call, picked: Plan) -> str:
         if seconds is None:
             return "In a group it forms its own weight: PyTorch has no product for it."
         own, shared = (f"{each * 1e6:.1f} µs" for each in seconds)
-        takes = "takes the group's weight" if seconds[1] <= seconds[0] else "forms its own"
+        shares = plan.shares(call, picked, records)
+        takes = "takes the group's weight" if shares else "does without the group's"
         parts.append(f"{what} {takes} ({own} by itself, {shared} with the group's)")
     return f"In a group {parts[0]}, and {parts[1]}."

@@ -304,3 +304,24 @@ def test_a_gradient_that_others_hold_is_not_overwritten():
     other = torch.randn(6, 4, requires_grad=True)
     ((w + other) * before).sum().backward()  # both get the same gradient
     assert_same_bits(other.grad, before)
+
+
+def test_memory_without_biases(monkeypatch):
+    """cuDNN reads biases from its buffer, whether the layer has any or not."""
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    tensors = {"first": torch.ones(2, 3), "second": torch.ones(4)}
+    layout = flat.Layout(16, (0, 8))
+    parts = flat._memory(layout, tensors, torch.float32, zeroed=True)
+    buffer = torch.empty(0).set_(parts["first"].untyped_storage())
+    assert torch.equal(buffer, torch.zeros(16))
+    asked = []
+    monkeypatch.setattr(flat, "_is_for_cudnn", lambda _: True)
+    monkeypatch.setattr(flat, "_options", lambda _: ())
+    monkeypatch.setattr(flat, "_layout_of_cudnn", lambda *_: layout)
+    monkeypatch.setattr(flat, "_memory", lambda *_, zeroed: asked.append(zeroed) or {})
+    for bias in (True, False):
+        layer = wn_kernels.WNGRU(INPUTS, HIDDEN, bias=bias, device="meta")
+        v = {name: layer._tensors(name)[1] for name in layer._normed()}
+        rest = set(layer._flat_weights_names) - set(v)
+        assert flat.places(layer, v, {name: getattr(layer, name) for name in rest}) == {}
+    assert asked == [False, True]

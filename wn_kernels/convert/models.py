@@ -146,6 +146,8 @@ def _in_group(module: Any) -> str:
     own, shared = (f"{each * 1e6:.0f}" for each in seconds)
     if plan.shares(call, picked, True):
         return f"grouped: {shared} µs, {own} by itself"
+    if float(shared) <= float(own):
+        return "its own weight: its plan forms none"
     return f"its own weight: {own} µs, {shared} grouped"
 
 

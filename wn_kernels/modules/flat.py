@@ -59,7 +59,8 @@ def places(
     dtype = torch.float16 if cast else like.dtype  # cuDNN's recurrence has no other there
     shapes = tuple(t.shape for t in given.values())
     layout = _layout_of_cudnn(shapes, _options(layer), like.device, dtype)
-    return _memory(layout, given, dtype)
+    # cuDNN's buffer has biases also where the layer has none.
+    return _memory(layout, given, dtype, zeroed=not layer.bias)
 
 
 def gathered(
@@ -81,10 +82,13 @@ def gathered(
     return found
 
 
-def _memory(layout: Layout, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+def _memory(
+    layout: Layout, tensors: Mapping[str, Tensor], dtype: torch.dtype, zeroed: bool = False
+) -> dict[str, Tensor]:
     """Returns memory for each tensor. The pieces are no views of each other."""
     like = next(iter(tensors.values()))
-    storage: Any = like.new_empty(layout.size, dtype=dtype).untyped_storage()
+    new = like.new_zeros if zeroed else like.new_empty
+    storage: Any = new(layout.size, dtype=dtype).untyped_storage()
     offsets = zip(tensors.items(), layout.offsets, strict=True)
     return {
         name: like.new_empty(0, dtype=dtype).set_(storage, offset, t.shape, t.stride())

@@ -10,7 +10,7 @@ import math
 import warnings
 from typing import Literal, NamedTuple
 
-from ..backends import vendor
+from ..backends import native, vendor
 from ..call import Call
 from . import table
 from .costs import costs, scales_late
@@ -145,10 +145,22 @@ def choose(call: Call, backend: str) -> Plan:
     return by_cost(call, backend)
 
 
-# Seconds of the processor that a layer with launches of its own takes more than PyTorch's with a
-# formed `W`, in a forward and in a training step: those of a HiFi-GAN of 78 layers on an H200
-# (docs/gpu.md), (4.24 - 3.21) ms / 78 and (13.58 - 10.98) ms / 78.
-LAUNCHED = 13e-6, 33e-6
+# Seconds of the processor that a layer with launches of its own takes more than one in a group, in
+# a forward and in a training step, where Python makes the launches. The first is that of a HiFi-GAN
+# of 78 layers on an H200, (7.18 - 6.68) ms / 78. A training step was not measured: it is assumed
+# to take twice as much. Where the native library launches, it is the group that takes more.
+LAUNCHED = 6.4e-6, 12.8e-6
+
+
+def _is_launched_by_python(plan: Plan) -> bool:
+    return plan.backend == "triton" and native.helpers() is None
+
+
+def _forms_weight(plan: Plan, records: bool) -> bool:
+    """Returns whether a pass of a layer's own plan forms `W`."""
+    if not records:
+        return plan.forward == "materialize"
+    return plan.recorded == plan.backward == "materialize"
 
 
 def shared_seconds(call: Call, plan: Plan, records: bool) -> tuple[float, float] | None:
@@ -157,12 +169,12 @@ def shared_seconds(call: Call, plan: Plan, records: bool) -> tuple[float, float]
     result is `None` if PyTorch's product with a formed `W` cannot serve the call.
 
     With a formed `W`, that product is left, which is the variant `materialize` without its first
-    launch. A layer of its own costs the processor more, on a GPU.
+    launch. A layer of its own costs the processor more where Python launches its kernels.
     """
     if not plan.forward or not call.x_shape:
         return None
-    launches = plan.backend == "triton"
-    if call.conv and not launches and vendor.is_wrong_for(call.x_dtype, len(call.v_shape)):
+    on_cpu = plan.backend != "triton"
+    if call.conv and on_cpu and vendor.is_wrong_for(call.x_dtype, len(call.v_shape)):
         return None
     found = costs(call, plan.backend)
     forward, backward = (way.get("materialize") for way in (found.forward, found.backward))
@@ -173,11 +185,18 @@ def shared_seconds(call: Call, plan: Plan, records: bool) -> tuple[float, float]
     if records:
         own += found.seconds(found.backward[plan.backward])
         with_weight += found.seconds(found.kept or backward[1:])
-    return own + (LAUNCHED[records] if launches else 0.0), with_weight
+    return own + (LAUNCHED[records] if _is_launched_by_python(plan) else 0.0), with_weight
 
 
 def shares(call: Call, plan: Plan, records: bool) -> bool:
-    """Returns whether a layer of a group takes the `W` that the group forms."""
+    """Returns whether a layer of a group takes the `W` that the group forms.
+
+    Where the native library launches kernels on a GPU, a launch costs too little for a group to
+    save much. There a layer takes that `W` only if its own plan forms one as well.
+    """
+    launched = plan.backend == "triton" and not _is_launched_by_python(plan)
+    if launched and not _forms_weight(plan, records):
+        return False
     seconds = shared_seconds(call, plan, records)
     return seconds is not None and seconds[1] <= seconds[0]
 

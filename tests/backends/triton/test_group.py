@@ -57,3 +57,59 @@ def test_against_float64(device):
         assert_matches(ws[i], expected, torch.float32, length, what=f"w {shape}")
         assert_matches(dvs[i], dv, torch.float32, length, roundings=3, scale=scale)
         assert_matches(dgs[i], dg, torch.float32, length, terms=terms)
+
+
+class OnGPU:
+    """A tensor of a GPU that is not there: an address, and copies that keep the host's memory."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, address):
+        self.address = address
+
+    def get_device(self):
+        return 0
+
+    def data_ptr(self):
+        return self.address
+
+
+def test_what_captured_launches_read(monkeypatch):
+    """A CUDA graph copies from pinned memory at every replay. No other launch may write there, and
+    a capture allocates none, however many captures follow launches outside of one."""
+    captures, pins, launched = [False], [], []
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: captures[0])
+    monkeypatch.setattr(group, "_stream", lambda _: 7 + captures[0])
+    monkeypatch.setattr(group.native, "helpers", lambda: None)
+    monkeypatch.setattr(group, "_captured", [])
+
+    def pin_memory(t):
+        pins.append(captures[0])
+        return t.clone()
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin_memory)
+    shapes = [((70, 33), 0), ((6, 7), None)]
+    members = tuple(Member(dim, 0.0, torch.float32) for _, dim in shapes)
+    v, g = [torch.ones(s) for s, _ in shapes], [torch.ones(kept_shape(*s)) for s in shapes]
+    (table,) = group._prepare(group.target_of(v[0]), *v, *g, members).tables
+    table.launchers = [lambda *tensors: launched.append(tensors)] * 2
+    calls = 3 * group.RESERVE
+    for i in range(calls):
+        captures[0] = i % 40 > 1  # a capture follows two launches outside of one
+        first = 2**40 + 4096 * i
+        lists = [[OnGPU(first + 512 * (2 * k + j) + i % 3) for j in range(2)] for k in range(4)]
+        table.launch(lists)
+        if i % 40 == 1:
+            assert len(table._reserve) == group.RESERVE
+    assert len(launched) == calls
+    assert not any(pins)
+    for i, (_, places, numbers) in enumerate(launched):
+        found = (places + numbers.data_ptr()).tolist()
+        first = 2**40 + 4096 * i + i % 3
+        order = table._members
+        assert found == [first + 512 * (2 * k + j) for j in order for k in range(4)]
+        assert torch.equal(numbers, table.numbers)
+    kept = {t.data_ptr() for t in group._captured}
+    for i, (_, places, numbers) in enumerate(launched):
+        if i % 40 > 1:
+            assert {places.data_ptr(), numbers.data_ptr()} <= kept

@@ -295,6 +295,8 @@ class Table:
         device = beside.get_device()
         stream = _stream(device) if device >= 0 else 0
         captures = device >= 0 and torch.cuda.is_current_stream_capturing()
+        if device >= 0 and not captures and len(self._reserve) < RESERVE:
+            self._provide()
         uploads = self._uploads.get(stream)
         if uploads is None:
             # A capture uploads the table itself, and keeps it.
@@ -311,19 +313,24 @@ class Table:
             aligned = not any(number % 16 for number in numbers)
             offsets = array("q", [number - first for number in numbers])
             places = torch.frombuffer(offsets, dtype=torch.int64)
-            if captures:
-                _captured.append(table)
-            elif device >= 0 and self._pinned is None:
-                self._reserve += torch.empty((RESERVE, len(places)), dtype=torch.int64).pin_memory()
-                self._pinned = self.numbers.pin_memory()
             pinned = self._reserve.pop() if captures and self._reserve else None
             known = on_device(places, beside, captures, pinned), aligned
-            if not captures and base is None:
+            if captures:
+                _captured.extend((table, known[0]))
+            elif base is None:
                 if len(kept) >= configs.GROUPED_KNOWN:
                     kept.clear()
                 kept[addresses] = known
         places, is_aligned = known
         self.launchers[is_aligned](at.view(torch.int8), places, table)
+
+    def _provide(self) -> None:
+        """Fills up the pinned memory for captures. What a capture took is never used again, since
+        its graph copies from there whenever it is replayed."""
+        rows = RESERVE - len(self._reserve), self.places * len(self.rows)
+        self._reserve += torch.empty(rows, dtype=torch.int64).pin_memory()
+        if self._pinned is None:
+            self._pinned = self.numbers.pin_memory()
 
 
 class _Uploads(NamedTuple):
@@ -359,8 +366,8 @@ def empty_like(tensors: list[Tensor], dtypes: list[torch.dtype]) -> list[Tensor]
 _captured: list[Tensor] = []
 
 
-# Pinned memory cannot be allocated during a capture. A table that was launched before has some for
-# so many captured launches.
+# Pinned memory cannot be allocated during a capture. A table that was launched outside of one has
+# some for so many captured launches afterwards.
 RESERVE = 64
 
 
