@@ -18,6 +18,10 @@ from wn_kernels.plan import devices, rates
 from wn_kernels.plan.rates import REFERENCE
 
 
+def is_close(value, expected):
+    return abs(value - expected) <= 1e-6 * abs(expected)
+
+
 @pytest.fixture(autouse=True)
 def file(tmp_path, monkeypatch):
     """The path of a file of rates of this test's, forgotten afterwards."""
@@ -86,9 +90,14 @@ def test_the_processor_of_the_constants(file):
     rates.store(REFERENCE)
     for constants, device in ((devices.CPU, devices.cpu()), (devices.NATIVE, devices.native())):
         assert device.name == "CPU as measured"
-        for field in vars(constants):
-            if field != "name":
-                assert getattr(device, field) == pytest.approx(getattr(constants, field)), field
+        for field, expected in vars(constants).items():
+            found = getattr(device, field)
+            if field == "rates":
+                assert all(map(is_close, found, expected))
+            elif isinstance(expected, float):
+                assert is_close(found, expected), field
+            elif field != "name":
+                assert found == expected, field
 
 
 SLOW_OWN = REFERENCE._replace(own=REFERENCE.own / 2.5)
@@ -108,8 +117,8 @@ def test_what_they_decide(file):
     slow = devices.native()
     rates.store(QUICK_CALLS)
     quick = devices.native()
-    assert quick.overhead == pytest.approx(devices.NATIVE.overhead / 8)
-    assert slow.few == pytest.approx(1 / 2.5)
+    assert is_close(quick.overhead, devices.NATIVE.overhead / 8)
+    assert is_close(slow.few, 1 / 2.5)
 
 
 @pytest.mark.parametrize(
@@ -161,6 +170,6 @@ def test_build_measures(file):
 def test_measured_far_off_counts_within_limits(file):
     rates.store(REFERENCE._replace(few=REFERENCE.few * 1e6, own=1.0, memory=1.0))
     device = devices.native()
-    assert device.few == pytest.approx(3.0)
-    assert device.own == pytest.approx(1 / 3.0)
-    assert device.bandwidth == pytest.approx(devices.NATIVE.bandwidth / 64)
+    assert is_close(device.few, 3.0)
+    assert is_close(device.own, 1 / 3.0)
+    assert is_close(device.bandwidth, devices.NATIVE.bandwidth / 64)

@@ -49,8 +49,8 @@ def paths(case: Case, layer: nn.Module, x: torch.Tensor) -> Paths | None:
         choice = plan.by_cost(call, backend)
         found = {}
         for other in plan.choices(call, backend):
-            if case.mode == "infer" and other.backward == choice.backward:
-                found[other.forward] = other
+            if case.mode == "infer" and other.forward != choice.forward:
+                found.setdefault(other.forward, other)
             elif case.mode == "train" and other.forward == choice.forward:
                 found[str(other).partition("/")[2]] = other
         return Paths(call, choice, {key: o for key, o in found.items() if o != choice})

@@ -326,8 +326,8 @@ def text(run: Run) -> str:
     """Returns the page of a run."""
     parts = [
         f"# {run.where['device']}",
-        "This page shows every case of the last runs of `python -m bench gpu`. [On a GPU](gpu.md) says "
-        "what the sections are and what is timed.",
+        "This page shows every case of the last runs of `python -m bench gpu`. [On a GPU](gpu.md) "
+        "says what the sections are and what is timed.",
         _where(run),
     ]
 

@@ -238,10 +238,17 @@ class WeightNormMixin(NormedWeights):
     magnitude_preserving = False
     _options = (*NormedWeights._options, _option("magnitude_preserving", False, "bool"))
 
-    def __init__(self, *args: Any, magnitude_preserving: bool = False, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        dim: int | None = 0,
+        eps: float = 0.0,
+        magnitude_preserving: bool = False,
+        **kwargs: Any,
+    ) -> None:
         if magnitude_preserving:
             self.__dict__["magnitude_preserving"] = True
-        super().__init__(*args, **kwargs)
+        super().__init__(*args, dim=dim, eps=eps, **kwargs)
 
     @staticmethod
     def serves(names: tuple[str, ...]) -> bool:

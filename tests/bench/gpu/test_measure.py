@@ -112,7 +112,7 @@ def test_linear(precision, measured):
     for line in (infer, train):
         paths = {"plain", "eager", "ours", *(f"ours: {form}" for form in forms)}
         if line is train:
-            paths.add("ours: materialize, keeps the weight")
+            paths |= {"ours: materialize, keeps the weight", "ours: product, keeps the product"}
         chosen = dict(zip(("infer", "train"), line["chosen"].split("/"), strict=True))
         assert {*line["seconds"], f"ours: {chosen[line['case']['mode']]}"} == paths
         assert line["predicted"].keys() == line["seconds"].keys()

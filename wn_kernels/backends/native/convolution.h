@@ -105,12 +105,12 @@ inline std::tuple<Tensor, Tensor, Tensor> plain_convolution_grads(
 }
 
 inline std::optional<ConvolutionResult> convolution_forward(
-    const Tensor& x, const Tensor& v, const Tensor& g, const Tensor& given_bias, const Geometry& conv,
+    const Tensor& x, const Tensor& v, const Tensor& g, const Tensor& bias, const Geometry& conv,
     at::IntArrayRef y_sizes, double eps, Variant variant, bool keeps) {
-  const Tensor bias = as(given_bias, x.scalar_type());
   if (variant == Variant::unfold) {
     RECORD_FUNCTION("wn_kernels::convolution, unfold", {});
-    const auto result = unfolded_forward(x, v, g, bias, conv, y_sizes, eps);
+    const auto result = unfolded_forward(
+        x, v, g, as(bias, x.scalar_type()), conv, y_sizes, eps);
     if (!result) return std::nullopt;
     return ConvolutionResult{result->first, result->second, Tensor()};
   }
@@ -131,7 +131,7 @@ inline std::optional<ConvolutionResult> convolution_forward(
   const Tensor s = per_channel(g, *n, x.dim());
   if (conv.transposed) return ConvolutionResult{plain(x * s, v, bias, conv), *n, Tensor()};
   Tensor y = plain(x, v, Tensor(), conv);
-  scale_channels(y, s, bias);
+  scale_channels(y, s, as(bias, y.scalar_type()));
   return ConvolutionResult{y, *n, Tensor()};
 }
 

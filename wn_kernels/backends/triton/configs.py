@@ -205,7 +205,7 @@ def slices(
 
 # The launch of a group has as many warps in every program. One walks a slice in so many steps at
 # most, and the addresses of so many sets of tensors are kept.
-GROUPED_WARPS = 4
+GROUPED_WARPS = 8
 GROUPED_STEPS = 64
 GROUPED_KNOWN = 16
 
