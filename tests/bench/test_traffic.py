@@ -81,6 +81,10 @@ def test_the_baseline_holds_every_path():
         for case in traffic.CASES
         for direction in ("forward", "backward")
         for variant in traffic._of(case, direction)
+    } | {
+        f"{traffic._Group.label}, {direction}, {variant}"
+        for direction in ("forward", "backward")
+        for variant in ("grouped", "each by itself")
     }
     assert committed.keys() == expected
 
