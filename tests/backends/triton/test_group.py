@@ -5,7 +5,7 @@ import torch
 
 from tests.comparison import assert_matches
 from wn_kernels.backends import reference
-from wn_kernels.backends.triton import group
+from wn_kernels.backends.triton import group, uploads
 from wn_kernels.call import Member, kept_shape
 
 MEMBERS = [((70, 33), 0), ((3, 5000), 0), ((5, 40, 9), 1), ((2, 6, 50), 2), ((6, 7), None)]
@@ -79,9 +79,9 @@ def test_what_captured_launches_read(monkeypatch):
     a capture allocates none, however many captures follow launches outside of one."""
     captures, pins, launched = [False], [], []
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: captures[0])
-    monkeypatch.setattr(group, "_stream", lambda _: 7 + captures[0])
-    monkeypatch.setattr(group.native, "helpers", lambda: None)
-    monkeypatch.setattr(group, "_captured", [])
+    monkeypatch.setattr(uploads, "_stream", lambda _: 7 + captures[0])
+    monkeypatch.setattr(uploads.native, "helpers", lambda: None)
+    monkeypatch.setattr(uploads, "_captured", [])
 
     def pin_memory(t):
         pins.append(captures[0])
@@ -93,14 +93,14 @@ def test_what_captured_launches_read(monkeypatch):
     v, g = [torch.ones(s) for s, _ in shapes], [torch.ones(kept_shape(*s)) for s in shapes]
     (table,) = group._prepare(group.target_of(v[0]), *v, *g, members).tables
     table.launchers = [lambda *tensors: launched.append(tensors)] * 2
-    calls = 3 * group.RESERVE
+    calls = 3 * uploads.RESERVE
     for i in range(calls):
         captures[0] = i % 40 > 1  # a capture follows two launches outside of one
         first = 2**40 + 4096 * i
         lists = [[OnGPU(first + 512 * (2 * k + j) + i % 3) for j in range(2)] for k in range(4)]
         table.launch(lists)
         if i % 40 == 1:
-            assert len(table._reserve) == group.RESERVE
+            assert len(table.uploads._reserve) == uploads.RESERVE
     assert len(launched) == calls
     assert not any(pins)
     for i, (_, places, numbers) in enumerate(launched):
@@ -109,7 +109,7 @@ def test_what_captured_launches_read(monkeypatch):
         order = table._members
         assert found == [first + 512 * (2 * k + j) for j in order for k in range(4)]
         assert numbers.tolist() == table.numbers.tolist()
-    kept = {t.data_ptr() for t in group._captured}
+    kept = {t.data_ptr() for t in uploads._captured}
     for i, (_, places, numbers) in enumerate(launched):
         if i % 40 > 1:
             assert {places.data_ptr(), numbers.data_ptr()} <= kept

@@ -6,8 +6,7 @@ weight's sizes and strides in the table, and computes the block as the kernels o
 a *kind*. A kernel holds the code of every kind among its weights, and a program branches to one.
 
 The table is made once for the layouts of a group. The addresses are a table of their own, which is
-kept while they stay the same. It is written by a copy from pinned memory, for which nothing waits,
-and which a CUDA graph captures.
+kept while they stay the same (`uploads.py`).
 
 A weight whose slices are few and long, so that a program would walk one of them for too long, and
 one whose layout is not that of at most three loops have launches of their own.
@@ -16,7 +15,6 @@ one whose layout is not that of at most three loops have launches of their own.
 from __future__ import annotations
 
 import itertools
-from array import array
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -31,6 +29,7 @@ from .. import native
 from . import configs, weight
 from .configs import Target
 from .launch import Launcher, Slices, acc_type, as_slices, is_wide, remembered, target_of
+from .uploads import Uploads
 from .weight import weight_grad_slices, weight_slices
 
 # --- kernels -----------------------------------------------------------------------------------
@@ -254,11 +253,12 @@ class Table:
 
     Attributes:
         rows: the weights of the launch.
-        places: how many tensors a weight has.
+        numbers: the table.
+        uploads: what of it is on the device.
     """
 
     def __init__(self, kernel: Any, target: Target, rows: list[Row], places: int) -> None:
-        self.rows, self.places = rows, places
+        self.rows = rows
         kinds = list(dict.fromkeys(row.kind for row in rows))
         programs: list[int] = []
         numbers: list[int] = []
@@ -269,12 +269,12 @@ class Table:
             place = places * i
             numbers += [kinds.index(row.kind), row.n, *row.loops, row.steps, place, *row.strides]
         self.numbers = torch.tensor(programs + numbers, dtype=torch.int32)
-        self.grid = (sum(blocks),)
+        grid = (sum(blocks),)
         self.launchers = [
             Launcher(
                 kernel,
                 target,
-                self.grid,
+                grid,
                 COUNT=len(kinds),
                 KINDS=tuple(tuple(map(tl.constexpr, kind)) for kind in kinds),
                 ALIGNED=aligned,
@@ -283,105 +283,14 @@ class Table:
             )
             for aligned in (False, True)
         ]
-        self._uploads: dict[int, _Uploads] = {}  # by stream
-        self._reserve: list[Tensor] = []
-        self._pinned: Tensor | None = None  # the numbers, for captures
         self._members = [row.member for row in rows]
+        self.uploads = Uploads(self.numbers, places * len(rows))
 
     def launch(self, lists: Sequence[list[Tensor]], base: Tensor | None = None) -> None:
         """Launches the kernel on these tensors: a list for each place, with a tensor for each
         weight of the group. Addresses are counted from `base`, which is the table by default."""
-        beside = lists[0][0]
-        device = beside.get_device()
-        stream = _stream(device) if device >= 0 else 0
-        captures = device >= 0 and torch.cuda.is_current_stream_capturing()
-        if device >= 0 and not captures and len(self._reserve) < RESERVE:
-            self._provide()
-        uploads = self._uploads.get(stream)
-        if uploads is None:
-            # A capture uploads the table itself, and keeps it.
-            pinned = self._pinned if captures else None
-            uploads = _Uploads(on_device(self.numbers, beside, captures, pinned), {})
-            if not captures:
-                uploads = self._uploads.setdefault(stream, uploads)
-        table, kept = uploads
-        at = table if base is None else base
-        addresses = addresses_of(lists, self._members)
-        known = None if captures or base is not None else kept.get(addresses)
-        if known is None:
-            numbers, first = array("q", addresses), at.data_ptr()
-            aligned = not any(number % 16 for number in numbers)
-            offsets = array("q", [number - first for number in numbers])
-            places = torch.frombuffer(offsets, dtype=torch.int64)
-            pinned = self._reserve.pop() if captures and self._reserve else None
-            known = on_device(places, beside, captures, pinned), aligned
-            if captures:
-                _captured.extend((table, known[0]))
-            elif base is None:
-                if len(kept) >= configs.GROUPED_KNOWN:
-                    kept.clear()
-                kept[addresses] = known
-        places, is_aligned = known
-        self.launchers[is_aligned](at.view(torch.int8), places, table)
-
-    def _provide(self) -> None:
-        """Fills up the pinned memory for captures. What a capture took is never used again, since
-        its graph copies from there whenever it is replayed."""
-        rows = RESERVE - len(self._reserve), self.places * len(self.rows)
-        self._reserve += torch.empty(rows, dtype=torch.int64).pin_memory()
-        if self._pinned is None:
-            self._pinned = self.numbers.pin_memory()
-
-
-class _Uploads(NamedTuple):
-    """What was uploaded on a stream: the table, and the addresses by themselves as bytes, with
-    whether all are multiples of 16."""
-
-    table: Tensor
-    known: dict[bytes, tuple[Tensor, bool]]
-
-
-# The current stream of a device, as a number.
-_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None) or (lambda _: 0)
-
-
-def addresses_of(lists: Sequence[list[Tensor]], members: list[int]) -> bytes:
-    """The addresses of the tensors of these weights, one of each list, as numbers of 64 bits."""
-    library = native.helpers()
-    if library is not None:
-        return library.addresses(lists, members)
-    return array("q", [each[i].data_ptr() for i in members for each in lists]).tobytes()
-
-
-def empty_like(tensors: list[Tensor], dtypes: list[torch.dtype]) -> list[Tensor]:
-    """Memory like that of tensors, in these dtypes."""
-    library = native.helpers()
-    if library is not None:
-        return library.empty_like(tensors, dtypes)
-    return [torch.empty_like(t, dtype=dtype) for t, dtype in zip(tensors, dtypes, strict=True)]
-
-
-# What a CUDA graph reads when it is replayed. It is in use for as long as the graph, whose end
-# cannot be seen from here.
-_captured: list[Tensor] = []
-
-
-# Pinned memory cannot be allocated during a capture. A table that was launched outside of one has
-# some for so many captured launches afterwards.
-RESERVE = 64
-
-
-def on_device(
-    numbers: Tensor, beside: Tensor, captures: bool, reserve: Tensor | None = None
-) -> Tensor:
-    """Numbers on the device of another tensor, without a wait for it, by way of pinned memory: the
-    reserve, if there is one."""
-    if beside.get_device() < 0:
-        return numbers
-    pinned = numbers.pin_memory() if reserve is None else reserve.copy_(numbers)
-    if captures:
-        _captured.append(pinned)
-    return pinned.to(beside.device, non_blocking=True)
+        found = self.uploads.find(lists, self._members, base)
+        self.launchers[found.are_aligned](found.base, found.offsets, found.table)
 
 
 # --- launchers ---------------------------------------------------------------------------------
@@ -445,6 +354,50 @@ _remembered_backward = remembered(_prepare_backward)
 Lists = tuple[list[Tensor], list[Tensor]]
 
 
+def empty_like(tensors: list[Tensor], dtypes: list[torch.dtype]) -> list[Tensor]:
+    """Memory like that of tensors, in these dtypes."""
+    library = native.helpers()
+    if library is not None:
+        return library.empty_like(tensors, dtypes)
+    return [torch.empty_like(t, dtype=dtype) for t, dtype in zip(tensors, dtypes, strict=True)]
+
+
+def _run(
+    made: Grouped,
+    members: Sequence[Member],
+    v: list[Tensor],
+    g: list[Tensor],
+    places: Sequence[Tensor] | None,
+) -> Lists:
+    """The lists of all `W` and `n`, by what was prepared."""
+    w = [*places] if places else empty_like(v, made.dtypes[0])
+    n = empty_like(g, made.dtypes[1])
+    for i in made.alone:
+        m = members[i]
+        w[i], n[i] = weight.weight_norm(v[i], g[i], m.dim, m.eps, m.dtype)
+    for table in made.tables:
+        table.launch([v, g, n, w])
+    return w, n
+
+
+def _run_backward(
+    made: Grouped,
+    members: Sequence[Member],
+    dw: list[Tensor],
+    v: list[Tensor],
+    g: list[Tensor],
+    n: list[Tensor],
+) -> Lists:
+    """The lists of all `dV` and `dg`, by what was prepared."""
+    dv, dg = empty_like(v, made.dtypes[0]), empty_like(g, made.dtypes[1])
+    for i in made.alone:
+        m = members[i]
+        dv[i], dg[i] = weight.weight_norm_backward(dw[i], v[i], g[i], n[i], m.dim, m.eps)
+    for table in made.tables:
+        table.launch([dw, v, g, n, dg, dv])
+    return dv, dg
+
+
 class Prepared:
     """The launches of a group, for the dtypes and layouts of its `v` and `g`.
 
@@ -465,15 +418,7 @@ class Prepared:
     ) -> Lists:
         """The lists of all `W` and `n`, each `W` in its member's dtype and `V`'s memory layout. The
         launches that weights share write `W` to its place, if there is one."""
-        made = self._forward
-        w = [*places] if places else empty_like(v, made.dtypes[0])
-        n = empty_like(g, made.dtypes[1])
-        for i in made.alone:
-            m = self.members[i]
-            w[i], n[i] = weight.weight_norm(v[i], g[i], m.dim, m.eps, m.dtype)
-        for table in made.tables:
-            table.launch([v, g, n, w])
-        return w, n
+        return _run(self._forward, self.members, v, g, places)
 
     def grads(
         self,
@@ -497,13 +442,7 @@ class Prepared:
             if len(self.backwards) >= configs.GROUPED_KNOWN:
                 self.backwards.clear()
             self.backwards[key] = made
-        dv, dg = empty_like(v, made.dtypes[0]), empty_like(g, made.dtypes[1])
-        for i in made.alone:
-            m = members[i]
-            dv[i], dg[i] = weight.weight_norm_backward(dw[i], v[i], g[i], n[i], m.dim, m.eps)
-        for table in made.tables:
-            table.launch([dw, v, g, n, dg, dv])
-        return dv, dg
+        return _run_backward(made, members, dw, v, g, n)
 
 
 def weight_norms(
@@ -514,7 +453,8 @@ def weight_norms(
 ) -> Lists:
     """The lists of all `W` and `n`, as `Prepared` returns them."""
     g = [t.contiguous() for t in g]
-    return Prepared(v, g, members)([*v], g, places)
+    made = _remembered(target_of(v[0]), (*v, *g), members)
+    return _run(made, members, [*v], g, places)
 
 
 def weight_norms_backward(
@@ -526,4 +466,5 @@ def weight_norms_backward(
 ) -> Lists:
     """The lists of all `dV` and `dg`, in the dtypes of `V` and `g`."""
     g = [t.contiguous() for t in g]
-    return Prepared(v, g, members).grads([*dw], [*v], g, [*n], range(len(members)))
+    made = _remembered_backward(target_of(v[0]), (*dw, *v, *g), members)
+    return _run_backward(made, members, [*dw], [*v], g, [*n])
