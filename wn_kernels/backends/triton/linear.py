@@ -26,12 +26,13 @@ from torch import Tensor
 from ...call import fits_unscaled, scale_dtype, takes_tf32
 from .. import tiles
 from . import configs, weight
-from .common import as_norm, cast, dot, dot_coefficient, finished, offsets
+from .common import as_norm, cast, dot, finished, offsets
 from .configs import Target
 from .launch import Launcher, is_wide, product_types, remembered, target_of, unallocated
 from .linear_grad import prepare_grads, prepare_weight_grad
 from .norm import remembered_slice_norms
 from .passes import Pass, Product, Sums
+from .scale import prepare_dots, prepare_scale
 
 # --- kernels -----------------------------------------------------------------------------------
 
@@ -123,75 +124,6 @@ def one_pass_kernel(
     tl.store(Y + at, acc, mask=mask)
 
 
-@triton.jit
-def scale_kernel(
-    A,
-    P,
-    G,
-    NORM,
-    BIAS,
-    OUT,
-    SUMS,
-    DG,
-    COEF,
-    M,
-    C,
-    steps,
-    stride_am,
-    stride_ac,
-    stride_om,
-    stride_oc,
-    stride_s,
-    stride_bias,
-    EPS: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    SUM: tl.constexpr,
-    DOTS: tl.constexpr,
-    WIDE: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
-    """OUT = A ⊙ g / n + bias, along columns; OUT may be A. `stride_s` is 0 for a scalar scale.
-
-    SUM: SUMS has the sums of A's columns, of which a program then has every row.
-    DOTS, with SUM: DG has the dots of the columns of A and of a dense P over n, and COEF what they
-    contribute to dV.
-    """
-    tiles_c = tl.cdiv(C, BLOCK_C)
-    offs_c = offsets(tl.program_id(0) % tiles_c, BLOCK_C, WIDE)
-    first = tl.program_id(0) // tiles_c * steps
-    mask_c = offs_c < C
-    n = tl.load(NORM + offs_c * stride_s, mask=mask_c, other=1.0)
-    g = tl.load(G + offs_c * stride_s, mask=mask_c, other=0.0).to(n.dtype)
-    if HAS_BIAS:
-        bias = tl.load(BIAS + offs_c * stride_bias, mask=mask_c, other=0.0).to(n.dtype)
-    if SUM:
-        sums = tl.zeros((BLOCK_M, BLOCK_C), n.dtype)
-    if DOTS:
-        dots = tl.zeros((BLOCK_M, BLOCK_C), n.dtype)
-    for step in range(steps):
-        offs_m = offsets(first + step, BLOCK_M, WIDE)
-        mask = (offs_m < M)[:, None] & mask_c[None, :]
-        at = A + offs_m[:, None] * stride_am + offs_c[None, :] * stride_ac
-        a = tl.load(at, mask=mask, other=0.0).to(n.dtype)
-        if SUM:
-            sums += a
-        if DOTS:
-            at = P + offs_m[:, None] * C + offs_c[None, :]
-            dots += a * tl.load(at, mask=mask, other=0.0).to(n.dtype)
-        a *= (g / n)[None, :]
-        if HAS_BIAS:
-            a += bias[None, :]
-        at = OUT + offs_m[:, None] * stride_om + offs_c[None, :] * stride_oc
-        tl.store(at, a, mask=mask)
-    if SUM:
-        tl.store(SUMS + offs_c, tl.sum(sums, axis=0), mask=mask_c)
-    if DOTS:
-        dg = tl.sum(dots, axis=0) / n
-        tl.store(DG + offs_c, dg, mask=mask_c)
-        tl.store(COEF + offs_c, dot_coefficient(g, n, dg, EPS), mask=mask_c)
-
-
 # --- the forward -------------------------------------------------------------------------------
 
 
@@ -253,11 +185,11 @@ def prepare_linear(
     else:
         run.call(remembered_slice_norms(target, (v,), dim, eps), "v", gives=("n",))
         if dim == 1:
-            run.call(_prepare_scale(target, x, dim), "x", "g", "n", None, gives=("s", "_"))
+            run.call(prepare_scale(target, x, dim), "x", "g", "n", None, gives=("s", "_"))
             run.call(product, "s", "v", added, gives=("y",))
         else:
             run.call(product, "x", "v", None, gives=("p",))
-            scale = _prepare_scale(target, _result(x, v), dim, bias, in_place=not keep)
+            scale = prepare_scale(target, _result(x, v), dim, bias, in_place=not keep)
             run.call(scale, "p", "g", "n", "bias", gives=("y", "_"))
     return run.returning("y", "n", *kept)
 
@@ -324,79 +256,6 @@ def _prepare_one_pass(
     )
 
 
-def _prepare_scale(
-    target: Target,
-    a: Tensor,
-    dim: int | None,
-    bias: Tensor | None = None,
-    *,
-    sums: bool = False,
-    in_place: bool = False,
-) -> Pass:
-    """`run(a, g, n, bias)` returns `(A ⊙ s + bias, the sums of A's columns or nothing)`."""
-    run = Pass("a", "g", "n", "bias")
-    if not in_place:
-        run.new(out=unallocated(a.shape, a.dtype))
-    if sums:
-        run.new(sums=unallocated(a.shape[1:], a.dtype))
-    scaled = "a" if in_place else "out"
-    added, summed = "bias" if bias is not None else scaled, "sums" if sums else None
-    launch = _scale_launcher(target, a, dim, bias, sums=sums, in_place=in_place)
-    rest = (summed or scaled, scaled, scaled)
-    run.call(launch, "a", "a", "g", "n", added, scaled, *rest)
-    return run.returning(scaled, summed)
-
-
-def _prepare_dots(target: Target, dy: Tensor, v: Tensor, g: Tensor, eps: float) -> Pass:
-    """`run(dy, p, g, n)` returns `(dY ⊙ s, db, dg, c)`, of the kept product `P` and for dim=0."""
-    run = Pass("dy", "p", "g", "n")
-    run.new(s=unallocated(dy.shape, dy.dtype), db=unallocated(dy.shape[1:], dy.dtype))
-    run.new(dg=g, c=unallocated(g.shape, scale_dtype(v)))
-    launch = _scale_launcher(target, dy, 0, None, eps, sums=True, dots=True)
-    run.call(launch, "dy", "p", "g", "n", "s", "s", "db", "dg", "c")
-    return run.returning("s", "db", "dg", "c")
-
-
-def _scale_launcher(
-    target: Target,
-    a: Tensor,
-    dim: int | None,
-    bias: Tensor | None,
-    eps: float = 0.0,
-    *,
-    sums: bool,
-    dots: bool = False,
-    in_place: bool = False,
-) -> Launcher:
-    """Called as `launch(a, p, g, n, bias, out, sums, dg, c)`; any tensor takes the place of one
-    that there is not."""
-    m, c = a.shape
-    config = configs.scale(m, sums)
-    steps = triton.cdiv(m, config.BLOCK_M) if sums else 1
-    tiles_m = 1 if sums else triton.cdiv(m, config.BLOCK_M)
-    out = a if in_place else unallocated(a.shape, a.dtype)
-    return Launcher(
-        scale_kernel,
-        target,
-        (tiles_m * triton.cdiv(c, config.BLOCK_C),),
-        M=m,
-        C=c,
-        steps=steps,
-        stride_am=a.stride(0),
-        stride_ac=a.stride(1),
-        stride_om=out.stride(0),
-        stride_oc=out.stride(1),
-        stride_s=0 if dim is None else 1,
-        stride_bias=0 if bias is None else bias.stride(0),
-        EPS=eps,
-        HAS_BIAS=bias is not None,
-        SUM=sums,
-        DOTS=dots,
-        WIDE=is_wide(a, out),
-        **config._asdict(),
-    )
-
-
 # --- the backward ------------------------------------------------------------------------------
 
 Grads = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
@@ -453,7 +312,7 @@ def prepare_linear_backward(
             raise ValueError(f"product needs dim=0 and no float16, got dim={dim} and {x.dtype}")
         if kept is not None and (needs_v or needs_g) and v.numel() and len(x):
             assert not isinstance(config, configs.GradConfig)
-            dots = _prepare_dots(target, dy, v, g, eps)
+            dots = prepare_dots(target, dy, v, g, eps)
             run.call(dots, "dy", "p", "g", "n", gives=("s", "db", "dg", "c"))
             grads = prepare_grads(target, x, v, needs_x, tf32, config)
             run.call(grads, "s", "x", "v", "c", gives=("dx", "dv"))
@@ -471,11 +330,11 @@ def prepare_linear_backward(
         run.call(Product(), "dy", "w", None, gives=("dx",))
     elif needs_x and dim == 1:
         run.call(Product(), "dy", "v", None, gives=("dx",))
-        scale = _prepare_scale(target, unallocated(x.shape, x.dtype), dim, in_place=True)
+        scale = prepare_scale(target, unallocated(x.shape, x.dtype), dim, in_place=True)
         run.call(scale, "dx", "g", "n", None, gives=("dx", "_"))
     elif needs_x:
         rides = needs_bias and not one_pass and len(dy) <= tiles.SUMMED_ROWS
-        scale = _prepare_scale(target, dy, dim, sums=rides)
+        scale = prepare_scale(target, dy, dim, sums=rides)
         run.call(scale, "dy", "g", "n", None, gives=("s", "sums"))
         run.call(Product(), "s", "v", None, gives=("dx",))
         db = "sums" if rides else None
