@@ -180,8 +180,6 @@ def native_linear(call: Call) -> Costs:
 def _formed(call: Call) -> list[tuple[str, tuple[float, float], int]]:
     """Returns the native library's variants that form `W`. For each, it returns the slowness of
     PyTorch's forward and backward with that `W`, and how many times as wide `W` is as `x`."""
-    if call.x_dtype.itemsize > 2:
-        return [("materialize", (1, 1), 1)]
     widened = ("widen", (1.0, 1.0), 2)
     if call.conv is not None and vendor.is_wrong_for(call.x_dtype, len(call.v_shape)):
         return [widened]
