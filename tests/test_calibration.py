@@ -144,7 +144,7 @@ def test_a_broken_file_is_ignored_and_replaced(file):
     file.write_text("{")
     with pytest.warns(UserWarning, match="the file of rates .* is ignored"):
         assert rates.find() is None
-    with pytest.warns(UserWarning, match="is ignored"):
+    with pytest.warns(UserWarning, match="the file of rates .* is ignored"):
         rates.store(REFERENCE)
     assert rates.find() == REFERENCE
     assert file.with_name("rates.json.unreadable").read_text() == "{"
