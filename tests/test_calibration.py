@@ -10,16 +10,13 @@ import pytest
 import torch
 
 import wn_kernels
+from tests.comparison import is_close
 from tests.test_plan import conv1d
 from wn_kernels import WNLinear, calibration, prepare
 from wn_kernels.__main__ import info
 from wn_kernels.backends import native
 from wn_kernels.plan import devices, rates
 from wn_kernels.plan.rates import REFERENCE
-
-
-def is_close(value, expected):
-    return abs(value - expected) <= 1e-6 * abs(expected)
 
 
 @pytest.fixture(autouse=True)
