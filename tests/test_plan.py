@@ -463,4 +463,4 @@ def test_what_takes_the_weight_of_a_group_on_a_gpu(monkeypatch):
         for library in (None, object()):
             monkeypatch.setattr(plan.variants.native, "helpers", lambda library=library: library)
             own[library is None], _ = plan.shared_seconds(call, each, False)
-    assert is_close(own[True] - own[False], plan.variants.LAUNCHED[0])
+        assert is_close(own[True] - own[False], plan.variants.LAUNCHED[0])
