@@ -82,6 +82,11 @@ inline bool forms_weight(Variant variant) {
   return variant == Variant::materialize || variant == Variant::widen;
 }
 
+// Returns memory for W in this dtype.
+inline Tensor empty_weight(const Tensor& v, at::ScalarType dtype) {
+  return at::empty_like(v, v.options().dtype(dtype));
+}
+
 // Returns memory for the norms.
 inline Tensor empty_norms(const Tensor& v, const Tensor& g) {
   return at::empty_like(g, g.options().dtype(wide_dtype(v)));
@@ -113,7 +118,7 @@ inline MaybeTensor norms(const Tensor& v, const Tensor& g, double eps) {
 inline Tensor scaled_weight(
     const Tensor& v, const Tensor& g, const Tensor& n, at::ScalarType dtype) {
   const Extents e(v, g);
-  Tensor w = at::empty_like(v, v.options().dtype(dtype));
+  Tensor w = empty_weight(v, dtype);
   with_dtypes(dtype, v.scalar_type(), [&](auto to, auto from) {
     using W = decltype(to);
     using V = decltype(from);
@@ -163,11 +168,6 @@ inline bool weight_rows(
     in_range = all.in_range();
   });
   return in_range;
-}
-
-// Returns memory for W in this dtype.
-inline Tensor empty_weight(const Tensor& v, at::ScalarType dtype) {
-  return at::empty_like(v, v.options().dtype(dtype));
 }
 
 // Returns W in this dtype, and n, or nothing if a norm is out of range. If slices are rows, V is
