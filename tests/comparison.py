@@ -70,6 +70,11 @@ def assert_matches(
     assert error <= bound, f"{what}: relative error {error / size:.3g} > {bound / size:.3g}"
 
 
+def is_close(value: float, expected: float) -> bool:
+    """Whether a number is the expected one, but for roundings of float64."""
+    return abs(value - expected) <= 1e-9 * abs(expected)
+
+
 def assert_same_bits(actual: Tensor, expected: Tensor, what: str = "result") -> None:
     """Equality of every bit, of something that is not zero."""
     if not bool((expected != 0).any()):

@@ -10,16 +10,13 @@ import pytest
 import torch
 
 import wn_kernels
+from tests.comparison import is_close
 from tests.test_plan import conv1d
 from wn_kernels import WNLinear, calibration, prepare
 from wn_kernels.__main__ import info
 from wn_kernels.backends import native
 from wn_kernels.plan import devices, rates
 from wn_kernels.plan.rates import REFERENCE
-
-
-def is_close(value, expected):
-    return abs(value - expected) <= 1e-6 * abs(expected)
 
 
 @pytest.fixture(autouse=True)
@@ -144,7 +141,7 @@ def test_a_broken_file_is_ignored_and_replaced(file):
     file.write_text("{")
     with pytest.warns(UserWarning, match="the file of rates .* is ignored"):
         assert rates.find() is None
-    with pytest.warns(UserWarning, match="is ignored"):
+    with pytest.warns(UserWarning, match="the file of rates .* is ignored"):
         rates.store(REFERENCE)
     assert rates.find() == REFERENCE
     assert file.with_name("rates.json.unreadable").read_text() == "{"

@@ -83,8 +83,8 @@ def test_against_float64(backend, members, device):
     assert len({t.untyped_storage().data_ptr() for t in w}) == len(w)
 
 
-@pytest.mark.skipif(native.unavailable() is not None, reason="the native library was not built")
 def test_the_native_library_serves_rows():
+    native.build()
     v, g, dw = tensors(ROWS)
     with wn_kernels.use_backend("native"):
         w = WF.weight_norms(v, g, **options(ROWS))

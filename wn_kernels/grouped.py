@@ -24,7 +24,7 @@ from . import plan as plans
 from .autograd import ONLY_WEIGHT, Weight, recorded_grads
 from .backends import foreach, native
 from .call import Member, Operands, kept_shape, recorder, scale_dtype
-from .operators import laid_out_like, library, register
+from .operators import is_direct, laid_out_like, library, register
 from .prepare import prepare_member
 
 
@@ -229,16 +229,8 @@ def _module(backend: str) -> Any:
     return foreach
 
 
-def _is_direct(group: Group, v: Sequence[Tensor]) -> bool:
-    """Whether the backend can be called without the registered operator, as `operators._is_direct`
-    says of a layer."""
-    if group.backend == "triton":
-        return not any(recorder(t) for t in v)
-    return group.backend == "aten"
-
-
 def _forward(group: Group, v: Sequence[Tensor], g: Sequence[Tensor]) -> Lists:
-    if _is_direct(group, v):
+    if is_direct(group.backend, *v):
         places = (group.places,) if group.backend == "triton" else ()
         return _module(group.backend).weight_norms(v, g, group.members, *places)
     return _op([*v], [*g], *_packed(group), [_DTYPES.index(m.dtype) for m in group.members])
@@ -251,7 +243,7 @@ def _backward(
     g: Sequence[Tensor],
     n: Sequence[Tensor],
 ) -> Lists:
-    if _is_direct(group, v):
+    if is_direct(group.backend, *v):
         return _module(group.backend).weight_norms_backward(dw, v, g, n, group.members)
     return _call_backward_op(group, dw, v, g, n)
 

@@ -39,11 +39,13 @@ def _module(backend: str) -> Any:
     return aten
 
 
+def is_direct(backend: str, *v: Tensor) -> bool:
+    """Whether a backend can be called with these weights without the registered operator."""
+    return backend == "aten" or (backend == "triton" and not any(map(recorder, v)))
+
+
 def _is_direct(plan: Plan, v: Tensor) -> bool:
-    """Whether the backend can be called without the registered operator."""
-    if not plan.forward:
-        return False
-    return plan.backend == "aten" or (plan.backend == "triton" and not recorder(v))
+    return bool(plan.forward) and is_direct(plan.backend, v)
 
 
 # --- one call down -------------------------------------------------------------------------------

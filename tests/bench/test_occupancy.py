@@ -3,14 +3,11 @@
 import dataclasses
 
 from bench import baseline, occupancy
+from tests.comparison import is_close
 from wn_kernels.plan import devices
 from wn_kernels.plan.stages import Costs, Grid, Stage
 
 H200 = devices.GPUS["H200"]
-
-
-def is_close(value, expected):
-    return abs(value - expected) <= 1e-9 * expected
 
 
 def test_what_a_launch_covers():

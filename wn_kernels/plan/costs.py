@@ -8,6 +8,7 @@ not to predict times. `variants.py` picks the cheapest. This file has the candid
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -128,11 +129,15 @@ def aten_convolution(call: Call, conv: Geometry) -> Costs:
     return Costs(forward, backward, device, device.rate(size))
 
 
+def _smaller_side(call: Call, conv: Geometry) -> Sequence[int]:
+    """Returns the spatial sizes of the image whose pixels a convolution's product has."""
+    sizes = call.x_shape[2:]
+    return sizes if conv.transposed else conv.output_sizes(sizes, call.v_shape[2:])
+
+
 def _columns(call: Call, conv: Geometry) -> int:
     """Returns the columns of the product that a convolution is: the pixels of its smaller side."""
-    sizes = call.x_shape[2:]
-    pixels = sizes if conv.transposed else conv.output_sizes(sizes, call.v_shape[2:])
-    return call.x_shape[0] * math.prod(pixels)
+    return call.x_shape[0] * math.prod(_smaller_side(call, conv))
 
 
 def _vendors(device: Device, operations: float, columns: int) -> float:
@@ -180,8 +185,6 @@ def native_linear(call: Call) -> Costs:
 def _formed(call: Call) -> list[tuple[str, tuple[float, float], int]]:
     """Returns the native library's variants that form `W`. For each, it returns the slowness of
     PyTorch's forward and backward with that `W`, and how many times as wide `W` is as `x`."""
-    if call.x_dtype.itemsize > 2:
-        return [("materialize", (1, 1), 1)]
     widened = ("widen", (1.0, 1.0), 2)
     if call.conv is not None and vendor.is_wrong_for(call.x_dtype, len(call.v_shape)):
         return [widened]
@@ -270,13 +273,11 @@ class Unfolded(NamedTuple):
     @staticmethod
     def of(call: Call, conv: Geometry) -> Unfolded:
         rows, length = call.v_shape[0] // conv.groups, math.prod(call.v_shape[1:])
-        sizes, taps = call.x_shape[2:], call.v_shape[2:]
-        pixels = sizes if conv.transposed else conv.output_sizes(sizes, taps)
-        columns = _columns(call, conv)
+        taps, columns = call.v_shape[2:], _columns(call, conv)
         numbers = conv.groups * length * columns
         panel, tile = limits.panel(call.x_dtype.itemsize), limits.TILE_ROWS
         padded = math.ceil(rows / tile) * tile * math.ceil(length / panel) * panel * conv.groups
-        run = taps[-1] if taps[-1] >= limits.LONG_LINE else pixels[-1]
+        run = taps[-1] if taps[-1] >= limits.LONG_LINE else _smaller_side(call, conv)[-1]
         return Unfolded(numbers, numbers / run, 2.0 * padded * columns)
 
     def stages(

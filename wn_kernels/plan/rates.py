@@ -27,6 +27,7 @@ VARIABLE = "WN_KERNELS_RATES"
 LIMITS = (*vendor.ONEDNN_VARIABLES, "MKL_ENABLE_INSTRUCTIONS")
 
 _ENTRY = "rates"
+_FILE = "the file of rates"
 
 
 class Rates(NamedTuple):
@@ -82,7 +83,7 @@ def machine() -> str:
 def find() -> Rates | None:
     """Returns the rates that were stored for this machine, or `None`. A process reads them once."""
     path = location()
-    entries = (path and table.read(path, "the file of rates")) or {}
+    entries = (path and table.read(path, _FILE)) or {}
     entry = entries.get(machine(), {}).get(_ENTRY, {})
     found = Rates(**entry) if entry.keys() == set(Rates._fields) else None
     return found if found and found.is_valid() else None
@@ -96,5 +97,5 @@ def store(rates: Rates) -> None:
     """
     path = location()
     if path is not None:
-        table.write(path, machine(), {_ENTRY: rates._asdict()})
+        table.write(path, machine(), {_ENTRY: rates._asdict()}, _FILE)
     find.cache_clear()

@@ -25,6 +25,8 @@ from .. import cache
 
 VARIABLE = "WN_KERNELS_TABLE"
 
+_NAME = "the tuned table"
+
 Entries = dict[str, dict[str, dict[str, Any]]]
 
 _entries: Entries | None = None
@@ -78,7 +80,7 @@ def _version(package: str) -> str:
         return "none"
 
 
-def read(path: Path, what: str = "the tuned table") -> Entries | None:
+def read(path: Path, what: str = _NAME) -> Entries | None:
     """Returns the file's contents, which are empty if there is no file. It returns `None` if the
     file cannot be read, with a warning that says `what` it is."""
     try:
@@ -123,14 +125,15 @@ def store(
     return path
 
 
-def write(path: Path, machine: str, calls: dict[str, dict[str, Any]]) -> None:
-    """Adds the entries of a machine to a file of this form.
+def write(path: Path, machine: str, calls: dict[str, dict[str, Any]], what: str = _NAME) -> None:
+    """Adds the entries of a machine to a file of this form. If the old one cannot be read, a
+    warning says `what` it is.
 
     Raises:
         OSError: as `store`.
     """
     with cache.replacing(path, _top(path)) as new:
-        entries = read(path)
+        entries = read(path, what)
         if entries is None:
             os.replace(path, path.with_name(path.name + ".unreadable"))
             entries = {}

@@ -43,7 +43,7 @@ inline bool is_free(const Tensor& t) {
 struct Group {
   variable_list v, g, w, n;
   std::vector<double> eps;
-  variable_list places;  // memory for all W, or nothing
+  variable_list places;  // memory that every W whose slices are rows is written to, or nothing
 
   // Computes W in these dtypes, and n. Returns false if a norm is out of range.
   bool compute(const std::vector<at::ScalarType>& dtypes) {
@@ -208,8 +208,8 @@ class WeightNorms : public torch::autograd::Node {
   py::handle grads_;
 };
 
-// Returns every W, in its dtype, at its place if there are places. Returns nothing if the library does
-// not serve one of them.
+// Returns every W, in its dtype. If there are places, every W whose slices are rows is written to its
+// own. Returns nothing if the library does not serve one of them.
 inline std::optional<variable_list> weight_norms(
     const py::list& v, const py::list& g, const py::list& dims, const py::list& eps,
     const py::list& dtypes, const std::optional<variable_list>& places) {

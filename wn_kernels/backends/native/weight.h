@@ -82,6 +82,11 @@ inline bool forms_weight(Variant variant) {
   return variant == Variant::materialize || variant == Variant::widen;
 }
 
+// Returns memory for W in this dtype.
+inline Tensor empty_weight(const Tensor& v, at::ScalarType dtype) {
+  return at::empty_like(v, v.options().dtype(dtype));
+}
+
 // Returns memory for the norms.
 inline Tensor empty_norms(const Tensor& v, const Tensor& g) {
   return at::empty_like(g, g.options().dtype(wide_dtype(v)));
@@ -113,7 +118,7 @@ inline MaybeTensor norms(const Tensor& v, const Tensor& g, double eps) {
 inline Tensor scaled_weight(
     const Tensor& v, const Tensor& g, const Tensor& n, at::ScalarType dtype) {
   const Extents e(v, g);
-  Tensor w = at::empty_like(v, v.options().dtype(dtype));
+  Tensor w = empty_weight(v, dtype);
   with_dtypes(dtype, v.scalar_type(), [&](auto to, auto from) {
     using W = decltype(to);
     using V = decltype(from);
@@ -163,11 +168,6 @@ inline bool weight_rows(
     in_range = all.in_range();
   });
   return in_range;
-}
-
-// Returns memory for W in this dtype.
-inline Tensor empty_weight(const Tensor& v, at::ScalarType dtype) {
-  return at::empty_like(v, v.options().dtype(dtype));
 }
 
 // Returns W in this dtype, and n, or nothing if a norm is out of range. If slices are rows, V is
@@ -341,12 +341,14 @@ inline std::array<Tensor, 3> weight_grads_backward(
 // --- nodes -------------------------------------------------------------------------------------
 
 // Returns a new node in what holds one: a shared_ptr or an intrusive_ptr, by the version of torch.
-template <typename N, typename Pointer = decltype(torch::autograd::Edge::function)>
-auto make_node() {
+template <
+    typename N, typename Pointer = decltype(torch::autograd::Edge::function),
+    typename... Arguments>
+auto make_node(const Arguments&... arguments) {
   if constexpr (std::is_same_v<Pointer, std::shared_ptr<torch::autograd::Node>>)
-    return std::shared_ptr<N>(new N, [](auto* node) { deleteNode(node); });
+    return std::shared_ptr<N>(new N(arguments...), [](auto* node) { deleteNode(node); });
   else
-    return c10::make_intrusive<N>();
+    return c10::make_intrusive<N>(arguments...);
 }
 
 // --- second derivatives ------------------------------------------------------------------------
@@ -487,7 +489,7 @@ class WeightNorm : public torch::autograd::Node {
   static Tensor apply(
       const Tensor& v, const Tensor& g, std::pair<Tensor, Tensor> result, double eps) {
     auto& [w, n] = result;
-    const auto node = made<NodePointer>(v, g, n, eps);
+    const auto node = make_node<WeightNorm>(v, g, n, eps);
     node->set_next_edges(torch::autograd::collect_next_edges(v, g));
     torch::autograd::set_history(w, node);
     return w;
@@ -520,16 +522,6 @@ class WeightNorm : public torch::autograd::Node {
       : v_(v, false), g_(g, false), n_(n, false), eps_(eps) {}
 
  private:
-  // PyTorch has counted nodes by shared_ptr, and counts them by intrusive_ptr.
-  using NodePointer = decltype(torch::autograd::Edge::function);
-  template <typename Pointer, typename... Arguments>
-  static Pointer made(const Arguments&... arguments) {
-    if constexpr (std::is_same_v<Pointer, std::shared_ptr<Node>>)
-      return Pointer(new WeightNorm(arguments...), [](auto* node) { deleteNode(node); });
-    else
-      return c10::make_intrusive<WeightNorm>(arguments...);
-  }
-
   torch::autograd::SavedVariable v_, g_, n_;
   double eps_;
 };
