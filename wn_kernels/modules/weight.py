@@ -16,7 +16,7 @@ from torch.nn.parameter import UninitializedParameter, is_lazy
 
 from .. import functional as WF
 from ..call import canonical_dim, canonical_eps, kept_shape
-from . import checkpoints, kept, prepared, reading, removal
+from . import checkpoints, kept, norms, prepared, reading, removal
 
 # The entries are (v, g, bias, dim, eps).
 Operands = tuple[Tensor, Tensor, Tensor | None, int | None, float]
@@ -166,8 +166,7 @@ class NormedWeights(nn.Module):
 
     def _tensors(self, name: str) -> tuple[Tensor, Tensor]:
         """Returns `(g, v)`."""
-        g, v = checkpoints.keys("weight_norm", name)
-        return getattr(self, g), getattr(self, v)
+        return norms.parts(self, *checkpoints.keys("weight_norm", name))
 
     def _normalisation(self) -> tuple[int | None, float]:
         """Returns `(dim, eps)`."""
