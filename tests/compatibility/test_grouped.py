@@ -333,6 +333,13 @@ def test_weights_change_between_forwards_and_within_one():
     check(plain, grouped, run)
 
 
+def test_eps_changes_between_forwards():
+    plain, grouped = nets()
+    for eps in (4.0, 8.0):
+        plain.last.eps = grouped.last.eps = eps
+        check(plain, grouped, lambda model: model(X))
+
+
 def test_layers_by_themselves(calls):
     plain, grouped = nets()
     check(plain, grouped, lambda model: model.twice(model.first(X)))

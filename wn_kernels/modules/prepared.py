@@ -96,7 +96,8 @@ class Forward:
                 v, g = ([each[i] for i in wanted] for each in (self.v, self.g))
                 cast = mode[3]
                 dtypes = [t.dtype if cast is None or t.dtype is torch.float64 else cast for t in v]
-                dims, eps = ([each[i] for i in wanted] for each in self.group.options)
+                norms = [self.group.modules[i]._normalisation() for i in wanted]
+                dims, eps = map(list, zip(*norms, strict=True))
                 weights = WF.weight_norms(v, g, dim=dims, eps=eps, dtype=dtypes)
                 for i, w in zip(wanted, weights, strict=True):
                     self.weights[i] = w
@@ -238,7 +239,6 @@ class Group:
         used: whether the forward before used the weight of a layer, or would have.
         index: the index of a layer by its `id`.
         parameters: where every `v` is held, and every `g`: a dictionary and a key.
-        options: the lists of every `dim` and `eps`.
         shares: whether the plan has the weight of a layer formed by the group, by the input's
             shape, the dtype of the product, and whether gradients are recorded.
     """
@@ -253,8 +253,6 @@ class Group:
         self.index = {id(module): i for i, module in enumerate(self.modules)}
         held = [module._held() for module in self.modules]
         self.parameters = [(own, v) for own, _, v in held], [(own, g) for own, g, _ in held]
-        options = [module._normalisation() for module in self.modules]
-        self.options = [dim for dim, _ in options], [eps for _, eps in options]
         self._epoch: Any = None
         self.shares: list[dict[Any, bool]] = [{} for _ in self.modules]
 
