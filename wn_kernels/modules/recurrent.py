@@ -81,11 +81,6 @@ class RecurrentMixin(NormedWeights):
     hidden_size: int
     _names: tuple[str, ...] = ()  # while torch.nn's constructor runs
 
-    @staticmethod
-    def serves(names: tuple[str, ...]) -> bool:
-        """Returns whether the `forward` serves a layer with these weight-normed tensors."""
-        return bool(names)
-
     def _normalise(self) -> None:
         parameters = dict(self._parameters)
         names = [name for name in parameters if name.startswith("weight")]

@@ -92,11 +92,6 @@ class NormedWeights(nn.Module):
         """Returns the names of the weights that are weight-normed."""
         raise NotImplementedError
 
-    @staticmethod
-    def serves(names: tuple[str, ...]) -> bool:
-        """Returns whether the `forward` serves a layer with these weight-normed tensors."""
-        raise NotImplementedError
-
     def _is_claimed(self, name: str) -> bool:
         """Returns whether a weight depends on more than two parameters of the layer."""
         return not set(checkpoints.keys("weight_norm", name)) <= self._parameters.keys()
@@ -248,11 +243,6 @@ class WeightNormMixin(NormedWeights):
         if magnitude_preserving:
             self.__dict__["magnitude_preserving"] = True
         super().__init__(*args, dim=dim, eps=eps, **kwargs)
-
-    @staticmethod
-    def serves(names: tuple[str, ...]) -> bool:
-        """Returns whether the `forward` serves a layer with these weight-normed tensors."""
-        return names == ("weight",)
 
     def _adopt(self, v: nn.Parameter) -> None:
         """Uses the weight that the plain layer's constructor made as the direction."""
