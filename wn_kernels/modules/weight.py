@@ -163,14 +163,6 @@ class NormedWeights(nn.Module):
         """Returns `(g, v)`."""
         return norms.parts(self, *checkpoints.keys("weight_norm", name))
 
-    def _normalisation(self) -> tuple[int | None, float]:
-        """Returns `(dim, eps)`."""
-        return self.dim, self.eps
-
-    def _held(self) -> tuple[dict[str, Any], str, str]:
-        """Returns where `g` and `v` are held: a dictionary and their keys."""
-        return self._parameters, "weight_g", "weight_v"
-
     def _own_class(self) -> type:
         """Returns the layer's class without the subclass that `_expose` adds."""
         return type(self).__bases__[0] if "_is_exposed" in vars(type(self)) else type(self)
