@@ -115,7 +115,7 @@ class Forward:
         key = x.shape, dtype, records
         shares = group.shares[i].get(key)
         if shares is None:
-            shares = group.decide(i, key, x, v, g, bias)
+            shares = _decide(group.shares[i], key, group.modules[i], x, v, g, bias, dtype)
         if not shares:
             return None
         self.used[i] = True
@@ -159,10 +159,14 @@ def _pays(
     answers for former inputs."""
     key = x.shape, dtype, torch.is_grad_enabled(), plan.forced(), prepare.epoch
     found = known.get(key)
-    if found is None:
-        if len(known) >= MOST_SHAPES:
-            known.clear()
-        found = known[key] = _shares(module, x, v, g, bias, dtype)
+    return _decide(known, key, module, x, v, g, bias, dtype) if found is None else found
+
+
+def _decide(known: dict[Any, bool], key: Any, *arguments: Any) -> bool:
+    """Returns what `_shares` returns for these arguments, and keeps it in `known`."""
+    if len(known) >= MOST_SHAPES:
+        known.clear()
+    found = known[key] = _shares(*arguments)
     return found
 
 
@@ -285,17 +289,6 @@ class Group:
         assert forward is not None
         _state.forward = forward.outer
         self.used = forward.used
-
-    def decide(
-        self, i: int, key: Any, x: Tensor, v: Tensor, g: Tensor, bias: Tensor | None
-    ) -> bool:
-        """Returns whether the plan has the weight of a layer formed by the group, for an input, and
-        keeps the answer. The key has the dtype of the product."""
-        known = self.shares[i]
-        if len(known) >= MOST_SHAPES:
-            known.clear()
-        known[key] = _shares(self.modules[i], x, v, g, bias, key[1])
-        return known[key]
 
     def _trace(self) -> None:
         """Computes the weights of a forward that is compiled."""
