@@ -263,9 +263,6 @@ class Group:
     def __getstate__(self) -> dict[str, Any]:
         return {"model": self.model, "modules": self.modules, "used": self.used}
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-
     def begin(self) -> None:
         """Computes the weights for a forward of the model."""
         if is_compiling():
