@@ -194,11 +194,12 @@ def fuse(model: nn.Module, dry_run: bool = False, grouped: bool = False) -> Repo
         lines = [_noted(model, line) for line in lines]
     report = Report(lines)
     if not dry_run:
-        groups.ungroup(model)
         if grouped:
             groups.group(model)
-    if not dry_run and any(line.path for line in report) and not _load_hooks(model):
-        model.register_load_state_dict_pre_hook(_load_all_or_nothing)
+        else:
+            groups.ungroup(model)
+        if any(line.path for line in report) and not _load_hooks(model):
+            model.register_load_state_dict_pre_hook(_load_all_or_nothing)
     return report
 
 
