@@ -362,6 +362,14 @@ def is_wrapped(module: nn.Module) -> bool:
     return is_fused(module) and "_norms" not in vars(type(module))
 
 
+def kind(module: nn.Module) -> str:
+    """Returns the name of a module's class, without the prefix of PyTorch's parametrizations."""
+    cls = type(module)
+    if not is_fused(module):
+        cls = parametrize.type_before_parametrizations(module)
+    return cls.__name__
+
+
 def norms(module: Any) -> dict[str, Norm]:
     """Returns the weight-normed tensors of a fused module. It is empty for another module."""
     return getattr(type(module), "_norms", {})

@@ -242,10 +242,7 @@ def _line(
     prefix: str, module: nn.Module, tensor: str, weight: Any, dim: Any, path: str, note: str
 ) -> Layer:
     name = prefix if tensor == "weight" else f"{prefix}.{tensor}"
-    kind = type(module)
-    if not fused.is_fused(module):
-        kind = parametrize.type_before_parametrizations(module)
-    return Layer(name or "(root)", kind.__name__, tuple(weight.shape), dim, path, note)
+    return Layer(name or "(root)", fused.kind(module), tuple(weight.shape), dim, path, note)
 
 
 def _fuse(prefix: str, module: nn.Module, dry_run: bool) -> list[Layer]:
