@@ -375,11 +375,6 @@ def norms(module: Any) -> dict[str, Norm]:
     return getattr(type(module), "_norms", {})
 
 
-def tensors(module: Any, name: str = "weight") -> tuple[Tensor, Tensor]:
-    """Returns `(g, v)` of a fused module."""
-    return module._tensors(name)
-
-
 def is_claimed(parametrization: Any) -> bool:
     """Returns whether PyTorch's list of parametrizations has to be called for the weight. It has to
     be if another parametrization follows, or if a hook is registered there, which may fetch `g` and
