@@ -120,6 +120,7 @@ class _Fused:
     _prepared_weight = WeightNormMixin._prepared_weight
 
     def _is_claimed(self: Any, name: str) -> bool:
+        """Returns whether more than `g` and `v` of the layer determines a weight."""
         holder = self._holder(name)
         return (holder is not self and is_claimed(holder)) or is_replaced(self, name)
 

@@ -1,6 +1,6 @@
-"""Weights that are prepared before a layer's forward, which finds them by `take`. There, PyTorch's
-own product does the rest. They are kept inside `frozen_weights` (`kept.py`), cached inside
-`torch.nn.utils.parametrize.cached()` (`reading.py`), or computed by a group.
+"""This file provides weights that are prepared before a layer's forward, which finds them by
+`take`. PyTorch's own product then does the rest. They are kept inside `frozen_weights` (`kept.py`),
+cached inside `torch.nn.utils.parametrize.cached()` (`reading.py`), or computed by a group.
 
 `fuse(model, grouped=True)` gives the model a `Group` (`convert/groups.py`). It computes the weights
 of all members by one call of `functional.weight_norms`, at the start of the model's forward. A
@@ -37,15 +37,15 @@ from .. import plan, prepare
 from ..call import PLAIN_TYPES, Operands
 from . import reading
 
-# The hooks of saved tensors that are in effect, or `None`.
+# This returns the hooks of saved tensors that are in effect, or `None`.
 _saving = torch._C._autograd._top_saved_tensors_default_hooks
 
-# The inputs of a layer for which its decision is kept.
+# Decisions are kept for at most this many inputs of a layer.
 MOST_SHAPES = 256
 
 
-# Whether gradients are recorded, whether inference mode is on, what saves tensors, and the dtype
-# that autocast gives to the input of a layer.
+# A mode says whether gradients are recorded, whether inference mode is on, which hook saves
+# tensors, and which dtype autocast gives to the input of a layer.
 Mode = tuple[bool, bool, Any, torch.dtype | None]
 
 

@@ -29,7 +29,7 @@ _watched: dict[tuple[int, str], tuple[Tensor, Tensor]] | None = None
 
 
 # The first WATCHES reads of a layer are checked for writes. STATE names the attributes for that,
-# and that of the weights which the layer keeps (prepared.py).
+# and the one that holds the weights which the layer keeps (kept.py).
 WATCHES = 8
 STATE = ("_reads", "_is_read", "_watches", "_store")
 

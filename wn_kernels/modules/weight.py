@@ -57,7 +57,7 @@ class NormedWeights(nn.Module):
     _watches = reading.WATCHES
     _store: kept.Store | None = None  # see modules/kept.py
     _traced: Tensor | None = None  # see modules/prepared.py
-    # What a mixin's constructor takes besides the arguments of the plain layer.
+    # These are the arguments that a mixin's constructor adds to those of the plain layer.
     _options: tuple[inspect.Parameter, ...] = (
         _option("dim", 0, "int | None"),
         _option("eps", 0.0, "float"),
@@ -93,7 +93,7 @@ class NormedWeights(nn.Module):
         raise NotImplementedError
 
     def _is_claimed(self, name: str) -> bool:
-        """Returns whether a weight depends on more than two parameters of the layer."""
+        """Returns whether `g` or `v` is no parameter of the layer, as after pruning."""
         return not set(checkpoints.keys("weight_norm", name)) <= self._parameters.keys()
 
     def _form(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
