@@ -532,6 +532,28 @@ def test_what_else_takes_part_inside():
                 assert_matches(layer(x), wide, torch.float32, 64, roundings=4)
 
 
+@pytest.mark.parametrize("name", ["linear", "fused"])
+def test_a_block_that_ends_during_a_read(name, monkeypatch):
+    """As another thread may end it."""
+    layer, _ = made(name)
+    block = frozen_weights(layer)
+    ends = [block.__exit__]
+    is_claimed = type(layer)._is_claimed
+
+    def ending(layer, name):
+        if ends:
+            ends.pop()(None, None, None)
+        return is_claimed(layer, name)
+
+    monkeypatch.setattr(type(layer), "_is_claimed", ending)
+    with torch.no_grad():
+        expected = layer.weight
+        block.__enter__()
+        assert_same_bits(layer.weight, expected)
+    assert layer._store is None
+    assert not ends
+
+
 # --- copies and recordings -----------------------------------------------------------------------
 
 

@@ -109,8 +109,8 @@ class NormedWeights(nn.Module):
         # nn.Module would register a Parameter of this name before it considers the property.
         if name not in self._normed():
             super().__setattr__(name, value)
-            if name == "eps" and self._store is not None:
-                self._store.kept.clear()
+            if name == "eps" and (store := self._store) is not None:
+                store.kept.clear()
             return
         g, v = self._tensors(name)
         checkpoints.assign(value, g, v, self.dim)
