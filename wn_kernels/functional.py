@@ -235,8 +235,10 @@ def _weights(
 ) -> Sequence[Tensor]:
     """Runs a checked call of a group that the native library does not serve."""
     records = {recorder(t) for t in (*v, *g)}
-    backend = "composite" in records and not plan.is_forced() and "reference"
-    backend = backend or plan.choose_backend(v[0])
+    if "composite" in records and not plan.is_forced():
+        backend = "reference"
+    else:
+        backend = plan.choose_backend(v[0])
     if backend == "native":  # the library has declined the call already
         raise plan.cannot_serve(backend)
     every = [*zip(v, g, members, strict=True)]

@@ -398,7 +398,8 @@ _watched: list[tuple[Call, str]] | None = None
 _fixed: dict[tuple[Call, str], Plan] = {}
 
 
-# How often plans were forgotten: for who keeps what follows from a plan.
+# This counts how often plans were forgotten. It tells whoever keeps what follows from a plan that
+# the plan is out of date.
 epoch = 0
 
 

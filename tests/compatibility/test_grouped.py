@@ -50,6 +50,13 @@ def grads(model):
 X = torch.linspace(-1, 1, 2 * 3 * 8, dtype=torch.float64).view(2, 3, 8)
 
 
+def step(model):
+    """A forward and a backward. Returns the output."""
+    y = model(X)
+    y.square().sum().backward()
+    return y
+
+
 def check(plain, grouped, run):
     """The same outputs and gradients."""
     expected, found = run(plain), run(grouped)
@@ -84,14 +91,9 @@ def _every_layer_shares(request, monkeypatch):
 def test_a_training_step(calls):
     plain, grouped = nets()
 
-    def run(model):
-        y = model(X)
-        y.square().sum().backward()
-        return y
-
-    check(plain, grouped, run)
+    check(plain, grouped, step)
     assert calls == [5]
-    check(plain, grouped, run)  # gradients add up
+    check(plain, grouped, step)  # gradients add up
     assert calls == [5, 4]  # without the layer that was not used
     nodes, todo = set(), [grouped(X).grad_fn]
     while todo:
@@ -222,13 +224,8 @@ def test_activation_checkpointing(reentrant, calls):
 
     plain, grouped = nets(Saving)
 
-    def run(model):
-        y = model(X)
-        y.square().sum().backward()
-        return y
-
-    check(plain, grouped, run)
-    check(plain, grouped, run)
+    check(plain, grouped, step)
+    check(plain, grouped, step)
 
 
 def test_a_checkpoint_of_the_whole_model():
@@ -250,12 +247,7 @@ def test_one_compiled_graph():
 
     compiled = torch.compile(grouped, fullgraph=True, backend=recorded)
 
-    def run(model):
-        y = (compiled if model is grouped else plain)(X)
-        y.square().sum().backward()
-        return y
-
-    check(plain, grouped, run)
+    check(plain, grouped, lambda model: step(compiled if model is grouped else plain))
     assert not any(
         "_traced" in module.__dict__ and module._traced is not None for module in grouped.modules()
     )
@@ -267,13 +259,8 @@ def test_a_compiled_part_of_an_eager_model():
     plain, grouped = nets()
     grouped.twice.compile(fullgraph=True, backend="aot_eager")
 
-    def run(model):
-        y = model(X)
-        y.square().sum().backward()
-        return y
-
-    check(plain, grouped, run)
-    check(plain, grouped, run)
+    check(plain, grouped, step)
+    check(plain, grouped, step)
 
 
 def copies():
@@ -291,12 +278,7 @@ def test_a_copy_has_a_group_of_its_own(make, calls):
             p.mul_(1.5)
             q.mul_(1.5)
 
-    def run(model):
-        y = model(X)
-        y.square().sum().backward()
-        return y
-
-    check(plain, other, run)
+    check(plain, other, step)
     assert calls == [5]
     assert all(p.grad is None for p in grouped.parameters())
     layer = make(grouped.first)  # a layer takes no model with it
@@ -331,6 +313,13 @@ def test_weights_change_between_forwards_and_within_one():
         return torch.stack([model(X), model(X)])
 
     check(plain, grouped, run)
+
+
+def test_eps_changes_between_forwards():
+    plain, grouped = nets()
+    for eps in (4.0, 8.0):
+        plain.last.eps = grouped.last.eps = eps
+        check(plain, grouped, step)
 
 
 def test_layers_by_themselves(calls):

@@ -24,6 +24,7 @@ from tests.comparison import assert_matches, assert_same_bits
 from tests.compatibility.layers import LAYERS, assert_right, gradients, made
 from tests.convert.layers import NORMALISE, Doubled, Scaled, Twice
 from tests.convert.test_removal import output, subject
+from tests.forms import parts
 from wn_kernels import frozen_weights, plan, use_backend
 from wn_kernels.modules import kept as keeping
 from wn_kernels.modules import prepared
@@ -59,11 +60,6 @@ def right(layer, x):
 def assert_is_current(layer, x, roundings=4, dtype=torch.float32):
     with torch.no_grad():
         assert_matches(output(layer, x), right(layer, x), dtype, 64, roundings=roundings)
-
-
-def parameters(layer):
-    """`(g, v)` of a layer, of whichever form."""
-    return layer._tensors("weight")
 
 
 # --- computed once -------------------------------------------------------------------------------
@@ -197,7 +193,7 @@ def _load(layer, **options):
 
 def _data(layer):
     """What is freed first gives its address to what is made next."""
-    for p in parameters(layer):
+    for p in parts(layer):
         for _ in range(2):
             p.data = p.data * 1.5 + 0.1
 
@@ -220,8 +216,8 @@ def _functional(layer):
 
 
 CHANGES = {
-    "in place, g": lambda layer: parameters(layer)[0].mul_(1.5),
-    "in place, v": lambda layer: parameters(layer)[1].add_(0.3),
+    "in place, g": lambda layer: parts(layer)[0].mul_(1.5),
+    "in place, v": lambda layer: parts(layer)[1].add_(0.3),
     "an optimizer": _step,
     "a load": _load,
     "an assigning load": lambda layer: _load(layer, assign=True),
@@ -252,10 +248,10 @@ def test_no_tensor_gets_a_parameter_s_address():
     layer, x = made("conv1d")
     with torch.no_grad(), frozen_weights(layer):
         layer(x)
-        addresses = {p.data_ptr() for p in parameters(layer)}
-        for p in parameters(layer):
+        addresses = {p.data_ptr() for p in parts(layer)}
+        for p in parts(layer):
             p.data = p.data * 2
-        others = [torch.empty_like(p) for p in parameters(layer) for _ in range(256)]
+        others = [torch.empty_like(p) for p in parts(layer) for _ in range(256)]
         assert not addresses & {t.data_ptr() for t in others}
         assert_is_current(layer, x)
 
@@ -300,7 +296,7 @@ def test_shared_parameters(kind):
         assert names == ["0", "1"]
         for _ in range(2):
             assert_is_current(model, x)
-            parameters(layers[1])[1].add_(0.3)
+            parts(layers[1])[1].add_(0.3)
         assert_is_current(model, x)
 
 
@@ -342,7 +338,7 @@ def test_with_gradients(name, count):
 def test_frozen_parameters(name, count):
     """The gradients of the input and of the bias need no gradient of the weight."""
     layer, x = made(name)
-    for p in parameters(layer):
+    for p in parts(layer):
         p.requires_grad_(False)
     wide = copy.deepcopy(layer).double()
     x.requires_grad_()
@@ -365,7 +361,7 @@ def test_inference_mode():
     with frozen_weights(layer):
         with torch.inference_mode():
             first = layer(x)
-        for p in parameters(layer):
+        for p in parts(layer):
             p.requires_grad_(False)
         x.requires_grad_()
         y = layer(x)
@@ -376,7 +372,7 @@ def test_inference_mode():
         layer, x = made("conv1d")
         with frozen_weights(layer):
             layer(x)
-            parameters(layer)[0].mul_(2)
+            parts(layer)[0].mul_(2)
             assert_is_current(layer, x)
 
 
@@ -439,7 +435,7 @@ def test_nesting_and_exceptions(count):
             raise KeyError
         model(x)
         assert len(count) == 2
-        parameters(first)[0].mul_(2)
+        parts(first)[0].mul_(2)
         assert_is_current(model, x)
     assert first._store is last._store is None
     with torch.no_grad():
@@ -479,7 +475,7 @@ def test_threads():
     with ThreadPoolExecutor(4) as pool, torch.no_grad(), frozen_weights(layer):
         assert_matches(layer(x), before, torch.float32, 64, roundings=4)
         futures = [pool.submit(run, i) for i in range(4)]
-        parameters(layer)[0].mul_(2)
+        parts(layer)[0].mul_(2)
         changed.set()
         results = [pair for future in futures for pair in future.result()]
         results.append((True, layer(x)))
@@ -502,7 +498,7 @@ def test_conversions_inside(name):
         layer, x = made(name)
         with torch.no_grad(), frozen_weights(layer):
             layer(x)
-            parameters(layer)[0].mul_(2)
+            parts(layer)[0].mul_(2)
             wide = right(layer, x)
             convert(layer)
             assert_matches(layer(x), wide, torch.float32, 64, roundings=4)
@@ -534,6 +530,28 @@ def test_what_else_takes_part_inside():
         with frozen_weights(layer):
             for _ in range(2):
                 assert_matches(layer(x), wide, torch.float32, 64, roundings=4)
+
+
+@pytest.mark.parametrize("name", ["linear", "fused"])
+def test_a_block_that_ends_during_a_read(name, monkeypatch):
+    """As another thread may end it."""
+    layer, _ = made(name)
+    block = frozen_weights(layer)
+    ends = [block.__exit__]
+    is_claimed = type(layer)._is_claimed
+
+    def ending(layer, name):
+        if ends:
+            ends.pop()(None, None, None)
+        return is_claimed(layer, name)
+
+    monkeypatch.setattr(type(layer), "_is_claimed", ending)
+    with torch.no_grad():
+        expected = layer.weight
+        block.__enter__()
+        assert_same_bits(layer.weight, expected)
+    assert layer._store is None
+    assert not ends
 
 
 # --- copies and recordings -----------------------------------------------------------------------
@@ -576,7 +594,7 @@ def test_compile(name):
         for block in (False, True, True, False):
             with frozen_weights(layer if block else nn.Identity()):
                 layer(x)
-                parameters(layer)[0].mul_(1.5)
+                parts(layer)[0].mul_(1.5)
                 assert_matches(compiled(x), right(layer, x), torch.float32, 64, roundings=4)
     assert counter.frame_count == 1
     torch.compiler.reset()
@@ -603,7 +621,7 @@ def test_recordings_hold_the_parameters():
         layer(x)
         traced = torch.jit.trace(layer, x, check_trace=False)
         exported = torch.export.export(layer, (x,), strict=False).module()
-        parameters(layer)[0].mul_(2)
+        parts(layer)[0].mul_(2)
         assert_matches(traced(x), right(layer, x), torch.float32, 64, roundings=4)
         for program in (traced, exported):
             assert {"weight_g", "weight_v"} <= dict(program.named_parameters()).keys()
@@ -665,7 +683,7 @@ def test_streams_and_captures(monkeypatch):
         def get_device(self):
             return 0
 
-    g, v = (p.detach().as_subclass(OnGpu) for p in parameters(layer))
+    g, v = (p.detach().as_subclass(OnGpu) for p in parts(layer))
     module = SimpleNamespace(
         _is_claimed=lambda name: False, _form=lambda name, dtype: torch.ones(2, dtype=dtype)
     )

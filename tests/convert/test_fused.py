@@ -18,6 +18,7 @@ from tests.convert.layers import (
     assert_computes_as,
     made,
 )
+from tests.forms import parts
 from wn_kernels.convert import fused
 
 
@@ -73,7 +74,7 @@ def test_known_layers_run_our_forward(form):
 def test_weight_is_current_and_differentiable(form):
     layer, x = made("linear", form)
     wn_kernels.fuse(layer)
-    g, v = fused.tensors(layer)
+    g, v = parts(layer)
     with torch.no_grad():
         g.mul_(2)
     wide = (p.detach().double() for p in (v, g))
@@ -83,7 +84,7 @@ def test_weight_is_current_and_differentiable(form):
     assert_matches(g.grad, 2 * g.detach().double(), torch.float32, 6)
     new = torch.randn(4, 6)
     layer.weight = new
-    assert fused.tensors(layer)[0] is g
+    assert parts(layer)[0] is g
     assert_matches(layer.weight, new.double(), torch.float32, 6)
     with pytest.raises(ValueError, match=r"weight has shape \(2, 2\), expected \(4, 6\)"):
         layer.weight = torch.zeros(2, 2)
@@ -100,7 +101,7 @@ def test_a_frozen_magnitude_stays_frozen(form):
     wn_kernels.fuse(layer)
     layer(x).sum().backward()
     assert g.grad is None
-    assert fused.tensors(layer)[1].grad is not None
+    assert parts(layer)[1].grad is not None
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -235,7 +236,7 @@ def test_attention_reads_the_weight():
         attention = nn.MultiheadAttention(8, 2, batch_first=True)
         NORMALISE[form](attention.out_proj)
         wn_kernels.fuse(attention)
-        g, v = fused.tensors(attention.out_proj)
+        g, v = parts(attention.out_proj)
         with torch.no_grad():
             g.mul_(3)
         x = torch.randn(2, 5, 8)

@@ -62,7 +62,7 @@ def widened(layer):
     for name in layer._normed():
         g, v = parameters[name + "_g"], parameters[name + "_v"]
         dims = [d for d in (0, 1) if d != layer.dim]
-        norm = v.square().sum(dims, keepdim=layer.dim is not None).sqrt()
+        norm = v.square().sum(dims, keepdim=layer.dim is not None).sqrt().clamp_min(layer.eps)
         values[name] = v * (g / norm)
     names = ("num_layers", "bias", "batch_first", "dropout", "bidirectional", "proj_size")
     given = {name: getattr(layer, name) for name in names if hasattr(layer, name)}
@@ -180,6 +180,15 @@ def test_dtypes(kind, dtype):
     layer = made(kind, dtype=dtype)
     assert {p.dtype for p in layer.parameters()} == {dtype}
     check(layer, torch.randn(STEPS, INPUTS, dtype=dtype), dtype=dtype)
+
+
+@pytest.mark.parametrize("kind", ALL)
+def test_eps(kind):
+    """Norms below `eps` count as `eps`, which may change."""
+    layer = made(kind, eps=2.0)
+    check(layer, torch.randn(STEPS, INPUTS))
+    layer.eps = 4.0
+    check(layer, torch.randn(STEPS, INPUTS))
 
 
 @pytest.mark.parametrize("kind", ALL)

@@ -89,7 +89,8 @@ class _Fused:
 
     def _tensors(self: Any, name: str) -> tuple[Tensor, Tensor]:
         """Returns `(g, v)`."""
-        return parts(self._holder(name), self._norms[name])
+        norm = self._norms[name]
+        return parts(self._holder(name), norm.key_g, norm.key_v)
 
     def _normalisation(self: Any) -> tuple[int | None, float]:
         """Returns `(dim, eps)`."""
@@ -111,7 +112,7 @@ class _Fused:
                 return None
         if self._is_read:
             reading.warn_of_writes(self)
-        g, v = parts(holder, norm)
+        g, v = parts(holder, norm.key_g, norm.key_v)
         own = self._parameters
         bias = own["bias"] if "bias" in own else self.bias  # noqa: SIM401 (lazily)
         return v, g, bias, norm.dim, 0.0
@@ -119,6 +120,7 @@ class _Fused:
     _prepared_weight = WeightNormMixin._prepared_weight
 
     def _is_claimed(self: Any, name: str) -> bool:
+        """Returns whether more than `g` and `v` of the layer determines a weight."""
         holder = self._holder(name)
         return (holder is not self and is_claimed(holder)) or is_replaced(self, name)
 
@@ -128,7 +130,7 @@ class _Fused:
         if holder is not self and is_claimed(holder):
             weight = holder()
             return weight if dtype is None else weight.to(dtype)
-        g, v = parts(holder, norm)
+        g, v = parts(holder, norm.key_g, norm.key_v)
         return WF.weight_norm(v if dtype is None else v.to(dtype), g, dim=norm.dim)
 
     def _forms(
@@ -139,9 +141,10 @@ class _Fused:
         holders = {name: self._holder(name) for name in names}
         claimed = {n: h() for n, h in holders.items() if h is not self and is_claimed(h)}
         free = {name: self._norms[name] for name in names if name not in claimed}
-        tensors = [parts(holders[name], norm) for name, norm in free.items()]
+        tensors = [parts(holders[name], norm.key_g, norm.key_v) for name, norm in free.items()]
         to = [places[name] for name in free] if places else None
-        found = claimed | dict(zip(free, weights([*free.values()], tensors, to), strict=True))
+        computed = weights(tensors, to, [norm.dim for norm in free.values()])
+        found = claimed | dict(zip(free, computed, strict=True))
         return [found[name] for name in names]
 
     def apply(self: Any, fn: Callable[[nn.Module], None]) -> Any:
@@ -360,14 +363,17 @@ def is_wrapped(module: nn.Module) -> bool:
     return is_fused(module) and "_norms" not in vars(type(module))
 
 
+def kind(module: nn.Module) -> str:
+    """Returns the name of a module's class, without the prefix of PyTorch's parametrizations."""
+    cls = type(module)
+    if not is_fused(module):
+        cls = parametrize.type_before_parametrizations(module)
+    return cls.__name__
+
+
 def norms(module: Any) -> dict[str, Norm]:
     """Returns the weight-normed tensors of a fused module. It is empty for another module."""
     return getattr(type(module), "_norms", {})
-
-
-def tensors(module: Any, name: str = "weight") -> tuple[Tensor, Tensor]:
-    """Returns `(g, v)` of a fused module."""
-    return module._tensors(name)
 
 
 def is_claimed(parametrization: Any) -> bool:

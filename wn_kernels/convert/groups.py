@@ -49,12 +49,7 @@ def check(model: nn.Module) -> None:
 
 
 def group(model: Any) -> None:
-    """Makes the model compute the weights of its layers together.
-
-    Raises:
-        TypeError: as `check`.
-    """
-    check(model)
+    """Makes the model, which has passed `check`, compute the weights of its layers together."""
     ungroup(model)
     model.__class__ = _class(type(model))
     model.__dict__["_group"] = Group(model, groupable(model))

@@ -194,11 +194,12 @@ def fuse(model: nn.Module, dry_run: bool = False, grouped: bool = False) -> Repo
         lines = [_noted(model, line) for line in lines]
     report = Report(lines)
     if not dry_run:
-        groups.ungroup(model)
         if grouped:
             groups.group(model)
-    if not dry_run and any(line.path for line in report) and not _load_hooks(model):
-        model.register_load_state_dict_pre_hook(_load_all_or_nothing)
+        else:
+            groups.ungroup(model)
+        if any(line.path for line in report) and not _load_hooks(model):
+            model.register_load_state_dict_pre_hook(_load_all_or_nothing)
     return report
 
 
@@ -241,10 +242,7 @@ def _line(
     prefix: str, module: nn.Module, tensor: str, weight: Any, dim: Any, path: str, note: str
 ) -> Layer:
     name = prefix if tensor == "weight" else f"{prefix}.{tensor}"
-    kind = type(module)
-    if not fused.is_fused(module):
-        kind = parametrize.type_before_parametrizations(module)
-    return Layer(name or "(root)", kind.__name__, tuple(weight.shape), dim, path, note)
+    return Layer(name or "(root)", fused.kind(module), tuple(weight.shape), dim, path, note)
 
 
 def _fuse(prefix: str, module: nn.Module, dry_run: bool) -> list[Layer]:

@@ -43,10 +43,7 @@ class Normed:
     @property
     def kind(self) -> str:
         """Returns the name of the module's class."""
-        cls = type(self.module)
-        if not fused.is_fused(self.module):
-            cls = parametrize.type_before_parametrizations(self.module)
-        return cls.__name__
+        return fused.kind(self.module)
 
     @property
     def tensors(self) -> tuple[Tensor, Tensor]:

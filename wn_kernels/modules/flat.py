@@ -1,4 +1,4 @@
-"""One piece of memory for all weights of a recurrent layer.
+"""This file gives all weights of a recurrent layer one piece of memory.
 
 cuDNN takes the weights and the biases of a layer from one buffer, in an order of its own. PyTorch
 copies those that do not lie so, with a warning. Here, the weights are written there when they are

@@ -1,10 +1,10 @@
-"""Weights that layers keep inside `frozen_weights`.
+"""This file holds the weights that layers keep inside `frozen_weights`.
 
 A kept weight has no gradient, and serves a forward that needs none with respect to `g` and `v`. It
-is used as long as nothing has changed: `g` and `v` are the same objects, their
-version counters and their addresses are the same, and nobody has written into the weight. What
-refers to the memory of `g` and `v` is kept as well, so that no other tensor gets their addresses.
-A write through `.data` in place leaves no trace, and cannot be noticed.
+is used as long as nothing has changed: `g` and `v` are the same objects, their version counters and
+their addresses are the same, and nobody has written into the weight. Tensors that share the memory
+of `g` and `v` are kept as well, so that no other tensor gets their addresses. A write through
+`.data` in place leaves no trace, and cannot be noticed.
 """
 
 from __future__ import annotations

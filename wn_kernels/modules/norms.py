@@ -1,5 +1,5 @@
-"""This file describes how the weight-normed tensors of a layer are normalised, and computes the
-weights of a layer that has several in one call."""
+"""This file describes how the weight-normed tensors of a fused layer are normalised, finds the `g`
+and `v` of a tensor, and computes the weights of a layer that has several in one call."""
 
 from __future__ import annotations
 
@@ -19,48 +19,47 @@ class Norm(NamedTuple):
         dim: the dimension whose slices are normalised, `None` for the whole tensor.
         form: the form of the state dict.
         key_g, key_v: the names of `g` and `v` in the module that holds them.
-        eps: the smallest norm.
     """
 
     dim: int | None
     form: str
     key_g: str
     key_v: str
-    eps: float = 0.0
 
     @classmethod
-    def of(cls, name: str, dim: int | None, form: str, eps: float = 0.0) -> Norm:
+    def of(cls, name: str, dim: int | None, form: str) -> Norm:
         """Returns the description for the tensor `name`."""
         key_g, key_v = (key.rpartition(".")[2] for key in checkpoints.keys(form, name))
-        return cls(dim, form, key_g, key_v, eps)
+        return cls(dim, form, key_g, key_v)
 
 
-def parts(holder: Any, norm: Norm) -> tuple[Tensor, Tensor]:
+def parts(holder: Any, key_g: str, key_v: str) -> tuple[Tensor, Tensor]:
     """Returns `(g, v)`. It avoids `nn.Module.__getattr__`, which costs 1 µs per parameter."""
     own = holder._parameters
-    g, v = own.get(norm.key_g), own.get(norm.key_v)
+    g, v = own.get(key_g), own.get(key_v)
     if g is None or v is None:  # for example, pruning replaces a parameter
-        return getattr(holder, norm.key_g), getattr(holder, norm.key_v)
+        return getattr(holder, key_g), getattr(holder, key_v)
     return g, v
 
 
 def weights(
-    norms: Sequence[Norm],
     tensors: Sequence[tuple[Tensor, Tensor]],
-    places: Sequence[Tensor] | None = None,
+    places: Sequence[Tensor] | None,
+    dim: int | Sequence[int | None] | None,
+    eps: float = 0.0,
 ) -> list[Tensor]:
-    """Returns the weights of several tensors, which are normalised as `norms` say, in one call.
+    """Returns the weights of several tensors, computed in one call.
 
     Args:
-        norms: how each is normalised.
         tensors: the `(g, v)` of each.
         places: memory for each weight, as in `functional.weight_norms`. The weights have its dtype.
+        dim, eps: as in `functional.weight_norms`.
     """
     return WF.weight_norms(
         [v for _, v in tensors],
         [g for g, _ in tensors],
-        dim=[norm.dim for norm in norms],
-        eps=[norm.eps for norm in norms],
+        dim=dim,
+        eps=eps,
         dtype=places[0].dtype if places else None,
         places=places,
     )

@@ -1,6 +1,6 @@
-"""Weights that are prepared before a layer's forward, which finds them by `take`. There, PyTorch's
-own product does the rest. They are kept inside `frozen_weights` (`kept.py`), cached inside
-`torch.nn.utils.parametrize.cached()` (`reading.py`), or computed by a group.
+"""This file provides weights that are prepared before a layer's forward, which finds them by
+`take`. PyTorch's own product then does the rest. They are kept inside `frozen_weights` (`kept.py`),
+cached inside `torch.nn.utils.parametrize.cached()` (`reading.py`), or computed by a group.
 
 `fuse(model, grouped=True)` gives the model a `Group` (`convert/groups.py`). It computes the weights
 of all members by one call of `functional.weight_norms`, at the start of the model's forward. A
@@ -37,15 +37,15 @@ from .. import plan, prepare
 from ..call import PLAIN_TYPES, Operands
 from . import reading
 
-# The hooks of saved tensors that are in effect, or `None`.
+# This returns the hooks of saved tensors that are in effect, or `None`.
 _saving = torch._C._autograd._top_saved_tensors_default_hooks
 
-# The inputs of a layer for which its decision is kept.
+# Decisions are kept for at most this many inputs of a layer.
 MOST_SHAPES = 256
 
 
-# Whether gradients are recorded, whether inference mode is on, what saves tensors, and the dtype
-# that autocast gives to the input of a layer.
+# A mode says whether gradients are recorded, whether inference mode is on, which hook saves
+# tensors, and which dtype autocast gives to the input of a layer.
 Mode = tuple[bool, bool, Any, torch.dtype | None]
 
 
@@ -96,7 +96,8 @@ class Forward:
                 v, g = ([each[i] for i in wanted] for each in (self.v, self.g))
                 cast = mode[3]
                 dtypes = [t.dtype if cast is None or t.dtype is torch.float64 else cast for t in v]
-                dims, eps = ([each[i] for i in wanted] for each in self.group.options)
+                norms = [self.group.modules[i]._normalisation() for i in wanted]
+                dims, eps = map(list, zip(*norms, strict=True))
                 weights = WF.weight_norms(v, g, dim=dims, eps=eps, dtype=dtypes)
                 for i, w in zip(wanted, weights, strict=True):
                     self.weights[i] = w
@@ -114,7 +115,7 @@ class Forward:
         key = x.shape, dtype, records
         shares = group.shares[i].get(key)
         if shares is None:
-            shares = group.decide(i, key, x, v, g, bias)
+            shares = _decide(group.shares[i], key, group.modules[i], x, v, g, bias, dtype)
         if not shares:
             return None
         self.used[i] = True
@@ -158,10 +159,14 @@ def _pays(
     answers for former inputs."""
     key = x.shape, dtype, torch.is_grad_enabled(), plan.forced(), prepare.epoch
     found = known.get(key)
-    if found is None:
-        if len(known) >= MOST_SHAPES:
-            known.clear()
-        found = known[key] = _shares(module, x, v, g, bias, dtype)
+    return _decide(known, key, module, x, v, g, bias, dtype) if found is None else found
+
+
+def _decide(known: dict[Any, bool], key: Any, *arguments: Any) -> bool:
+    """Returns what `_shares` returns for these arguments, and keeps it in `known`."""
+    if len(known) >= MOST_SHAPES:
+        known.clear()
+    found = known[key] = _shares(*arguments)
     return found
 
 
@@ -238,7 +243,6 @@ class Group:
         used: whether the forward before used the weight of a layer, or would have.
         index: the index of a layer by its `id`.
         parameters: where every `v` is held, and every `g`: a dictionary and a key.
-        options: the lists of every `dim` and `eps`.
         shares: whether the plan has the weight of a layer formed by the group, by the input's
             shape, the dtype of the product, and whether gradients are recorded.
     """
@@ -253,16 +257,11 @@ class Group:
         self.index = {id(module): i for i, module in enumerate(self.modules)}
         held = [module._held() for module in self.modules]
         self.parameters = [(own, v) for own, _, v in held], [(own, g) for own, g, _ in held]
-        options = [module._normalisation() for module in self.modules]
-        self.options = [dim for dim, _ in options], [eps for _, eps in options]
         self._epoch: Any = None
         self.shares: list[dict[Any, bool]] = [{} for _ in self.modules]
 
     def __getstate__(self) -> dict[str, Any]:
         return {"model": self.model, "modules": self.modules, "used": self.used}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
 
     def begin(self) -> None:
         """Computes the weights for a forward of the model."""
@@ -287,17 +286,6 @@ class Group:
         assert forward is not None
         _state.forward = forward.outer
         self.used = forward.used
-
-    def decide(
-        self, i: int, key: Any, x: Tensor, v: Tensor, g: Tensor, bias: Tensor | None
-    ) -> bool:
-        """Returns whether the plan has the weight of a layer formed by the group, for an input, and
-        keeps the answer. The key has the dtype of the product."""
-        known = self.shares[i]
-        if len(known) >= MOST_SHAPES:
-            known.clear()
-        known[key] = _shares(self.modules[i], x, v, g, bias, key[1])
-        return known[key]
 
     def _trace(self) -> None:
         """Computes the weights of a forward that is compiled."""

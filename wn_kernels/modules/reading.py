@@ -29,7 +29,7 @@ _watched: dict[tuple[int, str], tuple[Tensor, Tensor]] | None = None
 
 
 # The first WATCHES reads of a layer are checked for writes. STATE names the attributes for that,
-# and that of the weights which the layer keeps (prepared.py).
+# and the one that holds the weights which the layer keeps (kept.py).
 WATCHES = 8
 STATE = ("_reads", "_is_read", "_watches", "_store")
 
@@ -53,7 +53,8 @@ def read(module: Any, name: str) -> Tensor:
         return form(module, name)
     if is_compiling():
         return module._form(name)
-    if module._store is not None and (weight := _kept(module, name)) is not None:
+    store = module._store
+    if store is not None and (weight := _kept(store, module, name)) is not None:
         return weight
     weight = module._form(name)
     if module._watches:
@@ -65,10 +66,9 @@ def form(module: Any, name: str) -> Tensor:
     """Returns `module.weight` for the layer's own use. Writes into it are not checked."""
     if _watched is not None:
         return _read_watched(module, name)
-    if not is_compiling() and module._store is not None:
-        weight = _kept(module, name)
-        if weight is not None:
-            return weight
+    store = None if is_compiling() else module._store
+    if store is not None and (weight := _kept(store, module, name)) is not None:
+        return weight
     return cached(module, name) if parametrize._cache_enabled else module._form(name)
 
 
@@ -95,12 +95,13 @@ def forms(
     return module._forms(names, places)
 
 
-def _kept(module: Any, name: str) -> Tensor | None:
-    """Returns the weight that a layer keeps inside `frozen_weights` (kept.py), or `None`."""
+def _kept(store: Any, module: Any, name: str) -> Tensor | None:
+    """Returns the weight that a layer keeps inside `frozen_weights` (kept.py), or `None`. Another
+    thread may end the block meanwhile, so the layer may no longer have this store."""
     if module._is_claimed(name):
         return None
     g, v = module._tensors(name)
-    return module._store.get(module, name, v, g, v.dtype)
+    return store.get(module, name, v, g, v.dtype)
 
 
 def _keep_counter(module: Any, name: str, weight: Tensor) -> None:

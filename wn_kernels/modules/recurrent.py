@@ -9,15 +9,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .. import functional as WF
-from . import flat, norms, reading, removal
-from .norms import Norm
+from . import checkpoints, flat, norms, reading, removal
 from .weight import NormedWeights
 
 
@@ -81,12 +79,7 @@ class RecurrentMixin(NormedWeights):
 
     weight_ndim = 2
     hidden_size: int
-    _norm_of: Mapping[str, Norm] = MappingProxyType({})  # while torch.nn's constructor runs
-
-    @staticmethod
-    def serves(names: tuple[str, ...]) -> bool:
-        """Returns whether the `forward` serves a layer with these weight-normed tensors."""
-        return bool(names)
+    _names: tuple[str, ...] = ()  # while torch.nn's constructor runs
 
     def _normalise(self) -> None:
         parameters = dict(self._parameters)
@@ -96,12 +89,12 @@ class RecurrentMixin(NormedWeights):
             if parameter is None or name not in names:
                 self.register_parameter(name, parameter)
                 continue
-            norm = Norm.of(name, self.dim, "weight_norm", self.eps)
+            key_g, key_v = checkpoints.keys("weight_norm", name)
             with torch.no_grad():
                 g = nn.Parameter(WF.slice_norm(parameter, dim=self.dim))
-            self.register_parameter(norm.key_v, parameter)
-            self.register_parameter(norm.key_g, g)
-            self._norm_of = {**self._norm_of, name: norm}
+            self.register_parameter(key_v, parameter)
+            self.register_parameter(key_g, g)
+        self._names = tuple(names)
         removal.attach(self, names)
 
     def reset_parameters(self) -> None:
@@ -109,7 +102,7 @@ class RecurrentMixin(NormedWeights):
         the same values."""
         bound = 1.0 / math.sqrt(self.hidden_size) if self.hidden_size > 0 else 0
         for name in removal.order(self):
-            if name in self._norm_of:
+            if name in self._names:
                 g, v = self._tensors(name)
                 nn.init.uniform_(v, -bound, bound)
                 with torch.no_grad():
@@ -118,31 +111,26 @@ class RecurrentMixin(NormedWeights):
                 nn.init.uniform_(parameter, -bound, bound)
 
     def _normed(self) -> tuple[str, ...]:
-        return tuple(self._norm_of)
-
-    def _tensors(self, name: str) -> tuple[Tensor, Tensor]:
-        return norms.parts(self, self._norm_of[name])
+        return self._names
 
     def _forms(self, names: Sequence[str], places: Mapping[str, Tensor] | None) -> list[Tensor]:
-        return norms.weights(
-            [self._norm_of[name] for name in names],
-            [self._tensors(name) for name in names],
-            [places[name] for name in names] if places else None,
-        )
+        tensors = [self._tensors(name) for name in names]
+        to = [places[name] for name in names] if places else None
+        return norms.weights(tensors, to, self.dim, self.eps)
 
     def __getattr__(self, name: str) -> Any:
-        if name in self._norm_of:
+        if name in self._names:
             return reading.read(self, name)
         return super().__getattr__(name)
 
     def _leave(self, name: str, plain: type[nn.Module]) -> None:
-        rest = {other: norm for other, norm in self._norm_of.items() if other != name}
+        rest = tuple(other for other in self._names if other != name)
         if rest:
-            self._norm_of = rest
+            self._names = rest
             self.__class__ = self._own_class()
         else:
             super()._leave(name, plain)
-            del self.__dict__["_norm_of"]
+            del self.__dict__["_names"]
 
 
 class _Layer(FlatWeights, RecurrentMixin):

@@ -16,7 +16,7 @@ from torch.nn.parameter import UninitializedParameter, is_lazy
 
 from .. import functional as WF
 from ..call import canonical_dim, canonical_eps, kept_shape
-from . import checkpoints, kept, prepared, reading, removal
+from . import checkpoints, kept, norms, prepared, reading, removal
 
 # The entries are (v, g, bias, dim, eps).
 Operands = tuple[Tensor, Tensor, Tensor | None, int | None, float]
@@ -57,7 +57,7 @@ class NormedWeights(nn.Module):
     _watches = reading.WATCHES
     _store: kept.Store | None = None  # see modules/kept.py
     _traced: Tensor | None = None  # see modules/prepared.py
-    # What a mixin's constructor takes besides the arguments of the plain layer.
+    # These are the arguments that a mixin's constructor adds to those of the plain layer.
     _options: tuple[inspect.Parameter, ...] = (
         _option("dim", 0, "int | None"),
         _option("eps", 0.0, "float"),
@@ -92,13 +92,8 @@ class NormedWeights(nn.Module):
         """Returns the names of the weights that are weight-normed."""
         raise NotImplementedError
 
-    @staticmethod
-    def serves(names: tuple[str, ...]) -> bool:
-        """Returns whether the `forward` serves a layer with these weight-normed tensors."""
-        raise NotImplementedError
-
     def _is_claimed(self, name: str) -> bool:
-        """Returns whether a weight depends on more than two parameters of the layer."""
+        """Returns whether `g` or `v` is no parameter of the layer, as after pruning."""
         return not set(checkpoints.keys("weight_norm", name)) <= self._parameters.keys()
 
     def _form(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
@@ -114,8 +109,8 @@ class NormedWeights(nn.Module):
         # nn.Module would register a Parameter of this name before it considers the property.
         if name not in self._normed():
             super().__setattr__(name, value)
-            if name == "eps" and self._store is not None:
-                self._store.kept.clear()
+            if name == "eps" and (store := self._store) is not None:
+                store.kept.clear()
             return
         g, v = self._tensors(name)
         checkpoints.assign(value, g, v, self.dim)
@@ -166,16 +161,7 @@ class NormedWeights(nn.Module):
 
     def _tensors(self, name: str) -> tuple[Tensor, Tensor]:
         """Returns `(g, v)`."""
-        g, v = checkpoints.keys("weight_norm", name)
-        return getattr(self, g), getattr(self, v)
-
-    def _normalisation(self) -> tuple[int | None, float]:
-        """Returns `(dim, eps)`."""
-        return self.dim, self.eps
-
-    def _held(self) -> tuple[dict[str, Any], str, str]:
-        """Returns where `g` and `v` are held: a dictionary and their keys."""
-        return self._parameters, "weight_g", "weight_v"
+        return norms.parts(self, *checkpoints.keys("weight_norm", name))
 
     def _own_class(self) -> type:
         """Returns the layer's class without the subclass that `_expose` adds."""
@@ -249,11 +235,6 @@ class WeightNormMixin(NormedWeights):
         if magnitude_preserving:
             self.__dict__["magnitude_preserving"] = True
         super().__init__(*args, dim=dim, eps=eps, **kwargs)
-
-    @staticmethod
-    def serves(names: tuple[str, ...]) -> bool:
-        """Returns whether the `forward` serves a layer with these weight-normed tensors."""
-        return names == ("weight",)
 
     def _adopt(self, v: nn.Parameter) -> None:
         """Uses the weight that the plain layer's constructor made as the direction."""
