@@ -376,21 +376,25 @@ def text(run: Run) -> str:
 
 
 def overview(runs: Sequence[Run]) -> str:
-    """Returns the table of all devices: geometric means, and how many cases lose to eager."""
+    """Returns the table of all devices: geometric means, and how many cases lose to eager. The
+    section that is the worst on any device comes first."""
     means = {run.where["device"]: means_of(run) for run in runs}
     header = ["section", "mode"]
     for device in means:
         header += [f"{device}: ours/eager", "ours/plain", "slower than eager"]
+    worst: dict[tuple[str, str], float] = {}
+    for found in means.values():
+        for key, mean in found.items():
+            worst[key] = max(mean.eager, worst.get(key, 0.0))
     rows = [header]
-    for key in dict.fromkeys(key for found in means.values() for key in found):
+    for key in sorted(worst, key=worst.__getitem__, reverse=True):
         cells = list(key)
         for found in means.values():
-            mean = found.get(key)
-            cells += (
-                [f"{mean.eager:.2f}", f"{mean.plain:.2f}", f"{mean.slower} of {mean.cases}"]
-                if mean
-                else [""] * 3
-            )
+            if mean := found.get(key):
+                slower = f"{mean.slower} of {mean.cases}"
+                cells += [f"{mean.eager:.2f}", f"{mean.plain:.2f}", slower]
+            else:
+                cells += [""] * 3
         rows.append(cells)
     faults = [
         f"`docs/{run.page}` names {count} faults and gaps of its run."
