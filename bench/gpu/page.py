@@ -25,7 +25,7 @@ MARKS = (
 )
 OVERVIEWS = ("README.md", "docs/gpu.md")
 
-# What a fused model is compared with.
+# A fused model is compared with these.
 BASELINES = ("plain", "eager")
 
 # Characters of a message.
@@ -107,7 +107,7 @@ def _where(run: Run) -> str:
 
 
 class Mean(NamedTuple):
-    """What a section shows in one mode: geometric means of ratios, and the extreme cases.
+    """Holds what a section shows in one mode: geometric means of ratios, and the extreme cases.
 
     Attributes:
         eager: ours over PyTorch's weight norm.
@@ -272,18 +272,20 @@ def _weights(run: Run) -> Rows:
 def _models(run: Run) -> Rows:
     lines = run.results("models")
     names = list(dict.fromkeys(name for line in lines for name in line["seconds"]))
-    ratios = [f"{name}/{o}" for o in ("eager", "plain") for name in names if name not in BASELINES]
+    fused = [name for name in names if name not in BASELINES]
+    pairs = [(name, other) for other in ("eager", "plain") for name in fused]
+    ratios = ["/".join(pair) for pair in pairs]
     header = ["case", "mode", *names, *(f"{name}, graph" for name in names), *ratios]
     rows = [[*header, *(f"{ratio}, graph" for ratio in ratios)]]
     for line in lines:
-        clock = {name: median(line, name) for name in line["seconds"]}
-        graph = {n: x["median"] for n, x in line["conditions"]["CUDA graph"].items()}
-        times = [time_of(found[n]) if n in found else "" for found in (clock, graph) for n in names]
-        quotients = []
-        for found in (clock, graph):
-            for one, other in (ratio.split("/") for ratio in ratios):
-                both = one in found and other in found
-                quotients.append(f"{found[one] / found[other]:.2f}" if both else "")
+        times, quotients = [], []
+        for stats in (line["seconds"], line["conditions"]["CUDA graph"]):
+            found = {name: stat["median"] for name, stat in stats.items()}
+            times += [time_of(found[name]) if name in found else "" for name in names]
+            quotients += [
+                f"{found[one] / found[other]:.2f}" if {one, other} <= found.keys() else ""
+                for one, other in pairs
+            ]
         rows.append([*_case(line), *times, *quotients])
     return rows
 
