@@ -1,4 +1,4 @@
-"""How often the cost model picks well: every plan of a call timed, beside the one that is picked.
+"""Counts how often the cost model picks well: every plan of a call is timed beside its pick.
 
 The calls are those of the benchmark's layers and of random ones, each without gradients and in a
 training step. The plans of a call are timed in turn. A plan's time is the lower quartile of its
@@ -42,7 +42,7 @@ MOST_OPERATIONS = 4e8
 
 @dataclass(frozen=True)
 class Pick:
-    """A call's pick.
+    """Holds a call's pick.
 
     Attributes:
         label: the call.
@@ -59,7 +59,7 @@ class Pick:
 
 
 class Candidate:
-    """A call by one plan. Call it to run it once, inside its `session`."""
+    """Computes a call by one plan. Call it to run it once, inside its `session`."""
 
     def __init__(self, call: Call, mode: str, choice: Plan, operands: list[Any], dy: Any) -> None:
         self.call, self.mode, self.choice = call, mode, choice

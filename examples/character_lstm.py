@@ -32,7 +32,7 @@ DROPPED = 0.3
 
 
 class Run(NamedTuple):
-    """What one network's training gave: the loss of every step in nats per character, the bits per
+    """Holds the results of a training: the loss of every step in nats per character, the bits per
     character of unseen text, and the seconds of all steps."""
 
     losses: list[float]

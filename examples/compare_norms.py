@@ -41,8 +41,8 @@ MARKS = (
 
 
 class Run(NamedTuple):
-    """What one training gave: the loss of every step, NaN from where it diverged, and the accuracy
-    on unseen digits after the last."""
+    """Holds the results of a training: the loss of every step, NaN from where it diverged, and the
+    accuracy on unseen digits after the last."""
 
     losses: list[float]
     accuracy: float
@@ -197,7 +197,7 @@ def time_steps(repeats: int = 60) -> dict[tuple[str, str], float]:
 
 
 class Summary(NamedTuple):
-    """What one normalisation gave for a network and a batch size, over all rates and seeds.
+    """Holds the results of a normalisation for a network and a batch size, over rates and seeds.
 
     `accuracies` has a row for each rate and a column for each seed, `losses` those of the best
     rate, one row for each seed.

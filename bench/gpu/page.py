@@ -18,7 +18,7 @@ from bench.providers import VARIANT
 from bench.report import markdown, replaced
 from bench.tables import NOISE, time_of
 
-# Between these marks lies the table of all devices.
+# The table of all devices lies between these marks.
 MARKS = (
     "<!-- gpu: written by python -m bench gpu --publish -->",
     "<!-- gpu: end -->",
@@ -58,7 +58,7 @@ class Run:
 
     @property
     def page(self) -> str:
-        """The name of the page that shows this run."""
+        """Returns the name of the page that shows this run."""
         return f"{self.path.parent.name}.md"
 
     def results(self, section: str) -> list[Line]:
