@@ -166,7 +166,7 @@ CONV = [
 
 
 def _narrow(dtype: str, cases: list[Case]) -> list[Case]:
-    """The cases in half precision, or in float32 under autocast."""
+    """Returns the cases in half precision, or in float32 under autocast."""
     options = {"precision": dtype} if dtype == "autocast" else {"dtype": dtype}
     return [replace(case, label=f"{dtype} {case.label}", **options) for case in cases]
 

@@ -53,7 +53,7 @@ TARGETS = [
     Target("hip:gfx942", "hip", "gfx942", 64, 64 * 1024, 64 * 1024, 4 * 512 * 64, 2048),
 ]
 
-# The dtypes of tables.
+# Tables of numbers have these dtypes.
 TABLES = {torch.int8: "i8", torch.int32: "i32", torch.int64: "i64"}
 
 # What counts as a tensor-core instruction, by the opcode's beginning.

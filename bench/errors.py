@@ -1,4 +1,4 @@
-"""The errors of weight-normed layers against float64, ours beside PyTorch's.
+"""Compares the errors of weight-normed layers against float64, ours beside PyTorch's.
 
 `python -m bench errors` prints two tables, and with `--write` puts them into `docs/numerics.md`.
 An error is `‖result − reference‖ / ‖reference‖`. The reference is the definition in float64, of the

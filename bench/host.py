@@ -139,15 +139,16 @@ def row(
 
 def table(results: list[dict[str, Any]]) -> list[list[str]]:
     """The rows of the table, the header first."""
-    names, ratios_of = (
-        {k: None for r in results for k in r[what]} for what in ("microseconds", "ratios")
+    providers, pairs = (
+        list(dict.fromkeys(name for r in results for name in r[what]))
+        for what in ("microseconds", "ratios")
     )
-    lines = [["case", "mode", *(f"{name}, µs" for name in names), *ratios_of]]
+    lines = [["case", "mode", *(f"{name}, µs" for name in providers), *pairs]]
     for r in results:
-        found = r["microseconds"], r["ratios"]
-        times = (f"{found[0][name]:.0f}" if name in found[0] else "" for name in names)
-        ratios = (f"{found[1][name]:.2f}" if name in found[1] else "" for name in ratios_of)
-        lines.append([r["case"]["label"], r["case"]["mode"], *times, *ratios])
+        microseconds, ratios = r["microseconds"], r["ratios"]
+        cells = [f"{microseconds[x]:.0f}" if x in microseconds else "" for x in providers]
+        cells += [f"{ratios[x]:.2f}" if x in ratios else "" for x in pairs]
+        lines.append([r["case"]["label"], r["case"]["mode"], *cells])
     return lines
 
 

@@ -30,7 +30,8 @@ class Model(NamedTuple):
     x_shape: tuple[int, ...]  # to time: about a second of sound, a batch of images
     call: Callable[[Any, Tensor], Tensor]
     layers: int  # those with weight norm
-    # What `call` calls, to be grouped: the model itself, modules of it, or nothing for one layer.
+    # The modules that `call` calls, each of which gets a group: the model itself or parts of it.
+    # A single layer has none.
     parts: tuple[str, ...] = ("",)
 
 
@@ -101,7 +102,7 @@ MODELS = {
 }
 
 
-# The providers. `grouped` is ours with the weights of all layers in one call.
+# These are the providers. `grouped` is ours with the weights of all layers in one call.
 NAMES = ("plain", "eager", "ours", "grouped")
 
 # Inputs that a check may take.
@@ -209,7 +210,7 @@ def parameters_of(build: Callable[[], nn.Module]) -> int:
 
 @dataclass(frozen=True)
 class ModelCase:
-    """One of the models in one mode. `plain` is the model with its weights folded."""
+    """Describes one of the models in one mode. `plain` is the model with its weights folded."""
 
     label: str
     mode: str
@@ -217,7 +218,7 @@ class ModelCase:
     is_large = True
 
     def names(self) -> tuple[str, ...]:
-        """The providers."""
+        """Returns the names of the providers."""
         names = NAMES if self.model.parts else NAMES[:-1]
         return (*names, "frozen") if self.mode == "infer" else names
 
@@ -257,7 +258,7 @@ class ModelRunner:
 
     @property
     def session(self) -> Callable[[], AbstractContextManager[Any]]:
-        """What the runner has to be inside of, for `bench.timing`."""
+        """Returns the context in which `bench.timing` calls the runner."""
         if self.name == "frozen":
             return partial(wn_kernels.frozen_weights, self.model)
         return nullcontext

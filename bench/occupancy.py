@@ -1,4 +1,4 @@
-"""How the kernels of the planned paths fill a GPU, by the cost model: nothing is timed.
+"""Shows how the kernels of the planned paths fill a GPU, by the cost model: nothing is timed.
 
 A launch covers the share of the memory's bandwidth that its bytes in flight are of latency times
 bandwidth, or of all that it moves (`wn_kernels/plan/stages.py`). A line shows the launch of ours
@@ -30,13 +30,15 @@ from wn_kernels.plan.stages import Stage, narrowest
 
 CASES = [*BF16, *(case for case in FLOAT32 if case.precision == "own")]
 
-# What a launch should cover, and the floor's multiple that a path of few rows should stay below.
-COVERED, FLOOR, FEW = 0.8, 1.1, 64
+# A launch should cover this share.
+COVERED = 0.8
+# A path of at most FEW rows should take less than this multiple of the floor.
+FLOOR, FEW = 1.1, 64
 
 
 class Line(NamedTuple):
-    """A path that the cost model picks on a device. `narrowest` is its launch of ours that covers
-    the least; times are in seconds."""
+    """Holds a path that the cost model picks on a device. `narrowest` is the launch of ours that
+    covers the least, and times are in seconds."""
 
     device: Device
     case: Case
@@ -49,7 +51,7 @@ class Line(NamedTuple):
 
     @property
     def key(self) -> str:
-        """Its name in the baseline."""
+        """Returns the name of the line in the baseline."""
         return f"{self.device.name}, {self.case.label}, {self.case.dtype}, {self.case.mode}"
 
     def faults(self) -> list[str]:

@@ -1,4 +1,4 @@
-"""How often the cost model picks well: every plan of a call timed, beside the one that is picked.
+"""Counts how often the cost model picks well: every plan of a call is timed beside its pick.
 
 The calls are those of the benchmark's layers and of random ones, each without gradients and in a
 training step. The plans of a call are timed in turn. A plan's time is the lower quartile of its
@@ -42,7 +42,7 @@ MOST_OPERATIONS = 4e8
 
 @dataclass(frozen=True)
 class Pick:
-    """A call's pick.
+    """Holds a call's pick.
 
     Attributes:
         label: the call.
@@ -59,7 +59,7 @@ class Pick:
 
 
 class Candidate:
-    """A call by one plan. Call it to run it once, inside its `session`."""
+    """Computes a call by one plan. Call it to run it once, inside its `session`."""
 
     def __init__(self, call: Call, mode: str, choice: Plan, operands: list[Any], dy: Any) -> None:
         self.call, self.mode, self.choice = call, mode, choice
@@ -81,7 +81,7 @@ def _log_uniform(draw: random.Random, low: int, high: int) -> int:
 
 
 def random_cases(count: int, seed: int = 0) -> Iterator[Case]:
-    """Returns random layers, as a network might have them: linear ones, convolutions of one and two
+    """Yields random layers, as a network might have them: linear ones, convolutions of one and two
     dimensions, transposed and depthwise ones."""
     draw = random.Random(seed)
     while count:
@@ -107,11 +107,11 @@ def random_cases(count: int, seed: int = 0) -> Iterator[Case]:
             side, taps = _log_uniform(draw, 4, 64), draw.choice([1, 3, 5])
             arguments, x_shape = (inputs, outputs, taps), (batch, inputs, side, side)
             options = {"padding": taps // 2, "stride": draw.choice([1, 1, 2])}
-        case = Case("", kind, arguments, x_shape, "infer", options)
+        label = f"{kind} {arguments}, {x_shape}"
+        case = Case(label, kind, arguments, x_shape, "infer", options)
         if case.work()[0] <= MOST_OPERATIONS:
             count -= 1
-            words = f"{kind} {arguments}, {x_shape}"
-            yield Case(words, kind, arguments, x_shape, "infer", options)
+            yield case
 
 
 def picks_of(case: Case, seconds: float) -> Iterator[Pick]:
@@ -161,7 +161,8 @@ def _store(path: str, found: dict[str, list[Pick]]) -> None:
 
 
 def main(path: str, seconds: float, count: int) -> int:
-    """Prints the picks that are not good, and how many are; 1 where fewer than 95 % are."""
+    """Prints the picks that are not good, and how many are good. Returns 1 if fewer than 95 % are
+    good."""
     precision.set_tf32(False)
     console = Console()
     cases = {case.label: case for suite in SUITES.values() for case in suite}

@@ -17,7 +17,7 @@ from bench.tables import competing
 
 matplotlib.use("svg")
 
-# What a mode of a case times, in words.
+# The titles call the modes of a case by these words.
 TIMES = {"infer": "inference", "train": "training"}
 
 COLORS = {

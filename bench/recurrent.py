@@ -1,5 +1,5 @@
-"""Recurrent layers and cells whose every weight is weight-normed. Few steps show what weight norm
-costs, because the weights are computed once for a sequence."""
+"""This suite has recurrent layers and cells whose weights are all weight-normed. Few steps show
+what weight norm costs, because the weights are computed once for a sequence."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SIZE, BATCH = 256, 8
 
 
 def normed(kind: type[nn.Module], *arguments: int) -> nn.Module:
-    """The layer as PyTorch normalises it."""
+    """Returns the layer as PyTorch normalises it."""
     layer = kind(SIZE, SIZE, *arguments)
     for name in [name for name, _ in layer.named_parameters() if name.startswith("weight")]:
         parametrizations.weight_norm(layer, name)
@@ -24,12 +24,12 @@ def normed(kind: type[nn.Module], *arguments: int) -> nn.Module:
 
 
 def first(layer: Any, x: Tensor) -> Tensor:
-    """The output without the states at its end."""
+    """Returns the output without the states at its end."""
     return layer(x)[0]
 
 
 def stepped(cell: Any, x: Tensor) -> Tensor:
-    """The hidden state after a step that starts from the input."""
+    """Returns the hidden state after a step that starts from the input."""
     y = cell(x, (x, x) if isinstance(cell, nn.LSTMCell) else x)
     return y[0] if isinstance(y, tuple) else y
 

@@ -36,7 +36,7 @@ def _table(lines: list[list[str]], slower: Sequence[bool] = ()) -> str:
 
 
 def _fact(key: str, value: Any) -> str:
-    """What was recorded of a machine or of a run, in words and with its unit."""
+    """Returns a recorded property of a machine or of a run in words, with its unit."""
     if key == "bandwidth":
         return f"a copy moves {value / 1e9:.1f} GB/s"
     if key == "rate":

@@ -193,7 +193,7 @@ def _convolution_launches(dtype: str, x_dtype: torch.dtype, v_dtype: torch.dtype
         yield f"{rank}d"
 
 
-# Weights that between them take every tile of a group: (shape, dim).
+# Between them, weights of these shapes, each with its `dim`, take every tile of a group.
 GROUP = [
     ((512, 80, 7), 0),
     ((256, 128, 16), 0),
@@ -206,7 +206,7 @@ GROUP = [
 
 
 def _group_launches(dtype: str, x_dtype: torch.dtype, v_dtype: torch.dtype) -> Iterator[str]:
-    """The two launches of a group."""
+    """Launches the two kernels of a group."""
     from wn_kernels.backends.triton import group
 
     v = [torch.empty(shape, dtype=v_dtype, device="meta") for shape, _ in GROUP]

@@ -43,13 +43,13 @@ def rows(results: list[dict[str, Any]]) -> list[list[str]]:
 
 
 def case_rows(results: list[dict[str, Any]]) -> list[list[str]]:
-    """What each label of a layer stands for, the header first."""
+    """Returns a row for each label of a layer, with what it stands for, the header first."""
     found = {r["case"]["label"]: explained(r["case"]) for r in results if "kind" in r["case"]}
     return [["case", "what it is"], *([label, words] for label, words in found.items())]
 
 
 def explained(case: dict[str, Any]) -> str:
-    """The layer of a case, as one would write it, and the shape of its input."""
+    """Returns the layer of a case, as one would write it, and the shape of its input."""
     options = [f"{name}={value!r}" for name, value in case.get("options", {}).items()]
     options += [f"dim={case['dim']}"] if case.get("dim") != 0 else []
     options += [case["dtype"]] if case.get("dtype", "float32") != "float32" else []

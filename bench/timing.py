@@ -44,7 +44,7 @@ def warm(run: Callable[[], None], repeats: int, device: torch.device) -> float:
 
 
 def own(run: Callable[[], None], repeats: int, device: torch.device) -> float:
-    """Seconds that this thread itself runs for so many calls in a row."""
+    """Returns the seconds that this thread itself runs for so many calls in a row."""
     begin = time.thread_time()
     for _ in range(repeats):
         run()
@@ -52,7 +52,8 @@ def own(run: Callable[[], None], repeats: int, device: torch.device) -> float:
 
 
 def sampler(device: torch.device) -> Sample:
-    """What times calls there: on a single thread of a CPU, the time that it runs itself."""
+    """Returns the function that times calls on a device. On a single thread of a CPU it takes the
+    time that the thread itself runs."""
     return own if device.type == "cpu" and torch.get_num_threads() == 1 else warm
 
 

@@ -242,7 +242,7 @@ class _Layer:
     """A case's tensors, and its directions on our kernels and in eager PyTorch."""
 
     def __init__(self, case: Case) -> None:
-        self.case = case
+        self.case, self.label = case, case.label
         generator = torch.Generator().manual_seed(0)
 
         def random(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -315,12 +315,12 @@ class _Layer:
         return {"forward": count(forward), "backward": count(backward)}
 
 
-# The weights of a group, all along `dim=0`, with the `W` of each in bfloat16.
+# The shapes of a group's weights. All are normalised along `dim=0`, with `W` in bfloat16.
 GROUP = [(16, 32, 7), *[(16, 16, 3)] * 3, (16, 8, 8), (1, 16, 7)]
 
 
 class _Group:
-    """The directions of the weights of many layers."""
+    """Holds the weights of many layers, and computes both directions of them."""
 
     label = f"{len(GROUP)} weights"
 
@@ -355,32 +355,37 @@ class _Group:
         return sum(t.nbytes for each in lists for t in each)
 
 
-def group_records() -> Iterator[tuple[str, str, str, Traffic]]:
-    """The same of the weights of a group: in one launch, and each by itself."""
+# The name of a case, a direction, a variant, and what it moved.
+Record = tuple[str, str, str, Traffic]
+
+
+def _counted(of: _Layer | _Group, direction: str, names: tuple[str, ...]) -> Iterator[Record]:
+    """Yields the records of our own variants of a direction."""
+    for name in names:
+        traffic = count(functools.partial(getattr(of, direction), name))
+        traffic.minimum = of.minimum(direction)
+        yield of.label, direction, name, traffic
+
+
+def group_records() -> Iterator[Record]:
+    """Yields the records of a group's weights, computed in one launch and each by itself."""
     group = _Group()
     for direction in ("forward", "backward"):
-        run = getattr(group, direction)
-        for name in ("grouped", "each by itself"):
-            traffic = count(functools.partial(run, name))
-            traffic.minimum = group.minimum(direction)
-            yield group.label, direction, name, traffic
+        yield from _counted(group, direction, ("grouped", "each by itself"))
 
 
-def records(cases: list[Case] | None = None) -> Iterator[tuple[str, str, str, Traffic]]:
-    """`(case, direction, variant, traffic)`, with eager PyTorch as a variant."""
+def records(cases: list[Case] | None = None) -> Iterator[Record]:
+    """Yields the records of layers, with eager PyTorch as a variant."""
     for case in cases or CASES:
         layer = _Layer(case)
-        eager = layer.eager()
-        for direction in ("forward", "backward"):
-            run = getattr(layer, direction)
-            found = {name: count(functools.partial(run, name)) for name in _of(case, direction)}
-            for name, traffic in (found | {"eager": eager[direction]}).items():
-                traffic.minimum = layer.minimum(direction)
-                yield case.label, direction, name, traffic
+        for direction, eager in layer.eager().items():
+            yield from _counted(layer, direction, _of(case, direction))
+            eager.minimum = layer.minimum(direction)
+            yield case.label, direction, "eager", eager
 
 
 def _of(case: Case, direction: str) -> tuple[str, ...]:
-    """The variants of a direction, which has some that the other has not."""
+    """Returns the variants of a direction, which has some that the other has not."""
     if case.conv is None:
         takes_product = direction == "backward" and "one_pass" in case.variants
         return (*["product"] * takes_product, *case.variants)
@@ -391,7 +396,7 @@ def _of(case: Case, direction: str) -> tuple[str, ...]:
 # --- command -------------------------------------------------------------------------------------
 
 
-def table(found: list[tuple[str, str, str, Traffic]]) -> Table:
+def table(found: list[Record]) -> Table:
     shown = Table(title="traffic (counted, not timed): bytes over the minimum")
     for name in ("layer", "direction", "variant"):
         shown.add_column(name, no_wrap=True)
@@ -422,7 +427,7 @@ def table(found: list[tuple[str, str, str, Traffic]]) -> Table:
     return shown
 
 
-def figures(found: list[tuple[str, str, str, Traffic]]) -> baseline.Figures:
+def figures(found: list[Record]) -> baseline.Figures:
     """What is held by the baseline: our own paths."""
     names = ("launches", "distinct", "by_launch", "requested", "operations")
     return {

@@ -32,7 +32,7 @@ DROPPED = 0.3
 
 
 class Run(NamedTuple):
-    """What one network's training gave: the loss of every step in nats per character, the bits per
+    """Holds the results of a training: the loss of every step in nats per character, the bits per
     character of unseen text, and the seconds of all steps."""
 
     losses: list[float]
@@ -78,12 +78,12 @@ class Network(nn.Module):
         return self.output(self.lstm(self.embedding(characters))[0])
 
     def loss(self, text: Tensor) -> Tensor:
-        """Cross entropy in nats per character of a text of shape `(steps, batch)`."""
+        """Returns the cross entropy in nats per character of a text of shape `(steps, batch)`."""
         return F.cross_entropy(self(text[:-1]).flatten(0, 1), text[1:].flatten())
 
 
 def data() -> tuple[Tensor, Tensor, int]:
-    """The text as numbers, its end as unseen text, and the number of different characters."""
+    """Returns the text as numbers, its end as unseen text, and how many characters differ."""
     text = "".join(topics[name] for name in sorted(topics))[:200_000]
     numbers = {character: i for i, character in enumerate(sorted(set(text)))}
     encoded = torch.tensor([numbers[character] for character in text])
@@ -92,13 +92,13 @@ def data() -> tuple[Tensor, Tensor, int]:
 
 
 def entropy(text: Tensor) -> float:
-    """The bits per character of a guess that knows how frequent each character is."""
+    """Returns the bits per character of a guess that knows how frequent each character is."""
     counts = Counter(text.tolist()).values()
     return -sum(n / len(text) * math.log2(n / len(text)) for n in counts)
 
 
 def train(network: Network, text: Tensor, unseen: Tensor, steps: int, seed: int) -> Run:
-    """Adam, over pieces of the text that are drawn from `seed`, as the masks are."""
+    """Trains by Adam, on pieces of the text that are drawn from `seed`, as the masks are."""
     optimizer = torch.optim.Adam(network.parameters(), lr=4e-3)
     generator = torch.Generator().manual_seed(seed)
     offsets = torch.arange(LENGTH + 1).unsqueeze(1)

@@ -41,15 +41,15 @@ MARKS = (
 
 
 class Run(NamedTuple):
-    """What one training gave: the loss of every step, NaN from where it diverged, and the accuracy
-    on unseen digits after the last."""
+    """Holds the results of a training: the loss of every step, NaN from where it diverged, and the
+    accuracy on unseen digits after the last."""
 
     losses: list[float]
     accuracy: float
 
 
 class Case(NamedTuple):
-    """One training."""
+    """Describes one training."""
 
     network: str
     norm: str
@@ -62,14 +62,14 @@ class Case(NamedTuple):
 
 
 class ChannelNorm(nn.LayerNorm):
-    """Layer normalisation over the channels of each position of an image."""
+    """Applies layer normalisation over the channels of each position of an image."""
 
     def forward(self, input: Tensor) -> Tensor:
         return super().forward(input.movedim(1, -1)).movedim(-1, 1)
 
 
 class Kind(NamedTuple):
-    """How a normalisation is built: the linear layer, the convolution, what follows each."""
+    """Describes how a normalisation is built: the layers of both kinds, and what follows each."""
 
     linear: Callable[..., nn.Module]
     conv: Callable[..., nn.Module]
@@ -79,7 +79,7 @@ class Kind(NamedTuple):
 
 
 def from_data_with_norms_of_g(net: nn.Module, sample: Tensor) -> None:
-    """Data-dependent initialisation, after which `V` is `W`."""
+    """Initialises a network from data, and makes `V` equal to `W`."""
     wn_kernels.init.data_dependent_(net, sample)
     wn_kernels.renormalize_(net, "g")
 
@@ -98,7 +98,7 @@ KINDS = {
 
 
 def build(network: str, norm: str, seed: int, sample: Tensor) -> nn.Module:
-    """A network, from the same weights for each normalisation."""
+    """Returns a network, which starts from the same weights for each normalisation."""
     torch.manual_seed(seed)
     kind = KINDS[norm]
     parts: list[nn.Module] = []
@@ -129,7 +129,8 @@ def build(network: str, norm: str, seed: int, sample: Tensor) -> nn.Module:
 
 @functools.cache
 def data() -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Images of 8 by 8 pixels and their digits: training inputs, test inputs, and the labels."""
+    """Returns images of 8 by 8 pixels and their digits: the inputs for training and for testing,
+    and the labels of both."""
     x, y = load_digits(return_X_y=True)
     split = train_test_split(x / 8.0 - 1.0, y, test_size=0.25, random_state=0, stratify=y)
     x_train, x_test, y_train, y_test = (torch.from_numpy(a) for a in split)
@@ -174,8 +175,8 @@ def train_all(cases: list[Case], workers: int) -> dict[Case, Run]:
 
 
 def time_steps(repeats: int = 60) -> dict[tuple[str, str], float]:
-    """Seconds of the processor for a step with a batch of 64, by network and normalisation: medians
-    of steps that are taken in turn, so that a busy machine slows all of them."""
+    """Returns the processor's seconds for a step with a batch of 64, by network and normalisation.
+    They are medians of steps that are taken in turn, so that a busy machine slows all of them."""
     torch.set_num_threads(1)
     keys = [(network, norm) for network in NETWORKS for norm in KINDS]
     running = {}
@@ -197,7 +198,7 @@ def time_steps(repeats: int = 60) -> dict[tuple[str, str], float]:
 
 
 class Summary(NamedTuple):
-    """What one normalisation gave for a network and a batch size, over all rates and seeds.
+    """Holds the results of a normalisation for a network and a batch size, over rates and seeds.
 
     `accuracies` has a row for each rate and a column for each seed, `losses` those of the best
     rate, one row for each seed.
@@ -208,12 +209,12 @@ class Summary(NamedTuple):
 
     @property
     def best(self) -> int:
-        """The index of the rate with the largest mean accuracy."""
+        """Returns the index of the rate with the largest mean accuracy."""
         return int(self.accuracies.mean(1).argmax())
 
 
 def summarise(runs: dict[Case, Run]) -> dict[tuple[str, int, str], Summary]:
-    """The results by network, batch size and normalisation."""
+    """Returns the results by network, batch size and normalisation."""
     summaries = {}
     for network, batch, norm in dict.fromkeys((c.network, c.batch, c.norm) for c in runs):
         found = {
@@ -229,7 +230,7 @@ def summarise(runs: dict[Case, Run]) -> dict[tuple[str, int, str], Summary]:
 
 
 def table(summaries: dict[tuple[str, int, str], Summary], times: dict) -> str:
-    """The results in Markdown."""
+    """Returns the results as a table in Markdown."""
     lines = [
         "| network, batch | normalisation | best accuracy | at the rate | rates that reach 0.9 "
         "| time of a step |",
@@ -273,7 +274,7 @@ def _save(figure: Any, path: Path) -> None:
 
 
 def draw_accuracies(summaries: dict[tuple[str, int, str], Summary], path: Path) -> None:
-    """Accuracy against learning rate: the mean over seeds, in a band of all of them."""
+    """Draws the accuracy against the learning rate: the mean over seeds, in a band of all."""
     figure, axes = _figure(2, 2, (9, 6.5))
     for axis, (network, batch) in zip(axes.flat, STEPS, strict=True):
         for norm in KINDS:
@@ -293,8 +294,8 @@ def draw_accuracies(summaries: dict[tuple[str, int, str], Summary], path: Path) 
 
 
 def draw_losses(summaries: dict[tuple[str, int, str], Summary], path: Path) -> None:
-    """The training loss at each normalisation's best rate, averaged over ten steps: the geometric
-    mean over seeds, and a band of a standard deviation."""
+    """Draws the training loss at each normalisation's best rate, averaged over ten steps: the
+    geometric mean over seeds, and a band of a standard deviation."""
     figure, axes = _figure(2, 2, (9, 6.5))
     for axis, (network, batch) in zip(axes.flat, STEPS, strict=True):
         for norm in KINDS:
@@ -316,7 +317,7 @@ def draw_losses(summaries: dict[tuple[str, int, str], Summary], path: Path) -> N
 
 
 def draw_times(times: dict[tuple[str, str], float], path: Path) -> None:
-    """The time of a step over that without normalisation."""
+    """Draws the time of a step over that without normalisation."""
     figure, axes = _figure(1, 2, (9, 2.4))
     for axis, network in zip(axes.flat, NETWORKS, strict=True):
         ratios = [times[network, norm] / times[network, "none"] for norm in KINDS]
@@ -333,8 +334,8 @@ def draw_times(times: dict[tuple[str, str], float], path: Path) -> None:
 
 
 class Decay(NamedTuple):
-    """A training of a weight-normed perceptron by plain SGD, with what was done to its `V`: the
-    mean ‖V‖ and the loss before each step."""
+    """Holds the mean ‖V‖ and the loss before each step, from a training of a weight-normed
+    perceptron by plain SGD."""
 
     norms: list[float]
     losses: list[float]
@@ -368,7 +369,7 @@ def decay_runs(rate: float = 0.1, decay: float = 0.05, number: int = 200) -> dic
 
 
 def draw_decay(runs: dict[str, Decay], path: Path) -> None:
-    """‖V‖ and the losses: the last two networks are one."""
+    """Draws ‖V‖ and the losses, in which the last two networks are one."""
     figure, axes = _figure(1, 2, (9, 3))
     for (name, run), style in zip(runs.items(), ("-", "-", ":"), strict=True):
         smooth = torch.tensor(run.losses).unfold(0, 10, 4).mean(-1)

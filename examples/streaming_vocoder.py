@@ -37,9 +37,9 @@ CONTEXT = 24  # frames on each side, beyond which the model sees nothing that is
 
 
 class Row(NamedTuple):
-    """One way to run the model: its milliseconds for the first chunk and, as the median, for each
-    later one, the ratio of that to the folded model's, and how far its sound is from that of the
-    whole spectrogram."""
+    """Holds the results of one way to run the model: its milliseconds for the first chunk and, as the
+    median, for each later one, the ratio of that to the folded model's, and how far its sound is
+    from that of the whole spectrogram."""
 
     name: str
     first: float
@@ -49,14 +49,14 @@ class Row(NamedTuple):
 
 
 class Result(NamedTuple):
-    """The rows, and whether the frozen model followed a step of an optimizer."""
+    """Holds the rows, and whether the frozen model followed a step of an optimizer."""
 
     rows: list[Row]
     followed: bool
 
 
 def vocoder() -> nn.Module:
-    """HiFi-GAN of the size V2, the smaller one, with PyTorch's weight norm and random weights."""
+    """Returns HiFi-GAN of the smaller size V2, with PyTorch's weight norm and random weights."""
     torch.manual_seed(0)
     model = SpeechT5HifiGan(SpeechT5HifiGanConfig(upsample_initial_channel=128))
     model.apply_weight_norm()
@@ -64,8 +64,8 @@ def vocoder() -> nn.Module:
 
 
 def windows(features: Tensor) -> Iterator[tuple[Tensor, slice]]:
-    """The frames that each chunk is made from, with their neighbours, and the samples of the result
-    that are the chunk's."""
+    """Yields the frames that each chunk is made from, with their neighbours, and the samples of the
+    result that are the chunk's."""
     for start in range(0, len(features), FRAMES):
         begin = max(0, start - CONTEXT)
         window = features[begin : start + FRAMES + CONTEXT]
@@ -74,14 +74,14 @@ def windows(features: Tensor) -> Iterator[tuple[Tensor, slice]]:
 
 
 def spectrogram(chunks: int) -> Tensor:
-    """The logarithm of a spectrogram of 80 bands, in which a tone glides upward."""
+    """Returns the logarithm of a spectrogram of 80 bands, in which a tone glides upward."""
     frames, bands = torch.arange(chunks * FRAMES)[:, None], torch.arange(80)
     return -5 + 4 * torch.exp(-((bands - frames / 2 % 80) ** 2) / 18)
 
 
 def stream(models: dict[str, nn.Module], features: Tensor) -> dict[str, tuple[Tensor, list[float]]]:
-    """The sound of each model and the seconds of each chunk. The models take turns, so that what
-    else the machine does meets all of them."""
+    """Returns the sound of each model and the seconds of each chunk. The models take turns, so that
+    what else the machine does meets all of them."""
     sounds: dict[str, list[Tensor]] = {name: [] for name in models}
     seconds: dict[str, list[float]] = {name: [] for name in models}
     for window, own in windows(features):
@@ -94,7 +94,7 @@ def stream(models: dict[str, nn.Module], features: Tensor) -> dict[str, tuple[Te
 
 
 def follows(model: nn.Module, window: Tensor) -> bool:
-    """Whether the next chunk comes from the new weights after a step between two chunks."""
+    """Returns whether the next chunk comes from the new weights after a step between two chunks."""
     with torch.no_grad():
         before = model(window)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
@@ -114,7 +114,7 @@ def main(chunks: int) -> Result:
     wn_kernels.fuse(models["frozen"])
     wn_kernels.fold(models["folded"])
     features = spectrogram(chunks)
-    for model in models.values():  # what is set up once, and no weight of the frozen model
+    for model in models.values():  # does what is done once, but keeps no weight
         with torch.no_grad():
             model(features[:FRAMES])
 

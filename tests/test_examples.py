@@ -47,9 +47,7 @@ def test_digits_is_drawn(runs, tmp_path):
 
 def test_character_lstm_learns_as_pytorch_does():
     """The masks are the same, and the losses agree to 1e-3 relative over 24 steps of Adam."""
-    path = Path(__file__).parent.parent / "examples" / "character_lstm.py"
-    example = runpy.run_path(str(path))
-    runs = example["main"](steps=24)
+    runs = runpy.run_path(str(EXAMPLES / "character_lstm.py"))["main"](steps=24)
     for a, b in zip(runs["wn_kernels"].losses, runs["torch"].losses, strict=True):
         assert abs(a - b) <= 1e-3 * abs(b)
     for run in runs.values():

@@ -1,7 +1,7 @@
-"""This section times a whole network, HiFi-GAN's vocoder, folded, as PyTorch runs it, fused, fused
-with the weights of all layers in one launch, and in inference with weights that are computed once.
-Each is timed by the clock and replayed from a CUDA graph, in float32 and in TF32. A graph holds no
-weight that was computed before it."""
+"""This section times a whole network, HiFi-GAN's vocoder, by the clock and replayed from a CUDA
+graph, in float32 and in TF32. The network runs folded, as PyTorch has it, fused, and fused with the
+weights of all layers in one launch. In inference it also runs with weights that are computed once,
+by the clock alone, because a graph holds no weight that was computed before it."""
 
 from __future__ import annotations
 

@@ -18,14 +18,14 @@ from bench.providers import VARIANT
 from bench.report import markdown, replaced
 from bench.tables import NOISE, time_of
 
-# Between these marks lies the table of all devices.
+# The table of all devices lies between these marks.
 MARKS = (
     "<!-- gpu: written by python -m bench gpu --publish -->",
     "<!-- gpu: end -->",
 )
 OVERVIEWS = ("README.md", "docs/gpu.md")
 
-# What a fused model is compared with.
+# A fused model is compared with these.
 BASELINES = ("plain", "eager")
 
 # Characters of a message.
@@ -58,7 +58,7 @@ class Run:
 
     @property
     def page(self) -> str:
-        """The name of the page that shows this run."""
+        """Returns the name of the page that shows this run."""
         return f"{self.path.parent.name}.md"
 
     def results(self, section: str) -> list[Line]:
@@ -107,7 +107,7 @@ def _where(run: Run) -> str:
 
 
 class Mean(NamedTuple):
-    """What a section shows in one mode: geometric means of ratios, and the extreme cases.
+    """Holds what a section shows in one mode: geometric means of ratios, and the extreme cases.
 
     Attributes:
         eager: ours over PyTorch's weight norm.
@@ -272,18 +272,20 @@ def _weights(run: Run) -> Rows:
 def _models(run: Run) -> Rows:
     lines = run.results("models")
     names = list(dict.fromkeys(name for line in lines for name in line["seconds"]))
-    ratios = [f"{name}/{o}" for o in ("eager", "plain") for name in names if name not in BASELINES]
+    fused = [name for name in names if name not in BASELINES]
+    pairs = [(name, other) for other in ("eager", "plain") for name in fused]
+    ratios = ["/".join(pair) for pair in pairs]
     header = ["case", "mode", *names, *(f"{name}, graph" for name in names), *ratios]
     rows = [[*header, *(f"{ratio}, graph" for ratio in ratios)]]
     for line in lines:
-        clock = {name: median(line, name) for name in line["seconds"]}
-        graph = {n: x["median"] for n, x in line["conditions"]["CUDA graph"].items()}
-        times = [time_of(found[n]) if n in found else "" for found in (clock, graph) for n in names]
-        quotients = []
-        for found in (clock, graph):
-            for one, other in (ratio.split("/") for ratio in ratios):
-                both = one in found and other in found
-                quotients.append(f"{found[one] / found[other]:.2f}" if both else "")
+        times, quotients = [], []
+        for stats in (line["seconds"], line["conditions"]["CUDA graph"]):
+            found = {name: stat["median"] for name, stat in stats.items()}
+            times += [time_of(found[name]) if name in found else "" for name in names]
+            quotients += [
+                f"{found[one] / found[other]:.2f}" if {one, other} <= found.keys() else ""
+                for one, other in pairs
+            ]
         rows.append([*_case(line), *times, *quotients])
     return rows
 
@@ -376,21 +378,25 @@ def text(run: Run) -> str:
 
 
 def overview(runs: Sequence[Run]) -> str:
-    """Returns the table of all devices: geometric means, and how many cases lose to eager."""
+    """Returns the table of all devices: geometric means, and how many cases lose to eager. The
+    section that is the worst on any device comes first."""
     means = {run.where["device"]: means_of(run) for run in runs}
     header = ["section", "mode"]
     for device in means:
         header += [f"{device}: ours/eager", "ours/plain", "slower than eager"]
+    worst: dict[tuple[str, str], float] = {}
+    for found in means.values():
+        for key, mean in found.items():
+            worst[key] = max(mean.eager, worst.get(key, 0.0))
     rows = [header]
-    for key in dict.fromkeys(key for found in means.values() for key in found):
+    for key in sorted(worst, key=worst.__getitem__, reverse=True):
         cells = list(key)
         for found in means.values():
-            mean = found.get(key)
-            cells += (
-                [f"{mean.eager:.2f}", f"{mean.plain:.2f}", f"{mean.slower} of {mean.cases}"]
-                if mean
-                else [""] * 3
-            )
+            if mean := found.get(key):
+                slower = f"{mean.slower} of {mean.cases}"
+                cells += [f"{mean.eager:.2f}", f"{mean.plain:.2f}", slower]
+            else:
+                cells += [""] * 3
         rows.append(cells)
     faults = [
         f"`docs/{run.page}` names {count} faults and gaps of its run."

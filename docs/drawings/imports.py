@@ -1,4 +1,4 @@
-"""The diagram of the package's imports, from its code.
+"""This diagram shows the imports of the package, as its code has them.
 
 An arrow from one module to another means that the first imports the second. Where a longer way
 between two modules exists, their direct arrow is left out, so that the storeys can be seen.
@@ -48,7 +48,7 @@ def edges() -> dict[str, set[str]]:
 
 
 def diagram() -> Canvas:
-    """Each module stands above all that it imports."""
+    """Draws each module above all that it imports."""
     graph = edges()
 
     @cache

@@ -1,4 +1,4 @@
-"""How the kernels work: what each program owns, reads and writes."""
+"""These drawings show how the kernels work: what each program owns, reads and writes."""
 
 from __future__ import annotations
 

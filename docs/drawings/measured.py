@@ -1,4 +1,4 @@
-"""The measured ratios, from the result files that the tables of the README come from."""
+"""This drawing shows the measured ratios, from the results that the tables of the README have."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from pathlib import Path
 from bench.gpu import page
 from docs.drawings.svg import Canvas
 
-RESULTS = Path(__file__).parent.parent / "results"
+ROOT = Path(__file__).parent.parent.parent
 KINDS = {"linear": "linear layers", "conv": "convolutions"}
 MODES = {"infer": "inference", "train": "training"}
 
-# The axis: ratios from 0 to 1.3 over these pixels.
+# The axis begins at the pixel LEFT and shows ratios from 0 to TOP over WIDTH pixels.
 LEFT, WIDTH, TOP = 250, 460, 1.3
 
 
@@ -21,7 +21,7 @@ def _of_processor() -> tuple[str, dict[tuple[str, str], float]]:
     """Returns the name of the CPU and the means of ours over eager, by suite and mode."""
     found = {}
     for suite in KINDS:
-        report = json.loads((RESULTS / f"{suite}.json").read_text("utf-8"))
+        report = json.loads((ROOT / "docs" / "results" / f"{suite}.json").read_text("utf-8"))
         for mode in MODES:
             found[suite, mode] = report["means"][f"{mode} ours/eager"]
     where = report["environment"]
@@ -29,8 +29,7 @@ def _of_processor() -> tuple[str, dict[tuple[str, str], float]]:
 
 
 def _of_gpus() -> Iterator[tuple[str, dict[tuple[str, str], float]]]:
-    for path in sorted(RESULTS.glob("gpu-*/results.jsonl")):
-        run = page.Run(path)
+    for run in page.committed(ROOT):
         means = page.means_of(run)
         found = {(s, m): means[s, m].eager for s in KINDS for m in MODES if (s, m) in means}
         yield f"{run.where['device']}, mostly bfloat16", found

@@ -1,4 +1,4 @@
-"""What the package does, and the way of a call through it."""
+"""These drawings show what the package does, and the way of a call through it."""
 
 from __future__ import annotations
 

@@ -12,11 +12,14 @@ from pathlib import Path
 import pytest
 import torch
 
+import wn_kernels
 from bench import cli
+from tests.comparison import assert_matches
 from wn_kernels.__main__ import _parser
 
 ROOT = Path(__file__).parent.parent.parent
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+README, TRAINING = ROOT / "README.md", ROOT / "docs" / "training.md"
+PAGES = [README, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 FENCE = re.compile(r"^( *)```(\w*)\n(.*?)^\1```$", flags=re.DOTALL | re.MULTILINE)
 
 
@@ -31,6 +34,15 @@ def fenced(page):
 def blocks(page):
     """The line and the code of each block of Python."""
     return [(line, code) for line, language, code in fenced(page) if language == "python"]
+
+
+def run(page):
+    """Runs the code of a page and returns its names."""
+    names = {"__name__": "__main__"}
+    for line, code in blocks(page):
+        tree = ast.increment_lineno(ast.parse(code), line - 1)
+        exec(compile(tree, str(page), "exec"), names)
+    return names
 
 
 def name_of(page):
@@ -56,31 +68,47 @@ def one_process(tmp_path):
     torch.distributed.destroy_process_group()
 
 
-@pytest.mark.parametrize("page", [p for p in PAGES[1:] if blocks(p)], ids=name_of)
+# The pages in the set have tests of their own below.
+@pytest.mark.parametrize(
+    "page", [p for p in PAGES if blocks(p) and p not in {README, TRAINING}], ids=name_of
+)
 def test_code(page, request, tmp_path, monkeypatch, own_table):
     monkeypatch.chdir(tmp_path)
-    found = blocks(page)
-    text = "\n".join(code for _, code in found)
+    text = "\n".join(code for _, code in blocks(page))
     if "from_pretrained" in text:
         request.getfixturevalue("no_downloads")
     if "init_device_mesh" in text:
         request.getfixturevalue("one_process")
-    names = {"__name__": "__main__"}
-    for line, code in found:
-        tree = ast.increment_lineno(ast.parse(code), line - 1)
-        exec(compile(tree, str(page), "exec"), names)
+    run(page)
 
 
 def test_what_the_readme_says(capsys, tmp_path, monkeypatch):
     """Its code runs as well: both layers agree, and both convolutions of the model are found."""
     monkeypatch.chdir(tmp_path)
-    names: dict = {}
-    for _, code in blocks(ROOT / "README.md"):
-        exec(code, names)
+    names = run(README)
     out = capsys.readouterr().out
     assert float(out.split()[0]) < 1e-5
     assert names["layer"].weight_v.grad.abs().max() > 0
     assert "2 fused, 0 left alone" in out
+
+
+def test_what_the_page_on_training_says(tmp_path, monkeypatch):
+    """Its code runs as well, draws its plot, and gives what the page says."""
+    monkeypatch.chdir(tmp_path)
+    assert len(blocks(TRAINING)) >= 9
+    names = run(TRAINING)
+    assert (tmp_path / "training.png").exists()
+    assert names["watch"].read()["angle"].shape == (10, 3)
+    deviation = names["preserving"][0](torch.randn(4000, 64)).std().double()
+    assert 0.9 < deviation < 1.1
+    for name, n in wn_kernels.slice_norms(names["model"]).items():  # the hook has kept them
+        assert_matches(n, names["initial"][name].double(), torch.float32, 64, roundings=4)
+
+
+def test_pictures_of_training_are_there_and_small():
+    pictures = re.findall(r"\]\((images/.*?)\)", TRAINING.read_text("utf-8"))
+    assert len(pictures) == 4
+    assert sum((TRAINING.parent / picture).stat().st_size for picture in pictures) < 200_000
 
 
 def commands():

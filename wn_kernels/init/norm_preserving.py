@@ -32,6 +32,9 @@ def norm_preserving_(
 
         g = √(γ · in_channels / n)      with n the number of entries of g
 
+    What is frozen stays as it is. A layer whose `forward` is its own, or whose `g` or `v` is itself
+    computed, is left alone.
+
     Args:
         model: any model that `wn_kernels.fuse` accepts.
         gains: γ by the layer's name in the model, or by a pattern of `fnmatch` such as
@@ -39,9 +42,6 @@ def norm_preserving_(
         orthogonal: whether to draw `V` anew by `torch.nn.init.orthogonal_`, from PyTorch's random
             numbers. Otherwise `V` stays as it is, which is as good in expectation if its entries
             are independent with mean zero.
-
-    What is frozen stays as it is. A layer whose `forward` is its own, or whose `g` or `v` is itself
-    computed, is left alone.
 
     Returns:
         The value of `g` by the name of each layer that was set.

@@ -171,7 +171,7 @@ def test_what_went_wrong_is_said(run):
 
 
 def test_the_overview(tmp_path):
-    """It has every device and every section, and counts the faults of each run."""
+    """It has every device and every section, the worst first, and counts the faults of each run."""
     for name, lines in {
         "one": [environment("linear"), result("linear", "a", 1e-5), result("linear", "b", 4e-5)],
         "two": [
@@ -185,8 +185,8 @@ def test_the_overview(tmp_path):
         written(folder / "results.jsonl", lines)
     text = page.overview(page.committed(tmp_path))
     rows = text.splitlines()
-    assert "| linear | infer | 1.00 | 2.00 | 1 of 2 |  |  |  |" in rows
-    assert "| conv | train |  |  |  | 1.50 | 3.00 | 1 of 1 |" in rows
+    better = rows.index("| linear | infer | 1.00 | 2.00 | 1 of 2 |  |  |  |")
+    assert better == rows.index("| conv | train |  |  |  | 1.50 | 3.00 | 1 of 1 |") + 1
     assert "`docs/gpu-two.md` names 1 faults and gaps of its run." in rows
     assert "gpu-one.md` names" not in text
 
