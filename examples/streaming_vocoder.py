@@ -37,9 +37,9 @@ CONTEXT = 24  # frames on each side, beyond which the model sees nothing that is
 
 
 class Row(NamedTuple):
-    """Holds the results of one way to run the model: its milliseconds for the first chunk and, as the
-    median, for each later one, the ratio of that to the folded model's, and how far its sound is
-    from that of the whole spectrogram."""
+    """Holds the results of one way to run the model: its milliseconds for the first chunk and, as
+    the median, for each later one, the ratio of that to the folded model's, and how far its sound
+    is from that of the whole spectrogram."""
 
     name: str
     first: float
