@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bench import precision
-from bench.allocation import saved_bytes
+from bench.measure import precision
+from bench.measure.allocation import saved_bytes
 from bench.providers import Provider, Session, providers_of
 from wn_kernels.backends import reference
 

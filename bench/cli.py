@@ -134,11 +134,11 @@ def main(arguments: list[str] | None = None) -> int:
             chosen.most,
         )
     if chosen.command == "compare":
-        from bench import compare as comparison
+        from bench.report import compare as comparison
 
         return comparison.main(chosen.before, chosen.after)
     if chosen.command in ("report", "readme"):
-        from bench import report as pages
+        from bench.report import page as pages
 
         if chosen.command == "readme":
             return pages.readme(chosen.results, chosen.file, chosen.every_case)
@@ -153,22 +153,22 @@ def main(arguments: list[str] | None = None) -> int:
         return calls.main(chosen.json, chosen.seconds, chosen.profile, chosen.write)
     if chosen.command == "traffic":
         os.environ["TRITON_INTERPRET"] = "1"
-        from bench import interpreter
-        from bench import traffic as counts
+        from bench.stand_in import interpreter
+        from bench.static import traffic as counts
 
         interpreter.mend()
         return counts.main(chosen.write, chosen.kernels)
     if chosen.command == "occupancy":
-        from bench import occupancy
+        from bench.static import occupancy
 
         return occupancy.main(chosen.write)
     if chosen.command in ("codegen", "bounds"):
         os.environ.pop("TRITON_INTERPRET", None)  # compiles, so must not interpret
         if chosen.command == "bounds":
-            from bench import bounds as cycles
+            from bench.static import bounds as cycles
 
             return cycles.main()
-        from bench import codegen as check
+        from bench.static import codegen as check
 
         return check.main(chosen.json, chosen.only, chosen.write)
 

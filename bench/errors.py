@@ -18,7 +18,7 @@ from torch import Tensor
 import wn_kernels.functional as WF
 from bench.cases import Case, Runner
 from bench.providers import PROVIDERS
-from bench.report import markdown, replaced
+from bench.report.page import markdown, replaced
 from wn_kernels.backends import reference
 
 PAGE = Path("docs/numerics.md")

@@ -9,10 +9,11 @@ from typing import Any, NamedTuple
 
 import torch
 
-from bench import overhead, timing
+from bench import overhead
 from bench.cases import MODES, Case, Runner
 from bench.gpu.context import Context, named
 from bench.gpu.layers import paths
+from bench.measure import timing
 from bench.models import MODELS, ModelCase, ModelRunner
 from bench.norms import NormCase
 from bench.providers import PROVIDERS

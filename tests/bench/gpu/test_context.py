@@ -8,10 +8,11 @@ from typing import ClassVar
 import pytest
 import torch
 
-from bench import cases, timing
+from bench import cases
 from bench.cases import Runner
 from bench.gpu import results
 from bench.gpu.context import RECENT, Clock, Context
+from bench.measure import timing
 from bench.models import Miss, Wrong
 from bench.providers import PROVIDERS
 from tests.bench.layers import CPU, TINY

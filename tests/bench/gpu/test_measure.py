@@ -12,7 +12,6 @@ import torch
 from torch.nn.utils import parametrizations
 
 import wn_kernels
-from bench import timing
 from bench.cases import Case, Runner
 from bench.gpu import (
     context,
@@ -26,6 +25,7 @@ from bench.gpu import (
     sweep,
     weight_norm,
 )
+from bench.measure import timing
 from bench.models import MODELS, Model
 from tests.bench.layers import CPU
 

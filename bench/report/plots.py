@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from bench.cases import MODES
-from bench.tables import competing
+from bench.report.tables import competing
 
 matplotlib.use("svg")
 
