@@ -25,11 +25,13 @@ from torch import nn
 
 import wn_kernels
 from bench import overhead, stand_in
-from bench.cases import MODES, Case, Runner
+from bench.cases import Case
+from bench.layer import MODES
 from bench.measure.timing import interleaved, paired_ratio, session_of
 from bench.norms import NormCase, NormRunner
 from bench.providers import PROVIDERS, Provider
 from bench.report.tables import printed
+from bench.runner import Runner
 from bench.static import baseline
 from bench.suite import environment, finish
 

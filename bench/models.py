@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 import wn_kernels
-from bench.cases import MODES
+from bench.layer import MODES
 from bench.measure.allocation import saved_bytes
 
 

@@ -24,7 +24,8 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from bench.cases import MODES, SUITES, Case
+from bench.cases import SUITES, Case
+from bench.layer import MODES
 from bench.measure import precision
 from bench.measure.timing import interleaved, sampler
 from bench.providers import PROVIDERS

@@ -12,8 +12,8 @@ from typing import Any
 from rich.console import Console
 
 from bench import memory
-from bench.cases import MODES
 from bench.gpu.results import reports as gpu_reports
+from bench.layer import MODES
 from bench.report import plots
 from bench.report.tables import case_rows, extra_rows, is_slower, rows
 

@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from bench import cases
-from bench.cases import Runner
 from bench.gpu import results
 from bench.gpu.context import RECENT, Clock, Context
 from bench.measure import timing
 from bench.models import Miss, Wrong
 from bench.providers import PROVIDERS
+from bench.runner import Runner
 from tests.bench.layers import CPU, TINY
 from wn_kernels import WNLinear
 

@@ -12,7 +12,7 @@ import torch
 from torch.nn.utils import parametrizations
 
 import wn_kernels
-from bench.cases import Case, Runner
+from bench.cases import Case
 from bench.gpu import (
     context,
     conv,
@@ -27,6 +27,7 @@ from bench.gpu import (
 )
 from bench.measure import timing
 from bench.models import MODELS, Model
+from bench.runner import Runner
 from tests.bench.layers import CPU
 
 pytestmark = pytest.mark.skipif(
