@@ -139,12 +139,12 @@ class Launches(NamedTuple):
 
     forward: Callable[..., tuple[Tensor, Tensor]]
     backward: Callable[..., Grads]
-    run: Callable[..., Any] | None
-    prepare_backward: Callable[..., Callable[..., Any] | None]
+    run: Any
+    prepare_backward: Callable[..., Any]
     forms_forward: bool
     forms_backward: bool
     keeps: bool
-    keeping: Callable[..., Any] | None
+    keeping: Any
     weight: Launches | None
     conv: Geometry | None
     dim: int | None
@@ -195,9 +195,7 @@ def _launches(call: Call, plan: Plan, tensors: Operands) -> Launches | None:
         *operands, n, needs = tensors
         return _run_backward(call, plan, dy, Operands(*operands), n, None, needs)
 
-    def prepare_backward(
-        dy: Tensor, x: Tensor | None, v: Tensor, g: Tensor, needs: Needs
-    ) -> Callable[..., Any] | None:
+    def prepare_backward(dy: Tensor, x: Tensor | None, v: Tensor, g: Tensor, needs: Needs) -> Any:
         how = plan._replace(keeps="") if keeping is None else plan
         return module.pass_backward(call, how, dy, Operands(x, v, g, None), needs)
 
