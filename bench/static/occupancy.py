@@ -18,11 +18,11 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from bench import baseline
 from bench.cases import Case
 from bench.gpu import predict
 from bench.gpu.conv import CASES as CONVOLUTIONS
 from bench.gpu.linear import BF16, FLOAT32
+from bench.static import baseline
 from wn_kernels import plan
 from wn_kernels.plan import costs, devices
 from wn_kernels.plan.devices import Device
