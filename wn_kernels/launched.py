@@ -18,7 +18,7 @@ from torch import Tensor
 from . import operators
 from .autograd import ONLY_WEIGHT, Weight, needed, recorded_grads
 from .backends import native, reference, vendor
-from .call import PLAIN_TYPES, Grads, Needs, Operands, recorder, rows_of, takes_tf32
+from .call import PLAIN_TYPES, Grads, Needs, Norm, Operands, recorder, rows_of, takes_tf32
 from .operators import Launches
 from .prepare import are_dense
 
@@ -39,6 +39,7 @@ def launched(
     geometry: tuple[Any, ...],
     dim: int | None,
     eps: float,
+    norm: Norm = "l2",
 ) -> Tensor | None:
     """The output of a layer, `W` where there is no `x`; `None` for a call that the rest of the
     package has to serve, or reject.
@@ -55,7 +56,7 @@ def launched(
         or torch._C._is_any_autocast_enabled()
     ):
         return None
-    found = _find(rank or 0, x, v, g, bias, geometry, dim, eps)
+    found = _find(rank or 0, x, v, g, bias, geometry, dim, eps, norm)
     if found is None:
         return None
     launches, infer = found
@@ -81,12 +82,13 @@ def _find(
     geometry: tuple[Any, ...],
     dim: int | None,
     eps: float,
+    norm: Norm,
 ) -> tuple[Launches, Infer] | None:
     """Returns what is prepared for a call, or `None` where the rest of the package serves it."""
     key: tuple
     try:
         weight = v.shape, v.stride(), v.dtype, v.device, g.shape, g.stride(), g.dtype, g.device
-        key = weight, dim, eps
+        key = weight, dim, eps, norm
         if x is not None:
             tf32 = takes_tf32(x.dtype, "conv" if rank else "matmul")
             key = key, rank, geometry, x.shape, x.stride(), x.dtype, x.device, tf32
@@ -99,7 +101,7 @@ def _find(
         return found
     if not are_dense(v if x is None else x, v, g, bias) or not g.is_contiguous():
         return None
-    launches = operators.launches(rank, (x, v, g, bias), geometry, dim, eps)
+    launches = operators.launches(rank, (x, v, g, bias), geometry, dim, eps, norm)
     found = None if launches is None else (launches, _inference(launches, x))
     if len(_prepared) >= _MOST:
         _prepared.clear()
@@ -155,8 +157,8 @@ class Launched(torch.autograd.Function):
             needs = needed(ctx, tensors, needs)
             dx, dv, dg, db = recorded_grads(weight, launches.conv, dy, tensors, n, needs)
         else:
-            options = launches.conv, launches.dim, launches.eps
-            dx, dv, dg, db = reference.differentiable_grads(dy, None, x, v, g, *options, needs)
+            options = launches.conv, launches.dim, launches.eps, needs, launches.norm
+            dx, dv, dg, db = reference.differentiable_grads(dy, None, x, v, g, *options)
         if db is not None and bias is not None and db.dtype != bias.dtype:
             db = db.to(bias.dtype)
         return dx, dv, dg, db, None
@@ -204,10 +206,10 @@ def _formed(launches: Launches, v: Tensor, g: Tensor) -> Tensor:
 def _weight_of(launches: Launches, x: Tensor | None, v: Tensor, g: Tensor) -> Weight | None:
     """What a recorded backward takes: launches of the weight alone in V's dtype, where the call is
     not that of a weight itself. `None` where Python forms the weight."""
-    dim, eps = launches.dim, launches.eps
+    options = launches.dim, launches.eps, launches.norm
     alone = launches
     if x is not None:
-        found = _find(0, None, v, g, None, (), dim, eps)
+        found = _find(0, None, v, g, None, (), *options)
         if found is None:
             return None
         alone = found[0]
@@ -216,7 +218,7 @@ def _weight_of(launches: Launches, x: Tensor | None, v: Tensor, g: Tensor) -> We
         dw = dw if x is None else dw.to(v.dtype)
         return _backward(alone, dw, None, v, g, None, n, ONLY_WEIGHT)[1:3]
 
-    return Weight(functools.partial(_formed, alone), grads, dim, eps)
+    return Weight(functools.partial(_formed, alone), grads, *options)
 
 
 def _product(launches: Launches, x: Any, w: Tensor, bias: Tensor | None) -> Tensor:
