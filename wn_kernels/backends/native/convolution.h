@@ -119,7 +119,8 @@ inline std::optional<ConvolutionResult> convolution_forward(
         variant == Variant::widen ? "wn_kernels::convolution, widen"
                                   : "wn_kernels::convolution, materialize",
         {});
-    auto result = weight(v, g, options, product_dtype(variant, x, v));
+    const auto dtype = product_dtype(variant, x, v);
+    auto result = weight(keeps ? empty_as(v, dtype) : passing_weight(v, dtype), v, g, options);
     if (!result) return std::nullopt;
     auto& [w, n] = *result;
     return ConvolutionResult{plain(x, w, bias, conv), n, keeps ? w : Tensor()};
@@ -188,7 +189,7 @@ struct Convolution : Function<Convolution> {
         Tensor weight = stand_in().detach();
         if (needs_x)
           weight = recorded_weight(
-              w.defined() ? w.detach() : scaled_weight(v, g, n, dtype), v, g);
+              w.defined() ? w.detach() : scaled_weight(empty_as(v, dtype), v, g, n), v, g);
         std::tie(out[0], dw, out[3]) = plain_convolution_grads(
             dy, x, weight, conv, needs_x, needs_weight, needs_bias, bias_dtype);
       }
@@ -234,7 +235,7 @@ struct Convolution : Function<Convolution> {
     } else {
       // A W that is formed is freed before dW is allocated.
       if (needs_x && !w.defined()) {
-        const Tensor formed = scaled_weight(v, g, n, dtype);
+        const Tensor formed = scaled_weight(passing_weight(v, dtype), v, g, n);
         out[0] = std::get<0>(plain_grads(dy, x, formed, conv, true, false));
       }
       auto [dx, found] =

@@ -54,12 +54,12 @@ struct Group {
     for (size_t i = 0; i < count; ++i) {
       const Extents e(v[i], g[i]);
       if (e.columns) {
-        const auto result = weight(v[i], g[i], options[i], dtypes[i]);
+        const auto result = weight(empty_as(v[i], dtypes[i]), v[i], g[i], options[i]);
         if (!result) return false;
         std::tie(w[i], n[i]) = *result;
       } else {
         n[i] = empty_norms(v[i], g[i]);
-        w[i] = places.empty() ? empty_weight(v[i], dtypes[i]) : places[i];
+        w[i] = places.empty() ? empty_as(v[i], dtypes[i]) : places[i];
         add_pieces(pieces, i, e.count, e.length);
       }
     }

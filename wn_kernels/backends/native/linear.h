@@ -216,7 +216,7 @@ inline std::optional<LinearResult> linear_forward(
         variant == Variant::widen ? "wn_kernels::linear, widen" : "wn_kernels::linear, materialize",
         {});
     const auto of_product = product_dtype(variant, x, v);
-    auto result = weight(v, g, options, of_product);
+    auto result = weight(passing_weight(v, of_product), v, g, options);
     if (!result) return std::nullopt;
     const Tensor y =
         at::linear(as(x, of_product), result->first, maybe(as(bias, of_product)));
@@ -301,7 +301,10 @@ struct Linear : Function<Linear> {
       Tensor dw;
       if (given.dy.defined()) {
         Tensor w;
-        if (needs_x) w = formed_weight(ctx, v, g, n, dtype);
+        if (needs_x) {
+          w = left_weight(ctx);
+          if (!w.defined()) w = scaled_weight(empty_as(v, dtype), v, g, n);
+        }
         if (needs_x && forms_weight(variant)) ctx->saved_data["weight"] = w.detach();
         if (needs_x) w = recorded_weight(w, v, g);
         std::tie(out[0], dw, out[3]) = plain_linear_grads(
@@ -330,7 +333,7 @@ struct Linear : Function<Linear> {
     if (own || variant == Variant::late) {
       RECORD_FUNCTION("wn_kernels::linear_backward, scaled", {});
       const Tensor grad = own ? as(dy, n.scalar_type()) : dy;
-      scaled = at::empty_like(grad);
+      scaled = empty_as(grad);
       if (p.defined()) a = at::empty_like(n);
       pass_over(grad);
       // The products in panels.h take a matrix with one row for each row of V.
@@ -347,7 +350,11 @@ struct Linear : Function<Linear> {
                                     : "wn_kernels::linear_backward, materialize",
           {});
       if (needs_bias) pass_over(dy);
-      if (needs_x) dx = rows_times(as(dy, dtype), formed_weight(ctx, v, g, n, dtype));
+      if (needs_x) {
+        Tensor w = left_weight(ctx);
+        if (!w.defined()) w = scaled_weight(passing_weight(v, dtype), v, g, n);
+        dx = rows_times(as(dy, dtype), w);
+      }
     }
     if (needs_weight && !out[1].defined()) {
       const Tensor dw = at::mm(as(dy, dtype).t(), as(x, dtype));
@@ -358,13 +365,11 @@ struct Linear : Function<Linear> {
     return out;
   }
 
-  // Returns the W that a recorded backward has left to the next one, or forms it. The graph of that
-  // backward holds W as well.
-  static Tensor formed_weight(
-      AutogradContext* ctx, const Tensor& v, const Tensor& g, const Tensor& n,
-      at::ScalarType dtype) {
+  // Returns the W that a recorded backward has left to the next one, if there is one. The graph of
+  // that backward holds W as well.
+  static Tensor left_weight(AutogradContext* ctx) {
     const auto left = ctx->saved_data.find("weight");
-    if (left == ctx->saved_data.end()) return scaled_weight(v, g, n, dtype);
+    if (left == ctx->saved_data.end()) return {};
     const Tensor w = left->second.toTensor();
     ctx->saved_data.erase(left);
     return w;
@@ -375,7 +380,7 @@ struct Linear : Function<Linear> {
   static std::pair<Tensor, Tensor> grads_from_dots(
       const Tensor& a, const Tensor& scaled, const Tensor& few, const Tensor& x, const Tensor& v,
       const Tensor& g, const Tensor& n, const NormOptions& options) {
-    Tensor dv = at::empty_like(v), dg = at::empty_like(g);
+    Tensor dv = empty_as(v), dg = empty_as(g);
     const Tensor input = x.contiguous();
     AT_DISPATCH_FLOATING_TYPES(v.scalar_type(), "linear_backward", [&] {
       with_norm(options.norm, [&](auto norm) {
@@ -430,7 +435,7 @@ struct Linear : Function<Linear> {
   static std::pair<Tensor, Tensor> own_weight_grads(
       const Tensor& dy, const Tensor& x, const Tensor& v, const Tensor& g, const Tensor& n,
       const NormOptions& options) {
-    Tensor dv = at::empty_like(v), dg = at::empty_like(g);
+    Tensor dv = empty_as(v), dg = empty_as(g);
     const Tensor d = dy.t().contiguous(), input = x.contiguous();
     const int64_t rows = x.size(0), outputs = v.size(0), length = v.size(1);
     with_dtype(v.scalar_type(), [&](auto number) {

@@ -275,7 +275,7 @@ inline MaybeTensor weight_norm(
   std::optional<std::pair<Tensor, Tensor>> result;
   {
     const BelowAutograd below;
-    result = weight(t->v, t->g, t->options, t->v.scalar_type());
+    result = weight(empty_as(t->v), t->v, t->g, t->options);
   }
   if (!result) return std::nullopt;
   if (!t->needs_grad()) return result->first;

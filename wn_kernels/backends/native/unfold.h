@@ -226,7 +226,7 @@ inline std::optional<std::pair<Tensor, Tensor>> unfolded_forward(
     at::IntArrayRef y_sizes, const NormOptions& options) {
   const bool scales_taps = Extents(v, g).columns;
   const Unfolding of(conv, v, x.sizes(), y_sizes);
-  Tensor n = at::empty_like(g), y, s;
+  Tensor n = empty_as(g), y, s;
   if (scales_taps) {
     const auto found = norms(v, g, options);
     if (!found) return std::nullopt;
@@ -300,7 +300,7 @@ inline std::tuple<Tensor, Tensor, Tensor> unfolded_backward(
   const Tensor matrix = as_matrix(conv.transposed ? x : dy);
   const Tensor& image = conv.transposed ? dy : x;
   Tensor dx, dv, dg;
-  if (needs_weight) dv = at::empty_like(v), dg = at::empty_like(g);
+  if (needs_weight) dv = empty_as(v), dg = empty_as(g);
   AT_DISPATCH_FLOATING_TYPES(v.scalar_type(), "unfolded_backward", [&] {
     using T = scalar_t;
     const auto *vs = v.const_data_ptr<T>(), *gs = g.const_data_ptr<T>(),

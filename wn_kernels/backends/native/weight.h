@@ -11,6 +11,8 @@
 #include <utility>
 #include <vector>
 
+#include <ATen/EmptyTensor.h>
+
 #include "call.h"
 #include "columns.h"
 #include "rows.h"
@@ -67,14 +69,34 @@ inline bool forms_weight(Variant variant) {
   return variant == Variant::materialize || variant == Variant::widen;
 }
 
-// Returns memory for W in this dtype.
-inline Tensor empty_weight(const Tensor& v, at::ScalarType dtype) {
-  return at::empty_like(v, v.options().dtype(dtype));
+// Returns memory for numbers of this dtype, laid out as those of a dense tensor. No dispatcher runs.
+inline Tensor empty_as(const Tensor& t, at::ScalarType dtype) {
+  return Tensor(at::detail::empty_strided_cpu(t.sizes(), t.strides(), dtype));
+}
+
+inline Tensor empty_as(const Tensor& t) { return empty_as(t, t.scalar_type()); }
+
+// A W of at most this many bytes may have memory that is kept for the next one.
+constexpr int64_t kPassingBytes = 1 << 21;
+
+// Returns memory for a W in this dtype that its caller alone uses, and only until it returns. A small
+// one has the same memory in every call of a thread. Otherwise W would leave a hole in the heap, which
+// small tensors then break up.
+inline Tensor passing_weight(const Tensor& v, at::ScalarType dtype) {
+  static thread_local Tensor memory;
+  const int64_t bytes = v.numel() * static_cast<int64_t>(c10::elementSize(dtype));
+  if (bytes > kPassingBytes) return empty_as(v, dtype);
+  if (!memory.defined() || memory.numel() < bytes || memory.storage().use_count() > 1)
+    memory = Tensor(at::detail::empty_cpu({bytes}, at::kByte));
+  const Tensor w = at::detail::make_tensor<c10::TensorImpl>(
+      c10::Storage(memory.storage()), memory.key_set(), c10::scalarTypeToTypeMeta(dtype));
+  w.unsafeGetTensorImpl()->set_sizes_and_strides(v.sizes(), v.strides());
+  return w;
 }
 
 // Returns memory for the norms.
 inline Tensor empty_norms(const Tensor& v, const Tensor& g) {
-  return at::empty_like(g, g.options().dtype(wide_dtype(v)));
+  return empty_as(g, wide_dtype(v));
 }
 
 // Returns n, or nothing if a norm is out of range.
@@ -100,12 +122,10 @@ inline MaybeTensor norms(const Tensor& v, const Tensor& g, const NormOptions& op
   return in_range ? MaybeTensor(n) : std::nullopt;
 }
 
-// Computes W from n in this dtype.
-inline Tensor scaled_weight(
-    const Tensor& v, const Tensor& g, const Tensor& n, at::ScalarType dtype) {
+// Computes W from n, in its memory, which it returns.
+inline Tensor scaled_weight(Tensor w, const Tensor& v, const Tensor& g, const Tensor& n) {
   const Extents e(v, g);
-  Tensor w = empty_weight(v, dtype);
-  with_dtypes(dtype, v.scalar_type(), [&](auto to, auto from) {
+  with_dtypes(w.scalar_type(), v.scalar_type(), [&](auto to, auto from) {
     using W = decltype(to);
     using V = decltype(from);
     using T = Wide<V>;
@@ -158,17 +178,17 @@ inline bool weight_rows(
   return in_range;
 }
 
-// Returns W in this dtype, and n, or nothing if a norm is out of range. If slices are rows, V is
-// read from memory once.
+// Computes W in its memory. Returns it and n, or nothing if a norm is out of range. If slices are
+// rows, V is read from memory once.
 inline std::optional<std::pair<Tensor, Tensor>> weight(
-    const Tensor& v, const Tensor& g, const NormOptions& options, at::ScalarType dtype) {
+    const Tensor& w, const Tensor& v, const Tensor& g, const NormOptions& options) {
   const Extents e(v, g);
   if (e.columns) {
     const auto n = norms(v, g, options);
     if (!n) return std::nullopt;
-    return std::make_pair(scaled_weight(v, g, *n, dtype), *n);
+    return std::make_pair(scaled_weight(w, v, g, *n), *n);
   }
-  auto result = std::make_pair(empty_weight(v, dtype), empty_norms(v, g));
+  auto result = std::make_pair(w, empty_norms(v, g));
   std::atomic<bool> in_range{true};
   at::parallel_for(0, e.count, grain(e.length), [&](int64_t begin, int64_t end) {
     if (!weight_rows(result.first, result.second, v, g, options, begin, end)) in_range = false;
@@ -207,7 +227,7 @@ inline std::tuple<Tensor, Tensor, Tensor> empty_weight_grads(
     overwrite = true;
   }
   overwrite = overwrite && dw.scalar_type() == v.scalar_type();
-  return {dw, overwrite ? dw : at::empty_like(v), at::empty_like(g)};
+  return {dw, overwrite ? dw : empty_as(v), empty_as(g)};
 }
 
 // The same of the columns of dV, and of all dg.
