@@ -99,7 +99,7 @@ def triton_unavailable() -> str | None:
 
 
 # These backends compute the l2 norm only.
-_ONLY_L2 = frozenset(("triton", "native"))
+_ONLY_L2 = frozenset(("native",))
 
 
 def _takes(backend: str, norm: Norm) -> bool:
@@ -122,8 +122,7 @@ def choose_backend(v: Tensor, norm: Norm = "l2") -> str:
             return "reference"
         if recorded == "compiler":
             return ""
-        is_served = v.is_cuda and triton_unavailable() is None and _takes("triton", norm)
-        return "triton" if is_served else "aten"
+        return "triton" if v.is_cuda and triton_unavailable() is None else "aten"
     if _forced == "triton" and (reason := triton_unavailable()):
         raise cannot_serve("triton", reason)
     if not _takes(_forced, norm):
