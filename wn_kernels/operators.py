@@ -171,7 +171,7 @@ def launches(
     geometry: tuple[Any, ...],
     dim: int | None,
     eps: float,
-    norm: Norm = "l2",
+    norm: Norm,
 ) -> Launches | None:
     """What a node holds of a call, or `None` where no node serves it. This is called once for a
     call's dtypes, layouts and options.
@@ -245,7 +245,7 @@ def _planned(
     conv, dim, eps, norm = options
     geometry = Geometry.unpacked(conv) if conv else ()
     rank = len(geometry[0]) if geometry else 0
-    backend = backend or plans.choose_backend(tensors.v, norm)
+    backend = backend or plans.choose_backend(tensors.v)
     return prepare(rank, tensors, tuple(geometry), dim, eps, norm, backend, dtype)[:2]
 
 
