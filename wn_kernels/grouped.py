@@ -83,7 +83,7 @@ def weights(
     """
     first = v[0]
     backend = plans.prepares(first) if isinstance(first, Tensor) else ""
-    if not backend or any(norm != "l2" for norm in options[3]):
+    if not backend:
         return None
     layouts = library.layouts(v + g)
     if layouts is None:
@@ -116,12 +116,13 @@ def weights(
     if places is not None:
         check_places(places, v, members)
     if prepared is None:
-        given = map(list, zip(*(m[:3] for m in members), strict=True))
+        given = map(list, zip(*members, strict=True))
         return library.weight_norms(v, g, *given, places and [*places])
     with torch.no_grad():
         w, n = prepared(v, g, places)
     if torch.is_grad_enabled() and any(t.requires_grad for t in (*v, *g)):
-        return library.record(w, v, g, n, [m.eps for m in members], prepared.grads)
+        rules = [m.eps for m in members], [m.norm for m in members]
+        return library.record(w, v, g, n, *rules, prepared.grads)
     return w
 
 
@@ -279,13 +280,7 @@ def _unpacked(
     dtypes: Sequence[Any],
 ) -> tuple[Any, tuple[Member, ...]]:
     members = _members(dims, eps, norms, dtypes)
-    return _module(backend or choose_backend(v[0], members)), members
-
-
-def choose_backend(v: Tensor, members: Sequence[Member]) -> str:
-    """Returns the backend for a group with the weight `v`, as `plan.choose_backend`."""
-    norms = {m.norm for m in members}
-    return plans.choose_backend(v, next(iter(norms - {"l2"}), "l2"))
+    return _module(backend or plans.choose_backend(v[0])), members
 
 
 def _members(
