@@ -15,6 +15,7 @@ import wn_kernels
 from tests.comparison import DIMS, FLOATS, LAYOUTS, Case, ConvCase
 from wn_kernels import plan, prepare, tuning, use_backend
 from wn_kernels.backends import aten, native
+from wn_kernels.call import NORMS
 
 HALF = torch.bfloat16
 CASES = {
@@ -46,8 +47,16 @@ LATE = ("scaled", "input", "output")
 
 
 def drawn(seed):
-    """A random call: of any kind, in any dtypes, along any `dim`, in any layout."""
+    """A random call: of any kind, in any dtypes, along any `dim`, in any layout, of any norm."""
     random = Random(seed)
+    case = drawn_case(random, seed)
+    norm = random.choice(("l2", *NORMS))
+    if norm != "l2":
+        case.take(norm)
+    return case
+
+
+def drawn_case(random, seed):
     x_dtype, v_dtype = (random.choice(FLOATS) for _ in range(2))
     if random.random() < 0.5:
         v_dtype = x_dtype
@@ -82,7 +91,7 @@ def described(case):
     """How `tuning` calls a case: by its operands."""
     conv = case.geometry() if isinstance(case, ConvCase) else None
     dtypes = case.x.dtype, case.v.dtype
-    return tuning.Call(case.x.shape, case.v.shape, *dtypes, case.dim, conv)
+    return tuning.Call(case.x.shape, case.v.shape, *dtypes, case.dim, conv, norm=case.norm)
 
 
 @contextmanager
