@@ -31,8 +31,9 @@ def aten(m, k, n, dim=0, x=F32, v=F32):
     return plan.choose(Call(torch.Size((m, k)), torch.Size((n, k)), x, v, dim), "aten")
 
 
-def triton(m, k, n, dim=0, x=BF16, v=BF16):
-    return plan.choose(Call(torch.Size((m, k)), torch.Size((n, k)), x, v, dim), "triton")
+def triton(m, k, n, dim=0, x=BF16, v=BF16, norm="l2"):
+    call = Call(torch.Size((m, k)), torch.Size((n, k)), x, v, dim, norm=norm)
+    return plan.choose(call, "triton")
 
 
 def test_aten_variants():
@@ -109,6 +110,9 @@ def test_triton_variants():
     for x, v in ((F16, F16), (BF16, F32), (F16, F32)):
         assert triton(512, 4096, 4096, x=x, v=v)[1:3] == ("materialize", "materialize")
     assert triton(16, 4096, 4096, x=BF16, v=F32)[1:] == ("one_pass", "product", "product")
+    # The ties of linf are counted by a walk over V, which the product has not.
+    assert triton(16, 4096, 4096, norm="l1")[1:] == ("one_pass", "product", "product")
+    assert triton(16, 4096, 4096, norm="linf")[1:] == ("one_pass", "one_pass", "")
     assert triton(16, 4096, 4096, x=F16, v=F32)[1:3] == ("materialize", "one_pass")
     assert triton(tiles.one_pass_rows(8) + 1, 4096, 4096, x=F64, v=F64).forward != "one_pass"
 

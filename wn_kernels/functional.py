@@ -78,7 +78,7 @@ def _run(
 ) -> Tensor:
     """Runs every call. `rank` is the number of spatial dimensions of a convolution, 0 for a linear
     layer, and `None` for the weight alone, which has no `x`."""
-    if backend := plan.prepares(v, norm):
+    if backend := plan.prepares(v):
         serve = _servers.get(backend) or _find_server(backend)
         y = serve(rank, x, v, g, bias, geometry, dim, eps, norm)
         if y is not None:
@@ -91,7 +91,7 @@ def _run(
         reject(**{} if x is None else {"input": x}, v=v, g=g, bias=bias)
     if x is not None and torch._C._is_any_autocast_enabled():
         x = x.to(product_dtype(x))
-    backend = plan.choose_backend(v, norm)
+    backend = plan.choose_backend(v)
     tensors = Operands(x, v, g, bias)
     found = prepare(rank, tensors, geometry, dim, eps, norm, backend)
     call, chosen, g_shape, pad, batched, fits = found
@@ -266,7 +266,7 @@ def _weights(
     if "composite" in records and not plan.is_forced():
         backend = "reference"
     else:
-        backend = grouped.choose_backend(v[0], members)
+        backend = plan.choose_backend(v[0])
     if backend == "native":  # the library has declined the call already
         raise plan.cannot_serve(backend)
     every = [*zip(v, g, members, strict=True)]

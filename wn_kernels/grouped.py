@@ -83,7 +83,7 @@ def weights(
     """
     first = v[0]
     backend = plans.prepares(first) if isinstance(first, Tensor) else ""
-    if not backend or (backend == "triton" and any(norm != "l2" for norm in options[3])):
+    if not backend:
         return None
     layouts = library.layouts(v + g)
     if layouts is None:
@@ -280,13 +280,7 @@ def _unpacked(
     dtypes: Sequence[Any],
 ) -> tuple[Any, tuple[Member, ...]]:
     members = _members(dims, eps, norms, dtypes)
-    return _module(backend or choose_backend(v[0], members)), members
-
-
-def choose_backend(v: Tensor, members: Sequence[Member]) -> str:
-    """Returns the backend for a group with the weight `v`, as `plan.choose_backend`."""
-    norms = {m.norm for m in members}
-    return plans.choose_backend(v, next(iter(norms - {"l2"}), "l2"))
+    return _module(backend or plans.choose_backend(v[0])), members
 
 
 def _members(

@@ -247,7 +247,7 @@ def _planned(
     conv, dim, eps, norm = options
     geometry = Geometry.unpacked(conv) if conv else ()
     rank = len(geometry[0]) if geometry else 0
-    backend = backend or plans.choose_backend(tensors.v, norm)
+    backend = backend or plans.choose_backend(tensors.v)
     return prepare(rank, tensors, tuple(geometry), dim, eps, norm, backend, dtype)[:2]
 
 

@@ -16,7 +16,15 @@ import torch
 from torch import Tensor
 
 from wn_kernels.backends.tiles import one_pass_rows
-from wn_kernels.call import Geometry, Member, fits_unscaled, kept_shape, narrows_range
+from wn_kernels.call import (
+    NORMS,
+    Geometry,
+    Member,
+    Norm,
+    fits_unscaled,
+    kept_shape,
+    narrows_range,
+)
 
 if TYPE_CHECKING:
     from wn_kernels.backends.triton.launch import Launch
@@ -30,8 +38,8 @@ TYPES = {
 
 # The flags that tell a kernel's variants apart.
 FLAGS = (
-    *("FORM", "PHASED", "FLAT", "BIAS", "FUSED", "SQUARE", "AS_NORM", "GRAD", "SUM", "WIDE"),
-    *("KEEP", "DOTS", "NEEDS_X"),
+    *("FORM", "PHASED", "FLAT", "BIAS", "FUSED", "AS_NORM", "GRAD", "SUM", "WIDE"),
+    *("KEEP", "DOTS", "NEEDS_X", "NORM"),
 )
 
 # Dtypes whose kernels without a product are those of another one, but for a conversion.
@@ -84,14 +92,18 @@ def shipped(architecture: str) -> list[Compilation]:
     from wn_kernels.backends.triton.launch import recording
 
     found: dict[tuple, Compilation] = {}
-    for dtype, x_dtype, v_dtype in _dtypes():
-        for run in (_linear_launches, _convolution_launches, _group_launches):
+    runs = (_linear_launches, _convolution_launches, _group_launches)
+    # A kernel differs by its norm in a few instructions, which one dtype is enough to compile.
+    every = [(types, "l2") for types in _dtypes()]
+    every += [(types, norm) for types in _dtypes() if types[0] == "bf16" for norm in NORMS[1:]]
+    for (dtype, x_dtype, v_dtype), norm in every:
+        for run in runs:
             with (
                 configs.architecture(architecture),
                 _float32_products(dtype == "tf32"),
                 recording() as launches,
             ):
-                marks = [(len(launches), note) for note in run(dtype, x_dtype, v_dtype)]
+                marks = [(len(launches), note) for note in run(dtype, x_dtype, v_dtype, norm)]
             start = 0
             for end, note in marks:
                 for launch in launches[start:end]:
@@ -131,14 +143,18 @@ def _scales(v: Tensor, dim: int | None) -> tuple[Tensor, Tensor]:
     return g, g.to(torch.float64 if v.dtype == torch.float64 else torch.float32)
 
 
-def _linear_launches(dtype: str, x_dtype: torch.dtype, v_dtype: torch.dtype) -> Iterator[str]:
+def _linear_launches(
+    dtype: str, x_dtype: torch.dtype, v_dtype: torch.dtype, norm: Norm
+) -> Iterator[str]:
     """Launches every form; after each `dim`, what tells it apart."""
     from wn_kernels.backends import triton as backend
 
     needs = (True, True, True, True)
     few = [(m, 4096, o) for m in (16, 32, 64, 128) for o in (4096, 8192, 65536)]
     sizes = [(1, 4096, 4096), *few, (4096, 4096, 4096)]
-    if dtype == "bf16":  # 64-bit offsets
+    if norm != "l2":
+        sizes = [(16, 4096, 4096)]
+    elif dtype == "bf16":  # 64-bit offsets
         sizes += [(16, 65536, 65536), (128, 65536, 65536), (65536, 65536, 65536)]
     for dim, (m, k, o) in itertools.product((0, 1, None), sizes):
         x, dy = (torch.empty(m, size, dtype=x_dtype, device="meta") for size in (k, o))
@@ -147,27 +163,32 @@ def _linear_launches(dtype: str, x_dtype: torch.dtype, v_dtype: torch.dtype) -> 
         g, n = _scales(v, dim)
         size = max(x.element_size(), v.element_size())
         if fits_unscaled(x_dtype, v_dtype):
-            backend.linear(x, v, g, bias, dim, 0.0, "scaled")
-            backend.linear_backward(dy, x, v, g, n, dim, 0.0, "scaled", needs)
+            backend.linear(x, v, g, bias, dim, 0.0, "scaled", norm=norm)
+            backend.linear_backward(dy, x, v, g, n, dim, 0.0, "scaled", needs, norm=norm)
         few = dim == 0 and m <= one_pass_rows(size)
         if few and not narrows_range(x_dtype, v_dtype):
-            backend.linear(x, v, g, bias, dim, 0.0, "one_pass")
+            backend.linear(x, v, g, bias, dim, 0.0, "one_pass", norm=norm)
         if few and x_dtype != torch.float16:
-            backend.linear(x, v, g, bias, dim, 0.0, "one_pass", True)
-            backend.linear_backward(dy, x, v, g, n, dim, 0.0, "product", needs, dy)
+            backend.linear(x, v, g, bias, dim, 0.0, "one_pass", True, norm=norm)
+        if few and x_dtype != torch.float16 and norm != "linf":
+            backend.linear_backward(dy, x, v, g, n, dim, 0.0, "product", needs, dy, norm=norm)
         if m <= one_pass_rows(size, grad=True) and dim is not None:
-            backend.linear_backward(dy, x, v, g, n, dim, 0.0, "one_pass", needs)
-        w, _ = backend.weight_norm(v, g, dim, 0.0, x_dtype)
-        backend.weight_norm_backward(w, v, g, n, dim, 0.0)
+            backend.linear_backward(dy, x, v, g, n, dim, 0.0, "one_pass", needs, norm=norm)
+        w, _ = backend.weight_norm(v, g, dim, 0.0, x_dtype, norm=norm)
+        backend.weight_norm_backward(w, v, g, n, dim, 0.0, norm=norm)
         yield "dim=1" if dim == 1 else ""
 
 
-def _convolution_launches(dtype: str, x_dtype: torch.dtype, v_dtype: torch.dtype) -> Iterator[str]:
+def _convolution_launches(
+    dtype: str, x_dtype: torch.dtype, v_dtype: torch.dtype, norm: Norm
+) -> Iterator[str]:
     """The same for convolutions, with channels last."""
     from wn_kernels.backends import triton as backend
 
     convolutions = list(CONVOLUTIONS)
-    if dtype == "bf16":  # the other ranks
+    if norm != "l2":  # the one that takes norms in the loop of its product
+        convolutions = [case for case in CONVOLUTIONS if case[6] > 1]
+    elif dtype == "bf16":  # the other ranks
         convolutions += [(rank, *CONVOLUTIONS[0][1:]) for rank in (1, 3)]
     for rank, inputs, outputs, taps, stride, transposed, groups, size in convolutions:
         first, second = (inputs, outputs) if transposed else (outputs, inputs)
@@ -185,11 +206,12 @@ def _convolution_launches(dtype: str, x_dtype: torch.dtype, v_dtype: torch.dtype
         # One layer is enough to have the kernels that activations with channels first need.
         layouts = [(x, dy)] if size == 32 else [(x, dy), (x.contiguous(), dy.contiguous())]
         for x, dy in layouts:
-            backend.convolution(x, v, g, bias, conv, 0, 0.0, "packed")
+            backend.convolution(x, v, g, bias, conv, 0, 0.0, "packed", norm=norm)
             needs = (True, True, True, True)
-            backend.convolution_backward(dy, x, v, g, n, conv, 0, 0.0, "packed", needs)
+            options = conv, 0, 0.0, "packed", needs
+            backend.convolution_backward(dy, x, v, g, n, *options, norm=norm)
             if conv.has_small_groups(v.shape) and not narrows_range(x_dtype, v_dtype):
-                backend.convolution(x, v, g, bias, conv, 0, 0.0, "one_pass")
+                backend.convolution(x, v, g, bias, conv, 0, 0.0, "one_pass", norm=norm)
         yield f"{rank}d"
 
 
@@ -205,14 +227,16 @@ GROUP = [
 ]
 
 
-def _group_launches(dtype: str, x_dtype: torch.dtype, v_dtype: torch.dtype) -> Iterator[str]:
+def _group_launches(
+    dtype: str, x_dtype: torch.dtype, v_dtype: torch.dtype, norm: Norm
+) -> Iterator[str]:
     """Launches the two kernels of a group."""
     from wn_kernels.backends.triton import group
 
     v = [torch.empty(shape, dtype=v_dtype, device="meta") for shape, _ in GROUP]
     scales = [_scales(t, dim) for t, (_, dim) in zip(v, GROUP, strict=True)]
     g, n = ([pair[i] for pair in scales] for i in (0, 1))
-    members = tuple(Member(dim, 0.0, x_dtype) for _, dim in GROUP)
+    members = tuple(Member(dim, 0.0, x_dtype, norm) for _, dim in GROUP)
     w, _ = group.weight_norms(v, g, members)
     group.weight_norms_backward(w, v, g, n, members)
     yield ""
@@ -220,11 +244,13 @@ def _group_launches(dtype: str, x_dtype: torch.dtype, v_dtype: torch.dtype) -> I
 
 def named(launch: Launch, dtype: str, note: str) -> Compilation:
     """The recorded launch, under a name that tells it from the others."""
+    from wn_kernels.backends.triton.group import Kind
+
     name = launch.kernel.__name__
     flags = [
         flag if value is True else f"{flag}={value}"
         for flag, value in launch.arguments.items()
-        if flag in FLAGS and (value is True or (isinstance(value, str) and value))
+        if flag in FLAGS and (value is True or (isinstance(value, str) and value not in ("", "l2")))
     ]
     blocks = [
         str(launch.arguments[block])
@@ -235,6 +261,8 @@ def named(launch: Launch, dtype: str, note: str) -> Compilation:
     ]
     if kinds := launch.arguments.get("KINDS"):
         blocks = [f"{len(kinds)} kinds"]
+        norms = {kind[Kind._fields.index("NORM")].value for kind in kinds} - {"l2"}
+        flags += [f"NORM={norm}" for norm in sorted(norms)]
     words = ["x".join(blocks), f"w{launch.num_warps}", f"s{launch.num_stages}", *flags]
     if "d" not in note or "taps" in launch.arguments:  # a rank says nothing of a weight's kernels
         words.append(note)

@@ -32,7 +32,7 @@ from torch.utils._pytree import tree_flatten
 from torch.utils.flop_counter import flop_registry
 
 from bench.static import baseline
-from wn_kernels.call import Geometry, Member, kept_shape
+from wn_kernels.call import NORMS, Geometry, Member, Norm, kept_shape
 
 
 @dataclass
@@ -215,6 +215,7 @@ class Case(NamedTuple):
     v_dtype: torch.dtype = torch.bfloat16
     dim: int = 0
     conv: Geometry | None = None
+    norm: Norm = "l2"
 
 
 _SAME = Geometry((1, 1), (1, 1), (1, 1), False, (0, 0), 1)
@@ -235,6 +236,10 @@ CASES = [
     Case("conv 3×3, 64→64, 8²", (1, 64, 8, 8), (64, 64, 3, 3), _CONV, conv=_SAME),
     Case("up k8 s4, 64→32, 16", (1, 64, 16), (64, 32, 8), _CONV, conv=_UP),
     Case("depthwise 3×3, 64, 8²", (1, 64, 8, 8), (64, 1, 3, 3), ("one_pass", *_CONV), conv=_EACH),
+    *(
+        Case(f"linear 16, 128, 128, {norm}", (16, 128), (128, 128), _LINEAR, norm=norm)
+        for norm in NORMS
+    ),
 ]
 
 
@@ -267,8 +272,9 @@ class _Layer:
 
         case, operands = self.case, (self.x, self.v, self.g, self.bias)
         if case.conv is None:
-            return backend.linear(*operands, case.dim, 0.0, variant)
-        return backend.convolution(*operands, case.conv, case.dim, 0.0, variant)[:2]
+            return backend.linear(*operands, case.dim, 0.0, variant, norm=case.norm)
+        options = case.conv, case.dim, 0.0, variant
+        return backend.convolution(*operands, *options, norm=case.norm)[:2]
 
     def backward(self, variant: str) -> Any:
         from wn_kernels.backends import triton as backend
@@ -277,8 +283,10 @@ class _Layer:
         needs = (True, True, True, True)
         if case.conv is None:
             kept = self.product if variant == "product" else None
-            return backend.linear_backward(*operands, case.dim, 0.0, variant, needs, kept)
-        return backend.convolution_backward(*operands, case.conv, case.dim, 0.0, variant, needs)
+            options = case.dim, 0.0, variant, needs, kept
+            return backend.linear_backward(*operands, *options, norm=case.norm)
+        options = case.conv, case.dim, 0.0, variant, needs
+        return backend.convolution_backward(*operands, *options, norm=case.norm)
 
     def minimum(self, direction: str) -> int:
         """Bytes of what comes in and of what goes out."""
@@ -289,7 +297,7 @@ class _Layer:
         return 2 * inputs + self.dy.nbytes + self.n.nbytes + db
 
     def eager(self) -> dict[str, Traffic]:
-        """PyTorch's parametrized layer, under autocast where dtypes differ."""
+        """PyTorch's parametrized layer, under autocast where dtypes differ. Its norm is l2."""
         case = self.case
         if case.conv is None:
             layer: Any = nn.Linear(*reversed(case.v_shape), dtype=case.v_dtype)
@@ -388,6 +396,7 @@ def _of(case: Case, direction: str) -> tuple[str, ...]:
     """Returns the variants of a direction, which has some that the other has not."""
     if case.conv is None:
         takes_product = direction == "backward" and "one_pass" in case.variants
+        takes_product &= case.norm != "linf"
         return (*["product"] * takes_product, *case.variants)
     other = "one_pass" if direction == "backward" else "weight_grad"
     return tuple(name for name in case.variants if name != other)

@@ -135,7 +135,7 @@ def _path(module: Any, v: torch.Tensor, dim: Any) -> str:
 def _in_group(module: Any) -> str:
     """Returns the note of a layer of a grouped model, for a nominal input in a training step."""
     v, (dim, _, norm) = module._tensors("weight")[1], module._normalisation()
-    backend = plan.serving(v, dim, norm)
+    backend = plan.serving(v, dim)
     if is_lazy(v) or backend == "reference":
         return "its own weight"
     call = _nominal(module, v, dim)._replace(norm=norm)

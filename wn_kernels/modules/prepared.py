@@ -176,7 +176,7 @@ def _shares(
 ) -> bool:
     """Returns whether the plan has the weight of a layer formed by a group, for this input."""
     dim, eps, norm = module._normalisation()
-    backend = plan.serving(v, dim, norm)
+    backend = plan.serving(v, dim)
     if backend == "reference":
         return False
     like = x if x.dtype is dtype else torch.empty_like(x, dtype=dtype, device="meta")

@@ -142,7 +142,8 @@ def triton_linear(call: Call, device: Device) -> Costs:
         backward = {"one_pass": [*dx, grad]} | backward
     # Without tensor cores it lost to the vendor's products by more rows than these.
     many = ieee and m > IEEE_ROWS
-    if few and not many and keeps_product(call) and call.x_dtype != torch.float16:
+    serves = call.x_dtype != torch.float16 and call.norm != "linf"  # whose ties it does not count
+    if few and not many and keeps_product(call) and serves:
         loop = tiles.grads(m, size, ieee, architecture)
         splits = tiles.grads_splits(n, k, loop, device.multiprocessors)
         parts = 0.0 if splits == 1 else max(4.0, x_size) * splits * m * k

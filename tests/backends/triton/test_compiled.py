@@ -99,7 +99,7 @@ CALLS = {
     "weight": lambda: backend.weight_norm(v, g, 0, 0.0, torch.bfloat16),
     "weight's gradient": lambda: backend.weight_norm_backward(v, v, g, norm, 0, 0.0),
     "weight's gradient, split": lambda: backend.weight_norm_backward(
-        torch.ones(256, 256), torch.ones(256, 256), g[0, 0], g[0, 0], None, 0.0),
+        torch.ones(256, 256), torch.ones(256, 256), g[0, 0], g[0, 0], None, 0.0, norm="linf"),
     "convolution, one pass": lambda: backend.convolution(
         images, *each, channels, grouped, 0, 0.0, "one_pass"),
     "convolution, packed": lambda: backend.convolution(

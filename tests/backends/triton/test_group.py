@@ -28,17 +28,21 @@ def split(parts, count):
 
 
 @pytest.mark.sanitize
-def test_against_float64(device):
+@pytest.mark.parametrize("norms", [("l2",), ("l1", "linf", "l2")])
+def test_against_float64(norms, device):
+    """The weights take the norms in turn. In either form, a slice has ties."""
     count = len(MEMBERS)
     v, g, dw = (
-        [torch.randn(shape) for shape, _ in MEMBERS],
+        [torch.randn(shape).clamp(-1.5, 1.5) for shape, _ in MEMBERS],
         [torch.rand(kept_shape(*member)) + 0.5 for member in MEMBERS],
         [torch.randn(shape) for shape, _ in MEMBERS],
     )
     new = [torch.full_like(t, torch.nan) for t in (*g, *v, *g, *v)]  # n, W, dg, dV
     parts, arena = in_one_arena([t.to(device) for t in (*v, *g, *dw, *new)])
     vs, gs, dws, ns, ws, dgs, dvs = split(parts, count)
-    members = tuple(Member(dim, 0.0, torch.float32) for _, dim in MEMBERS)
+    members = tuple(
+        Member(dim, 0.0, torch.float32, norms[i % len(norms)]) for i, (_, dim) in enumerate(MEMBERS)
+    )
     target = group.target_of(arena)
     forward = group._remembered(target, (*vs, *gs), members)
     backward = group._remembered_backward(target, (*dws, *vs, *gs), members)
@@ -48,12 +52,13 @@ def test_against_float64(device):
     table.launch((vs, gs, ns, ws), arena)
     (table,) = backward.tables
     table.launch((dws, vs, gs, ns, dgs, dvs), arena)
-    for i, (shape, dim) in enumerate(MEMBERS):
+    for i, (shape, _) in enumerate(MEMBERS):
+        options = members[i].dim, 0.0, members[i].norm
         wide = [t.double().requires_grad_() for t in (v[i], g[i])]
-        expected = reference.weight_norm(*wide, dim, 0.0)
+        expected = reference.weight_norm(*wide, *options)
         dv, dg = torch.autograd.grad(expected, wide, dw[i].double())
         length, terms = v[i].numel(), dw[i].norm().item()
-        scale = (reference.slice_scale(*wide, dim, 0.0) * dw[i].double()).norm().item()
+        scale = (reference.slice_scale(*wide, *options) * dw[i].double()).norm().item()
         assert_matches(ws[i], expected, torch.float32, length, what=f"w {shape}")
         assert_matches(dvs[i], dv, torch.float32, length, roundings=3, scale=scale)
         assert_matches(dgs[i], dg, torch.float32, length, terms=terms)

@@ -5,7 +5,9 @@ import itertools
 import pytest
 import torch
 
+import wn_kernels.functional as WF
 from tests.comparison import DIMS, LAYOUTS, Case, assert_matches, assert_same_bits
+from wn_kernels import use_backend
 from wn_kernels.backends import tiles
 from wn_kernels.backends.tiles import one_pass_rows
 from wn_kernels.backends.triton import configs, linear, linear_backward, slice_norms
@@ -48,18 +50,23 @@ def run(case, forward=None, backward=None, config=SMALL, grad_config=SMALL_GRAD)
     """Checks a form of the forward, or of the backward."""
     inputs = (case.x, case.v, case.g)
     if forward:
-        y, n = linear(*inputs, case.bias, case.dim, case.eps, forward, config=config)
+        options = case.dim, case.eps, forward
+        y, n = linear(*inputs, case.bias, *options, norm=case.norm, config=config)
         case.check_forward(y)
-        expected = slice_norms(case.v.double(), case.dim, case.eps)
-        assert_matches(n, expected, n.dtype, case.v.numel(), what="n")
+        expected = slice_norms(case.v.double(), case.dim, case.eps, norm=case.norm)
+        finite = expected.isfinite()
+        assert n.isfinite().tolist() == finite.tolist()
+        assert_matches(n[finite], expected[finite], n.dtype, case.v.numel(), what="n")
         return y, n
-    n, kept = slice_norms(case.v, case.dim, case.eps), None
+    n, kept = slice_norms(case.v, case.dim, case.eps, norm=case.norm), None
     if backward == "product":
         kept = product(case)
         grad_config = SMALL_WALK if grad_config is SMALL_GRAD else grad_config
     needs = (True, True, True, case.bias is not None)
     grads = linear_backward(
-        *(case.dy, *inputs, n, case.dim, case.eps, backward, needs, kept), config=grad_config
+        *(case.dy, *inputs, n, case.dim, case.eps, backward, needs, kept),
+        norm=case.norm,
+        config=grad_config,
     )
     case.check_backward(grads)
     return grads
@@ -68,7 +75,8 @@ def run(case, forward=None, backward=None, config=SMALL, grad_config=SMALL_GRAD)
 def product(case, config=None):
     """What the forward in one pass keeps."""
     inputs = case.x, case.v, case.g, case.bias
-    y, _, kept = linear(*inputs, case.dim, case.eps, "one_pass", True, config=config)
+    options = case.dim, case.eps, "one_pass", True
+    y, _, kept = linear(*inputs, *options, norm=case.norm, config=config)
     case.check_forward(y)
     return kept
 
@@ -128,6 +136,19 @@ def test_bias_and_eps(dim, form, bias, eps, device):
     if form in FORWARD[dim]:
         run(case, forward=form)
     run(case, backward=form)
+
+
+@pytest.mark.sanitize
+@pytest.mark.parametrize(("dim", "form"), forms(BACKWARD))
+@pytest.mark.parametrize("norm", ["l1", "linf"])
+def test_other_norms(norm, dim, form, device):
+    """With ties, and a slice of norm zero."""
+    case = Case(15, *BLOCKS[1:], dim, device=device)
+    case.take(norm)
+    if form in FORWARD[dim]:
+        run(case, forward=form)
+    if (form, norm) != ("product", "linf"):
+        run(case, backward=form)
 
 
 @pytest.mark.parametrize("dim", DIMS)
@@ -269,6 +290,22 @@ def test_what_is_refused(x_dtype, v_dtype, device):
     for variant, dim in (("materialize", 0), ("materialize", 1)):
         with pytest.raises(ValueError, match="does not compute the product"):
             linear(case.x, case.v, case.g, None, dim, 0.0, variant, True)
+
+
+@pytest.mark.parametrize("norm", ["l1", "linf"])
+def test_what_a_layer_launches_for_other_norms(norm, device):
+    """By the functions, with eps between the norms of the slices."""
+    case = Case(9, 20, 18, 0, eps={"l1": 10.0, "linf": 0.75}[norm], device=device)
+    case.take(norm)
+    with use_backend("triton"):
+        case.check(lambda *inputs: WF.wn_linear(*inputs, eps=case.eps, norm=norm))
+
+
+def test_product_counts_no_ties(device):
+    case = Case(3, 8, 6, 0, device=device)
+    operands = case.dy, case.x, case.v, case.g, slice_norms(case.v, 0, 0.0, norm="linf")
+    with pytest.raises(ValueError, match="counts the ties of the norm linf"):
+        linear_backward(*operands, 0, 0.0, "product", (True,) * 4, norm="linf")
 
 
 @pytest.mark.parametrize(("dim", "form"), forms(BACKWARD))

@@ -43,14 +43,15 @@ def inputs(shape, dim, dtype, device, g_dtype=None):
     return v.to(device), g.to(device), dw.to(device)
 
 
-def check(v, g, dw, dim, *, eps=0.0, config=SMALL, splits=None, dtype=None):
+def check(v, g, dw, dim, *, eps=0.0, norm="l2", config=SMALL, splits=None, dtype=None):
     """Forward and backward against the reference in float64."""
     dtype = dtype or v.dtype
     wide = [t.detach().double().requires_grad_() for t in (v, g)]
-    expected = reference.weight_norm(*wide, dim, eps)
+    expected = reference.weight_norm(*wide, dim, eps, norm)
     expected_dv, expected_dg = torch.autograd.grad(expected, wide, dw.double())
-    w, n = weight_norm(v, g, dim, eps, dtype, config=config, splits=splits)
-    dv, dg = weight_norm_backward(dw, v, g, n, dim, eps, config=config, splits=splits)
+    options = {"norm": norm, "config": config, "splits": splits}
+    w, n = weight_norm(v, g, dim, eps, dtype, **options)
+    dv, dg = weight_norm_backward(dw, v, g, n, dim, eps, **options)
 
     length = v.numel()
     assert w.dtype == dtype
@@ -58,7 +59,7 @@ def check(v, g, dw, dim, *, eps=0.0, config=SMALL, splits=None, dtype=None):
     assert dg.dtype == g.dtype
     assert_matches(w, expected, dtype, length, what="w")
     terms = dw.double().norm().item()
-    scale = (reference.slice_scale(*wide, dim, eps) * dw.double()).norm().item()
+    scale = (reference.slice_scale(*wide, dim, eps, norm) * dw.double()).norm().item()
     if v.numel() == n.numel():  # slices of one element: no direction to learn
         assert dv.double().norm().item() <= 8 * torch.finfo(v.dtype).eps * scale
     else:
@@ -124,11 +125,39 @@ def test_packed_weight(form, device):
     """W with its channels contiguous, whatever V's layout is."""
     config, splits = FORMS[form]
     v, g, _ = inputs((6, 5, 3, 4), 0, torch.float32, device)
-    options = (0, 0.0, torch.bfloat16, config, splits, True)
+    options = (0, 0.0, "l2", torch.bfloat16, config, splits, True)
     w, _ = remembered_weight_norm(target_of(v), (v, g), *options)(v, g)
     assert w.stride(1) == 1
     expected = reference.weight_norm(v.double(), g.double(), 0, 0.0)
     assert_matches(w, expected, torch.bfloat16, v.numel())
+
+
+@pytest.mark.sanitize
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(
+    ("shape", "dim"), [((13, 37), 0), ((13, 37), 1), ((13, 37), None), ((11, 5, 9), 2)]
+)
+@pytest.mark.parametrize("norm", ["l1", "linf"])
+def test_other_norms(norm, shape, dim, form, device):
+    """Most slices have several elements of the largest magnitude, of either sign, in parts that
+    several programs share. One slice is zero."""
+    config, splits = FORMS[form]
+    v, g, dw = inputs(shape, dim, torch.float32, device)
+    v.clamp_(-1.0, 1.0)
+    if dim is not None:
+        v.select(dim, 2).zero_()
+    check(v, g, dw, dim, norm=norm, config=config, splits=splits)
+
+
+@pytest.mark.parametrize("splits", [1, 3])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("norm", ["l1", "linf"])
+def test_dtypes_of_other_norms(norm, dtype, splits, device):
+    """Ties, and eps between the norms of the slices."""
+    v, g, dw = inputs((13, 37), 0, dtype, device, g_dtype=torch.float32)
+    v.clamp_(-1.0, 1.0)[1::2] /= 2
+    eps = {"l1": 18.0, "linf": 0.75}[norm]
+    check(v, g, dw, 0, eps=eps, norm=norm, splits=splits)
 
 
 BF16 = torch.bfloat16
@@ -194,7 +223,7 @@ def test_norms_at_the_address_zero(form, device, monkeypatch):
     monkeypatch.setattr(Launcher, "launches", launches)
     v, g, _ = inputs((13, 37), 0, torch.float32, device)
     absent = []
-    run = prepare_weight_norm(target_of(v), v, g, 0, 0.0, v.dtype, *FORMS[form])
+    run = prepare_weight_norm(target_of(v), v, g, 0, 0.0, "l2", v.dtype, *FORMS[form])
     w, n = run(v, g, spare=False)
     assert n is None
     assert absent[-1] == (1 if form == "partial" else 2)  # where PARTIAL is not read, it is NORM

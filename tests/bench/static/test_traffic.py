@@ -10,6 +10,7 @@ pytest.importorskip("triton")
 
 from bench.static import baseline, traffic
 from bench.static.traffic import Case
+from wn_kernels.call import NORMS
 
 
 @pytest.fixture(scope="module")
@@ -69,6 +70,21 @@ def test_counts_of_a_product_alone():
     assert (t.written, t.operations) == (4 * 15, 2 * 3 * 5 * 8)
     twice = traffic.count(lambda: torch.mm(a, a.t()))
     assert (twice.requested, twice.distinct) == (4 * (24 + 24 + 9), 4 * (24 + 9))
+
+
+def test_every_norm_moves_the_same_bytes():
+    """As committed, but for the counts of ties that the parts of a split slice leave."""
+    committed, _ = baseline.read("traffic")
+    of = {
+        norm: {
+            key.replace(norm, "l2"): figures for key, figures in committed.items() if norm in key
+        }
+        for norm in NORMS
+    }
+    assert of["l1"] == of["l2"]
+    product = {key for key in of["l2"] if key.endswith("product")}
+    assert of["linf"] == {key: of["l2"][key] for key in of["l2"].keys() - product}
+    assert len(product) == 1
 
 
 # --- baselines -----------------------------------------------------------------------------------

@@ -48,12 +48,13 @@ def layer(
     """`(y, n, kept)`, as `aten.layer`."""
     x, v, g, bias = tensors
     if x is None:
-        return *weight_norm(v, g, call.dim, call.eps, call.x_dtype), None
+        return *weight_norm(v, g, call.dim, call.eps, call.x_dtype, norm=call.norm), None
     options = call.dim, call.eps, plan.forward
     if call.conv is not None:
-        y, n, w = convolution(x, v, g, bias, call.conv, *options)
+        y, n, w = convolution(x, v, g, bias, call.conv, *options, norm=call.norm)
         return y, n, w if keep and plan.keeps else None
-    y, n, *kept = linear(x, v, g, bias, *options, keep and plan.keeps == "product")
+    keep = keep and plan.keeps == "product"
+    y, n, *kept = linear(x, v, g, bias, *options, keep, norm=call.norm)
     return y, n, kept[0] if kept else None
 
 
@@ -69,11 +70,13 @@ def layer_backward(
     """`(dX, dV, dg, db)`, as `aten.layer_backward`."""
     x, v, g, _ = tensors
     if x is None:
-        return None, *weight_norm_backward(dy, v, g, n, call.dim, call.eps), None
+        grads = weight_norm_backward(dy, v, g, n, call.dim, call.eps, norm=call.norm)
+        return None, *grads, None
     options = call.dim, call.eps, plan.backward, needs
     if call.conv is not None:
-        return convolution_backward(dy, x, v, g, n, call.conv, *options, kept)
-    return linear_backward(dy, x, v, g, n, *options, kept)
+        operands = dy, x, v, g, n
+        return convolution_backward(*operands, call.conv, *options, kept, norm=call.norm)
+    return linear_backward(dy, x, v, g, n, *options, kept, norm=call.norm)
 
 
 def pass_forward(call: Call, plan: Any, tensors: Operands, keep: bool = False) -> Pass | None:
@@ -81,7 +84,7 @@ def pass_forward(call: Call, plan: Any, tensors: Operands, keep: bool = False) -
     `None` where more happens than allocations, launches and PyTorch's own products. With `keep` it
     returns what the plan keeps behind the norms; that of a convolution always does."""
     x, v, g, bias = tensors
-    target, options = target_of(v), (call.dim, call.eps)
+    target, options = target_of(v), (call.dim, call.eps, call.norm)
     if x is None:
         return _as_pass(remembered_weight_norm(target, (v, g), *options, call.x_dtype))
     how = plan.forward, call.tf32
@@ -98,7 +101,7 @@ def pass_backward(
     """The pass that computes `layer_backward`, or `None`, as `pass_forward`. For the weight alone
     its arguments are `(dW, v, g, n)`, and its results `(dV, dg)`."""
     x, v, g, _ = tensors
-    target, options = target_of(v), (call.dim, call.eps)
+    target, options = target_of(v), (call.dim, call.eps, call.norm)
     if x is None:
         return _as_pass(remembered_weight_norm_backward(target, (dy, v, g), *options))
     how = plan.backward, needs, call.tf32

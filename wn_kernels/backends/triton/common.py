@@ -49,15 +49,81 @@ def offsets(block, BLOCK: tl.constexpr, WIDE: tl.constexpr):
     return first + tl.arange(0, BLOCK)
 
 
+# --- norms of slices and their slopes ----------------------------------------------------------
+
+# NORM is one of `call.NORMS`. A part of a slice has a *partial*: the sum of its squares (l2) or of
+# its magnitudes (l1), or the largest magnitude (linf). The slope of the norm `n` is `u / d`:
+#
+#     l2  v / n          l1  sign(v) / 1          linf  v [|v| = n] / (n · ties)
+#
+# The ties are the elements with `|v| = n`, which share the slope. That comparison is exact: `v` was
+# converted to the dtype of the norm, and `n` is not rounded.
+
+
 @triton.jit
-def as_norm(squares, EPS: tl.constexpr):
-    """The norm from a sum of squares; `+inf` for zero, so that the scale `g / n` is zero."""
-    n = tl.sqrt(squares)
+def partial_of(v, NORM: tl.constexpr):
+    """The partial of each element by itself."""
+    if NORM == "l2":
+        return v * v
+    else:
+        return tl.abs(v)
+
+
+@triton.jit
+def merged(a, b, NORM: tl.constexpr):
+    """The partial of two parts together, a NaN if one is."""
+    if NORM == "linf":
+        return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+    else:
+        return a + b
+
+
+@triton.jit
+def merged_along(partials, axis: tl.constexpr, NORM: tl.constexpr):
+    """The partial of all parts along an axis, a NaN if one is. Without a NORM, their sum."""
+    if NORM == "linf":
+        # `tl.max` drops a NaN. The bits of magnitudes have their order, and those of a NaN are the
+        # largest.
+        BITS: tl.constexpr = tl.int64 if partials.dtype == tl.float64 else tl.int32
+        largest = tl.max(partials.to(BITS, bitcast=True), axis=axis)
+        return largest.to(partials.dtype, bitcast=True)
+    else:
+        return tl.sum(partials, axis=axis)
+
+
+@triton.jit
+def as_norm(partial, EPS: tl.constexpr, NORM: tl.constexpr):
+    """The norm of a slice from its partial; `+inf` for zero, so that the scale `g / n` is zero."""
+    n = tl.sqrt(partial) if NORM == "l2" else partial
     n = tl.where(n <= EPS, EPS, n)  # a NaN passes
     return tl.where(n == 0, float("inf"), n)
 
 
 @triton.jit
-def dot_coefficient(g, n, dg, EPS: tl.constexpr):
-    """`c = s · dg / n` with `s = g / n`; zero where `n` was clamped: there it is a constant."""
-    return tl.where(n <= EPS, 0.0, g / n * (dg / n))
+def tied(v, n):
+    """One for an element that is a tie of its slice with the norm `n`, else zero."""
+    return tl.where(tl.abs(v) == n, 1.0, 0.0).to(v.dtype)
+
+
+@triton.jit
+def slope(v, n, NORM: tl.constexpr):
+    """`u`: the slope but for the divisor, which is one for the whole slice."""
+    if NORM == "l2":
+        return v
+    elif NORM == "l1":
+        return tl.where(v > 0, 1.0, tl.where(v < 0, -1.0, 0.0)).to(v.dtype)
+    else:
+        return tl.where(tl.abs(v) == n, v, 0.0)
+
+
+@triton.jit
+def slope_coefficient(g, n, dg, ties, EPS: tl.constexpr, NORM: tl.constexpr):
+    """`c = s · dg / d` with `s = g / n`, for `dV = s ⊙ dW - c ⊙ u`. It is zero where `n` was
+    clamped: there it is a constant. Only linf takes `ties`."""
+    if NORM == "l1":
+        c = g / n * dg
+    else:
+        c = g / n * (dg / n)
+        if NORM == "linf":
+            c /= tl.maximum(ties, 1.0)  # a slice of zeros has none
+    return tl.where(n <= EPS, 0.0, c)

@@ -13,12 +13,13 @@ turns into `dV` and `dg` (`weight.py`).
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from ...call import Geometry, takes_tf32
+from ...call import Geometry, Norm, takes_tf32
 from .. import vendor
 from ..vendor import convolution_grads
 from . import configs, weight
@@ -53,17 +54,18 @@ def convolution(
     eps: float,
     variant: str,
     *,
+    norm: Norm = "l2",
     config: configs.SplitConfig | configs.DirectConfig | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """`(y, n, W)` for `x` of shape `(B, C, *sizes)`; variants as in `costs.triton_convolution`. `W`
     is `None` where none is formed."""
     g = g.contiguous()
     if variant == "materialize":
-        w, n = weight.weight_norm(v, g, dim, eps, x.dtype)
+        w, n = weight.weight_norm(v, g, dim, eps, x.dtype, norm=norm)
         if bias is not None and bias.dtype != x.dtype:
             bias = bias.to(x.dtype)
         return vendor.convolution(x, w, bias, conv), n, w
-    options = conv, dim, eps, variant, takes_tf32(x.dtype, "conv"), config
+    options = conv, dim, eps, norm, variant, takes_tf32(x.dtype, "conv"), config
     return remembered_convolution(target_of(x), (x, v, g, bias), *options)(x, v, g, bias)
 
 
@@ -76,6 +78,7 @@ def prepare_convolution(
     conv: Geometry,
     dim: int | None,
     eps: float,
+    norm: Norm,
     variant: str,
     tf32: bool,
     config: configs.SplitConfig | configs.DirectConfig | None = None,
@@ -97,10 +100,10 @@ def prepare_convolution(
                 f"got groups={conv.groups} of a weight of {tuple(v.shape)} and dim={dim}"
             )
         assert not isinstance(config, configs.SplitConfig)
-        product = prepare_one_pass(target, x, v, bias, out, conv, eps, config)
+        product = prepare_one_pass(target, x, v, bias, out, conv, eps, norm, config)
         run.call(product, a, "v", "g", given_bias, gives=("y", "n"))
         return run.returning("y", "n", None)
-    weight_norm = _prepare_weight(target, x, v, g, dim, eps, channels_last=True)
+    weight_norm = _prepare_weight(target, x, v, g, dim, eps, norm, channels_last=True)
     run.call(weight_norm, "v", "g", gives=("w", "n"))
     w = weight.packed(v, x.dtype)
     product = prepare_product(target, x, w, bias, out, conv, conv.transposed, tf32, config)
@@ -118,10 +121,11 @@ def _prepare_weight(
     g: Tensor,
     dim: int | None,
     eps: float,
+    norm: Norm,
     channels_last: bool,
 ) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
     """`run(v, g)` returns a `W` in `x`'s dtype, and the norms."""
-    options = dim, eps, x.dtype, None, None, channels_last
+    options = dim, eps, norm, x.dtype, None, None, channels_last
     return weight.remembered_weight_norm(target, (v, g), *options)
 
 
@@ -141,13 +145,15 @@ def convolution_backward(
     needs: tuple[bool, bool, bool, bool],
     kept: Tensor | None = None,
     *,
+    norm: Norm = "l2",
     config: configs.SplitConfig | configs.DirectConfig | None = None,
     grad_config: configs.GradConfig | configs.DirectConfig | None = None,
 ) -> Grads:
     """`(dX, dV, dg, db)`, `None` where `needs` says so and no other output brings it along. `kept`
     is the `W` that `convolution` returned, where it was kept."""
     g = g.contiguous()
-    options = conv, dim, eps, variant, needs, takes_tf32(x.dtype, "conv"), config, grad_config
+    how = variant, needs, takes_tf32(x.dtype, "conv"), config, grad_config
+    options = conv, dim, eps, norm, *how
     run = remembered_convolution_backward(target_of(x), (dy, x, v, g, kept), *options)
     return run(dy, x, v, g, n, *([] if kept is None else [kept]))
 
@@ -162,6 +168,7 @@ def prepare_convolution_backward(
     conv: Geometry,
     dim: int | None,
     eps: float,
+    norm: Norm,
     variant: str,
     needs: tuple[bool, bool, bool, bool],
     tf32: bool,
@@ -177,7 +184,8 @@ def prepare_convolution_backward(
     if needs_x and kept is None:
         # A vendor's convolution takes a weight that lies as its activations do.
         last = own or _is_channels_last(x)
-        run.call(_prepare_weight(target, x, v, g, dim, eps, last), "v", "g", gives=("w", "norm"))
+        weight_norm = _prepare_weight(target, x, v, g, dim, eps, norm, last)
+        run.call(weight_norm, "v", "g", gives=("w", "_"))
         w = "w"
     results: dict[str, str | None] = {"dx": None, "dv": None, "dg": None, "db": None}
     if variant == "materialize":
@@ -189,7 +197,7 @@ def prepare_convolution_backward(
         run.call(grads, "dy", "x", w if needs_x else "v", gives=("dx", "dw", "db"))
         results |= {"dx": "dx", "db": "db"}
         if needs_weight:
-            run.call(_finish(dim, eps), "dw", "v", "g", "n", gives=("dv", "dg"))
+            run.call(_finish(dim, eps, norm), "dw", "v", "g", "n", gives=("dv", "dg"))
             results |= {"dv": "dv", "dg": "dg"}
         return run.returning(*results.values())
 
@@ -211,7 +219,7 @@ def prepare_convolution_backward(
             target, packed_dy, packed_x, v, conv, needs_bias, tf32, grad_config
         )
         run.call(weight_grad, given_dy, given_x, gives=("dw", "db"))
-        finish = weight.remembered_weight_norm_backward(target, (dw, v, g), dim, eps)
+        finish = weight.remembered_weight_norm_backward(target, (dw, v, g), dim, eps, norm)
         run.call(finish, "dw", "v", "g", "n", gives=("dv", "dg"))
         results |= {"dv": "dv", "dg": "dg", "db": "db"}
     if needs_bias and (not needs_weight or conv.transposed):
@@ -223,9 +231,9 @@ def prepare_convolution_backward(
 remembered_convolution_backward = remembered(prepare_convolution_backward)
 
 
-def _finish(dim: int | None, eps: float) -> Callable[..., tuple[Tensor, Tensor]]:
+def _finish(dim: int | None, eps: float, norm: Norm) -> Callable[..., tuple[Tensor, Tensor]]:
     """`run(dw, v, g, n)` returns `(dV, dg)`; the vendor alone determines the layout of its `dW`."""
-    return lambda dw, v, g, n: weight.weight_norm_backward(dw, v, g, n, dim, eps)
+    return functools.partial(weight.weight_norm_backward, dim=dim, eps=eps, norm=norm)
 
 
 def _is_channels_last(x: Tensor) -> bool:

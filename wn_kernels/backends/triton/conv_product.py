@@ -36,9 +36,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...call import Geometry, scale_dtype
+from ...call import Geometry, Norm, scale_dtype
 from . import configs
-from .common import as_norm, dot, offsets
+from .common import as_norm, dot, merged, offsets, partial_of
 from .configs import Target
 from .launch import Launcher, acc_type, is_wide, product_types, unallocated
 from .parts import prepare_sum
@@ -240,7 +240,7 @@ def direct_kernel(
     A,
     W,
     G,
-    NORM,
+    NORMS,
     BIAS,
     C,
     M,
@@ -262,6 +262,7 @@ def direct_kernel(
     FORM: tl.constexpr,
     PHASED: tl.constexpr,
     EPS: tl.constexpr,
+    NORM: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     WIDE: tl.constexpr,
     ACC: tl.constexpr,
@@ -270,7 +271,7 @@ def direct_kernel(
 ):
     """As `conv_kernel`, for O and R of a few channels: a tile spans the outputs of many groups,
     and each takes its R inputs one after the other. FORM `one_pass` is given `V` as W, takes the
-    norms of the output channels in its loop and stores them; `packed` uses neither G nor NORM."""
+    norms of the output channels in its loop and stores them; `packed` uses neither G nor NORMS."""
     phase, factor, base, advance, first, step, count = walk_of(
         tl.program_id(1), taps, stride, padding, dilation, common, inverse, PHASED
     )
@@ -284,9 +285,9 @@ def direct_kernel(
     a_at = A + b[:, None] * stride_a[0] + (group * R)[None, :] * stride_a[1]
     w_at = W + group * stride_w[0] + (offs_o % O) * stride_w[1]
 
-    norm_type = NORM.dtype.element_ty
+    norm_type = NORMS.dtype.element_ty
     acc = tl.zeros((BLOCK_M, BLOCK_O), ACC)
-    squares = tl.zeros((BLOCK_O,), norm_type)
+    partials = tl.zeros((BLOCK_O,), norm_type)
     for i in range(count[0] * count[1] * count[2] * R):
         r = i % R
         j = split_taps(i // R, count)
@@ -297,12 +298,12 @@ def direct_kernel(
         w = tl.load(w_at + r * stride_w[2] + tap_offset(t, stride_w), mask=mask_o, other=0.0)
         w = w.to(norm_type)
         if FORM == "one_pass":
-            squares += w * w
+            partials = merged(partials, partial_of(w, NORM), NORM)
         acc += a.to(ACC) * w.to(ACC)[None, :]
 
     if FORM == "one_pass":
-        n = as_norm(squares, EPS)
-        tl.store(NORM + offs_o, n, mask=mask_o & (tl.program_id(0) == 0))
+        n = as_norm(partials, EPS, NORM)
+        tl.store(NORMS + offs_o, n, mask=mask_o & (tl.program_id(0) == 0))
         acc *= (tl.load(G + offs_o, mask=mask_o, other=0.0).to(norm_type) / n).to(ACC)[None, :]
     if HAS_BIAS:
         acc += tl.load(BIAS + offs_o, mask=mask_o, other=0.0).to(ACC)[None, :]
@@ -331,7 +332,7 @@ def prepare_product(
     run.new(c=out)
     given_bias = "c" if bias is None else "bias"
     if conv.has_small_groups(w.shape):
-        direct = _prepare_direct(target, a, w, bias, out, conv, phased, "packed", 0.0, config)
+        direct = _prepare_direct(target, a, w, bias, out, conv, phased, "packed", config=config)
         run.call(direct, "a", "w", "w", "w", given_bias, "c")
         return run.returning("c")
     m, sizes, phases = _pixels(out, conv, phased)
@@ -383,13 +384,15 @@ def prepare_one_pass(
     out: Tensor,
     conv: Geometry,
     eps: float,
+    norm: Norm,
     config: configs.DirectConfig | None = None,
 ) -> Pass:
     """`run(a, v, g, bias)` returns `(C, n)` from `V` itself, for groups of few channels each of
     whose outputs owns a slice."""
     run = Pass("a", "v", "g", "bias")
     run.new(c=out, n=unallocated((v.shape[0], *[1] * (v.ndim - 1)), scale_dtype(v)))
-    launch = _prepare_direct(target, a, v, bias, out, conv, False, "one_pass", eps, config)
+    options = "one_pass", eps, norm, config
+    launch = _prepare_direct(target, a, v, bias, out, conv, False, *options)
     run.call(launch, "a", "v", "g", "n", "c" if bias is None else "bias", "c")
     return run.returning("c", "n")
 
@@ -403,8 +406,9 @@ def _prepare_direct(
     conv: Geometry,
     phased: bool,
     form: str,
-    eps: float,
-    config: configs.SplitConfig | configs.DirectConfig | None,
+    eps: float = 0.0,
+    norm: Norm = "l2",
+    config: configs.SplitConfig | configs.DirectConfig | None = None,
 ) -> Launcher:
     """A launch with `(a, w, g, n, bias, c)`."""
     config = config or configs.direct(a.element_size())
@@ -422,6 +426,7 @@ def _prepare_direct(
         **_geometry(a, w, out, conv, phased, m, sizes),
         FORM=form,
         EPS=eps,
+        NORM=norm,
         HAS_BIAS=bias is not None,
         WIDE=is_wide(a, w, out),
         ACC=acc_type(a),

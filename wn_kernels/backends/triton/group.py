@@ -24,7 +24,7 @@ import triton.language as tl
 from torch import Tensor
 from triton import cdiv
 
-from ...call import Member, scale_dtype
+from ...call import Member, Norm, scale_dtype
 from .. import native
 from . import configs, weight
 from .configs import Target
@@ -78,7 +78,7 @@ def group_weight_kernel(
     KINDS: tl.constexpr,
     ALIGNED: tl.constexpr,
 ):
-    """W and NORM of every weight."""
+    """W and NORMS of every weight."""
     program = TABLE + 2 * tl.program_id(0)
     row = TABLE + tl.load(program)
     block_n = tl.load(program + 1)
@@ -88,30 +88,31 @@ def group_weight_kernel(
         if kind == i:
             V = placed(BASE, PLACES, place, KINDS[i][0], ALIGNED)
             G = placed(BASE, PLACES, place + 1, KINDS[i][1], ALIGNED)
-            NORM = placed(BASE, PLACES, place + 2, KINDS[i][3], ALIGNED)
+            NORMS = placed(BASE, PLACES, place + 2, KINDS[i][3], ALIGNED)
             W = placed(BASE, PLACES, place + 3, KINDS[i][2], ALIGNED)
             weight_slices(
                 V,
                 G,
-                NORM,
-                NORM,
+                NORMS,
+                NORMS,
                 W,
                 block_n,
                 0,
                 tl.load(row + 1),
-                loops_at(row + 2, KINDS[i][8]),
+                loops_at(row + 2, KINDS[i][9]),
                 tl.load(row + 5),
-                strides_at(row + 11, KINDS[i][7], KINDS[i][8]),
-                strides_at(row + 7, KINDS[i][7], KINDS[i][8]),
+                strides_at(row + 11, KINDS[i][8], KINDS[i][9]),
+                strides_at(row + 7, KINDS[i][8], KINDS[i][9]),
                 1,
                 KINDS[i][4],
                 KINDS[i][5],
                 KINDS[i][6],
+                KINDS[i][7],
                 False,
                 KINDS[i][3],
-                KINDS[i][9],
                 KINDS[i][10],
                 KINDS[i][11],
+                KINDS[i][12],
                 1,
             )
 
@@ -136,34 +137,35 @@ def group_grad_kernel(
             DW = placed(BASE, PLACES, place, KINDS[i][2], ALIGNED)
             V = placed(BASE, PLACES, place + 1, KINDS[i][0], ALIGNED)
             G = placed(BASE, PLACES, place + 2, KINDS[i][1], ALIGNED)
-            NORM = placed(BASE, PLACES, place + 3, KINDS[i][3], ALIGNED)
+            NORMS = placed(BASE, PLACES, place + 3, KINDS[i][3], ALIGNED)
             DG = placed(BASE, PLACES, place + 4, KINDS[i][1], ALIGNED)
             DV = placed(BASE, PLACES, place + 5, KINDS[i][0], ALIGNED)
             weight_grad_slices(
                 DW,
                 V,
                 G,
-                NORM,
-                NORM,
+                NORMS,
+                NORMS,
                 DG,
                 DV,
                 block_n,
                 0,
                 tl.load(row + 1),
-                loops_at(row + 2, KINDS[i][8]),
+                loops_at(row + 2, KINDS[i][9]),
                 tl.load(row + 5),
-                strides_at(row + 11, KINDS[i][7], KINDS[i][8]),
-                strides_at(row + 15, KINDS[i][7], KINDS[i][8]),
-                strides_at(row + 7, KINDS[i][7], KINDS[i][8]),
+                strides_at(row + 11, KINDS[i][8], KINDS[i][9]),
+                strides_at(row + 15, KINDS[i][8], KINDS[i][9]),
+                strides_at(row + 7, KINDS[i][8], KINDS[i][9]),
                 1,
                 KINDS[i][4],
                 KINDS[i][5],
                 KINDS[i][6],
+                KINDS[i][7],
                 False,
                 KINDS[i][3],
-                KINDS[i][9],
                 KINDS[i][10],
                 KINDS[i][11],
+                KINDS[i][12],
                 1,
             )
 
@@ -180,6 +182,7 @@ class Kind(NamedTuple):
     ACC: tl.dtype
     FORM: str
     EPS: float
+    NORM: Norm
     NESTED: int
     UNIT: bool
     EVEN: bool
@@ -231,6 +234,7 @@ def _row(index: int, tensors: Sequence[Tensor], g: Tensor, w: Tensor, member: Me
         ACC=acc_type(v),
         FORM="held" if steps == 1 else "walked",
         EPS=member.eps,
+        NORM=member.norm,
         NESTED=sum(size > 1 for size in slices.loops[:2]),
         UNIT=unit,
         EVEN=unit and not any(n % 16 for n in (inner, *rest)),
@@ -374,7 +378,7 @@ def _run(
     n = empty_like(g, made.dtypes[1])
     for i in made.alone:
         m = members[i]
-        w[i], n[i] = weight.weight_norm(v[i], g[i], m.dim, m.eps, m.dtype)
+        w[i], n[i] = weight.weight_norm(v[i], g[i], m.dim, m.eps, m.dtype, norm=m.norm)
     for table in made.tables:
         table.launch([v, g, n, w])
     return w, n
@@ -392,7 +396,8 @@ def _run_backward(
     dv, dg = empty_like(v, made.dtypes[0]), empty_like(g, made.dtypes[1])
     for i in made.alone:
         m = members[i]
-        dv[i], dg[i] = weight.weight_norm_backward(dw[i], v[i], g[i], n[i], m.dim, m.eps)
+        tensors = dw[i], v[i], g[i], n[i]
+        dv[i], dg[i] = weight.weight_norm_backward(*tensors, m.dim, m.eps, norm=m.norm)
     for table in made.tables:
         table.launch([dw, v, g, n, dg, dv])
     return dv, dg

@@ -23,10 +23,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...call import fits_unscaled, scale_dtype, takes_tf32
+from ...call import Norm, fits_unscaled, scale_dtype, takes_tf32
 from .. import tiles
 from . import configs, weight
-from .common import as_norm, cast, dot, finished, offsets
+from .common import as_norm, cast, dot, finished, merged, merged_along, offsets, partial_of
 from .configs import Target
 from .launch import Launcher, is_wide, product_types, remembered, target_of, unallocated
 from .linear_grad import prepare_grads, prepare_weight_grad
@@ -42,7 +42,7 @@ def one_pass_kernel(
     X,
     V,
     G,
-    NORM,
+    NORMS,
     BIAS,
     Y,
     P,
@@ -57,6 +57,7 @@ def one_pass_kernel(
     stride_ym,
     stride_yo,
     EPS: tl.constexpr,
+    NORM: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     KEEP: tl.constexpr,
     EVEN_R: tl.constexpr,
@@ -79,13 +80,13 @@ def one_pass_kernel(
     offs_o = offsets(pid, BLOCK_O, WIDE)
     mask_m = offs_m < M
     mask_o = offs_o < O
-    norm_type = NORM.dtype.element_ty
+    norm_type = NORMS.dtype.element_ty
     if SPLIT == 1:
         acc = tl.zeros((BLOCK_M, BLOCK_O), ACC)
     else:
         acc = tl.zeros((SPLIT, BLOCK_M, BLOCK_O), ACC)
-    # Squares stay inside a thread until the loop is over: no shuffles in it.
-    squares = tl.zeros((BLOCK_O, BLOCK_R // 8), norm_type)
+    # Partials of the norms stay inside a thread until the loop is over: no shuffles in it.
+    partials = tl.zeros((BLOCK_O, BLOCK_R // 8), norm_type)
 
     for start in range(0, R, BLOCK_R):
         offs_r = offsets(start // BLOCK_R, BLOCK_R, WIDE)
@@ -105,8 +106,9 @@ def one_pass_kernel(
             factor = tl.reshape(factor, (BLOCK_O, SPLIT, BLOCK_R // SPLIT))
             x = tl.permute(tl.reshape(x, (BLOCK_M, SPLIT, BLOCK_R // SPLIT)), (1, 0, 2))
             acc = dot(x, tl.permute(factor, (1, 2, 0)), acc, PRECISION)
-        wide = v.to(norm_type)
-        squares += tl.sum(tl.reshape(wide * wide, (BLOCK_O, BLOCK_R // 8, 8)), axis=2)
+        single = partial_of(v.to(norm_type), NORM)
+        eight = merged_along(tl.reshape(single, (BLOCK_O, BLOCK_R // 8, 8)), 2, NORM)
+        partials = merged(partials, eight, NORM)
         acc = finished(acc, R, WAITS)
     if SPLIT > 1:
         acc = tl.sum(acc, axis=0)
@@ -115,8 +117,8 @@ def one_pass_kernel(
     mask = mask_m[:, None] & mask_o[None, :]
     if KEEP:
         tl.store(P + at, acc, mask=mask)
-    n = as_norm(tl.sum(squares, axis=1), EPS)
-    tl.store(NORM + offs_o, n, mask=mask_o)
+    n = as_norm(merged_along(partials, 1, NORM), EPS, NORM)
+    tl.store(NORMS + offs_o, n, mask=mask_o)
     g = tl.load(G + offs_o, mask=mask_o, other=0.0).to(norm_type)
     acc *= (g / n).to(ACC)[None, :]
     if HAS_BIAS:
@@ -137,12 +139,13 @@ def linear(
     variant: str,
     keep: bool = False,
     *,
+    norm: Norm = "l2",
     config: configs.MatmulConfig | None = None,
 ) -> tuple[Tensor, ...]:
     """`(y, n)` for `x` of shape `(M, K)`; variants as in `costs.triton_linear`. With `keep`, `x Vᵀ`
     follows, for dim=0, of a variant that computes it."""
     g = g.contiguous()
-    options = dim, eps, variant, takes_tf32(x.dtype), keep, config
+    options = dim, eps, norm, variant, takes_tf32(x.dtype), keep, config
     return remembered_linear(target_of(x), (x, v, g, bias), *options)(x, v, g, bias)
 
 
@@ -154,6 +157,7 @@ def prepare_linear(
     bias: Tensor | None,
     dim: int | None,
     eps: float,
+    norm: Norm,
     variant: str,
     tf32: bool,
     keep: bool = False,
@@ -172,18 +176,18 @@ def prepare_linear(
     run = Pass("x", "v", "g", "bias")
     product, added = Product(turns_b=True), "bias" if bias is not None else None
     if variant == "materialize" or not len(x):  # without a row, no program would run
-        weight_norm = weight.remembered_weight_norm(target, (v, g), dim, eps, x.dtype)
+        weight_norm = weight.remembered_weight_norm(target, (v, g), dim, eps, norm, x.dtype)
         run.call(weight_norm, "v", "g", gives=("w", "n"))
         run.call(product, "x", "w", added, gives=("y",))
         kept = [None] * keep
     elif variant == "one_pass":
-        launch = _prepare_one_pass(target, x, v, bias, eps, tf32, keep, config)
+        launch = _prepare_one_pass(target, x, v, bias, eps, norm, tf32, keep, config)
         run.new(y=_result(x, v), n=unallocated((len(v), 1), scale_dtype(v)))
         if keep:
             run.new(p=_result(x, v))
         run.call(launch, "x", "v", "g", "n", added or "y", "y", *kept or ["y"])
     else:
-        run.call(remembered_slice_norms(target, (v,), dim, eps), "v", gives=("n",))
+        run.call(remembered_slice_norms(target, (v,), dim, eps, norm), "v", gives=("n",))
         if dim == 1:
             run.call(prepare_scale(target, x, dim), "x", "g", "n", None, gives=("s", "_"))
             run.call(product, "s", "v", added, gives=("y",))
@@ -218,6 +222,7 @@ def _prepare_one_pass(
     v: Tensor,
     bias: Tensor | None,
     eps: float,
+    norm: Norm,
     tf32: bool,
     keep: bool,
     config: configs.MatmulConfig | None,
@@ -238,6 +243,7 @@ def _prepare_one_pass(
         O=o,
         R=r,
         EPS=eps,
+        NORM=norm,
         stride_xm=x.stride(0),
         stride_xr=x.stride(1),
         stride_vo=v.stride(0),
@@ -273,12 +279,13 @@ def linear_backward(
     needs: tuple[bool, bool, bool, bool],
     kept: Tensor | None = None,
     *,
+    norm: Norm = "l2",
     config: configs.GradConfig | configs.SplitConfig | None = None,
 ) -> Grads:
     """`(dX, dV, dg, db)`, `None` where `needs` says so and no other output brings it along. `kept`
     is the product that `linear` returned, where it was kept."""
     g = g.contiguous()
-    options = dim, eps, variant, needs, takes_tf32(x.dtype), config
+    options = dim, eps, norm, variant, needs, takes_tf32(x.dtype), config
     run = remembered_linear_backward(target_of(x), (dy, x, v, g, kept), *options)
     return run(dy, x, v, g, n, *([] if kept is None else [kept]))
 
@@ -292,6 +299,7 @@ def prepare_linear_backward(
     kept: Tensor | None,
     dim: int | None,
     eps: float,
+    norm: Norm,
     variant: str,
     needs: tuple[bool, bool, bool, bool],
     tf32: bool,
@@ -310,11 +318,13 @@ def prepare_linear_backward(
     if variant == "product":
         if dim != 0 or x.dtype == torch.float16:
             raise ValueError(f"product needs dim=0 and no float16, got dim={dim} and {x.dtype}")
+        if norm == "linf":
+            raise ValueError("product has no walk over V that counts the ties of the norm linf")
         if kept is not None and (needs_v or needs_g) and v.numel() and len(x):
             assert not isinstance(config, configs.GradConfig)
-            dots = prepare_dots(target, dy, v, g, eps)
+            dots = prepare_dots(target, dy, v, g, eps, norm)
             run.call(dots, "dy", "p", "g", "n", gives=("s", "db", "dg", "c"))
-            grads = prepare_grads(target, x, v, needs_x, tf32, config)
+            grads = prepare_grads(target, x, v, norm, needs_x, tf32, config)
             run.call(grads, "s", "x", "v", "c", gives=("dx", "dv"))
             return run.returning("dx" if needs_x else None, "dv", "dg", "db" * needs_bias or None)
         config, variant = None, _without_product(x, v)
@@ -325,7 +335,7 @@ def prepare_linear_backward(
         _check(variant, x, v, dim)
     dv = dg = db = None
     if needs_x and not late:
-        weight_norm = weight.remembered_weight_norm(target, (v, g), dim, eps, x.dtype)
+        weight_norm = weight.remembered_weight_norm(target, (v, g), dim, eps, norm, x.dtype)
         run.call(weight_norm, "v", "g", gives=("w", "_"))
         run.call(Product(), "dy", "w", None, gives=("dx",))
     elif needs_x and dim == 1:
@@ -342,14 +352,14 @@ def prepare_linear_backward(
         dv, dg = "dv", "dg"
         if one_pass:
             weight_grad = prepare_weight_grad(
-                target, dy, x, v, g, dim, eps, needs_bias, tf32, config
+                target, dy, x, v, g, dim, eps, norm, needs_bias, tf32, config
             )
             run.call(weight_grad, "dy", "x", "v", "g", "n", gives=("dv", "dg", "db"))
             db = "db" if needs_bias else None
         else:
             run.call(Product(turns_a=True), "dy", "x", None, gives=("dw",))
             dw = unallocated(v.shape, x.dtype)
-            finish = weight.remembered_weight_norm_backward(target, (dw, v, g), dim, eps)
+            finish = weight.remembered_weight_norm_backward(target, (dw, v, g), dim, eps, norm)
             run.call(finish, "dw", "v", "g", "n", gives=("dv", "dg"))
     if needs_bias and db is None:
         run.call(Sums(), "dy", gives=("db",))

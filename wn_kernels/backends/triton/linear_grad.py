@@ -3,15 +3,18 @@
 `grads_kernel` reads `V` once. It needs the dots `a_o = ⟨dW_o, V_o⟩` beforehand, for which the
 forward keeps its product `P = x Vᵀ` (dim=0):
 
-    a_o = Σ_m dY P,   dg = a / n,   S = dY ⊙ s,   c = s · dg / n     by a pass (`linear.py`)
-    dX = S V,   dV = Sᵀ x - c ⊙ V                                    in one walk over V
+    a_o = Σ_m dY P,   dg = a / n,   S = dY ⊙ s,   c = s · dg / d     by a pass (`scale.py`)
+    dX = S V,   dV = Sᵀ x - c ⊙ u                                    in one walk over V
+
+where `u / d` is the slope of the norm (`common.py`), which is `V / n` for l2. The divisor of linf
+is a count of ties, which would take a walk over V beforehand.
 
 Without the product, `grad_one_pass_kernel` computes `dV` and `dg` of `dW[o, r] = Σ_m P[m, o]
 Q[m, r]`. Each program has the slices `o` that it owns:
 
     dim=0   o = n, P = dY, Q = x          dim=1   o = k, P = x, Q = dY
 
-    a_o = Σ_r dW V,   dg = a / n,   dV = s ⊙ dW - c ⊙ V,   c = s · dg / n
+    a_o = Σ_r dW V,   dg = a / n,   dV = s ⊙ dW - c ⊙ u,   c = s · dg / d
 
 It walks r twice and recomputes the tile of dW instead of storing it. `db = Σ_m dY` rides along.
 """
@@ -25,8 +28,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ...call import Norm
 from . import configs
-from .common import cast, dot, dot_coefficient, finished, offsets
+from .common import cast, dot, finished, offsets, slope, slope_coefficient, tied
 from .configs import Target
 from .launch import Launcher, allocator, is_wide, product_types, unallocated
 from .parts import prepare_sum
@@ -48,7 +52,7 @@ def grad_one_pass_kernel(
     Q,
     V,
     G,
-    NORM,
+    NORMS,
     DV,
     DG,
     DB,
@@ -64,6 +68,7 @@ def grad_one_pass_kernel(
     stride_do,
     stride_dr,
     EPS: tl.constexpr,
+    NORM: tl.constexpr,
     BIAS: tl.constexpr,
     WIDE: tl.constexpr,
     ACC: tl.constexpr,
@@ -81,8 +86,8 @@ def grad_one_pass_kernel(
     offs_m = offsets(0 * pid, BLOCK_M, WIDE)
     offs_o = offsets(pid, BLOCK_O, WIDE)
     mask_o = offs_o < O
-    norm_type = NORM.dtype.element_ty
-    n = tl.load(NORM + offs_o, mask=mask_o, other=1.0)
+    norm_type = NORMS.dtype.element_ty
+    n = tl.load(NORMS + offs_o, mask=mask_o, other=1.0)
     g = tl.load(G + offs_o, mask=mask_o, other=0.0).to(norm_type)
     p = _load_tile(P, offs_o, offs_m, O, M, stride_po, stride_pm)
     if BIAS == "owned":
@@ -95,17 +100,20 @@ def grad_one_pass_kernel(
 
     # A number of stages that is the loop's own has V's tiles in flight as well as Q's.
     dots = tl.zeros((BLOCK_O, BLOCK_R), norm_type)
+    ties = tl.zeros((BLOCK_O, BLOCK_R), norm_type)
     for start in tl.range(0, R, BLOCK_R, num_stages=STAGES):
         offs_r = offsets(start // BLOCK_R, BLOCK_R, WIDE)
         q = _load_tile(Q, offs_m, offs_r, M, R, stride_qm, stride_qr)
         dw = dot(p, q, tl.zeros((BLOCK_O, BLOCK_R), ACC), PRECISION)
         v = _load_tile(V, offs_o, offs_r, O, R, stride_vo, stride_vr)
         dots += dw.to(norm_type) * v.to(norm_type)
+        if NORM == "linf":
+            ties += tied(v.to(norm_type), n[:, None])
     dg = tl.sum(dots, axis=1) / n
     tl.store(DG + offs_o, dg, mask=mask_o)
 
     scale = (g / n)[:, None]
-    coef = dot_coefficient(g, n, dg, EPS)[:, None]
+    coef = slope_coefficient(g, n, dg, tl.sum(ties, axis=1), EPS, NORM)[:, None]
     for start in tl.range(0, R, BLOCK_R, num_stages=STAGES):
         offs_r = offsets(start // BLOCK_R, BLOCK_R, WIDE)
         q = _load_tile(Q, offs_m, offs_r, M, R, stride_qm, stride_qr)
@@ -113,7 +121,8 @@ def grad_one_pass_kernel(
         v = _load_tile(V, offs_o, offs_r, O, R, stride_vo, stride_vr)
         at = DV + offs_o[:, None] * stride_do + offs_r[None, :] * stride_dr
         mask = mask_o[:, None] & (offs_r < R)[None, :]
-        tl.store(at, scale * dw.to(norm_type) - coef * v.to(norm_type), mask=mask)
+        u = slope(v.to(norm_type), n[:, None], NORM)
+        tl.store(at, scale * dw.to(norm_type) - coef * u, mask=mask)
 
 
 @triton.jit
@@ -134,6 +143,7 @@ def grads_kernel(
     stride_vr,
     stride_do,
     stride_dr,
+    NORM: tl.constexpr,
     NEEDS_X: tl.constexpr,
     WIDE: tl.constexpr,
     ACC: tl.constexpr,
@@ -144,7 +154,7 @@ def grads_kernel(
     BLOCK_O: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """DV = Sᵀ X - COEF ⊙ V, and DX = S V. M ≤ BLOCK_M, S is dense.
+    """DV = Sᵀ X - COEF ⊙ u, and DX = S V. M ≤ BLOCK_M, S is dense.
 
     A program has BLOCK_R columns of V and walks `steps` tiles of its rows. Programs that share the
     rows of some columns leave a part of DX each, (M, R).
@@ -168,7 +178,8 @@ def grads_kernel(
         dx = finished(dx, steps, WAITS)  # dW alone ends no product but its own
         at = DV + offs_o[:, None] * stride_do + offs_r[None, :] * stride_dr
         mask = mask_o[:, None] & (offs_r < R)[None, :]
-        tl.store(at, dw - coef[:, None] * v.to(coef.dtype), mask=mask)
+        u = slope(v.to(coef.dtype), 0.0, NORM)  # linf alone takes the norms
+        tl.store(at, dw - coef[:, None] * u, mask=mask)
     if NEEDS_X:
         at = DX + (share * M + offs_m)[None, :] * R + offs_r[:, None]
         tl.store(at, dx, mask=(offs_m < M)[None, :] & (offs_r < R)[:, None])
@@ -185,6 +196,7 @@ def prepare_weight_grad(
     g: Tensor,
     dim: int | None,
     eps: float,
+    norm: Norm,
     needs_bias: bool,
     tf32: bool,
     config: configs.GradConfig | None,
@@ -229,6 +241,7 @@ def prepare_weight_grad(
         stride_do=dv_own.stride(0),
         stride_dr=dv_own.stride(1),
         EPS=eps,
+        NORM=norm,
         BIAS=("walked" if swaps else "owned") if needs_bias else "",
         WIDE=is_wide(p, q, v, dv),
         STAGES=config.num_stages,
@@ -244,6 +257,7 @@ def prepare_grads(
     target: Target,
     x: Tensor,
     v: Tensor,
+    norm: Norm,
     needs_x: bool,
     tf32: bool,
     config: configs.SplitConfig | None,
@@ -276,6 +290,7 @@ def prepare_grads(
         stride_vr=v.stride(1),
         stride_do=dv.stride(0),
         stride_dr=dv.stride(1),
+        NORM=norm,
         NEEDS_X=needs_x,
         WIDE=is_wide(x, v, dv, parts),
         WAITS=target.is_hopper,

@@ -1,13 +1,13 @@
-"""Norms of slices along any dimension: `n_j = max(‖V_j‖₂, eps)`, `+inf` for zero.
+"""Norms of slices along any dimension: `n_j = max(‖V_j‖, eps)`, `+inf` for zero.
 
-A slice has its elements in up to three nested loops (`launch.Slices`), and `Σ A_j B_j` over it is
-what norms (A = B) and the gradient's dots have in common. A program walks `BLOCK_N` slices in tiles
-of three axes: a block of the middle loop, the slices, a block of the innermost loop. With an axis
-for each loop, the compiler finds the axis along which each tensor is contiguous. It loads every
-tensor wide along its own, and turns the tile where two of them differ.
+A slice has its elements in up to three nested loops (`launch.Slices`). The kernels reduce it to the
+partial of its norm (`common.py`), or to the gradient's dot `⟨A_j, B_j⟩`. A program walks `BLOCK_N`
+slices in tiles of three axes: a block of the middle loop, the slices, a block of the innermost
+loop. With an axis for each loop, the compiler finds the axis along which each tensor is contiguous.
+It loads every tensor wide along its own, and turns the tile where two of them differ.
 
-Where the slices are too few to fill the machine, the sum is split: each program leaves a partial
-sum, and whoever reads the sums adds the parts in a fixed order.
+Where the slices are too few to fill the machine, the reduction is split: each program leaves a
+partial result, and whoever reads them merges the parts in a fixed order.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...call import kept_shape, scale_dtype
+from ...call import Norm, kept_shape, scale_dtype
 from . import configs
-from .common import as_norm, offsets
+from .common import as_norm, merged, merged_along, offsets, partial_of, tied
 from .configs import Target
 from .launch import (
     Launcher,
@@ -80,15 +80,16 @@ def tile_addresses(T, stride, outer, offs_p, offs_n, offs_r, WIDE: tl.constexpr)
 
 
 @triton.jit
-def over_slices(tile):
-    """The sum of a tile's elements for each of its slices."""
-    return tl.sum(tl.sum(tile, axis=2), axis=0)
+def over_slices(tile, NORM: tl.constexpr = None):
+    """A tile's partials, merged for each of its slices; their sum without a NORM."""
+    return merged_along(merged_along(tile, 2, NORM), 0, NORM)
 
 
 @triton.jit
-def slice_sums(
+def slice_partials(
     A,
     B,
+    n,
     offs_n,
     N,
     loops,
@@ -96,7 +97,8 @@ def slice_sums(
     stride_b,
     first,
     steps,
-    SQUARE: tl.constexpr,
+    DOTS: tl.constexpr,
+    NORM: tl.constexpr,
     NESTED: tl.constexpr,
     WIDE: tl.constexpr,
     ACC: tl.constexpr,
@@ -104,56 +106,65 @@ def slice_sums(
     BLOCK_P: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """`⟨A_j, B_j⟩` over the `steps` tiles from the `first`; `A` alone if SQUARE.
+    """The partial of A's norm over the `steps` tiles from the `first`, and zero. With DOTS it is
+    `⟨A_j, B_j⟩`, and for linf the ties of `B_j` with its norm `n`.
 
-    The sum across lanes comes once, after the loop.
+    What crosses lanes comes once, after the loop.
     """
-    sums = tl.zeros((BLOCK_P, BLOCK_N, BLOCK_R), ACC)
+    partials = tl.zeros((BLOCK_P, BLOCK_N, BLOCK_R), ACC)
+    ties = tl.zeros((BLOCK_P, BLOCK_N, BLOCK_R), ACC)
     for step in range(steps):
         outer, offs_p, offs_r, mask = tile_offsets(
             first + step, offs_n, N, loops, NESTED, WIDE, BLOCK_P, BLOCK_R
         )
         a_at = tile_addresses(A, stride_a, outer, offs_p, offs_n, offs_r, WIDE)
         a = tl.load(a_at, mask=mask, other=0.0).to(ACC)
-        if SQUARE:
-            sums += a * a
-        else:
+        if DOTS:
             b_at = tile_addresses(B, stride_b, outer, offs_p, offs_n, offs_r, WIDE)
-            sums += a * tl.load(b_at, mask=mask, other=0.0).to(ACC)
-    return over_slices(sums)
+            b = tl.load(b_at, mask=mask, other=0.0).to(ACC)
+            partials += a * b
+            if NORM == "linf":
+                ties += tied(b, n[None, :, None])
+        else:
+            partials = merged(partials, partial_of(a, NORM), NORM)
+    return over_slices(partials, None if DOTS else NORM), over_slices(ties)
 
 
 @triton.jit
-def partial_sums(
+def merged_parts(
     PARTIAL,
     offs_n,
     N,
     SPLITS,
+    NORM: tl.constexpr,
     ACC: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_S: tl.constexpr,
 ):
-    """The sums of slices whose SPLITS partial sums lie in PARTIAL, of shape (SPLITS, N)."""
-    sums = tl.zeros((BLOCK_S, BLOCK_N), ACC)
+    """The partials of slices whose SPLITS parts lie in PARTIAL, of shape (SPLITS, N). Without a
+    NORM they are sums."""
+    partials = tl.zeros((BLOCK_S, BLOCK_N), ACC)
     for start in range(0, SPLITS, BLOCK_S):
         offs_s = start + tl.arange(0, BLOCK_S)
         mask = (offs_s < SPLITS)[:, None] & (offs_n < N)[None, :]
         at = offs_s.to(tl.int64)[:, None] * N + offs_n[None, :]
-        sums += tl.load(PARTIAL + at, mask=mask, other=0.0)
-    return tl.sum(sums, axis=0)
+        partials = merged(partials, tl.load(PARTIAL + at, mask=mask, other=0.0), NORM)
+    return merged_along(partials, 0, NORM)
 
 
 @triton.jit
 def slice_sum_kernel(
     A,
     B,
+    NORMS,
     OUT,
     N,
     loops,
     steps,
     stride_a,
     stride_b,
-    SQUARE: tl.constexpr,
+    DOTS: tl.constexpr,
+    NORM: tl.constexpr,
     AS_NORM: tl.constexpr,
     EPS: tl.constexpr,
     NESTED: tl.constexpr,
@@ -163,12 +174,20 @@ def slice_sum_kernel(
     BLOCK_P: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """OUT[split, j] = Σ A_j B_j over this split; with AS_NORM (one split) the norm of it."""
+    """OUT[split, j] = the partial of A_j's norm over this split; with AS_NORM (one split) the norm.
+
+    DOTS: OUT[split, j] = Σ A_j B_j instead. For linf, the ties of B_j with NORMS[j] follow the
+    dots of all splits.
+    """
     offs_n = offsets(tl.program_id(0), BLOCK_N, WIDE)
     split = tl.program_id(1)
-    sums = slice_sums(
+    n = 0.0
+    if DOTS and NORM == "linf":
+        n = tl.load(NORMS + offs_n, mask=offs_n < N, other=1.0)
+    partials, ties = slice_partials(
         A,
         B,
+        n,
         offs_n,
         N,
         loops,
@@ -176,7 +195,8 @@ def slice_sum_kernel(
         stride_b,
         split * steps,
         steps,
-        SQUARE,
+        DOTS,
+        NORM,
         NESTED,
         WIDE,
         ACC,
@@ -185,8 +205,10 @@ def slice_sum_kernel(
         BLOCK_R,
     )
     if AS_NORM:
-        sums = as_norm(sums, EPS)
-    tl.store(OUT + split * N + offs_n, sums, mask=offs_n < N)
+        partials = as_norm(partials, EPS, NORM)
+    tl.store(OUT + split * N + offs_n, partials, mask=offs_n < N)
+    if DOTS and NORM == "linf":
+        tl.store(OUT + (tl.num_programs(1) + split) * N + offs_n, ties, mask=offs_n < N)
 
 
 @triton.jit
@@ -196,14 +218,15 @@ def finish_kernel(
     N,
     SPLITS,
     EPS: tl.constexpr,
+    NORM: tl.constexpr,
     ACC: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_S: tl.constexpr,
 ):
-    """OUT[j] = the norm whose square is the sum of the partial sums."""
+    """OUT[j] = the norm of the slice whose parts have these partials."""
     offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    sums = partial_sums(PARTIAL, offs_n, N, SPLITS, ACC, BLOCK_N, BLOCK_S)
-    tl.store(OUT + offs_n, as_norm(sums, EPS), mask=offs_n < N)
+    partials = merged_parts(PARTIAL, offs_n, N, SPLITS, NORM, ACC, BLOCK_N, BLOCK_S)
+    tl.store(OUT + offs_n, as_norm(partials, EPS, NORM), mask=offs_n < N)
 
 
 # --- launchers ---------------------------------------------------------------------------------
@@ -214,11 +237,12 @@ def slice_norms(
     dim: int | None,
     eps: float,
     *,
+    norm: Norm = "l2",
     config: configs.SliceConfig | None = None,
     splits: int | None = None,
 ) -> Tensor:
     """`n` for every slice, in the kept shape."""
-    (n,) = remembered_slice_norms(target_of(v), (v,), dim, eps, config, splits)(v)
+    (n,) = remembered_slice_norms(target_of(v), (v,), dim, eps, norm, config, splits)(v)
     return n
 
 
@@ -227,49 +251,54 @@ def prepare_slice_norms(
     v: Tensor,
     dim: int | None,
     eps: float,
+    norm: Norm,
     config: configs.SliceConfig | None = None,
     splits: int | None = None,
 ) -> Callable[[Tensor], tuple[Tensor]]:
     """`run(v)` returns the norms."""
     slices = as_slices([v], dim)
     if slices is None:
-        run_dense = prepare_slice_norms(target, v.contiguous(), dim, eps, config, splits)
+        run_dense = prepare_slice_norms(target, v.contiguous(), dim, eps, norm, config, splits)
         return lambda v: run_dense(v.contiguous())
     walk = Walk(slices, [v], target, config, splits)
-    norm = unallocated(kept_shape(v.shape, dim), scale_dtype(v))
-    sums = prepare_sums(walk, target, eps, 0, 0)
+    n = unallocated(kept_shape(v.shape, dim), scale_dtype(v))
+    partials = prepare_partials(walk, target, eps, norm, 0)
     run = Pass("v")
-    run.new(norm=norm)
+    run.new(n=n)
     if walk.splits == 1:
-        run.call(sums, "v", "v", "norm")
+        run.call(partials, "v", "v", "n", "n")
     else:
-        partial = unallocated((walk.splits, slices.n), norm.dtype)
+        partial = unallocated((walk.splits, slices.n), n.dtype)
         run.new(partial=partial)
-        run.call(sums, "v", "v", "partial")
-        run.call(_prepare_finish(target, partial, eps), "partial", "norm")
-    return run.returning("norm")
+        run.call(partials, "v", "v", "partial", "partial")
+        run.call(_prepare_finish(target, partial, eps, norm), "partial", "n")
+    return run.returning("n")
 
 
 remembered_slice_norms = remembered(prepare_slice_norms)
 
 
-def prepare_sums(walk: Walk, target: Target, eps: float, a: int, b: int) -> Launcher:
-    """`sums(A, B, out)` of the tensors `a` and `b` of the walk: partial sums, or norms where `A` is
-    `B` and the walk is not split."""
+def prepare_partials(
+    walk: Walk, target: Target, eps: float, norm: Norm, a: int, b: int | None = None
+) -> Launcher:
+    """`partials(A, B, norms, out)` of the tensors `a` and `b` of the walk: their dots, behind which
+    linf has the ties of `B` with its norms. Without `b`, partials of the norms of `A`, or the norms
+    where the walk is not split; any tensor takes the place of `B` and of the norms then."""
     return Launcher(
         slice_sum_kernel,
         target,
         walk.grid,
-        SQUARE=a == b,
-        AS_NORM=a == b and walk.splits == 1,
+        DOTS=b is not None,
+        NORM=norm,
+        AS_NORM=b is None and walk.splits == 1,
         EPS=eps,
-        **walk.strides(a=a, b=b),
+        **walk.strides(a=a, b=a if b is None else b),
         **walk.arguments,
     )
 
 
-def _prepare_finish(target: Target, partial: Tensor, eps: float) -> Launcher:
-    """`finish(partial, norms)` adds up partial sums of squares of shape (splits, N)."""
+def _prepare_finish(target: Target, partial: Tensor, eps: float, norm: Norm) -> Launcher:
+    """`finish(partial, norms)` merges partials of shape (splits, N)."""
     splits, n = partial.shape
     config = configs.finish(partial.element_size())
     return Launcher(
@@ -279,6 +308,7 @@ def _prepare_finish(target: Target, partial: Tensor, eps: float) -> Launcher:
         N=n,
         SPLITS=splits,
         EPS=eps,
+        NORM=norm,
         ACC=acc_type(partial),
         **config._asdict(),
     )

@@ -4,7 +4,7 @@
 
 It may bring along the sums of A's columns, and what the backward takes of the kept product `P`:
 
-    dg_j = ⟨A_j, P_j⟩ / n_j,   c_j = s_j dg_j / n_j
+    dg_j = ⟨A_j, P_j⟩ / n_j,   c_j = s_j dg_j / d_j     d: the divisor of the norm's slope
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...call import scale_dtype
+from ...call import Norm, scale_dtype
 from . import configs
-from .common import dot_coefficient, offsets
+from .common import offsets, slope_coefficient
 from .configs import Target
 from .launch import Launcher, is_wide, unallocated
 from .passes import Pass
@@ -26,7 +26,7 @@ def scale_kernel(
     A,
     P,
     G,
-    NORM,
+    NORMS,
     BIAS,
     OUT,
     SUMS,
@@ -42,6 +42,7 @@ def scale_kernel(
     stride_s,
     stride_bias,
     EPS: tl.constexpr,
+    NORM: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     SUM: tl.constexpr,
     DOTS: tl.constexpr,
@@ -59,7 +60,7 @@ def scale_kernel(
     offs_c = offsets(tl.program_id(0) % tiles_c, BLOCK_C, WIDE)
     first = tl.program_id(0) // tiles_c * steps
     mask_c = offs_c < C
-    n = tl.load(NORM + offs_c * stride_s, mask=mask_c, other=1.0)
+    n = tl.load(NORMS + offs_c * stride_s, mask=mask_c, other=1.0)
     g = tl.load(G + offs_c * stride_s, mask=mask_c, other=0.0).to(n.dtype)
     if HAS_BIAS:
         bias = tl.load(BIAS + offs_c * stride_bias, mask=mask_c, other=0.0).to(n.dtype)
@@ -87,7 +88,7 @@ def scale_kernel(
     if DOTS:
         dg = tl.sum(dots, axis=0) / n
         tl.store(DG + offs_c, dg, mask=mask_c)
-        tl.store(COEF + offs_c, dot_coefficient(g, n, dg, EPS), mask=mask_c)
+        tl.store(COEF + offs_c, slope_coefficient(g, n, dg, 0.0, EPS, NORM), mask=mask_c)
 
 
 # --- launchers ---------------------------------------------------------------------------------
@@ -116,12 +117,13 @@ def prepare_scale(
     return run.returning(scaled, summed)
 
 
-def prepare_dots(target: Target, dy: Tensor, v: Tensor, g: Tensor, eps: float) -> Pass:
-    """`run(dy, p, g, n)` returns `(dY ⊙ s, db, dg, c)`, of the kept product `P` and for dim=0."""
+def prepare_dots(target: Target, dy: Tensor, v: Tensor, g: Tensor, eps: float, norm: Norm) -> Pass:
+    """`run(dy, p, g, n)` returns `(dY ⊙ s, db, dg, c)`, of the kept product `P`, for dim=0 and
+    a norm other than linf."""
     run = Pass("dy", "p", "g", "n")
     run.new(s=unallocated(dy.shape, dy.dtype), db=unallocated(dy.shape[1:], dy.dtype))
     run.new(dg=g, c=unallocated(g.shape, scale_dtype(v)))
-    launch = _launcher(target, dy, 0, None, eps, sums=True, dots=True)
+    launch = _launcher(target, dy, 0, None, eps, norm, sums=True, dots=True)
     run.call(launch, "dy", "p", "g", "n", "s", "s", "db", "dg", "c")
     return run.returning("s", "db", "dg", "c")
 
@@ -132,6 +134,7 @@ def _launcher(
     dim: int | None,
     bias: Tensor | None,
     eps: float = 0.0,
+    norm: Norm = "l2",
     *,
     sums: bool,
     dots: bool = False,
@@ -158,6 +161,7 @@ def _launcher(
         stride_s=0 if dim is None else 1,
         stride_bias=0 if bias is None else bias.stride(0),
         EPS=eps,
+        NORM=norm,
         HAS_BIAS=bias is not None,
         SUM=sums,
         DOTS=dots,

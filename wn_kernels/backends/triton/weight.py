@@ -1,12 +1,15 @@
 """Scaled weights and their gradients, for slices along any dimension.
 
     W = s ⊙ V,   s_j = g_j / n_j
-    a_j = ⟨dW_j, V_j⟩,   dg_j = a_j / n_j,   c_j = s_j dg_j / n_j,   dV = s ⊙ dW - c ⊙ V
+    a_j = ⟨dW_j, V_j⟩,   dg_j = a_j / n_j,   dV = s ⊙ dW - c ⊙ u,   c_j = s_j dg_j / d_j
+
+Here `u_j / d_j` is the slope of the norm (`common.py`), which is `V_j / n_j` for l2.
 
 There are three forms. "held": the slices of a program are one tile, which stays in registers from
 the sum to the result, so that everything is read once. "walked": a program walks its slices once
 for the sum, and back for the result. "partial": the sum is split (`norm.py`). A first kernel leaves
-partial sums, and each program of the second adds up those of its slices.
+partial sums, and each program of the second adds up those of its slices. The largest magnitude of a
+slice is taken in the same way as a sum.
 
 What is walked a second time is walked in reverse, as the cache has the last of it.
 """
@@ -20,9 +23,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...call import kept_shape, scale_dtype
+from ...call import Norm, kept_shape, scale_dtype
 from . import configs
-from .common import as_norm, cast, dot_coefficient, offsets
+from .common import as_norm, cast, offsets, partial_of, slope, slope_coefficient, tied
 from .configs import Target
 from .launch import (
     Launcher,
@@ -34,10 +37,10 @@ from .launch import (
     unallocated,
 )
 from .norm import (
+    merged_parts,
     over_slices,
-    partial_sums,
-    prepare_sums,
-    slice_sums,
+    prepare_partials,
+    slice_partials,
     tile_addresses,
     tile_offsets,
 )
@@ -58,7 +61,7 @@ def weight_kernel(
     V,
     G,
     PARTIAL,
-    NORM,
+    NORMS,
     W,
     N,
     loops,
@@ -68,6 +71,7 @@ def weight_kernel(
     SPLITS,
     FORM: tl.constexpr,
     EPS: tl.constexpr,
+    NORM: tl.constexpr,
     NESTED: tl.constexpr,
     WIDE: tl.constexpr,
     ACC: tl.constexpr,
@@ -76,14 +80,14 @@ def weight_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_S: tl.constexpr,
 ):
-    """W = g / n ⊙ V, and NORM, where its address is not zero. Only the form "partial" reads
-    PARTIAL, the sums of squares."""
+    """W = g / n ⊙ V, and NORMS, where its address is not zero. Only the form "partial" reads
+    PARTIAL, the partials of the norms."""
     block_n, split = reversed_ids()
     weight_slices(
         V,
         G,
         PARTIAL,
-        NORM,
+        NORMS,
         W,
         block_n,
         split,
@@ -95,6 +99,7 @@ def weight_kernel(
         SPLITS,
         FORM,
         EPS,
+        NORM,
         NESTED,
         WIDE,
         ACC,
@@ -110,7 +115,7 @@ def weight_slices(
     V,
     G,
     PARTIAL,
-    NORM,
+    NORMS,
     W,
     block_n,
     split,
@@ -122,6 +127,7 @@ def weight_slices(
     SPLITS,
     FORM: tl.constexpr,
     EPS: tl.constexpr,
+    NORM: tl.constexpr,
     NESTED: tl.constexpr,
     WIDE: tl.constexpr,
     ACC: tl.constexpr,
@@ -140,11 +146,12 @@ def weight_slices(
         )
         v_at = tile_addresses(V, stride_v, outer, offs_p, offs_n, offs_r, WIDE)
         v = tl.load(v_at, mask=mask, other=0.0).to(ACC)
-        squares = over_slices(v * v)
+        partial = over_slices(partial_of(v, NORM), NORM)
     elif FORM == "walked":
-        squares = slice_sums(
+        partial, _ = slice_partials(
             V,
             V,
+            0.0,
             offs_n,
             N,
             loops,
@@ -152,7 +159,8 @@ def weight_slices(
             stride_v,
             first,
             steps,
-            True,
+            False,
+            NORM,
             NESTED,
             WIDE,
             ACC,
@@ -161,10 +169,10 @@ def weight_slices(
             BLOCK_R,
         )
     else:
-        squares = partial_sums(PARTIAL, offs_n, N, SPLITS, ACC, BLOCK_N, BLOCK_S)
-    n = as_norm(squares, EPS)
-    keeps = NORM.to(tl.int64) != 0
-    tl.store(NORM + offs_n, n, mask=mask_n & (split == 0) & keeps)
+        partial = merged_parts(PARTIAL, offs_n, N, SPLITS, NORM, ACC, BLOCK_N, BLOCK_S)
+    n = as_norm(partial, EPS, NORM)
+    keeps = NORMS.to(tl.int64) != 0
+    tl.store(NORMS + offs_n, n, mask=mask_n & (split == 0) & keeps)
     scale = tl.load(G + offs_n, mask=mask_n, other=0.0).to(ACC) / n
     for step in range(steps):
         outer, offs_p, offs_r, mask = tile_offsets(
@@ -183,7 +191,7 @@ def weight_grad_kernel(
     DW,
     V,
     G,
-    NORM,
+    NORMS,
     PARTIAL,
     DG,
     DV,
@@ -196,6 +204,7 @@ def weight_grad_kernel(
     SPLITS,
     FORM: tl.constexpr,
     EPS: tl.constexpr,
+    NORM: tl.constexpr,
     NESTED: tl.constexpr,
     WIDE: tl.constexpr,
     ACC: tl.constexpr,
@@ -204,14 +213,14 @@ def weight_grad_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_S: tl.constexpr,
 ):
-    """DV = g / n ⊙ DW - c ⊙ V, and DG; DV may be DW. Only the form "partial" reads
-    PARTIAL, the dots."""
+    """DV = g / n ⊙ DW - c ⊙ u, and DG; DV may be DW. Only the form "partial" reads
+    PARTIAL, the dots and, for linf, the ties."""
     block_n, split = reversed_ids()
     weight_grad_slices(
         DW,
         V,
         G,
-        NORM,
+        NORMS,
         PARTIAL,
         DG,
         DV,
@@ -226,6 +235,7 @@ def weight_grad_kernel(
         SPLITS,
         FORM,
         EPS,
+        NORM,
         NESTED,
         WIDE,
         ACC,
@@ -241,7 +251,7 @@ def weight_grad_slices(
     DW,
     V,
     G,
-    NORM,
+    NORMS,
     PARTIAL,
     DG,
     DV,
@@ -256,6 +266,7 @@ def weight_grad_slices(
     SPLITS,
     FORM: tl.constexpr,
     EPS: tl.constexpr,
+    NORM: tl.constexpr,
     NESTED: tl.constexpr,
     WIDE: tl.constexpr,
     ACC: tl.constexpr,
@@ -268,7 +279,7 @@ def weight_grad_slices(
     offs_n = offsets(block_n, BLOCK_N, WIDE)
     mask_n = offs_n < N
     first = split * steps
-    n = tl.load(NORM + offs_n, mask=mask_n, other=1.0)
+    n = tl.load(NORMS + offs_n, mask=mask_n, other=1.0)
     g = tl.load(G + offs_n, mask=mask_n, other=0.0).to(ACC)
     if FORM == "held":
         outer, offs_p, offs_r, mask = tile_offsets(
@@ -279,10 +290,12 @@ def weight_grad_slices(
         v_at = tile_addresses(V, stride_v, outer, offs_p, offs_n, offs_r, WIDE)
         v = tl.load(v_at, mask=mask, other=0.0).to(ACC)
         dots = over_slices(dw * v)
+        ties = over_slices(tied(v, n[None, :, None]))
     elif FORM == "walked":
-        dots = slice_sums(
+        dots, ties = slice_partials(
             DW,
             V,
+            n,
             offs_n,
             N,
             loops,
@@ -290,7 +303,8 @@ def weight_grad_slices(
             stride_v,
             first,
             steps,
-            False,
+            True,
+            NORM,
             NESTED,
             WIDE,
             ACC,
@@ -299,11 +313,15 @@ def weight_grad_slices(
             BLOCK_R,
         )
     else:
-        dots = partial_sums(PARTIAL, offs_n, N, SPLITS, ACC, BLOCK_N, BLOCK_S)
+        dots = merged_parts(PARTIAL, offs_n, N, SPLITS, None, ACC, BLOCK_N, BLOCK_S)
+        ties = dots
+        if NORM == "linf":
+            PARTIAL += SPLITS * N
+            ties = merged_parts(PARTIAL, offs_n, N, SPLITS, None, ACC, BLOCK_N, BLOCK_S)
     dg = dots / n
     tl.store(DG + offs_n, dg, mask=mask_n & (split == 0))
     scale = g / n
-    coef = dot_coefficient(g, n, dg, EPS)
+    coef = slope_coefficient(g, n, dg, ties, EPS, NORM)
     for step in range(steps):
         outer, offs_p, offs_r, mask = tile_offsets(
             first + steps - 1 - step, offs_n, N, loops, NESTED, WIDE, BLOCK_P, BLOCK_R
@@ -314,7 +332,8 @@ def weight_grad_slices(
             v_at = tile_addresses(V, stride_v, outer, offs_p, offs_n, offs_r, WIDE)
             v = tl.load(v_at, mask=mask, other=0.0).to(ACC)
         dv_at = tile_addresses(DV, stride_d, outer, offs_p, offs_n, offs_r, WIDE)
-        tl.store(dv_at, scale[None, :, None] * dw - coef[None, :, None] * v, mask=mask)
+        u = slope(v, n[None, :, None], NORM)
+        tl.store(dv_at, scale[None, :, None] * dw - coef[None, :, None] * u, mask=mask)
 
 
 # --- launchers ---------------------------------------------------------------------------------
@@ -327,12 +346,13 @@ def weight_norm(
     eps: float,
     dtype: torch.dtype,
     *,
+    norm: Norm = "l2",
     config: configs.SliceConfig | None = None,
     splits: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`(W, n)`, `W` in `dtype` and in `V`'s memory layout."""
     g = g.contiguous()
-    run = remembered_weight_norm(target_of(v), (v, g), dim, eps, dtype, config, splits)
+    run = remembered_weight_norm(target_of(v), (v, g), dim, eps, norm, dtype, config, splits)
     return run(v, g)
 
 
@@ -342,6 +362,7 @@ def prepare_weight_norm(
     g: Tensor,
     dim: int | None,
     eps: float,
+    norm: Norm,
     dtype: torch.dtype,
     config: configs.SliceConfig | None = None,
     splits: int | None = None,
@@ -352,12 +373,12 @@ def prepare_weight_norm(
     slices = as_slices([w, v], dim)
     if slices is None:
         dense = v.contiguous()
-        run_dense = prepare_weight_norm(target, dense, g, dim, eps, dtype, config, splits)
+        run_dense = prepare_weight_norm(target, dense, g, dim, eps, norm, dtype, config, splits)
         new_w = allocator(w)
 
         def run_copied(v: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
-            w, norm = run_dense(v.contiguous(), g)
-            return new_w(v).copy_(w), norm
+            w, n = run_dense(v.contiguous(), g)
+            return new_w(v).copy_(w), n
 
         return run_copied
     walk = Walk(slices, [w, v], target, config, splits)
@@ -366,18 +387,20 @@ def prepare_weight_norm(
         target,
         walk.grid,
         EPS=eps,
+        NORM=norm,
         **walk.strides(v=1, w=0),
         **walk.finishing(),
     )
     run = Pass("v", "g")
-    run.new(w=w, norm=unallocated(kept_shape(v.shape, dim), scale_dtype(v)))
-    partial = "norm"  # which no other form reads
+    run.new(w=w, n=unallocated(kept_shape(v.shape, dim), scale_dtype(v)))
+    partial = "n"  # which no other form reads
     if walk.form == "partial":
         partial = "partial"
         run.new(partial=unallocated((walk.splits, slices.n), scale_dtype(v)))
-        run.call(prepare_sums(walk, target, eps, 1, 1), "v", "v", "partial")
-    run.call(launch, "v", "g", partial, "norm", "w")
-    return run.returning("w", "norm", spare=("norm",))
+        partials = prepare_partials(walk, target, eps, norm, 1)
+        run.call(partials, "v", "v", partial, partial)
+    run.call(launch, "v", "g", partial, "n", "w")
+    return run.returning("w", "n", spare=("n",))
 
 
 remembered_weight_norm = remembered(prepare_weight_norm)
@@ -392,18 +415,19 @@ def weight_norm_backward(
     dw: Tensor,
     v: Tensor,
     g: Tensor,
-    norm: Tensor,
+    n: Tensor,
     dim: int | None,
     eps: float,
     *,
+    norm: Norm = "l2",
     config: configs.SliceConfig | None = None,
     splits: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`(dV, dg)` from `dW`."""
     g = g.contiguous()
     tensors = dw, v, g
-    run = remembered_weight_norm_backward(target_of(v), tensors, dim, eps, config, splits)
-    return run(dw, v, g, norm)
+    run = remembered_weight_norm_backward(target_of(v), tensors, dim, eps, norm, config, splits)
+    return run(dw, v, g, n)
 
 
 def prepare_weight_norm_backward(
@@ -413,39 +437,42 @@ def prepare_weight_norm_backward(
     g: Tensor,
     dim: int | None,
     eps: float,
+    norm: Norm,
     config: configs.SliceConfig | None = None,
     splits: int | None = None,
 ) -> Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """`run(dw, v, g, norm)` returns `(dV, dg)`."""
+    """`run(dw, v, g, n)` returns `(dV, dg)`."""
     dv = torch.empty_like(v)
     slices = as_slices([dv, dw, v], dim)
     if slices is None:
         dense = dw.contiguous(), v.contiguous(), g
-        run_dense = prepare_weight_norm_backward(target, *dense, dim, eps, config, splits)
+        run_dense = prepare_weight_norm_backward(target, *dense, dim, eps, norm, config, splits)
         new_dv = allocator(dv)
 
-        def run_copied(dw: Tensor, v: Tensor, g: Tensor, norm: Tensor) -> tuple[Tensor, Tensor]:
-            dv, dg = run_dense(dw.contiguous(), v.contiguous(), g, norm)
+        def run_copied(dw: Tensor, v: Tensor, g: Tensor, n: Tensor) -> tuple[Tensor, Tensor]:
+            dv, dg = run_dense(dw.contiguous(), v.contiguous(), g, n)
             return new_dv(v).copy_(dv), dg
 
         return run_copied
     walk = Walk(slices, [dv, dw, v], target, config, splits)
-    run = Pass("dw", "v", "g", "norm")
+    run = Pass("dw", "v", "g", "n")
     run.new(dv=dv, dg=g)
-    partial = "norm"  # which no other form reads
+    partial = "n"  # which no other form reads
     if walk.form == "partial":
         partial = "partial"
-        run.new(partial=unallocated((walk.splits, slices.n), scale_dtype(v)))
-        run.call(prepare_sums(walk, target, eps, 1, 2), "dw", "v", "partial")
+        kinds = 2 if norm == "linf" else 1  # dots, and ties
+        run.new(partial=unallocated((kinds, walk.splits, slices.n), scale_dtype(v)))
+        run.call(prepare_partials(walk, target, eps, norm, 1, 2), "dw", "v", "n", partial)
     launch = Launcher(
         weight_grad_kernel,
         target,
         walk.grid,
         EPS=eps,
+        NORM=norm,
         **walk.strides(w=1, v=2, d=0),
         **walk.finishing(),
     )
-    run.call(launch, "dw", "v", "g", "norm", partial, "dg", "dv")
+    run.call(launch, "dw", "v", "g", "n", partial, "dg", "dv")
     return run.returning("dv", "dg")
 
 
