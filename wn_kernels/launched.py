@@ -36,7 +36,7 @@ def launched(
     geometry: tuple[Any, ...],
     dim: int | None,
     eps: float,
-    norm: Norm = "l2",
+    norm: Norm,
 ) -> Tensor | None:
     """The output of a layer, `W` where there is no `x`; `None` for a call that the rest of the
     package has to serve, or reject.

@@ -171,7 +171,7 @@ def launches(
     geometry: tuple[Any, ...],
     dim: int | None,
     eps: float,
-    norm: Norm = "l2",
+    norm: Norm,
 ) -> Launches | None:
     """What a node holds of a call, or `None` where no node serves it. This is called once for a
     call's dtypes, layouts and options.

@@ -384,7 +384,7 @@ def plan_native(
     dim: int | None,
     eps: float,
     channels_last: bool,
-    norm: Norm = "l2",
+    norm: Norm,
 ) -> tuple | None:
     """Returns the native library's plan of a layer's call, in the form that the library reads, or
     `None` if it does not serve the call. The library calls this once for each combination of shapes

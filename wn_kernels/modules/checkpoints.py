@@ -32,7 +32,7 @@ def keys(form: str, name: str, prefix: str = "") -> tuple[str, str]:
     return prefix + g.format(name), prefix + v.format(name)
 
 
-def split(weight: Tensor, v: Tensor, dim: int | None, norm: Norm = "l2") -> tuple[Tensor, Tensor]:
+def split(weight: Tensor, v: Tensor, dim: int | None, norm: Norm) -> tuple[Tensor, Tensor]:
     """Returns `(g, v)` of a plain weight that replaces `v`.
 
     A slice of zeros gets `g = 0` and keeps its direction from `v`, so that it can still learn.
@@ -43,7 +43,7 @@ def split(weight: Tensor, v: Tensor, dim: int | None, norm: Norm = "l2") -> tupl
     return g, torch.where(g == 0, v.detach().to(weight.dtype), weight)
 
 
-def assign(weight: Tensor, g: Tensor, v: Tensor, dim: int | None, norm: Norm = "l2") -> None:
+def assign(weight: Tensor, g: Tensor, v: Tensor, dim: int | None, norm: Norm) -> None:
     """Sets `g` and `v` so that the weight is `weight`.
 
     Raises:
@@ -68,7 +68,7 @@ def bring_into(
     v: Tensor,
     dim: int | None,
     others: Mapping[str, Tensor | None],
-    norm: Norm = "l2",
+    norm: Norm,
 ) -> None:
     """Brings a layer's entries of `state_dict`, in place, into the form that the layer loads.
 

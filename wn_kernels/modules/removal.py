@@ -47,7 +47,7 @@ def plain_weight(weight: Tensor, requires_grad: bool) -> nn.Parameter:
         return nn.Parameter(values, requires_grad=requires_grad)
 
 
-def baked(v: Tensor, g: Tensor, dim: int | None, eps: float, norm: Norm = "l2") -> nn.Parameter:
+def baked(v: Tensor, g: Tensor, dim: int | None, eps: float, norm: Norm) -> nn.Parameter:
     """Returns the weight of `v` and `g` as a parameter. It is trainable if one of them is."""
     with torch.inference_mode(False), torch.no_grad():
         weight = WF.weight_norm(v, g, dim=dim, eps=eps, norm=norm)
