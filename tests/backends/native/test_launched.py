@@ -1,6 +1,7 @@
 """Triton's calls as nodes, of the native library and without it: passes, the functions that they
 fall back to, and what surrounds them."""
 
+import copy
 import functools
 import gc
 import itertools
@@ -250,6 +251,53 @@ def test_second_order():
     assert torch.autograd.gradgradcheck(lambda v, g: WF.weight_norm(v, g), (v, g))
     x = torch.randn(3, 5, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradgradcheck(lambda *t: WF.wn_linear(*t), (x, v, g))
+
+
+def second(run, leaves, dy):
+    """The gradients of a loss of all the gradients of the first order."""
+    grads = torch.autograd.grad(run(*leaves), leaves, dy, create_graph=True)
+    return torch.autograd.grad(sum(t.square().mean() for t in grads), leaves, allow_unused=True)
+
+
+@pytest.mark.parametrize("norm", ["l1", "linf"])
+@pytest.mark.parametrize("name", ["linear, one pass", "1d"])
+def test_other_norms(name, norm):
+    """A node hands the norm on to all that it calls, in both directions and in the second order."""
+    case = copy.deepcopy(CASES[name])
+    case.take(norm)
+    options = {"dim": case.dim, "eps": case.eps, "norm": norm}
+    is_linear = isinstance(case, Case)
+    run = functools.partial(WF.wn_linear, **options) if is_linear else case.layer
+    case.check(run)
+    conv = None if is_linear else case.geometry()
+    definition = functools.partial(reference.layer, conv=conv, **options)
+    wide = [t.detach().double().requires_grad_() for t in case.leaves()]
+    found, right = (
+        second(run, case.leaves(), case.dy)[:3],
+        second(definition, wide, case.dy.double())[:3],
+    )
+    for what, grad, expected in zip("xvg", found, right, strict=True):
+        assert_matches(grad, expected, torch.float32, case.length, roundings=4, what=what)
+
+
+def test_a_group_of_norms():
+    norms = ["l2", "l1", "linf"]
+    v, g = zip(*(weight() for _ in norms), strict=True)
+    wide = [t.detach().double().requires_grad_() for t in (*v, *g)]
+    dw = [torch.randn(6, 5) for _ in norms]
+    run = functools.partial(WF.weight_norms, norm=norms)
+
+    def of_group(*leaves):
+        return run(leaves[:3], leaves[3:])
+
+    def definition(*leaves):
+        pairs = zip(leaves[:3], leaves[3:], norms, strict=True)
+        return [reference.weight_norm(a, b, 0, 0.0, norm) for a, b, norm in pairs]
+
+    found = second(of_group, [*v, *g], dw)
+    right = second(definition, wide, [t.double() for t in dw])
+    for grad, expected in zip(found, right, strict=True):
+        assert_matches(grad, expected, torch.float32, 30, roundings=4)
 
 
 def test_the_graph_is_kept_or_freed():
