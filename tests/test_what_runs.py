@@ -6,6 +6,7 @@ operands of PyTorch's products on the ATen path, and the kernels that Triton lau
 
 from contextlib import contextmanager
 from random import Random
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -111,102 +112,172 @@ def spied(monkeypatch, *names):
         yield calls
 
 
-def run(case, grad):
-    """A call of the case with its plan, and the gradient function of its output."""
+class Ran(NamedTuple):
+    """What a case did, as one of the readers below reads it off.
+
+    Attributes:
+        chosen: its plan.
+        others: the other plans of its backend for the call.
+        alone: what was read off a forward without gradients.
+        forward, backward: the same of a training step.
+        kept: `"weight"` where the step saved a tensor as large as `V`, and `"product"` where it
+            saved one as large as the output, besides the operands.
+    """
+
+    chosen: plan.Plan
+    others: list[plan.Plan]
+    alone: Any
+    forward: Any
+    backward: Any
+    kept: set[str]
+
+
+@contextmanager
+def saving(operands, n_shape):
+    """Collects the sizes of the tensors that are saved for a backward, without the operands and
+    the norms."""
+    own = {t.untyped_storage().data_ptr() for t in operands}
+    sizes = set()
+
+    def pack(t):
+        if t.untyped_storage().data_ptr() not in own and t.shape != n_shape:
+            sizes.add(t.numel())
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        yield sizes
+
+
+def run(case, reader):
+    """Runs a case without and with gradients. `reader` is a context whose value says afterwards
+    what ran in it."""
     call = described(case)
     inputs = [t if t is None else t.detach() for t in (case.x, case.v, case.g, case.bias)]
-    inputs = [t if t is None else t.requires_grad_(grad) for t in inputs]
-    with prepare.watching() as seen:
-        y = tuning.run_call(call, inputs)
+    operands = [t for t in inputs if t is not None]
+    with prepare.watching() as seen, torch.no_grad(), reader() as alone:
+        tuning.run_call(call, inputs)
     ((planned_call, backend),) = set(seen)
-    wanted = [t for t in inputs if t is not None]
-    return (
-        plan.choose(planned_call, backend),
-        inputs,
-        lambda: torch.autograd.grad(y, wanted, case.dy),
-    )
+    for t in operands:
+        t.requires_grad_()
+    with reader() as forward, saving(operands, case.g.shape) as sizes:
+        y = tuning.run_call(call, inputs)
+    with reader() as backward:
+        torch.autograd.grad(y, operands, case.dy)
+    assert case.v.numel() != y.numel()
+    kept = {name for name, t in (("weight", case.v), ("product", y)) if t.numel() in sizes}
+    chosen = plan.choose(planned_call, backend)
+    others = [other for other in plan.choices(planned_call, backend) if other != chosen]
+    return Ran(chosen, others, alone, forward, backward, kept)
 
 
-@pytest.mark.parametrize("grad", [False, True])
-@pytest.mark.parametrize("name", CASES)
-def test_native(name, grad):
-    native.build()
-    case = CASES[name]
+def assert_planned(check, case, ran):
+    """What ran is what the plan says, and not what another plan of the backend says."""
+    check(case, ran, ran.chosen)
+    for other in ran.others:
+        with pytest.raises(AssertionError):
+            check(case, ran, other)
+
+
+def check_kept(ran, chosen):
+    """A packed weight is as large as `V`."""
+    assert ran.kept == {"weight" if chosen.keeps == "packed" else chosen.keeps} - {""}
+
+
+# --- the native library --------------------------------------------------------------------------
+
+
+@contextmanager
+def marks():
+    found = set()
     with profile(activities=[ProfilerActivity.CPU]) as seen:
-        chosen, _, backward = run(case, grad)
-        if grad:
-            backward()
-    marks = {e.name for e in seen.events() if e.name.startswith("wn_kernels::")}
-    if chosen.backend != "native":
-        assert not marks
-        return
+        yield found
+    found |= {e.name for e in seen.events() if e.name.startswith("wn_kernels::")}
+
+
+def check_native(case, ran, chosen):
     kind = "linear" if not isinstance(case, ConvCase) else "convolution"
-    expected = {f"wn_kernels::{kind}, {chosen.recorded if grad else chosen.forward}"}
-    if grad:
-        expected |= {f"wn_kernels::{kind}_backward, {chosen.backward}"}
-    assert marks == expected
+    assert ran.alone == {f"wn_kernels::{kind}, {chosen.forward}"}
+    assert ran.forward == {f"wn_kernels::{kind}, {chosen.recorded}"}
+    assert ran.backward == {f"wn_kernels::{kind}_backward, {chosen.backward}"}
+    check_kept(ran, chosen)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_native(name):
+    native.build()
+    ran = run(CASES[name], marks)
+    if ran.chosen.backend == "native":
+        assert_planned(check_native, CASES[name], ran)
+    else:
+        assert not ran.alone | ran.forward | ran.backward
 
 
 def test_native_serves_some_of_each():
     """The test above compares something."""
     native.build()
-    served = {name for name, case in CASES.items() if run(case, False)[0].backend == "native"}
+    served = {n for n, case in CASES.items() if run(case, marks).chosen.backend == "native"}
     assert len(served) >= 10
 
 
-@pytest.mark.parametrize("grad", [False, True])
-@pytest.mark.parametrize("name", CASES)
-def test_aten(name, grad, monkeypatch):
-    case = CASES[name]
-    products = ("torch.mm", "torch.convolution", "convolution_grads", "scaled_weight")
-    forms = (*products, "fused_weight_norm", "weight_norm")
-    with use_backend("aten"), spied(monkeypatch, *forms) as calls:
-        chosen, (x, v, _, _), backward = run(case, grad)
-        forms_weight = any(called == "weight_norm" for called, _ in calls) or (
-            chosen.keeps == "weight"
-            and any(called in ("fused_weight_norm", "scaled_weight") for called, _ in calls)
-        )
-        assert forms_weight == ((chosen.recorded if grad else chosen.forward) == "materialize")
-        for called, args in calls:
-            if called == "torch.convolution":
-                assert (args[1].data_ptr() == v.data_ptr()) == (chosen.forward in LATE)
-                if chosen.forward in LATE:
-                    assert (args[0].data_ptr() == x.data_ptr()) == (chosen.forward == "output")
-        calls.clear()
-        if not grad or chosen.keeps == "weight":
-            return
-        backward()
-    scaled = [called for called, _ in calls if called == "scaled_weight"]
-    assert bool(scaled) == (chosen.backward == "materialize")
-    convolutions = [args for called, args in calls if called == "convolution_grads"]
-    if convolutions and chosen.backward in ("input", "output"):
-        assert all(args[2].data_ptr() == v.data_ptr() for args in convolutions)
-        scales_x = any(args[1].data_ptr() != x.data_ptr() for args in convolutions)
+# --- the ATen path -------------------------------------------------------------------------------
+
+PRODUCTS = {"torch.mm", "torch.convolution", "convolution_grads"}
+FORMS = {"scaled_weight", "fused_weight_norm", "weight_norm"}
+
+
+def check_aten(case, ran, chosen):
+    for calls, variant in ((ran.alone, chosen.forward), (ran.forward, chosen.recorded)):
+        assert any(name in FORMS for name, _ in calls) == (variant == "materialize")
+        for name, args in calls:
+            if name == "torch.convolution":
+                takes_x, takes_v = (
+                    t.data_ptr() == args[i].data_ptr() for i, t in enumerate((case.x, case.v))
+                )
+                assert takes_v == (variant in LATE)
+                assert takes_x == (variant != "input")
+    names = {name for name, _ in ran.backward}
+    assert bool(names & PRODUCTS) == (chosen.keeps != "weight")  # else they are PyTorch's nodes
+    forms_again = chosen.backward == "materialize" and chosen.keeps != "weight"
+    assert ("scaled_weight" in names) == forms_again
+    if chosen.backward in ("input", "output"):
+        grads = [args for name, args in ran.backward if name == "convolution_grads"]
+        assert all(args[2].data_ptr() == case.v.data_ptr() for args in grads)
+        scales_x = any(args[1].data_ptr() != case.x.data_ptr() for args in grads)
         assert scales_x == (chosen.backward == "input")
-
-
-PRODUCTS = ("matmul", "product", "direct")
+    check_kept(ran, chosen)
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_triton(name):
-    """The forms of the products that are launched, and whether a kernel writes `W`."""
-    pytest.importorskip("triton")
-    from wn_kernels.backends.triton.launch import recording
+def test_aten(name, monkeypatch):
+    with use_backend("aten"):
+        ran = run(CASES[name], lambda: spied(monkeypatch, *PRODUCTS, *FORMS))
+    assert_planned(check_aten, CASES[name], ran)
 
-    case = CASES[name]
-    with use_backend("triton"), recording() as launches:
-        chosen, _, backward = run(case, True)
-        forward = [launch._replace() for launch in launches]
-        launches.clear()
-        backward()
-    assert forms_of(forward) in SIGNS[chosen.recorded], (chosen, forms_of(forward))
+
+# --- the Triton path -----------------------------------------------------------------------------
+
+
+def check_triton(case, ran, chosen):
+    """The forms of the products that are launched, and whether a kernel writes `W`."""
+    assert forms_of(ran.alone) in SIGNS[chosen.forward]
+    assert forms_of(ran.forward) in SIGNS[chosen.recorded]
     signs = BACKWARD_SIGNS[chosen.backward]
     if chosen.keeps == "weight":  # its own gradient is all that is left to our kernels
         signs = [(False, frozenset())]
     elif chosen.keeps == "packed":
         signs = [(False, forms) for _, forms in signs]
-    assert forms_of(launches) in signs, (chosen, forms_of(launches))
+    assert forms_of(ran.backward) in signs
+    check_kept(ran, chosen)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_triton(name):
+    pytest.importorskip("triton")
+    from wn_kernels.backends.triton.launch import recording
+
+    with use_backend("triton"):
+        ran = run(CASES[name], recording)
+    assert_planned(check_triton, CASES[name], ran)
 
 
 # What a kernel computes of a layer. Those of a weight alone are not among them.
