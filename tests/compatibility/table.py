@@ -657,9 +657,11 @@ def page() -> str:
     lines = [
         "# Compatibility",
         "",
-        "This page says what of PyTorch works with a weight-normed `nn.Linear` on a CPU. Every cell",
+        "This page says what of PyTorch works with a weight-normed `nn.Linear` on a CPU. Every "
+        "cell",
         "is what a test found, and `python -m tests.compatibility.table` writes the page. *fails*",
-        "stands for an exception, and *wrong* for a result that is not the float64 reference's. The",
+        "stands for an exception, and *wrong* for a result that is not the float64 reference's. "
+        "The",
         f"table was made with torch {torch.__version__.split('+')[0]}.",
         "",
         "| | " + " | ".join(PROVIDERS) + " |",
