@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import nn
@@ -437,7 +437,9 @@ def _is_weight_normed(module: nn.Module, name: str) -> bool:
 # --- checkpoints ---------------------------------------------------------------------------------
 
 
-def state_dict(model: nn.Module, form: str) -> dict[str, Any]:
+def state_dict(
+    model: nn.Module, form: Literal["weight_norm", "parametrizations", "plain"]
+) -> dict[str, Any]:
     """Returns `model.state_dict()` with every weight-normed weight in one form.
 
     Args:

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,9 @@ from ..convert.normed import Normed, weights
 from ..modules import checkpoints
 from ..text import aligned
 from .moments import Moments
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 # --- reports -------------------------------------------------------------------------------------
 
@@ -297,7 +300,9 @@ def _initialise(model: nn.Module, layers: list[_Layer], calls: list, group: Any)
 
 
 @torch.no_grad()
-def data_dependent_(model: nn.Module, batch: Any, *, process_group: Any = None) -> Report:
+def data_dependent_(
+    model: nn.Module, batch: Any, *, process_group: ProcessGroup | None = None
+) -> Report:
     """Sets `g` and the bias of every weight-normed layer from data, in place, so that each channel
     of its pre-activations has mean 0 and variance 1 over the batch.
 

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import functional as WF
 from . import prepared
-from .weight import WeightNormMixin
+from .weight import LayerOptions, WeightNormMixin
+
+if TYPE_CHECKING:
+    from torch.types import Device
+    from typing_extensions import Unpack
 
 
 class WNLinear(WeightNormMixin, nn.Linear):  # type: ignore[override]
@@ -44,6 +51,18 @@ class WNLinear(WeightNormMixin, nn.Linear):  # type: ignore[override]
     weight_ndim = 2
     plain = nn.Linear
 
+    if TYPE_CHECKING:
+
+        def __init__(
+            self,
+            in_features: int,
+            out_features: int,
+            bias: bool = True,
+            device: Device = None,
+            dtype: torch.dtype | None = None,
+            **options: Unpack[LayerOptions],
+        ) -> None: ...
+
     def forward(self, input: Tensor) -> Tensor:
         operands = self._operands()
         if operands is None:
@@ -69,6 +88,17 @@ class WNLazyLinear(WeightNormMixin, nn.LazyLinear):  # type: ignore[misc, overri
 
     weight_ndim = 2
     cls_to_become = WNLinear
+
+    if TYPE_CHECKING:
+
+        def __init__(
+            self,
+            out_features: int,
+            bias: bool = True,
+            device: Device = None,
+            dtype: torch.dtype | None = None,
+            **options: Unpack[LayerOptions],
+        ) -> None: ...
 
     def initialize_parameters(self, input: Tensor) -> None:
         """Gives the parameters their shapes and values from the first input."""

@@ -9,14 +9,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from .. import functional as WF
 from . import checkpoints, flat, norms, reading, removal
-from .weight import NormedWeights
+from .weight import NormedWeights, NormOptions
+
+if TYPE_CHECKING:
+    from torch.types import Device
+    from typing_extensions import Unpack
 
 
 def flat_weights(layer: Any) -> list[Tensor | None]:
@@ -147,6 +151,18 @@ class _Layer(FlatWeights, RecurrentMixin):
 class _Cell(RecurrentMixin):
     """Holds the `forward` of the three cells."""
 
+    if TYPE_CHECKING:
+
+        def __init__(
+            self,
+            input_size: int,
+            hidden_size: int,
+            bias: bool = True,
+            device: Device = None,
+            dtype: torch.dtype | None = None,
+            **options: Unpack[NormOptions],
+        ) -> None: ...
+
     def forward(self: Any, input: Tensor, hx: Any = None) -> Any:
         return self.plain.forward(cell_with_weights(self), input, hx)
 
@@ -183,17 +199,67 @@ class WNLSTM(_Layer, nn.LSTM):
 
     plain = nn.LSTM
 
+    if TYPE_CHECKING:
+
+        def __init__(
+            self,
+            input_size: int,
+            hidden_size: int,
+            num_layers: int = 1,
+            bias: bool = True,
+            batch_first: bool = False,
+            dropout: float = 0.0,
+            bidirectional: bool = False,
+            proj_size: int = 0,
+            device: Device = None,
+            dtype: torch.dtype | None = None,
+            **options: Unpack[NormOptions],
+        ) -> None: ...
+
 
 class WNGRU(_Layer, nn.GRU):
     """Replaces `torch.nn.GRU` with weight-normalised weights; see `WNLSTM`."""
 
     plain = nn.GRU
 
+    if TYPE_CHECKING:
+
+        def __init__(
+            self,
+            input_size: int,
+            hidden_size: int,
+            num_layers: int = 1,
+            bias: bool = True,
+            batch_first: bool = False,
+            dropout: float = 0.0,
+            bidirectional: bool = False,
+            device: Device = None,
+            dtype: torch.dtype | None = None,
+            **options: Unpack[NormOptions],
+        ) -> None: ...
+
 
 class WNRNN(_Layer, nn.RNN):
     """Replaces `torch.nn.RNN` with weight-normalised weights; see `WNLSTM`."""
 
     plain = nn.RNN
+
+    if TYPE_CHECKING:
+
+        def __init__(
+            self,
+            input_size: int,
+            hidden_size: int,
+            num_layers: int = 1,
+            nonlinearity: str = "tanh",
+            bias: bool = True,
+            batch_first: bool = False,
+            dropout: float = 0.0,
+            bidirectional: bool = False,
+            device: Device = None,
+            dtype: torch.dtype | None = None,
+            **options: Unpack[NormOptions],
+        ) -> None: ...
 
 
 class WNLSTMCell(_Cell, nn.LSTMCell):
@@ -217,3 +283,16 @@ class WNRNNCell(_Cell, nn.RNNCell):
     """Replaces `torch.nn.RNNCell` with weight-normalised weights; see `WNLSTMCell`."""
 
     plain = nn.RNNCell
+
+    if TYPE_CHECKING:
+
+        def __init__(
+            self,
+            input_size: int,
+            hidden_size: int,
+            bias: bool = True,
+            nonlinearity: str = "tanh",
+            device: Device = None,
+            dtype: torch.dtype | None = None,
+            **options: Unpack[NormOptions],
+        ) -> None: ...
