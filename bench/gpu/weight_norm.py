@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 import wn_kernels.functional as WF
-from bench.cases import check_close
 from bench.gpu import predict
 from bench.gpu.context import Context, named
+from bench.runner import check_close
 from wn_kernels.backends import reference
 from wn_kernels.call import kept_shape
 

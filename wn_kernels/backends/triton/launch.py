@@ -55,7 +55,7 @@ def recording() -> Iterator[list[Launch]]:
     """Collects the launches made inside the block instead of making them.
 
     The launchers run as they are, on tensors that need no memory behind them, so what is recorded
-    is what a GPU would be given: `bench/codegen.py` compiles it.
+    is what a GPU would be given: `bench/static/codegen.py` compiles it.
     """
     global _recorded
     before, _recorded = _recorded, []

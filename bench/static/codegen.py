@@ -25,9 +25,9 @@ from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor
 
-from bench import baseline
-from bench.races import races
-from bench.shipped import TYPES, Compilation, shipped
+from bench.static import baseline
+from bench.static.races import races
+from bench.static.shipped import TYPES, Compilation, shipped
 
 
 @dataclass(frozen=True)

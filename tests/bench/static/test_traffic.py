@@ -8,8 +8,8 @@ from rich.console import Console
 
 pytest.importorskip("triton")
 
-from bench import baseline, traffic
-from bench.traffic import Case
+from bench.static import baseline, traffic
+from bench.static.traffic import Case
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,5 @@
 """A GPU that is not there: Triton's real binder, its real compiler and its real launcher, over a
-driver (`stand_in.c`) that does nothing.
+driver (`driver.c`) that does nothing.
 
     from bench import stand_in
     stand_in.activate()               # before anything imports the kernels
@@ -26,7 +26,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
-SOURCE = Path(__file__).with_suffix(".c")
+SOURCE = Path(__file__).with_name("driver.c")
 SONAME = "libcuda.so.1"
 KERNELS = "wn_kernels.backends.triton"
 
@@ -112,7 +112,7 @@ class Launch(NamedTuple):
 
 
 class _Record(ctypes.Structure):
-    """`struct launch` of stand_in.c."""
+    """`struct launch` of driver.c."""
 
     _fields_ = (
         ("name", ctypes.c_char * 128),
@@ -145,7 +145,7 @@ class _Record(ctypes.Structure):
         )
 
 
-_MOST_LAUNCHES = 256  # as in stand_in.c
+_MOST_LAUNCHES = 256  # as in driver.c
 
 
 @contextmanager

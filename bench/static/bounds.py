@@ -23,8 +23,8 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from bench.codegen import TARGETS, Record, Target, inspect
-from bench.shipped import Compilation, shipped
+from bench.static.codegen import TARGETS, Record, Target, inspect
+from bench.static.shipped import Compilation, shipped
 
 
 class Multiprocessor(NamedTuple):

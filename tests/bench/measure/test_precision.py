@@ -4,7 +4,8 @@ import warnings
 
 import torch
 
-from bench import precision, suite
+from bench import suite
+from bench.measure import precision
 from tests.bench.layers import CPU
 
 

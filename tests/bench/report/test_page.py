@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from bench import cli, report, suite
+from bench import cli, suite
+from bench.report import page
 from tests.bench.layers import TINY
 
 
@@ -78,26 +79,26 @@ def test_report_page(tmp_path):
     path = results_of(tmp_path / "a.json", *found, result("doubt", "train", 1.2, noisy=True))
     output = tmp_path / "page.html"
     assert cli.main(["report", path, "--output", str(output)]) == 0
-    page = output.read_text()
-    assert page.count("<svg") == 5
-    assert page.count("class=slower") == 3
-    assert "doubt (noisy)" in page
-    assert "a &lt;CPU&gt;" in page
-    assert "a copy moves 10.0 GB/s, a product does 100.0 GFLOP/s" in page
-    assert page.count("left of 1 ours is faster") == 2
-    assert page.count("lower is better") == 4
-    assert page.count("higher is better") == 2
+    shown = output.read_text()
+    assert shown.count("<svg") == 5
+    assert shown.count("class=slower") == 3
+    assert "doubt (noisy)" in shown
+    assert "a &lt;CPU&gt;" in shown
+    assert "a copy moves 10.0 GB/s, a product does 100.0 GFLOP/s" in shown
+    assert shown.count("left of 1 ours is faster") == 2
+    assert shown.count("lower is better") == 4
+    assert shown.count("higher is better") == 2
     case = TINY[0]
     words = f"{case.kind}({', '.join(map(str, case.arguments))}), input of shape {case.x_shape}"
-    assert words in page
+    assert words in shown
     assert "http" not in re.sub(
-        r'xmlns(:\w+)?="[^"]*"|<metadata>.*?</metadata>', "", page, flags=re.S
+        r'xmlns(:\w+)?="[^"]*"|<metadata>.*?</metadata>', "", shown, flags=re.S
     )
 
 
 def test_readme_table(tmp_path, capsys):
     readme = tmp_path / "README.md"
-    start, end = report.MARKS
+    start, end = page.MARKS
     readme.write_text(f"before\n{start}\nold\n{end}\nafter\n")
     path = results_of(tmp_path / "a.json", result("b", eager=0.25), result("c", eager=1.0))
     assert cli.main(["readme", path, "--file", str(readme)]) == 0
@@ -122,18 +123,18 @@ def test_readme_table(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("file", "table", "names"),
     [
-        ("README.md", report.readme_table, ("linear", "conv", "half")),
+        ("README.md", page.readme_table, ("linear", "conv", "half")),
         (
             "docs/benchmarks.md",
-            report.every_case,
+            page.every_case,
             ("linear", "conv", "half", "norm", "overhead", "memory"),
         ),
     ],
 )
 def test_the_tables_in_the_docs_were_written(file, table, names):
     """From the committed results, by the command."""
-    root = Path(__file__).parents[2]
+    root = Path(__file__).parents[3]
     results = [root / "docs" / "results" / f"{name}.json" for name in names]
-    start, end = report.MARKS
+    start, end = page.MARKS
     written = (root / file).read_text().partition(start)[2].partition(end)[0]
     assert written.strip() == table([json.loads(path.read_text()) for path in results])

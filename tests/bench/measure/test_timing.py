@@ -8,8 +8,8 @@ import pytest
 import torch
 from pytest_benchmark.stats import Stats
 
-from bench import timing
-from bench.timing import interleaved, is_wide, paired_ratio
+from bench.measure import timing
+from bench.measure.timing import interleaved, is_wide, paired_ratio
 from tests.bench.layers import CPU, TINY
 
 

@@ -11,10 +11,11 @@ from typing import Any
 
 from rich.console import Console
 
-from bench import memory, plots
-from bench.cases import MODES
+from bench import memory
 from bench.gpu.results import reports as gpu_reports
-from bench.tables import case_rows, extra_rows, is_slower, rows
+from bench.layer import MODES
+from bench.report import plots
+from bench.report.tables import case_rows, extra_rows, is_slower, rows
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2em auto; max-width: 70em; padding: 0 1em }

@@ -18,10 +18,10 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from bench import baseline
 from bench.cases import Case
 from bench.gpu import predict
 from bench.gpu.linear import BF16, FLOAT32
+from bench.static import baseline
 from wn_kernels import plan
 from wn_kernels.call import Call
 from wn_kernels.plan import costs, devices

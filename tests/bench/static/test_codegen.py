@@ -43,7 +43,7 @@ def test_a_small_batch_is_bound_by_memory():
     pytest.importorskip("triton")
     code = """
 import json
-from bench import baseline, bounds, codegen
+from bench.static import baseline, bounds, codegen
 
 KERNELS = ("one_pass_kernel", "grad_one_pass_kernel")
 own = baseline.read("codegen")[1] == codegen.compiler()
@@ -73,7 +73,7 @@ def test_warps_share_the_steps_of_a_small_batch():
     code = """
 import json
 import torch
-from bench import codegen, shipped
+from bench.static import codegen, shipped
 from wn_kernels.backends import triton as backend
 from wn_kernels.backends.triton import configs, launch
 
@@ -104,7 +104,7 @@ def test_tensor_cores_read_a_hopper_s_factors():
     pytest.importorskip("triton")
     code = """
 import json
-from bench import codegen, shipped
+from bench.static import codegen, shipped
 
 (target,) = (t for t in codegen.TARGETS if t.name == "cuda:90")
 ships = [c for c in shipped.shipped(target.name) if c.kernel == "one_pass_kernel"]

@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from bench import baseline, occupancy
+from bench.static import baseline, occupancy
 from tests.comparison import is_close
 from wn_kernels.plan import devices
 from wn_kernels.plan.stages import Costs, Grid, Stage

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from bench.timing import session_of
+from bench.measure.timing import session_of
 
 
 def saved_bytes(leaves: list[Tensor], forward: Callable[[], Tensor]) -> int:

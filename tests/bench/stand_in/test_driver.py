@@ -8,7 +8,7 @@ import pytest
 
 from bench import stand_in
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 LAUNCH = """
 from bench import stand_in

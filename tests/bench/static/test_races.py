@@ -1,6 +1,6 @@
 """The race that Triton may leave between a load and an asynchronous product."""
 
-from bench.races import races
+from bench.static.races import races
 
 LOOP = """
 %v = ttg.local_alloc : () -> !ttg.memdesc<2x64x64xbf16>

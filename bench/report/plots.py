@@ -12,8 +12,8 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from bench.cases import MODES
-from bench.tables import competing
+from bench.layer import MODES
+from bench.report.tables import competing
 
 matplotlib.use("svg")
 

@@ -31,7 +31,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 from torch.utils.flop_counter import flop_registry
 
-from bench import baseline
+from bench.static import baseline
 from wn_kernels.call import Geometry, Member, kept_shape
 
 

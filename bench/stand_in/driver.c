@@ -1,5 +1,5 @@
 /* A CUDA driver that accepts everything and does nothing, for Triton's launcher and ours: see
-   stand_in.py. It records the launches that it is given while `stand_in_records` is set. */
+   `bench/stand_in/__init__.py`. It records the launches that it is given while `stand_in_records` is set. */
 
 #include <stdint.h>
 #include <stdlib.h>
