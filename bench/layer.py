@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from bench.measure import precision
+from wn_kernels.call import Call, Geometry
 
 MODES = ("infer", "train")
 
@@ -42,6 +43,23 @@ class Layer:
         layer = kind(*self.arguments, **self.options, device=device, dtype=self.torch_dtype)
         last = self.channels_last and layer.weight.ndim == 4
         return layer.to(memory_format=torch.channels_last) if last else layer
+
+    def call(self) -> Call:
+        """The call of ours in it."""
+        layer: Any = self.layer(torch.device("meta"))
+        x_shape, v_shape, dtype = torch.Size(self.x_shape), layer.weight.shape, self.torch_dtype
+        x_dtype = torch.bfloat16 if self.precision == "autocast" else dtype
+        conv = None
+        if layer.weight.ndim > 2:
+            padding = layer.padding
+            if layer.padding_mode != "zeros":  # the input is padded before
+                sizes = zip(x_shape[2:], padding, strict=True)
+                x_shape = torch.Size((*x_shape[:2], *(size + 2 * p for size, p in sizes)))
+                padding = (0,) * len(padding)
+            rest = layer.dilation, layer.transposed, layer.output_padding, layer.groups
+            conv = Geometry(layer.stride, padding, *rest)
+        options = self.channels_last, self.precision == "tf32"
+        return Call(x_shape, v_shape, x_dtype, dtype, self.dim, conv, *options)
 
     def session(self, device: torch.device) -> AbstractContextManager[Any]:
         """What its calls run inside of."""

@@ -31,6 +31,19 @@ def test_opcheck(shape, dtype, dim):
         check(OPS.layer_backward, case.dy, case.x, case.v, case.g, n, [], dim, 0.0, "", mask)
 
 
+@pytest.mark.parametrize("norm", ["l1", "linf"])
+def test_other_norms(norm):
+    case = Case(6, 33, 20, 0)
+    case.take(norm)
+    given = case.x, case.v, case.g, case.bias, [], 0, 0.0, torch.float32, "", norm
+    y, n = OPS.layer(*given)
+    case.check_forward(y)
+    check(OPS.layer, *given)
+    given = case.dy, case.x, case.v, case.g, n, [], 0, 0.0, "", [True] * 4, norm
+    case.check_backward(OPS.layer_backward(*given))
+    check(OPS.layer_backward, *given)
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("grad", [True, False])

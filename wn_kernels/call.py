@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple, Protocol, get_args
 
 import torch
 from torch import Tensor
@@ -89,6 +89,19 @@ def canonical_norm(norm: str) -> Norm:
     if norm not in NORMS:
         raise ValueError(f"norm must be one of {list(NORMS)}, got {norm!r}")
     return norm
+
+
+class Slices(Protocol):
+    """States how the slices of a weight are normalised, as a `Call` and a `Member` do."""
+
+    @property
+    def dim(self) -> int | None: ...
+
+    @property
+    def eps(self) -> float: ...
+
+    @property
+    def norm(self) -> Norm: ...
 
 
 # --- a convolution -----------------------------------------------------------------------------

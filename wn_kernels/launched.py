@@ -17,7 +17,7 @@ from torch import Tensor
 from . import operators
 from .autograd import ONLY_WEIGHT, Weight, needed, recorded_grads
 from .backends import native, reference, vendor
-from .call import PLAIN_TYPES, Grads, Needs, Operands, recorder, rows_of, takes_tf32
+from .call import PLAIN_TYPES, Grads, Needs, Norm, Operands, recorder, rows_of, takes_tf32
 from .operators import Launches
 from .prepare import are_dense
 
@@ -36,6 +36,7 @@ def launched(
     geometry: tuple[Any, ...],
     dim: int | None,
     eps: float,
+    norm: Norm = "l2",
 ) -> Tensor | None:
     """The output of a layer, `W` where there is no `x`; `None` for a call that the rest of the
     package has to serve, or reject.
@@ -55,7 +56,7 @@ def launched(
         or torch._C._is_any_autocast_enabled()
     ):
         return None
-    launches = _launches(rank or 0, (x, v, g, bias), geometry, dim, eps)
+    launches = _launches(rank or 0, (x, v, g, bias), geometry, dim, eps, norm)
     if launches is None:
         return None
     needs_weight = v.requires_grad or g.requires_grad
@@ -77,13 +78,14 @@ def _launches(
     geometry: tuple[Any, ...],
     dim: int | None,
     eps: float,
+    norm: Norm,
 ) -> Launches | None:
     """Returns what is prepared for a call, or `None` where the rest of the package serves it."""
     x, v, g, bias = tensors
     key: tuple
     try:
         key = (
-            *(rank, geometry, dim, eps, v.device, g.device),
+            *(rank, geometry, dim, eps, norm, v.device, g.device),
             *(v.shape, v.stride(), v.dtype, g.shape, g.stride(), g.dtype),
         )
         if bias is not None:
@@ -97,7 +99,7 @@ def _launches(
     if found is _prepared:
         if not are_dense(v if x is None else x, v, g, bias) or not g.is_contiguous():
             return None
-        found = operators.launches(rank, tensors, geometry, dim, eps)
+        found = operators.launches(rank, tensors, geometry, dim, eps, norm)
         if len(_prepared) >= _MOST:
             _prepared.clear()
         _prepared[key] = found
@@ -131,8 +133,8 @@ class Launched(torch.autograd.Function):
         conv, again = launches.conv, torch.is_grad_enabled()
         weight = _weight_of(launches, x, v, g) if again else None
         if type(dy) not in PLAIN_TYPES or recorder(dy) or (again and weight is None):
-            options = conv, launches.dim, launches.eps
-            dx, dv, dg, db = reference.differentiable_grads(dy, None, x, v, g, *options, needs)
+            options = conv, launches.dim, launches.eps, needs, launches.norm
+            dx, dv, dg, db = reference.differentiable_grads(dy, None, x, v, g, *options)
         elif weight is not None:
             tensors = Operands(x, v, g, bias)
             needs = needed(ctx, tensors, needs)
@@ -186,8 +188,8 @@ def _formed(launches: Launches, v: Tensor, g: Tensor) -> Tensor:
 def _weight_of(launches: Launches, x: Tensor | None, v: Tensor, g: Tensor) -> Weight | None:
     """What a recorded backward takes: launches of the weight alone in V's dtype, where the call is
     not that of a weight itself. `None` where Python forms the weight."""
-    dim, eps = launches.dim, launches.eps
-    alone = launches if x is None else _launches(0, (None, v, g, None), (), dim, eps)
+    options = launches.dim, launches.eps, launches.norm
+    alone = launches if x is None else _launches(0, (None, v, g, None), (), *options)
     if alone is None:
         return None
 
@@ -195,7 +197,7 @@ def _weight_of(launches: Launches, x: Tensor | None, v: Tensor, g: Tensor) -> We
         dw = dw if x is None else dw.to(v.dtype)
         return _backward(alone, dw, None, v, g, None, n, ONLY_WEIGHT)[1:3]
 
-    return Weight(functools.partial(_formed, alone), grads, dim, eps)
+    return Weight(functools.partial(_formed, alone), grads, *options)
 
 
 def _product(launches: Launches, x: Any, w: Tensor, bias: Tensor | None) -> Tensor:

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from . import functional as WF
 from . import prepare
-from .backends import aten
+from .backends import aten, reference
+from .call import Member, Slices
 from .convert.normed import weights
 
 # --- parameter groups ----------------------------------------------------------------------------
@@ -100,7 +101,8 @@ def fix_magnitudes_(model: nn.Module, value: float | None = None) -> dict[str, f
 
         ρ = ‖g‖₂ / √N      W = ρ · V / ‖V‖
 
-    so that ‖W‖ stays what it is. At initialisation `‖g‖₂` is ‖V‖.
+    so that ‖W‖ stays what it is. At initialisation `‖g‖₂` is ‖V‖. For another norm than l2, the
+    ratio of `‖V_j‖₂` to `‖V_j‖` weighs each slice in both sums of squares.
 
     Args:
         model: any model that `wn_kernels.fuse` accepts. A tensor whose `g` or `v` is itself
@@ -121,19 +123,30 @@ def fix_magnitudes_(model: nn.Module, value: float | None = None) -> dict[str, f
     for normed in list(weights(model)):
         if normed.fault:
             continue
-        g, _ = normed.tensors
-        rho = g.double().norm().item() / math.sqrt(max(1, g.numel())) if value is None else value
-        constants[normed.name] = float(rho)
+        g, v = normed.tensors
+        rho = _constant(g, v, normed) if value is None else float(value)
+        constants[normed.name] = rho
         g.fill_(rho)
         g.requires_grad_(False)
         normed.refresh()
     return constants
 
 
+def _constant(g: Tensor, v: Tensor, slices: Slices) -> float:
+    """Returns the `g` with which ‖W‖ stays what it is."""
+    if slices.norm == "l2":
+        return g.double().norm().item() / math.sqrt(max(1, g.numel()))
+    ratio = v.double()
+    ratio = reference.norms(ratio, slices.dim, LEAST) / reference.norms(
+        ratio, slices.dim, LEAST, slices.norm
+    )
+    return ((g.double() * ratio).norm() / ratio.norm()).item()
+
+
 @torch.no_grad()
 def slice_norms(model: nn.Module) -> dict[str, Tensor]:
     """Returns the norms `‖V_j‖₂` of every weight-normed tensor of a model, by its name, each with
-    the shape of `g` and in `V`'s dtype.
+    the shape of `g` and in `V`'s dtype. They are l2, whatever the norm of a layer is.
 
     Raises:
         TypeError: `model` is not a module.
@@ -166,7 +179,8 @@ def renormalize_(
         norm: the norm of every slice. `"rms"` is √(number of its entries), which gives entries of
             unit magnitude, as in EDM2. `"g"` is |g|, which makes `V` equal to `W` but for signs, so
             that a step of SGD turns `W` as far as it would without weight norm; a slice with a `g`
-            of zero stays as it is. A mapping, such as an earlier result of `slice_norms`, holds
+            of zero stays as it is. Only for `"g"` is the norm that of the layer, which may not be
+            l2. A mapping, such as an earlier result of `slice_norms`, holds
             the norms of each tensor by name.
 
     Raises:
@@ -185,7 +199,8 @@ def renormalize_(
     for normed in weights(model):
         g, v = normed.tensors
         if v.requires_grad and v.numel() and not normed.fault:
-            n = aten.norms(v, normed.dim, LEAST)
+            own = normed.norm if norm == "g" else "l2"
+            n = aten.norms(v, Member(normed.dim, LEAST, v.dtype, own))
             chosen[id(v)] = v, n, _target(norm, normed.name, v, g, n)
     if not chosen:
         return

@@ -20,19 +20,23 @@ from rich.table import Table
 
 from bench.cases import Case
 from bench.gpu import predict
+from bench.gpu.conv import CASES as CONVOLUTIONS
 from bench.gpu.linear import BF16, FLOAT32
 from bench.static import baseline
 from wn_kernels import plan
-from wn_kernels.call import Call
 from wn_kernels.plan import costs, devices
 from wn_kernels.plan.devices import Device
 from wn_kernels.plan.stages import Stage, narrowest
 
-CASES = [*BF16, *(case for case in FLOAT32 if case.precision == "own")]
+CASES = [
+    *BF16,
+    *(case for case in FLOAT32 if case.precision == "own"),
+    *(case for case in CONVOLUTIONS if case.channels_last),
+]
 
 # A launch should cover this share.
 COVERED = 0.8
-# A path of at most FEW rows should take less than this multiple of the floor.
+# A linear layer of at most FEW rows should take less than this multiple of the floor.
 FLOOR, FEW = 1.1, 64
 
 
@@ -56,7 +60,7 @@ class Line(NamedTuple):
 
     def faults(self) -> list[str]:
         """Returns what it misses."""
-        few = self.case.x_shape[0] <= FEW
+        few = self.case.kind == "Linear" and self.case.x_shape[0] <= FEW
         found = {
             f"covers less than {COVERED}": self.covers < COVERED,
             f"above {FLOOR} of the floor": few and self.seconds > FLOOR * self.floor,
@@ -73,23 +77,32 @@ def lines(cases: list[Case] = CASES) -> Iterator[Line]:
 
 
 def _line(device: Device, case: Case) -> Line:
-    (m, k), n, dtype = case.x_shape, case.arguments[1], case.torch_dtype
-    call = Call(torch.Size((m, k)), torch.Size((n, k)), dtype, dtype, 0)
+    call = case.call()
     found = costs.costs(call, "triton", device)
     choice = plan.by_cost(call, "triton", device)
     steps = predict.stages(found, choice, case.mode)
     least = narrowest(steps, device)
     path = choice.forward if case.mode == "infer" else str(choice)
-    products = 1 if case.mode == "infer" else 3
-    # Each direction reads `x` and `V`; one has `y`, the other `dY`, `dX` and `dV`.
-    weights, rows = (1, m * (k + n)) if case.mode == "infer" else (3, m * (3 * k + 2 * n))
-    moved, operations = dtype.itemsize * (weights * n * k + rows), products * 2.0 * m * n * k
-    floor = max(moved / device.bandwidth, operations / found.rate)
-    floor += device.overhead * (1 if case.mode == "infer" else 2)
     return Line(
         *(device, case, path, least, least.covers(device) if least else 1.0),
-        *(found.seconds(steps), predict.vendors(case, device)["eager"], floor),
+        found.seconds(steps),
+        predict.vendors(case, device)["eager"],
+        _floor(case, device, found.rate),
     )
+
+
+def _floor(case: Case, device: Device, rate: float) -> float:
+    """Returns the floor of a case in seconds."""
+    layer, x = case.layer(torch.device("meta")), torch.empty(case.x_shape, device="meta")
+    y, w = layer(x.to(case.torch_dtype)).numel(), layer.weight.numel()
+    # Each direction reads `x` and `V`. The forward writes `y`; the backward reads `dY`, and writes
+    # `dX` and `dV`.
+    elements, launches = x.numel() + w + y, 1
+    if case.mode == "train":
+        elements, launches = 3 * (x.numel() + w) + 2 * y, 2
+    operations, _ = case.work()
+    moved = case.torch_dtype.itemsize * elements
+    return max(moved / device.bandwidth, operations / rate) + launches * device.overhead
 
 
 def figures(found: list[Line]) -> baseline.Figures:
@@ -106,7 +119,7 @@ def figures(found: list[Line]) -> baseline.Figures:
 def table(found: list[Line]) -> Table:
     """Returns the table of all lines, those that miss something marked."""
     shown = Table(title="how paths fill a GPU (by the cost model, not timed)")
-    for name in ("device", "M, K, N", "mode", "path"):
+    for name in ("device", "case", "mode", "path"):
         shown.add_column(name, no_wrap=True)
     names = ("programs", "waves", "in flight", "covers", "estimate", "/ floor", "/ eager")
     for name in names:

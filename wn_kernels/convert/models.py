@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -23,11 +23,12 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 
 from .. import functional as WF
 from .. import plan, prepare
-from ..call import Call, Geometry, canonical_dim
+from ..call import Call, Geometry, Norm, canonical_dim, canonical_norm
 from ..modules import checkpoints, removal
 from ..modules.weight import NormedWeights, WeightNormMixin
 from ..text import aligned, html
 from . import fused, groups
+from .states import own_tensors
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -99,12 +100,6 @@ def _others(module: Any) -> Iterator[tuple[str, Any, str]]:
             yield hook.name, getattr(module, hook.name + "_orig"), type(hook).__name__
 
 
-def _own(module: Any) -> tuple[str, ...]:
-    """Returns the weight-normed tensors of a layer of this package. It is empty for another
-    module."""
-    return module._normed() if isinstance(module, NormedWeights) else ()
-
-
 def _nominal(module: Any, v: torch.Tensor, dim: Any) -> Call:
     """Returns the call of a layer with a nominal input."""
     if v.ndim == 2:
@@ -134,11 +129,11 @@ def _path(module: Any, v: torch.Tensor, dim: Any) -> str:
 
 def _in_group(module: Any) -> str:
     """Returns the note of a layer of a grouped model, for a nominal input in a training step."""
-    v, (dim, _) = module._tensors("weight")[1], module._normalisation()
-    backend = plan.serving(v, dim)
+    v, (dim, _, norm) = module._tensors("weight")[1], module._normalisation()
+    backend = plan.serving(v, dim, norm)
     if is_lazy(v) or backend == "reference":
         return "its own weight"
-    call = _nominal(module, v, dim)
+    call = _nominal(module, v, dim)._replace(norm=norm)
     picked = plan.choose(call, backend)
     seconds = plan.shared_seconds(call, picked, True)
     if seconds is None:
@@ -185,7 +180,7 @@ def fuse(model: nn.Module, dry_run: bool = False, grouped: bool = False) -> Repo
     lines = []
     for prefix, module in model.named_modules():
         lines += _fuse(prefix, module, dry_run)
-        for tensor in _own(module):
+        for tensor in own_tensors(module):
             v = module._tensors(tensor)[1]
             lines.append(_line(prefix, module, tensor, v, module.dim, "", "of this package"))
         for tensor, original, what in _others(module):
@@ -288,8 +283,16 @@ def unfuse(model: nn.Module) -> list[str]:
 
     Raises:
         TypeError: `model` is not a module.
+        ValueError: PyTorch's weight norm does not have the norm of a layer. No layer is changed.
     """
     prepare.check_module("model", model)
+    for name, module in model.named_modules():
+        for tensor, norm in fused.norms(module).items():
+            if norm.norm != "l2":
+                raise ValueError(
+                    f"{name or '(root)'} cannot be unfused: its {tensor} has norm={norm.norm!r}, "
+                    "and PyTorch's weight norm has l2 alone; wn_kernels.fold gives a plain weight"
+                )
     names: list[str] = []
     for name, module in model.named_modules():
         if fused.is_fused(module) and not fused.is_wrapped(module):
@@ -356,10 +359,12 @@ def _fold(module: Any, wanted: Callable[[nn.Module, str], bool]) -> bool:
 # --- one module ----------------------------------------------------------------------------------
 
 
-def weight_norm(module: Module, name: str = "weight", dim: int | None = 0) -> Module:
+def weight_norm(
+    module: Module, name: str = "weight", dim: int | None = 0, *, norm: Norm = "l2"
+) -> Module:
     """Weight-normalises a parameter of a module, in place. The signature and the state dict
-    (`weight_g`, `weight_v`) are those of `torch.nn.utils.weight_norm`. This package computes the
-    weight.
+    (`weight_g`, `weight_v`) are those of `torch.nn.utils.weight_norm`, but for `norm`. This package
+    computes the weight.
 
     Args:
         module: the module. A linear layer or a convolution runs fused. For any other, this package
@@ -367,6 +372,7 @@ def weight_norm(module: Module, name: str = "weight", dim: int | None = 0) -> Mo
         name: the name of the parameter.
         dim: the dimension whose slices are normalised, or `None` or -1 for one norm over the whole
             tensor.
+        norm: the norm of a slice: `"l2"`, `"l1"` or `"linf"`; see `WNLinear`.
 
     Returns:
         The module.
@@ -376,7 +382,7 @@ def weight_norm(module: Module, name: str = "weight", dim: int | None = 0) -> Mo
         RuntimeError: the parameter is weight-normed already.
         TypeError: `module` is not a module or is a layer of this package, whose weights alone are
             normalised, or the parameter's dtype or layout is not supported.
-        ValueError: the parameter has no shape yet, or `dim` is out of range.
+        ValueError: the parameter has no shape yet, `dim` is out of range, or `norm` is unknown.
     """
     prepare.check_module("module", module)
     if _is_weight_normed(module, name):
@@ -393,11 +399,13 @@ def weight_norm(module: Module, name: str = "weight", dim: int | None = 0) -> Mo
         raise ValueError(f"{name} of {type(module).__name__} has no shape yet: run the module once")
     if not prepare.are_dense(weight, weight, weight, None):
         prepare.reject(**{name: weight})
-    dim = canonical_dim(dim, weight.ndim)
+    dim, norm = canonical_dim(dim, weight.ndim), canonical_norm(norm)
     v = removal.plain_weight(weight, weight.requires_grad)
     with torch.inference_mode(False):
-        g = nn.Parameter(WF.slice_norm(v.detach(), dim=dim), requires_grad=v.requires_grad)
+        n = WF.slice_norm(v.detach(), dim=dim, norm=norm)
+        g = nn.Parameter(n, requires_grad=v.requires_grad)
     hook = fused.Hook(name, -1 if dim is None else dim)
+    hook.norm = norm
     del module._parameters[name]
     for key, parameter in zip(checkpoints.keys("weight_norm", name), (g, v), strict=True):
         module.register_parameter(key, parameter)
@@ -429,62 +437,6 @@ def remove_weight_norm(module: Module, name: str = "weight") -> Module:
 
 
 def _is_weight_normed(module: nn.Module, name: str) -> bool:
-    if name in _own(module):
+    if name in own_tensors(module):
         return True
     return any(tensor == name for tensor, _, _ in fused.computers(module))
-
-
-# --- checkpoints ---------------------------------------------------------------------------------
-
-
-def state_dict(
-    model: nn.Module, form: Literal["weight_norm", "parametrizations", "plain"]
-) -> dict[str, Any]:
-    """Returns `model.state_dict()` with every weight-normed weight in one form.
-
-    Args:
-        model: any module. It converts layers of this package, fused ones and PyTorch's own.
-        form: `"weight_norm"` (`weight_g`, `weight_v`), `"parametrizations"`
-            (`parametrizations.weight.original0`, `original1`) or `"plain"` (`weight`).
-
-    Raises:
-        TypeError: `model` is not a module.
-        ValueError: the form is unknown.
-    """
-    prepare.check_module("model", model)
-    if form != "plain" and form not in checkpoints.FORMS:
-        raise ValueError(f"form is {form!r}; expected one of {[*checkpoints.FORMS, 'plain']}")
-    saved = model.state_dict()
-    renamed: dict[str, str] = {}
-    baked = {}
-    weights: dict[int, list[tuple[str, str, torch.Tensor]]] = {}
-    for prefix, module in model.named_modules(remove_duplicate=False):
-        prefix = prefix and prefix + "."
-        if id(module) not in weights:
-            weights[id(module)] = list(_stored(module))
-        for tensor, own, weight in weights[id(module)]:
-            old = checkpoints.keys(own, tensor, prefix)
-            if form == "plain":
-                renamed |= dict.fromkeys(old, prefix + tensor)
-                baked[prefix + tensor] = weight.detach()
-            else:
-                renamed |= dict(zip(old, checkpoints.keys(form, tensor, prefix), strict=True))
-    items = [(renamed.get(key, key), value) for key, value in saved.items()]
-    saved.clear()
-    saved.update((key, baked.get(key, value)) for key, value in items)
-    return saved
-
-
-def _stored(module: Any) -> Iterator[tuple[str, str, torch.Tensor]]:
-    """Yields the name, the form and the weight of each weight-normed tensor of a module. It skips
-    tensors that are pruned or have other parametrizations."""
-    for tensor in _own(module):
-        if not fused.is_replaced(module, tensor):
-            yield tensor, "weight_norm", getattr(module, tensor)
-    for tensor, form, computer in fused.computers(module):
-        if fused.is_stacked(module, tensor) or fused.is_replaced(module, tensor):
-            continue
-        if form == "weight_norm":
-            yield tensor, form, computer.compute_weight(module)
-        else:
-            yield tensor, form, getattr(module, tensor)

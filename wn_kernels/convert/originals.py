@@ -1,5 +1,5 @@
-"""This file makes what PyTorch itself gives to a parametrized module, by PyTorch's own functions: its
-class, the properties of that class, and the hook for the keys of the older form."""
+"""This file makes what PyTorch itself gives to a parametrized module, by PyTorch's own functions:
+its class, the properties of that class, and the hook for the keys of the older form."""
 
 from __future__ import annotations
 
