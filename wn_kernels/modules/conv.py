@@ -10,11 +10,12 @@ from torch import Tensor, nn
 
 from .. import functional as WF
 from . import prepared
-from .weight import LayerOptions, WeightNormMixin
+from .weight import WeightNormMixin
 
 if TYPE_CHECKING:
     from torch.types import Device
-    from typing_extensions import Unpack
+
+    from ..call import Norm
 
 # A size with an entry for each spatial dimension; a single number serves all of them.
 Size = TypeVar("Size")
@@ -42,7 +43,11 @@ class _Convolution(WeightNormMixin, Generic[Size]):
             padding_mode: PaddingMode = "zeros",
             device: Device = None,
             dtype: torch.dtype | None = None,
-            **options: Unpack[LayerOptions],
+            *,
+            dim: int | None = 0,
+            eps: float = 0.0,
+            norm: Norm = "l2",
+            magnitude_preserving: bool = False,
         ) -> None: ...
 
     def forward(self: Any, input: Tensor) -> Tensor:
@@ -98,7 +103,11 @@ class _ConvolutionTranspose(WeightNormMixin, Generic[Size]):
             padding_mode: PaddingMode = "zeros",
             device: Device = None,
             dtype: torch.dtype | None = None,
-            **options: Unpack[LayerOptions],
+            *,
+            dim: int | None = 0,
+            eps: float = 0.0,
+            norm: Norm = "l2",
+            magnitude_preserving: bool = False,
         ) -> None: ...
 
     def forward(self: Any, input: Tensor, output_size: list[int] | None = None) -> Tensor:
@@ -176,7 +185,11 @@ class _LazyConvolution(_Lazy, _Convolution[Size]):
             padding_mode: PaddingMode = "zeros",
             device: Device = None,
             dtype: torch.dtype | None = None,
-            **options: Unpack[LayerOptions],
+            *,
+            dim: int | None = 0,
+            eps: float = 0.0,
+            norm: Norm = "l2",
+            magnitude_preserving: bool = False,
         ) -> None: ...
 
 
@@ -198,7 +211,11 @@ class _LazyConvolutionTranspose(_Lazy, _ConvolutionTranspose[Size]):
             padding_mode: PaddingMode = "zeros",
             device: Device = None,
             dtype: torch.dtype | None = None,
-            **options: Unpack[LayerOptions],
+            *,
+            dim: int | None = 0,
+            eps: float = 0.0,
+            norm: Norm = "l2",
+            magnitude_preserving: bool = False,
         ) -> None: ...
 
 
@@ -209,9 +226,6 @@ class WNConv1d(_Convolution[One], nn.Conv1d):  # type: ignore[override]
     for the same seed. `.weight` can be read and assigned.
 
     Args:
-        *args: as in `torch.nn.Conv1d`: `in_channels, out_channels, kernel_size, stride, padding,
-            dilation, groups, bias, padding_mode, device, dtype`.
-        **kwargs: the same.
         dim: the dimension of the weight whose slices are normalised: 0 (each output channel), 1
             (each input channel of a group), 2 (each position of the kernel), or `None` / `-1` (one
             norm over the whole weight).
@@ -261,9 +275,6 @@ class WNConvTranspose1d(_ConvolutionTranspose[One], nn.ConvTranspose1d):  # type
     too, normalises each *input* channel, and `dim=1` each output channel of a group.
 
     Args:
-        *args: as in `torch.nn.ConvTranspose1d`: `in_channels, out_channels, kernel_size, stride,
-            padding, output_padding, groups, bias, dilation, padding_mode, device, dtype`.
-        **kwargs: the same.
         dim: as in `WNConv1d`.
         eps: as in `WNConv1d`.
         norm: as in `WNConv1d`.

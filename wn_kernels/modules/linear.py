@@ -10,11 +10,12 @@ from torch import Tensor, nn
 
 from .. import functional as WF
 from . import prepared
-from .weight import LayerOptions, WeightNormMixin
+from .weight import WeightNormMixin
 
 if TYPE_CHECKING:
     from torch.types import Device
-    from typing_extensions import Unpack
+
+    from ..call import Norm
 
 
 class WNLinear(WeightNormMixin, nn.Linear):  # type: ignore[override]
@@ -25,9 +26,6 @@ class WNLinear(WeightNormMixin, nn.Linear):  # type: ignore[override]
     for the same seed. `.weight` can be read and assigned.
 
     Args:
-        *args: as in `torch.nn.Linear`: `in_features` (K), `out_features` (N), `bias`, `device`,
-            `dtype`.
-        **kwargs: the same.
         dim: the dimension of the weight whose slices are normalised: 0 (each output), 1 (each
             input), or `None` / `-1` (one norm over the whole weight).
         eps: the smallest norm; see `wn_kernels.functional.weight_norm`.
@@ -43,7 +41,7 @@ class WNLinear(WeightNormMixin, nn.Linear):  # type: ignore[override]
         bias: of shape `(N,)`, or `None`.
 
     Shape:
-        Input `(*, K)`, output `(*, N)`.
+        Input `(*, K)` with K = `in_features`, output `(*, N)` with N = `out_features`.
 
     Raises:
         ValueError: `dim` is out of range, or `norm` is unknown.
@@ -61,7 +59,11 @@ class WNLinear(WeightNormMixin, nn.Linear):  # type: ignore[override]
             bias: bool = True,
             device: Device = None,
             dtype: torch.dtype | None = None,
-            **options: Unpack[LayerOptions],
+            *,
+            dim: int | None = 0,
+            eps: float = 0.0,
+            norm: Norm = "l2",
+            magnitude_preserving: bool = False,
         ) -> None: ...
 
     def forward(self, input: Tensor) -> Tensor:
@@ -80,8 +82,6 @@ class WNLazyLinear(WeightNormMixin, nn.LazyLinear):  # type: ignore[misc, overri
     the first input, and the layer then becomes a `WNLinear`.
 
     Args:
-        *args: as in `torch.nn.LazyLinear`: `out_features, bias, device, dtype`.
-        **kwargs: the same.
         dim: as in `WNLinear`.
         eps: as in `WNLinear`.
         norm: as in `WNLinear`.
@@ -99,7 +99,11 @@ class WNLazyLinear(WeightNormMixin, nn.LazyLinear):  # type: ignore[misc, overri
             bias: bool = True,
             device: Device = None,
             dtype: torch.dtype | None = None,
-            **options: Unpack[LayerOptions],
+            *,
+            dim: int | None = 0,
+            eps: float = 0.0,
+            norm: Norm = "l2",
+            magnitude_preserving: bool = False,
         ) -> None: ...
 
     def initialize_parameters(self, input: Tensor) -> None:

@@ -16,11 +16,12 @@ from torch import Tensor, nn
 
 from .. import functional as WF
 from . import checkpoints, flat, norms, reading, removal
-from .weight import NormedWeights, NormOptions
+from .weight import NormedWeights
 
 if TYPE_CHECKING:
     from torch.types import Device
-    from typing_extensions import Unpack
+
+    from ..call import Norm
 
 
 def flat_weights(layer: Any) -> list[Tensor | None]:
@@ -160,7 +161,10 @@ class _Cell(RecurrentMixin):
             bias: bool = True,
             device: Device = None,
             dtype: torch.dtype | None = None,
-            **options: Unpack[NormOptions],
+            *,
+            dim: int | None = 0,
+            eps: float = 0.0,
+            norm: Norm = "l2",
         ) -> None: ...
 
     def forward(self: Any, input: Tensor, hx: Any = None) -> Any:
@@ -175,9 +179,6 @@ class WNLSTM(_Layer, nn.LSTM):
     them once for the whole sequence. Each can be read and assigned (`.weight_ih_l0`, ...).
 
     Args:
-        *args: as in `torch.nn.LSTM`: `input_size, hidden_size, num_layers, bias, batch_first,
-            dropout, bidirectional, proj_size, device, dtype`.
-        **kwargs: the same.
         dim: the dimension of the weights whose slices are normalised: 0 (each unit of each gate), 1
             (each input), or `None` / `-1` (one norm over each whole weight).
         eps: the smallest norm; see `wn_kernels.functional.weight_norm`.
@@ -214,7 +215,10 @@ class WNLSTM(_Layer, nn.LSTM):
             proj_size: int = 0,
             device: Device = None,
             dtype: torch.dtype | None = None,
-            **options: Unpack[NormOptions],
+            *,
+            dim: int | None = 0,
+            eps: float = 0.0,
+            norm: Norm = "l2",
         ) -> None: ...
 
 
@@ -236,7 +240,10 @@ class WNGRU(_Layer, nn.GRU):
             bidirectional: bool = False,
             device: Device = None,
             dtype: torch.dtype | None = None,
-            **options: Unpack[NormOptions],
+            *,
+            dim: int | None = 0,
+            eps: float = 0.0,
+            norm: Norm = "l2",
         ) -> None: ...
 
 
@@ -259,7 +266,10 @@ class WNRNN(_Layer, nn.RNN):
             bidirectional: bool = False,
             device: Device = None,
             dtype: torch.dtype | None = None,
-            **options: Unpack[NormOptions],
+            *,
+            dim: int | None = 0,
+            eps: float = 0.0,
+            norm: Norm = "l2",
         ) -> None: ...
 
 
@@ -295,5 +305,8 @@ class WNRNNCell(_Cell, nn.RNNCell):
             nonlinearity: str = "tanh",
             device: Device = None,
             dtype: torch.dtype | None = None,
-            **options: Unpack[NormOptions],
+            *,
+            dim: int | None = 0,
+            eps: float = 0.0,
+            norm: Norm = "l2",
         ) -> None: ...

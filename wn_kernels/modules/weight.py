@@ -7,7 +7,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable
-from typing import Any, TypedDict
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,21 +17,6 @@ from torch.nn.parameter import UninitializedParameter, is_lazy
 from .. import functional as WF
 from ..call import Norm, canonical_dim, canonical_eps, canonical_norm, kept_shape
 from . import checkpoints, kept, norms, prepared, reading, removal
-
-
-class NormOptions(TypedDict, total=False):
-    """These arguments are keyword-only, and every layer adds them to those of `torch.nn`."""
-
-    dim: int | None
-    eps: float
-    norm: Norm
-
-
-class LayerOptions(NormOptions, total=False):
-    """The layers whose one weight is named `weight` add these as well."""
-
-    magnitude_preserving: bool
-
 
 # The entries are (v, g, bias, dim, eps, norm).
 Operands = tuple[Tensor, Tensor, Tensor | None, int | None, float, Norm]

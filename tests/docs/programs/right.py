@@ -43,7 +43,7 @@ class Net(nn.Module):
 
 
 layers: list[nn.Module] = [
-    WNLinear(3, 4, False, dim=-1, magnitude_preserving=True),
+    WNLinear(3, 4, False, dim=-1, norm="linf", magnitude_preserving=True),
     WNConv1d(2, 4, (3,), stride=(2,), padding="same", dilation=1, groups=2, bias=False),
     WNConv2d(2, 4, (3, 5), 2, (1, 2), dim=1),
     WNConv3d(2, 4, (3, 1, 1), padding="valid"),
@@ -55,7 +55,7 @@ layers: list[nn.Module] = [
     WNLazyConvTranspose2d(4, (3, 3), output_padding=0),
     WNLSTM(3, 4, num_layers=2, batch_first=True, bidirectional=True, proj_size=2, dim=1),
     WNGRU(3, 4, 2, dropout=0.1, eps=1e-6),
-    WNRNN(3, 4, nonlinearity="relu", dim=None),
+    WNRNN(3, 4, nonlinearity="relu", dim=None, norm="l1"),
     WNLSTMCell(3, 4, bias=False),
     WNGRUCell(3, 4, dtype=torch.float32),
     WNRNNCell(3, 4, True, "relu"),
