@@ -23,7 +23,7 @@ from torch.optim import Optimizer
 
 from . import prepare
 from .convert.normed import weights
-from .text import aligned
+from .text import aligned, html
 
 QUANTITIES = {
     "norm": "‖V‖",
@@ -188,8 +188,14 @@ class Monitor:
         ]
         return [header, *rows]
 
+    def _title(self) -> str:
+        return f"step {self.steps[-1] if self.steps else 0}"
+
     def __str__(self) -> str:
-        return "\n".join([f"step {self.steps[-1] if self.steps else 0}", *aligned(self._rows())])
+        return "\n".join([self._title(), *aligned(self._rows())])
+
+    def _repr_html_(self) -> str:
+        return html(self._rows(), self._title())
 
     def table(self) -> Any:
         """Returns the last step as a `rich.table.Table`, which the package `rich` has to be
@@ -197,7 +203,7 @@ class Monitor:
         from rich.table import Table
 
         header, *rows = self._rows()
-        table = Table(title=f"step {self.steps[-1] if self.steps else 0}")
+        table = Table(title=self._title())
         for column in header:
             table.add_column(column, justify="left" if column == "layer" else "right")
         for row in rows:

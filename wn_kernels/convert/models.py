@@ -26,7 +26,7 @@ from .. import plan, prepare
 from ..call import Call, Geometry, Norm, canonical_dim, canonical_norm
 from ..modules import checkpoints, removal
 from ..modules.weight import NormedWeights, WeightNormMixin
-from ..text import aligned, html
+from ..text import Tabular
 from . import fused, groups
 from .states import own_tensors
 
@@ -61,7 +61,7 @@ class Layer:
     note: str = ""
 
 
-class Report(tuple[Layer, ...]):
+class Report(Tabular, tuple[Layer, ...]):
     """Holds the results of `fuse`, a line for each tensor. It prints as a table, and a notebook
     shows it as one."""
 
@@ -75,14 +75,6 @@ class Report(tuple[Layer, ...]):
     def _summary(self) -> str:
         done = sum(bool(x.path) for x in self)
         return f"{done} fused, {len(self) - done} left alone"
-
-    def __str__(self) -> str:
-        return "\n".join([*aligned(self._rows()), self._summary()])
-
-    __repr__ = __str__
-
-    def _repr_html_(self) -> str:
-        return html(self._rows(), self._summary())
 
 
 # --- what there is -------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from .. import functional as WF
 from .. import prepare
 from ..convert.normed import Normed, weights
 from ..modules import checkpoints
-from ..text import aligned
+from ..text import Tabular
 from .moments import Moments
 
 if TYPE_CHECKING:
@@ -45,18 +45,17 @@ class Initialised:
     note: str = ""
 
 
-class Report(tuple[Initialised, ...]):
+class Report(Tabular, tuple[Initialised, ...]):
     """Holds the results of `data_dependent_`, a line for each weight-normed tensor. It prints as a
-    table with the largest mean of a channel, and the smallest and the largest variance."""
+    table with the largest mean of a channel, and the smallest and the largest variance. A notebook
+    shows it as one."""
 
-    def __str__(self) -> str:
-        header = ("layer", "class", "mean", "variance", "mean after", "variance after", "note")
-        rows = [header]
-        for x in self:
-            rows.append((x.name or "(root)", x.kind, *_shown(x.before), *_shown(x.after), x.note))
-        return "\n".join(aligned(rows))
-
-    __repr__ = __str__
+    def _rows(self) -> list[tuple[str, ...]]:
+        moments = "mean", "variance", "mean after", "variance after"
+        header: tuple[str, ...] = ("layer", "class", *moments, "note")
+        return [header] + [
+            (x.name or "(root)", x.kind, *_shown(x.before), *_shown(x.after), x.note) for x in self
+        ]
 
 
 def _shown(moments: Moments | None) -> tuple[str, str]:
