@@ -306,6 +306,12 @@ class Member(NamedTuple):
 # These tensor classes have torch's own operators.
 PLAIN_TYPES = frozenset((Tensor, torch.nn.Parameter))
 
+# `torch.func`, forward-mode AD, tracing and dispatch modes have no public query. These private ones
+# are stable across the supported releases.
+_are_transforms_active = torch._C._are_functorch_transforms_active
+_tracing_state = torch._C._get_tracing_state
+_count_modes = torch._C._len_torch_dispatch_stack
+
 
 def recorder(v: Tensor) -> Literal["", "compiler", "mode", "composite"]:
     """Returns what records the operations of a call with the weight `v`.
@@ -317,17 +323,15 @@ def recorder(v: Tensor) -> Literal["", "compiler", "mode", "composite"]:
                  with operators of its own (such as `DTensor`) does; these need differentiable
                  operations
     """
-    # `torch.func`, forward-mode AD, tracing and dispatch modes have no public query. The private
-    # queries used here are stable across the supported releases.
     if (
-        torch._C._are_functorch_transforms_active()
+        _are_transforms_active()
         or forward_ad._current_level >= 0
         or is_exporting()
-        or torch._C._get_tracing_state() is not None
+        or _tracing_state() is not None
     ):
         return "composite"
     if is_compiling():
         return "compiler"
     if type(v) not in PLAIN_TYPES:
         return "composite"
-    return "mode" if torch._C._len_torch_dispatch_stack() else ""
+    return "mode" if _count_modes() else ""

@@ -78,7 +78,7 @@ def _run(
     layer, and `None` for the weight alone, which has no `x`."""
     if backend := plan.prepares(v, norm):
         serve = _servers.get(backend) or _find_server(backend)
-        y = serve(rank, x, v, g, bias, geometry, dim, eps)
+        y = serve(rank, x, v, g, bias, geometry, dim, eps, norm)
         if y is not None:
             return y
     if rank is None:

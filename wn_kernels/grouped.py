@@ -83,7 +83,7 @@ def weights(
     """
     first = v[0]
     backend = plans.prepares(first) if isinstance(first, Tensor) else ""
-    if not backend or any(norm != "l2" for norm in options[3]):
+    if not backend or (backend == "triton" and any(norm != "l2" for norm in options[3])):
         return None
     layouts = library.layouts(v + g)
     if layouts is None:
@@ -116,12 +116,13 @@ def weights(
     if places is not None:
         check_places(places, v, members)
     if prepared is None:
-        given = map(list, zip(*(m[:3] for m in members), strict=True))
+        given = map(list, zip(*members, strict=True))
         return library.weight_norms(v, g, *given, places and [*places])
     with torch.no_grad():
         w, n = prepared(v, g, places)
     if torch.is_grad_enabled() and any(t.requires_grad for t in (*v, *g)):
-        return library.record(w, v, g, n, [m.eps for m in members], prepared.grads)
+        rules = [m.eps for m in members], [m.norm for m in members]
+        return library.record(w, v, g, n, *rules, prepared.grads)
     return w
 
 
@@ -275,7 +276,7 @@ def _forward(group: Group, v: Sequence[Tensor], g: Sequence[Tensor]) -> Lists:
         places = (group.places,) if group.backend == "triton" else ()
         return _module(group.backend).weight_norms(v, g, group.members, *places)
     dtypes = [_DTYPES.index(m.dtype) for m in group.members]
-    return _op([*v], [*g], *_packed(group), dtypes, _norms(group))
+    return _op([*v], [*g], *_packed(group), dtypes)
 
 
 def _backward(
@@ -297,7 +298,7 @@ def _call_backward_op(
     g: Sequence[Tensor],
     n: Sequence[Tensor],
 ) -> Lists:
-    return _backward_op([*dw], [*v], [*g], [*n], *_packed(group), _norms(group))
+    return _backward_op([*dw], [*v], [*g], [*n], *_packed(group))
 
 
 # --- the registered operators --------------------------------------------------------------------
@@ -306,13 +307,10 @@ def _call_backward_op(
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-def _packed(group: Group) -> tuple[str, list[int], list[float]]:
+def _packed(group: Group) -> tuple[str, list[int], list[float], list[int]]:
     dims = [-1 if m.dim is None else m.dim for m in group.members]
-    return group.backend, dims, [m.eps for m in group.members]
-
-
-def _norms(group: Group) -> list[int]:
-    return [NORMS.index(m.norm) for m in group.members]
+    norms = [NORMS.index(m.norm) for m in group.members]
+    return group.backend, dims, [m.eps for m in group.members], norms
 
 
 def _unpacked(
@@ -320,10 +318,10 @@ def _unpacked(
     backend: str,
     dims: list[int],
     eps: list[float],
-    dtypes: Sequence[Any],
     norms: list[int],
+    dtypes: Sequence[Any],
 ) -> tuple[Any, tuple[Member, ...]]:
-    members = _members(dims, eps, dtypes, norms)
+    members = _members(dims, eps, norms, dtypes)
     return _module(backend or choose_backend(v[0], members)), members
 
 
@@ -334,14 +332,12 @@ def choose_backend(v: Tensor, members: Sequence[Member]) -> str:
 
 
 def _members(
-    dims: Sequence[int], eps: Sequence[float], dtypes: Sequence[Any], norms: Sequence[int]
+    dims: Sequence[int], eps: Sequence[float], norms: Sequence[int], dtypes: Sequence[Any]
 ) -> tuple[Member, ...]:
-    """Returns the options of every weight. Without a list of norms, all are l2."""
-    options = zip(dims, eps, dtypes, norms or [0] * len(dims), strict=True)
     return tuple(
         [
             Member(None if dim < 0 else dim, least, dtype, NORMS[norm])
-            for dim, least, dtype, norm in options
+            for dim, least, norm, dtype in zip(dims, eps, norms, dtypes, strict=True)
         ]
     )
 
@@ -352,10 +348,10 @@ def _run(
     backend: str,
     dims: list[int],
     eps: list[float],
-    dtypes: list[int],
     norms: list[int],
+    dtypes: list[int],
 ) -> tuple[list[Tensor], list[Tensor]]:
-    module, members = _unpacked(v, backend, dims, eps, [_DTYPES[i] for i in dtypes], norms)
+    module, members = _unpacked(v, backend, dims, eps, norms, [_DTYPES[i] for i in dtypes])
     look = () if module is not foreach else (False,)
     w, n = module.weight_norms(v, g, members, *look)
     return [*w], [*n]
@@ -367,8 +363,8 @@ def _run_fake(
     backend: str,
     dims: list[int],
     eps: list[float],
-    dtypes: list[int],
     norms: list[int],
+    dtypes: list[int],
 ) -> tuple[list[Tensor], list[Tensor]]:
     kept = (kept_shape(t.shape, None if dim < 0 else dim) for t, dim in zip(v, dims, strict=True))
     return (
@@ -387,7 +383,7 @@ def _run_backward(
     eps: list[float],
     norms: list[int],
 ) -> tuple[list[Tensor], list[Tensor]]:
-    module, members = _unpacked(v, backend, dims, eps, [t.dtype for t in dw], norms)
+    module, members = _unpacked(v, backend, dims, eps, norms, [t.dtype for t in dw])
     dv, dg = module.weight_norms_backward(dw, v, g, n, members)
     return (
         [laid_out_like(grad, t) for grad, t in zip(dv, v, strict=True)],
@@ -401,16 +397,15 @@ def _run_backward_fake(
     return [torch.empty_like(t) for t in v], [torch.empty_like(t) for t in g]
 
 
-_OPTIONS = "str backend, int[] dims, float[] eps"
+_OPTIONS = "str backend, int[] dims, float[] eps, int[] norms"
 _op = register(
-    f"weight_norms(Tensor[] v, Tensor[] g, {_OPTIONS}, int[] dtypes, int[] norms=[])"
-    " -> (Tensor[], Tensor[])",
+    f"weight_norms(Tensor[] v, Tensor[] g, {_OPTIONS}, int[] dtypes) -> (Tensor[], Tensor[])",
     _run,
     _run_fake,
 )
 _backward_op = register(
-    f"weight_norms_backward(Tensor[] dw, Tensor[] v, Tensor[] g, Tensor[] n, {_OPTIONS},"
-    " int[] norms=[]) -> (Tensor[], Tensor[])",
+    f"weight_norms_backward(Tensor[] dw, Tensor[] v, Tensor[] g, Tensor[] n, {_OPTIONS})"
+    " -> (Tensor[], Tensor[])",
     _run_backward,
     _run_backward_fake,
 )
@@ -420,9 +415,9 @@ _backward_op = register(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    v, g, backend, dims, eps, dtypes, norms = inputs
+    v, g, backend, dims, eps, norms, dtypes = inputs
     ctx.save_for_backward(*v, *g, *output[1])
-    ctx.group = Group(_members(dims, eps, [_DTYPES[i] for i in dtypes], norms), backend)
+    ctx.group = Group(_members(dims, eps, norms, [_DTYPES[i] for i in dtypes]), backend)
     ctx.set_materialize_grads(False)
 
 

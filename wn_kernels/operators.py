@@ -17,7 +17,7 @@ by themselves.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -73,8 +73,7 @@ def layer(
     """
     if _is_direct(plan, tensors.v):
         return _run(call, plan, tensors, keep)
-    options = *_options(call), call.x_dtype, plan.backend, call.norm
-    return *_layer_op(*tensors, *options), None
+    return *_layer_op(*tensors, *_options(call), call.x_dtype, plan.backend), None
 
 
 def _run(
@@ -101,15 +100,14 @@ def layer_backward(
     """`(dX, dV, dg, db)`; what `needs` excludes may be `None`."""
     if _is_direct(plan, tensors.v):
         return _run_backward(call, plan, dy, tensors, n, kept, needs)
-    options = *_options(call), plan.backend, needs, call.norm
-    found = _layer_backward_op(dy, *tensors[:3], n, *options)
+    found = _layer_backward_op(dy, *tensors[:3], n, *_options(call), plan.backend, needs)
     dx, dv, dg, db = (grad if need else None for grad, need in zip(found, needs, strict=True))
     return dx, dv, dg, db
 
 
-def _options(call: Call) -> tuple[list[int], int | None, float]:
+def _options(call: Call) -> tuple[list[int], int | None, float, Norm]:
     """What both operators take of a call."""
-    return call.conv.packed() if call.conv else [], call.dim, call.eps
+    return call.conv.packed() if call.conv else [], call.dim, call.eps, call.norm
 
 
 def _run_backward(
@@ -152,12 +150,12 @@ class Launches(NamedTuple):
 
     forward: Callable[..., tuple[Tensor, Tensor]]
     backward: Callable[..., Grads]
-    run: Callable[..., Any] | None
-    prepare_backward: Callable[..., Callable[..., Any] | None]
+    run: Any
+    prepare_backward: Callable[..., Any]
     forms_forward: bool
     forms_backward: bool
     keeps: bool
-    keeping: Callable[..., Any] | None
+    keeping: Any
     weight: Launches | None
     conv: Geometry | None
     dim: int | None
@@ -210,9 +208,7 @@ def _launches(call: Call, plan: Plan, tensors: Operands) -> Launches | None:
         *operands, n, needs = tensors
         return _run_backward(call, plan, dy, Operands(*operands), n, None, needs)
 
-    def prepare_backward(
-        dy: Tensor, x: Tensor | None, v: Tensor, g: Tensor, needs: Needs
-    ) -> Callable[..., Any] | None:
+    def prepare_backward(dy: Tensor, x: Tensor | None, v: Tensor, g: Tensor, needs: Needs) -> Any:
         how = plan._replace(keeps="") if keeping is None else plan
         return module.pass_backward(call, how, dy, Operands(x, v, g, None), needs)
 
@@ -243,14 +239,10 @@ def _launches(call: Call, plan: Plan, tensors: Operands) -> Launches | None:
 
 
 def _planned(
-    tensors: Operands,
-    conv: list[int],
-    dim: int | None,
-    eps: float,
-    dtype: Any,
-    backend: str,
-    norm: Norm,
+    tensors: Operands, options: Sequence[Any], dtype: torch.dtype, backend: str
 ) -> tuple[Call, Plan]:
+    """Checks and plans a call with the options of `_options`."""
+    conv, dim, eps, norm = options
     geometry = Geometry.unpacked(conv) if conv else ()
     rank = len(geometry[0]) if geometry else 0
     backend = backend or plans.choose_backend(tensors.v, norm)
@@ -261,7 +253,9 @@ def _layer(
     x: Tensor | None, v: Tensor, g: Tensor, bias: Tensor | None, *rest: Any
 ) -> tuple[Tensor, Tensor]:
     tensors = Operands(x, v, g, bias)
-    return _run(*_planned(tensors, *rest), tensors, keep=False, look=False)[:2]
+    *options, dtype, backend = rest
+    planned = _planned(tensors, options, dtype, backend)
+    return _run(*planned, tensors, keep=False, look=False)[:2]
 
 
 def _layer_fake(
@@ -272,9 +266,9 @@ def _layer_fake(
     conv: list[int],
     dim: int | None,
     eps: float,
+    norm: Norm,
     dtype: torch.dtype,
     backend: str,
-    norm: Norm,
 ) -> tuple[Tensor, Tensor]:
     n = v.new_empty(kept_shape(v.shape, dim), dtype=scale_dtype(v))
     if x is None:
@@ -288,9 +282,9 @@ def _layer_backward(
     dy: Tensor, x: Tensor | None, v: Tensor, g: Tensor, n: Tensor, *rest: Any
 ) -> tuple[Tensor, ...]:
     """Gradients are laid out as in the fake."""
-    conv, dim, eps, backend, needs, norm = rest
+    *options, backend, needs = rest
     tensors = Operands(x, v, g, None)
-    call, plan = _planned(tensors, conv, dim, eps, dy.dtype, backend, norm)
+    call, plan = _planned(tensors, options, dy.dtype, backend)
     dx, dv, dg, db = _run_backward(call, plan, dy, tensors, n, None, tuple(needs))
     if dx is not None and x is not None and call.conv is not None:
         dx = laid_out_like(dx, x)
@@ -309,7 +303,7 @@ def laid_out_like(t: Tensor, like: Tensor) -> Tensor:
 def _layer_backward_fake(
     dy: Tensor, x: Tensor | None, v: Tensor, g: Tensor, n: Tensor, *rest: Any
 ) -> tuple[Tensor, ...]:
-    conv, dim, _, _, needs, _ = rest
+    conv, dim, *_, needs = rest
     channels = dy.shape[1 if conv else -1] if dy.ndim else 0
     dx = dy if x is None else torch.empty_like(x) if conv else x.new_empty(x.shape)
     like = (dx, v, g, dy), (None, None, kept_shape(v.shape, dim), (channels,))
@@ -331,14 +325,14 @@ def register(schema: str, implementation: Callable, fake: Callable) -> Any:
 
 
 _layer_op = register(
-    "layer(Tensor? x, Tensor v, Tensor g, Tensor? bias, int[] conv, int? dim, float eps,"
-    ' ScalarType dtype, str backend, str norm="l2") -> (Tensor, Tensor)',
+    "layer(Tensor? x, Tensor v, Tensor g, Tensor? bias, int[] conv, int? dim, float eps, str norm,"
+    " ScalarType dtype, str backend) -> (Tensor, Tensor)",
     _layer,
     _layer_fake,
 )
 _layer_backward_op = register(
     "layer_backward(Tensor dy, Tensor? x, Tensor v, Tensor g, Tensor n, int[] conv, int? dim,"
-    ' float eps, str backend, bool[4] needs, str norm="l2") -> (Tensor, Tensor, Tensor, Tensor)',
+    " float eps, str norm, str backend, bool[4] needs) -> (Tensor, Tensor, Tensor, Tensor)",
     _layer_backward,
     _layer_backward_fake,
 )

@@ -100,7 +100,7 @@ def triton_unavailable() -> str | None:
 
 
 # These backends compute the l2 norm only.
-_ONLY_L2 = frozenset(("triton", "native"))
+_ONLY_L2 = frozenset(("triton",))
 
 
 def _takes(backend: str, norm: Norm) -> bool:
@@ -166,7 +166,7 @@ def prepares(v: Tensor, norm: Norm = "l2") -> str:
     trace the backward: it can trace a node in Python, and a node in C++ only if that defines
     `compiled_args`, as ours do not.
     """
-    if is_compiling() or norm != "l2":
+    if is_compiling():
         return ""
     if _forced is None:
         if type(v) not in PLAIN_TYPES:
@@ -179,7 +179,9 @@ def prepares(v: Tensor, norm: Norm = "l2") -> str:
         return "native"
     elif _forced != "triton":
         return ""
-    if triton_unavailable() is not None or (torch.is_grad_enabled() and _traces_backward()):
+    if not _takes("triton", norm) or triton_unavailable() is not None:
+        return ""
+    if torch.is_grad_enabled() and _traces_backward():
         return ""
     return "triton"
 

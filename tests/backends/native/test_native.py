@@ -174,6 +174,27 @@ def test_saved_memory():
         assert extra <= layer.weight_g.numel() + x.shape[0] * layer.out_features
 
 
+def test_a_weight_that_passes_leaves_no_trace():
+    """Weights of several layers take the same memory in turn. None of them lasts into a backward."""
+    layers = [Case(40, 64, 64, 0, torch.float32) for _ in range(3)]
+    leaves = [case.leaves() for case in layers]
+    x = leaves[0][0]
+    exact = [[t.detach().double().requires_grad_() for t in case] for case in leaves]
+
+    def grads(inputs, layer):
+        x = y = inputs[0][0]
+        for _, v, g, bias in inputs:
+            y = torch.tanh(layer(y, v, g, bias))
+        (slope,) = torch.autograd.grad(y.sum(), x, create_graph=True)
+        parameters = [t for case in inputs for t in case[1:3]]
+        return torch.autograd.grad((y.square() + slope.square().sum()).sum(), parameters)
+
+    found = grads(leaves, WF.wn_linear)
+    expected = grads(exact, lambda *t: reference.layer(*t, None, 0, 0.0))
+    for grad, right in zip(found, expected, strict=True):
+        assert_matches(grad, right, torch.float32, 64 * x.numel(), roundings=20)
+
+
 def test_an_activation_in_place_and_a_checkpoint():
     layer, x = WNConv2d(3, 4, 3), torch.randn(2, 3, 8, 8, requires_grad=True)
     plain = torch.autograd.grad(layer(x).relu().sum(), layer.weight_v)[0]

@@ -15,7 +15,7 @@
 #include <c10/util/BFloat16.h>
 #include <c10/util/Half.h>
 
-#if defined(__AVX512F__) || defined(__F16C__)
+#if defined(__AVX512F__) || defined(__AVX2__) || defined(__F16C__)
 #include <immintrin.h>
 #endif
 
@@ -120,6 +120,35 @@ inline void store(Half* to, Vector<float> value) {
 // Stands for all elements of a vector, where a number stands for the first few.
 struct All {};
 
+// The numbers of a vector that a mask leaves out are neither read nor written. Those read are zero.
+#if WN_VECTOR_BYTES == 64 && defined(__AVX512F__)
+#define WN_HAS_MASKS 1
+inline __mmask16 first(int64_t count) { return static_cast<__mmask16>((1u << count) - 1); }
+inline Vector<float> load_first(const float* from, int64_t count) {
+  return (Vector<float>)_mm512_maskz_loadu_ps(first(count), from);
+}
+inline void store_first(float* to, Vector<float> value, int64_t count) {
+  _mm512_mask_storeu_ps(to, first(count), (__m512)value);
+}
+#elif WN_VECTOR_BYTES == 32 && defined(__AVX2__)
+#define WN_HAS_MASKS 1
+inline __m256i first(int64_t count) {
+  return _mm256_cmpgt_epi32(
+      _mm256_set1_epi32(static_cast<int>(count)), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+}
+inline Vector<float> load_first(const float* from, int64_t count) {
+  return (Vector<float>)_mm256_maskload_ps(from, first(count));
+}
+inline void store_first(float* to, Vector<float> value, int64_t count) {
+  _mm256_maskstore_ps(to, first(count), (__m256)value);
+}
+#else
+#define WN_HAS_MASKS 0
+#endif
+
+template <typename T>
+constexpr bool has_masks = WN_HAS_MASKS && std::is_same_v<T, float>;
+
 template <typename T>
 inline Vector<Wide<T>> load(const T* from, All) {
   return load(from);
@@ -127,9 +156,13 @@ inline Vector<Wide<T>> load(const T* from, All) {
 // The elements that are not there are zero.
 template <typename T>
 inline Vector<Wide<T>> load(const T* from, int64_t count) {
-  T all[Lanes<Wide<T>>::count] = {};
-  std::copy_n(from, count, all);
-  return load(all);
+  if constexpr (has_masks<T>) {
+    return load_first(from, count);
+  } else {
+    T all[Lanes<Wide<T>>::count] = {};
+    std::copy_n(from, count, all);
+    return load(all);
+  }
 }
 template <typename T>
 inline void store(T* to, Vector<Wide<T>> value, All) {
@@ -137,9 +170,13 @@ inline void store(T* to, Vector<Wide<T>> value, All) {
 }
 template <typename T>
 inline void store(T* to, Vector<Wide<T>> value, int64_t count) {
-  T all[Lanes<Wide<T>>::count];
-  store(all, value);
-  std::copy_n(all, count, to);
+  if constexpr (has_masks<T>) {
+    store_first(to, value, count);
+  } else {
+    T all[Lanes<Wide<T>>::count];
+    store(all, value);
+    std::copy_n(all, count, to);
+  }
 }
 
 // Calls f(i, count) for each vector of `length` elements that are computed in T. It starts at
