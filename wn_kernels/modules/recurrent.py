@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,11 @@ from torch import Tensor, nn
 from .. import functional as WF
 from . import checkpoints, flat, norms, reading, removal
 from .weight import NormedWeights
+
+if TYPE_CHECKING:
+    from torch.types import Device
+
+    from ..call import Norm
 
 
 def flat_weights(layer: Any) -> list[Tensor | None]:
@@ -147,6 +152,21 @@ class _Layer(FlatWeights, RecurrentMixin):
 class _Cell(RecurrentMixin):
     """Holds the `forward` of the three cells."""
 
+    if TYPE_CHECKING:
+
+        def __init__(
+            self,
+            input_size: int,
+            hidden_size: int,
+            bias: bool = True,
+            device: Device = None,
+            dtype: torch.dtype | None = None,
+            *,
+            dim: int | None = 0,
+            eps: float = 0.0,
+            norm: Norm = "l2",
+        ) -> None: ...
+
     def forward(self: Any, input: Tensor, hx: Any = None) -> Any:
         return self.plain.forward(cell_with_weights(self), input, hx)
 
@@ -159,9 +179,6 @@ class WNLSTM(_Layer, nn.LSTM):
     them once for the whole sequence. Each can be read and assigned (`.weight_ih_l0`, ...).
 
     Args:
-        *args: as in `torch.nn.LSTM`: `input_size, hidden_size, num_layers, bias, batch_first,
-            dropout, bidirectional, proj_size, device, dtype`.
-        **kwargs: the same.
         dim: the dimension of the weights whose slices are normalised: 0 (each unit of each gate), 1
             (each input), or `None` / `-1` (one norm over each whole weight).
         eps: the smallest norm; see `wn_kernels.functional.weight_norm`.
@@ -184,17 +201,76 @@ class WNLSTM(_Layer, nn.LSTM):
 
     plain = nn.LSTM
 
+    if TYPE_CHECKING:
+
+        def __init__(
+            self,
+            input_size: int,
+            hidden_size: int,
+            num_layers: int = 1,
+            bias: bool = True,
+            batch_first: bool = False,
+            dropout: float = 0.0,
+            bidirectional: bool = False,
+            proj_size: int = 0,
+            device: Device = None,
+            dtype: torch.dtype | None = None,
+            *,
+            dim: int | None = 0,
+            eps: float = 0.0,
+            norm: Norm = "l2",
+        ) -> None: ...
+
 
 class WNGRU(_Layer, nn.GRU):
     """Replaces `torch.nn.GRU` with weight-normalised weights; see `WNLSTM`."""
 
     plain = nn.GRU
 
+    if TYPE_CHECKING:
+
+        def __init__(
+            self,
+            input_size: int,
+            hidden_size: int,
+            num_layers: int = 1,
+            bias: bool = True,
+            batch_first: bool = False,
+            dropout: float = 0.0,
+            bidirectional: bool = False,
+            device: Device = None,
+            dtype: torch.dtype | None = None,
+            *,
+            dim: int | None = 0,
+            eps: float = 0.0,
+            norm: Norm = "l2",
+        ) -> None: ...
+
 
 class WNRNN(_Layer, nn.RNN):
     """Replaces `torch.nn.RNN` with weight-normalised weights; see `WNLSTM`."""
 
     plain = nn.RNN
+
+    if TYPE_CHECKING:
+
+        def __init__(
+            self,
+            input_size: int,
+            hidden_size: int,
+            num_layers: int = 1,
+            nonlinearity: str = "tanh",
+            bias: bool = True,
+            batch_first: bool = False,
+            dropout: float = 0.0,
+            bidirectional: bool = False,
+            device: Device = None,
+            dtype: torch.dtype | None = None,
+            *,
+            dim: int | None = 0,
+            eps: float = 0.0,
+            norm: Norm = "l2",
+        ) -> None: ...
 
 
 class WNLSTMCell(_Cell, nn.LSTMCell):
@@ -218,3 +294,19 @@ class WNRNNCell(_Cell, nn.RNNCell):
     """Replaces `torch.nn.RNNCell` with weight-normalised weights; see `WNLSTMCell`."""
 
     plain = nn.RNNCell
+
+    if TYPE_CHECKING:
+
+        def __init__(
+            self,
+            input_size: int,
+            hidden_size: int,
+            bias: bool = True,
+            nonlinearity: str = "tanh",
+            device: Device = None,
+            dtype: torch.dtype | None = None,
+            *,
+            dim: int | None = 0,
+            eps: float = 0.0,
+            norm: Norm = "l2",
+        ) -> None: ...

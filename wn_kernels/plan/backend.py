@@ -15,7 +15,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor
@@ -24,7 +24,8 @@ from torch.compiler import is_compiling
 from ..backends import native
 from ..call import PLAIN_TYPES, recorder
 
-BACKENDS = ("triton", "native", "aten", "reference")
+Backend: TypeAlias = Literal["triton", "native", "aten", "reference"]
+BACKENDS: tuple[str, ...] = get_args(Backend)
 ENVIRONMENT_VARIABLE = "WN_KERNELS_BACKEND"
 
 
@@ -49,7 +50,7 @@ _forced: str | None = _backend_from_environment()
 
 
 @contextmanager
-def use_backend(name: str) -> Iterator[None]:
+def use_backend(name: Backend | Literal["auto"]) -> Iterator[None]:
     """Forces a backend inside a `with` block, for every thread of the process.
 
     Args:
