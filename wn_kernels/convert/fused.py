@@ -92,9 +92,9 @@ class _Fused:
         norm = self._norms[name]
         return parts(self._holder(name), norm.key_g, norm.key_v)
 
-    def _normalisation(self: Any) -> tuple[int | None, float]:
+    def _normalisation(self: Any, name: str = "weight") -> tuple[int | None, float]:
         """Returns `(dim, eps)`."""
-        return self._norms["weight"].dim, 0.0
+        return self._norms[name].dim, 0.0
 
     def _held(self: Any) -> tuple[dict[str, Any], str, str]:
         """Returns where `g` and `v` are held: a dictionary and their keys."""
@@ -350,7 +350,10 @@ def _give_torch_class(module: nn.Module, normed: Iterable[str] = ()) -> None:
 
 def parametrized(module: Any) -> dict[str, Any]:
     """Returns PyTorch's lists of parametrizations by tensor. It is empty if the module has none."""
-    return dict(module.parametrizations.items()) if parametrize.is_parametrized(module) else {}
+    children = module._modules  # a look-up of an attribute that is missing costs 2 µs
+    if "parametrizations" not in children or not parametrize.is_parametrized(module):
+        return {}
+    return dict(children["parametrizations"].items())
 
 
 def is_fused(module: nn.Module) -> bool:
