@@ -71,22 +71,25 @@ def _product(cell: Any, name: str, dtype: torch.dtype) -> Any:
 
 # --- the gates -----------------------------------------------------------------------------------
 
+# As in PyTorch, gates are computed in the memory of the products, of which nothing else has a view.
+
 
 def _lstm(cell: Any, of_x: Tensor, of_h: Tensor, h: Tensor, c: Tensor) -> State:
-    i, f, g, o = (of_x + of_h).chunk(4, 1)
-    c = f.sigmoid() * c + i.sigmoid() * g.tanh()
-    return o.sigmoid() * c.tanh(), c
+    i, f, g, o = of_x.add_(of_h).unsafe_chunk(4, 1)
+    c = f.sigmoid_() * c + i.sigmoid_() * g.tanh_()
+    return o.sigmoid_() * c.tanh(), c
 
 
 def _gru(cell: Any, of_x: Tensor, of_h: Tensor, h: Tensor) -> Tensor:
-    (r, z, n), (of_r, of_z, of_n) = of_x.chunk(3, 1), of_h.chunk(3, 1)
-    r, z = (r + of_r).sigmoid(), (z + of_z).sigmoid()
-    n = (n + r * of_n).tanh()
+    (r, z, n), (of_r, of_z, of_n) = of_x.unsafe_chunk(3, 1), of_h.unsafe_chunk(3, 1)
+    r, z = of_r.add_(r).sigmoid_(), of_z.add_(z).sigmoid_()
+    n = (n + r * of_n).tanh_()
     return (h - n) * z + n
 
 
 def _rnn(cell: Any, of_x: Tensor, of_h: Tensor, h: Tensor) -> Tensor:
-    return getattr(torch, cell.nonlinearity)(of_x + of_h)
+    gate = of_x.add_(of_h)
+    return gate.tanh_() if cell.nonlinearity == "tanh" else gate.relu_()
 
 
 _GATES: dict[type[nn.Module], Callable[..., Any]] = {
