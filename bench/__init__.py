@@ -1,5 +1,5 @@
 """Benchmarks and compiled-code checks: `python -m bench --help`."""
 
-from bench import onednn
+from bench.measure import onednn
 
 onednn.hold()  # before anything imports torch

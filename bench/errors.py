@@ -16,9 +16,10 @@ from rich.console import Console
 from torch import Tensor
 
 import wn_kernels.functional as WF
-from bench.cases import Case, Runner
+from bench.cases import Case
 from bench.providers import PROVIDERS
-from bench.report import markdown, replaced
+from bench.report.page import markdown, replaced
+from bench.runner import Runner
 from wn_kernels.backends import reference
 
 PAGE = Path("docs/numerics.md")

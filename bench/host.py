@@ -1,5 +1,5 @@
 """What the processor takes for a call on the Triton path: layers so small that a GPU would wait for
-it. Their launches go to a driver that does nothing (`stand_in.py`), in one thread.
+it. Their launches go to a driver that does nothing (`stand_in/`), in one thread.
 
     plain     the layer without weight norm; of a whole model, its weights folded
     eager     PyTorch's weight norm
@@ -24,13 +24,16 @@ from rich.console import Console
 from torch import nn
 
 import wn_kernels
-from bench import baseline, overhead, stand_in
-from bench.cases import MODES, Case, Runner
+from bench import overhead, stand_in
+from bench.cases import Case
+from bench.layer import MODES
+from bench.measure.timing import interleaved, paired_ratio, session_of
 from bench.norms import NormCase, NormRunner
 from bench.providers import PROVIDERS, Provider
+from bench.report.tables import printed
+from bench.runner import Runner
+from bench.static import baseline
 from bench.suite import environment, finish
-from bench.tables import printed
-from bench.timing import interleaved, paired_ratio, session_of
 
 CPU = torch.device("cpu")
 OURS = ("triton", "auto")

@@ -9,10 +9,11 @@ import torch
 from rich.console import Console
 from rich.progress import track
 
-from bench import precision, suite
-from bench.allocation import peak_bytes
+from bench import suite
 from bench.cases import SUITES, Case
-from bench.tables import competing, printed
+from bench.measure import precision
+from bench.measure.allocation import peak_bytes
+from bench.report.tables import competing, printed
 
 
 def _measured(case: Case, device: torch.device, full: bool) -> dict[str, dict[str, int]]:

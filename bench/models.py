@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 import wn_kernels
-from bench.allocation import saved_bytes
-from bench.cases import MODES
+from bench.layer import MODES
+from bench.measure.allocation import saved_bytes
 
 
 class Model(NamedTuple):
@@ -251,7 +251,7 @@ class ModelRunner:
 
     @property
     def session(self) -> Callable[[], AbstractContextManager[Any]]:
-        """Returns the context in which `bench.timing` calls the runner."""
+        """Returns the context in which `bench.measure.timing` calls the runner."""
         if self.name == "frozen":
             return partial(wn_kernels.frozen_weights, self.model)
         return nullcontext

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 import wn_kernels.functional as WF
-from bench.allocation import saved_bytes
-from bench.cases import MODES, check_close
+from bench.layer import MODES
+from bench.measure.allocation import saved_bytes
+from bench.runner import check_close
 from wn_kernels.backends import reference
 from wn_kernels.call import kept_shape
 

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 
 import wn_kernels
-from bench.cases import MODES, Case
+from bench.cases import Case
+from bench.layer import MODES
 
 CASES = [
     Case(label, kind, arguments, x_shape, mode, options)

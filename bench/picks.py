@@ -24,10 +24,11 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from bench import precision
-from bench.cases import MODES, SUITES, Case
+from bench.cases import SUITES, Case
+from bench.layer import MODES
+from bench.measure import precision
+from bench.measure.timing import interleaved, sampler
 from bench.providers import PROVIDERS
-from bench.timing import interleaved, sampler
 from wn_kernels import plan, prepare, tuning
 from wn_kernels.call import Call
 from wn_kernels.plan import Plan

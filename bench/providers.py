@@ -12,18 +12,16 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 
 import wn_kernels
+from bench.layer import Layer
 from wn_kernels import plan, prepare, tuning
 
-if TYPE_CHECKING:
-    from bench.cases import Case
-
-Make = Callable[["Case", nn.Module], nn.Module]
+Make = Callable[[Layer, nn.Module], nn.Module]
 Session = Callable[[], AbstractContextManager[Any]]
 
 
@@ -71,19 +69,19 @@ def provider(name: str, **options: Any) -> Callable[[Make], Make]:
 
 
 @provider("plain")
-def _plain(case: Case, layer: nn.Module) -> nn.Module:
+def _plain(case: Layer, layer: nn.Module) -> nn.Module:
     """The floor: the layer without weight norm."""
     return layer
 
 
 @provider("eager")
-def _eager(case: Case, layer: nn.Module) -> nn.Module:
+def _eager(case: Layer, layer: nn.Module) -> nn.Module:
     """PyTorch's parametrization, the baseline."""
     return torch.nn.utils.parametrizations.weight_norm(layer, dim=case.dim)
 
 
 @provider("legacy")
-def _legacy(case: Case, layer: nn.Module) -> nn.Module:
+def _legacy(case: Layer, layer: nn.Module) -> nn.Module:
     """PyTorch's older forward hook."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
@@ -91,7 +89,7 @@ def _legacy(case: Case, layer: nn.Module) -> nn.Module:
 
 
 @provider("compiled", full=True)
-def _compiled(case: Case, layer: nn.Module) -> nn.Module:
+def _compiled(case: Layer, layer: nn.Module) -> nn.Module:
     """The baseline under `torch.compile`."""
     torch.compiler.reset()
     eager = _eager(case, layer)
@@ -106,13 +104,13 @@ def _gems() -> AbstractContextManager[Any]:
 
 
 @provider("FlagGems", full=True, needs_gpu=True, package="flag_gems", session=_gems)
-def _flag_gems(case: Case, layer: nn.Module) -> nn.Module:
+def _flag_gems(case: Layer, layer: nn.Module) -> nn.Module:
     """The baseline with FlagGems' kernels in the place of PyTorch's."""
     return _eager(case, layer)
 
 
 @provider("ours")
-def _ours(case: Case, layer: nn.Module) -> nn.Module:
+def _ours(case: Layer, layer: nn.Module) -> nn.Module:
     kind = getattr(wn_kernels, f"WN{case.kind}")
     like = next(layer.parameters())
     where = {"device": like.device, "dtype": like.dtype}
@@ -121,7 +119,7 @@ def _ours(case: Case, layer: nn.Module) -> nn.Module:
     return fused
 
 
-def variants(case: Case, device: torch.device) -> dict[str, Provider]:
+def variants(case: Layer, device: torch.device) -> dict[str, Provider]:
     """Ours by every other backend there is, and by every path of the one that serves it."""
     layer = _ours(case, case.layer(device))
     x = torch.zeros(case.x_shape, dtype=case.torch_dtype, device=device)
@@ -139,7 +137,7 @@ def variants(case: Case, device: torch.device) -> dict[str, Provider]:
     return {VARIANT + name: Provider(_ours, session=s) for name, s in sessions.items()}
 
 
-def providers_of(case: Case, device: torch.device, full: bool) -> dict[str, Provider]:
+def providers_of(case: Layer, device: torch.device, full: bool) -> dict[str, Provider]:
     """Those that compete in a case, by name."""
     found = {name: p for name, p in PROVIDERS.items() if p.competes(device, full)}
     return found | variants(case, device) if full else found

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
-from bench.cases import MODES
+from bench.layer import MODES
 from bench.models import Model, ModelCase
 
 SIZE, BATCH = 256, 8

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 import wn_kernels
-from bench.allocation import saved_bytes
+from bench.measure.allocation import saved_bytes
 from bench.models import MODELS, assert_as_good
 
 INPUTS = {"eikonal, 8×256, 512 points": (512, 3), "gradient penalty, critic": (64, 1, 28, 28)}

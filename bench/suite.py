@@ -19,11 +19,11 @@ from pytest_benchmark.stats import Stats
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from bench import norms, overhead, precision
-from bench.allocation import peak_bytes
+from bench import norms, overhead
 from bench.cases import SUITES, Case
-from bench.tables import tables
-from bench.timing import (
+from bench.measure import precision
+from bench.measure.allocation import peak_bytes
+from bench.measure.timing import (
     Replay,
     ceilings,
     interleaved,
@@ -34,6 +34,7 @@ from bench.timing import (
     sampler,
     session_of,
 )
+from bench.report.tables import tables
 from wn_kernels import plan
 from wn_kernels.backends import native
 from wn_kernels.plan import table as tuned

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from bench import precision
 from bench.cases import SUITES
+from bench.measure import precision
 from bench.providers import PROVIDERS
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -13,8 +13,8 @@ from rich.progress import track
 from rich.table import Table
 
 import wn_kernels
-from bench import precision
 from bench.cases import SUITES
+from bench.measure import precision
 from bench.providers import PROVIDERS
 from wn_kernels.plan import Plan, table
 from wn_kernels.tuning import Tuned

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import wn_kernels
-from wn_kernels.call import Geometry, kept_shape
+from wn_kernels.call import Geometry, Norm, kept_shape
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 DIMS = (0, 1, None)
@@ -116,6 +116,8 @@ class LayerCase(ABC):
     A subclass says what the layer is: `plain(x, w, bias)`, differentiable.
     """
 
+    norm: Norm = "l2"
+
     def __init__(
         self,
         x_shape: Sequence[int],
@@ -161,7 +163,7 @@ class LayerCase(ABC):
 
         inputs = [self.x, self.v, self.g, self.bias]
         wide = [None if t is None else t.detach().double().requires_grad_() for t in inputs]
-        scale = reference.slice_scale(wide[1], wide[2], self.dim, self.eps)
+        scale = reference.slice_scale(wide[1], wide[2], self.dim, self.eps, self.norm)
         w = wide[1] * scale
         y = self.plain(wide[0], w, wide[3])
         given = [t for t in wide if t is not None]
@@ -171,6 +173,17 @@ class LayerCase(ABC):
         self.grads = [None if t is None else next(grads) for t in wide]
         # dg sums products as large as dW; dV is a difference of terms as large as s ⊙ dW.
         self.terms = {"dg": dw.norm().item(), "dv": (scale * dw).norm().item()}
+
+    def take(self, norm: Norm) -> None:
+        """Takes another norm, for a `V` whose slices have largest elements of both signs, if they
+        are long. Where there are several slices, every other one is half as large, and the last
+        one zero."""
+        self.norm = norm
+        self.v.clamp_(-1.0, 1.0)
+        if self.dim is not None:
+            self.v.movedim(self.dim, 0)[1::2] /= 2
+            self.v.select(self.dim, -1).zero_()
+        self.refer()
 
     @abstractmethod
     def plain(self, x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
@@ -327,8 +340,8 @@ class ConvCase(LayerCase):
         """Ours, by its module."""
         kind = getattr(wn_kernels, "WNConv" + self.suffix.replace("_t", "T"))
         sizes = (self.inputs, self.outputs, self.taps)
-        options = {**self.options, "dim": self.dim, "eps": self.eps, "bias": bias is not None}
-        module = kind(*sizes, **options, device="meta")
+        options = {**self.options, "dim": self.dim, "eps": self.eps, "norm": self.norm}
+        module = kind(*sizes, bias=bias is not None, **options, device="meta")
         parameters = {"weight_v": v, "weight_g": g, "bias": bias}
         return torch.func.functional_call(module, parameters, (x,))
 

@@ -3,8 +3,8 @@
 Without a GPU, Triton's kernels run on CPU tensors under its interpreter, which has to be chosen
 before triton is imported; under the launch checker (`make sanitize`) they are compiled instead.
 Fresh memory is filled with NaN, so an element that nobody wrote shows in the values. Importing
-`bench` holds oneDNN to instructions whose results are right (`bench/onednn.py`), which has to
-happen before torch is imported.
+`bench` holds oneDNN to instructions whose results are right (`bench/measure/onednn.py`), which has
+to happen before torch is imported.
 """
 
 import importlib.util
@@ -16,7 +16,8 @@ import torch
 from hypothesis import settings
 
 import bench  # noqa: F401
-from bench import interpreter, precision
+from bench.measure import precision
+from bench.stand_in import interpreter
 
 if not torch.cuda.is_available() and "ttsem" not in sys.modules:
     os.environ.setdefault("TRITON_INTERPRET", "1")

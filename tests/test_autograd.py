@@ -6,7 +6,7 @@ from torch.autograd import gradcheck, gradgradcheck
 
 import wn_kernels.functional as WF
 from tests.comparison import DIMS, Case, assert_matches
-from wn_kernels import WNLinear
+from wn_kernels import WNLinear, use_backend
 from wn_kernels.backends import reference
 
 
@@ -21,6 +21,23 @@ def test_gradcheck_linear(dim, eps):
     function = lambda *inputs: WF.wn_linear(*inputs, dim=dim, eps=eps)  # noqa: E731
     assert gradcheck(function, leaves(case))
     assert gradgradcheck(function, leaves(case))
+
+
+@pytest.mark.parametrize("backend", ["auto", "aten"])
+@pytest.mark.parametrize("norm", ["l1", "linf"])
+def test_gradcheck_of_other_norms(norm, backend):
+    """No two magnitudes are so close that a step of the check makes another one the largest."""
+    for dim in (0, 1, None):
+        case = Case(3, 5, 4, dim, torch.float64)
+        case.v.copy_((torch.randperm(20).view(4, 5) + 1) * case.v.sign() / 8)
+        for eps in (0.0, {"l1": 6.0, "linf": 2.2}[norm]):
+            options = {"dim": dim, "eps": eps, "norm": norm}
+            function = lambda *inputs: WF.wn_linear(*inputs, **options)  # noqa: B023, E731
+            weight = lambda v, g: WF.weight_norm(v, g, **options)  # noqa: B023, E731
+            with use_backend(backend):
+                assert gradcheck(function, leaves(case))
+                assert gradgradcheck(function, leaves(case))
+                assert gradgradcheck(weight, leaves(case)[1:3])
 
 
 @pytest.mark.parametrize(("shape", "dim"), [((4, 5), 0), ((4, 5), 1), ((4, 5, 3), 1), ((6,), None)])

@@ -151,6 +151,23 @@ def test_every_variant(kind, dim, variant):
                     assert_matches(leaf.grad, right, torch.float32, case.length, scale=terms)
 
 
+@pytest.mark.parametrize("kind", ["1d", "grouped", "2d", "up", "up grouped"])
+@pytest.mark.parametrize("norm", ["l1", "linf"])
+def test_other_norms(kind, norm):
+    """With ties, a slice of norm zero, and norms that eps clamps."""
+    for dim in (0, 1, 2, None):
+        for eps in (0.0, {"l1": 6.0, "linf": 0.75}[norm]):
+            case = case_of(KINDS, kind, dim, eps=eps)
+            case.take(norm)
+            axis = case.geometry().scale_axis(dim)
+            for variant in (
+                "materialize",
+                {"taps": "materialize", "whole": "input"}.get(axis, axis),
+            ):
+                with planned(variant, variant):
+                    case.check(case.layer)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_unbatched_and_empty(kind):
     case = case_of(KINDS, kind)

@@ -1,6 +1,10 @@
 """The examples are tests: what they show holds."""
 
+import os
+import re
 import runpy
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -8,7 +12,8 @@ import torch
 
 from tests.comparison import assert_matches, assert_same_bits
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
+ROOT = Path(__file__).parent.parent
+EXAMPLES = ROOT / "examples"
 digits = runpy.run_path(str(EXAMPLES / "digits.py"))
 compare = runpy.run_path(str(EXAMPLES / "compare_norms.py"))
 
@@ -133,10 +138,108 @@ def test_streaming_vocoder():
     """Chunk by chunk, every way to run the model makes the sound of the whole spectrogram, and the
     frozen model follows an optimizer."""
     pytest.importorskip("transformers")
-    path = Path(__file__).parent.parent / "examples" / "streaming_vocoder.py"
-    result = runpy.run_path(str(path))["main"](chunks=8)
+    result = runpy.run_path(str(EXAMPLES / "streaming_vocoder.py"))["main"](chunks=8)
     assert [row.name for row in result.rows] == ["eager", "fused", "frozen", "folded"]
     for row in result.rows:
         assert row.error < 1e-5
         assert min(row.first, row.later, row.ratio) > 0
     assert result.followed
+
+
+def assert_start_alike(runs):
+    """The losses agree to 1e-4 relative in the first 20 steps. Rounding grows from step to step."""
+    ours, theirs = runs["wn_kernels"].losses[:20], runs["torch"].losses[:20]
+    assert len(ours) == len(theirs) == 20
+    for a, b in zip(ours, theirs, strict=True):
+        assert abs(a - b) <= 1e-4 * abs(b)
+
+
+def test_temporal_convolution(tmp_path):
+    """After 50 steps it already predicts better than the best linear function of the same past."""
+    example = runpy.run_path(str(EXAMPLES / "temporal_convolution.py"))
+    runs, series = example["main"](steps=50)
+    assert_start_alike(runs)
+    error = example["unseen_error"]
+    linear, still = error(example["linear"](series), series), error(series[:-8], series)
+    for run in runs.values():
+        assert 1 < error(run.predicted, series) < linear < still
+    example["plot"](runs["wn_kernels"], series, str(tmp_path / "nerve_cell.png"))
+    assert (tmp_path / "nerve_cell.png").stat().st_size > 10_000
+
+
+def test_temporal_convolution_does_not_see_ahead():
+    """A prediction depends on the `REACH` samples up to its own time, and on no other."""
+    example = runpy.run_path(str(EXAMPLES / "temporal_convolution.py"))
+    series = example["recording"]()[:400].clone().requires_grad_()
+    example["Network"](series.detach())(series)[300].backward()
+    seen = series.grad.nonzero()
+    assert 300 - example["REACH"] < seen.min() < 200
+    assert seen.max() == 300
+
+
+def test_signed_distance(tmp_path):
+    example = runpy.run_path(str(EXAMPLES / "signed_distance.py"))
+    runs, exact = example["main"](steps=200)
+    assert_start_alike(runs)
+    for run in runs.values():
+        assert run.losses[-1] < run.losses[0] / 4
+        assert (run.distances - exact).abs().mean() < 0.04 < exact.abs().mean() / 3
+        assert ((run.distances < 0) == (exact < 0)).double().mean() > 0.95
+    example["plot"](runs["wn_kernels"].distances, exact, str(tmp_path / "ampersand.png"))
+    assert (tmp_path / "ampersand.png").stat().st_size > 10_000
+
+
+def test_signed_distance_of_the_outline():
+    """A small step along the normal is that far outside, and back that far inside."""
+    shape = runpy.run_path(str(EXAMPLES / "signed_distance.py"))["outline"]()
+    middle = (shape.begin + shape.end) / 2
+    long = (shape.end - shape.begin).norm(dim=1) > 0.02
+    for step in (0.005, -0.005):
+        found = shape.distance(middle + step * shape.normals)[long]
+        assert_matches(
+            found, torch.full_like(found, step).double(), torch.float32, 64, roundings=64
+        )
+
+
+def test_wgan_gp(tmp_path):
+    example = runpy.run_path(str(EXAMPLES / "wgan_gp.py"))
+    runs = example["main"](steps=30, compared=4)
+    run = runs["wn_kernels"]
+    assert_start_alike(runs)
+    lengths = torch.tensor(run.lengths)
+    assert lengths[0] < 0.5
+    assert (lengths[-20:] - 1).abs().max() < 0.2
+    assert max(run.estimates) > 1.3 * run.estimates[-1]
+    example["plot"](run, str(tmp_path / "generated_digits.png"))
+    assert (tmp_path / "generated_digits.png").stat().st_size > 10_000
+
+
+def test_distributed():
+    """Two processes and one train alike, and FSDP2 gives each half of the numbers."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    done = subprocess.run(
+        [*torchrun, str(EXAMPLES / "distributed.py"), "--steps", "10"],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    rows = re.findall(
+        r"^(\w+) +([\d.]+) to ([\d.]+) +(\S+) +(\S+) +(\d+), (\d+)$", done.stdout, re.MULTILINE
+    )
+    assert [row[0] for row in rows] == ["DDP", "FSDP2"]
+    for _, first, last, losses, weights, *held in rows:
+        assert 2.2 < float(first) < 2.4
+        assert float(last) < float(first)
+        assert 0 <= float(losses) < 1e-6
+        assert 0 < float(weights) < 1e-5
+        assert held[0] == held[1]
+    assert int(rows[0][-1]) == 2 * int(rows[1][-1]) == 38404
+
+
+def test_every_example_is_on_the_page():
+    page = (ROOT / "docs" / "examples.md").read_text("utf-8")
+    for example in EXAMPLES.glob("*.py"):
+        assert f"## `{example.name}`" in page
+        assert f"examples/{example.name}" in page

@@ -16,7 +16,7 @@ from tests.comparison import (
 from tests.planning import planned
 from wn_kernels import use_backend
 from wn_kernels.backends import reference
-from wn_kernels.call import kept_shape
+from wn_kernels.call import NORMS, kept_shape
 
 # Tiny, and on either side of where the variants change hands.
 SHAPES = [(5, 37, 23), (32, 64, 64), (4, 512, 300), (300, 40, 200), (1, 1, 1), (3, 1, 7)]
@@ -30,7 +30,8 @@ def _aten():
 
 def call(case):
     """`wn_linear` with gradients, checked; returns the output and the gradients."""
-    return case.check(lambda *inputs: WF.wn_linear(*inputs, dim=case.dim, eps=case.eps))
+    options = {"dim": case.dim, "eps": case.eps, "norm": case.norm}
+    return case.check(lambda *inputs: WF.wn_linear(*inputs, **options))
 
 
 @pytest.mark.parametrize("dim", DIMS)
@@ -73,6 +74,23 @@ def test_every_variant(variant, dim, keeps_product):
         for m in (3, 40):
             call(Case(m, 300, 500, dim))
             call(Case(m, 300, 500, dim, eps=17.0))
+
+
+@pytest.mark.parametrize("variant", ["scaled", "materialize"])
+@pytest.mark.parametrize("dim", DIMS)
+@pytest.mark.parametrize("norm", ["l1", "linf"])
+def test_other_norms(norm, dim, variant):
+    """With ties, a slice of norm zero, and norms that eps clamps."""
+    dtypes = [torch.float32, torch.float64]
+    if variant == "materialize":
+        dtypes += [torch.float16, torch.bfloat16]
+    for dtype in dtypes:
+        for eps in (0.0, {"l1": 30.0, "linf": 0.75}[norm]):
+            for m, keeps in ((1, ""), (6, "product"), (40, "")):
+                case = Case(m, 60, 50, dim, dtype, eps=eps)
+                case.take(norm)
+                with planned(variant, variant, keeps):
+                    call(case)
 
 
 @pytest.mark.parametrize("leading", [(), (7,), (2, 3), (2, 1, 3), (0,), (2, 0, 3)])
@@ -121,14 +139,15 @@ def test_only_the_gradients_asked_for(mask, dim):
 
 @pytest.mark.parametrize("shape", [(9,), (6, 5), (6, 5, 4), (3, 4, 5, 2)])
 @pytest.mark.parametrize("dtype", FLOATS)
-def test_weight_norm(shape, dtype):
+@pytest.mark.parametrize("norm", NORMS)
+def test_weight_norm(shape, dtype, norm):
     for dim in (*range(len(shape)), None):
         v = torch.randn(shape, dtype=torch.float64).to(dtype).requires_grad_()
         g = (torch.rand(kept_shape(shape, dim)) + 0.5).to(dtype).requires_grad_()
         dw = torch.randn(shape, dtype=torch.float64).to(dtype)
-        w = WF.weight_norm(v, g, dim=dim)
+        w = WF.weight_norm(v, g, dim=dim, norm=norm)
         wide = [t.detach().double().requires_grad_() for t in (v, g)]
-        expected = reference.weight_norm(*wide, dim, 0.0)
+        expected = reference.weight_norm(*wide, dim, 0.0, norm)
         assert w.dtype == dtype
         assert_matches(w, expected, dtype, v.numel())
         dv, dg = torch.autograd.grad(w, (v, g), dw)
@@ -136,7 +155,7 @@ def test_weight_norm(shape, dtype):
         terms = dw.double().norm().item()
         assert_matches(dg, expected_dg, dtype, v.numel(), terms=terms)
         if v.numel() > g.numel():
-            scale = (reference.slice_scale(*wide, dim, 0.0) * dw.double()).norm().item()
+            scale = (reference.slice_scale(*wide, dim, 0.0, norm) * dw.double()).norm().item()
             assert_matches(dv, expected_dv, dtype, v.numel(), roundings=3, scale=scale)
 
 
@@ -266,6 +285,9 @@ BAD = [
     ({"eps": float("nan")}, ValueError, r"eps must be finite"),
     ({"eps": float("inf")}, ValueError, r"eps must be finite"),
     ({"eps": "x"}, TypeError, r"eps must be a number, got 'x'"),
+    ({"norm": "l3"}, ValueError, r"norm must be one of \['l2', 'l1', 'linf'\], got 'l3'"),
+    ({"norm": 2}, ValueError, r"norm must be one of .*, got 2"),
+    ({"norm": ["l1"]}, ValueError, r"norm must be one of .*, got \['l1'\]"),
     ({"input": [[1.0]]}, TypeError, r"input must be a torch.Tensor, got list"),
     ({"g": None}, TypeError, r"g must be a torch.Tensor, got NoneType"),
     ({"bias": 1.0}, TypeError, r"bias must be a torch.Tensor, got float"),
@@ -293,7 +315,9 @@ def test_bad_input(change, error, message):
 @pytest.mark.filterwarnings("ignore:Sparse CSR")
 @pytest.mark.parametrize(("change", "error", "message"), BAD)
 def test_bad_input_to_weight_norm(change, error, message):
-    arguments = {k: x for k, x in (good() | change).items() if k in ("v", "g", "dim", "eps")}
+    arguments = {
+        k: x for k, x in (good() | change).items() if k in ("v", "g", "dim", "eps", "norm")
+    }
     if not change.keys() & arguments.keys() or "2-d" in message:
         return  # about arguments or ranks that wn_linear alone restricts
     message = message if "got NoneType" not in message else "g must be"

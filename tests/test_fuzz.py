@@ -24,7 +24,8 @@ cases = st.builds(
 
 
 def run(case):
-    case.check(lambda *inputs: WF.wn_linear(*inputs, dim=case.dim, eps=case.eps))
+    options = {"dim": case.dim, "eps": case.eps, "norm": case.norm}
+    case.check(lambda *inputs: WF.wn_linear(*inputs, **options))
 
 
 @settings(max_examples=400)

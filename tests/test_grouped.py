@@ -22,6 +22,14 @@ MEMBERS = [
     ((5, 6, 7), 1, 0.0, torch.float32, None, "sliced"),
     ((300, 2), 0, 0.0, torch.float32, None, "contiguous"),
 ]
+OTHERS = [
+    ((6, 5, 3), 0, 0.0, torch.float32, None, "contiguous", "l1"),
+    ((40, 70), 0, 0.0, torch.bfloat16, None, "contiguous", "linf"),
+    ((4, 6, 5), 1, 0.0, torch.float32, None, "transposed", "linf"),
+    ((7, 3, 2, 2), None, 0.0, torch.float32, None, "contiguous", "l1"),
+    ((3, 8, 4), 0, 2.0, torch.float32, None, "contiguous", "linf"),
+    ((5, 4), 0, 0.0, torch.float32, None, "contiguous", "l2"),
+]
 ROWS = [member for member in MEMBERS if member[1] == 0 and member[-1] != "sliced"]
 HALF = [
     ((6, 5, 3), 0, 0.0, torch.bfloat16, None, "contiguous"),
@@ -34,7 +42,7 @@ BACKENDS = ["auto", "aten", "triton", "reference"]
 def tensors(members, device="cpu"):
     """`(v, g, dw)`, lists of leaves and of gradients."""
     lists = [], [], []
-    for shape, dim, _, dtype, of_w, layout in members:
+    for shape, dim, _, dtype, of_w, layout, *_ in members:
         v = strided(torch.randn(shape, dtype=torch.float64), layout).to(dtype)
         g = (torch.rand(kept_shape(shape, dim), dtype=torch.float64) + 0.5).to(dtype)
         dw = torch.randn(shape, dtype=torch.float64).to(of_w or dtype)
@@ -50,13 +58,19 @@ def options(members):
         "dim": [m[1] for m in members],
         "eps": [m[2] for m in members],
         "dtype": [m[4] for m in members],
+        "norm": [norm_of(m) for m in members],
     }
 
 
+def norm_of(member):
+    return member[6] if len(member) > 6 else "l2"
+
+
 def check(members, v, g, dw, w, grads):
-    for i, (_, dim, eps, dtype, of_w, _) in enumerate(members):
+    for i, (_, dim, eps, dtype, of_w, *_) in enumerate(members):
         wide = [t.detach().double().cpu().requires_grad_() for t in (v[i], g[i])]
-        expected = reference.weight_norm(*wide, dim, eps)
+        norm = norm_of(members[i])
+        expected = reference.weight_norm(*wide, dim, eps, norm)
         expected_grads = torch.autograd.grad(expected, wide, dw[i].double().cpu())
         length = v[i].numel()
         assert w[i].dtype == (of_w or dtype)
@@ -72,7 +86,9 @@ def check(members, v, g, dw, w, grads):
         assert_matches(dg, expected_grads[1], dtype, length, terms=terms, what=f"dg {i}")
 
 
-@pytest.mark.parametrize("members", [MEMBERS, HALF, MEMBERS[:1]], ids=["mixed", "half", "one"])
+@pytest.mark.parametrize(
+    "members", [MEMBERS, HALF, MEMBERS[:1], OTHERS], ids=["mixed", "half", "one", "norms"]
+)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_against_float64(backend, members, device):
     v, g, dw = tensors(members, device if backend == "triton" else "cpu")
@@ -96,12 +112,14 @@ def test_the_native_library_serves_rows():
 @pytest.mark.parametrize("backend", ["auto", "aten", "triton"])
 def test_double_backward(backend, device):
     """Through the closed formula, with a weight that has no gradient."""
-    members = [(*m[:3], torch.float64, None, m[5]) for m in (MEMBERS[0], MEMBERS[2], MEMBERS[4])]
+    chosen = *(MEMBERS[i] for i in (0, 2, 4)), *OTHERS[:3], MEMBERS[0]
+    members = [(*m[:3], torch.float64, None, m[5], norm_of(m)) for m in chosen]
     v, g, _ = tensors(members, device if backend == "triton" else "cpu")
 
     def grads(*leaves):
         count = len(members)
-        w = WF.weight_norms(leaves[:count], leaves[count:], dim=[m[1] for m in members])
+        given = {"dim": [m[1] for m in members], "norm": [norm_of(m) for m in members]}
+        w = WF.weight_norms(leaves[:count], leaves[count:], **given)
         total = sum(t.pow(3).sum() for t in w[:-1])
         return torch.autograd.grad(total, leaves, create_graph=True, allow_unused=True)
 
@@ -132,8 +150,9 @@ def test_transforms():
 
 def test_the_operator():
     v, g, _ = tensors(MEMBERS[:3])
-    arguments = "aten", [m[1] for m in MEMBERS[:3]], [0.0] * 3, [2, 1, 2]
-    torch.library.opcheck(torch.ops.wn_kernels.weight_norms.default, (v, g, *arguments))
+    for norms in ([0, 0, 0], [0, 1, 2]):
+        arguments = "aten", [m[1] for m in MEMBERS[:3]], [0.0] * 3, norms, [2, 1, 2]
+        torch.library.opcheck(torch.ops.wn_kernels.weight_norms.default, (v, g, *arguments))
 
 
 def test_norms_out_of_range():

@@ -387,3 +387,21 @@ def test_norm_preserving_leaves_the_rest_alone():
     eye = torch.eye(5, dtype=torch.float64)
     v = half.weight_v.double()
     assert_matches(v @ v.T, eye, torch.bfloat16, 6)
+
+
+@pytest.mark.parametrize("norm", ["l1", "linf"])
+@pytest.mark.parametrize("dim", [0, 1, None])
+def test_layers_with_other_norms(dim, norm):
+    """Both initialisations give the weight that a layer with l2 gets."""
+    x = torch.randn(20, 6, dtype=torch.float64)
+    for initialise in (
+        lambda layer: wn_kernels.init.data_dependent_(layer, x),
+        lambda layer: wn_kernels.init.norm_preserving_(layer, {"": 1.5}),
+    ):
+        layers = []
+        for kind in (norm, "l2"):
+            torch.manual_seed(0)
+            layers.append(wn_kernels.WNLinear(6, 5, dim=dim, norm=kind, dtype=torch.float64))
+            initialise(layers[-1])
+        assert_matches(layers[0].weight, layers[1].weight.detach(), torch.float64, 64)
+        assert_matches(layers[0](x), layers[1](x).detach(), torch.float64, 64)

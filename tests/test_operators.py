@@ -22,13 +22,26 @@ def check(op, *arguments):
 def test_opcheck(shape, dtype, dim):
     case = Case(*shape, dim, dtype)
     weight = None, case.v, case.g, None
-    w, n = OPS.layer(*weight, [], dim, 0.0, dtype, "")
-    check(OPS.layer, *weight, [], dim, 0.0, dtype, "")
-    check(OPS.layer_backward, w, *weight[:3], n, [], dim, 0.0, "", [False, True, True, False])
+    w, n = OPS.layer(*weight, [], dim, 0.0, "l2", dtype, "")
+    check(OPS.layer, *weight, [], dim, 0.0, "l2", dtype, "")
+    check(OPS.layer_backward, w, *weight[:3], n, [], dim, 0.0, "l2", "", [False, True, True, False])
     for bias in (case.bias, None):
-        check(OPS.layer, case.x, case.v, case.g, bias, [], dim, 0.0, dtype, "")
+        check(OPS.layer, case.x, case.v, case.g, bias, [], dim, 0.0, "l2", dtype, "")
     for mask in ([True] * 4, [True, False, False, False], [False, True, True, False]):
-        check(OPS.layer_backward, case.dy, case.x, case.v, case.g, n, [], dim, 0.0, "", mask)
+        check(OPS.layer_backward, case.dy, case.x, case.v, case.g, n, [], dim, 0.0, "l2", "", mask)
+
+
+@pytest.mark.parametrize("norm", ["l1", "linf"])
+def test_other_norms(norm):
+    case = Case(6, 33, 20, 0)
+    case.take(norm)
+    given = case.x, case.v, case.g, case.bias, [], 0, 0.0, norm, torch.float32, ""
+    y, n = OPS.layer(*given)
+    case.check_forward(y)
+    check(OPS.layer, *given)
+    given = case.dy, case.x, case.v, case.g, n, [], 0, 0.0, norm, "", [True] * 4
+    case.check_backward(OPS.layer_backward(*given))
+    check(OPS.layer_backward, *given)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -38,20 +51,20 @@ def test_opcheck_layouts(grad, dtype, layout):
     """Every operator, with inputs that want gradients and with inputs that do not."""
     case = Case(6, 33, 20, 0, dtype, layout=layout)
     x, v, g, bias = case.leaves() if grad else (case.x, case.v, case.g, case.bias)
-    check(OPS.layer, None, v, g, None, [], 0, 0.0, torch.bfloat16, "")
-    w, n = OPS.layer(None, v.detach(), g.detach(), None, [], 0, 0.0, dtype, "")
-    check(OPS.layer_backward, w, None, v, g, n, [], 0, 0.0, "", [False, True, True, False])
+    check(OPS.layer, None, v, g, None, [], 0, 0.0, "l2", torch.bfloat16, "")
+    w, n = OPS.layer(None, v.detach(), g.detach(), None, [], 0, 0.0, "l2", dtype, "")
+    check(OPS.layer_backward, w, None, v, g, n, [], 0, 0.0, "l2", "", [False, True, True, False])
     for rows, dy in ((x, case.dy), (x.view_as(x)[None, :, None], case.dy[None, :, None])):
-        check(OPS.layer, rows, v, g, bias, [], 0, 0.0, dtype, "")
-        check(OPS.layer_backward, dy, rows, v, g, n, [], 0, 0.0, "", [True] * 4)
+        check(OPS.layer, rows, v, g, bias, [], 0, 0.0, "l2", dtype, "")
+        check(OPS.layer_backward, dy, rows, v, g, n, [], 0, 0.0, "l2", "", [True] * 4)
 
 
 def test_triton_backend_through_the_operator(device):
     """The same operators with the backend named."""
     case = Case(6, 33, 20, 0, device=device)
-    y, n = OPS.layer(case.x, case.v, case.g, case.bias, [], 0, 0.0, case.x.dtype, "triton")
+    y, n = OPS.layer(case.x, case.v, case.g, case.bias, [], 0, 0.0, "l2", case.x.dtype, "triton")
     case.check_forward(y)
-    arguments = (case.dy, case.x, case.v, case.g, n, [], 0, 0.0, "triton", [True] * 4)
+    arguments = (case.dy, case.x, case.v, case.g, n, [], 0, 0.0, "l2", "triton", [True] * 4)
     case.check_backward(OPS.layer_backward(*arguments))
 
 
@@ -90,7 +103,7 @@ CONVOLUTIONS = [
 def test_opcheck_convolution(case, backend):
     if backend == "triton":
         pytest.importorskip("triton")
-    rest = (case.geometry().packed(), case.dim, 0.0)
+    rest = (case.geometry().packed(), case.dim, 0.0, "l2")
     dtype = case.x.dtype
     for x in (case.x, case.x[:0]):
         check(OPS.layer, x, case.v, case.g, case.bias, *rest, dtype, backend)
@@ -111,7 +124,7 @@ def test_opcheck_convolution(case, backend):
 def test_opcheck_convolution_layouts(transposed, grad, dtype, layout):
     case = ConvCase(2, 4, 6, (7, 5), (3, 2), 1, dtype, transposed=transposed, layout=layout)
     x, v, g, bias = case.leaves() if grad else (case.x, case.v, case.g, case.bias)
-    rest = (case.geometry().packed(), case.dim, 0.0)
+    rest = (case.geometry().packed(), case.dim, 0.0, "l2")
     for optional in (bias, None):
         check(OPS.layer, x, v, g, optional, *rest, dtype, "aten")
     _, n = OPS.layer(case.x, case.v, case.g, None, *rest, dtype, "aten")

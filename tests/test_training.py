@@ -323,3 +323,27 @@ def test_few_dispatches():
     assert sum(name.startswith("_foreach") for name in names) == 4
     assert len(names) == 10 * 2 + 4
     assert_same_bits(twin[0].weight_v, net[0].weight_v)
+
+
+# --- other norms ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dim", [0, 1, None])
+@pytest.mark.parametrize("norm", ["l1", "linf"])
+def test_layers_with_other_norms(norm, dim):
+    """‖V‖ is l2 for all tools but `renormalize_(model, "g")`, and none of them changes ‖W‖."""
+    torch.manual_seed(0)
+    layer = wn_kernels.WNLinear(6, 5, dim=dim, norm=norm, dtype=torch.float64)
+    with torch.no_grad():
+        layer.weight_g.mul_(torch.rand_like(layer.weight_g) + 0.5)
+    weight = layer.weight.detach()
+    for wanted in (1.0, "rms", "g"):
+        wn_kernels.renormalize_(layer, wanted)
+        assert_matches(layer.weight, weight, torch.float64, 64)
+        if wanted == 1.0:
+            (n,) = wn_kernels.slice_norms(layer).values()
+            assert_matches(n, torch.ones_like(n), torch.float64, 64)
+    assert_matches(layer.weight_v, weight, torch.float64, 64)
+    (rho,) = wn_kernels.fix_magnitudes_(layer).values()
+    assert_matches(layer.weight.norm(), weight.norm(), torch.float64, 64)
+    assert_matches(layer.weight_g, torch.full_like(layer.weight_g, rho), torch.float64, 1)

@@ -169,7 +169,7 @@ def test_nothing_is_left_of_a_fixed_choice():
     ((call, backend),) = tuning.calls_of(layer, (x,))
     default, *others = plan.choices(call, backend)
     operands = Operands(x, layer.weight_v, layer.weight_g, layer.bias)
-    arguments = (0, operands, (), call.dim, 0.0, backend)
+    arguments = (0, operands, (), call.dim, 0.0, "l2", backend)
 
     def fails():
         with prepare.fixed(call, others[0]):

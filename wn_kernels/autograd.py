@@ -27,7 +27,7 @@ from torch import Tensor
 
 from . import operators
 from .backends import aten, reference, vendor
-from .call import Call, Geometry, Grads, Needs, Operands, recorder
+from .call import Call, Geometry, Grads, Needs, Norm, Operands, recorder
 from .plan import Plan
 
 
@@ -85,7 +85,7 @@ def layer(call: Call, plan: Plan, tensors: Operands) -> Tensor:
 def _fused_weight(v: Tensor, g: Tensor, call: Call, plan: Plan) -> Tensor | None:
     """`W` by torch's own kernel, where that serves."""
     if v.is_leaf:  # the hook holds on to `V`, which makes no difference for a leaf
-        fused = aten.fused_weight_norm(v, g, call.dim, call.eps, call.x_dtype)
+        fused = aten.fused_weight_norm(v, g, call, call.x_dtype)
         if fused is not None:
             w = fused[0]
             if w.grad_fn is not None:
@@ -124,13 +124,14 @@ class Weight(NamedTuple):
     Attributes:
         form: a function of `(V, g)` that returns `W` as part of the graph.
         grads: a function of `(dW, V, g, n)` that returns `(dV, dg)`.
-        dim, eps: as in `Call`.
+        dim, eps, norm: as in `Call`.
     """
 
     form: Callable[[Tensor, Tensor], Tensor]
     grads: Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Any, Any]]
     dim: int | None
     eps: float
+    norm: Norm
 
 
 ONLY_WEIGHT: Needs = (False, True, True, False)
@@ -147,7 +148,7 @@ def _weight_of(call: Call, plan: Plan) -> Weight:
         found = operators.layer_backward(call, plan, dw, tensors, n, None, ONLY_WEIGHT)
         return found[1], found[2]
 
-    return Weight(form, grads, call.dim, call.eps)
+    return Weight(form, grads, call.dim, call.eps, call.norm)
 
 
 class WeightGrads(torch.autograd.Function):
@@ -158,7 +159,7 @@ class WeightGrads(torch.autograd.Function):
         ctx: Any, dw: Tensor, v: Tensor, g: Tensor, n: Tensor, weight: Weight
     ) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(dw, v, g, n)
-        ctx.options = weight.dim, weight.eps
+        ctx.options = weight.dim, weight.eps, weight.norm
         return weight.grads(dw, v, g, n)
 
     @staticmethod
@@ -181,8 +182,8 @@ def recorded_grads(
     may be `None`. `n` are the norms of the forward."""
     x, v, g, _ = tensors
     if recorder(dy) == "composite":  # such as a batch of gradients
-        options = conv, weight.dim, weight.eps
-        return reference.differentiable_grads(dy, None, x, v, g, *options, needs)
+        options = conv, weight.dim, weight.eps, needs, weight.norm
+        return reference.differentiable_grads(dy, None, x, v, g, *options)
     needs_x, needs_v, needs_g, needs_bias = needs
     needs_weight = needs_v or needs_g
     dx, dw, db = None, dy, None

@@ -1,15 +1,15 @@
 """This file describes a call for every part of the engine.
 
 `Call` holds the shapes, dtypes, layout and options that decide how a layer is computed. The other
-definitions give the meaning of `dim` and `eps`, the shapes that follow from them, the geometry of a
-convolution, the dtypes of norms and products, and what records a call's operations.
+definitions give the meaning of `dim`, `eps` and `norm`, the shapes that follow from them, the
+geometry of a convolution, the dtypes of norms and products, and what records a call's operations.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, Protocol, get_args
 
 import torch
 from torch import Tensor
@@ -69,6 +69,39 @@ def canonical_eps(eps: float) -> float:
     if not 0.0 <= value < math.inf:
         raise ValueError(f"eps must be finite and not negative, got {eps}")
     return value
+
+
+# --- norms -------------------------------------------------------------------------------------
+
+# The norm of a slice is the root of the sum of its squares, the sum of its magnitudes, or the
+# largest magnitude (Hoffer et al. 2018, "Norm matters: efficient and accurate normalization schemes
+# in deep networks").
+Norm = Literal["l2", "l1", "linf"]
+NORMS: tuple[Norm, ...] = get_args(Norm)
+
+
+def canonical_norm(norm: str) -> Norm:
+    """Returns the name of a norm.
+
+    Raises:
+        ValueError: `norm` is not one of `NORMS`.
+    """
+    if norm not in NORMS:
+        raise ValueError(f"norm must be one of {list(NORMS)}, got {norm!r}")
+    return norm
+
+
+class Slices(Protocol):
+    """States how the slices of a weight are normalised, as a `Call` and a `Member` do."""
+
+    @property
+    def dim(self) -> int | None: ...
+
+    @property
+    def eps(self) -> float: ...
+
+    @property
+    def norm(self) -> Norm: ...
 
 
 # --- a convolution -----------------------------------------------------------------------------
@@ -235,6 +268,7 @@ class Call(NamedTuple):
         tf32: whether the product is computed in TF32.
         eps: the smallest norm.
         device: the GPU that the tensors are on, for the Triton path; `None` is the current one.
+        norm: the norm of a slice.
     """
 
     x_shape: torch.Size
@@ -247,6 +281,7 @@ class Call(NamedTuple):
     tf32: bool = False
     eps: float = 0.0
     device: torch.device | None = None
+    norm: Norm = "l2"
 
     def of_weight(self) -> Call:
         """Returns the call that forms the `W` of this one alone."""
@@ -259,15 +294,23 @@ class Member(NamedTuple):
     Attributes:
         dim, eps: as in `Call`.
         dtype: the dtype of `W`.
+        norm: the norm of a slice.
     """
 
     dim: int | None
     eps: float
     dtype: torch.dtype
+    norm: Norm = "l2"
 
 
 # These tensor classes have torch's own operators.
 PLAIN_TYPES = frozenset((Tensor, torch.nn.Parameter))
+
+# `torch.func`, forward-mode AD, tracing and dispatch modes have no public query. These private ones
+# are stable across the supported releases.
+_are_transforms_active = torch._C._are_functorch_transforms_active
+_tracing_state = torch._C._get_tracing_state
+_count_modes = torch._C._len_torch_dispatch_stack
 
 
 def recorder(v: Tensor) -> Literal["", "compiler", "mode", "composite"]:
@@ -280,17 +323,15 @@ def recorder(v: Tensor) -> Literal["", "compiler", "mode", "composite"]:
                  with operators of its own (such as `DTensor`) does; these need differentiable
                  operations
     """
-    # `torch.func`, forward-mode AD, tracing and dispatch modes have no public query. The private
-    # queries used here are stable across the supported releases.
     if (
-        torch._C._are_functorch_transforms_active()
+        _are_transforms_active()
         or forward_ad._current_level >= 0
         or is_exporting()
-        or torch._C._get_tracing_state() is not None
+        or _tracing_state() is not None
     ):
         return "composite"
     if is_compiling():
         return "compiler"
     if type(v) not in PLAIN_TYPES:
         return "composite"
-    return "mode" if torch._C._len_torch_dispatch_stack() else ""
+    return "mode" if _count_modes() else ""

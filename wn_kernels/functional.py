@@ -22,7 +22,16 @@ from torch.compiler import is_compiling
 
 from . import autograd, grouped, launched, operators, plan
 from .backends import aten, native, reference
-from .call import Member, Operands, canonical_dim, recorder, reduced_dims, scale_dtype
+from .call import (
+    Member,
+    Norm,
+    Operands,
+    canonical_dim,
+    canonical_norm,
+    recorder,
+    reduced_dims,
+    scale_dtype,
+)
 from .prepare import are_dense, plan_native, prepare, prepare_member, reject
 
 
@@ -65,12 +74,13 @@ def _run(
     geometry: tuple[Any, ...],
     dim: int | None,
     eps: float,
+    norm: Norm,
 ) -> Tensor:
     """Runs every call. `rank` is the number of spatial dimensions of a convolution, 0 for a linear
     layer, and `None` for the weight alone, which has no `x`."""
-    if backend := plan.prepares(v):
+    if backend := plan.prepares(v, norm):
         serve = _servers.get(backend) or _find_server(backend)
-        y = serve(rank, x, v, g, bias, geometry, dim, eps)
+        y = serve(rank, x, v, g, bias, geometry, dim, eps, norm)
         if y is not None:
             return y
     if rank is None:
@@ -81,9 +91,10 @@ def _run(
         reject(**{} if x is None else {"input": x}, v=v, g=g, bias=bias)
     if x is not None and torch._C._is_any_autocast_enabled():
         x = x.to(product_dtype(x))
-    backend = plan.choose_backend(v)
+    backend = plan.choose_backend(v, norm)
     tensors = Operands(x, v, g, bias)
-    call, chosen, g_shape, pad, batched, fits = prepare(rank, tensors, geometry, dim, eps, backend)
+    found = prepare(rank, tensors, geometry, dim, eps, norm, backend)
+    call, chosen, g_shape, pad, batched, fits = found
     if backend == "native":  # the library has declined the call already
         raise plan.cannot_serve(backend)
     if not fits:
@@ -93,7 +104,7 @@ def _run(
         if x is not None and pad is not None:
             x = F.pad(x, pad)
         tensors = Operands(x, v, g, bias)
-    options = call.conv, call.dim, call.eps
+    options = call.conv, call.dim, call.eps, call.norm
     if backend == "reference":
         y = reference.layer(*tensors, *options)
     else:
@@ -112,33 +123,43 @@ def _run(
     return y if batched else y.squeeze(0)
 
 
-def slice_norm(v: Tensor, *, dim: int | None = 0) -> Tensor:
-    """Returns the norms `‖V_j‖₂` of every slice along `dim`, in the shape of `g` and in `v`'s
-    dtype.
+def slice_norm(v: Tensor, *, dim: int | None = 0, norm: Norm = "l2") -> Tensor:
+    """Returns the norms `‖V_j‖` of every slice along `dim`, in the shape of `g` and in `v`'s dtype.
 
-    They are what `torch.norm_except_dim` returns. Their squares are accumulated in float64 on a CPU
-    and a CUDA device, and in float32 or wider elsewhere. The result is differentiable.
+    Those of `norm="l2"` are what `torch.norm_except_dim` returns. The others are the sum of
+    magnitudes (`"l1"`) and the largest magnitude (`"linf"`). Sums are accumulated in float64 on a
+    CPU and a CUDA device, and in float32 or wider elsewhere. The result is differentiable.
 
     Raises:
         TypeError, ValueError: as `weight_norm`.
     """
     if not are_dense(v, v, v, None):
         reject(v=v)
-    dim = canonical_dim(dim, v.ndim)
+    dim, norm = canonical_dim(dim, v.ndim), canonical_norm(norm)
     dims = reduced_dims(v.ndim, dim)
     if not dims:
         return v.abs()
     dtype = torch.float64 if v.is_cpu or v.is_cuda else scale_dtype(v)
-    n = torch.linalg.vector_norm(v, 2, dims, keepdim=dim is not None, dtype=dtype)
+    if norm == "l2":
+        n = torch.linalg.vector_norm(v, 2, dims, keepdim=dim is not None, dtype=dtype)
+    elif norm == "l1":
+        n = reference.summed(v.to(dtype).abs(), dim)
+    else:
+        n = reference.largest(v.abs(), dim)
     return n.to(v.dtype)
 
 
-def weight_norm(v: Tensor, g: Tensor, *, dim: int | None = 0, eps: float = 0.0) -> Tensor:
+def weight_norm(
+    v: Tensor, g: Tensor, *, dim: int | None = 0, eps: float = 0.0, norm: Norm = "l2"
+) -> Tensor:
     """Returns the weight `W = g · V / ‖V‖`, differentiable with respect to `v` and `g`.
 
-    The norm `‖V_j‖₂` of every slice along `dim` is accumulated and kept in float32 (float64 for a
-    float64 `v`). With `eps > 0` it is `max(‖V_j‖₂, eps)`. A slice of norm zero has direction zero:
+    The norm `‖V_j‖` of every slice along `dim` is accumulated and kept in float32 (float64 for a
+    float64 `v`). With `eps > 0` it is `max(‖V_j‖, eps)`. A slice of norm zero has direction zero:
     its weight is zero and its gradients are finite.
+
+    The subgradients of the other norms are PyTorch's: that of `|v|` is zero at zero, and elements
+    that share the largest magnitude share its gradient evenly.
 
     On a CPU, norms whose squares float32 cannot hold are computed in float64. On a GPU and in a
     compiled program norms are not checked. There they should lie between 1e-10 and 1e10.
@@ -150,16 +171,18 @@ def weight_norm(v: Tensor, g: Tensor, *, dim: int | None = 0, eps: float = 0.0) 
         dim: the dimension whose slices are normalised; `None` or `-1` for one norm over the whole
             tensor, as in `torch._weight_norm`; `-2`, `-3`, ... count from the end.
         eps: the smallest norm.
+        norm: `"l2"`, `"l1"` (the sum of magnitudes) or `"linf"` (the largest magnitude), after
+            Hoffer et al. 2018, *Norm matters*.
 
     Returns:
         `W`, with the shape, the dtype and the memory layout of `v`.
 
     Raises:
         TypeError: an argument has the wrong type, dtype or layout.
-        ValueError: the shape of `g` does not fit, `dim` or `eps` is out of range, or the tensors
-            are on different devices.
+        ValueError: the shape of `g` does not fit, `dim` or `eps` is out of range, `norm` is
+            unknown, or the tensors are on different devices.
     """
-    return _run(None, None, v, g, None, (), dim, eps)
+    return _run(None, None, v, g, None, (), dim, eps, norm)
 
 
 def weight_norms(
@@ -170,6 +193,7 @@ def weight_norms(
     eps: float | Sequence[float] = 0.0,
     dtype: torch.dtype | Sequence[torch.dtype | None] | None = None,
     places: Sequence[Tensor] | None = None,
+    norm: Norm | Sequence[Norm] = "l2",
 ) -> list[Tensor]:
     """Returns the weights `W_i = g_i · V_i / ‖V_i‖` of many layers, differentiable with respect to
     every `v` and `g`.
@@ -187,6 +211,7 @@ def weight_norms(
         places: memory for the weights, one tensor for each, which nothing else uses. Each has the
             shape, the dtype and the memory layout of its weight. A path that can write a weight to
             its place does so, and returns that tensor.
+        norm: the norm of a slice, as in `weight_norm`, one for all or one for each.
 
     Returns:
         A list of the weights. Each has the shape and the memory layout of its `v`. None of them
@@ -195,23 +220,26 @@ def weight_norms(
     Raises:
         TypeError: an argument has the wrong type, dtype or layout.
         ValueError: the lists differ in length, the shape of a `g` does not fit, a `dim` or an
-            `eps` is out of range, or the tensors are on different devices. The message names the
-            index.
+            `eps` is out of range, a `norm` is unknown, or the tensors are on different devices. The
+            message names the index.
     """
     v, g = [*v], [*g]
     if len(v) != len(g):
         raise ValueError(f"v has {len(v)} tensors, but g has {len(g)}")
     if not v:
         return []
-    dims, least, dtypes = (
-        [*each] if isinstance(each, list | tuple) else [each] * len(v) for each in (dim, eps, dtype)
+    given = {"dim": dim, "eps": eps, "dtype": dtype, "norm": norm}
+    options = tuple(
+        [
+            tuple(each) if isinstance(each, list | tuple) else (each,) * len(v)
+            for each in given.values()
+        ]
     )
-    for name, each in (("dim", dims), ("eps", least), ("dtype", dtypes)):
+    for name, each in zip(given, options, strict=True):
         if len(each) != len(v):
             raise ValueError(f"{name} has {len(each)} values, but v has {len(v)} tensors")
-    options = tuple(dims), tuple(least), tuple(dtypes)
     if not is_compiling() and (library := _library()):
-        w = grouped.weights(library, v, g, *options, places)
+        w = grouped.weights(library, v, g, options, places)
         if w is not None:
             return w
     members, scales = [], []
@@ -238,17 +266,17 @@ def _weights(
     if "composite" in records and not plan.is_forced():
         backend = "reference"
     else:
-        backend = plan.choose_backend(v[0])
+        backend = grouped.choose_backend(v[0], members)
     if backend == "native":  # the library has declined the call already
         raise plan.cannot_serve(backend)
     every = [*zip(v, g, members, strict=True)]
     if backend == "reference":
-        return [reference.weight_norm(t, s, m.dim, m.eps, m.dtype) for t, s, m in every]
+        return [reference.weight_norm(t, s, m.dim, m.eps, m.norm, m.dtype) for t, s, m in every]
     try:
         return grouped.weight_norms(grouped.Group(members, backend, places), v, g)
     except aten.OutOfRange:
         return [
-            reference.weight_norm(t.double(), s.double(), m.dim, m.eps, m.dtype)
+            reference.weight_norm(t.double(), s.double(), m.dim, m.eps, m.norm, m.dtype)
             for t, s, m in every
         ]
 
@@ -261,6 +289,7 @@ def wn_linear(
     *,
     dim: int | None = 0,
     eps: float = 0.0,
+    norm: Norm = "l2",
 ) -> Tensor:
     """Computes a linear layer with a weight-normalised weight: `y = x Wᵀ + b`, `W = g · V / ‖V‖`.
 
@@ -278,16 +307,17 @@ def wn_linear(
         dim: the dimension of `v` whose slices are normalised: 0 (each output), 1 (each input), or
             `None` / `-1` (one norm over the whole of `v`).
         eps: the smallest norm; see `weight_norm`.
+        norm: the norm of a slice; see `weight_norm`.
 
     Returns:
         A tensor of shape `(*, N)` in the dtype of the product.
 
     Raises:
         TypeError: an argument has the wrong type, dtype or layout.
-        ValueError: shapes do not fit, `dim` or `eps` is out of range, or the tensors are on
-            different devices.
+        ValueError: shapes do not fit, `dim` or `eps` is out of range, `norm` is unknown, or the
+            tensors are on different devices.
     """
-    return _run(0, input, v, g, bias, (), dim, eps)
+    return _run(0, input, v, g, bias, (), dim, eps, norm)
 
 
 def convolution(
@@ -304,10 +334,11 @@ def convolution(
     groups: int,
     dim: int | None,
     eps: float,
+    norm: Norm,
 ) -> Tensor:
     """Computes any of the six convolutions below. `rank` is the number of spatial dimensions."""
     geometry = stride, padding, dilation, transposed, output_padding, groups
-    return _run(rank, input, v, g, bias, geometry, dim, eps)
+    return _run(rank, input, v, g, bias, geometry, dim, eps, norm)
 
 
 def wn_conv1d(
@@ -322,6 +353,7 @@ def wn_conv1d(
     *,
     dim: int | None = 0,
     eps: float = 0.0,
+    norm: Norm = "l2",
 ) -> Tensor:
     """Computes a 1-d convolution with a weight-normalised weight.
 
@@ -343,6 +375,7 @@ def wn_conv1d(
             input channel of a group), a kernel dimension (each of its positions), or `None` / `-1`
             (one norm over the whole of `v`).
         eps: the smallest norm; see `weight_norm`.
+        norm: the norm of a slice; see `weight_norm`.
 
     Returns:
         A tensor of shape `(B, N, L_out)` or `(N, L_out)`, in the dtype of the product, which is
@@ -351,9 +384,11 @@ def wn_conv1d(
     Raises:
         TypeError: an argument has the wrong type, dtype or layout.
         ValueError: shapes or options do not fit, the output would be empty, `dim` or `eps` is out
-            of range, or the tensors are on different devices.
+            of range, `norm` is unknown, or the tensors are on different devices.
     """
-    return convolution(1, input, v, g, bias, stride, padding, dilation, False, 0, groups, dim, eps)
+    return convolution(
+        1, input, v, g, bias, stride, padding, dilation, False, 0, groups, dim, eps, norm
+    )
 
 
 def wn_conv2d(
@@ -368,6 +403,7 @@ def wn_conv2d(
     *,
     dim: int | None = 0,
     eps: float = 0.0,
+    norm: Norm = "l2",
 ) -> Tensor:
     """Computes a 2-d convolution with a weight-normalised weight.
 
@@ -376,7 +412,9 @@ def wn_conv2d(
     Arguments, result and errors are those of `wn_conv1d`, with spatial dimensions `(H, W)` and a
     kernel of `(kh, kw)`.
     """
-    return convolution(2, input, v, g, bias, stride, padding, dilation, False, 0, groups, dim, eps)
+    return convolution(
+        2, input, v, g, bias, stride, padding, dilation, False, 0, groups, dim, eps, norm
+    )
 
 
 def wn_conv3d(
@@ -391,6 +429,7 @@ def wn_conv3d(
     *,
     dim: int | None = 0,
     eps: float = 0.0,
+    norm: Norm = "l2",
 ) -> Tensor:
     """Computes a 3-d convolution with a weight-normalised weight.
 
@@ -399,7 +438,9 @@ def wn_conv3d(
     Arguments, result and errors are those of `wn_conv1d`, with spatial dimensions `(D, H, W)` and a
     kernel of `(kd, kh, kw)`.
     """
-    return convolution(3, input, v, g, bias, stride, padding, dilation, False, 0, groups, dim, eps)
+    return convolution(
+        3, input, v, g, bias, stride, padding, dilation, False, 0, groups, dim, eps, norm
+    )
 
 
 def wn_conv_transpose1d(
@@ -415,6 +456,7 @@ def wn_conv_transpose1d(
     *,
     dim: int | None = 0,
     eps: float = 0.0,
+    norm: Norm = "l2",
 ) -> Tensor:
     """Computes a 1-d transposed convolution with a weight-normalised weight.
 
@@ -434,6 +476,7 @@ def wn_conv_transpose1d(
         dim: the dimension of `v` whose slices are normalised: 0 (each input channel, PyTorch's
             default), 1 (each output channel of a group), a kernel dimension, or `None` / `-1`.
         eps: the smallest norm; see `weight_norm`.
+        norm: the norm of a slice; see `weight_norm`.
 
     Returns:
         A tensor of shape `(B, N, L_out)` or `(N, L_out)`.
@@ -442,7 +485,20 @@ def wn_conv_transpose1d(
         TypeError, ValueError: as `wn_conv1d`.
     """
     return convolution(
-        1, input, v, g, bias, stride, padding, dilation, True, output_padding, groups, dim, eps
+        1,
+        input,
+        v,
+        g,
+        bias,
+        stride,
+        padding,
+        dilation,
+        True,
+        output_padding,
+        groups,
+        dim,
+        eps,
+        norm,
     )
 
 
@@ -459,6 +515,7 @@ def wn_conv_transpose2d(
     *,
     dim: int | None = 0,
     eps: float = 0.0,
+    norm: Norm = "l2",
 ) -> Tensor:
     """Computes a 2-d transposed convolution with a weight-normalised weight.
 
@@ -469,7 +526,20 @@ def wn_conv_transpose2d(
     `(H, W)` and a kernel of `(kh, kw)`.
     """
     return convolution(
-        2, input, v, g, bias, stride, padding, dilation, True, output_padding, groups, dim, eps
+        2,
+        input,
+        v,
+        g,
+        bias,
+        stride,
+        padding,
+        dilation,
+        True,
+        output_padding,
+        groups,
+        dim,
+        eps,
+        norm,
     )
 
 
@@ -486,6 +556,7 @@ def wn_conv_transpose3d(
     *,
     dim: int | None = 0,
     eps: float = 0.0,
+    norm: Norm = "l2",
 ) -> Tensor:
     """Computes a 3-d transposed convolution with a weight-normalised weight.
 
@@ -496,5 +567,18 @@ def wn_conv_transpose3d(
     `(D, H, W)` and a kernel of `(kd, kh, kw)`.
     """
     return convolution(
-        3, input, v, g, bias, stride, padding, dilation, True, output_padding, groups, dim, eps
+        3,
+        input,
+        v,
+        g,
+        bias,
+        stride,
+        padding,
+        dilation,
+        True,
+        output_padding,
+        groups,
+        dim,
+        eps,
+        norm,
     )

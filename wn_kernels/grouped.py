@@ -3,8 +3,8 @@
     weight_norms           (v, g)           -> (w, n)
     weight_norms_backward  (dW, v, g, n)    -> (dV, dg)
 
-Every tensor has its own shape, dtype, layout, `dim`, `eps` and dtype of `W`. A backend computes all
-of them with as few launches as it can: one in each direction by a Triton kernel (see
+Every tensor has its own shape, dtype, layout, `dim`, `eps`, norm and dtype of `W`. A backend
+computes all of them with as few launches as it can: one in each direction by a Triton kernel (see
 `backends/triton/group.py`), one call of the native library, whose node is its own, and on the ATen
 path one operation for most weights.
 
@@ -23,7 +23,7 @@ from torch import Tensor
 from . import plan as plans
 from .autograd import ONLY_WEIGHT, Weight, recorded_grads
 from .backends import foreach, native
-from .call import Member, Operands, kept_shape, recorder, scale_dtype
+from .call import NORMS, Member, Operands, kept_shape, recorder, scale_dtype
 from .operators import is_direct, laid_out_like, library, register
 from .prepare import prepare_member
 
@@ -74,29 +74,27 @@ def weights(
     library: Any,
     v: list[Tensor],
     g: list[Tensor],
-    dims: tuple[Any, ...],
-    eps: tuple[Any, ...],
-    dtypes: tuple[Any, ...],
+    options: tuple[tuple[Any, ...], ...],
     places: Sequence[Tensor] | None = None,
 ) -> list[Tensor] | None:
     """Returns every `W` as an output of a node of the library, which computes it on a CPU, and
-    launches its kernels on a GPU. The result is `None` where the rest of the package serves the
-    call, or rejects it.
+    launches its kernels on a GPU. The options are every `dim`, `eps`, dtype of `W` and norm. The
+    result is `None` where the rest of the package serves the call, or rejects it.
     """
     first = v[0]
     backend = plans.prepares(first) if isinstance(first, Tensor) else ""
-    if not backend:
+    if not backend or (backend == "triton" and any(norm != "l2" for norm in options[3])):
         return None
     layouts = library.layouts(v + g)
     if layouts is None:
         return None
-    key = layouts, dims, eps, dtypes, backend
+    key = layouts, options, backend
     try:
         known = _known.get(key)
     except TypeError:  # an option cannot be hashed
         return None
     if known is None:
-        every = zip(v, g, dims, eps, dtypes, strict=True)
+        every = zip(v, g, *options, strict=True)
         try:
             checked = [prepare_member(first, *each) for each in every]
         except (TypeError, ValueError):
@@ -118,12 +116,13 @@ def weights(
     if places is not None:
         check_places(places, v, members)
     if prepared is None:
-        options = map(list, zip(*members, strict=True))
-        return library.weight_norms(v, g, *options, places and [*places])
+        given = map(list, zip(*members, strict=True))
+        return library.weight_norms(v, g, *given, places and [*places])
     with torch.no_grad():
         w, n = prepared(v, g, places)
     if torch.is_grad_enabled() and any(t.requires_grad for t in (*v, *g)):
-        return library.record(w, v, g, n, [m.eps for m in members], prepared.grads)
+        rules = [m.eps for m in members], [m.norm for m in members]
+        return library.record(w, v, g, n, *rules, prepared.grads)
     return w
 
 
@@ -215,7 +214,8 @@ def _weight_of(group: Group) -> Weight:
         (dv,), (dg,) = _backward(group, [dw], [v], [g], [n])
         return dv, dg
 
-    return Weight(form, grads, group.members[0].dim, group.members[0].eps)
+    member = group.members[0]
+    return Weight(form, grads, member.dim, member.eps, member.norm)
 
 
 # --- one call down -------------------------------------------------------------------------------
@@ -233,7 +233,8 @@ def _forward(group: Group, v: Sequence[Tensor], g: Sequence[Tensor]) -> Lists:
     if is_direct(group.backend, *v):
         places = (group.places,) if group.backend == "triton" else ()
         return _module(group.backend).weight_norms(v, g, group.members, *places)
-    return _op([*v], [*g], *_packed(group), [_DTYPES.index(m.dtype) for m in group.members])
+    dtypes = [_DTYPES.index(m.dtype) for m in group.members]
+    return _op([*v], [*g], *_packed(group), dtypes)
 
 
 def _backward(
@@ -260,26 +261,43 @@ def _call_backward_op(
 
 # --- the registered operators --------------------------------------------------------------------
 
-# A schema has lists of numbers, but none of dtypes.
+# A schema has lists of numbers, but none of dtypes. Norms are numbered as well.
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-def _packed(group: Group) -> tuple[str, list[int], list[float]]:
+def _packed(group: Group) -> tuple[str, list[int], list[float], list[int]]:
     dims = [-1 if m.dim is None else m.dim for m in group.members]
-    return group.backend, dims, [m.eps for m in group.members]
+    norms = [NORMS.index(m.norm) for m in group.members]
+    return group.backend, dims, [m.eps for m in group.members], norms
 
 
 def _unpacked(
-    v: Sequence[Tensor], backend: str, dims: list[int], eps: list[float], dtypes: Sequence[Any]
+    v: Sequence[Tensor],
+    backend: str,
+    dims: list[int],
+    eps: list[float],
+    norms: list[int],
+    dtypes: Sequence[Any],
 ) -> tuple[Any, tuple[Member, ...]]:
-    return _module(backend or plans.choose_backend(v[0])), _members(dims, eps, dtypes)
+    members = _members(dims, eps, norms, dtypes)
+    return _module(backend or choose_backend(v[0], members)), members
+
+
+def choose_backend(v: Tensor, members: Sequence[Member]) -> str:
+    """Returns the backend for a group with the weight `v`, as `plan.choose_backend`."""
+    norms = {m.norm for m in members}
+    return plans.choose_backend(v, next(iter(norms - {"l2"}), "l2"))
 
 
 def _members(
-    dims: Sequence[int], eps: Sequence[float], dtypes: Sequence[Any]
+    dims: Sequence[int], eps: Sequence[float], norms: Sequence[int], dtypes: Sequence[Any]
 ) -> tuple[Member, ...]:
-    options = zip(dims, eps, dtypes, strict=True)
-    return tuple([Member(None if dim < 0 else dim, least, dtype) for dim, least, dtype in options])
+    return tuple(
+        [
+            Member(None if dim < 0 else dim, least, dtype, NORMS[norm])
+            for dim, least, norm, dtype in zip(dims, eps, norms, dtypes, strict=True)
+        ]
+    )
 
 
 def _run(
@@ -288,9 +306,10 @@ def _run(
     backend: str,
     dims: list[int],
     eps: list[float],
+    norms: list[int],
     dtypes: list[int],
 ) -> tuple[list[Tensor], list[Tensor]]:
-    module, members = _unpacked(v, backend, dims, eps, [_DTYPES[i] for i in dtypes])
+    module, members = _unpacked(v, backend, dims, eps, norms, [_DTYPES[i] for i in dtypes])
     look = () if module is not foreach else (False,)
     w, n = module.weight_norms(v, g, members, *look)
     return [*w], [*n]
@@ -302,13 +321,13 @@ def _run_fake(
     backend: str,
     dims: list[int],
     eps: list[float],
+    norms: list[int],
     dtypes: list[int],
 ) -> tuple[list[Tensor], list[Tensor]]:
     kept = (kept_shape(t.shape, None if dim < 0 else dim) for t, dim in zip(v, dims, strict=True))
-    norms = zip(v, kept, strict=True)
     return (
         [torch.empty_like(t, dtype=_DTYPES[i]) for t, i in zip(v, dtypes, strict=True)],
-        [t.new_empty(shape, dtype=scale_dtype(t)) for t, shape in norms],
+        [t.new_empty(s, dtype=scale_dtype(t)) for t, s in zip(v, kept, strict=True)],
     )
 
 
@@ -320,8 +339,9 @@ def _run_backward(
     backend: str,
     dims: list[int],
     eps: list[float],
+    norms: list[int],
 ) -> tuple[list[Tensor], list[Tensor]]:
-    module, members = _unpacked(v, backend, dims, eps, [t.dtype for t in dw])
+    module, members = _unpacked(v, backend, dims, eps, norms, [t.dtype for t in dw])
     dv, dg = module.weight_norms_backward(dw, v, g, n, members)
     return (
         [laid_out_like(grad, t) for grad, t in zip(dv, v, strict=True)],
@@ -335,7 +355,7 @@ def _run_backward_fake(
     return [torch.empty_like(t) for t in v], [torch.empty_like(t) for t in g]
 
 
-_OPTIONS = "str backend, int[] dims, float[] eps"
+_OPTIONS = "str backend, int[] dims, float[] eps, int[] norms"
 _op = register(
     f"weight_norms(Tensor[] v, Tensor[] g, {_OPTIONS}, int[] dtypes) -> (Tensor[], Tensor[])",
     _run,
@@ -353,16 +373,16 @@ _backward_op = register(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    v, g, backend, dims, eps, dtypes = inputs
+    v, g, backend, dims, eps, norms, dtypes = inputs
     ctx.save_for_backward(*v, *g, *output[1])
-    ctx.group = Group(_members(dims, eps, [_DTYPES[i] for i in dtypes]), backend)
+    ctx.group = Group(_members(dims, eps, norms, [_DTYPES[i] for i in dtypes]), backend)
     ctx.set_materialize_grads(False)
 
 
 def _op_backward(ctx: Any, dw: list[Tensor | None], dn: Any) -> tuple[Any, ...]:
     function = _grads if torch.is_grad_enabled() else _call_backward_op
     wanted = [True] * len(dw)
-    return *_used_grads(ctx.group, dw, ctx.saved_tensors, wanted, function), *[None] * 4
+    return *_used_grads(ctx.group, dw, ctx.saved_tensors, wanted, function), *[None] * 5
 
 
 torch.library.register_autograd(

@@ -8,6 +8,7 @@ planned or looked up below.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,13 +18,15 @@ from torch import Tensor
 from . import operators
 from .autograd import ONLY_WEIGHT, Weight, needed, recorded_grads
 from .backends import native, reference, vendor
-from .call import PLAIN_TYPES, Grads, Needs, Operands, recorder, rows_of, takes_tf32
+from .call import PLAIN_TYPES, Grads, Needs, Norm, Operands, recorder, rows_of, takes_tf32
 from .operators import Launches
 from .prepare import are_dense
 
 _MOST = 4096  # calls that are kept
 _MOST_BACKWARDS = 8  # layouts of dY, of each
-_prepared: dict[Any, Launches | None] = {}
+Infer = Callable[[Any, Tensor, Tensor, Any], Tensor]  # (x, v, g, bias) -> y
+_prepared: dict[Any, tuple[Launches, Infer] | None] = {}
+_UNKNOWN: Any = object()
 native.memos.append(_prepared)
 
 
@@ -36,6 +39,7 @@ def launched(
     geometry: tuple[Any, ...],
     dim: int | None,
     eps: float,
+    norm: Norm = "l2",
 ) -> Tensor | None:
     """The output of a layer, `W` where there is no `x`; `None` for a call that the rest of the
     package has to serve, or reject.
@@ -44,65 +48,80 @@ def launched(
         TypeError, ValueError: as `prepare`.
     """
     if (
-        (x is None) != (rank is None)
-        or not (
-            type(v) in PLAIN_TYPES
-            and type(g) in PLAIN_TYPES
-            and (x is None or type(x) in PLAIN_TYPES)
-            and (bias is None or type(bias) in PLAIN_TYPES)
-        )
+        type(v) not in PLAIN_TYPES
+        or type(g) not in PLAIN_TYPES
+        or (type(x) not in PLAIN_TYPES if rank is not None else x is not None)
+        or (bias is not None and type(bias) not in PLAIN_TYPES)
         or recorder(v)
         or torch._C._is_any_autocast_enabled()
     ):
         return None
-    launches = _launches(rank or 0, (x, v, g, bias), geometry, dim, eps)
-    if launches is None:
+    found = _find(rank or 0, x, v, g, bias, geometry, dim, eps, norm)
+    if found is None:
         return None
-    needs_weight = v.requires_grad or g.requires_grad
+    launches, infer = found
     if not torch.is_grad_enabled() or not (
-        needs_weight
+        v.requires_grad
+        or g.requires_grad
         or (x is not None and x.requires_grad)
         or (bias is not None and bias.requires_grad)
     ):
-        return _forward(launches, x, v, g, bias, False)[0]
+        return infer(x, v, g, bias)
     if not launches.keeps:
         return _apply(x, v, g, bias, launches)
     assert launches.weight is not None
     return _product(launches, x, _formed(launches.weight, v, g), bias)
 
 
-def _launches(
+def _find(
     rank: int,
-    tensors: tuple[Tensor | None, Tensor, Tensor, Tensor | None],
+    x: Tensor | None,
+    v: Tensor,
+    g: Tensor,
+    bias: Tensor | None,
     geometry: tuple[Any, ...],
     dim: int | None,
     eps: float,
-) -> Launches | None:
+    norm: Norm,
+) -> tuple[Launches, Infer] | None:
     """Returns what is prepared for a call, or `None` where the rest of the package serves it."""
-    x, v, g, bias = tensors
     key: tuple
     try:
-        key = (
-            *(rank, geometry, dim, eps, v.device, g.device),
-            *(v.shape, v.stride(), v.dtype, g.shape, g.stride(), g.dtype),
-        )
-        if bias is not None:
-            key = (*key, bias.shape, bias.stride(), bias.dtype, bias.device)
+        weight = v.shape, v.stride(), v.dtype, v.device, g.shape, g.stride(), g.dtype, g.device
+        key = weight, dim, eps, norm
         if x is not None:
             tf32 = takes_tf32(x.dtype, "conv" if rank else "matmul")
-            key = (*key, None, x.shape, x.stride(), x.dtype, x.device, tf32)
-        found = _prepared.get(key, _prepared)
+            key = key, rank, geometry, x.shape, x.stride(), x.dtype, x.device, tf32
+        if bias is not None:
+            key = key, bias.shape, bias.stride(), bias.dtype, bias.device
+        found = _prepared.get(key, _UNKNOWN)
     except (TypeError, RuntimeError):  # an option cannot be hashed, or a tensor has no strides
         return None
-    if found is _prepared:
-        if not are_dense(v if x is None else x, v, g, bias) or not g.is_contiguous():
-            return None
-        found = operators.launches(rank, tensors, geometry, dim, eps)
-        if len(_prepared) >= _MOST:
-            _prepared.clear()
-        _prepared[key] = found
-    assert found is None or isinstance(found, Launches)
+    if found is not _UNKNOWN:
+        return found
+    if not are_dense(v if x is None else x, v, g, bias) or not g.is_contiguous():
+        return None
+    launches = operators.launches(rank, (x, v, g, bias), geometry, dim, eps, norm)
+    found = None if launches is None else (launches, _inference(launches, x))
+    if len(_prepared) >= _MOST:
+        _prepared.clear()
+    _prepared[key] = found
     return found
+
+
+def _inference(launches: Any, x: Tensor | None) -> Infer:
+    """Returns the forward without gradients, for calls with an `x` of as many dimensions."""
+    if launches.forms_forward:
+        form = _inference(launches.weight, None)
+        return lambda x, v, g, bias: _product(launches, x, form(None, v, g, None), bias)
+    if launches.run is None:
+        return lambda x, v, g, bias: launches.forward(x, v, g, bias)[0]
+    bare = launches.run.bare
+    if x is None:
+        return lambda x, v, g, bias: bare(v, g)[0]
+    if launches.conv is not None or x.ndim == 2:
+        return lambda x, v, g, bias: bare(x, v, g, bias)[0]
+    return lambda x, v, g, bias: bare(rows_of(x), v, g, bias)[0].view(*x.shape[:-1], len(v))
 
 
 class Launched(torch.autograd.Function):
@@ -117,9 +136,11 @@ class Launched(torch.autograd.Function):
         bias: Tensor | None,
         launches: Launches,
     ) -> Tensor:
-        needs = ctx.needs_input_grad
-        keep = needs[0] if launches.conv is not None else needs[1] or needs[2]
-        y, n, kept = _forward(launches, x, v, g, bias, True, keep)
+        keep = launches.keeping is not None
+        if keep:
+            needs = ctx.needs_input_grad
+            keep = needs[0] if launches.conv is not None else needs[1] or needs[2]
+        y, n, kept = _forward(launches, x, v, g, bias, keep)
         ctx.save_for_backward(x, v, g, bias, n, kept)
         ctx.launches = launches
         return y
@@ -128,17 +149,16 @@ class Launched(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, v, g, bias, n, kept = ctx.saved_tensors
         launches, needs = ctx.launches, ctx.needs_input_grad[:4]
-        conv, again = launches.conv, torch.is_grad_enabled()
-        weight = _weight_of(launches, x, v, g) if again else None
-        if type(dy) not in PLAIN_TYPES or recorder(dy) or (again and weight is None):
-            options = conv, launches.dim, launches.eps
-            dx, dv, dg, db = reference.differentiable_grads(dy, None, x, v, g, *options, needs)
-        elif weight is not None:
+        is_plain = type(dy) in PLAIN_TYPES and not recorder(dy)
+        if is_plain and not torch.is_grad_enabled():
+            dx, dv, dg, db = _backward(launches, dy, x, v, g, bias, n, needs, kept)
+        elif is_plain and (weight := _weight_of(launches, x, v, g)) is not None:
             tensors = Operands(x, v, g, bias)
             needs = needed(ctx, tensors, needs)
-            dx, dv, dg, db = recorded_grads(weight, conv, dy, tensors, n, needs)
+            dx, dv, dg, db = recorded_grads(weight, launches.conv, dy, tensors, n, needs)
         else:
-            dx, dv, dg, db = _backward(launches, dy, x, v, g, bias, n, needs, kept)
+            options = launches.conv, launches.dim, launches.eps, needs, launches.norm
+            dx, dv, dg, db = reference.differentiable_grads(dy, None, x, v, g, *options)
         if db is not None and bias is not None and db.dtype != bias.dtype:
             db = db.to(bias.dtype)
         return dx, dv, dg, db, None
@@ -155,24 +175,24 @@ def _forward(
     v: Tensor,
     g: Tensor,
     bias: Tensor | None,
-    records: bool,
-    keep: bool = False,
+    keep: bool,
 ) -> tuple[Tensor, Any, Tensor | None]:
-    """`(y, n, kept)`, where `y` is `W` without `x`. The norms may be `None` unless the call is
-    recorded."""
+    """`(y, n, kept)` of a call that is recorded, where `y` is `W` without `x`."""
     if launches.forms_forward:
         assert launches.weight is not None
-        w, n, _ = _forward(launches.weight, None, v, g, None, records)
+        w, n, _ = _forward(launches.weight, None, v, g, None, False)
         return _product(launches, x, w, bias), n, None
-    keep = keep and launches.keeping is not None
-    run = launches.keeping if keep else launches.run
-    if run is None:
+    prepared = launches.keeping if keep else launches.run
+    if prepared is None:
         return *launches.forward(x, v, g, bias), None
+    run = prepared.full
     if x is None:
-        return *run(v, g, spare=records), None
-    is_flat = launches.conv is not None or x.ndim == 2
-    y, n, *more = run(x if is_flat else rows_of(x), v, g, bias, spare=records)
-    y = y if is_flat else y.view(*x.shape[:-1], len(v))
+        return *run(v, g), None
+    if launches.conv is not None or x.ndim == 2:
+        y, n, *more = run(x, v, g, bias)
+    else:
+        y, n, *more = run(rows_of(x), v, g, bias)
+        y = y.view(*x.shape[:-1], len(v))
     return y, n, more[0] if keep else None
 
 
@@ -180,22 +200,25 @@ def _formed(launches: Launches, v: Tensor, g: Tensor) -> Tensor:
     """`W`, as part of the graph, by the launches of the weight alone."""
     if v.requires_grad or g.requires_grad:
         return _apply(None, v, g, None, launches)
-    return _forward(launches, None, v, g, None, False)[0]
+    return _inference(launches, None)(None, v, g, None)
 
 
 def _weight_of(launches: Launches, x: Tensor | None, v: Tensor, g: Tensor) -> Weight | None:
     """What a recorded backward takes: launches of the weight alone in V's dtype, where the call is
     not that of a weight itself. `None` where Python forms the weight."""
-    dim, eps = launches.dim, launches.eps
-    alone = launches if x is None else _launches(0, (None, v, g, None), (), dim, eps)
-    if alone is None:
-        return None
+    options = launches.dim, launches.eps, launches.norm
+    alone = launches
+    if x is not None:
+        found = _find(0, None, v, g, None, (), *options)
+        if found is None:
+            return None
+        alone = found[0]
 
     def grads(dw: Tensor, v: Tensor, g: Tensor, n: Tensor) -> tuple[Any, Any]:
         dw = dw if x is None else dw.to(v.dtype)
         return _backward(alone, dw, None, v, g, None, n, ONLY_WEIGHT)[1:3]
 
-    return Weight(functools.partial(_formed, alone), grads, dim, eps)
+    return Weight(functools.partial(_formed, alone), grads, *options)
 
 
 def _product(launches: Launches, x: Any, w: Tensor, bias: Tensor | None) -> Tensor:
@@ -227,7 +250,8 @@ def _backward(
     run = launches.backwards.get(key, launches)
     if run is launches:
         full = len(launches.backwards) >= _MOST_BACKWARDS
-        run = None if full else launches.prepare_backward(flat_dy, flat_x, v, g, needs)
+        prepared = None if full else launches.prepare_backward(flat_dy, flat_x, v, g, needs)
+        run = prepared and prepared.full
         if not full:
             launches.backwards[key] = run
     if run is None:
@@ -248,7 +272,7 @@ def _backward_of_convolution(
     weight, conv = launches.weight, launches.conv
     assert weight is not None
     assert conv is not None
-    w = _forward(weight, None, v, g, None, False)[0] if needs_x else v.to(x.dtype)
+    w = _inference(weight, None)(None, v, g, None) if needs_x else v.to(x.dtype)
     dx, dw, db = vendor.convolution_grads(dy, x, w, conv, needs_x, needs_weight, needs_bias)
     dv = dg = None
     if dw is not None:

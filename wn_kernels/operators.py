@@ -5,9 +5,9 @@
 
 `x` is `(*, K)` for a linear layer, `(B, C, *sizes)` for a convolution, whose geometry is `conv` as
 `Geometry.packed` has it, and absent for the weight alone, whose `W` in `dtype` is `y`. `dim` is
-canonical (`None` or in `[0, ndim)`), `g` and `n` have the kept shape. A gradient that `needs`
-excludes is an empty tensor. `backend` names the backend; where it is `""`, the operator chooses
-when it runs. No operator is differentiable by itself: `autograd.py` is.
+canonical (`None` or in `[0, ndim)`), `norm` is one of `NORMS`, `g` and `n` have the kept shape. A
+gradient that `needs` excludes is an empty tensor. `backend` names the backend; where it is `""`,
+the operator chooses when it runs. No operator is differentiable by itself: `autograd.py` is.
 
 The functions `layer` and `layer_backward` call the backend of a plan. They go through the
 registered operators where something records the operations: a compiler, or a dispatch mode on whose
@@ -17,7 +17,7 @@ by themselves.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -25,7 +25,18 @@ from torch import Tensor
 
 from . import plan as plans
 from .backends import aten, vendor
-from .call import Call, Geometry, Grads, Needs, Operands, kept_shape, recorder, rows_of, scale_dtype
+from .call import (
+    Call,
+    Geometry,
+    Grads,
+    Needs,
+    Norm,
+    Operands,
+    kept_shape,
+    recorder,
+    rows_of,
+    scale_dtype,
+)
 from .plan import Plan
 from .prepare import prepare
 
@@ -94,9 +105,9 @@ def layer_backward(
     return dx, dv, dg, db
 
 
-def _options(call: Call) -> tuple[list[int], int | None, float]:
+def _options(call: Call) -> tuple[list[int], int | None, float, Norm]:
     """What both operators take of a call."""
-    return call.conv.packed() if call.conv else [], call.dim, call.eps
+    return call.conv.packed() if call.conv else [], call.dim, call.eps, call.norm
 
 
 def _run_backward(
@@ -131,7 +142,7 @@ class Launches(NamedTuple):
         keeping: the pass of the forward in a training step that keeps the packed `W` or the product
             `x Vᵀ`, which it returns behind `n`, and which the pass of the backward takes.
         weight: the same of `W` alone, where it is formed.
-        conv, dim, eps: as in `Call`.
+        conv, dim, eps, norm: as in `Call`.
         signs: attributes that tell whether something observes launches.
         backwards: the passes of the backward by what is needed and the strides of dY, as far as
             Python has prepared them.
@@ -139,16 +150,17 @@ class Launches(NamedTuple):
 
     forward: Callable[..., tuple[Tensor, Tensor]]
     backward: Callable[..., Grads]
-    run: Callable[..., Any] | None
-    prepare_backward: Callable[..., Callable[..., Any] | None]
+    run: Any
+    prepare_backward: Callable[..., Any]
     forms_forward: bool
     forms_backward: bool
     keeps: bool
-    keeping: Callable[..., Any] | None
+    keeping: Any
     weight: Launches | None
     conv: Geometry | None
     dim: int | None
     eps: float
+    norm: Norm
     signs: list[tuple[Any, str, Any]]
     backwards: dict[Any, Any]
 
@@ -159,6 +171,7 @@ def launches(
     geometry: tuple[Any, ...],
     dim: int | None,
     eps: float,
+    norm: Norm = "l2",
 ) -> Launches | None:
     """What a node holds of a call, or `None` where no node serves it. This is called once for a
     call's dtypes, layouts and options.
@@ -167,7 +180,7 @@ def launches(
         TypeError, ValueError: as `prepare`.
     """
     operands = Operands(*tensors)
-    found = prepare(rank, operands, geometry, dim, eps, "triton")
+    found = prepare(rank, operands, geometry, dim, eps, norm, "triton")
     if not found.fits:
         return None
     return _launches(found.call, found.plan, operands)
@@ -195,9 +208,7 @@ def _launches(call: Call, plan: Plan, tensors: Operands) -> Launches | None:
         *operands, n, needs = tensors
         return _run_backward(call, plan, dy, Operands(*operands), n, None, needs)
 
-    def prepare_backward(
-        dy: Tensor, x: Tensor | None, v: Tensor, g: Tensor, needs: Needs
-    ) -> Callable[..., Any] | None:
+    def prepare_backward(dy: Tensor, x: Tensor | None, v: Tensor, g: Tensor, needs: Needs) -> Any:
         how = plan._replace(keeps="") if keeping is None else plan
         return module.pass_backward(call, how, dy, Operands(x, v, g, None), needs)
 
@@ -218,6 +229,7 @@ def _launches(call: Call, plan: Plan, tensors: Operands) -> Launches | None:
         conv=call.conv,
         dim=call.dim,
         eps=call.eps,
+        norm=call.norm,
         signs=module.SIGNS,
         backwards={},
     )
@@ -227,19 +239,23 @@ def _launches(call: Call, plan: Plan, tensors: Operands) -> Launches | None:
 
 
 def _planned(
-    tensors: Operands, conv: list[int], dim: int | None, eps: float, dtype: Any, backend: str
+    tensors: Operands, options: Sequence[Any], dtype: torch.dtype, backend: str
 ) -> tuple[Call, Plan]:
+    """Checks and plans a call with the options of `_options`."""
+    conv, dim, eps, norm = options
     geometry = Geometry.unpacked(conv) if conv else ()
     rank = len(geometry[0]) if geometry else 0
-    backend = backend or plans.choose_backend(tensors.v)
-    return prepare(rank, tensors, tuple(geometry), dim, eps, backend, dtype)[:2]
+    backend = backend or plans.choose_backend(tensors.v, norm)
+    return prepare(rank, tensors, tuple(geometry), dim, eps, norm, backend, dtype)[:2]
 
 
 def _layer(
     x: Tensor | None, v: Tensor, g: Tensor, bias: Tensor | None, *rest: Any
 ) -> tuple[Tensor, Tensor]:
     tensors = Operands(x, v, g, bias)
-    return _run(*_planned(tensors, *rest), tensors, keep=False, look=False)[:2]
+    *options, dtype, backend = rest
+    planned = _planned(tensors, options, dtype, backend)
+    return _run(*planned, tensors, keep=False, look=False)[:2]
 
 
 def _layer_fake(
@@ -250,6 +266,7 @@ def _layer_fake(
     conv: list[int],
     dim: int | None,
     eps: float,
+    norm: Norm,
     dtype: torch.dtype,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
@@ -265,9 +282,9 @@ def _layer_backward(
     dy: Tensor, x: Tensor | None, v: Tensor, g: Tensor, n: Tensor, *rest: Any
 ) -> tuple[Tensor, ...]:
     """Gradients are laid out as in the fake."""
-    conv, dim, eps, backend, needs = rest
+    *options, backend, needs = rest
     tensors = Operands(x, v, g, None)
-    call, plan = _planned(tensors, conv, dim, eps, dy.dtype, backend)
+    call, plan = _planned(tensors, options, dy.dtype, backend)
     dx, dv, dg, db = _run_backward(call, plan, dy, tensors, n, None, tuple(needs))
     if dx is not None and x is not None and call.conv is not None:
         dx = laid_out_like(dx, x)
@@ -286,7 +303,7 @@ def laid_out_like(t: Tensor, like: Tensor) -> Tensor:
 def _layer_backward_fake(
     dy: Tensor, x: Tensor | None, v: Tensor, g: Tensor, n: Tensor, *rest: Any
 ) -> tuple[Tensor, ...]:
-    conv, dim, _, _, needs = rest
+    conv, dim, *_, needs = rest
     channels = dy.shape[1 if conv else -1] if dy.ndim else 0
     dx = dy if x is None else torch.empty_like(x) if conv else x.new_empty(x.shape)
     like = (dx, v, g, dy), (None, None, kept_shape(v.shape, dim), (channels,))
@@ -308,14 +325,14 @@ def register(schema: str, implementation: Callable, fake: Callable) -> Any:
 
 
 _layer_op = register(
-    "layer(Tensor? x, Tensor v, Tensor g, Tensor? bias, int[] conv, int? dim, float eps,"
+    "layer(Tensor? x, Tensor v, Tensor g, Tensor? bias, int[] conv, int? dim, float eps, str norm,"
     " ScalarType dtype, str backend) -> (Tensor, Tensor)",
     _layer,
     _layer_fake,
 )
 _layer_backward_op = register(
     "layer_backward(Tensor dy, Tensor? x, Tensor v, Tensor g, Tensor n, int[] conv, int? dim,"
-    " float eps, str backend, bool[4] needs) -> (Tensor, Tensor, Tensor, Tensor)",
+    " float eps, str norm, str backend, bool[4] needs) -> (Tensor, Tensor, Tensor, Tensor)",
     _layer_backward,
     _layer_backward_fake,
 )

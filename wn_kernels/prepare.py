@@ -23,9 +23,11 @@ from .call import (
     Call,
     Geometry,
     Member,
+    Norm,
     Operands,
     canonical_dim,
     canonical_eps,
+    canonical_norm,
     kept_shape,
     takes_tf32,
 )
@@ -112,9 +114,10 @@ class Prepared(NamedTuple):
 
 
 def check_weight(
-    v_shape: torch.Size, g_shape: torch.Size, dim: int | None, eps: float
-) -> tuple[int | None, float, tuple[int, ...]]:
-    """Returns `dim` and `eps` in canonical form, and the shape that `g` has to be viewed in."""
+    v_shape: torch.Size, g_shape: torch.Size, dim: int | None, eps: float, norm: Norm
+) -> tuple[int | None, float, Norm, tuple[int, ...]]:
+    """Returns `dim`, `eps` and `norm` in canonical form, and the shape that `g` has to be viewed
+    in."""
     dim = canonical_dim(dim, len(v_shape))
     shape = kept_shape(v_shape, dim)
     length = math.prod(shape)
@@ -123,7 +126,7 @@ def check_weight(
             f"g has shape {tuple(g_shape)}, but v of shape {tuple(v_shape)} with dim={dim} needs "
             f"g of shape {shape} or ({length},)"
         )
-    return dim, canonical_eps(eps), shape
+    return dim, canonical_eps(eps), canonical_norm(norm), shape
 
 
 def _check_linear(x_shape: torch.Size, v_shape: torch.Size, bias_shape: torch.Size | None) -> None:
@@ -247,6 +250,7 @@ def _prepare(
     geometry: tuple[Any, ...],
     dim: int | None,
     eps: float,
+    norm: Norm,
     backend: str,
     channels_last: bool = False,
     tf32: bool = False,
@@ -260,12 +264,13 @@ def _prepare(
     else:
         batched = len(x_shape) == rank + 2
         conv, x_shape, pad = _check_convolution(x_shape, v_shape, bias_shape, rank, *geometry)
-    dim, eps, shape = check_weight(v_shape, g_shape, dim, eps)
+    dim, eps, norm, shape = check_weight(v_shape, g_shape, dim, eps, norm)
     fits = g_shape == shape and pad is None and batched
     if _has_symbols():
-        call = Call(_NONE, _NONE, x_dtype, v_dtype, dim, conv, eps=eps)
+        call = Call(_NONE, _NONE, x_dtype, v_dtype, dim, conv, eps=eps, norm=norm)
         return Prepared(call, Plan(backend, "", ""), shape, pad, batched, fits)
-    call = Call(x_shape, v_shape, x_dtype, v_dtype, dim, conv, channels_last, tf32, eps, device)
+    options = conv, channels_last, tf32, eps, device, norm
+    call = Call(x_shape, v_shape, x_dtype, v_dtype, dim, *options)
     chosen = Plan(backend, "", "")
     # The native library pads nothing, and accepts a flat `g` only if slices are rows.
     if backend != "native" or (
@@ -292,6 +297,7 @@ def prepare(
     geometry: tuple[Any, ...],
     dim: int | None,
     eps: float,
+    norm: Norm,
     backend: str,
     dtype: torch.dtype | None = None,
 ) -> Prepared:
@@ -302,7 +308,7 @@ def prepare(
             weight alone, whose `x` is `None`.
         tensors: the operands, for which `are_dense` is true.
         geometry: the arguments of `torch.convolution` after the bias, for a convolution.
-        dim, eps: the user's values.
+        dim, eps, norm: the user's values.
         backend: the backend that the call is planned for.
         dtype: the dtype of `W` for the weight alone, by default that of `v`.
 
@@ -326,6 +332,7 @@ def prepare(
         geometry,
         dim,
         eps,
+        norm,
         backend,
     )
     if backend == "triton":
@@ -348,7 +355,7 @@ _checked_weight = functools.lru_cache(maxsize=4096, typed=True)(check_weight)
 
 
 def prepare_member(
-    first: Tensor, v: Tensor, g: Tensor, dim: int | None, eps: float, dtype: Any
+    first: Tensor, v: Tensor, g: Tensor, dim: int | None, eps: float, dtype: Any, norm: Norm
 ) -> tuple[Member, tuple[int, ...]]:
     """Checks one weight of a group, whose first `v` is `first`. Returns its options, and the shape
     that `g` has to be viewed in.
@@ -364,10 +371,10 @@ def prepare_member(
         raise TypeError(f"dtype is {dtype!r}; expected float16, bfloat16, float32, float64 or None")
     check = check_weight if _has_symbols() else _checked_weight
     try:
-        found = check(v.shape, g.shape, dim, eps)
+        found = check(v.shape, g.shape, dim, eps, norm)
     except TypeError:  # an argument cannot be hashed, or a check failed
-        found = check_weight(v.shape, g.shape, dim, eps)
-    return Member(found[0], found[1], dtype or v.dtype), found[2]
+        found = check_weight(v.shape, g.shape, dim, eps, norm)
+    return Member(found[0], found[1], dtype or v.dtype, found[2]), found[3]
 
 
 def plan_native(
@@ -377,6 +384,7 @@ def plan_native(
     dim: int | None,
     eps: float,
     channels_last: bool,
+    norm: Norm = "l2",
 ) -> tuple | None:
     """Returns the native library's plan of a layer's call, in the form that the library reads, or
     `None` if it does not serve the call. The library calls this once for each combination of shapes
@@ -388,7 +396,7 @@ def plan_native(
     x, v, g, bias = tensors
     shapes = x.shape, v.shape, g.shape, None if bias is None else bias.shape
     dtypes = x.dtype, v.dtype
-    found = _prepare(*shapes, *dtypes, rank, geometry, dim, eps, "native", channels_last)
+    found = _prepare(*shapes, *dtypes, rank, geometry, dim, eps, norm, "native", channels_last)
     return native.encoded(found.call, found.plan) if found.plan.forward else None
 
 

@@ -14,8 +14,8 @@ from torch.autograd.graph import increment_version
 
 from . import functional as WF
 from . import plan, prepare
-from .backends import aten
-from .call import kept_shape, recorder, scale_dtype
+from .backends import aten, reference
+from .call import Member, Norm, Slices, kept_shape, recorder, scale_dtype
 from .convert.normed import weights
 
 # --- parameter groups ----------------------------------------------------------------------------
@@ -103,7 +103,8 @@ def fix_magnitudes_(model: nn.Module, value: float | None = None) -> dict[str, f
 
         ρ = ‖g‖₂ / √N      W = ρ · V / ‖V‖
 
-    so that ‖W‖ stays what it is. At initialisation `‖g‖₂` is ‖V‖.
+    so that ‖W‖ stays what it is. At initialisation `‖g‖₂` is ‖V‖. For another norm than l2, the
+    ratio of `‖V_j‖₂` to `‖V_j‖` weighs each slice in both sums of squares.
 
     Args:
         model: any model that `wn_kernels.fuse` accepts. A tensor whose `g` or `v` is itself
@@ -124,19 +125,30 @@ def fix_magnitudes_(model: nn.Module, value: float | None = None) -> dict[str, f
     for normed in list(weights(model)):
         if normed.fault:
             continue
-        g, _ = normed.tensors
-        rho = g.double().norm().item() / math.sqrt(max(1, g.numel())) if value is None else value
-        constants[normed.name] = float(rho)
+        g, v = normed.tensors
+        rho = _constant(g, v, normed) if value is None else float(value)
+        constants[normed.name] = rho
         g.fill_(rho)
         g.requires_grad_(False)
         normed.refresh()
     return constants
 
 
+def _constant(g: Tensor, v: Tensor, slices: Slices) -> float:
+    """Returns the `g` with which ‖W‖ stays what it is."""
+    if slices.norm == "l2":
+        return g.double().norm().item() / math.sqrt(max(1, g.numel()))
+    ratio = v.double()
+    ratio = reference.norms(ratio, slices.dim, LEAST) / reference.norms(
+        ratio, slices.dim, LEAST, slices.norm
+    )
+    return ((g.double() * ratio).norm() / ratio.norm()).item()
+
+
 @torch.no_grad()
 def slice_norms(model: nn.Module) -> dict[str, Tensor]:
     """Returns the norms `‖V_j‖₂` of every weight-normed tensor of a model, by its name, each with
-    the shape of `g` and in `V`'s dtype.
+    the shape of `g` and in `V`'s dtype. They are l2, whatever the norm of a layer is.
 
     Raises:
         TypeError: `model` is not a module.
@@ -170,7 +182,8 @@ def renormalize_(
         norm: the norm of every slice. `"rms"` is √(number of its entries), which gives entries of
             unit magnitude, as in EDM2. `"g"` is |g|, which makes `V` equal to `W` but for signs, so
             that a step of SGD turns `W` as far as it would without weight norm; a slice with a `g`
-            of zero stays as it is. A mapping, such as an earlier result of `slice_norms`, holds
+            of zero stays as it is. Only for `"g"` is the norm that of the layer, which may not be
+            l2. A mapping, such as an earlier result of `slice_norms`, holds
             the norms of each tensor by name.
 
     Raises:
@@ -191,7 +204,7 @@ def renormalize_(
         if v.requires_grad and v.numel() and not normed.fault:
             target = _target(norm, normed.name, v, kept_shape(v.shape, normed.dim))
             found = by_device.setdefault(v.device, {})
-            found[id(v)] = _Direction(v, g, normed.dim, target)
+            found[id(v)] = _Direction(v, g, normed.dim, normed.norm, target)
     for found in by_device.values():
         directions = [*found.values()]
         launches = plan.choose_backend(directions[0].v) == "triton"
@@ -202,22 +215,23 @@ def renormalize_(
 
 
 class _Direction(NamedTuple):
-    """Describes a `V`. The norms that its slices get are a number or a tensor of `g`'s shape, and
-    `None` if they are |g|."""
+    """Describes a `V`. The l2 norms that its slices get are a number or a tensor of `g`'s shape. If
+    it is `None`, their norms of this kind become |g|."""
 
     v: Tensor
     g: Tensor
     dim: int | None
+    norm: Norm
     target: float | Tensor | None
 
 
 def _renormalize_in_one_launch(directions: list[_Direction]) -> None:
     """Sets the norms by the kernel of a group of weights. A program has read its slices of `V` when
     it writes them, so that the weight may take the memory of `V`."""
-    v, _, dims, targets = map(list, zip(*directions, strict=True))
+    v, _, dims, _, targets = map(list, zip(*directions, strict=True))
     counts = [(kept_shape(t.shape, d), scale_dtype(t)) for t, d in zip(v, dims, strict=True)]
     sizes = [
-        _constant(target, shape, dtype, t.device)
+        _filled(target, shape, dtype, t.device)
         if isinstance(target, float)
         else target.to(t.device, dtype).contiguous()
         for t, target, (shape, dtype) in zip(v, targets, counts, strict=True)
@@ -229,7 +243,7 @@ def _renormalize_in_one_launch(directions: list[_Direction]) -> None:
 
 
 @functools.lru_cache(maxsize=1024)
-def _constant(value: float, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
+def _filled(value: float, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Returns a tensor that nobody writes to."""
     with torch.inference_mode(False):
         return torch.full(shape, value, dtype=dtype, device=device)
@@ -237,7 +251,10 @@ def _constant(value: float, shape: torch.Size, dtype: torch.dtype, device: torch
 
 def _renormalize(directions: list[_Direction]) -> None:
     """Sets the norms by a reduction for each `V`, and a few operations for all of them."""
-    norms = [aten.norms(d.v, d.dim, LEAST) for d in directions]
+    norms = [
+        aten.norms(d.v, Member(d.dim, LEAST, d.v.dtype, d.norm if d.target is None else "l2"))
+        for d in directions
+    ]
     factors = torch._foreach_reciprocal(norms)
     torch._foreach_clamp_min_(factors, LEAST)
     targets: list[Any] = []

@@ -104,7 +104,7 @@ def operands_of(call: Call, device: torch.device) -> list[Tensor]:
     if call.channels_last:
         x = x.movedim(1, -1).contiguous().movedim(-1, 1)
     v = torch.randn(call.v_shape, dtype=call.v_dtype, device=device)
-    g = WF.slice_norm(v, dim=call.dim)
+    g = WF.slice_norm(v, dim=call.dim, norm=call.norm)
     outputs = call.v_shape[0] if call.conv is None else call.conv.out_channels(call.v_shape)
     bias = torch.randn(outputs, dtype=call.v_dtype, device=device)
     return [t.detach().requires_grad_() for t in (x, v, g, bias)]
@@ -113,8 +113,8 @@ def operands_of(call: Call, device: torch.device) -> list[Tensor]:
 def run_call(call: Call, operands: Sequence[Tensor]) -> Tensor:
     x, v, g, bias = operands
     if call.conv is None:
-        return WF.wn_linear(x, v, g, bias, dim=call.dim)
-    return WF.convolution(x.ndim - 2, x, v, g, bias, *call.conv, call.dim, 0.0)
+        return WF.wn_linear(x, v, g, bias, dim=call.dim, norm=call.norm)
+    return WF.convolution(x.ndim - 2, x, v, g, bias, *call.conv, call.dim, 0.0, call.norm)
 
 
 # --- tune ----------------------------------------------------------------------------------------

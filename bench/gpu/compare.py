@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from rich.console import Console
 
 from bench.gpu.results import TIMED, Line, median, of, read, words_of
-from bench.tables import NOISE, printed, time_of
+from bench.report.tables import NOISE, printed, time_of
 
 PROVIDERS = ("plain", "eager")
 

@@ -15,10 +15,10 @@ from typing import Any, TypeVar
 import torch
 from pytest_benchmark.stats import Stats
 
-from bench import timing
 from bench.gpu import results
+from bench.measure import timing
+from bench.measure.timing import Replay, interleaved, is_wide, session_of
 from bench.suite import medians, ratios_of
-from bench.timing import Replay, interleaved, is_wide, session_of
 from wn_kernels.plan import devices
 
 T = TypeVar("T")

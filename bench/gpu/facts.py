@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
-from bench import precision, timing
 from bench.gpu.context import Context
 from bench.gpu.results import COPY, PRODUCT, READ
+from bench.measure import precision, timing
 from wn_kernels.plan import devices
 
 # What is read of the device, and never set.

@@ -9,13 +9,16 @@ from typing import Any, NamedTuple
 
 import torch
 
-from bench import overhead, timing
-from bench.cases import MODES, Case, Runner
+from bench import overhead
+from bench.cases import Case
 from bench.gpu.context import Context, named
 from bench.gpu.layers import paths
+from bench.layer import MODES
+from bench.measure import timing
 from bench.models import MODELS, ModelCase, ModelRunner
 from bench.norms import NormCase
 from bench.providers import PROVIDERS
+from bench.runner import Runner
 from wn_kernels.plan import costs, devices
 
 NAMES = ("plain", "eager", "legacy", "ours")

@@ -12,13 +12,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from bench import shipped
-from bench.cases import Case, Runner
+from bench.cases import Case
 from bench.gpu import predict
 from bench.gpu.context import Context, named
+from bench.measure.timing import session_of
 from bench.providers import PROVIDERS, VARIANT
+from bench.runner import Runner
+from bench.static import shipped
 from bench.suite import medians
-from bench.timing import session_of
 from wn_kernels import plan, prepare, tuning
 from wn_kernels.call import Call
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from bench.cases import MODES, Case
+from bench.cases import Case
 from bench.gpu import layers
 from bench.gpu.context import Context
+from bench.layer import MODES
 
 ROWS = (1, 16, 64, 128, 256, 512, 1024, 8192)
 WEIGHTS = ((4096, 4096), (1024, 1024), (4096, 16384))  # K, N

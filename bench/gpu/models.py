@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 
-from bench import precision
-from bench.cases import MODES
 from bench.gpu import predict
 from bench.gpu.context import Context, named
+from bench.layer import MODES
+from bench.measure import precision
 from bench.models import ModelCase, ModelRunner
 from bench.suite import medians
 from wn_kernels import plan, tuning

@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 
 from bench.gpu.results import COPY, READ, TIMED, Line, median, of, read, words_of
 from bench.providers import VARIANT
-from bench.report import markdown, replaced
-from bench.tables import NOISE, time_of
+from bench.report.page import markdown, replaced
+from bench.report.tables import NOISE, time_of
 
 # The table of all devices lies between these marks.
 MARKS = (

@@ -34,20 +34,33 @@ def vendors(case: Case, device: Device | None = None) -> dict[str, float]:
     and `dV` from one of `dW` and `V`. The device is the present one by default, as everywhere
     here."""
     device = device or devices.gpu()
+    weight = float(case.size() * case.torch_dtype.itemsize) / PASSES
+    norms = [Stage(2 * weight)] + ([Stage(3 * weight)] if case.mode == "train" else [])
+    plain = _linear(case) if case.kind == "Linear" else _convolution(case, device)
+    fast = rate(case, device)
+    return {"plain": seconds(plain, device, fast), "eager": seconds(plain + norms, device, fast)}
+
+
+def _linear(case: Case) -> list[Stage]:
+    """Returns the vendor's products of a linear layer, and the sums of the gradient of its bias."""
     operations, moved = case.work()
-    rows = math.prod(case.x_shape[:-1]) if case.kind == "Linear" else 0
-    if rows:
-        operations *= gpu_costs.vendor_rows(rows) / rows
+    rows = math.prod(case.x_shape[:-1])
+    operations *= gpu_costs.vendor_rows(rows) / rows
     products = 1 if case.mode == "infer" else 3
     launches = gpu_costs.PRODUCT_LAUNCHES
     plain = [Stage(moved / products, operations / products, launches=launches)] * products
-    weight = float(case.size() * case.torch_dtype.itemsize) / PASSES
-    norms = [Stage(2 * weight)] + ([Stage(3 * weight)] if case.mode == "train" else [])
-    if case.mode == "train" and rows:
+    if case.mode == "train":
         y = rows * case.arguments[1] * case.torch_dtype.itemsize
         plain.append(gpu_costs.column_sums(rows, y))
-    fast = rate(case, device)
-    return {"plain": seconds(plain, device, fast), "eager": seconds(plain + norms, device, fast)}
+    return plain
+
+
+def _convolution(case: Case, device: Device) -> list[Stage]:
+    """Returns the vendor's products of a convolution, which are those of our variant `materialize`
+    between the passes that form `W` and finish its gradient."""
+    found = costs.costs(case.call(), "triton", device)
+    backward = found.backward["materialize"][1:-1] if case.mode == "train" else []
+    return found.forward["materialize"][1:] + backward
 
 
 def stages(found: Costs, choice: Any, mode: str) -> list[Stage]:

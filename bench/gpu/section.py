@@ -33,8 +33,9 @@ def main(arguments: list[str] | None = None) -> int:
             stand_in.activate(divmod(chosen.dry_run, 10))
         import torch
 
-        from bench import precision, suite
+        from bench import suite
         from bench.gpu.context import Context
+        from bench.measure import precision
 
         precision.set_tf32(False)
         device = torch.device("cpu" if dry else "cuda")
@@ -56,7 +57,7 @@ def main(arguments: list[str] | None = None) -> int:
 def _nothing_computes() -> list[AbstractContextManager[Any]]:
     """Returns the blocks in which tensors of the CPU are those of a GPU that computes nothing."""
     import wn_kernels
-    from bench.hollow import hollow
+    from bench.stand_in.hollow import hollow
 
     return [wn_kernels.use_backend("triton"), hollow()]
 

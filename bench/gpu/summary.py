@@ -9,7 +9,7 @@ from typing import Any
 from bench.gpu.results import TIMED, Line, median, of, words_of
 from bench.gpu.sections import SECTIONS, Section
 from bench.providers import VARIANT
-from bench.tables import rates_of, time_of
+from bench.report.tables import rates_of, time_of
 
 LINES = 60
 WIDTH = 150

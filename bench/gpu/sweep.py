@@ -19,11 +19,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.cases import CONV, Case, check_close
+from bench.cases import CONV, Case
 from bench.gpu import layers, predict
 from bench.gpu.context import Context
 from bench.gpu.linear import BF16
 from bench.providers import PROVIDERS
+from bench.runner import check_close
 from wn_kernels import plan
 from wn_kernels.call import Call, kept_shape
 from wn_kernels.plan import devices

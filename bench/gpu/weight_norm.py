@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 import wn_kernels.functional as WF
-from bench.cases import check_close
 from bench.gpu import predict
 from bench.gpu.context import Context, named
+from bench.runner import check_close
 from wn_kernels.backends import reference
 from wn_kernels.call import kept_shape
 
@@ -92,7 +92,7 @@ class NormRunner:
         if self.name == "eager":
             return torch._weight_norm_interface(self.v, self.g, self.case.dim)[1]
         operands = None, self.v, self.g, None
-        return OPS.layer(*operands, [], self.case.dim, 0.0, self.v.dtype, "")[1]
+        return OPS.layer(*operands, [], self.case.dim, 0.0, "l2", self.v.dtype, "")[1]
 
     def operand_bytes(self) -> int:
         """Returns the bytes that a call reads."""
@@ -118,7 +118,9 @@ class NormRunner:
         if self.name == "eager":
             return torch.ops.aten._weight_norm_interface_backward(self.dw, v, g, self.norm, dim)
         needs = [False, True, True, False]
-        return OPS.layer_backward(self.dw, None, v, g, self.norm, [], dim, 0.0, "", needs)[1:3]
+        return OPS.layer_backward(self.dw, None, v, g, self.norm, [], dim, 0.0, "l2", "", needs)[
+            1:3
+        ]
 
     def check(self) -> None:
         """Compares with the definition in float64, of a large weight a few slices.

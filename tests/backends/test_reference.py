@@ -5,25 +5,27 @@ import torch
 
 from tests.comparison import assert_matches, assert_zero
 from wn_kernels.backends import reference
-from wn_kernels.call import kept_shape
+from wn_kernels.call import NORMS, kept_shape
 
 SHAPES = [((4, 5), 0), ((4, 5), 1), ((4, 5), None), ((3, 4, 5), 1), ((6,), None), ((6,), 0)]
 
 
-def weight(shape, dim, dead=False):
+def weight(shape, dim, dead=False, ties=False):
     v = torch.randn(shape, dtype=torch.float64)
+    if ties:  # and zeros
+        v = v.mul_(1.5).round_()
     if dead:
         (v if dim is None else v.select(dim, 2)).zero_()
     g = torch.rand(kept_shape(shape, dim), dtype=torch.float64) + 0.5
     return v.requires_grad_(), g.requires_grad_()
 
 
-def grads_by_formula(dw, v, g, dim, eps):
-    return reference.weight_grads(dw, v, g, reference.norms(v, dim, eps), dim, eps)
+def grads_by_formula(dw, v, g, *options):
+    return reference.weight_grads(dw, v, g, reference.norms(v, *options), *options)
 
 
-def grads_by_autograd(dw, v, g, dim, eps):
-    w = reference.weight_norm(v, g, dim, eps)
+def grads_by_autograd(dw, v, g, *options):
+    w = reference.weight_norm(v, g, *options)
     return torch.autograd.grad(w, (v, g), dw, create_graph=True)
 
 
@@ -35,20 +37,22 @@ def total(grads):
 # eps clamps no norm, some of them, and all.
 @pytest.mark.parametrize("eps", [0.0, 2.0, 100.0])
 @pytest.mark.parametrize(("shape", "dim"), SHAPES)
-def test_three_orders(shape, dim, eps):
-    v, g = weight(shape, dim)
+@pytest.mark.parametrize("norm", NORMS)
+def test_three_orders(shape, dim, eps, norm):
+    options = dim, eps, norm
+    v, g = weight(shape, dim, ties=norm != "l2")
     dw = torch.randn(shape, dtype=torch.float64, requires_grad=True)
     leaves = (dw, v, g)
-    first = grads_by_formula(*leaves, dim, eps)
-    right_first = grads_by_autograd(*leaves, dim, eps)
+    first = grads_by_formula(*leaves, *options)
+    right_first = grads_by_autograd(*leaves, *options)
     ddv, ddg = (torch.randn_like(t, requires_grad=True) for t in first)
-    second = reference.weight_grads_backward(ddv, ddg, *leaves, None, dim, eps)
+    second = reference.weight_grads_backward(ddv, ddg, *leaves, None, *options)
     right_second = torch.autograd.grad(right_first, leaves, (ddv, ddg), create_graph=True)
     third = torch.autograd.grad(total(second), (ddv, ddg, *leaves), allow_unused=True)
     right_third = torch.autograd.grad(total(right_second), (ddv, ddg, *leaves), allow_unused=True)
     with torch.no_grad():
-        n = reference.norms(v, dim, eps)
-        kept = reference.weight_grads_backward(ddv, ddg, *leaves, n, dim, eps)
+        n = reference.norms(v, *options)
+        kept = reference.weight_grads_backward(ddv, ddg, *leaves, n, *options)
     derived = torch.autograd.grad(first, leaves, (ddv, ddg), materialize_grads=True)
     pairs = [*zip((*first, *second), (*right_first, *right_second), strict=True)]
     pairs += [
@@ -63,13 +67,14 @@ def test_three_orders(shape, dim, eps):
 
 
 @pytest.mark.parametrize(("shape", "dim"), SHAPES)
-def test_dead_slices(shape, dim):
+@pytest.mark.parametrize("norm", NORMS)
+def test_dead_slices(shape, dim, norm):
     """All of their derivatives are zero."""
     v, g = weight(shape, dim, dead=True)
     dw = torch.randn(shape, dtype=torch.float64, requires_grad=True)
-    first = grads_by_formula(dw, v, g, dim, 0.0)
+    first = grads_by_formula(dw, v, g, dim, 0.0, norm)
     ddv, ddg = (torch.randn_like(t) for t in first)
-    second = reference.weight_grads_backward(ddv, ddg, dw, v, g, None, dim, 0.0)
+    second = reference.weight_grads_backward(ddv, ddg, dw, v, g, None, dim, 0.0, norm)
     third = torch.autograd.grad(total(second), (dw, v, g))
     for t in (*first, *second, *third):
         assert torch.isfinite(t).all()
@@ -90,3 +95,19 @@ def test_dtypes(dtype):
     for t, wanted, like in zip(found, right, (dw, v, g), strict=True):
         assert t.dtype == like.dtype
         assert_matches(t, wanted, dtype, 300)
+
+
+@pytest.mark.parametrize("norm", ["l1", "linf"])
+def test_other_norms_are_pytorchs(norm):
+    """The values and the subgradients, at zero and of ties, are those of `vector_norm`."""
+    order = {"l1": 1, "linf": float("inf")}[norm]
+    for shape, dim in SHAPES[:4]:
+        v, g = weight(shape, dim, ties=True)
+        v.data[(0,) * v.ndim] = 0.0
+        dims = [i for i in range(v.ndim) if i != dim]
+        right = v * (g / torch.linalg.vector_norm(v, order, dims, keepdim=dim is not None))
+        dw = torch.randn(shape, dtype=torch.float64)
+        found = reference.weight_norm(v, g, dim, 0.0, norm)
+        assert_matches(found, right, torch.float64, 20)
+        for pair in zip(*(torch.autograd.grad(w, (v, g), dw) for w in (found, right)), strict=True):
+            assert_matches(*pair, torch.float64, 20)

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import wn_kernels
 import wn_kernels.functional as WF
-from bench import onednn
+from bench.measure import onednn
 from tests.comparison import ConvCase, assert_matches, assert_same_bits
 from wn_kernels import prepare, use_backend
 from wn_kernels.backends import native, vendor

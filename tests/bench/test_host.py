@@ -6,13 +6,15 @@ import subprocess
 import sys
 from pathlib import Path
 
-from bench import baseline, host, overhead
+from bench import host, overhead
+from bench.static import baseline
 
 ROOT = Path(__file__).parents[2]
 
 QUICK = """
 import re, sys
-from bench import baseline, cli, host, overhead, stand_in
+from bench import cli, host, overhead, stand_in
+from bench.static import baseline
 from pathlib import Path
 host.CASES, host.MODES = host.CASES[:2], ()
 overhead.CALLS = 20

@@ -5,8 +5,8 @@ import torch
 from torch.nn.utils import parametrizations
 
 from bench import models
+from bench.measure.timing import session_of
 from bench.models import AtKinks, Model, ModelCase, ModelRunner, Wrong, assert_as_good
-from bench.timing import session_of
 from tests.bench.layers import CPU
 
 EPS = torch.finfo(torch.float32).eps

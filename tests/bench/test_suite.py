@@ -6,8 +6,9 @@ import json
 import pytest
 import torch
 
-from bench import allocation, cases, cli, memory, overhead, suite, tuned
+from bench import cases, cli, memory, overhead, suite, tuned
 from bench.cases import Case
+from bench.measure import allocation
 from bench.providers import PROVIDERS, Provider
 from tests.bench.layers import CONV, CPU, QUICK, TINY
 from wn_kernels import WNLinear, plan

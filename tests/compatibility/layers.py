@@ -20,9 +20,14 @@ LAYERS = {
         {"padding": 1, "padding_mode": "reflect", "eps": 1e-6},
         (2, 3, 7, 8),
     ),
-    "conv3d": (wn_kernels.WNConv3d, (2, 3, 2), {"stride": 2}, (3, 2, 5, 5, 5)),
+    "conv3d": (wn_kernels.WNConv3d, (2, 3, 2), {"stride": 2, "norm": "l1"}, (3, 2, 5, 5, 5)),
     "transposed": (wn_kernels.WNConvTranspose1d, (6, 4, 4), {"stride": 2}, (2, 6, 5)),
-    "transposed 2d": (wn_kernels.WNConvTranspose2d, (3, 4, 3), {"dim": 1}, (2, 3, 4, 5)),
+    "transposed 2d": (
+        wn_kernels.WNConvTranspose2d,
+        (3, 4, 3),
+        {"dim": 1, "norm": "linf"},
+        (2, 3, 4, 5),
+    ),
     "transposed 3d": (wn_kernels.WNConvTranspose3d, (2, 3, 2), {}, (3, 2, 4, 5, 4)),
     "fused": (None, (6, 4, 3), {"padding": 1}, (2, 6, 9)),
 }

@@ -174,11 +174,12 @@ def test_cells(kind):
         check(cell, torch.randn(*batch, INPUTS))
 
 
+@pytest.mark.parametrize("norm", ["l2", "linf"])
 @pytest.mark.parametrize("kind", CELLS)
-def test_a_step_forms_no_weight(kind, monkeypatch):
+def test_a_step_forms_no_weight(kind, norm, monkeypatch):
     """It takes the product of a layer, unless a weight is kept or cached, or torch.nn's own
     `forward` has to look at an argument."""
-    cell = made(kind)
+    cell = made(kind, norm=norm)
     x, h = torch.randn(BATCH, INPUTS), torch.randn(BATCH, HIDDEN)
     state = (h, h) if "lstm" in kind else h
     with torch.no_grad():

@@ -13,9 +13,12 @@ The backward uses `a_j = ⟨dW_j, V_j⟩`, `dg = a / n` and `c = s · dg / n`:
 
     dX = (dY ⊙ s) V,   dV = s ⊙ (dYᵀ X) - c ⊙ V
 
+For the other norms, `dV` is `s ⊙ dW - c ⊙ u` with the slope `u / d` of the norm (`reference.py`)
+and `c = s · dg / d`.
+
 A smaller product may hold `a` already, and then `a` needs no pass over the weights. It is
 `a_j = Σ_m dY_mj (x Vᵀ)_mj` for dim=0, `a_k = Σ_m x_mk (dY V)_mk` for dim=1, and the sum of the
-latter for `None`. `dV` then starts as `-c ⊙ V`, and the matmul accumulates onto it. `dV` is thus
+latter for `None`. `dV` then starts as `-c ⊙ u`, and the matmul accumulates onto it. `dV` is thus
 written once.
 
 A convolution has the variants `output`, `input` and `materialize`. `output` scales the channels of
@@ -40,15 +43,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..call import Call, Geometry, Grads, Needs, Operands
+from ..call import Call, Geometry, Grads, Needs, Operands, Slices
 from . import vendor
 from .aten_weight import (
     OutOfRange,
-    dot_coefficient,
     fused_weight_norm,
     norms,
     scale,
     scaled_weight,
+    subtracted,
     weight_norm,
     weight_norm_backward,
 )
@@ -66,8 +69,7 @@ def linear(
     v: Tensor,
     g: Tensor,
     bias: Tensor | None,
-    dim: int | None,
-    eps: float,
+    slices: Slices,
     variant: str,
     keep_product: bool,
     look: bool = False,
@@ -77,12 +79,13 @@ def linear(
     `product` is the unscaled `x Vᵀ` if `keep_product` is true and the variant forms it (scaled,
     dim=0), and `None` otherwise. These `M·N` numbers save the backward a pass over the weights.
     """
+    dim = slices.dim
     if bias is not None and bias.dtype != x.dtype:
         bias = bias.to(x.dtype)
     if variant == "materialize":
-        w, n = weight_norm(v, g, dim, eps, x.dtype, look)
+        w, n = weight_norm(v, g, slices, x.dtype, look)
         return F.linear(x, w, bias), n, None
-    n = norms(v, dim, eps, look)
+    n = norms(v, slices, look)
     s = scale(g, n)
     if dim == 1:
         return F.linear(x * s, v, bias), n, None
@@ -108,13 +111,13 @@ def linear_backward(
     g: Tensor,
     n: Tensor,
     product: Tensor | None,
-    dim: int | None,
-    eps: float,
+    slices: Slices,
     variant: str,
     needs: Needs,
 ) -> Grads:
     """Returns `(dX, dV, dg, db)`, with `None` for those that `needs` excludes. `dY` is `(M, N)` and
     `x` is `(M, K)`."""
+    dim = slices.dim
     needs_x, needs_v, needs_g, needs_bias = needs
     needs_weight = needs_v or needs_g
     dx = dv = dg = None
@@ -130,17 +133,17 @@ def linear_backward(
             dx = torch.mm(scaled_dy, v)
         if needs_weight and product is not None:
             dg = (dy * product).sum(0).view_as(n).div_(n)
-            dv = _scaled_grad(scaled_dy, x, v, s, dg, n, eps) if needs_v else None
+            dv = _scaled_grad(scaled_dy, x, v, s, dg, n, slices) if needs_v else None
     elif needs_x:
         unscaled = torch.mm(dy, v)
         if needs_weight:
             a = x * unscaled
             dg = (a.sum(0, keepdim=True) if dim == 1 else a.sum()).div_(n)
-            dv = _scaled_grad(dy, x * s, v, s, dg, n, eps) if needs_v else None
+            dv = _scaled_grad(dy, x * s, v, s, dg, n, slices) if needs_v else None
         dx = unscaled.mul_(s)
 
     if needs_weight and dg is None:
-        dv, dg = weight_norm_backward(torch.mm(dy.t(), x), v, g, n, dim, eps, overwrite=True)
+        dv, dg = weight_norm_backward(torch.mm(dy.t(), x), v, g, n, slices, overwrite=True)
     if dv is not None and dv.dtype != v.dtype:
         dv = dv.to(v.dtype)
     if dg is not None and dg.dtype != g.dtype:
@@ -149,10 +152,11 @@ def linear_backward(
 
 
 def _scaled_grad(
-    lhs: Tensor, rhs: Tensor, v: Tensor, s: Tensor, dg: Tensor, n: Tensor, eps: float
+    lhs: Tensor, rhs: Tensor, v: Tensor, s: Tensor, dg: Tensor, n: Tensor, slices: Slices
 ) -> Tensor:
-    """Returns `dV = lhsᵀ rhs - c ⊙ V`. One of the two factors includes the scale already."""
-    dv = torch.mul(v, dot_coefficient(s, dg, n, eps).neg_())
+    """Returns `dV = lhsᵀ rhs - c ⊙ u`. One of the two factors includes the scale already."""
+    u, c = subtracted(v, s, dg, n, slices)
+    dv = torch.mul(u, c.neg_(), out=None if u is v else u)
     return dv.addr_(lhs[0], rhs[0]) if len(lhs) == 1 else dv.addmm_(lhs.t(), rhs)
 
 
@@ -165,18 +169,18 @@ def convolution(
     g: Tensor,
     bias: Tensor | None,
     conv: Geometry,
-    dim: int | None,
-    eps: float,
+    slices: Slices,
     variant: str,
     look: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Returns `(y, n)` for `x` of shape `(B, C, *sizes)`. `look` has the meaning of `norms`."""
+    dim = slices.dim
     if bias is not None and bias.dtype != x.dtype:
         bias = bias.to(x.dtype)
     if variant == "materialize":
-        w, n = weight_norm(v, g, dim, eps, x.dtype, look)
+        w, n = weight_norm(v, g, slices, x.dtype, look)
         return vendor.convolution(x, w, bias, conv), n
-    n = norms(v, dim, eps, look)
+    n = norms(v, slices, look)
     s = conv.per_channel(scale(g, n), dim, x.ndim)
     if variant == "input":
         return vendor.convolution(x * s, v, bias, conv), n
@@ -193,12 +197,12 @@ def convolution_backward(
     g: Tensor,
     n: Tensor,
     conv: Geometry,
-    dim: int | None,
-    eps: float,
+    slices: Slices,
     variant: str,
     needs: Needs,
 ) -> Grads:
     """Returns `(dX, dV, dg, db)`, with `None` for those that `needs` excludes."""
+    dim = slices.dim
     needs_x, needs_v, needs_g, needs_bias = needs
     needs_weight = needs_v or needs_g
     s = scale(g, n)
@@ -207,7 +211,7 @@ def convolution_backward(
         s_x = conv.per_channel(s, dim, x.ndim)
         dx, dv, db = convolution_grads(dy, x * s_x, v, conv, True, True, needs_bias)
         wide_dg = _channel_dots(x, dx, conv, dim).view_as(n).div_(n)
-        dv.addcmul_(v, dot_coefficient(s, wide_dg, n, eps), value=-1)
+        dv.addcmul_(*subtracted(v, s, wide_dg, n, slices), value=-1)
         return dx.mul_(s_x), dv, wide_dg.to(g.dtype), db
 
     dx = dv = None
@@ -225,7 +229,7 @@ def convolution_backward(
             dx.mul_(conv.per_channel(s, dim, x.ndim))
     _, dw, db = convolution_grads(dy, x, v.to(x.dtype), conv, False, needs_weight, needs_bias)
     if needs_weight:
-        dv, dg = weight_norm_backward(dw, v, g, n, dim, eps, overwrite=True)
+        dv, dg = weight_norm_backward(dw, v, g, n, slices, overwrite=True)
     return dx, dv, dg, db
 
 
@@ -249,8 +253,8 @@ def layer(
     `keep` is true. The `x` of a linear layer is 2-d."""
     x, v, g, bias = tensors
     if x is None:
-        return *weight_norm(v, g, call.dim, call.eps, call.x_dtype, look), None
-    options = call.dim, call.eps, plan.forward
+        return *weight_norm(v, g, call, call.x_dtype, look), None
+    options = call, plan.forward
     if call.conv is not None:
         return *convolution(x, v, g, bias, call.conv, *options, look), None
     return linear(x, v, g, bias, *options, keep and plan.keeps == "product", look)
@@ -269,8 +273,8 @@ def layer_backward(
     yields it at no extra cost."""
     x, v, g, _ = tensors
     if x is None:
-        return None, *weight_norm_backward(dy, v, g, n, call.dim, call.eps), None
-    options = call.dim, call.eps, plan.backward, needs
+        return None, *weight_norm_backward(dy, v, g, n, call), None
+    options = call, plan.backward, needs
     if call.conv is not None:
         return convolution_backward(dy, x, v, g, n, call.conv, *options)
     return linear_backward(dy, x, v, g, n, kept, *options)

@@ -5,12 +5,13 @@ The top of `aten.py` has the formulas.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
-from ..call import NORM_RANGE, kept_shape, recorder, reduced_dims, scale_dtype
+from ..call import NORM_RANGE, Slices, kept_shape, recorder, reduced_dims, scale_dtype
+from .reference import slope, slope_divisor
 
 INF = float("inf")
 
@@ -40,23 +41,31 @@ def _blocks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     return zip(*(t.split(rows) for t in tensors), strict=True)
 
 
-def _slice_dots(a: Tensor, b: Tensor, dim: int | None, dtype: torch.dtype) -> Tensor:
-    """Returns `⟨A_j, B_j⟩` for every slice, with dimensions kept, accumulated in `dtype`.
+def _by_slice(
+    dim: int | None,
+    function: Callable[..., Tensor],
+    *tensors: Tensor,
+    reduce: Callable[..., Tensor] = torch.sum,
+) -> Tensor:
+    """Returns the sum, or another reduction, of a function of the tensors over every slice, with
+    dimensions kept.
 
-    It reads each tensor once and writes no product of full size. It adds blocks in order.
+    It reads each tensor once and writes no result of full size. It goes through blocks in order.
     """
-    if a.numel() == 0 or a.ndim == 0:
-        product = a.to(dtype) * b.to(dtype)
-        dims = reduced_dims(a.ndim, dim)
-        return product.sum(dims, keepdim=dim is not None) if dims else product
-    dims = reduced_dims(a.ndim, dim)
-    parts = []
-    for a_rows, b_rows in _blocks(a, b):
-        product = a_rows.to(dtype) * b_rows.to(dtype)
-        parts.append(product.sum(dims, keepdim=dim is not None) if dims else product)
+    dims = reduced_dims(tensors[0].ndim, dim)
+    if not dims:
+        return function(*tensors)
+    if not tensors[0].numel():  # a maximum of nothing has no value
+        return function(*tensors).sum(dims, keepdim=dim is not None)
+    parts = [reduce(function(*rows), dims, keepdim=dim is not None) for rows in _blocks(*tensors)]
     if len(parts) == 1:
         return parts[0]
-    return torch.cat(parts) if dim == 0 else torch.stack(parts).sum(0)
+    return torch.cat(parts) if dim == 0 else reduce(torch.stack(parts), 0)
+
+
+def _slice_dots(a: Tensor, b: Tensor, dim: int | None, dtype: torch.dtype) -> Tensor:
+    """Returns `⟨A_j, B_j⟩` for every slice, with dimensions kept, accumulated in `dtype`."""
+    return _by_slice(dim, lambda a, b: a.to(dtype) * b.to(dtype), a, b)
 
 
 def _dense_rows(v: Tensor) -> Tensor | None:
@@ -90,16 +99,20 @@ def _check_range(v: Tensor, n: Tensor) -> None:
         raise OutOfRange
 
 
-def norms(v: Tensor, dim: int | None, eps: float, look: bool = False) -> Tensor:
+def norms(v: Tensor, slices: Slices, look: bool = False) -> Tensor:
     """Returns `n` with the shape of `g`. The top of this file describes a slice of norm zero.
 
     Raises:
         OutOfRange: `look` is true, `v` is on a CPU and a norm is out of range.
     """
+    dim, eps, norm = slices.dim, slices.eps, slices.norm
     dtype = v.dtype
     if dtype is not torch.float32:
         dtype = scale_dtype(v)
-    if dim == 0 and v.ndim == 2:
+    if norm != "l2":  # these are many times as fast as `vector_norm`
+        reduce = torch.sum if norm == "l1" else torch.amax
+        n = _by_slice(dim, lambda rows: rows.to(dtype).abs(), v, reduce=reduce)
+    elif dim == 0 and v.ndim == 2:
         if v.dtype is dtype:
             n = torch.linalg.vector_norm(v, 2, 1, True)
         else:
@@ -131,21 +144,21 @@ def _interior_norms(v: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
 
 
 def weight_norm(
-    v: Tensor, g: Tensor, dim: int | None, eps: float, dtype: torch.dtype, look: bool = False
+    v: Tensor, g: Tensor, slices: Slices, dtype: torch.dtype, look: bool = False
 ) -> tuple[Tensor, Tensor]:
     """Returns `(W, n)`. `W` has `dtype` and `V`'s memory layout. `look` has the meaning of
     `norms`."""
     if dtype is v.dtype or (dtype.itemsize < v.element_size() and v.numel() <= IN_PLACE_MIN):
-        fused = fused_weight_norm(v, g, dim, eps, v.dtype)
+        fused = fused_weight_norm(v, g, slices, v.dtype)
         if fused is not None:
             w, n = fused
             return w.to(dtype), n
-    n = norms(v, dim, eps, look)
+    n = norms(v, slices, look)
     return scaled_weight(v, scale(g, n), dtype), n
 
 
 def fused_weight_norm(
-    v: Tensor, g: Tensor, dim: int | None, eps: float, dtype: torch.dtype
+    v: Tensor, g: Tensor, slices: Slices, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor] | None:
     """Returns `(W, n)` from torch's own kernel, or `None` if that does not serve the call. The
     result is differentiable, but only once.
@@ -153,18 +166,19 @@ def fused_weight_norm(
     The kernel returns NaN for a slice of norm zero, and its gradient divides by the norm's third
     power. The norms are therefore checked.
     """
-    if dtype is v.dtype and fused_serves(v, g, dim, eps) and not recorder(v):
-        assert dim is not None
-        w, n = torch._weight_norm_interface(v, g, dim)
+    if dtype is v.dtype and fused_serves(v, g, slices) and not recorder(v):
+        assert slices.dim is not None
+        w, n = torch._weight_norm_interface(v, g, slices.dim)
         if is_in_range(n):
             return w, n
     return None
 
 
-def fused_serves(v: Tensor, g: Tensor, dim: int | None, eps: float) -> bool:
+def fused_serves(v: Tensor, g: Tensor, slices: Slices) -> bool:
     return (
-        (dim == 0 or dim == v.ndim - 1)
-        and eps == 0
+        (slices.dim == 0 or slices.dim == v.ndim - 1)
+        and slices.eps == 0
+        and slices.norm == "l2"
         and v.dtype is g.dtype
         and v.dtype in _FUSED_DTYPES
         and v.is_cpu
@@ -192,11 +206,14 @@ def scaled_weight(v: Tensor, s: Tensor, dtype: torch.dtype) -> Tensor:
     return w
 
 
-def dot_coefficient(s: Tensor, dg: Tensor, n: Tensor, eps: float) -> Tensor:
-    """Returns `c = s · dg / n`. It is zero where `n` was clamped, because the norm is constant
-    there."""
-    c = (s * dg).div_(n)
-    return c.masked_fill_(n <= eps, 0.0) if eps > 0 else c
+def subtracted(
+    v: Tensor, s: Tensor, dg: Tensor, n: Tensor, slices: Slices
+) -> tuple[Tensor, Tensor]:
+    """Returns `u`, which is `V` itself for l2, and `c = s · dg / d`: `dV = s ⊙ dW - c ⊙ u`. `c` is
+    zero where `n` was clamped, because the norm is constant there."""
+    u = slope(v, n, slices.norm)
+    c = (s * dg).div_(slope_divisor(u, n, slices.dim, slices.norm))
+    return u, c.masked_fill_(n <= slices.eps, 0.0) if slices.eps > 0 else c
 
 
 def weight_norm_backward(
@@ -204,8 +221,7 @@ def weight_norm_backward(
     v: Tensor,
     g: Tensor,
     n: Tensor,
-    dim: int | None,
-    eps: float,
+    slices: Slices,
     overwrite: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Returns `(dV, dg)` from `dW`, in the dtypes of `V` and `g`. `dV` has `V`'s layout unless `dW`
@@ -213,22 +229,23 @@ def weight_norm_backward(
     in_place = overwrite and v.numel() >= IN_PLACE_MIN and v.element_size() > 2
     if (
         not in_place
-        and fused_serves(v, g, dim, eps)
+        and fused_serves(v, g, slices)
         and (
             dw.dtype is v.dtype
             or (dw.element_size() < v.element_size() and v.numel() <= IN_PLACE_MIN)
         )
         and dw.is_contiguous()
     ):
-        return _fused_grad(dw.to(v.dtype), v, g, n, dim)
+        return _fused_grad(dw.to(v.dtype), v, g, n, slices.dim)
     dv = dw if overwrite and dw.dtype is v.dtype else torch.empty_like(v)
-    return dv, _write_weight_grad(dv, dw, v, g, n, dim, eps)
+    return dv, _write_weight_grad(dv, dw, v, g, n, slices)
 
 
 def _write_weight_grad(
-    dv: Tensor, dw: Tensor, v: Tensor, g: Tensor, n: Tensor, dim: int | None, eps: float
+    dv: Tensor, dw: Tensor, v: Tensor, g: Tensor, n: Tensor, slices: Slices
 ) -> Tensor:
-    """Writes `dV = s ⊙ dW - c ⊙ V`, which may take the memory of `dW`, and returns `dg`."""
+    """Writes `dV = s ⊙ dW - c ⊙ u`, which may take the memory of `dW`, and returns `dg`."""
+    dim = slices.dim
     s = scale(g, n)
     if dim == 0 and dw.numel():  # a slice is a row, which stays in cache from its dot to its update
         dims = reduced_dims(v.ndim, 0)
@@ -238,22 +255,22 @@ def _write_weight_grad(
             product = wide_dw * wide_v
             a = product.sum(dims, keepdim=True) if dims else product
             dg = a.div_(n_rows)
-            c = dot_coefficient(s_rows, dg, n_rows, eps)
-            _write_difference(dv_rows, wide_dw, wide_v, s_rows, c)
+            u, c = subtracted(wide_v, s_rows, dg, n_rows, slices)
+            _write_difference(dv_rows, wide_dw, u, s_rows, c)
             dgs.append(dg)
         dg = torch.cat(dgs)
     else:
         dg = _slice_dots(dw, v, dim, n.dtype).div_(n)
-        c = dot_coefficient(s, dg, n, eps)
-        every = [(dv, dw, v)] if dw.ndim == 0 or not dw.numel() else _blocks(dv, dw, v)
-        for dv_rows, dw_rows, v_rows in every:
-            _write_difference(dv_rows, dw_rows.to(n.dtype), v_rows.to(n.dtype), s, c)
+        u, c = subtracted(v, s, dg, n, slices)
+        every = [(dv, dw, u)] if dw.ndim == 0 or not dw.numel() else _blocks(dv, dw, u)
+        for dv_rows, dw_rows, u_rows in every:
+            _write_difference(dv_rows, dw_rows.to(n.dtype), u_rows.to(n.dtype), s, c)
     return dg.to(g.dtype)
 
 
-def _write_difference(dv: Tensor, dw: Tensor, v: Tensor, s: Tensor, c: Tensor) -> None:
-    """Writes `dV = s ⊙ dW - c ⊙ V`. `dV` may be narrower than the other tensors."""
+def _write_difference(dv: Tensor, dw: Tensor, u: Tensor, s: Tensor, c: Tensor) -> None:
+    """Writes `dV = s ⊙ dW - c ⊙ u`. `dV` may be narrower than the other tensors."""
     if dv.dtype is dw.dtype:
-        torch.mul(dw, s, out=dv).addcmul_(v, c, value=-1)
+        torch.mul(dw, s, out=dv).addcmul_(u, c, value=-1)
     else:
-        dv.copy_((dw * s).addcmul_(v, c, value=-1))
+        dv.copy_((dw * s).addcmul_(u, c, value=-1))

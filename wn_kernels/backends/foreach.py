@@ -32,16 +32,16 @@ def weight_norms(
     n: list[Tensor | None] = [None] * len(v)
     rest = []
     for i, (t, scales, m) in enumerate(zip(v, g, members, strict=True)):
-        if reads and m.dtype is t.dtype and aten_weight.fused_serves(t, scales, m.dim, m.eps):
+        if reads and m.dtype is t.dtype and aten_weight.fused_serves(t, scales, m):
             assert m.dim is not None
             w[i], n[i] = torch._weight_norm_interface(t, scales, m.dim)
         else:
             rest.append(i)
-            n[i] = aten_weight.norms(t, m.dim, m.eps)
+            n[i] = aten_weight.norms(t, m)
     norms = [t for t in n if t is not None]
     if reads and not _are_in_range(norms):
         every = zip(v, g, members, strict=True)
-        found = [aten_weight.weight_norm(t, s, m.dim, m.eps, m.dtype, look) for t, s, m in every]
+        found = [aten_weight.weight_norm(t, s, m, m.dtype, look) for t, s, m in every]
         return [pair[0] for pair in found], [pair[1] for pair in found]
     s = _scales([g[i] for i in rest], [norms[i] for i in rest])
     for i, t in zip(rest, _scaled([v[i] for i in rest], s), strict=True):
@@ -76,7 +76,7 @@ def weight_norms_backward(
 ) -> Lists:
     """Returns the lists of all `dV` and `dg`, in the dtypes of `V` and `g`."""
     found = [
-        aten_weight.weight_norm_backward(grad, t, scales, norm, m.dim, m.eps)
+        aten_weight.weight_norm_backward(grad, t, scales, norm, m)
         for grad, t, scales, norm, m in zip(dw, v, g, n, members, strict=True)
     ]
     return [pair[0] for pair in found], [pair[1] for pair in found]

@@ -43,6 +43,23 @@ class Tile(NamedTuple):
     steps: float
 
 
+def stages(wanted: int, architecture: str) -> int:
+    """Returns how many stages a loop has. An AMD compute unit has 64 KiB of shared memory: two
+    stages, never more."""
+    return min(wanted, 2) if architecture.startswith("hip") else wanted
+
+
+class Loop(NamedTuple):
+    """The tile of a loop, and how it is launched: of a product, `BLOCK_M` rows by `BLOCK_O` outputs
+    in steps of `BLOCK_R`."""
+
+    BLOCK_M: int
+    BLOCK_O: int
+    BLOCK_R: int
+    num_warps: int
+    num_stages: int
+
+
 def up_to(size: int, *blocks: int) -> int:
     """Returns the smallest block that covers `size`, or the largest."""
     return next((b for b in blocks if size <= b), blocks[-1])
@@ -96,6 +113,19 @@ def product(
     return min(found)[1]
 
 
+def product_launch(tile: Tile, itemsize: int, ieee: bool, architecture: str) -> tuple[int, int]:
+    """Returns the warps and the stages of a product over pixels. Its steps are long, and several
+    are in flight: they are bound by latency."""
+    # A wide load takes 16 bytes for each of the tile's threads, of which gfx942 has 64 a warp.
+    warps = 2 if architecture.startswith("hip") and (ieee or itemsize == 8) else 4
+    # Addresses of so many pixels, or of so long a step, would not fit the registers of four.
+    long = tile.BLOCK_R == 128 and architecture in ("cuda:80", "cuda:100")
+    if long or (tile.BLOCK_M == 128 and architecture == "cuda:80"):
+        warps = 8
+    deep = 3 if tile.BLOCK_R == 128 and tile.BLOCK_M >= 64 else 4
+    return warps, stages(2 if itemsize == 8 or ieee else deep, architecture)
+
+
 def parts(steps: int, tiles: int, programs: int) -> int:
     """Returns the parts of a sum of `steps` that one program would take for each of the `tiles`.
     There are as many as fill the machine with four programs for each of its multiprocessors
@@ -106,15 +136,21 @@ def parts(steps: int, tiles: int, programs: int) -> int:
     return found if GRAD_STEP * (steps - blocks(steps, found)) >= SUM_STEPS else 1
 
 
-def gradient(o: int, r: int, itemsize: int) -> tuple[int, int, int]:
-    """Returns the tile of the gradient of a convolution's weight: pixels of a step, outputs and
-    inputs."""
+def gradient(o: int, r: int, itemsize: int, architecture: str) -> Loop:
+    """Returns the loop of the gradient of a convolution's weight, whose steps have `BLOCK_M`
+    pixels. With three stages, four programs share a multiprocessor's memory."""
     if itemsize == 8:
-        return 16, 16, 32
-    block_o = up_to(o, 16, 32, 64)
+        return Loop(16, 16, 32, 4, stages(2, architecture))
+    block_o, deep = up_to(o, 16, 32, 64), stages(3, architecture)
     if r < 16:
-        return 32, block_o, 32
-    return 64 if itemsize == 2 else 32, block_o, up_to(r, 16, 32, 64)
+        warps = 8 if itemsize == 4 and architecture == "cuda:100" else 4
+        return Loop(32, block_o, 32, warps, deep)
+    return Loop(64 if itemsize == 2 else 32, block_o, up_to(r, 16, 32, 64), 4, deep)
+
+
+def direct(itemsize: int) -> tuple[int, int]:
+    """Returns the pixels and the channels of a tile where groups have few channels."""
+    return 32, 64 if itemsize == 2 else 32
 
 
 def one_pass_rows(itemsize: int, grad: bool = False) -> int:
@@ -124,23 +160,6 @@ def one_pass_rows(itemsize: int, grad: bool = False) -> int:
     if itemsize > 2:
         return 32
     return 64 if grad else 128
-
-
-def stages(wanted: int, architecture: str) -> int:
-    """Returns how many stages a loop has. An AMD compute unit has 64 KiB of shared memory: two
-    stages, never more."""
-    return min(wanted, 2) if architecture.startswith("hip") else wanted
-
-
-class Loop(NamedTuple):
-    """The tile of a loop that is bound by the bytes of `V`, and how it is launched: of a product,
-    `BLOCK_M` rows by `BLOCK_O` outputs in steps of `BLOCK_R`."""
-
-    BLOCK_M: int
-    BLOCK_O: int
-    BLOCK_R: int
-    num_warps: int
-    num_stages: int
 
 
 def one_pass(m: int, o: int, itemsize: int, ieee: bool, architecture: str, programs: int) -> Loop:

@@ -24,6 +24,7 @@ from torch.nn.utils import parametrizations, parametrize
 from torch.nn.utils.parametrizations import _WeightNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
+from .. import call
 from .. import functional as WF
 from ..call import canonical_dim
 from ..modules import checkpoints, conv, linear, reading, recurrent, removal
@@ -55,7 +56,13 @@ _FORWARD = ("forward", "_conv_forward")
 
 
 class Hook(removal.Handle):
-    """Replaces PyTorch's forward pre-hook on a module whose class computes the weight."""
+    """Replaces PyTorch's forward pre-hook on a module whose class computes the weight.
+
+    Attributes:
+        norm: the norm of a slice. PyTorch has no other than l2.
+    """
+
+    norm: call.Norm = "l2"
 
     def compute_weight(self, module: nn.Module) -> Tensor:
         return getattr(module, self.name)
@@ -92,9 +99,10 @@ class _Fused:
         norm = self._norms[name]
         return parts(self._holder(name), norm.key_g, norm.key_v)
 
-    def _normalisation(self: Any, name: str = "weight") -> tuple[int | None, float]:
-        """Returns `(dim, eps)`."""
-        return self._norms[name].dim, 0.0
+    def _normalisation(self: Any, name: str = "weight") -> tuple[int | None, float, call.Norm]:
+        """Returns `(dim, eps, norm)`."""
+        norm = self._norms[name]
+        return norm.dim, 0.0, norm.norm
 
     def _held(self: Any) -> tuple[dict[str, Any], str, str]:
         """Returns where `g` and `v` are held: a dictionary and their keys."""
@@ -115,7 +123,7 @@ class _Fused:
         g, v = parts(holder, norm.key_g, norm.key_v)
         own = self._parameters
         bias = own["bias"] if "bias" in own else self.bias  # noqa: SIM401 (lazily)
-        return v, g, bias, norm.dim, 0.0
+        return v, g, bias, norm.dim, 0.0, norm.norm
 
     _prepared_weight = WeightNormMixin._prepared_weight
 
@@ -131,7 +139,8 @@ class _Fused:
             weight = holder()
             return weight if dtype is None else weight.to(dtype)
         g, v = parts(holder, norm.key_g, norm.key_v)
-        return WF.weight_norm(v if dtype is None else v.to(dtype), g, dim=norm.dim)
+        wide = v if dtype is None else v.to(dtype)
+        return WF.weight_norm(wide, g, dim=norm.dim, norm=norm.norm)
 
     def _forms(
         self: Any, names: Sequence[str], places: Mapping[str, Tensor] | None
@@ -143,7 +152,8 @@ class _Fused:
         free = {name: self._norms[name] for name in names if name not in claimed}
         tensors = [parts(holders[name], norm.key_g, norm.key_v) for name, norm in free.items()]
         to = [places[name] for name in free] if places else None
-        computed = weights(tensors, to, [norm.dim for norm in free.values()])
+        dims, kinds = ([getattr(norm, key) for norm in free.values()] for key in ("dim", "norm"))
+        computed = weights(tensors, to, dims, norm=kinds)
         found = claimed | dict(zip(free, computed, strict=True))
         return [found[name] for name in names]
 
@@ -159,7 +169,7 @@ class _Fused:
             self._holder(key).right_inverse(value)
         else:
             g, v = self._tensors(key)
-            checkpoints.assign(value, g, v, self._norms[key].dim)
+            checkpoints.assign(value, g, v, self._norms[key].dim, self._norms[key].norm)
         reading.forget(self)
 
     def __reduce_ex__(self: Any, protocol: Any) -> tuple:
@@ -174,7 +184,9 @@ class _Fused:
         others = {key: t for key, t in self._parameters.items() if key not in stored}
         for name, norm in self._norms.items():
             g, v = self._tensors(name)
-            checkpoints.bring_into(norm.form, state_dict, prefix, name, g, v, norm.dim, others)
+            checkpoints.bring_into(
+                norm.form, state_dict, prefix, name, g, v, norm.dim, others, norm.norm
+            )
 
     def _load_from_state_dict(
         self: Any, state_dict: dict[str, Any], prefix: str, *rest: Any
@@ -185,9 +197,9 @@ class _Fused:
     def extra_repr(self: Any) -> str:
         own = self.plain.extra_repr(self)
         if list(self._norms) == ["weight"]:
-            norms = f"dim={self._norms['weight'].dim}"
+            norms = _described(self._norms["weight"])
         else:
-            norms = ", ".join(f"{name}: dim={norm.dim}" for name, norm in self._norms.items())
+            norms = ", ".join(f"{name}: {_described(norm)}" for name, norm in self._norms.items())
         return f"{own}{', ' if own else ''}weight_norm({norms})"
 
     # The following methods serve the removal of weight norm (modules/removal.py).
@@ -208,7 +220,7 @@ class _Fused:
         if is_wrapped(self):
             raise TypeError(f"{type(self).__name__} is derived from the class of a fused layer")
         g, v = self._tensors(name)
-        return removal.baked(v, g, self._norms[name].dim, 0.0)
+        return removal.baked(v, g, self._norms[name].dim, 0.0, self._norms[name].norm)
 
     def _bake(self: Any, name: str, weight: Tensor | None = None) -> None:
         """Replaces `g` and `v` by a plain weight. `weight` is given if they are removed already."""
@@ -229,6 +241,11 @@ class _Fused:
         removal.detach(self, name)
         if isinstance(self, nn.RNNBase):
             self._init_flat_weights()
+
+
+def _described(norm: Norm) -> str:
+    """Returns the options of a tensor, for `repr`."""
+    return f"dim={norm.dim}" if norm.norm == "l2" else f"dim={norm.dim}, norm={norm.norm!r}"
 
 
 class _OwnForward(recurrent.FlatWeights):
@@ -453,7 +470,8 @@ def fuse(module: Any, found: Iterable[tuple[str, str, Any]]) -> None:
             computer.__class__ = Parametrization
             nested.append(name)
             v = parametrized(module)[name].original1
-        new[name] = Norm.of(name, canonical_dim(computer.dim, v.ndim), form)
+        kind: call.Norm = getattr(computer, "norm", "l2")
+        new[name] = Norm.of(name, canonical_dim(computer.dim, v.ndim), form, kind)
     if nested:
         module.parametrizations.__class__ = removal.Lists
         _drop_load_hook(module)
@@ -508,7 +526,7 @@ def _baked_parameter(module: Any, name: str) -> nn.Parameter:
     removal.check_held(module, name, module._holder(name), (norm.key_g, norm.key_v))
     g, v = module._tensors(name)
     if not is_stacked(module, name):
-        return removal.baked(v, g, norm.dim, 0.0)
+        return removal.baked(v, g, norm.dim, 0.0, norm.norm)
     with torch.inference_mode(False), torch.no_grad():
         weight = module._holder(name)()
     return removal.plain_weight(weight, v.requires_grad or g.requires_grad)

@@ -23,7 +23,7 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 
 from .. import functional as WF
 from .. import plan, prepare
-from ..call import Call, Geometry, canonical_dim
+from ..call import Call, Geometry, Norm, canonical_dim, canonical_norm
 from ..modules import checkpoints, removal
 from ..modules.weight import NormedWeights, WeightNormMixin
 from ..text import aligned, html
@@ -134,11 +134,11 @@ def _path(module: Any, v: torch.Tensor, dim: Any) -> str:
 
 def _in_group(module: Any) -> str:
     """Returns the note of a layer of a grouped model, for a nominal input in a training step."""
-    v, (dim, _) = module._tensors("weight")[1], module._normalisation()
-    backend = plan.serving(v, dim)
+    v, (dim, _, norm) = module._tensors("weight")[1], module._normalisation()
+    backend = plan.serving(v, dim, norm)
     if is_lazy(v) or backend == "reference":
         return "its own weight"
-    call = _nominal(module, v, dim)
+    call = _nominal(module, v, dim)._replace(norm=norm)
     picked = plan.choose(call, backend)
     seconds = plan.shared_seconds(call, picked, True)
     if seconds is None:
@@ -291,8 +291,16 @@ def unfuse(model: nn.Module) -> list[str]:
 
     Raises:
         TypeError: `model` is not a module.
+        ValueError: PyTorch's weight norm does not have the norm of a layer. No layer is changed.
     """
     prepare.check_module("model", model)
+    for name, module in model.named_modules():
+        for tensor, norm in fused.norms(module).items():
+            if norm.norm != "l2":
+                raise ValueError(
+                    f"{name or '(root)'} cannot be unfused: its {tensor} has norm={norm.norm!r}, "
+                    "and PyTorch's weight norm has l2 alone; wn_kernels.fold gives a plain weight"
+                )
     names: list[str] = []
     for name, module in model.named_modules():
         if fused.is_fused(module) and not fused.is_wrapped(module):
@@ -359,10 +367,12 @@ def _fold(module: Any, wanted: Callable[[nn.Module, str], bool]) -> bool:
 # --- one module ----------------------------------------------------------------------------------
 
 
-def weight_norm(module: Module, name: str = "weight", dim: int | None = 0) -> Module:
+def weight_norm(
+    module: Module, name: str = "weight", dim: int | None = 0, *, norm: Norm = "l2"
+) -> Module:
     """Weight-normalises a parameter of a module, in place. The signature and the state dict
-    (`weight_g`, `weight_v`) are those of `torch.nn.utils.weight_norm`. This package computes the
-    weight.
+    (`weight_g`, `weight_v`) are those of `torch.nn.utils.weight_norm`, but for `norm`. This package
+    computes the weight.
 
     Args:
         module: the module. A linear layer or a convolution runs fused. For any other, this package
@@ -370,6 +380,7 @@ def weight_norm(module: Module, name: str = "weight", dim: int | None = 0) -> Mo
         name: the name of the parameter.
         dim: the dimension whose slices are normalised, or `None` or -1 for one norm over the whole
             tensor.
+        norm: the norm of a slice: `"l2"`, `"l1"` or `"linf"`; see `WNLinear`.
 
     Returns:
         The module.
@@ -379,7 +390,7 @@ def weight_norm(module: Module, name: str = "weight", dim: int | None = 0) -> Mo
         RuntimeError: the parameter is weight-normed already.
         TypeError: `module` is not a module or is a layer of this package, whose weights alone are
             normalised, or the parameter's dtype or layout is not supported.
-        ValueError: the parameter has no shape yet, or `dim` is out of range.
+        ValueError: the parameter has no shape yet, `dim` is out of range, or `norm` is unknown.
     """
     prepare.check_module("module", module)
     if _is_weight_normed(module, name):
@@ -396,11 +407,13 @@ def weight_norm(module: Module, name: str = "weight", dim: int | None = 0) -> Mo
         raise ValueError(f"{name} of {type(module).__name__} has no shape yet: run the module once")
     if not prepare.are_dense(weight, weight, weight, None):
         prepare.reject(**{name: weight})
-    dim = canonical_dim(dim, weight.ndim)
+    dim, norm = canonical_dim(dim, weight.ndim), canonical_norm(norm)
     v = removal.plain_weight(weight, weight.requires_grad)
     with torch.inference_mode(False):
-        g = nn.Parameter(WF.slice_norm(v.detach(), dim=dim), requires_grad=v.requires_grad)
+        n = WF.slice_norm(v.detach(), dim=dim, norm=norm)
+        g = nn.Parameter(n, requires_grad=v.requires_grad)
     hook = fused.Hook(name, -1 if dim is None else dim)
+    hook.norm = norm
     del module._parameters[name]
     for key, parameter in zip(checkpoints.keys("weight_norm", name), (g, v), strict=True):
         module.register_parameter(key, parameter)

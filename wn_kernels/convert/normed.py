@@ -14,7 +14,7 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 from torch.nn.utils.weight_norm import WeightNorm
 
-from ..call import canonical_dim
+from ..call import Norm, canonical_dim
 from ..modules import checkpoints
 from ..modules.weight import NormedWeights
 from . import fused
@@ -30,6 +30,7 @@ class Normed:
         tensor: the tensor's name in the module.
         dim: the dimension whose slices are normalised, or `None` for the whole tensor.
         eps: the smallest norm.
+        norm: the norm of a slice, as in `Call`.
         form: the form of the state dict (`modules/checkpoints.py`).
     """
 
@@ -38,6 +39,7 @@ class Normed:
     tensor: str
     dim: int | None
     eps: float
+    norm: Norm
     form: str
 
     @property
@@ -108,9 +110,10 @@ def weights(model: nn.Module) -> Iterator[Normed]:
         ValueError: a lazy layer has no shape yet.
     """
     for prefix, module in model.named_modules():
-        for tensor, dim, eps, form in _found(module):
+        for found in _found(module):
+            tensor = found[0]
             parts = [prefix] if tensor == "weight" else [prefix, tensor]
-            normed = Normed(".".join(filter(None, parts)), module, tensor, dim, eps, form)
+            normed = Normed(".".join(filter(None, parts)), module, *found)
             if any(is_lazy(t) for t in normed.tensors):
                 raise ValueError(f"{normed.name} has no shape yet: run the model once")
             yield normed
@@ -132,15 +135,16 @@ def _origins(holder: nn.Module, key: str) -> list[nn.Parameter]:
     return [p for p in own if p is not None]
 
 
-def _found(module: Any) -> Iterator[tuple[str, int | None, float, str]]:
+def _found(module: Any) -> Iterator[tuple[str, int | None, float, Norm, str]]:
     if isinstance(module, NormedWeights):
         for tensor in module._normed():
-            yield tensor, module.dim, module.eps, "weight_norm"
+            yield tensor, module.dim, module.eps, module.norm, "weight_norm"
         return
     fused_norms = fused.norms(module)
     for tensor, norm in fused_norms.items():
-        yield tensor, norm.dim, 0.0, norm.form
+        yield tensor, norm.dim, 0.0, norm.norm, norm.form
     for tensor, form, computer in fused.computers(module):
         if tensor not in fused_norms:
             holder, _, key_v = _place(module, tensor, form)
-            yield tensor, canonical_dim(computer.dim, getattr(holder, key_v).ndim), 0.0, form
+            dim = canonical_dim(computer.dim, getattr(holder, key_v).ndim)
+            yield tensor, dim, 0.0, "l2", form

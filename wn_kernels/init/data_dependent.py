@@ -166,9 +166,10 @@ class _Layer:
             factor = scale.view(self.groups, -1).repeat_interleave(len(v) // self.groups, 0)
         else:
             factor = scale.unsqueeze(1)
-        weight = WF.weight_norm(v, g, dim=self.normed.dim, eps=self.normed.eps)
+        dim, norm = self.normed.dim, self.normed.norm
+        weight = WF.weight_norm(v, g, dim=dim, eps=self.normed.eps, norm=norm)
         scaled = weight * factor.view(*factor.shape, *[1] * (v.ndim - 2))
-        checkpoints.assign(scaled, g, v, self.normed.dim)
+        checkpoints.assign(scaled, g, v, dim, norm)
 
 
 # --- the passes ----------------------------------------------------------------------------------

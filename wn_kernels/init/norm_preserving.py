@@ -9,6 +9,7 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
+from .. import functional as WF
 from .. import prepare
 from ..convert.normed import weights
 
@@ -32,6 +33,9 @@ def norm_preserving_(
 
         g = √(γ · in_channels / n)      with n the number of entries of g
 
+    For another norm of the slices than l2, this is ‖W_j‖₂ of each, and `g` is it times
+    ‖V_j‖ / ‖V_j‖₂.
+
     What is frozen stays as it is. A layer whose `forward` is its own, or whose `g` or `v` is itself
     computed, is left alone.
 
@@ -44,7 +48,7 @@ def norm_preserving_(
             are independent with mean zero.
 
     Returns:
-        The value of `g` by the name of each layer that was set.
+        The value of `g`, that of l2, by the name of each layer that was set.
 
     Raises:
         TypeError: `model` is not a module.
@@ -73,5 +77,8 @@ def norm_preserving_(
             inputs = v.shape[0] if x.is_transposed else v.shape[1] * x.groups
             values[x.name] = math.sqrt(chosen[x.name] * inputs / g.numel())
             g.fill_(values[x.name])
+            if x.norm != "l2":
+                own, l2 = (WF.slice_norm(v, dim=x.dim, norm=norm) for norm in (x.norm, "l2"))
+                g.mul_(torch.where(l2 == 0, 1.0, own / l2))
         x.refresh()
     return values

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from .. import functional as WF
+from ..call import Norm
 
 # These are the names of g and v in each form.
 FORMS = {
@@ -31,18 +32,18 @@ def keys(form: str, name: str, prefix: str = "") -> tuple[str, str]:
     return prefix + g.format(name), prefix + v.format(name)
 
 
-def split(weight: Tensor, v: Tensor, dim: int | None) -> tuple[Tensor, Tensor]:
+def split(weight: Tensor, v: Tensor, dim: int | None, norm: Norm = "l2") -> tuple[Tensor, Tensor]:
     """Returns `(g, v)` of a plain weight that replaces `v`.
 
     A slice of zeros gets `g = 0` and keeps its direction from `v`, so that it can still learn.
     """
-    g = WF.slice_norm(weight, dim=dim)
+    g = WF.slice_norm(weight, dim=dim, norm=norm)
     if is_lazy(v) or v.shape != weight.shape or v.device != weight.device:
         return g, weight
     return g, torch.where(g == 0, v.detach().to(weight.dtype), weight)
 
 
-def assign(weight: Tensor, g: Tensor, v: Tensor, dim: int | None) -> None:
+def assign(weight: Tensor, g: Tensor, v: Tensor, dim: int | None, norm: Norm = "l2") -> None:
     """Sets `g` and `v` so that the weight is `weight`.
 
     Raises:
@@ -53,7 +54,7 @@ def assign(weight: Tensor, g: Tensor, v: Tensor, dim: int | None) -> None:
     if weight.shape != v.shape:
         raise ValueError(f"weight has shape {tuple(weight.shape)}, expected {tuple(v.shape)}")
     with torch.no_grad():
-        new_g, new_v = split(weight.to(v), v, dim)
+        new_g, new_v = split(weight.to(v), v, dim, norm)
         g.copy_(new_g)
         v.copy_(new_v)
 
@@ -67,6 +68,7 @@ def bring_into(
     v: Tensor,
     dim: int | None,
     others: Mapping[str, Tensor | None],
+    norm: Norm = "l2",
 ) -> None:
     """Brings a layer's entries of `state_dict`, in place, into the form that the layer loads.
 
@@ -82,7 +84,7 @@ def bring_into(
     if plain in state_dict and own_g not in state_dict and own_v not in state_dict:
         weight = state_dict.pop(plain)
         if is_lazy(v) or weight.shape == v.shape:
-            state_dict[own_g], state_dict[own_v] = split(weight, v, dim)
+            state_dict[own_g], state_dict[own_v] = split(weight, v, dim, norm)
         else:
             state_dict[own_g], state_dict[own_v] = g, weight
 

@@ -19,7 +19,7 @@ class _Convolution(WeightNormMixin):
         operands = self._operands()
         if operands is None:
             return self.plain.forward(self, input)
-        v, g, bias, dim, eps = operands
+        v, g, bias, dim, eps, norm = operands
         w = self._prepared_weight(input, v, g, bias)
         if w is not None:
             return self._conv_forward(input, w, prepared.like(bias, w))
@@ -41,6 +41,7 @@ class _Convolution(WeightNormMixin):
             self.groups,
             dim,
             eps,
+            norm,
         )
 
 
@@ -55,7 +56,7 @@ class _ConvolutionTranspose(WeightNormMixin):
         operands = self._operands()
         if operands is None:
             return self.plain.forward(self, input, output_size)
-        v, g, bias, dim, eps = operands
+        v, g, bias, dim, eps, norm = operands
         output_padding = self.output_padding
         if output_size is not None:
             output_padding = self._output_padding(
@@ -85,6 +86,7 @@ class _ConvolutionTranspose(WeightNormMixin):
             self.groups,
             dim,
             eps,
+            norm,
         )
 
 
@@ -122,6 +124,7 @@ class WNConv1d(_Convolution, nn.Conv1d):  # type: ignore[override]
             (each input channel of a group), 2 (each position of the kernel), or `None` / `-1` (one
             norm over the whole weight).
         eps: the smallest norm; see `wn_kernels.functional.weight_norm`.
+        norm: the norm of a slice: `"l2"`, `"l1"` or `"linf"`. `g` starts at it.
         magnitude_preserving: whether `g` is a constant with which outputs have the variance of
             independent inputs, as in EDM2 (Karras et al. 2024). `V` starts from the normal
             distribution, and the bias from zero. `wn_kernels.renormalize_(model, "rms")` keeps
@@ -171,6 +174,7 @@ class WNConvTranspose1d(_ConvolutionTranspose, nn.ConvTranspose1d):  # type: ign
         **kwargs: the same.
         dim: as in `WNConv1d`.
         eps: as in `WNConv1d`.
+        norm: as in `WNConv1d`.
         magnitude_preserving: as in `WNConv1d`.
     """
 

@@ -24,6 +24,7 @@ class WNLinear(WeightNormMixin, nn.Linear):  # type: ignore[override]
         dim: the dimension of the weight whose slices are normalised: 0 (each output), 1 (each
             input), or `None` / `-1` (one norm over the whole weight).
         eps: the smallest norm; see `wn_kernels.functional.weight_norm`.
+        norm: the norm of a slice: `"l2"`, `"l1"` or `"linf"`. `g` starts at it.
         magnitude_preserving: whether `g` is a constant with which outputs have the variance of
             independent inputs, as in EDM2 (Karras et al. 2024). `V` starts from the normal
             distribution, and the bias from zero. `wn_kernels.renormalize_(model, "rms")` keeps
@@ -38,7 +39,7 @@ class WNLinear(WeightNormMixin, nn.Linear):  # type: ignore[override]
         Input `(*, K)`, output `(*, N)`.
 
     Raises:
-        ValueError: `dim` is out of range.
+        ValueError: `dim` is out of range, or `norm` is unknown.
     """
 
     weight_ndim = 2
@@ -48,11 +49,11 @@ class WNLinear(WeightNormMixin, nn.Linear):  # type: ignore[override]
         operands = self._operands()
         if operands is None:
             return self.plain.forward(self, input)
-        v, g, bias, dim, eps = operands
+        v, g, bias, dim, eps, norm = operands
         w = self._prepared_weight(input, v, g, bias)
         if w is not None:
             return F.linear(input, w, prepared.like(bias, w))
-        return WF.wn_linear(input, v, g, bias, dim=dim, eps=eps)
+        return WF.wn_linear(input, v, g, bias, dim=dim, eps=eps, norm=norm)
 
 
 class WNLazyLinear(WeightNormMixin, nn.LazyLinear):  # type: ignore[misc, override]
@@ -64,6 +65,7 @@ class WNLazyLinear(WeightNormMixin, nn.LazyLinear):  # type: ignore[misc, overri
         **kwargs: the same.
         dim: as in `WNLinear`.
         eps: as in `WNLinear`.
+        norm: as in `WNLinear`.
         magnitude_preserving: as in `WNLinear`.
     """
 

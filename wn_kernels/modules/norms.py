@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from .. import call
 from .. import functional as WF
 from . import checkpoints
 
@@ -19,18 +20,20 @@ class Norm(NamedTuple):
         dim: the dimension whose slices are normalised, `None` for the whole tensor.
         form: the form of the state dict.
         key_g, key_v: the names of `g` and `v` in the module that holds them.
+        norm: the norm of a slice, as in `Call`.
     """
 
     dim: int | None
     form: str
     key_g: str
     key_v: str
+    norm: call.Norm = "l2"
 
     @classmethod
-    def of(cls, name: str, dim: int | None, form: str) -> Norm:
+    def of(cls, name: str, dim: int | None, form: str, norm: call.Norm = "l2") -> Norm:
         """Returns the description for the tensor `name`."""
         key_g, key_v = (key.rpartition(".")[2] for key in checkpoints.keys(form, name))
-        return cls(dim, form, key_g, key_v)
+        return cls(dim, form, key_g, key_v, norm)
 
 
 def parts(holder: Any, key_g: str, key_v: str) -> tuple[Tensor, Tensor]:
@@ -47,19 +50,21 @@ def weights(
     places: Sequence[Tensor] | None,
     dim: int | Sequence[int | None] | None,
     eps: float = 0.0,
+    norm: call.Norm | Sequence[call.Norm] = "l2",
 ) -> list[Tensor]:
     """Returns the weights of several tensors, computed in one call.
 
     Args:
         tensors: the `(g, v)` of each.
         places: memory for each weight, as in `functional.weight_norms`. The weights have its dtype.
-        dim, eps: as in `functional.weight_norms`.
+        dim, eps, norm: as in `functional.weight_norms`.
     """
     return WF.weight_norms(
         [v for _, v in tensors],
         [g for g, _ in tensors],
         dim=dim,
         eps=eps,
+        norm=norm,
         dtype=places[0].dtype if places else None,
         places=places,
     )

@@ -97,8 +97,9 @@ class Forward:
                 cast = mode[3]
                 dtypes = [t.dtype if cast is None or t.dtype is torch.float64 else cast for t in v]
                 norms = [self.group.modules[i]._normalisation() for i in wanted]
-                dims, eps = map(list, zip(*norms, strict=True))
-                weights = WF.weight_norms(v, g, dim=dims, eps=eps, dtype=dtypes)
+                dims, eps, kinds = map(list, zip(*norms, strict=True))
+                options = {"dim": dims, "eps": eps, "norm": kinds}
+                weights = WF.weight_norms(v, g, dtype=dtypes, **options)
                 for i, w in zip(wanted, weights, strict=True):
                     self.weights[i] = w
 
@@ -174,8 +175,8 @@ def _shares(
     module: Any, x: Tensor, v: Tensor, g: Tensor, bias: Tensor | None, dtype: torch.dtype
 ) -> bool:
     """Returns whether the plan has the weight of a layer formed by a group, for this input."""
-    dim, eps = module._normalisation()
-    backend = plan.serving(v, dim)
+    dim, eps, norm = module._normalisation()
+    backend = plan.serving(v, dim, norm)
     if backend == "reference":
         return False
     like = x if x.dtype is dtype else torch.empty_like(x, dtype=dtype, device="meta")
@@ -187,7 +188,7 @@ def _shares(
         rank, geometry = v.ndim - 2, (module.stride, padding, module.dilation, *more)
     try:
         tensors = Operands(like, v, g, bias)
-        found = prepare.prepare(rank, tensors, geometry, dim, eps, backend)
+        found = prepare.prepare(rank, tensors, geometry, dim, eps, norm, backend)
     except (TypeError, ValueError):  # the layer raises it, if it is an error there too
         return False
     return plan.shares(found.call, found.plan, torch.is_grad_enabled())
@@ -293,6 +294,7 @@ class Group:
         given = [(module, *operands) for module, operands in found if operands is not None]
         if not given:
             return
-        modules, v, g, _, dims, eps = map(list, zip(*given, strict=True))
-        for module, w in zip(modules, WF.weight_norms(v, g, dim=dims, eps=eps), strict=True):
+        modules, v, g, _, dims, eps, norms = map(list, zip(*given, strict=True))
+        weights = WF.weight_norms(v, g, dim=dims, eps=eps, norm=norms)
+        for module, w in zip(modules, weights, strict=True):
             object.__setattr__(module, "_traced", w)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import functional as WF
+from ..call import Norm
 from . import checkpoints, flat, norms, reading, removal, steps
 from .weight import NormedWeights
 
@@ -91,7 +92,7 @@ class RecurrentMixin(NormedWeights):
                 continue
             key_g, key_v = checkpoints.keys("weight_norm", name)
             with torch.no_grad():
-                g = nn.Parameter(WF.slice_norm(parameter, dim=self.dim))
+                g = nn.Parameter(WF.slice_norm(parameter, dim=self.dim, norm=self.norm))
             self.register_parameter(key_v, parameter)
             self.register_parameter(key_g, g)
         self._names = tuple(names)
@@ -106,7 +107,7 @@ class RecurrentMixin(NormedWeights):
                 g, v = self._tensors(name)
                 nn.init.uniform_(v, -bound, bound)
                 with torch.no_grad():
-                    g.copy_(WF.slice_norm(v, dim=self.dim))
+                    g.copy_(WF.slice_norm(v, dim=self.dim, norm=self.norm))
             elif (parameter := getattr(self, name)) is not None:
                 nn.init.uniform_(parameter, -bound, bound)
 
@@ -116,11 +117,11 @@ class RecurrentMixin(NormedWeights):
     def _forms(self, names: Sequence[str], places: Mapping[str, Tensor] | None) -> list[Tensor]:
         tensors = [self._tensors(name) for name in names]
         to = [places[name] for name in names] if places else None
-        return norms.weights(tensors, to, self.dim, self.eps)
+        return norms.weights(tensors, to, self.dim, self.eps, self.norm)
 
-    def _normalisation(self, name: str) -> tuple[int | None, float]:
-        """Returns `(dim, eps)`."""
-        return self.dim, self.eps
+    def _normalisation(self, name: str) -> tuple[int | None, float, Norm]:
+        """Returns `(dim, eps, norm)`."""
+        return self.dim, self.eps, self.norm
 
     def __getattr__(self, name: str) -> Any:
         if name in self._names:
@@ -170,6 +171,7 @@ class WNLSTM(_Layer, nn.LSTM):
         dim: the dimension of the weights whose slices are normalised: 0 (each unit of each gate), 1
             (each input), or `None` / `-1` (one norm over each whole weight).
         eps: the smallest norm; see `wn_kernels.functional.weight_norm`.
+        norm: the norm of a slice: `"l2"`, `"l1"` or `"linf"`. Each `g` starts at it.
 
     Attributes:
         weight_ih_l0_v: the direction of `weight_ih_l0`, of the shape that it has in `torch.nn`. The

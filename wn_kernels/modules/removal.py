@@ -33,6 +33,7 @@ from torch.nn.utils import parametrize
 from torch.nn.utils.weight_norm import WeightNorm
 
 from .. import functional as WF
+from ..call import Norm
 from . import checkpoints, reading
 
 # --- the weight ----------------------------------------------------------------------------------
@@ -46,10 +47,10 @@ def plain_weight(weight: Tensor, requires_grad: bool) -> nn.Parameter:
         return nn.Parameter(values, requires_grad=requires_grad)
 
 
-def baked(v: Tensor, g: Tensor, dim: int | None, eps: float) -> nn.Parameter:
+def baked(v: Tensor, g: Tensor, dim: int | None, eps: float, norm: Norm = "l2") -> nn.Parameter:
     """Returns the weight of `v` and `g` as a parameter. It is trainable if one of them is."""
     with torch.inference_mode(False), torch.no_grad():
-        weight = WF.weight_norm(v, g, dim=dim, eps=eps)
+        weight = WF.weight_norm(v, g, dim=dim, eps=eps, norm=norm)
     return plain_weight(weight, v.requires_grad or g.requires_grad)
 
 

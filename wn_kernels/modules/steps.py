@@ -65,8 +65,10 @@ def _product(cell: Any, name: str, dtype: torch.dtype) -> Any:
     if cell._is_claimed(name):
         return None
     g, v = cell._tensors(name)
-    dim, eps = cell._normalisation(name)
-    return partial(WF.wn_linear, v=v, g=g, dim=dim, eps=eps) if v.dtype is dtype else None
+    dim, eps, norm = cell._normalisation(name)
+    if v.dtype is not dtype:
+        return None
+    return partial(WF.wn_linear, v=v, g=g, dim=dim, eps=eps, norm=norm)
 
 
 # --- the gates -----------------------------------------------------------------------------------

@@ -15,11 +15,11 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.parameter import UninitializedParameter, is_lazy
 
 from .. import functional as WF
-from ..call import canonical_dim, canonical_eps, kept_shape
+from ..call import Norm, canonical_dim, canonical_eps, canonical_norm, kept_shape
 from . import checkpoints, kept, norms, prepared, reading, removal
 
-# The entries are (v, g, bias, dim, eps).
-Operands = tuple[Tensor, Tensor, Tensor | None, int | None, float]
+# The entries are (v, g, bias, dim, eps, norm).
+Operands = tuple[Tensor, Tensor, Tensor | None, int | None, float, Norm]
 
 
 def _arguments(cls: type) -> list[inspect.Parameter]:
@@ -51,6 +51,7 @@ class NormedWeights(nn.Module):
 
     dim: int | None
     eps: float
+    norm: Norm = "l2"  # that of a layer which an earlier version has pickled
     weight_ndim: int  # each class sets it
     plain: Any  # the class of torch.nn that the layer replaces
     _is_read = False  # see modules/reading.py
@@ -61,6 +62,7 @@ class NormedWeights(nn.Module):
     _options: tuple[inspect.Parameter, ...] = (
         _option("dim", 0, "int | None"),
         _option("eps", 0.0, "float"),
+        _option("norm", "l2", "Norm"),
     )
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -76,11 +78,19 @@ class NormedWeights(nn.Module):
             return
         cls.__signature__ = inspect.Signature(arguments)  # type: ignore[attr-defined]
 
-    def __init__(self, *args: Any, dim: int | None = 0, eps: float = 0.0, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        dim: int | None = 0,
+        eps: float = 0.0,
+        norm: Norm = "l2",
+        **kwargs: Any,
+    ) -> None:
         # The plain layer's constructor assigns the weight, which needs these. They are set before
         # nn.Module's own constructor runs, and therefore without its __setattr__.
         self.__dict__["dim"] = canonical_dim(dim, self.weight_ndim)
         self.__dict__["eps"] = canonical_eps(eps)
+        self.__dict__["norm"] = canonical_norm(norm)
         super().__init__(*args, **kwargs)
         self._normalise()
 
@@ -99,7 +109,8 @@ class NormedWeights(nn.Module):
     def _form(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
         """Returns the weight in the dtype of `v`, or in a wider one."""
         g, v = self._tensors(name)
-        return WF.weight_norm(v if dtype is None else v.to(dtype), g, dim=self.dim, eps=self.eps)
+        wide = v if dtype is None else v.to(dtype)
+        return WF.weight_norm(wide, g, dim=self.dim, eps=self.eps, norm=self.norm)
 
     def apply(self, fn: Callable[[nn.Module], None]) -> Any:
         """Does what `nn.Module.apply` does. Writes of `fn` into a weight take effect."""
@@ -109,11 +120,11 @@ class NormedWeights(nn.Module):
         # nn.Module would register a Parameter of this name before it considers the property.
         if name not in self._normed():
             super().__setattr__(name, value)
-            if name == "eps" and (store := self._store) is not None:
+            if name in ("eps", "norm") and (store := self._store) is not None:
                 store.kept.clear()
             return
         g, v = self._tensors(name)
-        checkpoints.assign(value, g, v, self.dim)
+        checkpoints.assign(value, g, v, self.dim, self.norm)
         reading.forget(self)
 
     def _bring_into_form(self, state_dict: dict[str, Any], prefix: str) -> None:
@@ -122,7 +133,9 @@ class NormedWeights(nn.Module):
         others = {key: t for key, t in self._parameters.items() if key not in stored}
         for name in names:
             g, v = self._tensors(name)
-            checkpoints.bring_into("weight_norm", state_dict, prefix, name, g, v, self.dim, others)
+            checkpoints.bring_into(
+                "weight_norm", state_dict, prefix, name, g, v, self.dim, others, self.norm
+            )
 
     def _load_from_state_dict(
         self,
@@ -191,7 +204,7 @@ class NormedWeights(nn.Module):
         namespace = {"__module__": cls.__module__, "_is_exposed": True, name: reading.reader(name)}
         self.__class__ = type(cls.__name__, (cls,), namespace)
         g, v = self._tensors(name)
-        return removal.baked(v, g, self.dim, self.eps)
+        return removal.baked(v, g, self.dim, self.eps, self.norm)
 
     def _bake(self, name: str, weight: Tensor | None = None) -> None:
         """Replaces `g` and `v` by a plain weight. The last one also gives the layer the class of
@@ -199,7 +212,7 @@ class NormedWeights(nn.Module):
         plain = self._plain_class()
         removal.check_held(self, name, self, checkpoints.keys("weight_norm", name))
         g, v = self._tensors(name)
-        baked = removal.baked(v, g, self.dim, self.eps)
+        baked = removal.baked(v, g, self.dim, self.eps, self.norm)
         self._leave(name, plain)
         removal.place(self, name, baked)
         removal.detach(self, name)
@@ -212,7 +225,8 @@ class NormedWeights(nn.Module):
 
     def extra_repr(self) -> str:
         eps = f", eps={self.eps}" if self.eps else ""
-        return f"{super().extra_repr()}, dim={self.dim}{eps}"
+        norm = f", norm={self.norm!r}" if self.norm != "l2" else ""
+        return f"{super().extra_repr()}, dim={self.dim}{eps}{norm}"
 
 
 class WeightNormMixin(NormedWeights):
@@ -227,14 +241,17 @@ class WeightNormMixin(NormedWeights):
     def __init__(
         self,
         *args: Any,
-        dim: int | None = 0,
-        eps: float = 0.0,
         magnitude_preserving: bool = False,
         **kwargs: Any,
     ) -> None:
         if magnitude_preserving:
+            if kwargs.get("norm", "l2") != "l2":
+                raise ValueError(
+                    f"magnitude_preserving needs norm='l2', which ‖W‖ follows from, got "
+                    f"norm={kwargs['norm']!r}"
+                )
             self.__dict__["magnitude_preserving"] = True
-        super().__init__(*args, dim=dim, eps=eps, **kwargs)
+        super().__init__(*args, **kwargs)
 
     def _adopt(self, v: nn.Parameter) -> None:
         """Uses the weight that the plain layer's constructor made as the direction."""
@@ -272,7 +289,7 @@ class WeightNormMixin(NormedWeights):
             return
         nn.init.kaiming_uniform_(self.weight_v, a=math.sqrt(5))
         with torch.no_grad():
-            self.weight_g.copy_(WF.slice_norm(self.weight_v, dim=self.dim))
+            self.weight_g.copy_(WF.slice_norm(self.weight_v, dim=self.dim, norm=self.norm))
         if self.bias is not None:
             fan_in, _ = nn.init._calculate_fan_in_and_fan_out(self.weight_v)
             bound = 1 / math.sqrt(fan_in) if fan_in > 0 else 0
@@ -301,8 +318,8 @@ class WeightNormMixin(NormedWeights):
         own = self._parameters
         v, g = own.get("weight_v"), own.get("weight_g")
         if v is None or g is None or "bias" not in own:  # one is parametrized or pruned
-            return self.weight_v, self.weight_g, self.bias, self.dim, self.eps
-        return v, g, own["bias"], self.dim, self.eps
+            return self.weight_v, self.weight_g, self.bias, self.dim, self.eps, self.norm
+        return v, g, own["bias"], self.dim, self.eps, self.norm
 
     def _prepared_weight(
         self, input: Tensor, v: Tensor, g: Tensor, bias: Tensor | None
@@ -326,9 +343,9 @@ class WeightNormMixin(NormedWeights):
     def _normed(self) -> tuple[str, ...]:
         return ("weight",)
 
-    def _normalisation(self) -> tuple[int | None, float]:
-        """Returns `(dim, eps)`."""
-        return self.dim, self.eps
+    def _normalisation(self) -> tuple[int | None, float, Norm]:
+        """Returns `(dim, eps, norm)`."""
+        return self.dim, self.eps, self.norm
 
     def _held(self) -> tuple[dict[str, Any], str, str]:
         """Returns where `g` and `v` are held: a dictionary and their keys."""

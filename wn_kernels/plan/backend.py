@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from ..backends import native
-from ..call import PLAIN_TYPES, recorder
+from ..call import PLAIN_TYPES, Norm, recorder
 
 BACKENDS = ("triton", "native", "aten", "reference")
 ENVIRONMENT_VARIABLE = "WN_KERNELS_BACKEND"
@@ -98,7 +98,16 @@ def triton_unavailable() -> str | None:
     return None
 
 
-def choose_backend(v: Tensor) -> str:
+# These backends compute the l2 norm only.
+_ONLY_L2 = frozenset(("triton",))
+
+
+def _takes(backend: str, norm: Norm) -> bool:
+    """Returns whether a backend computes a norm."""
+    return norm == "l2" or backend not in _ONLY_L2
+
+
+def choose_backend(v: Tensor, norm: Norm = "l2") -> str:
     """Returns the backend for a call with the weight `v` that the native library does not serve.
 
     The result is `"native"` only if that is forced. Under a compiler it is `""`, because the
@@ -113,9 +122,12 @@ def choose_backend(v: Tensor) -> str:
             return "reference"
         if recorded == "compiler":
             return ""
-        return "triton" if v.is_cuda and triton_unavailable() is None else "aten"
+        is_served = v.is_cuda and triton_unavailable() is None and _takes("triton", norm)
+        return "triton" if is_served else "aten"
     if _forced == "triton" and (reason := triton_unavailable()):
         raise cannot_serve("triton", reason)
+    if not _takes(_forced, norm):
+        raise cannot_serve(_forced, f"it computes the l2 norm, not {norm}")
     if recorded == "composite" and _forced != "native":
         if _forced == "triton":
             raise cannot_serve(
@@ -127,16 +139,16 @@ def choose_backend(v: Tensor) -> str:
     return _forced
 
 
-def serving(v: Tensor, dim: int | None = 0) -> str:
+def serving(v: Tensor, dim: int | None = 0, norm: Norm = "l2") -> str:
     """Returns the backend for the simplest call with a weight like `v`.
 
     Raises:
         RuntimeError: a forced backend cannot serve it.
     """
     served = native.serves_dim(dim, v.ndim)
-    if served and v.is_cpu and prepares(v) == "native" and native.unavailable() is None:
+    if served and v.is_cpu and prepares(v, norm) == "native" and native.unavailable() is None:
         return "native"
-    return choose_backend(v)
+    return choose_backend(v, norm)
 
 
 def cannot_serve(backend: str, reason: str = "") -> RuntimeError:
@@ -145,7 +157,7 @@ def cannot_serve(backend: str, reason: str = "") -> RuntimeError:
     return RuntimeError(f"backend {backend!r} was forced but cannot serve this call: {reason}")
 
 
-def prepares(v: Tensor) -> str:
+def prepares(v: Tensor, norm: Norm = "l2") -> str:
     """Returns the backend whose prepared calls a call with the weight `v` is looked up in first:
     `"native"` for layers on a CPU, `"triton"` for kernels that are launched, or `""` for none.
 
@@ -166,7 +178,9 @@ def prepares(v: Tensor) -> str:
         return "native"
     elif _forced != "triton":
         return ""
-    if triton_unavailable() is not None or (torch.is_grad_enabled() and _traces_backward()):
+    if not _takes("triton", norm) or triton_unavailable() is not None:
+        return ""
+    if torch.is_grad_enabled() and _traces_backward():
         return ""
     return "triton"
 

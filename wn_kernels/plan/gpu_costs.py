@@ -17,12 +17,13 @@ THREADS = 2048
 PER_THREAD = 16
 
 
-def _pass(moved: float, elements: float, device: Device) -> Stage:
+def _pass(moved: float, elements: float, device: Device, least: float = 0.0) -> Stage:
     """Returns a pass of ours over so many elements, in tiles of at least 2048, all of which a
     program has in flight."""
     tile, needed = 2048, moved / device.passes
     programs = max(1, math.ceil(elements / tile))
-    return Stage(needed, grid=Grid(programs, needed / programs, THREADS * PER_THREAD // tile))
+    grid = Grid(programs, needed / programs, THREADS * PER_THREAD // tile)
+    return Stage(needed, least=least, grid=grid)
 
 
 def column_sums(m: int, size: float) -> Stage:
@@ -31,15 +32,22 @@ def column_sums(m: int, size: float) -> Stage:
 
 
 def _loop(tile: tiles.Loop, programs: int, itemsizes: tuple[int, int], device: Device) -> Grid:
-    """Returns the grid of a loop over `V`. A program has its tiles of `V` in flight, all stages but
-    the one that it computes with; those of the other factor come from the cache. `itemsizes` are
-    those of `x` and `V`."""
+    """Returns the grid of a loop over `V`, whose tiles are in flight; those of the other factor
+    come from the cache. `itemsizes` are those of `x` and `V`."""
     x_size, v_size = itemsizes
     v = tile.BLOCK_O * tile.BLOCK_R * v_size
     step = v + tile.BLOCK_M * max(tile.BLOCK_O, tile.BLOCK_R) * x_size
-    deep = max(1, tile.num_stages - 1)
-    resident = min(THREADS // (32 * tile.num_warps), device.shared // (deep * step))
-    return Grid(programs, deep * v, max(1, resident))
+    return _pipelined(programs, v, step, tile.num_warps, tile.num_stages, device)
+
+
+def _pipelined(
+    programs: int, loaded: int, step: int, warps: int, stages: int, device: Device
+) -> Grid:
+    """Returns the grid of a loop, of whose step so many bytes are `loaded` from memory. A program
+    has all stages in flight but the one that it computes with."""
+    deep = max(1, stages - 1)
+    resident = min(THREADS // (32 * warps), device.shared // (deep * step))
+    return Grid(programs, deep * loaded, max(1, resident))
 
 
 # --- linear layers -------------------------------------------------------------------------------
@@ -172,10 +180,11 @@ def triton_convolution(call: Call, conv: Geometry, device: Device) -> Costs:
     own = _Products.of(call, conv, device)
     constants, weight = device.convolution, math.prod(call.v_shape)
     v, dw = call.v_dtype.itemsize * weight, _grad_size(call) * weight
-    form, finish = Stage(2 * v + own.w), Stage(2 * (dw + v) + v)
+    form, finish = (_pass(moved, weight, device) for moved in (2 * v + own.w, 2 * (dw + v) + v))
     repacks = not call.channels_last
     repack_x, repack_y = (
-        [Stage(2 * side, 0.0, constants.repack)] * repacks for side in (own.x, own.y)
+        [_pass(2 * side, side / call.x_dtype.itemsize, device, constants.repack)] * repacks
+        for side in (own.x, own.y)
     )
 
     forward = {
@@ -283,20 +292,42 @@ class _Products(NamedTuple):
         moved, conv = self.x + self.y + self.w, self.conv
         constants = self.device.convolution
         if conv.has_small_groups(self.call.v_shape):
-            return [Stage(moved, 0.0, constants.direct)]
+            return [self._direct(moved)]
         o, r = self._channels(phased)
         phases = math.prod(conv.stride) if phased else 1
+        m, rest, device = self.phase if phased else self.small, phases * conv.groups, self.device
         tile = tiles.product(
-            self.phase if phased else self.small,
-            *(o, r, self.length(phased) / r, phases * conv.groups, self._size, self.ieee),
-            self.device.multiprocessors,
+            *(m, o, r, self.length(phased) / r, rest, self._size, self.ieee),
+            device.multiprocessors,
+        )
+        programs = tiles.blocks(m, tile.BLOCK_M) * tiles.blocks(o, tile.BLOCK_O) * rest
+        grid = self._grid(
+            programs * tile.splits,
+            *(tile.BLOCK_M, tile.BLOCK_O, tile.BLOCK_R),
+            *tiles.product_launch(tile, self._size, self.ieee, device.architecture),
         )
         steps = tile.steps * (constants.flat ** len(conv.stride) if r < 16 else 1)
-        found = [Stage(moved, self.operations, self._seconds(steps, constants.ieee))]
+        seconds = self._seconds(steps, constants.ieee)
+        found = [Stage(moved, self.operations, seconds, grid=grid)]
         if tile.splits > 1:
             result = self.y if phased == conv.transposed else self.x
-            found.append(Stage((4 * tile.splits / self._size + 1) * result, 0.0, constants.added))
+            added = (4 * tile.splits / self._size + 1) * result
+            found.append(_pass(added, result / self._size, device, constants.added))
         return found
+
+    def _grid(self, programs: int, a: int, b: int, step: int, warps: int, stages: int) -> Grid:
+        """Returns the grid of a product whose tile is `a` by `b`, in steps of `step`. Both factors
+        are in flight."""
+        loaded = (a + b) * step * self._size
+        return _pipelined(programs, loaded, loaded, warps, stages, self.device)
+
+    def _direct(self, moved: float) -> Stage:
+        """Returns a launch of groups of few channels. A program has a tile of `x` in flight."""
+        device = self.device
+        tile = math.prod(tiles.direct(self._size))
+        programs = max(1, math.ceil((self.x + self.y) / 2 / self._size / tile))
+        grid = Grid(programs, tile * self._size, THREADS // 128)
+        return Stage(moved, 0.0, device.convolution.direct, grid=grid)
 
     def gradient(self) -> list[Stage]:
         """Returns the launches of the gradient of the weight."""
@@ -306,8 +337,9 @@ class _Products(NamedTuple):
         taps = math.prod(call.v_shape[2:])
         dw = float(_grad_size(call) * math.prod(call.v_shape))
         if conv.has_small_groups(call.v_shape):
-            return [Stage(self.x + self.y + dw, 0.0, constants.direct)]
-        block_m, block_o, block_r = tiles.gradient(o, r, self._size)
+            return [self._direct(self.x + self.y + dw)]
+        loop = tiles.gradient(o, r, self._size, device.architecture)
+        block_m, block_o, block_r = loop[:3]
         across = tiles.blocks(taps * r, block_r) if r < 16 else taps * tiles.blocks(r, block_r)
         count = tiles.blocks(o, block_o) * across * conv.groups
         steps = tiles.blocks(self.small, block_m)
@@ -319,8 +351,10 @@ class _Products(NamedTuple):
         if r < 16 or call.tf32:  # loads of single elements, and a tile that is turned in registers
             walked *= 2
         seconds = self._seconds(walked, constants.grad_ieee)
-        found = [Stage(self.x + self.y + parts * dw, self.operations, seconds)]
+        grid = self._grid(count * parts, block_o, block_r, block_m, *loop[3:])
+        found = [Stage(self.x + self.y + parts * dw, self.operations, seconds, grid=grid)]
         if parts > 1:
             least = tiles.blocks(parts, tiles.ADDED) * constants.added
-            found.append(Stage(parts * dw + dw, 0.0, least))
+            elements = dw / _grad_size(call)
+            found.append(_pass(parts * dw + dw, elements, device, least))
         return found

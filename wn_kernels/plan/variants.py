@@ -209,4 +209,6 @@ def key(call: Call) -> str:
     if call.conv is not None:
         words += [f"{name}={value}" for name, value in call.conv._asdict().items()]
     words += [name for name in ("channels_last", "tf32") if getattr(call, name)]
+    if call.norm != "l2":
+        words.append(call.norm)
     return " ".join(words)

@@ -26,7 +26,7 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 from wn_kernels.backends import triton as backend
 from wn_kernels.call import Geometry
-from wn_kernels.backends.triton import compiled, configs, launch
+from wn_kernels.backends.triton import compiled, configs, launch, weight
 
 bound = []  # whether Triton has bound the arguments, for each of its launcher's calls
 launcher_s_call = CudaLauncher.__call__
@@ -39,11 +39,12 @@ CudaLauncher.__call__ = spy
 made = []  # the addresses of each launch of ours, and whether Triton has bound it
 
 def noted(launches):
-    def notes(self, tensors):
+    def notes(self, given):  # tensors, or their addresses
         bound.clear()
-        result = launches(self, tensors)
+        result = launches(self, given)
         if result:
-            made.append(([t.data_ptr() for t in tensors], any(bound)))
+            addresses = [t if isinstance(t, int) else t.data_ptr() for t in given]
+            made.append((addresses, any(bound)))
         return result
     return notes
 
@@ -230,13 +231,17 @@ type(driver.active).get_current_stream = lambda self, device: 7
 launch.forget()
 call()
 streams = [(l["stream"], l["by_triton"]) for l in launched(call)]
-print(json.dumps([seen, ways, streams]))
+bare = weight.remembered_weight_norm(launch.target_of(v), (v, g), 0, 0.0, v.dtype).bare
+bare(v, g)
+launched(lambda: bare(v, g))
+print(json.dumps([seen, ways, streams, [address == 0 for address in made[0][0]]]))
 """,
         way,
     ) == [
         ["slice_sum_kernel", "scale_kernel"] * 3,
         [True] * 4,
         [[7, False], [7, False]],
+        [False, False, True, True, False],  # no norms are written where nobody reads them
     ]
 
 
@@ -349,7 +354,7 @@ def test_the_interpreter_is_never_bypassed():
     code = """
 import os; os.environ["TRITON_INTERPRET"] = "1"
 import torch
-from bench import interpreter
+from bench.stand_in import interpreter
 interpreter.mend()
 from wn_kernels.backends import triton as backend
 v, g = torch.randn(5, 7), torch.rand(5, 1) + 0.5

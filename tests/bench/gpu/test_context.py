@@ -8,12 +8,13 @@ from typing import ClassVar
 import pytest
 import torch
 
-from bench import cases, timing
-from bench.cases import Runner
+from bench import cases
 from bench.gpu import results
 from bench.gpu.context import RECENT, Clock, Context
+from bench.measure import timing
 from bench.models import Miss, Wrong
 from bench.providers import PROVIDERS
+from bench.runner import Runner
 from tests.bench.layers import CPU, TINY
 from wn_kernels import WNLinear
 

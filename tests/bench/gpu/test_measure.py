@@ -12,8 +12,7 @@ import torch
 from torch.nn.utils import parametrizations
 
 import wn_kernels
-from bench import timing
-from bench.cases import Case, Runner
+from bench.cases import Case
 from bench.gpu import (
     context,
     conv,
@@ -26,7 +25,9 @@ from bench.gpu import (
     sweep,
     weight_norm,
 )
+from bench.measure import timing
 from bench.models import MODELS, Model
+from bench.runner import Runner
 from tests.bench.layers import CPU
 
 pytestmark = pytest.mark.skipif(

@@ -1,11 +1,14 @@
 """The native library is the fast path of a CPU. Its layers are nodes of the autograd graph, in C++.
 
     limits.h        thresholds that the cost model uses as well (limits.py)
+    norm.h          the norms of a slice and their slopes
     vectors.h       vectors of float32 or float64, read from any dtype and written to any
     rows.h          passes over a weight whose slices are its rows
     columns.h       passes over a weight whose slices are not its rows
     call.h          which calls are served, and how
     weight.h        W, its norms and its gradients
+    bend.h          the gradients of these gradients
+    nodes.h         W and its gradients as nodes of the graph
     group.h         the weights of many layers in one call
     panels.h        products of a weight with few columns, from one read of the weight
     unfold.h        a convolution over few pixels as such a product
@@ -39,7 +42,7 @@ from typing import Any
 import torch
 
 from ... import cache
-from ...call import Call
+from ...call import NORMS, Call
 from .. import reference
 from . import limits
 
@@ -194,7 +197,7 @@ def library(*callbacks: Callable[..., tuple | None]) -> Any:
     if found is not _connected:
         if found is not None:
             derivatives = reference.differentiable_grads, reference.weight_grads_backward
-            found.set_callbacks(*callbacks, *derivatives)
+            found.set_callbacks(*callbacks, *derivatives, NORMS)
         _connected = found
     return found
 

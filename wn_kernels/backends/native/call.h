@@ -21,6 +21,8 @@
 #include <torch/csrc/jit/frontend/tracer.h>
 #include <torch/csrc/utils/pybind.h>
 
+#include "norm.h"
+
 namespace wn_kernels {
 
 namespace py = pybind11;
@@ -201,21 +203,37 @@ struct Plan {
 // The Python functions that this library calls. They are never destroyed: the interpreter may be gone
 // before.
 struct Callbacks {
-  // (rank, (x, v, g, bias), geometry, dim, eps, channels_last) -> Plan::Encoded, or None where the
-  // library does not serve the call. It raises what is wrong with a call.
+  // (rank, (x, v, g, bias), geometry, dim, eps, channels_last, norm) -> Plan::Encoded, or None where
+  // the library does not serve the call. It raises what is wrong with a call.
   py::object plan;
-  // (rank, (x, v, g, bias), geometry, dim, eps) -> what `Launches` (launched.h) is made of, or None.
+  // (rank, (x, v, g, bias), geometry, dim, eps, norm) -> what `Launches` (launched.h) is made of, or
+  // None.
   py::object launches;
-  // (dY, dW, x, v, g, geometry, dim, eps, needs) -> (dX, dV, dg, db), of a batch of gradients as well
+  // (dY, dW, x, v, g, geometry, dim, eps, needs, norm) -> (dX, dV, dg, db), of a batch of gradients
+  // as well
   py::object differentiable_grads;
-  // (ddV, ddg, dW, v, g, n, dim, eps) -> the gradients of (dV, dg) with respect to dW, v and g; part
-  // of the graph if n is None
+  // (ddV, ddg, dW, v, g, n, dim, eps, norm) -> the gradients of (dV, dg) with respect to dW, v and g;
+  // part of the graph if n is None
   py::object weight_grads_backward;
+  std::vector<py::object> norms;  // the names of the norms, in the order of `Norm`
 };
 
 inline Callbacks& callbacks() {
   static auto* all = new Callbacks;
   return *all;
+}
+
+// Returns the name of a norm.
+inline py::object as_name(Norm norm) { return callbacks().norms[static_cast<size_t>(norm)]; }
+
+// Returns the norm of this name, or nothing if there is none.
+inline std::optional<Norm> norm_of(py::handle name) {
+  const auto& names = callbacks().norms;
+  for (size_t i = 0; i < names.size(); ++i)
+    if (name.is(names[i])) return static_cast<Norm>(i);
+  for (size_t i = 0; i < names.size(); ++i)  // another string of these letters
+    if (PyUnicode_CheckExact(name.ptr()) && name.equal(names[i])) return static_cast<Norm>(i);
+  return std::nullopt;
 }
 
 // What a call is looked up by: dtypes, shapes, layouts and options, as bytes.
@@ -313,7 +331,7 @@ inline Memo<Planned>& plans() {
 // The plan of a layer's call. Null where the library does not serve it.
 inline Planned planned(
     int64_t rank, const Operands& t, py::handle geometry, py::handle dim, py::handle eps,
-    bool channels_last) {
+    Norm norm, bool channels_last) {
   static thread_local Key key;
   key.clear();
   key.number(static_cast<char>(t.x.scalar_type()));
@@ -321,11 +339,12 @@ inline Planned planned(
   key.number(static_cast<char>(2 * rank + channels_last));
   for (const Tensor* tensor : {&t.x, &t.v, &t.g, &t.bias})
     key.list(tensor->defined() ? tensor->sizes() : at::IntArrayRef{-1});
+  key.number(norm);
   if (!key.option(geometry) || !key.option(dim) || !key.option(eps)) return nullptr;
   return plans().find(key.bytes(), [&]() -> Planned {
     const py::object bias = t.bias.defined() ? py::cast(t.bias) : py::none();
     const auto encoded = callbacks().plan(
-        rank, py::make_tuple(t.x, t.v, t.g, bias), geometry, dim, eps, channels_last);
+        rank, py::make_tuple(t.x, t.v, t.g, bias), geometry, dim, eps, channels_last, as_name(norm));
     if (encoded.is_none()) return nullptr;
     return std::make_shared<const Plan>(encoded.cast<Plan::Encoded>());
   });

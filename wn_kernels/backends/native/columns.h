@@ -5,8 +5,10 @@
 #pragma once
 
 #include <algorithm>
+#include <array>
 #include <cstdint>
-#include <numeric>
+#include <functional>
+#include <utility>
 #include <vector>
 
 #include "rows.h"
@@ -40,11 +42,9 @@ struct Columns {
   }
 };
 
-// Returns a row that holds f(j) in every column of slice j.
-template <typename T, typename F>
-std::vector<T> spread(const Columns& of, const F& f) {
-  std::vector<T> each(of.count);
-  for (int64_t j = 0; j < of.count; ++j) each[j] = f(j);
+// Returns a row that holds the number of slice j in each of its columns.
+template <typename T>
+std::vector<T> spread(const Columns& of, std::vector<T> each) {
   if (of.width() == of.count) return each;
   std::vector<T> all(of.width());
   for (int64_t j = 0; j < of.count; ++j) std::fill_n(&all[j * of.inner], of.inner, each[j]);
@@ -62,52 +62,112 @@ bool is_zero(const V* v, int64_t j, const Columns& of) {
   return true;
 }
 
-// Computes part_j += <a_j, b_j>. It takes four rows at once, because every pass loads and stores
-// the sums.
-template <typename A, typename B>
-void add_dots(Wide<A>* part, const A* a, const B* b, int64_t rows, int64_t columns) {
-  using T = Wide<A>;
+// Merges the terms of some rows, which start at element `at`, into the partial results of each
+// column. It takes four rows at once, because every pass loads and stores the results.
+template <typename T, typename... Merges, typename Term>
+void merge_rows(T* parts, int64_t at, int64_t rows, int64_t columns, const Term& term) {
+  constexpr size_t N = sizeof...(Merges);
+  const auto merge = [=](int64_t j, auto count, const std::array<Vector<T>, N>& terms) {
+    std::array<Vector<T>, N> all;
+    for (size_t k = 0; k < N; ++k) all[k] = load(parts + k * columns + j, count);
+    merge_each<Merges...>([&](size_t k) -> Vector<T>& { return all[k]; }, terms);
+    for (size_t k = 0; k < N; ++k) store(parts + k * columns + j, all[k], count);
+  };
   int64_t row = 0;
-  for (; row + 4 <= rows; row += 4, a += 4 * columns, b += 4 * columns)
+  for (; row + 4 <= rows; row += 4, at += 4 * columns)
     for_each_vector<T>(columns, [=](int64_t j, auto count) {
-      const auto term = [=](int64_t r) {
-        return load(a + r * columns + j, count) * load(b + r * columns + j, count);
+      const auto two = [=](int64_t r) {
+        auto terms = term(at + r * columns + j, j, count);
+        merge_each<Merges...>(
+            [&](size_t k) -> Vector<T>& { return terms[k]; },
+            term(at + (r + 1) * columns + j, j, count));
+        return terms;
       };
-      store(part + j, load(part + j, count) + ((term(0) + term(1)) + (term(2) + term(3))), count);
+      auto terms = two(0);
+      merge_each<Merges...>([&](size_t k) -> Vector<T>& { return terms[k]; }, two(2));
+      merge(j, count, terms);
     });
-  for (; row < rows; ++row, a += columns, b += columns)
-    for_each_vector<T>(columns, [=](int64_t j, auto count) {
-      const Vector<T> term = load(a + j, count) * load(b + j, count);
-      store(part + j, load(part + j, count) + term, count);
-    });
+  for (; row < rows; ++row, at += columns)
+    for_each_vector<T>(
+        columns, [=](int64_t j, auto count) { merge(j, count, term(at + j, j, count)); });
 }
 
-// Returns <A_j, B_j> of every slice. Chunks of rows are added in order, whichever thread took them.
+// Computes reductions over every slice. take(parts, at, rows) merges the rows that start at element
+// `at` into the partial results of each column. Chunks of rows are merged in order, whichever thread
+// took them.
+template <typename T, typename... Merges>
+std::array<std::vector<double>, sizeof...(Merges)> merged_columns(
+    const Columns& of, const std::function<void(T*, int64_t, int64_t)>& take) {
+  constexpr size_t N = sizeof...(Merges);
+  const int64_t width = of.width(), blocks = (of.rows + kBlockOfRows - 1) / kBlockOfRows,
+                chunks = std::clamp(of.rows * width / kChunk, int64_t{1}, std::min(blocks, kChunks));
+  std::vector<double> all(chunks * N * width);
+  // Merges the results of a column into those of another one, of all results that `all` has.
+  const auto merge_into = [&](double* to, const std::array<double, N>& values) {
+    merge_each<Merges...>([=](size_t k) -> double& { return to[k * width]; }, values);
+  };
+  const auto column = [=](const auto* from) {
+    std::array<double, N> values;
+    for (size_t k = 0; k < N; ++k) values[k] = from[k * width];
+    return values;
+  };
+  for_each(chunks, of.rows * width / chunks, [&](int64_t chunk) {
+    double* results = all.data() + chunk * N * width;
+    std::vector<T> parts(N * width);
+    for (int64_t block = chunk * blocks / chunks; block < (chunk + 1) * blocks / chunks; ++block) {
+      const int64_t first = block * kBlockOfRows;
+      std::fill(parts.begin(), parts.end(), T(0));
+      take(parts.data(), first * width, std::min(kBlockOfRows, of.rows - first));
+      for (int64_t j = 0; j < width; ++j) merge_into(results + j, column(&parts[j]));
+    }
+  });
+  double* results = all.data();
+  for (int64_t chunk = 1; chunk < chunks; ++chunk)
+    for (int64_t j = 0; j < width; ++j)
+      merge_into(results + j, column(results + chunk * N * width + j));
+  for (int64_t at = of.step(); at < width; at += of.step())
+    for (int64_t j = 0; j < of.step(); ++j) merge_into(results + j, column(results + at + j));
+  std::array<std::vector<double>, N> out;
+  for (auto& each : out) each.resize(of.count);
+  for (int64_t j = 0; j < of.count; ++j) {
+    double* first = results + j * of.inner;
+    for (int64_t i = 1; i < of.inner; ++i) merge_into(first, column(first + i));
+    for (size_t k = 0; k < N; ++k) out[k][j] = first[k * width];
+  }
+  return out;
+}
+
+// The same, where each reduction merges its terms. term(i, j, count) returns a vector of the terms of
+// each, for the elements from i on, which lie in the columns from j on.
+template <typename T, typename... Merges, typename Term>
+std::array<std::vector<double>, sizeof...(Merges)> column_reductions(
+    const Columns& of, const Term& term) {
+  return merged_columns<T, Merges...>(of, [&](T* parts, int64_t at, int64_t rows) {
+    merge_rows<T, Merges...>(parts, at, rows, of.width(), term);
+  });
+}
+
+// Returns <A_j, B_j> of every slice.
 template <typename A, typename B>
 std::vector<double> column_dots(const A* a, const B* b, const Columns& of) {
   using T = Wide<A>;
-  const int64_t width = of.width(), blocks = (of.rows + kBlockOfRows - 1) / kBlockOfRows,
-                chunks = std::clamp(of.rows * width / kChunk, int64_t{1}, std::min(blocks, kChunks));
-  std::vector<double> all(chunks * width);
-  for_each(chunks, of.rows * width / chunks, [&](int64_t chunk) {
-    double* sums = all.data() + chunk * width;
-    std::vector<T> part(width);
-    for (int64_t block = chunk * blocks / chunks; block < (chunk + 1) * blocks / chunks; ++block) {
-      const int64_t first = block * kBlockOfRows, at = first * width;
-      std::fill(part.begin(), part.end(), T(0));
-      add_dots(part.data(), a + at, b + at, std::min(kBlockOfRows, of.rows - first), width);
-      for (int64_t j = 0; j < width; ++j) sums[j] += part[j];
-    }
+  return column_reductions<T, Sum>(of, [=](int64_t i, int64_t, auto count) {
+    return std::array<Vector<T>, 1>{load(a + i, count) * load(b + i, count)};
+  })[0];
+}
+
+// Returns the partial of every slice.
+template <typename V>
+std::vector<double> column_partials(Norm of_norm, const V* v, const Columns& of) {
+  using T = Wide<V>;
+  std::vector<double> out;
+  with_norm(of_norm, [&](auto constant) {
+    constexpr Norm norm = decltype(constant)::value;
+    out = column_reductions<T, Merge<norm>>(of, [=](int64_t i, int64_t, auto count) {
+      return std::array<Vector<T>, 1>{norm_term<norm>(load(v + i, count))};
+    })[0];
   });
-  double* sums = all.data();
-  for (int64_t at = width; at < chunks * width; at += width)
-    for (int64_t j = 0; j < width; ++j) sums[j] += sums[at + j];
-  for (int64_t at = of.step(); at < width; at += of.step())
-    for (int64_t j = 0; j < of.step(); ++j) sums[j] += sums[at + j];
-  for (int64_t j = 0; of.inner > 1 && j < of.count; ++j)
-    sums[j] = std::accumulate(sums + j * of.inner, sums + (j + 1) * of.inner, 0.0);
-  all.resize(of.count);
-  return all;
+  return out;
 }
 
 }  // namespace wn_kernels

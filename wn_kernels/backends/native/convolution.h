@@ -11,8 +11,8 @@
 
 #include <tuple>
 
+#include "nodes.h"
 #include "unfold.h"
-#include "weight.h"
 
 namespace wn_kernels {
 
@@ -74,7 +74,7 @@ inline Tensor channel_sums(const Tensor& dy, at::ScalarType dtype) {
         const auto term = [=](int64_t i, auto count) {
           return std::array<Vector<T>, 1>{load(row + i, count)};
         };
-        sum += sums<T, 1>(pixels, term)[0];
+        sum += reductions<T, Sum>(pixels, term)[0];
       }
       to[channel] = static_cast<T>(sum);
     });
@@ -106,11 +106,11 @@ inline std::tuple<Tensor, Tensor, Tensor> plain_convolution_grads(
 
 inline std::optional<ConvolutionResult> convolution_forward(
     const Tensor& x, const Tensor& v, const Tensor& g, const Tensor& bias, const Geometry& conv,
-    at::IntArrayRef y_sizes, double eps, Variant variant, bool keeps) {
+    at::IntArrayRef y_sizes, const NormOptions& options, Variant variant, bool keeps) {
   if (variant == Variant::unfold) {
     RECORD_FUNCTION("wn_kernels::convolution, unfold", {});
     const auto result = unfolded_forward(
-        x, v, g, as(bias, x.scalar_type()), conv, y_sizes, eps);
+        x, v, g, as(bias, x.scalar_type()), conv, y_sizes, options);
     if (!result) return std::nullopt;
     return ConvolutionResult{result->first, result->second, Tensor()};
   }
@@ -119,14 +119,14 @@ inline std::optional<ConvolutionResult> convolution_forward(
         variant == Variant::widen ? "wn_kernels::convolution, widen"
                                   : "wn_kernels::convolution, materialize",
         {});
-    auto result = weight(v, g, eps, product_dtype(variant, x, v));
+    auto result = weight(v, g, options, product_dtype(variant, x, v));
     if (!result) return std::nullopt;
     auto& [w, n] = *result;
     return ConvolutionResult{plain(x, w, bias, conv), n, keeps ? w : Tensor()};
   }
   RECORD_FUNCTION(
       conv.transposed ? "wn_kernels::convolution, input" : "wn_kernels::convolution, output", {});
-  const auto n = norms(v, g, eps);
+  const auto n = norms(v, g, options);
   if (!n) return std::nullopt;
   const Tensor s = per_channel(g, *n, x.dim());
   if (conv.transposed) return ConvolutionResult{plain(x * s, v, bias, conv), *n, Tensor()};
@@ -138,12 +138,12 @@ inline std::optional<ConvolutionResult> convolution_forward(
 struct Convolution : Function<Convolution> {
   static Tensor forward(
       AutogradContext* ctx, const Tensor& x, const Tensor& v, const Tensor& g,
-      const MaybeTensor& bias, const ConvolutionResult& result, const Geometry& conv, double eps,
-      Variant variant) {
+      const MaybeTensor& bias, const ConvolutionResult& result, const Geometry& conv,
+      const NormOptions& options, Variant variant) {
     ctx->save_for_backward({x, v, g, result.n, result.w});
     auto& data = ctx->saved_data;
     if (bias) data["bias"] = static_cast<int64_t>(bias->scalar_type());
-    data["eps"] = eps;
+    save(ctx, options);
     data["variant"] = static_cast<int64_t>(variant);
     data["geometry"] = conv.packed();
     ctx->set_materialize_grads(false);
@@ -156,7 +156,7 @@ struct Convolution : Function<Convolution> {
     const LayerGrads given(grads);
     const Tensor& dy = given.dy;
     auto& data = ctx->saved_data;
-    const double eps = data["eps"].toDouble();
+    const NormOptions options = saved_options(ctx);
     const auto conv = Geometry::unpacked(data["geometry"].toIntVector());
     const auto bias = data.find("bias");
     const bool needs_x = ctx->needs_input_grad(0), needs_v = ctx->needs_input_grad(1),
@@ -167,7 +167,7 @@ struct Convolution : Function<Convolution> {
     variable_list out(8);
     if (given.are_undefined()) return out;
     if (!given.are_plain()) {
-      auto found = composite_grads(dy, given.dw, x, v, g, conv, eps, {needs_x, needs_v, needs_g});
+      auto found = composite_grads(dy, given.dw, x, v, g, conv, options, {needs_x, needs_v, needs_g});
       std::move(found.begin(), found.end(), out.begin());
       if (needs_bias && dy.defined()) out[3] = bias_grad(dy, 1, bias_dtype);
       return out;
@@ -193,14 +193,14 @@ struct Convolution : Function<Convolution> {
             dy, x, weight, conv, needs_x, needs_weight, needs_bias, bias_dtype);
       }
       if (needs_weight) {
-        auto found = recorded_weight_grads(given.total(dw), v, g, n, eps);
+        auto found = recorded_weight_grads(given.total(dw), v, g, n, options);
         std::move(found.begin(), found.end(), out.begin() + 1);
       }
       return out;
     }
     if (!dy.defined()) {
       const BelowAutograd below;
-      std::tie(out[1], out[2]) = weight_grads(given.dw, v, g, n, eps, false);
+      std::tie(out[1], out[2]) = weight_grads(given.dw, v, g, n, options, false);
       return out;
     }
     const BelowAutograd below;
@@ -208,9 +208,9 @@ struct Convolution : Function<Convolution> {
     if (variant == Variant::unfold) {
       RECORD_FUNCTION("wn_kernels::convolution_backward, unfold", {});
       std::tie(out[0], out[1], out[2]) =
-          unfolded_backward(dy, x, v, g, n, conv, eps, needs_x, needs_weight);
+          unfolded_backward(dy, x, v, g, n, conv, options, needs_x, needs_weight);
       if (needs_weight && given.dw.defined()) {
-        const auto [dv, dg] = weight_grads(given.dw, v, g, n, eps, false);
+        const auto [dv, dg] = weight_grads(given.dw, v, g, n, options, false);
         out[1].add_(dv), out[2].add_(dg);
       }
       return out;
@@ -243,7 +243,7 @@ struct Convolution : Function<Convolution> {
       dw = found;
     }
     if (needs_weight)
-      std::tie(out[1], out[2]) = weight_grads(given.total(dw), v, g, n, eps, true);
+      std::tie(out[1], out[2]) = weight_grads(given.total(dw), v, g, n, options, true);
     return out;
   }
 };
@@ -251,29 +251,30 @@ struct Convolution : Function<Convolution> {
 // The arguments from `stride` on are those of functional.convolution.
 inline MaybeTensor convolution(
     int64_t rank, py::handle x, py::handle v, py::handle g, py::handle bias, py::handle geometry,
-    py::handle dim, py::handle eps) {
+    py::handle dim, py::handle eps, py::handle norm) {
   auto t = operands(x, v, g, bias);
-  if (!t || !has_slices(t->v, t->g)) return std::nullopt;
+  const auto named = norm_of(norm);
+  if (!t || !named || !has_slices(t->v, t->g)) return std::nullopt;
   t->x = as_autocast(t->x);
   const bool channels_last = !(is_channels_first(t->x) && is_channels_first(t->v));
-  const auto found = planned(rank, *t, geometry, dim, eps, channels_last);
+  const auto found = planned(rank, *t, geometry, dim, eps, *named, channels_last);
   if (!found) return std::nullopt;
   const Plan& plan = *found;
-  const double least = py::cast<double>(eps);
+  const NormOptions options{py::cast<double>(eps), *named};
   py::gil_scoped_release released;
   const bool recorded = t->needs_grad();
   std::optional<ConvolutionResult> result;
   {
     const BelowAutograd below;
     result = convolution_forward(
-        t->x, t->v, t->g, t->bias, plan.conv, plan.y_sizes, least,
+        t->x, t->v, t->g, t->bias, plan.conv, plan.y_sizes, options,
         recorded ? plan.recorded : plan.forward, plan.keeps && recorded);
   }
   if (!result) return std::nullopt;
   if (!recorded) return result->y;
   return with_weight_grad(
       Convolution::apply(
-          t->x, t->v, t->g, maybe(t->bias), *result, plan.conv, least, plan.backward),
+          t->x, t->v, t->g, maybe(t->bias), *result, plan.conv, options, plan.backward),
       t->v);
 }
 

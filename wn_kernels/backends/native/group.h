@@ -9,8 +9,8 @@
 
 #include <torch/csrc/Dtype.h>
 
+#include "nodes.h"
 #include "passes.h"
-#include "weight.h"
 
 namespace wn_kernels {
 
@@ -42,7 +42,7 @@ inline bool is_free(const Tensor& t) {
 // The weights of a group, and their norms.
 struct Group {
   variable_list v, g, w, n;
-  std::vector<double> eps;
+  std::vector<NormOptions> options;
   variable_list places;  // memory that every W whose slices are rows is written to, or nothing
 
   // Computes W in these dtypes, and n. Returns false if a norm is out of range.
@@ -54,7 +54,7 @@ struct Group {
     for (size_t i = 0; i < count; ++i) {
       const Extents e(v[i], g[i]);
       if (e.columns) {
-        const auto result = weight(v[i], g[i], eps[i], dtypes[i]);
+        const auto result = weight(v[i], g[i], options[i], dtypes[i]);
         if (!result) return false;
         std::tie(w[i], n[i]) = *result;
       } else {
@@ -66,7 +66,7 @@ struct Group {
     std::atomic<bool> in_range{true};
     for_each_piece(pieces, [&](const Piece& piece) {
       const size_t i = piece.member;
-      if (!weight_rows(w[i], n[i], v[i], g[i], eps[i], piece.begin, piece.end)) in_range = false;
+      if (!weight_rows(w[i], n[i], v[i], g[i], options[i], piece.begin, piece.end)) in_range = false;
     });
     return in_range;
   }
@@ -82,7 +82,7 @@ struct Group {
       const Extents e(v[i], g[i]);
       auto &dv = out[i], &dg = out[count + i];
       if (e.columns) {
-        std::tie(dv, dg) = weight_grads(given[i], v[i], g[i], n[i], eps[i], is_free(given[i]));
+        std::tie(dv, dg) = weight_grads(given[i], v[i], g[i], n[i], options[i], is_free(given[i]));
       } else {
         std::tie(dw[i], dv, dg) = empty_weight_grads(given[i], v[i], g[i], is_free(given[i]));
         add_pieces(pieces, i, e.count, e.length);
@@ -91,7 +91,7 @@ struct Group {
     for_each_piece(pieces, [&](const Piece& piece) {
       const size_t i = piece.member;
       weight_grad_rows(
-          out[i], out[count + i], dw[i], v[i], g[i], n[i], eps[i], piece.begin, piece.end);
+          out[i], out[count + i], dw[i], v[i], g[i], n[i], options[i], piece.begin, piece.end);
     });
     return out;
   }
@@ -110,7 +110,7 @@ class WeightNorms : public torch::autograd::Node {
     node->set_next_edges(std::move(edges));
     for (const auto* each : {&group.v, &group.g, &group.n})
       for (const Tensor& t : *each) node->saved_.emplace_back(t, /*is_output=*/false);
-    node->eps_ = group.eps;
+    node->options_ = group.options;
     if (grads) node->grads_ = node->references_.keep(py::reinterpret_borrow<py::object>(grads));
     for (const Tensor& w : group.w) torch::autograd::set_history(w, node);
   }
@@ -123,8 +123,8 @@ class WeightNorms : public torch::autograd::Node {
   }
 
   variable_list apply(variable_list&& given) override {
-    const size_t count = eps_.size();
-    Group group{{}, {}, {}, {}, eps_, {}};
+    const size_t count = options_.size();
+    Group group{{}, {}, {}, {}, options_, {}};
     {
       const std::lock_guard<std::mutex> lock(mutex_);
       for (size_t i = 0; i < saved_.size(); ++i) {
@@ -141,7 +141,7 @@ class WeightNorms : public torch::autograd::Node {
       const auto &v = group.v[i], &g = group.g[i];
       if (!is_plain(given[i], v.device().type())) {
         const auto all = composite_grads(
-            given[i], {}, {}, v, g, std::nullopt, eps_[i], {false, needs_v, needs_g});
+            given[i], {}, {}, v, g, std::nullopt, options_[i], {false, needs_v, needs_g});
         out[i] = all[1];
         out[count + i] = all[2];
       } else if (again) {
@@ -189,8 +189,7 @@ class WeightNorms : public torch::autograd::Node {
   // (dV, dg) of one weight as part of the graph.
   variable_list recorded(
       const Tensor& grad, const Tensor& v, const Tensor& g, const Tensor& n, size_t i) const {
-    const double eps = eps_[i];
-    if (!grads_) return recorded_weight_grads(grad, v, g, n, eps);
+    if (!grads_) return recorded_weight_grads(grad, v, g, n, options_[i]);
     const Tensor dw = as(grad, v.scalar_type());
     std::pair<Tensor, Tensor> result;
     {
@@ -199,11 +198,11 @@ class WeightNorms : public torch::autograd::Node {
       const auto found = by_python({dw}, {v}, {g}, {n}, i);
       result = {found[0], found[1]};
     }
-    return WeightGrads::apply(dw, v, g, n, result, Extents(v, g).axis, eps);
+    return WeightGrads::apply(dw, v, g, n, result, Extents(v, g).axis, options_[i]);
   }
 
   std::vector<torch::autograd::SavedVariable> saved_;  // all V, all g, all n
-  std::vector<double> eps_;
+  std::vector<NormOptions> options_;
   References references_;
   py::handle grads_;
 };
@@ -212,20 +211,20 @@ class WeightNorms : public torch::autograd::Node {
 // own. Returns nothing if the library does not serve one of them.
 inline std::optional<variable_list> weight_norms(
     const py::list& v, const py::list& g, const py::list& dims, const py::list& eps,
-    const py::list& dtypes, const std::optional<variable_list>& places) {
+    const py::list& dtypes, const py::list& norms, const std::optional<variable_list>& places) {
   Group group;
   if (places) group.places = *places;
   std::vector<at::ScalarType> of_w;
   bool needs_grad = false;
   for (size_t i = 0; i < v.size(); ++i) {
-    const auto t = weight_operands(v[i], g[i], dims[i], eps[i]);
+    const auto t = weight_operands(v[i], g[i], dims[i], eps[i], norms[i]);
     if (!t) return std::nullopt;
     const auto dtype = reinterpret_cast<THPDtype*>(py::handle(dtypes[i]).ptr())->scalar_type;
     if ((dtype == at::kDouble) != (t->v.scalar_type() == at::kDouble)) return std::nullopt;
     of_w.push_back(dtype);
     group.v.push_back(t->v);
     group.g.push_back(t->g);
-    group.eps.push_back(PyFloat_AS_DOUBLE(py::handle(eps[i]).ptr()));
+    group.options.push_back(t->options);
     needs_grad |= t->needs_grad();
   }
   const py::gil_scoped_release released;
@@ -297,8 +296,9 @@ inline py::list empty_like(const py::list& tensors, const py::list& dtypes) {
 // Makes the weights W outputs of a node, whose backward is `grads`.
 inline py::list record(
     const py::list& w, const py::list& v, const py::list& g, const py::list& n,
-    const std::vector<double>& eps, const py::object& grads) {
-  Group group{unpacked(v), unpacked(g), unpacked(w), unpacked(n), eps, {}};
+    const std::vector<double>& eps, const py::list& norms, const py::object& grads) {
+  Group group{unpacked(v), unpacked(g), unpacked(w), unpacked(n), {}, {}};
+  for (size_t i = 0; i < eps.size(); ++i) group.options.push_back({eps[i], *norm_of(norms[i])});
   WeightNorms::record(group, grads);
   return packed(group.w);
 }

@@ -29,11 +29,11 @@ inline py::tuple as_tuple(const Needs& needs) {
 
 // One prepared call. Its functions are called without the GIL, and take it where Python runs.
 struct Launches : torch::CustomClassHolder {
-  Launches(const py::object& prepared, double eps)
+  Launches(const py::object& prepared, const NormOptions& options)
       : forms_forward(prepared.attr("forms_forward").cast<bool>()),
         forms_backward(prepared.attr("forms_backward").cast<bool>()),
         keeps(prepared.attr("keeps").cast<bool>()),
-        axis(prepared.attr("dim").cast<std::optional<int64_t>>().value_or(-1)), eps(eps),
+        axis(prepared.attr("dim").cast<std::optional<int64_t>>().value_or(-1)), options(options),
         is_observed(prepared.attr("signs")),
         geometry(references.keep(prepared.attr("conv"))),
         python_forward(references.keep(prepared.attr("forward"))),
@@ -41,7 +41,7 @@ struct Launches : torch::CustomClassHolder {
         prepare_backward(references.keep(prepared.attr("prepare_backward"))),
         pass(as_pass(prepared.attr("run"))), keeping(as_pass(prepared.attr("keeping"))) {
     if (const py::object w = prepared.attr("weight"); !w.is_none())
-      weight = c10::make_intrusive<Launches>(w, eps);
+      weight = c10::make_intrusive<Launches>(w, options);
     if (!geometry.is_none()) conv = Geometry::of(geometry.cast<Geometry::Fields>());
   }
 
@@ -161,7 +161,7 @@ struct Launches : torch::CustomClassHolder {
   bool forms_forward, forms_backward;  // whether PyTorch's convolution by W serves a direction
   bool keeps;                          // whether a training step keeps that W
   int64_t axis;                        // the kept dimension; -1 for the whole of V
-  double eps;
+  NormOptions options;
   Observation is_observed;
   py::handle geometry;
   py::handle python_forward;    // (x, v, g, bias) -> (y, n)
@@ -179,7 +179,8 @@ struct Launches : torch::CustomClassHolder {
 using Prepared = c10::intrusive_ptr<Launches>;
 
 inline Prepared prepared(
-    int64_t rank, const Operands& t, py::handle geometry, py::handle dim, py::handle eps);
+    int64_t rank, const Operands& t, py::handle geometry, py::handle dim, py::handle eps,
+    Norm norm);
 
 // The node of a call. It is no `Function`, whose context takes longer than a launch does.
 class Launched : public torch::autograd::Node {
@@ -226,7 +227,8 @@ class Launched : public torch::autograd::Node {
       const py::gil_scoped_acquire gil;
       out = as_variables(callbacks().differentiable_grads(
           as_object(dy), as_object(dw), as_object(x), v, g, launches_->geometry,
-          as_dim(launches_->axis), launches_->eps, as_tuple(needs)));
+          as_dim(launches_->axis), launches_->options.eps, as_tuple(needs),
+          as_name(launches_->options.norm)));
     } else if (again) {
       out = recorded(given, x, v, g, n, needs, *weight);
     } else {
@@ -253,7 +255,8 @@ class Launched : public torch::autograd::Node {
   Prepared weight_alone(const Tensor& v, const Tensor& g) const {
     const py::gil_scoped_acquire gil;
     return prepared(
-        0, {{}, v, g, {}}, py::tuple(), as_dim(launches_->axis), py::float_(launches_->eps));
+        0, {{}, v, g, {}}, py::tuple(), as_dim(launches_->axis), py::float_(launches_->options.eps),
+        launches_->options.norm);
   }
 
   // (dX, dV, dg, db) as part of the graph.
@@ -285,7 +288,8 @@ class Launched : public torch::autograd::Node {
       grads = weight.backward(dw, {}, v, g, {}, n, {}, {false, true, true, false}, observed);
     }
     auto found = WeightGrads::apply(
-        dw, v, g, n, std::make_pair(grads[1], grads[2]), launches_->axis, launches_->eps);
+        dw, v, g, n, std::make_pair(grads[1], grads[2]), launches_->axis,
+        launches_->options);
     std::move(found.begin(), found.end(), out.begin() + 1);
     return out;
   }
@@ -313,7 +317,8 @@ bool takes_tf32(Precision (at::Context::*get)(Backend, Op) const, int64_t rank) 
 
 // What was prepared for a call; null where Python serves it by itself.
 inline Prepared prepared(
-    int64_t rank, const Operands& t, py::handle geometry, py::handle dim, py::handle eps) {
+    int64_t rank, const Operands& t, py::handle geometry, py::handle dim, py::handle eps,
+    Norm norm) {
   static thread_local Key key;
   key.clear();
   key.number(static_cast<char>(rank));
@@ -324,14 +329,17 @@ inline Prepared prepared(
     key.list(tensor->sizes());
     key.list(tensor->strides());
   }
+  key.number(norm);
   if (!key.option(geometry) || !key.option(dim) || !key.option(eps)) return {};
   if (t.x.defined() && t.x.scalar_type() == at::kFloat)
     key.number(takes_tf32(&at::Context::float32Precision, rank));
   return launches_memo().find(key.bytes(), [&]() -> Prepared {
     const auto answer = callbacks().launches(
-        rank, py::make_tuple(as_object(t.x), t.v, t.g, as_object(t.bias)), geometry, dim, eps);
+        rank, py::make_tuple(as_object(t.x), t.v, t.g, as_object(t.bias)), geometry, dim, eps,
+        as_name(norm));
     if (answer.is_none()) return {};
-    return c10::make_intrusive<Launches>(answer, py::cast<double>(eps));
+    return c10::make_intrusive<Launches>(
+        answer, NormOptions{py::cast<double>(eps), norm});
   });
 }
 
@@ -356,10 +364,11 @@ inline Tensor run(
 
 inline MaybeTensor launched(
     int64_t rank, py::handle x, py::handle v, py::handle g, py::handle bias, py::handle geometry,
-    py::handle dim, py::handle eps) {
+    py::handle dim, py::handle eps, py::handle norm) {
   const auto t = launched_operands(x, v, g, bias);
-  if (!t || t->x.defined() != (rank >= 0)) return std::nullopt;
-  const auto launches = prepared(std::max<int64_t>(rank, 0), *t, geometry, dim, eps);
+  const auto named = norm_of(norm);
+  if (!t || !named || t->x.defined() != (rank >= 0)) return std::nullopt;
+  const auto launches = prepared(std::max<int64_t>(rank, 0), *t, geometry, dim, eps, *named);
   if (!launches) return std::nullopt;
   const bool observed = launches->is_observed();
   const py::gil_scoped_release released;

@@ -19,21 +19,21 @@ namespace wn_kernels {
 // A layer on a CPU. Without a rank it is the weight alone.
 inline MaybeTensor computed(
     int64_t rank, py::handle x, py::handle v, py::handle g, py::handle bias, py::handle geometry,
-    py::handle dim, py::handle eps) {
-  if (rank < 0) return weight_norm(v, g, dim, eps);
-  if (rank == 0) return linear(x, v, g, bias, dim, eps);
-  return convolution(rank, x, v, g, bias, geometry, dim, eps);
+    py::handle dim, py::handle eps, py::handle norm) {
+  if (rank < 0) return weight_norm(v, g, dim, eps, norm);
+  if (rank == 0) return linear(x, v, g, bias, dim, eps, norm);
+  return convolution(rank, x, v, g, bias, geometry, dim, eps, norm);
 }
 
-// Such a function for Python: (rank or None, x, v, g, bias, geometry, dim, eps) -> y, or None. It has
-// no table of overloads, as pybind11's functions have, which takes as long as a small allocation.
+// Such a function for Python: (rank or None, x, v, g, bias, geometry, dim, eps, norm) -> y, or None. It
+// has no table of overloads, as pybind11's functions have, which takes as long as a small allocation.
 template <decltype(computed) serve>
 PyObject* served(PyObject*, PyObject* const* given, Py_ssize_t count) {
   HANDLE_TH_ERRORS
-  TORCH_CHECK_TYPE(count == 8, "expected 8 arguments, got ", count);
+  TORCH_CHECK_TYPE(count == 9, "expected 9 arguments, got ", count);
   const int64_t rank = given[0] == Py_None ? -1 : PyLong_AsLongLong(given[0]);
-  const auto y =
-      serve(rank, given[1], given[2], given[3], given[4], given[5], given[6], given[7]);
+  const auto y = serve(
+      rank, given[1], given[2], given[3], given[4], given[5], given[6], given[7], given[8]);
   if (y) return THPVariable_Wrap(*y);
   Py_RETURN_NONE;
   END_HANDLE_TH_ERRORS
@@ -65,10 +65,10 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("record", &record);
   m.def(
       "set_callbacks", [](py::object plan, py::object launches, py::object differentiable_grads,
-                          py::object weight_grads_backward) {
+                          py::object weight_grads_backward, std::vector<py::object> norms) {
         callbacks() = {
             std::move(plan), std::move(launches), std::move(differentiable_grads),
-            std::move(weight_grads_backward)};
+            std::move(weight_grads_backward), std::move(norms)};
       });
   py::class_<Kernel>(m, "Kernel").def(
       "__call__", [](const Kernel& kernel, uintptr_t stream, int device,

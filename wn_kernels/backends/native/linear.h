@@ -1,6 +1,6 @@
 // This file computes the linear layer y = x Wᵀ + b with W = s V. There are four variants:
 //
-//   late         y = (x Vᵀ) s + b,  dX = (dY s) V,  dV = (dY s)ᵀ x - c V, with a = sum dY (x Vᵀ)
+//   late         y = (x Vᵀ) s + b,  dX = (dY s) V,  dV = (dY s)ᵀ x - c u, with a = sum dY (x Vᵀ)
 //   own          the same in float32 or float64, for few rows of x; no product comes from a library
 //   materialize  W is formed in the forward and in the backward, in the dtype of x
 //   widen        the same in float32, for an x in half precision
@@ -15,8 +15,8 @@
 #include <memory>
 #include <optional>
 
+#include "nodes.h"
 #include "panels.h"
-#include "weight.h"
 
 namespace wn_kernels {
 
@@ -172,7 +172,8 @@ void column_pass(
 // n. It returns nothing if a norm is out of range.
 template <typename V>
 std::optional<LinearResult> own_forward(
-    const Tensor& x, const Tensor& v, const Tensor& g, const Tensor& bias, double eps, bool keeps) {
+    const Tensor& x, const Tensor& v, const Tensor& g, const Tensor& bias,
+    const NormOptions& options, bool keeps) {
   using T = Wide<V>;
   const int64_t rows = x.size(0), outputs = v.size(0), inputs = v.size(1);
   LinearResult out;
@@ -183,38 +184,39 @@ std::optional<LinearResult> own_forward(
   const auto *xs = x.const_data_ptr<T>(), *bs = bias.defined() ? bias.const_data_ptr<T>() : nullptr;
   auto *ys = out.y.mutable_data_ptr<T>(),
        *kept = keeps ? out.product.mutable_data_ptr<T>() : nullptr;
-  Norms<T> all(out.n.mutable_data_ptr<T>(), eps);
-  const auto finish = [&](int64_t j, const T* p, double square) {
-    const T s = static_cast<T>(gs[j]) / all.set(j, square, vs + j * inputs, inputs);
+  Norms<T> all(out.n.mutable_data_ptr<T>(), options);
+  const auto finish = [&](int64_t j, const T* p, double partial) {
+    const T s = static_cast<T>(gs[j]) / all.set(j, partial, vs + j * inputs, inputs);
     for (int64_t m = 0; m < rows; ++m) ys[m * outputs + j] = p[m] * s + (bs ? bs[j] : 0);
     if (kept) std::copy_n(p, rows, kept + j * rows);
   };
   if (rows == 1) {
     for_each(outputs, inputs, [&](int64_t j) {
-      const auto [square, product] = square_and_dot(vs + j * inputs, xs, inputs);
+      const auto [partial, product] =
+          partial_and_dot(options.norm, vs + j * inputs, xs, inputs);
       const auto p = static_cast<T>(product);
-      finish(j, &p, square);
+      finish(j, &p, partial);
     });
   } else {
     Panels<T> panels(inputs, rows);
     pack(xs, panels);
     for_each_stack(outputs, panels, [&](int64_t first, int64_t count) {
-      rows_product<true>(vs, first, count, panels, finish);
+      rows_product(vs, first, count, panels, options.norm, finish);
     });
   }
   return all.in_range() ? std::make_optional(out) : std::nullopt;
 }
 
 inline std::optional<LinearResult> linear_forward(
-    const Tensor& x, const Tensor& v, const Tensor& g, const Tensor& bias, double eps,
-    Variant variant, bool keeps) {
+    const Tensor& x, const Tensor& v, const Tensor& g, const Tensor& bias,
+    const NormOptions& options, Variant variant, bool keeps) {
   const auto dtype = x.scalar_type(), wide = wide_dtype(v);
   if (variant == Variant::materialize || variant == Variant::widen) {
     RECORD_FUNCTION(
         variant == Variant::widen ? "wn_kernels::linear, widen" : "wn_kernels::linear, materialize",
         {});
     const auto of_product = product_dtype(variant, x, v);
-    auto result = weight(v, g, eps, of_product);
+    auto result = weight(v, g, options, of_product);
     if (!result) return std::nullopt;
     const Tensor y =
         at::linear(as(x, of_product), result->first, maybe(as(bias, of_product)));
@@ -225,12 +227,12 @@ inline std::optional<LinearResult> linear_forward(
   std::optional<LinearResult> out;
   if (variant == Variant::own) {
     with_dtype(v.scalar_type(), [&](auto number) {
-      out = own_forward<decltype(number)>(as(x, wide).contiguous(), v, g, shift, eps, keeps);
+      out = own_forward<decltype(number)>(as(x, wide).contiguous(), v, g, shift, options, keeps);
     });
     if (out) out->y = as(out->y, dtype);
     return out;
   }
-  const auto n = norms(v, g, eps);
+  const auto n = norms(v, g, options);
   if (!n) return std::nullopt;
   // Float32 products of few rows are faster with V on the left.
   const bool left = dtype == wide && x.size(0) < kLeftRows;
@@ -260,10 +262,11 @@ inline std::tuple<Tensor, Tensor, Tensor> plain_linear_grads(
 struct Linear : Function<Linear> {
   static Tensor forward(
       AutogradContext* ctx, const Tensor& x, const Tensor& v, const Tensor& g,
-      const MaybeTensor& bias, const LinearResult& result, double eps, Variant variant) {
+      const MaybeTensor& bias, const LinearResult& result, const NormOptions& options,
+      Variant variant) {
     if (bias) ctx->saved_data["bias"] = static_cast<int64_t>(bias->scalar_type());
     ctx->save_for_backward({x, v, g, result.n, result.product});
-    ctx->saved_data["eps"] = eps;
+    save(ctx, options);
     ctx->saved_data["variant"] = static_cast<int64_t>(variant);
     ctx->set_materialize_grads(false);
     return result.y;
@@ -272,7 +275,7 @@ struct Linear : Function<Linear> {
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
     const auto saved = ctx->get_saved_variables();
     const auto &input = saved[0], &v = saved[1], &g = saved[2], &n = saved[3], &p = saved[4];
-    const double eps = ctx->saved_data["eps"].toDouble();
+    const NormOptions options = saved_options(ctx);
     const auto bias = ctx->saved_data.find("bias");
     const auto variant = static_cast<Variant>(ctx->saved_data["variant"].toInt());
     const bool needs_x = ctx->needs_input_grad(0), needs_v = ctx->needs_input_grad(1),
@@ -285,7 +288,7 @@ struct Linear : Function<Linear> {
     if (given.are_undefined()) return out;
     if (!given.are_plain()) {
       auto found = composite_grads(
-          given.dy, given.dw, input, v, g, std::nullopt, eps, {needs_x, needs_v, needs_g});
+          given.dy, given.dw, input, v, g, std::nullopt, options, {needs_x, needs_v, needs_g});
       std::move(found.begin(), found.end(), out.begin());
       if (needs_bias && given.dy.defined())
         out[3] = bias_grad(given.dy, given.dy.dim() - 1, bias_dtype);
@@ -305,14 +308,14 @@ struct Linear : Function<Linear> {
             given.dy, input, w, dtype, needs_x, needs_weight, needs_bias, bias_dtype);
       }
       if (needs_weight) {
-        auto found = recorded_weight_grads(given.total(dw), v, g, n, eps);
+        auto found = recorded_weight_grads(given.total(dw), v, g, n, options);
         std::move(found.begin(), found.end(), out.begin() + 1);
       }
       return out;
     }
     const BelowAutograd below;
     if (!given.dy.defined()) {
-      std::tie(out[1], out[2]) = weight_grads(given.dw, v, g, n, eps, false);
+      std::tie(out[1], out[2]) = weight_grads(given.dw, v, g, n, options, false);
       return out;
     }
     const Tensor dy = as_rows(given.dy).contiguous(), x = as_rows(input);
@@ -334,9 +337,10 @@ struct Linear : Function<Linear> {
       const Tensor few = own && dy.size(0) > 1 ? scaled.t().contiguous() : Tensor();
       if (needs_x) dx = few.defined() ? few_rows_product(few, v) : rows_times(scaled, v);
       if (p.defined() && !given.dw.defined())
-        std::tie(out[1], out[2]) = grads_from_dots(a, scaled, few, x, v, g, n, eps);
+        std::tie(out[1], out[2]) = grads_from_dots(a, scaled, few, x, v, g, n, options);
       else if (needs_weight && own && !given.dw.defined())
-        std::tie(out[1], out[2]) = own_weight_grads(grad, as(x, n.scalar_type()), v, g, n, eps);
+        std::tie(out[1], out[2]) = 
+            own_weight_grads(grad, as(x, n.scalar_type()), v, g, n, options);
     } else {
       RECORD_FUNCTION(
           variant == Variant::widen ? "wn_kernels::linear_backward, widen"
@@ -347,7 +351,7 @@ struct Linear : Function<Linear> {
     }
     if (needs_weight && !out[1].defined()) {
       const Tensor dw = at::mm(as(dy, dtype).t(), as(x, dtype));
-      std::tie(out[1], out[2]) = weight_grads(given.total(dw), v, g, n, eps, true);
+      std::tie(out[1], out[2]) = weight_grads(given.total(dw), v, g, n, options, true);
     }
     if (needs_x) out[0] = as(dx, input.scalar_type()).view(input.sizes());
     if (needs_bias) out[3] = as(db, bias_dtype);
@@ -366,52 +370,66 @@ struct Linear : Function<Linear> {
     return w;
   }
 
-  // Computes dV = (dY s)ᵀ x - c V and dg from a = <dW, V>, all in one dtype. dV starts as the last
+  // Computes dV = (dY s)ᵀ x - c u and dg from a = <dW, V>, all in one dtype. dV starts as the last
   // term, and the product is added to it.
   static std::pair<Tensor, Tensor> grads_from_dots(
       const Tensor& a, const Tensor& scaled, const Tensor& few, const Tensor& x, const Tensor& v,
-      const Tensor& g, const Tensor& n, double eps) {
+      const Tensor& g, const Tensor& n, const NormOptions& options) {
     Tensor dv = at::empty_like(v), dg = at::empty_like(g);
-    const bool single = x.size(0) == 1;
     const Tensor input = x.contiguous();
     AT_DISPATCH_FLOATING_TYPES(v.scalar_type(), "linear_backward", [&] {
-      using T = scalar_t;
-      const auto *vs = v.const_data_ptr<T>(), *gs = g.const_data_ptr<T>(),
-                 *ns = n.const_data_ptr<T>(), *as = a.const_data_ptr<T>(),
-                 *ds = scaled.const_data_ptr<T>(), *xs = input.const_data_ptr<T>();
-      auto *dvs = dv.mutable_data_ptr<T>(), *dgs = dg.mutable_data_ptr<T>();
-      const int64_t length = v.size(1);
-      std::vector<T> c(v.size(0));
-      for (int64_t j = 0; j < v.size(0); ++j) {
-        const Slope<T> slope(as[j], gs[j], ns[j], eps);
-        dgs[j] = slope.dg, c[j] = slope.c;
-      }
-      if (few.defined()) {
-        Panels<T> panels(length, x.size(0));
-        pack(xs, panels);
-        for_each_stack(v.size(0), panels, [&](int64_t first, int64_t count) {
-          outer_product(dvs, few.const_data_ptr<T>(), first, count, panels, vs, c.data());
-        });
-        return;
-      }
-      for_each(v.size(0), length, [&](int64_t j) {
-        const T* row = vs + j * length;
-        T* to = dvs + j * length;
-        if (single)
-          difference(to, xs, row, ds[j], c[j], length);
-        else
-          scale(to, row, -c[j], length);
+      with_norm(options.norm, [&](auto norm) {
+        grads_from_dots<decltype(norm)::value, scalar_t>(
+            dv, dg, a, scaled, few, input, v, g, n, options);
       });
     });
-    if (!single && !few.defined()) dv.addmm_(scaled.t(), x);
+    if (x.size(0) > 1 && !few.defined()) dv.addmm_(scaled.t(), x);
     return {dv, dg};
+  }
+
+  template <Norm norm, typename T>
+  static void grads_from_dots(
+      const Tensor& dv, const Tensor& dg, const Tensor& a, const Tensor& scaled, const Tensor& few,
+      const Tensor& x, const Tensor& v, const Tensor& g, const Tensor& n,
+      const NormOptions& options) {
+    const auto *vs = v.const_data_ptr<T>(), *gs = g.const_data_ptr<T>(),
+               *ns = n.const_data_ptr<T>(), *as = a.const_data_ptr<T>(),
+               *ds = scaled.const_data_ptr<T>(), *xs = x.const_data_ptr<T>();
+    auto *dvs = dv.mutable_data_ptr<T>(), *dgs = dg.mutable_data_ptr<T>();
+    const int64_t outputs = v.size(0), length = v.size(1);
+    std::vector<T> c(outputs);
+    // The ties of a row are counted right before the row is read again.
+    const auto set_slope = [&](int64_t j) {
+      const double count = norm == Norm::linf ? ties(vs + j * length, ns[j], length) : 0;
+      const Slope<T> slope(as[j], count, gs[j], ns[j], options);
+      dgs[j] = slope.dg, c[j] = slope.c;
+    };
+    if (few.defined()) {
+      Panels<T> panels(length, x.size(0));
+      pack(xs, panels);
+      for_each_stack(outputs, panels, [&](int64_t first, int64_t count) {
+        for (int64_t j = first; j < first + count; ++j) set_slope(j);
+        outer_product<norm>(
+            dvs, few.const_data_ptr<T>(), first, count, panels, vs, ns, c.data());
+      });
+      return;
+    }
+    for_each(outputs, length, [&](int64_t j) {
+      const T* row = vs + j * length;
+      T* to = dvs + j * length;
+      set_slope(j);
+      if (x.size(0) == 1)
+        difference<norm>(to, xs, row, ns[j], ds[j], c[j], length);
+      else
+        scaled_slope<norm>(to, row, ns[j], -c[j], length);
+    });
   }
 
   // Computes (dV, dg) from dY and x, which have the dtype of n. Rows of dW = dYᵀ x stay in the cache
   // until their dV is written.
   static std::pair<Tensor, Tensor> own_weight_grads(
       const Tensor& dy, const Tensor& x, const Tensor& v, const Tensor& g, const Tensor& n,
-      double eps) {
+      const NormOptions& options) {
     Tensor dv = at::empty_like(v), dg = at::empty_like(g);
     const Tensor d = dy.t().contiguous(), input = x.contiguous();
     const int64_t rows = x.size(0), outputs = v.size(0), length = v.size(1);
@@ -423,18 +441,23 @@ struct Linear : Function<Linear> {
                  *xs = input.const_data_ptr<T>();
       auto *dvs = dv.mutable_data_ptr<V>(), *dgs = dg.mutable_data_ptr<V>();
       if (rows == 1) {
-        for_each(outputs, length, [&](int64_t j) {
-          const V* row = vs + j * length;
-          const Slope<T> slope(ds[j] * dot(row, xs, length), gs[j], ns[j], eps);
-          dgs[j] = static_cast<V>(slope.dg);
-          difference(dvs + j * length, xs, row, slope.s * ds[j], slope.c, length);
+        with_norm(options.norm, [&](auto constant) {
+          constexpr Norm norm = decltype(constant)::value;
+          for_each(outputs, length, [&](int64_t j) {
+            const V* row = vs + j * length;
+            const auto [a, ties] = dot_and_ties<norm>(xs, row, ns[j], length);
+            const Slope<T> slope(ds[j] * a, ties, gs[j], ns[j], options);
+            dgs[j] = static_cast<V>(slope.dg);
+            difference<norm>(
+                dvs + j * length, xs, row, ns[j], slope.s * ds[j], slope.c, length);
+          });
         });
         return;
       }
       Panels<T> panels(length, rows);
       pack(xs, panels);
       for_each_stack(outputs, panels, [&](int64_t first, int64_t count) {
-        weight_rows(dvs, dgs, ds, vs, gs, ns, eps, first, count, panels);
+        weight_rows(dvs, dgs, ds, vs, gs, ns, options, first, count, panels);
       });
     });
     return {dv, dg};
@@ -442,14 +465,16 @@ struct Linear : Function<Linear> {
 };
 
 inline MaybeTensor linear(
-    py::handle x, py::handle v, py::handle g, py::handle bias, py::handle dim, py::handle eps) {
+    py::handle x, py::handle v, py::handle g, py::handle bias, py::handle dim, py::handle eps,
+    py::handle norm) {
   auto t = operands(x, v, g, bias);
-  if (!t || !t->v.is_contiguous()) return std::nullopt;
+  const auto named = norm_of(norm);
+  if (!t || !named || !t->v.is_contiguous()) return std::nullopt;
   t->x = as_autocast(t->x);
-  const auto found = planned(0, *t, py::tuple(), dim, eps, false);
+  const auto found = planned(0, *t, py::tuple(), dim, eps, *named, false);
   if (!found) return std::nullopt;
   const Plan& plan = *found;
-  const double least = py::cast<double>(eps);
+  const NormOptions options{py::cast<double>(eps), *named};
   py::gil_scoped_release released;
   const bool recorded = t->needs_grad();
   std::optional<LinearResult> result;
@@ -458,7 +483,7 @@ inline MaybeTensor linear(
     const bool keeps = plan.keeps && recorded && t->needs_weight_grad();
     const Tensor rows = as_rows(t->x);
     result = linear_forward(
-        rows, t->v, t->g, t->bias, least, recorded ? plan.recorded : plan.forward, keeps);
+        rows, t->v, t->g, t->bias, options, recorded ? plan.recorded : plan.forward, keeps);
     if (!result) return std::nullopt;
     if (t->x.dim() != 2) {
       auto shape = t->x.sizes().vec();
@@ -468,7 +493,7 @@ inline MaybeTensor linear(
   }
   if (!recorded) return result->y;
   return with_weight_grad(
-      Linear::apply(t->x, t->v, t->g, maybe(t->bias), *result, least, plan.backward), t->v);
+      Linear::apply(t->x, t->v, t->g, maybe(t->bias), *result, options, plan.backward), t->v);
 }
 
 }  // namespace wn_kernels

@@ -16,6 +16,7 @@
 #include <cstdint>
 #include <cstring>
 #include <memory>
+#include <optional>
 #include <vector>
 
 #include "rows.h"
@@ -224,11 +225,12 @@ void for_each_segment(const Panels<T>& b, const F& f) {
     f(begin, std::min(b.count, begin + segment));
 }
 
-// Computes P = V B for some rows and calls finish(j, P_j, <V_j, V_j>) for each. The third argument
-// is zero unless `squares` is true.
-template <bool squares, typename V, typename Finish>
+// Computes P = V B for some rows and calls finish(j, P_j, partial of V_j) for each. The third argument
+// is zero if no norm is given.
+template <typename V, typename Finish>
 void rows_product(
-    const V* v, int64_t first, int64_t count, const Panels<Wide<V>>& b, const Finish& finish) {
+    const V* v, int64_t first, int64_t count, const Panels<Wide<V>>& b, std::optional<Norm> norm,
+    const Finish& finish) {
   using T = Wide<V>;
   const int64_t columns = b.columns, tiles = (columns + kTileColumns - 1) / kTileColumns;
   const V* rows = v + first * b.length;
@@ -237,7 +239,7 @@ void rows_product(
     blocks.emplace_back(
         rows + r * b.length, std::min<int64_t>(kTileRows, count - r), b.length, b.count);
   std::vector<Vector<T>> sums(blocks.size() * columns * kTileRows);
-  std::vector<double> square(count);
+  std::vector<double> partials(count);
   for_each_segment(b, [&](int64_t begin, int64_t end) {
     const int64_t at = begin * kPanel<T>, size = std::min(end * kPanel<T>, b.length) - at;
     for (int64_t i = 0; i < static_cast<int64_t>(blocks.size()); ++i) {
@@ -248,19 +250,18 @@ void rows_product(
             next - column, blocks[i], b, column, begin, end,
             sums.data() + (i * columns + column) * kTileRows);
       }
-      if constexpr (squares)
-        for (int64_t r = i * kTileRows; r < std::min(count, (i + 1) * kTileRows); ++r) {
-          const V* part = rows + r * b.length + at;
-          square[r] += dot(part, part, size);
-        }
+      for (int64_t r = i * kTileRows; norm && r < std::min(count, (i + 1) * kTileRows); ++r)
+        partials[r] =
+            merged(*norm, partials[r], partial(*norm, rows + r * b.length + at, size));
     }
   });
   std::vector<T> products(columns);
   for (int64_t r = 0; r < count; ++r) {
     const auto* from = &sums[r / kTileRows * columns * kTileRows + r % kTileRows];
     for (int64_t j = 0; j < columns; ++j)
-      products[j] = total<Lanes<T>::count>(reinterpret_cast<const T*>(from + j * kTileRows));
-    finish(first + r, products.data(), square[r]);
+      products[j] =
+          merged_lanes<Sum, Lanes<T>::count>(reinterpret_cast<const T*>(from + j * kTileRows));
+    finish(first + r, products.data(), partials[r]);
   }
 }
 
@@ -322,11 +323,12 @@ void columns_product(Panels<Wide<V>>& q, const V* v, int64_t rows, const Wide<V>
 
 // --- dW = D Bᵀ -----------------------------------------------------------------------------------
 
-// Computes `count` rows of dW = D Bᵀ from row `first` on. If V is given, it subtracts c V.
-template <typename T>
+// Computes `count` rows of dW = D Bᵀ from row `first` on. If V is given, it subtracts c u, where u is
+// that of V.
+template <Norm norm = Norm::l2, typename T>
 void outer_product(
     T* dw, const T* d, int64_t first, int64_t count, const Panels<T>& b, const T* v = nullptr,
-    const T* c = nullptr) {
+    const T* n = nullptr, const T* c = nullptr) {
   constexpr int64_t lanes = Lanes<T>::count;
   const int64_t columns = b.columns;
   Stacked<T, kTileRows> stacked(count, columns);
@@ -344,7 +346,8 @@ void outer_product(
       const int64_t row = first + r, at = row * b.length + i * kPanel<T>;
       const auto write = [&](int64_t l, auto part) {
         const Vector<T> product = sum[r - top][l / lanes];
-        store(dw + at + l, v ? product - c[row] * load(v + at + l, part) : product, part);
+        const auto u = [&] { return slope_of<norm>(load(v + at + l, part), n[row]); };
+        store(dw + at + l, v ? product - c[row] * u() : product, part);
       };
       if (i < b.full)
         write(0, All{}), write(lanes, All{});
@@ -362,12 +365,12 @@ void outer_product(
 // has its dtype.
 template <typename V>
 void weight_rows(
-    V* dv, V* dg, const Wide<V>* d, const V* v, const V* g, const Wide<V>* n, double eps,
-    int64_t first, int64_t count, const Panels<Wide<V>>& b) {
+    V* dv, V* dg, const Wide<V>* d, const V* v, const V* g, const Wide<V>* n,
+    const NormOptions& options, int64_t first, int64_t count, const Panels<Wide<V>>& b) {
   using T = Wide<V>;
   const auto finish = [&](const T* dw, int64_t j) {
     const int64_t at = j * b.length;
-    dg[j] = static_cast<V>(weight_grad(dv + at, dw, v + at, g[j], n[j], eps, b.length));
+    dg[j] = static_cast<V>(weight_grad(dv + at, dw, v + at, g[j], n[j], options, b.length));
   };
   if constexpr (std::is_same_v<T, V>) {
     outer_product(dv, d, first, count, b);

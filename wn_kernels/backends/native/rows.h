@@ -16,6 +16,7 @@
 
 #include <ATen/Parallel.h>
 
+#include "norm.h"
 #include "vectors.h"
 
 namespace wn_kernels {
@@ -44,38 +45,48 @@ void for_each(int64_t count, int64_t length, const F& f) {
   });
 }
 
-// Adds `count` lanes. It halves them until one is left, within registers.
-template <int64_t count, typename T>
-T total(const T* from) {
+// Merges `count` lanes. It halves them until one is left, within registers.
+template <typename Merge, int64_t count, typename T>
+T merged_lanes(const T* from) {
   if constexpr (count == 1) {
     return *from;
   } else if constexpr (count * sizeof(T) <= 16) {
-    return total<count / 2>(from) + total<count / 2>(from + count / 2);
+    return Merge::merge(
+        merged_lanes<Merge, count / 2>(from), merged_lanes<Merge, count / 2>(from + count / 2));
   } else {
     typedef T Half __attribute__((vector_size(count / 2 * sizeof(T))));
     Half low, high;
     std::memcpy(&low, from, sizeof low);
     std::memcpy(&high, from + count / 2, sizeof high);
-    low += high;
-    T sums[count / 2];
-    std::memcpy(sums, &low, sizeof low);
-    return total<count / 2>(sums);
+    low = Merge::merge(low, high);
+    T all[count / 2];
+    std::memcpy(all, &low, sizeof low);
+    return merged_lanes<Merge, count / 2>(all);
   }
 }
 
-// Computes N sums over a row. term(i, count) returns a vector of the terms of each sum, for the
-// elements from i on. Vectors are numbered when the program is compiled, so that the partial sums stay in
-// registers.
-template <typename T, size_t N, typename Term>
-inline __attribute__((always_inline)) std::array<double, N> sums(
+// Merges each of some partial results with another one of its kind.
+template <typename... Merges, typename Into, typename Value>
+inline __attribute__((always_inline)) void merge_each(
+    const Into& into, const std::array<Value, sizeof...(Merges)>& values) {
+  size_t k = 0;
+  ((into(k) = Merges::merge(into(k), values[k]), ++k), ...);
+}
+
+// Computes reductions over a row, each of which merges its terms. term(i, count) returns a vector of
+// the terms of each, for the elements from i on. Vectors are numbered when the program is compiled,
+// so that the partial results stay in registers.
+template <typename T, typename... Merges, typename Term>
+inline __attribute__((always_inline)) std::array<double, sizeof...(Merges)> reductions(
     int64_t length, const Term& term) {
+  constexpr size_t N = sizeof...(Merges);
   constexpr int64_t lanes = Lanes<T>::count, vectors = kLanes / lanes;
   std::array<double, N> all{};
   for (int64_t start = 0; start < length; start += kBlock) {
     const int64_t end = std::min(length, start + kBlock);
     Vector<T> parts[N][vectors] = {};
     const auto add = [&](int64_t vector, const std::array<Vector<T>, N>& terms) {
-      for (size_t k = 0; k < N; ++k) parts[k][vector] += terms[k];
+      merge_each<Merges...>([&](size_t k) -> Vector<T>& { return parts[k][vector]; }, terms);
     };
     int64_t i = start;
     for (; i + kLanes <= end; i += kLanes)
@@ -87,12 +98,18 @@ inline __attribute__((always_inline)) std::array<double, N> sums(
       else if (i < end)
         add(l, term(i, end - i));
     }
-    for (size_t k = 0; k < N; ++k) {
+    size_t k = 0;
+    const auto fold = [&](auto merge) {
+      using Merge = decltype(merge);
 #pragma GCC unroll 8
       for (int64_t half = vectors / 2; half > 0; half /= 2)
-        for (int64_t l = 0; l < half; ++l) parts[k][l] += parts[k][l + half];
-      all[k] += total<lanes>(reinterpret_cast<const T*>(&parts[k][0]));
-    }
+        for (int64_t l = 0; l < half; ++l)
+          parts[k][l] = Merge::merge(parts[k][l], parts[k][l + half]);
+      const double part = merged_lanes<Merge, lanes>(reinterpret_cast<const T*>(&parts[k][0]));
+      all[k] = Merge::merge(all[k], part);
+      ++k;
+    };
+    (fold(Merges{}), ...);
   }
   return all;
 }
@@ -107,19 +124,71 @@ double dot(const A* a, const B* b, int64_t length) {
       sum += static_cast<double>(static_cast<T>(a[i])) * static_cast<T>(b[i]);
     return sum;
   }
-  return sums<T, 1>(length, [=](int64_t i, auto count) {
+  return reductions<T, Sum>(length, [=](int64_t i, auto count) {
     return std::array<Vector<T>, 1>{load(a + i, count) * load(b + i, count)};
   })[0];
 }
 
-// Returns <v, v> and <v, x>, and reads v once.
+// Returns the partial of v.
 template <typename V>
-std::array<double, 2> square_and_dot(const V* v, const Wide<V>* x, int64_t length) {
+double partial(Norm of, const V* v, int64_t length) {
   using T = Wide<V>;
-  return sums<T, 2>(length, [=](int64_t i, auto count) {
-    const Vector<T> value = load(v + i, count);
-    return std::array<Vector<T>, 2>{value * value, value * load(x + i, count)};
+  double out = 0;
+  with_norm(of, [&](auto constant) {
+    constexpr Norm norm = decltype(constant)::value;
+    if (length <= kShort) {
+      for (int64_t i = 0; i < length; ++i)
+        out = Merge<norm>::merge(
+            out, norm_term<norm>(static_cast<double>(static_cast<T>(v[i]))));
+      return;
+    }
+    out = reductions<T, Merge<norm>>(length, [=](int64_t i, auto count) {
+      return std::array<Vector<T>, 1>{norm_term<norm>(load(v + i, count))};
+    })[0];
   });
+  return out;
+}
+
+// Returns the partial of v and <v, x>, and reads v once.
+template <typename V>
+std::array<double, 2> partial_and_dot(Norm of, const V* v, const Wide<V>* x, int64_t length) {
+  using T = Wide<V>;
+  std::array<double, 2> out;
+  with_norm(of, [&](auto constant) {
+    constexpr Norm norm = decltype(constant)::value;
+    out = reductions<T, Merge<norm>, Sum>(length, [=](int64_t i, auto count) {
+      const Vector<T> value = load(v + i, count);
+      return std::array<Vector<T>, 2>{norm_term<norm>(value), value * load(x + i, count)};
+    });
+  });
+  return out;
+}
+
+// Returns the ties of v, which are the elements that have a slope under linf.
+template <typename V>
+double ties(const V* v, Wide<V> n, int64_t length) {
+  using T = Wide<V>;
+  return reductions<T, Sum>(length, [=](int64_t i, auto count) {
+    return std::array<Vector<T>, 1>{tied(load(v + i, count), n)};
+  })[0];
+}
+
+// Returns <a, v>, and the ties of v under linf, from one pass.
+template <Norm norm, typename A, typename V>
+std::array<double, 2> dot_and_ties(const A* a, const V* v, Wide<V> n, int64_t length) {
+  using T = Wide<V>;
+  if constexpr (norm != Norm::linf) {
+    return {dot(a, v, length), 0};
+  } else if (length <= kShort) {
+    double count = 0;
+    for (int64_t i = 0; i < length; ++i) count += tied(static_cast<T>(v[i]), n);
+    return {dot(a, v, length), count};
+  } else {
+    return reductions<T, Sum, Sum>(length, [=](int64_t i, auto count) {
+      const Vector<T> value = load(v + i, count);
+      return std::array<Vector<T>, 2>{load(a + i, count) * value, tied(value, n)};
+    });
+  }
 }
 
 // This class stores the norms n = max(||V_j||, eps). If eps = 0, the norm of a slice of zeros is
@@ -127,12 +196,13 @@ std::array<double, 2> square_and_dot(const V* v, const Wide<V>* x, int64_t lengt
 template <typename T>
 class Norms {
  public:
-  Norms(T* n, double eps) : n_(n), eps_(static_cast<T>(eps)) {}
+  Norms(T* n, const NormOptions& options)
+      : n_(n), eps_(static_cast<T>(options.eps)), norm_(options.norm) {}
 
-  // Sets n_j from the slice's sum of squares. is_zero() returns whether the slice is all zeros.
+  // Sets n_j from the slice's partial. is_zero() returns whether the slice is all zeros.
   template <typename F>
-  T set(int64_t j, double square, const F& is_zero) {
-    T n = from(square);
+  T set(int64_t j, double partial, const F& is_zero) {
+    T n = from(partial);
     if (!is_usual(n)) {
       if (eps_ != 0 || !is_zero()) in_range_.store(false, std::memory_order_relaxed);
       n = std::numeric_limits<T>::infinity();
@@ -142,34 +212,35 @@ class Norms {
 
   // Sets n_j of a slice that is a row.
   template <typename V>
-  T set(int64_t j, double square, const V* row, int64_t length) {
-    return set(j, square, [=] {
+  T set(int64_t j, double partial, const V* row, int64_t length) {
+    return set(j, partial, [=] {
       return std::all_of(row, row + length, [](V v) { return static_cast<T>(v) == 0; });
     });
   }
 
   // Sets the norms of all slices. is_zero(j) returns whether slice j is all zeros.
   template <typename F>
-  void set_all(const std::vector<double>& squares, const F& is_zero) {
-    const int64_t count = squares.size();
+  void set_all(const std::vector<double>& partials, const F& is_zero) {
+    const int64_t count = partials.size();
     bool usual = true;
     for (int64_t j = 0; j < count; ++j) {
-      n_[j] = from(squares[j]);
+      n_[j] = from(partials[j]);
       usual &= is_usual(n_[j]);
     }
     if (!usual)
-      for (int64_t j = 0; j < count; ++j) set(j, squares[j], [&] { return is_zero(j); });
+      for (int64_t j = 0; j < count; ++j) set(j, partials[j], [&] { return is_zero(j); });
   }
 
   // Returns whether the formulas of the fast paths hold for all norms.
   bool in_range() const { return in_range_.load(); }
 
  private:
-  T from(double square) const { return std::max(static_cast<T>(std::sqrt(square)), eps_); }
+  T from(double partial) const { return std::max(static_cast<T>(finished(norm_, partial)), eps_); }
   static bool is_usual(T n) { return n >= kLeast<T> && n <= kMost<T>; }  // false for NaN
 
   T* n_;
   T eps_;
+  Norm norm_;
   std::atomic<bool> in_range_{true};
 };
 
@@ -180,32 +251,54 @@ void scale(W* w, const V* v, Wide<V> s, int64_t length) {
       length, [=](int64_t i, auto count) { store(w + i, s * load(v + i, count), count); });
 }
 
-// Computes dg_j and the factors s and c of dV_j = s dW_j - c V_j from a = <dW_j, V_j>.
+// Whether n was clamped, and is therefore a constant.
+template <typename T>
+bool is_clamped(T n, double eps) {
+  return eps > 0 && n <= static_cast<T>(eps);
+}
+
+// Computes dg_j and the factors s and c of dV_j = s dW_j - c u_j from a = <dW_j, V_j> and the ties.
 template <typename T>
 struct Slope {
-  Slope(double a, T g, T n, double eps) : dg(static_cast<T>(a) / n), s(g / n) {
-    // Where n was clamped, the norm is a constant.
-    c = eps > 0 && n <= static_cast<T>(eps) ? T(0) : s * dg / n;
+  Slope(double a, double ties, T g, T n, const NormOptions& options)
+      : dg(static_cast<T>(a) / n), s(g / n) {
+    c = is_clamped(n, options.eps) ? T(0) : s * dg / slope_divisor(options.norm, n, ties);
   }
 
   T dg, s, c;
 };
 
-// Computes to = s a - c b. `to` may overwrite a.
-template <typename To, typename A, typename B>
-void difference(To* to, const A* a, const B* b, Wide<A> s, Wide<A> c, int64_t length) {
-  for_each_vector<Wide<A>>(length, [=](int64_t i, auto count) {
-    store(to + i, s * load(a + i, count) - c * load(b + i, count), count);
+// Computes to = s a - c u, where u is that of v. `to` may overwrite a.
+template <Norm norm, typename To, typename A, typename V>
+void difference(To* to, const A* a, const V* v, Wide<V> n, Wide<V> s, Wide<V> c, int64_t length) {
+  for_each_vector<Wide<V>>(length, [=](int64_t i, auto count) {
+    const auto slope = slope_of<norm>(load(v + i, count), n);
+    store(to + i, s * load(a + i, count) - c * slope, count);
+  });
+}
+
+// Computes to = c u, where u is that of v.
+template <Norm norm, typename To, typename V>
+void scaled_slope(To* to, const V* v, Wide<V> n, Wide<V> c, int64_t length) {
+  for_each_vector<Wide<V>>(length, [=](int64_t i, auto count) {
+    store(to + i, c * slope_of<norm>(load(v + i, count), n), count);
   });
 }
 
 // Writes dV_j and returns dg_j. dV_j may overwrite dW_j.
 template <typename W, typename V>
 Wide<V> weight_grad(
-    V* dv, const W* dw, const V* v, Wide<V> g, Wide<V> n, double eps, int64_t length) {
-  const Slope<Wide<V>> slope(dot(dw, v, length), g, n, eps);
-  difference(dv, dw, v, slope.s, slope.c, length);
-  return slope.dg;
+    V* dv, const W* dw, const V* v, Wide<V> g, Wide<V> n, const NormOptions& options,
+    int64_t length) {
+  Wide<V> dg;
+  with_norm(options.norm, [&](auto constant) {
+    constexpr Norm norm = decltype(constant)::value;
+    const auto [a, ties] = dot_and_ties<norm>(dw, v, n, length);
+    const Slope<Wide<V>> slope(a, ties, g, n, options);
+    difference<norm>(dv, dw, v, n, slope.s, slope.c, length);
+    dg = slope.dg;
+  });
+  return dg;
 }
 
 }  // namespace wn_kernels

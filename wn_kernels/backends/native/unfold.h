@@ -183,37 +183,35 @@ inline Tensor from_matrix(const Tensor& matrix, at::IntArrayRef sizes) {
 
 // --- forward -------------------------------------------------------------------------------------
 
-// This many bytes of V stay in each thread's cache between its squares and its product.
+// This many bytes of V stay in each thread's cache between its norms and its product.
 constexpr int64_t kChunkBytes = 1 << 20;
 
 // Computes Q = Vᵀ S X for the rows of a group, and the norms of these rows.
 template <typename T>
 void normalised_columns_product(
     Panels<T>& q, const T* v, const T* g, int64_t first_row, int64_t rows, const T* x,
-    Norms<T>& norms) {
+    Norm norm, Norms<T>& norms) {
   const int64_t group = panel_group(q.count), groups = (q.count + group - 1) / group;
   const int64_t length = q.length;
   const int64_t cached = kChunkBytes * at::get_num_threads() / (length * sizeof(T));
   const int64_t chunk = std::min(rows, std::max<int64_t>(1, cached / kStackedRows) * kStackedRows);
-  std::vector<double> squares(groups * chunk);
+  std::vector<double> partials(groups * chunk);
   q.zero();
   for (int64_t first = 0; first < rows; first += chunk) {
     const int64_t count = std::min(chunk, rows - first);
     const T* from = v + first * length;
     Stacked<T, kStackedRows> scaled(count, q.columns);
-    // The thread that computes the squares of some columns has them in its cache for the product.
+    // The thread that computes the partials of some columns has them in its cache for the product.
     for_each_panel_group(q, count, [&](int64_t begin, int64_t end) {
       const int64_t at = begin * kPanel<T>, width = std::min(end * kPanel<T>, length) - at;
-      for (int64_t r = 0; r < count; ++r) {
-        const T* part = from + r * length + at;
-        squares[begin / group * chunk + r] = dot(part, part, width);
-      }
+      for (int64_t r = 0; r < count; ++r)
+        partials[begin / group * chunk + r] = partial(norm, from + r * length + at, width);
     });
     for (int64_t r = 0; r < count; ++r) {
-      double square = 0;
-      for (int64_t i = 0; i < groups; ++i) square += squares[i * chunk + r];
+      double all = 0;
+      for (int64_t i = 0; i < groups; ++i) all = merged(norm, all, partials[i * chunk + r]);
       const int64_t row = first + r;
-      const T s = g[row] / norms.set(first_row + row, square, from + r * length, length);
+      const T s = g[row] / norms.set(first_row + row, all, from + r * length, length);
       scaled.set(r, x + row * q.columns, s);
     }
     for_each_panel_group(q, count * q.columns, [&](int64_t begin, int64_t end) {
@@ -225,12 +223,12 @@ void normalised_columns_product(
 // Returns y and n, or nothing if a norm is out of range.
 inline std::optional<std::pair<Tensor, Tensor>> unfolded_forward(
     const Tensor& x, const Tensor& v, const Tensor& g, const Tensor& bias, const Geometry& conv,
-    at::IntArrayRef y_sizes, double eps) {
+    at::IntArrayRef y_sizes, const NormOptions& options) {
   const bool scales_taps = Extents(v, g).columns;
   const Unfolding of(conv, v, x.sizes(), y_sizes);
   Tensor n = at::empty_like(g), y, s;
   if (scales_taps) {
-    const auto found = norms(v, g, eps);
+    const auto found = norms(v, g, options);
     if (!found) return std::nullopt;
     n = *found, s = g / n;
   }
@@ -240,7 +238,7 @@ inline std::optional<std::pair<Tensor, Tensor>> unfolded_forward(
     const auto *vs = v.const_data_ptr<T>(), *gs = g.const_data_ptr<T>(),
                *bs = bias.defined() ? bias.const_data_ptr<T>() : nullptr,
                *taps = scales_taps ? s.const_data_ptr<T>() : nullptr;
-    Norms<T> all(n.mutable_data_ptr<T>(), eps);
+    Norms<T> all(n.mutable_data_ptr<T>(), options);
     const int64_t pixels = of.columns(), rows = of.rows, length = of.length();
     if (conv.transposed) {
       y = at::empty(y_sizes, x.options());
@@ -254,13 +252,15 @@ inline std::optional<std::pair<Tensor, Tensor>> unfolded_forward(
         if (scales_taps) {
           columns_product(panels, from, rows, factors);
         } else {
-          normalised_columns_product(panels, from, gs + row, row, rows, factors, all);
+          normalised_columns_product(
+              panels, from, gs + row, row, rows, factors, options.norm, all);
         }
         fold(of, panels, taps, bs ? bs + i * of.channels : nullptr, ys + of.begins(i));
       });
       in_range = all.in_range();
       return;
     }
+    const auto norm = scales_taps ? std::nullopt : std::make_optional(options.norm);
     const Tensor matrix = at::empty({v.size(0), pixels}, x.options());
     const auto* xs = x.const_data_ptr<T>();
     auto* ys = matrix.mutable_data_ptr<T>();
@@ -270,17 +270,14 @@ inline std::optional<std::pair<Tensor, Tensor>> unfolded_forward(
       const T* from = vs + row * length;
       unfold(of, xs + of.begins(i), taps, panels);
       for_each_stack(rows, panels, [&](int64_t first, int64_t count) {
-        const auto finish = [&](int64_t j, const T* p, double square) {
+        const auto finish = [&](int64_t j, const T* p, double partial) {
           const T factor =
-              scales_taps ? T(1) : gs[row + j] / all.set(row + j, square, from + j * length, length);
+              scales_taps ? T(1) : gs[row + j] / all.set(row + j, partial, from + j * length, length);
           const T shift = bs ? bs[row + j] : T(0);
           T* to = ys + (row + j) * pixels;
           for (int64_t t = 0; t < pixels; ++t) to[t] = p[t] * factor + shift;
         };
-        if (scales_taps)
-          rows_product<false>(from, first, count, panels, finish);
-        else
-          rows_product<true>(from, first, count, panels, finish);
+        rows_product(from, first, count, panels, norm, finish);
       });
     });
     in_range = all.in_range();
@@ -294,7 +291,7 @@ inline std::optional<std::pair<Tensor, Tensor>> unfolded_forward(
 // Returns (dX, dV, dg). A gradient that is not needed is undefined.
 inline std::tuple<Tensor, Tensor, Tensor> unfolded_backward(
     const Tensor& grad, const Tensor& x, const Tensor& v, const Tensor& g, const Tensor& n,
-    const Geometry& conv, double eps, bool needs_x, bool needs_weight) {
+    const Geometry& conv, const NormOptions& options, bool needs_x, bool needs_weight) {
   const bool scales_taps = Extents(v, g).columns;
   const Unfolding of(conv, v, x.sizes(), grad.sizes());
   const Tensor dy = grad.contiguous(), s = g / n;
@@ -328,15 +325,16 @@ inline std::tuple<Tensor, Tensor, Tensor> unfolded_backward(
         fold<T>(of, panels, taps, nullptr, outs + at);
       }
       const auto x_rows = [&](int64_t first, int64_t count) {
-        rows_product<false>(from, first, count, panels, [&](int64_t j, const T* p, double) {
+        const auto finish = [&](int64_t j, const T* p, double) {
           scale(outs + (row + j) * pixels, p, scales_taps ? T(1) : ss[row + j], pixels);
-        });
+        };
+        rows_product(from, first, count, panels, std::nullopt, finish);
       };
       const auto v_rows = [&](int64_t first, int64_t count) {
         if (scales_taps)
           outer_product(dvs, factors, row + first, count, panels);
         else
-          weight_rows(dvs, dgs, factors, vs, gs, ns, eps, row + first, count, panels);
+          weight_rows(dvs, dgs, factors, vs, gs, ns, options, row + first, count, panels);
       };
       const bool with_x = needs_x && conv.transposed;
       if (with_x && needs_weight && !scales_taps) {  // both take the same U, so V is read once
@@ -358,7 +356,7 @@ inline std::tuple<Tensor, Tensor, Tensor> unfolded_backward(
     });
     if (needs_x) dx = conv.transposed ? from_matrix(out, x.sizes()) : out;
   });
-  if (needs_weight && scales_taps) std::tie(dv, dg) = weight_grads(dv, v, g, n, eps, true);
+  if (needs_weight && scales_taps) std::tie(dv, dg) = weight_grads(dv, v, g, n, options, true);
   return {dx, dv, dg};
 }
 

@@ -11,7 +11,8 @@ any other version nothing is launched from here, and the caller goes on with `ke
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import triton
@@ -33,20 +34,28 @@ _runtime = triton.knobs.runtime
 # each has its usual value or is `None`, and a list is empty.
 Sign = tuple[Any, str, Any]  # an object, the attribute's name and its usual value
 SIGNS: list[Sign] = [(JITFunction, "run", _triton_s_run)]
+_hooks = []
 for _name in ("launch_enter_hook", "launch_exit_hook"):
     _chain: Any = getattr(type(_runtime), _name, None)
     SIGNS.append((_runtime, _name, _chain))
+    _hooks.append(_name)
     if hasattr(_chain, "calls"):
         SIGNS.append((_chain, "calls", _chain.calls))
+        _hooks.append(f"{_name}.calls")
 
-
-_PLACES = [(owner, name) for owner, name, _ in SIGNS]
-_USUAL = [[] if isinstance(usual, list) else usual for _, _, usual in SIGNS]
+# All but the first sign at once, which every call looks at.
+_look = attrgetter(*_hooks)
+_USUAL = tuple([] if isinstance(usual, list) else usual for _, _, usual in SIGNS[1:])
 
 
 def is_watched() -> bool:
     """Whether something observes launches that it could not see from here."""
-    return [getattr(owner, name) for owner, name in _PLACES] != _USUAL and _is_unusual()
+    try:
+        if JITFunction.run is _triton_s_run and _look(_runtime) == _USUAL:
+            return False
+    except AttributeError:  # a hook is no chain
+        pass
+    return _is_unusual()
 
 
 def _is_unusual() -> bool:
@@ -78,21 +87,20 @@ class Kernel(NamedTuple):
 
 
 class Compiled:
-    """A compiled kernel with everything but its tensors. A call launches it on the current stream
-    of its device, which has to be the current one; it takes the addresses of the
-    kernel's tensors, which are its first arguments.
+    """A compiled kernel with everything but its tensors.
 
     Attributes:
+        launch: launches it on the current stream of its device, which has to be the current one. It
+            takes the addresses of the kernel's tensors, which are its first arguments.
         function: Triton's launcher. It takes the grid, the stream, the `fixed` arguments, and the
             kernel's, all in one tuple where `is_nested`.
         constants: the kernel's arguments after the tensors.
         kernel: what the driver can launch without Triton, or `None`.
-        direct: the native library's launch of `kernel`, where both are.
     """
 
     __slots__ = (
-        *("constants", "current_stream", "device", "direct", "fixed", "function", "grid"),
-        *("is_nested", "kernel"),
+        *("constants", "current_stream", "device", "fixed", "function", "grid"),
+        *("is_nested", "kernel", "launch"),
     )
 
     def __init__(
@@ -122,16 +130,22 @@ class Compiled:
                 self.fixed = compiled.function, *kind, metadata, *last
             else:
                 self.fixed = compiled.function, *kind, *scratch, metadata, *unwatched
-        self.direct = None if self.kernel is None else native.kernel(self.kernel)
+        self.launch = self._launch()
 
-    def __call__(self, arguments: Sequence[Any]) -> None:
-        stream = self.current_stream(self.device)
-        if self.direct is not None:
-            self.direct(stream, self.device, arguments)
-        elif self.is_nested:
-            self.function(*self.grid, stream, *self.fixed, (*arguments, *self.constants))
-        else:
-            self.function(*self.grid, stream, *self.fixed, *arguments, *self.constants)
+    def _launch(self) -> Callable[[Sequence[int]], None]:
+        """Returns `launch`: the native library's where there is one, and else Triton's launcher
+        with all that is fixed."""
+        stream_of, device, function = self.current_stream, self.device, self.function
+        if self.kernel is not None and (direct := native.kernel(self.kernel)) is not None:
+            return lambda addresses: direct(stream_of(device), device, addresses)
+        (x, y, z), fixed, constants = self.grid, self.fixed, self.constants
+        if self.is_nested:
+            return lambda addresses: function(
+                x, y, z, stream_of(device), *fixed, (*addresses, *constants)
+            )
+        return lambda addresses: function(
+            x, y, z, stream_of(device), *fixed, *addresses, *constants
+        )
 
 
 def _is_plain(run: Any) -> bool:

@@ -40,10 +40,6 @@ class Target(NamedTuple):
     def is_hopper(self) -> bool:
         return self.architecture == tiles.HOPPER
 
-    def stages(self, wanted: int) -> int:
-        """As `tiles.stages`."""
-        return tiles.stages(wanted, self.architecture)
-
 
 _other: str | None = None
 
@@ -280,29 +276,17 @@ def scale(m: int, sums: bool) -> ScaleConfig:
 def conv(
     m: int, o: int, r: int, taps: float, rest: int, itemsize: int, ieee: bool, target: Target
 ) -> SplitConfig:
-    """A product over pixels, as `tiles.product` describes it. Its steps are long, and several are
-    in flight: they are bound by latency."""
+    """A product over pixels, as `tiles.product` and `tiles.product_launch` describe it."""
     tile = tiles.product(m, o, r, taps, rest, itemsize, ieee, target.multiprocessors)
-    # A wide load takes 16 bytes for each of the tile's threads, of which gfx942 has 64 a warp.
-    warps = 2 if target.is_amd and (ieee or itemsize == 8) else 4
-    # Addresses of so many pixels, or of so long a step, would not fit the registers of four.
-    long = tile.BLOCK_R == 128 and target.architecture in ("cuda:80", "cuda:100")
-    if long or (tile.BLOCK_M == 128 and target.architecture == "cuda:80"):
-        warps = 8
-    stages = 3 if tile.BLOCK_R == 128 and tile.BLOCK_M >= 64 else 4
-    if itemsize == 8 or ieee:
-        stages = 2
-    return SplitConfig(*tile[:3], warps, target.stages(stages), tile.splits)
+    launch = tiles.product_launch(tile, itemsize, ieee, target.architecture)
+    return SplitConfig(*tile[:3], *launch, tile.splits)
 
 
 def conv_grad(o: int, r: int, itemsize: int, target: Target) -> GradConfig:
-    """The gradient of a convolution's weight: a product over pixels. With three stages, four
-    programs share a multiprocessor's memory."""
-    tile = tiles.gradient(o, r, itemsize)
-    flat = r < 16 and itemsize == 4 and target.architecture == "cuda:100"
-    return GradConfig(*tile, 8 if flat else 4, target.stages(2 if itemsize == 8 else 3))
+    """As `tiles.gradient`."""
+    return GradConfig(*tiles.gradient(o, r, itemsize, target.architecture))
 
 
 def direct(itemsize: int) -> DirectConfig:
     """Groups of few channels, and the gradient of their weight: bound by activations' bytes."""
-    return DirectConfig(32, 64 if itemsize == 2 else 32, 4, 2)
+    return DirectConfig(*tiles.direct(itemsize), 4, 2)

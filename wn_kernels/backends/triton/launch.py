@@ -55,7 +55,7 @@ def recording() -> Iterator[list[Launch]]:
     """Collects the launches made inside the block instead of making them.
 
     The launchers run as they are, on tensors that need no memory behind them, so what is recorded
-    is what a GPU would be given: `bench/codegen.py` compiles it.
+    is what a GPU would be given: `bench/static/codegen.py` compiles it.
     """
     global _recorded
     before, _recorded = _recorded, []
@@ -113,29 +113,26 @@ class Launcher:
             _recorded.append(Launch(self.kernel, self.grid, arguments, **self.options))
         elif self.is_empty:
             pass
-        elif compiled.is_watched():
-            with self._on_device():
-                self._launch_by_triton(tensors)
-        elif not self.launches(tensors):
-            with self._on_device(), _compiling:  # once, whichever thread comes first
-                self._compile(tensors)
-
-    def launches(self, tensors: Sequence[Any]) -> bool:
-        """Launches what is compiled for such addresses, seen by nobody, and returns whether it is.
-        For `None`, the kernel gets the address 0."""
-        addresses = [0 if t is None else t.data_ptr() for t in tensors]
-        launch = self.compiled.get(_unaligned(addresses))
-        if launch is None:
-            return False
-        if self.device < 0 or self.device == _current_device():
-            launch(addresses)
         else:
-            with torch.cuda.device(self.device):
-                launch(addresses)
+            with self._on_device():
+                if compiled.is_watched():
+                    self._launch_by_triton(tensors)
+                elif not self.launches([t.data_ptr() for t in tensors]):
+                    with _compiling:  # once, whichever thread comes first
+                        self._compile(tensors)
+
+    def launches(self, addresses: list[int]) -> bool:
+        """Launches what is compiled for tensors at such addresses, and returns whether there is
+        any. The kernel's device has to be the current one, and nobody sees the launch. The address
+        0 stands for a tensor that the kernel does not write."""
+        found = self.compiled.get(_unaligned(addresses))
+        if found is None:
+            return False
+        found.launch(addresses)
         return True
 
     def _on_device(self) -> AbstractContextManager[Any]:
-        return nullcontext() if self.device < 0 else torch.cuda.device(self.device)
+        return nullcontext() if _is_current(self.device) else torch.cuda.device(self.device)
 
     def _launch_by_triton(self, tensors: tuple[Any, ...]) -> Any:
         return self.kernel[self.grid](*tensors, **self.constants, **self.options)
@@ -157,9 +154,33 @@ def _unaligned(addresses: list[int]) -> int:
     return sum(1 << i for i, address in enumerate(addresses) if address & 15)
 
 
-def is_seen() -> bool:
-    """Whether launches are recorded, or observed by something that would not see them from here."""
-    return _recorded is not None or compiled.is_watched()
+def _is_current(device: int) -> bool:
+    return device < 0 or device == _current_device()
+
+
+def is_usual(device: int) -> bool:
+    """Whether launches on a device are neither recorded nor observed, the device is the current
+    one, and fresh memory need not be filled."""
+    return (
+        _recorded is None
+        and not compiled.is_watched()
+        and (device < 0 or device == _current_device())
+        and not _is_deterministic()
+    )
+
+
+_is_deterministic = torch._C._get_deterministic_algorithms
+
+
+def new_tensor(device: int) -> Callable[..., Tensor]:
+    """Returns a function of a shape, strides and a dtype that allocates a tensor on a device, which
+    has to be the current one. It is what code compiled by `torch.compile` calls, and takes half as
+    long as `torch.empty_strided`, but does not fill memory where that is asked for."""
+    name = "_empty_strided_cpu" if device < 0 else "_empty_strided_cuda"
+    if found := getattr(torch._C._dynamo.guards, name, None):
+        return found
+    where = torch.device("cpu") if device < 0 else torch.device("cuda", device)
+    return lambda *layout: torch.empty_strided(*layout[:2], dtype=layout[2], device=where)
 
 
 # --- preparing -----------------------------------------------------------------------------------

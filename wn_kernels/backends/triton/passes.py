@@ -1,14 +1,14 @@
 """A prepared pass as data: the tensors that it allocates, its launches, and its results.
 
 The native library executes one without Python in between (backends/native/passes.h); otherwise
-`Pass.__call__` does the same.
+`Pass.full` does the same.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from operator import itemgetter
+from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ...call import Geometry
 from ..vendor import channel_sums, convolution_grads
-from .launch import Launcher, is_seen
+from .launch import Launcher, is_usual, new_tensor
 
 Layout = tuple[Sequence[int], Sequence[int], torch.dtype]  # shape, strides, dtype
 Indices = tuple[int | None, ...]  # of tensors; `None` for no tensor
@@ -87,18 +87,6 @@ class Pass:
             is zero, and no step reads them.
     """
 
-    __slots__ = (
-        "_chosen",
-        "_names",
-        "_taken",
-        "_wanted",
-        "arguments",
-        "layouts",
-        "results",
-        "spare",
-        "steps",
-    )
-
     def __init__(self, *arguments: str) -> None:
         self.arguments = len(arguments)
         self._names: dict[str | None, int | None] = {name: i for i, name in enumerate(arguments)}
@@ -142,47 +130,73 @@ class Pass:
         """The pass itself, whose results are the tensors of these names, `None` for no tensor."""
         self.results = tuple(self._names[name] for name in names)
         self.spare = frozenset(self._names[name] for name in spare)
-        new = enumerate(self.layouts, self.arguments)
-        self._wanted = [None if i in self.spare else layout for i, layout in new]
-        self._chosen = _chooser(self.results)
-        self._taken = [
-            (getattr(function, "launches", None), function, _chooser(given), found)
-            for function, given, found in self.steps
-        ]
         return self
 
-    def __call__(self, *tensors: Any, spare: bool = True) -> tuple[Any, ...]:
-        """The results; those that are spare may be `None` if `spare` is false."""
-        seen = is_seen()
-        spare = spare or seen
-        held = [*tensors]
-        new = tensors[0].new_empty_strided
-        for layout in self.layouts if spare else self._wanted:
+    def __call__(self, *tensors: Any) -> tuple[Any, ...]:
+        return self.full(*tensors)
+
+    def execute(self, *tensors: Any) -> tuple[Any, ...]:
+        """Executes the pass as it is written down, which is right in every case."""
+        held, new = [*tensors], tensors[0].new_empty_strided
+        for layout in self.layouts:
             held.append(None if layout is None else new(layout[0], layout[1], dtype=layout[2]))
-        held.append(None)
-        for launches, function, given, found in self._taken:
-            arguments = given(held)
-            if launches is not None:
-                if seen or not launches(arguments):
-                    if not spare:  # the kernel is not compiled
-                        return self(*tensors)
-                    function(*arguments)
-                continue
-            results = function(*arguments)
-            if found:
-                for i, t in zip(found, results, strict=True):
-                    held[i] = t  # type: ignore[index]
-        return self._chosen(held)
+        for function, given, found in self.steps:
+            results = function(*_chosen(held, given))
+            for i, t in zip(found, results or (), strict=True):
+                held[i] = t  # type: ignore[index]
+        return _chosen(held, self.results)
+
+    @cached_property
+    def full(self) -> Callable[..., tuple[Any, ...]]:
+        """The pass as a function that takes less time in the usual case."""
+        return self._function(frozenset())
+
+    @cached_property
+    def bare(self) -> Callable[..., tuple[Any, ...]]:
+        """The same without the spare results, in whose place anything may be."""
+        return self._function(self.spare) if self.spare else self.full
+
+    def _function(self, left_out: frozenset[int | None]) -> Callable[..., tuple[Any, ...]]:
+        """Returns a function that does without the tensors `left_out`. Its source has a line or two
+        for each tensor and step: a loop over them takes as long as all that they do."""
+        launcher = next((f for f, _, _ in self.steps if isinstance(f, Launcher)), None)
+        if launcher is None:
+            return self.execute
+        names = {i: f"t{i}" for i in range(self.arguments + len(self.layouts))} | {None: "None"}
+        names |= dict.fromkeys(left_out, "None")
+        arguments = ", ".join(names[i] for i in range(self.arguments))
+        scope: dict[str, Any] = {
+            "is_usual": is_usual,
+            "execute": self.execute,
+            "new": new_tensor(launcher.device),
+        }
+        lines = [
+            f"def function({arguments}):",
+            f"if not is_usual({launcher.device}):",
+            f"    return execute({arguments})",
+        ]
+        for i, layout in enumerate(self.layouts, self.arguments):
+            if layout is not None and i not in left_out:
+                scope[f"layout{i}"] = tuple(layout[0]), tuple(layout[1]), layout[2]
+                lines.append(f"t{i} = new(*layout{i})")
+        for k, (step, given, found) in enumerate(self.steps):
+            taken = ", ".join(names[i] for i in given)
+            scope[f"step{k}"] = step
+            if isinstance(step, Launcher):
+                addresses = ("0" if i in left_out else f"t{i}.data_ptr()" for i in given)
+                lines.append(f"if not step{k}.launches([{', '.join(addresses)}]):")
+                # A kernel is compiled by a launch with all of its tensors.
+                again = f"return execute({arguments})" if left_out else f"step{k}({taken})"
+                lines.append(f"    {again}")
+            else:
+                lines.append(f"{''.join(f't{i}, ' for i in found)} = step{k}({taken})")
+        lines.append(f"return ({''.join(f'{names[i]}, ' for i in self.results)})")
+        exec("\n    ".join(lines), scope)
+        return scope["function"]
 
     def needs_no_python(self) -> bool:
         """Whether the native library can take every step: launches, and operations of PyTorch's."""
         return all(isinstance(function, Launcher | Operation) for function, _, _ in self.steps)
-
-
-def _chooser(indices: Indices) -> Callable[[Sequence[Any]], tuple[Any, ...]]:
-    """As `_chosen`, for values the last of which is `None`."""
-    at = [-1 if i is None else i for i in indices]
-    return itemgetter(*at) if len(at) > 1 else lambda values: tuple([values[i] for i in at])
 
 
 def _chosen(values: Sequence[Any], indices: Indices) -> tuple[Any, ...]:
