@@ -163,7 +163,7 @@ def test_a_record_is_a_few_operations_and_waits_for_nothing():
             watch._after_step(optimizer)
         assert "_local_scalar_dense.default" not in operations.names
         counts.append(len(operations.names))
-    assert counts[0] == counts[1] == 13
+    assert counts[0] == counts[1] == 8
 
 
 def test_tables(capsys):

@@ -108,20 +108,20 @@ class Monitor:
 
     @torch.no_grad()
     def _record(self, rates: list[Any]) -> None:
-        missing = torch.full((), math.nan, device=self._vs[0].device)
+        missing = torch.full((), math.nan, device=self._vs[0].device, dtype=self._vs[0].dtype)
         gradients = [missing if v.grad is None else v.grad for v in self._vs]
-        before, after = self._sizes(self._before, 2), self._sizes(self._vs, 2)
+        sizes = self._sizes([*self._before, *self._vs, *gradients], 2)
         torch._foreach_sub_(self._before, self._vs)  # the next step needs a new copy anyway
-        moved = self._sizes(self._before, 2)
-        rest = self._sizes(self._gs, 1), self._sizes(gradients, 2)
-        self._records.append(_Record(self.step, rates, before, after, moved, *rest))
-
-    def _sizes(self, tensors: Any, order: int) -> Tensor:
-        """Returns the norms of tensors as one tensor."""
-        norms = list(torch._foreach_norm(tensors, order, dtype=self._dtype))
+        sizes += self._sizes(self._before, 2) + self._sizes(self._gs, 1)
         if self._is_spread:
-            norms = [n.to(self._vs[0].device, non_blocking=True) for n in norms]
-        return torch.stack(norms)
+            sizes = [n.to(self._vs[0].device, non_blocking=True) for n in sizes]
+        before, after, of_gradients, moved, magnitudes = torch.stack(sizes).chunk(5)
+        rest = moved, magnitudes, of_gradients
+        self._records.append(_Record(self.step, rates, before, after, *rest))
+
+    def _sizes(self, tensors: list[Tensor], order: int) -> list[Tensor]:
+        """Returns the norms of tensors."""
+        return list(torch._foreach_norm(tensors, order, dtype=self._dtype))
 
     def _rates(self, optimizer: Optimizer) -> list[Any]:
         """Returns the learning rate of every `V` in the optimizer."""

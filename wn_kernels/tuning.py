@@ -308,6 +308,8 @@ def _explained_weights(name: str, module: Any) -> Explained:
         ("backward", "weight", f"{3 * size:.3g}", "1"),
     ]
     rest = "torch.nn computes the recurrence."
+    if isinstance(module, nn.RNNCellBase) and v[0].is_cpu:
+        rest = "A batch on a CPU takes the products above instead."
     title = f"{title}\n{plan.serving(v[0])}, nothing to choose"
     return Explained(title, rows, [rest])
 

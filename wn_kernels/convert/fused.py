@@ -100,9 +100,9 @@ class _Fused:
         norm = self._norms[name]
         return parts(self._holder(name), norm.key_g, norm.key_v)
 
-    def _normalisation(self: Any) -> tuple[int | None, float, call.Norm]:
+    def _normalisation(self: Any, name: str = "weight") -> tuple[int | None, float, call.Norm]:
         """Returns `(dim, eps, norm)`."""
-        norm = self._norms["weight"]
+        norm = self._norms[name]
         return norm.dim, 0.0, norm.norm
 
     def _held(self: Any) -> tuple[dict[str, Any], str, str]:
@@ -337,7 +337,10 @@ def _set_class(module: nn.Module, base: Any, norms: dict[str, Norm]) -> None:
 
 def parametrized(module: Any) -> dict[str, Any]:
     """Returns PyTorch's lists of parametrizations by tensor. It is empty if the module has none."""
-    return dict(module.parametrizations.items()) if parametrize.is_parametrized(module) else {}
+    children = module._modules  # a look-up of an attribute that is missing costs 2 µs
+    if "parametrizations" not in children or not parametrize.is_parametrized(module):
+        return {}
+    return dict(children["parametrizations"].items())
 
 
 def is_fused(module: nn.Module) -> bool:

@@ -256,6 +256,9 @@ def _fuse(prefix: str, module: nn.Module, dry_run: bool) -> list[Layer]:
             path, note = f"{plan.serving(v, dim)}: weight", "a second parametrization of the tensor"
         elif layer is None:
             path, note = f"{plan.serving(v, dim)}: weight", "its own forward"
+        elif issubclass(layer, nn.RNNCellBase) and v.is_cpu:
+            path = f"{plan.serving(v, dim)}: linear"
+            note = "a product with each weight of the cell"
         elif not issubclass(layer, WeightNormMixin):
             path, note = f"{plan.serving(v, dim)}: weight", "one call for all of the layer"
         else:

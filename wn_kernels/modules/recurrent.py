@@ -2,7 +2,7 @@
 
 A forward computes all weights of the layer in one call, and then runs the `forward` of torch.nn on
 a plain layer that holds them (`with_weights`). Nothing of a call is kept in the layer itself, so
-that several threads may run it.
+that several threads may run it. A cell on a CPU takes products without a weight (`steps.py`).
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from .. import functional as WF
-from . import checkpoints, flat, norms, reading, removal
+from ..call import Norm
+from . import checkpoints, flat, norms, reading, removal, steps
 from .weight import NormedWeights
 
 if TYPE_CHECKING:
@@ -123,6 +124,10 @@ class RecurrentMixin(NormedWeights):
         to = [places[name] for name in names] if places else None
         return norms.weights(tensors, to, self.dim, self.eps, self.norm)
 
+    def _normalisation(self, name: str) -> tuple[int | None, float, Norm]:
+        """Returns `(dim, eps, norm)`."""
+        return self.dim, self.eps, self.norm
+
     def __getattr__(self, name: str) -> Any:
         if name in self._names:
             return reading.read(self, name)
@@ -168,7 +173,8 @@ class _Cell(RecurrentMixin):
         ) -> None: ...
 
     def forward(self: Any, input: Tensor, hx: Any = None) -> Any:
-        return self.plain.forward(cell_with_weights(self), input, hx)
+        y = steps.step(self, input, hx)
+        return self.plain.forward(cell_with_weights(self), input, hx) if y is None else y
 
 
 class WNLSTM(_Layer, nn.LSTM):
@@ -277,8 +283,8 @@ class WNLSTMCell(_Cell, nn.LSTMCell):
     """Replaces `torch.nn.LSTMCell` with weight-normalised weights.
 
     It is a drop-in cell, as `WNLSTM` is a drop-in layer. Its parameters are `weight_ih_v`,
-    `weight_ih_g`, `weight_hh_v`, `weight_hh_g` and the biases. Every call computes both weights. A
-    loop over many steps computes them once inside `torch.nn.utils.parametrize.cached()`.
+    `weight_ih_g`, `weight_hh_v`, `weight_hh_g` and the biases. A loop over
+    many steps computes the weights once inside `torch.nn.utils.parametrize.cached()`.
     """
 
     plain = nn.LSTMCell
