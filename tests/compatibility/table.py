@@ -44,8 +44,7 @@ def page() -> str:
         "",
         "This page says what of PyTorch works with a weight-normed `nn.Linear` on a CPU. Every",
         "cell is what a test found, and `python -m tests.compatibility.table` writes the page.",
-        "*fails* stands for an exception, and *wrong* for a result that is not the float64 "
-        "reference's.",
+        "*fails* is an exception, and *wrong* a result that is not the float64 reference's.",
         f"The table was made with torch {torch.__version__.split('+')[0]}.",
         "",
         "| | " + " | ".join(PROVIDERS) + " |",
