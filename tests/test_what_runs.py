@@ -150,12 +150,11 @@ def test_native_serves_some_of_each():
 def test_aten(name, grad, monkeypatch):
     case = CASES[name]
     products = ("torch.mm", "torch.convolution", "convolution_grads", "scaled_weight")
-    forms = (*products, "fused_weight_norm", "weight_norm")
-    with use_backend("aten"), spied(monkeypatch, *forms) as calls:
+    forms = ("torch._weight_norm_interface", "weight_norm")
+    with use_backend("aten"), spied(monkeypatch, *products, *forms) as calls:
         chosen, (x, v, _, _), backward = run(case, grad)
-        forms_weight = any(called == "weight_norm" for called, _ in calls) or (
-            chosen.keeps == "weight"
-            and any(called in ("fused_weight_norm", "scaled_weight") for called, _ in calls)
+        forms_weight = any(called in forms for called, _ in calls) or (
+            chosen.keeps == "weight" and any(called == "scaled_weight" for called, _ in calls)
         )
         assert forms_weight == ((chosen.recorded if grad else chosen.forward) == "materialize")
         for called, args in calls:
