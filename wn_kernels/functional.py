@@ -20,27 +20,18 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from . import autograd, grouped, launched, operators, plan
+from . import autograd, composed, grouped, launched, operators, plan
 from .backends import aten, native, reference
 from .call import (
     Norm,
     Operands,
     canonical_dim,
     canonical_norm,
+    product_dtype,
     reduced_dims,
     scale_dtype,
 )
 from .prepare import are_dense, plan_native, prepare, reject
-
-
-def product_dtype(input: Tensor) -> torch.dtype:
-    """Returns the dtype of a product with `input`. Under autocast it is autocast's, as for a linear
-    layer, but float64 stays as it is."""
-    if torch._C._is_any_autocast_enabled() and input.dtype != torch.float64:
-        device_type = input.device.type
-        if torch.is_autocast_enabled(device_type):
-            return torch.get_autocast_dtype(device_type)
-    return input.dtype
 
 
 def _library() -> Any:
@@ -58,9 +49,16 @@ def _find_server(backend: str) -> Callable[..., Tensor | None]:
     library = _library()
     if backend == "triton":
         _servers[backend] = (library or launched).launched
+    elif backend == "native" and library:
+        _servers[backend] = library.computed
     else:
-        _servers[backend] = library.computed if library else lambda *_: None
+        _servers[backend] = composed.composed if backend == "aten" else _composed_if_free
     return _servers[backend]
+
+
+def _composed_if_free(*call: Any) -> Tensor | None:
+    """Serves a call without the native library, unless that library is forced."""
+    return None if plan.is_forced() else composed.composed(*call)
 
 
 def _run(

@@ -83,7 +83,7 @@ def weights(
     """
     first = v[0]
     backend = plans.prepares(first) if isinstance(first, Tensor) else ""
-    if not backend:
+    if backend not in ("native", "triton"):
         return None
     layouts = library.layouts(v + g)
     if layouts is None:

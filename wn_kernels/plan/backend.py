@@ -148,7 +148,8 @@ def cannot_serve(backend: str, reason: str = "") -> RuntimeError:
 
 def prepares(v: Tensor) -> str:
     """Returns the backend whose prepared calls a call with the weight `v` is looked up in first:
-    `"native"` for layers on a CPU, `"triton"` for kernels that are launched, or `""` for none.
+    `"native"` for layers on a CPU, `"triton"` for kernels that are launched, `"aten"` if that is
+    forced, or `""` for none.
 
     If the native library was built, its nodes launch the kernels, except where a compiler is set to
     trace the backward: it can trace a node in Python, and a node in C++ only if that defines
@@ -163,8 +164,8 @@ def prepares(v: Tensor) -> str:
             return "native"
         if not v.is_cuda:
             return ""
-    elif _forced == "native":
-        return "native"
+    elif _forced in ("native", "aten"):
+        return _forced
     elif _forced != "triton":
         return ""
     if triton_unavailable() is not None or (torch.is_grad_enabled() and _traces_backward()):

@@ -175,7 +175,7 @@ def test_saved_memory():
 
 
 def test_a_weight_that_passes_leaves_no_trace():
-    """Weights of several layers take the same memory in turn. None lasts into a backward."""
+    """Weights of several layers take the same memory in turn. A graph holds none of them."""
     layers = [Case(40, 64, 64, 0, torch.float32) for _ in range(3)]
     leaves = [case.leaves() for case in layers]
     x = leaves[0][0]
