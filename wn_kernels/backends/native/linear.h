@@ -235,7 +235,8 @@ inline std::optional<LinearResult> linear_forward(
   const auto n = norms(v, g, options);
   if (!n) return std::nullopt;
   // Float32 products of few rows are faster with V on the left.
-  const bool left = dtype == wide && x.size(0) < kLeftRows;
+  const int64_t rows = x.size(0), least = at::get_num_threads() == 1 ? kLeftRowsAlone : 1;
+  const bool left = dtype == wide && least <= rows && rows < kLeftRows;
   const Tensor p = left ? at::mm(v, x.t()).t() : at::mm(x, v.t());
   out = LinearResult{Tensor(), *n, keeps ? p : Tensor()};
   out->y = !keeps && p.is_contiguous() ? p : at::empty(p.sizes(), x.options());
