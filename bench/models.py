@@ -7,6 +7,7 @@ from __future__ import annotations
 import copy
 import functools
 import math
+from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field
@@ -30,9 +31,7 @@ class Model(NamedTuple):
     x_shape: tuple[int, ...]  # to time: about a second of sound, a batch of images
     call: Callable[[Any, Tensor], Tensor]
     layers: int  # those with weight norm
-    # The modules that `call` calls, each of which gets a group: the model itself or parts of it.
-    # A single layer has none.
-    parts: tuple[str, ...] = ("",)
+    is_layer: bool = False  # whether it is a single layer, which has no group
 
 
 def _hifigan() -> nn.Module:
@@ -44,9 +43,11 @@ def _hifigan() -> nn.Module:
 
 
 def _encodec() -> nn.Module:
+    """Its codes between the two parts are discrete: a rounding may turn into another code."""
     from transformers import EncodecConfig, EncodecModel
 
-    return EncodecModel(EncodecConfig())
+    model = EncodecModel(EncodecConfig())
+    return nn.Sequential(OrderedDict(encoder=model.encoder, decoder=model.decoder))
 
 
 def _wav2vec2() -> nn.Module:
@@ -82,15 +83,7 @@ def _critic() -> nn.Module:
 
 MODELS = {
     "hifigan": Model(_hifigan, (8, 80), (64, 80), lambda model, x: model(x), 78),
-    # The codes between the two are discrete: a rounding may turn into another code.
-    "encodec": Model(
-        _encodec,
-        (1, 1, 1280),
-        (1, 1, 24000),
-        lambda model, x: model.decoder(model.encoder(x)),
-        36,
-        ("encoder", "decoder"),
-    ),
+    "encodec": Model(_encodec, (1, 1, 1280), (1, 1, 24000), lambda model, x: model(x), 36),
     "wav2vec2": Model(
         _wav2vec2, (1, 4000), (1, 16000), lambda model, x: model(x).last_hidden_state, 1
     ),
@@ -219,7 +212,7 @@ class ModelCase:
 
     def names(self) -> tuple[str, ...]:
         """Returns the names of the providers."""
-        names = NAMES if self.model.parts else NAMES[:-1]
+        names = NAMES[:-1] if self.model.is_layer else NAMES
         return (*names, "frozen") if self.mode == "infer" else names
 
     @property
@@ -252,8 +245,8 @@ class ModelRunner:
             wn_kernels.fold(self.model)
         if name in ("ours", "frozen"):
             wn_kernels.fuse(self.model)
-        for part in case.model.parts if name == "grouped" else ():
-            wn_kernels.fuse(self.model.get_submodule(part), grouped=True)
+        if name == "grouped":
+            wn_kernels.fuse(self.model, grouped=True)
         self.parameters = list(self.model.parameters())
 
     @property

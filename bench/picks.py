@@ -22,13 +22,13 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.progress import track
-from rich.table import Table
 
 from bench.cases import SUITES, Case
 from bench.layer import MODES
 from bench.measure import precision
 from bench.measure.timing import interleaved, sampler
 from bench.providers import PROVIDERS
+from bench.report.tables import printed
 from wn_kernels import plan, prepare, tuning
 from wn_kernels.call import Call
 from wn_kernels.plan import Plan
@@ -174,15 +174,14 @@ def main(path: str, seconds: float, count: int) -> int:
         for case in track(chosen, name, console=console, transient=True):
             found[name] += measure(case)
             _store(path, found)
-    table = Table(title="picks that take more than 5 % longer than the fastest plan")
-    for column in ("call", "mode", "picked", "fastest", "picked over fastest"):
-        table.add_column(column)
+    rows = [["call", "mode", "picked", "fastest", "picked over fastest"]]
     everything = _all(found)
     for pick in sorted(everything, key=lambda pick: -pick.loss):
         if pick.loss > CLOSE:
-            words = pick.label, pick.mode, pick.picked, pick.fastest, f"{pick.loss:.2f}"
-            table.add_row(*words)
-    (console if console.is_terminal else Console(width=160)).print(table)
+            rows.append([pick.label, pick.mode, pick.picked, pick.fastest, f"{pick.loss:.2f}"])
+    title = "picks that take more than 5 % longer than the fastest plan"
+    shown = printed(title, rows, numbers=slice(4, None))
+    (console if console.is_terminal else Console(width=160)).print(shown)
     for name, picks in found.items():
         good = sum(pick.loss <= CLOSE for pick in picks)
         if picks:

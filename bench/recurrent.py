@@ -36,13 +36,13 @@ def stepped(cell: Any, x: Tensor) -> Tensor:
 
 LAYERS = {
     f"{kind.__name__} 2×{SIZE}, {steps} steps of {BATCH}": Model(
-        partial(normed, kind, 2), (3, 2, SIZE), (steps, BATCH, SIZE), first, 4, ()
+        partial(normed, kind, 2), (3, 2, SIZE), (steps, BATCH, SIZE), first, 4, True
     )
     for kind in (nn.LSTM, nn.GRU)
     for steps in (4, 64)
 } | {
     f"{kind.__name__} {SIZE}, {BATCH} rows": Model(
-        partial(normed, kind), (3, SIZE), (BATCH, SIZE), stepped, 2, ()
+        partial(normed, kind), (3, SIZE), (BATCH, SIZE), stepped, 2, True
     )
     for kind in (nn.LSTMCell, nn.GRUCell)
 }

@@ -10,12 +10,12 @@ import os
 import torch
 from rich.console import Console
 from rich.progress import track
-from rich.table import Table
 
 import wn_kernels
 from bench.cases import SUITES
 from bench.measure import precision
 from bench.providers import PROVIDERS
+from bench.report.tables import printed
 from wn_kernels.plan import Plan, table
 from wn_kernels.tuning import Tuned
 
@@ -37,9 +37,7 @@ def main(seconds: float) -> int:
     os.environ[table.VARIABLE] = "results/tuned.json"
     console = Console()
     cases = [case for suite in SUITES.values() for case in suite if case.mode == "train"]
-    shown = Table(title="training steps: the cost model's choice beside the fastest")
-    for name in ("case", "default", "fastest", "default over fastest"):
-        shown.add_column(name)
+    rows = [["case", "default", "fastest", "default over fastest"]]
     losses = []
     for case in track(cases, "tuning", console=console, transient=True):
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -50,8 +48,10 @@ def main(seconds: float) -> int:
         for line in lines:
             losses.append(loss(line))
             names = str(line.default), str(line.choice)
-            style = "yellow" if losses[-1] > CLOSE else ""
-            shown.add_row(case.label, *names, f"{losses[-1]:.2f}", style=style)
+            rows.append([case.label, *names, f"{losses[-1]:.2f}"])
+    styles = ["yellow" if each > CLOSE else "" for each in losses]
+    title = "training steps: the cost model's choice beside the fastest"
+    shown = printed(title, rows, styles, slice(3, None))
     (console if console.is_terminal else Console(width=140)).print(shown)
     close = sum(x <= CLOSE for x in losses)
     console.print(f"{close} of {len(losses)} defaults are within 10 % of the fastest")

@@ -25,6 +25,8 @@ OPTIONS = {
     "UBSAN_OPTIONS": "print_stacktrace=1",
 }
 
+# The files of tests/backends/native that run its kernels.
+TESTED = "native", "linear", "convolution", "weight", "norms"
 BUILD = "import os; from wn_kernels.backends import native; print(native.build()); os._exit(0)"
 
 
@@ -48,7 +50,7 @@ def main(arguments: list[str]) -> int:
     # allocated before them must not be freed through them, so nothing is at the end.
     late = {"ASAN_OPTIONS": OPTIONS["ASAN_OPTIONS"] + ":verify_asan_link_order=0"}
     subprocess.run([sys.executable, "-c", BUILD], env=environment | late, check=True)
-    files = (f"tests/backends/native/test_{name}.py" for name in ("native", "norms"))
+    files = [f"tests/backends/native/test_{name}.py" for name in TESTED]
     tests = [sys.executable, "-m", "pytest", *files, "--quiet", "--numprocesses", "2"]
     return subprocess.run([*tests, *arguments], env=environment | preloaded, check=False).returncode
 

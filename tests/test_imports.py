@@ -23,6 +23,7 @@ LAYERS = [
     "calibration",
     "modules",
     "functional",
+    "composed",
     "launched",
     "grouped",
     "autograd",

@@ -11,6 +11,8 @@ from torch.nn.utils import parametrize
 import wn_kernels
 from bench.models import MODELS, assert_as_good, built
 from tests.comparison import assert_matches, assert_same_bits
+from wn_kernels.call import Member
+from wn_kernels.modules import prepared
 
 transformers = pytest.importorskip("transformers", reason="the extra 'models' is not installed")
 pytest.importorskip("pytorch_tcn", reason="the extra 'models' is not installed")
@@ -160,6 +162,42 @@ def test_their_own_removal(name, convert):
     assert all(isinstance(m.weight, nn.Parameter) for m in layers)
     assert not any(list(m._forward_pre_hooks.items()) for m in layers)
     assert_matches(call(torch.float32), right, torch.float32, 512, roundings=20)
+
+
+@pytest.mark.parametrize("name", ["hifigan", "encodec"])
+def test_one_launch_for_all_norms_of_a_model(name, monkeypatch):
+    """One call of a forward, and one node of its graph. On a GPU each is one launch."""
+    group = pytest.importorskip("wn_kernels.backends.triton.group")
+    eager, x = built(name)
+    single, grouped, wide = copy.deepcopy(eager), copy.deepcopy(eager), eager.double()
+    wn_kernels.fuse(single)
+    wn_kernels.fuse(grouped, grouped=True)
+    calls, make = [], prepared.WF.weight_norms
+
+    def counted(v, g, **options):
+        calls.append((v, g, options))
+        return make(v, g, **options)
+
+    monkeypatch.setattr(prepared.WF, "weight_norms", counted)
+    monkeypatch.setattr(prepared.plan, "shares", lambda *_: True)
+    nodes, todo = set(), [MODELS[name].call(grouped, x).grad_fn]
+    while todo:
+        node = todo.pop()
+        if node is not None and node not in nodes:
+            nodes.add(node)
+            todo += [edge for edge, _ in node.next_functions]
+    assert sum("WeightNorms" in node.name() for node in nodes) == 1
+    ((v, g, options),) = calls
+    assert len(v) == MODELS[name].layers
+    members = tuple(map(Member, options["dim"], options["eps"], options["dtype"]))
+    target = group.target_of(v[0])
+    vs, gs = ([t.detach().to("meta") for t in each] for each in (v, g))
+    for launches in (
+        group._prepare(target, *vs, *gs, members),
+        group._prepare_backward(target, *vs, *vs, *gs, members),
+    ):
+        assert (len(launches.tables), launches.alone) == (1, [])
+    assert_as_good(*(step(name, model, x) for model in (grouped, single, wide)), torch.float32)
 
 
 def test_torchs_own_removal():

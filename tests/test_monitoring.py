@@ -160,10 +160,10 @@ def test_a_record_is_a_few_operations_and_waits_for_nothing():
         step(net, optimizer, torch.randn(3, 4))
         with Operations() as operations:
             watch._before_step()
-            watch._after_step()
+            watch._after_step(optimizer)
         assert "_local_scalar_dense.default" not in operations.names
         counts.append(len(operations.names))
-    assert counts[0] == counts[1] == 13
+    assert counts[0] == counts[1] == 8
 
 
 def test_tables(capsys):

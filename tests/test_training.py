@@ -1,6 +1,7 @@
 """Parameter groups, constant magnitudes and constant norms, in every form that a layer may have."""
 
 import copy
+import itertools
 import math
 
 import pytest
@@ -14,6 +15,7 @@ from tests.comparison import assert_matches, assert_same_bits, assert_zero
 from tests.convert.layers import stacked
 from tests.forms import FORMS, LAYERS, effective, made, normalised, parts
 from wn_kernels.backends import reference
+from wn_kernels.convert import normed
 
 
 def norms(layer, dim):
@@ -266,6 +268,42 @@ def test_norms_of_g_make_v_the_weight(kind, form):
         g.view(-1)[0] = 0
     wn_kernels.renormalize_(layer, "g")
     assert_matches(v, weight, torch.float64, 64)
+
+
+@pytest.mark.parametrize("norm", [1.0, "rms", "initial"])
+def test_one_launch_renormalizes_all_layers(norm, device, monkeypatch):
+    """The kernel of a group writes over the `V` that it reads. A slice of zeros stays one."""
+    launch = pytest.importorskip("wn_kernels.backends.triton.launch")
+    launched, make = [], launch.Launcher.__call__
+
+    def counted(self, *tensors):
+        launched.append(self)
+        make(self, *tensors)
+
+    monkeypatch.setattr(launch.Launcher, "__call__", counted)
+    forms = itertools.cycle(FORMS)
+    layers = [made(kind, next(forms), torch.float32)[0] for kind in LAYERS]
+    net = nn.Sequential(*layers).to(device)
+    net.append(wn_kernels.WNLinear(5000, 3, device=device))  # a program walks one slice
+    with torch.no_grad():
+        net[-1].weight_v[1] = 0
+    initial = wn_kernels.slice_norms(net)
+    found = [(x.tensors[1], x.dim) for x in normed.weights(net)]
+    old = [v.detach().clone() for v, _ in found]
+    versions = [v._version for v, _ in found]
+    given = {name: 2 * n for name, n in initial.items()} if norm == "initial" else norm
+    for _ in range(2):
+        launched.clear()
+        with wn_kernels.use_backend("triton"):
+            wn_kernels.renormalize_(net, given)
+        assert len(launched) == 1
+    for before, version, (v, dim), n in zip(old, versions, found, initial.values(), strict=True):
+        size = 2 * n.double() if norm == "initial" else 1.0
+        if norm == "rms":
+            size = math.sqrt(v.numel() / n.numel())
+        own = reference.norms(before.double(), dim, 0.0)  # infinity for zeros
+        assert_matches(v, before.double() / own * size, torch.float32, 5000, roundings=4)
+        assert v._version > version
 
 
 def test_few_dispatches():

@@ -222,7 +222,7 @@ def test_native_serves_some_of_each():
 # --- the ATen path -------------------------------------------------------------------------------
 
 PRODUCTS = {"torch.mm", "torch.convolution", "convolution_grads"}
-FORMS = {"scaled_weight", "fused_weight_norm", "weight_norm"}
+FORMS = {"scaled_weight", "torch._weight_norm_interface", "weight_norm"}
 
 
 def check_aten(case, ran, chosen):

@@ -198,6 +198,8 @@ def main(arguments: list[str] | None = None) -> int:
     if chosen.command == "info":
         print(info())
     elif chosen.command == "build":
+        if not native.location().exists():
+            print("the compiler takes about a minute", file=sys.stderr)
         print(native.build())
         if measured := calibration.ensure():
             print(f"rates of the cpu: {measured}", file=sys.stderr)

@@ -87,12 +87,17 @@ def _fused_weight(v: Tensor, g: Tensor, call: Call, plan: Plan) -> Tensor | None
     if v.is_leaf:  # the hook holds on to `V`, which makes no difference for a leaf
         fused = aten.fused_weight_norm(v, g, call, call.x_dtype)
         if fused is not None:
-            w = fused[0]
+            w, n = fused
             if w.grad_fn is not None:
-                hook = functools.partial(_right_second_order, v, g, fused[1], call, plan)
-                w.grad_fn.register_hook(hook)
-            return w
+                mend_second_order(w, n, v, g, call, plan)
+            return w.to(call.x_dtype)
     return None
+
+
+def mend_second_order(w: Tensor, n: Tensor, v: Tensor, g: Tensor, call: Call, plan: Plan) -> None:
+    """Gives torch's own node of `W` a right derivative of its backward. `V` must be a leaf."""
+    assert w.grad_fn is not None
+    w.grad_fn.register_hook(functools.partial(_right_second_order, v, g, n, call, plan))
 
 
 def _right_second_order(

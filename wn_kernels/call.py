@@ -193,6 +193,16 @@ def scale_dtype(v: Tensor) -> torch.dtype:
     return torch.float64 if v.dtype == torch.float64 else torch.float32
 
 
+def product_dtype(input: Tensor) -> torch.dtype:
+    """Returns the dtype of a product with `input`. Under autocast it is autocast's, as for a linear
+    layer, but float64 stays as it is."""
+    if torch._C._is_any_autocast_enabled() and input.dtype != torch.float64:
+        device_type = input.device.type
+        if torch.is_autocast_enabled(device_type):
+            return torch.get_autocast_dtype(device_type)
+    return input.dtype
+
+
 # Norms in this range may be squared, and divided by one another's squares, without leaving the
 # range of the dtype that they are kept in.
 NORM_RANGE = {torch.float32: (1e-10, 1e10), torch.float64: (1e-80, 1e80)}

@@ -20,29 +20,18 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from . import autograd, grouped, launched, operators, plan
+from . import autograd, composed, grouped, launched, operators, plan
 from .backends import aten, native, reference
 from .call import (
-    Member,
     Norm,
     Operands,
     canonical_dim,
     canonical_norm,
-    recorder,
+    product_dtype,
     reduced_dims,
     scale_dtype,
 )
-from .prepare import are_dense, plan_native, prepare, prepare_member, reject
-
-
-def product_dtype(input: Tensor) -> torch.dtype:
-    """Returns the dtype of a product with `input`. Under autocast it is autocast's, as for a linear
-    layer, but float64 stays as it is."""
-    if torch._C._is_any_autocast_enabled() and input.dtype != torch.float64:
-        device_type = input.device.type
-        if torch.is_autocast_enabled(device_type):
-            return torch.get_autocast_dtype(device_type)
-    return input.dtype
+from .prepare import are_dense, plan_native, prepare, reject
 
 
 def _library() -> Any:
@@ -60,9 +49,16 @@ def _find_server(backend: str) -> Callable[..., Tensor | None]:
     library = _library()
     if backend == "triton":
         _servers[backend] = (library or launched).launched
+    elif backend == "native" and library:
+        _servers[backend] = library.computed
     else:
-        _servers[backend] = library.computed if library else lambda *_: None
+        _servers[backend] = composed.composed if backend == "aten" else _composed_if_free
     return _servers[backend]
+
+
+def _composed_if_free(*call: Any) -> Tensor | None:
+    """Serves a call without the native library, unless that library is forced."""
+    return None if plan.is_forced() else composed.composed(*call)
 
 
 def _run(
@@ -242,43 +238,7 @@ def weight_norms(
         w = grouped.weights(library, v, g, options, places)
         if w is not None:
             return w
-    members, scales = [], []
-    for i, arguments in enumerate(zip(v, g, *options, strict=True)):
-        try:
-            member, shape = prepare_member(v[0], *arguments)
-        except (TypeError, ValueError) as error:
-            raise type(error)(f"weight {i}: {error}") from None
-        members.append(member)
-        scales.append(g[i] if g[i].shape == shape else g[i].view(shape))
-    if places is not None:
-        grouped.check_places(places, v, members)
-    return [*_weights(v, scales, tuple(members), places)]
-
-
-def _weights(
-    v: list[Tensor],
-    g: list[Tensor],
-    members: tuple[Member, ...],
-    places: Sequence[Tensor] | None,
-) -> Sequence[Tensor]:
-    """Runs a checked call of a group that the native library does not serve."""
-    records = {recorder(t) for t in (*v, *g)}
-    if "composite" in records and not plan.is_forced():
-        backend = "reference"
-    else:
-        backend = plan.choose_backend(v[0])
-    if backend == "native":  # the library has declined the call already
-        raise plan.cannot_serve(backend)
-    every = [*zip(v, g, members, strict=True)]
-    if backend == "reference":
-        return [reference.weight_norm(t, s, m.dim, m.eps, m.norm, m.dtype) for t, s, m in every]
-    try:
-        return grouped.weight_norms(grouped.Group(members, backend, places), v, g)
-    except aten.OutOfRange:
-        return [
-            reference.weight_norm(t.double(), s.double(), m.dim, m.eps, m.norm, m.dtype)
-            for t, s, m in every
-        ]
+    return grouped.computed(v, g, options, places)
 
 
 def wn_linear(
@@ -378,17 +338,15 @@ def wn_conv1d(
         norm: the norm of a slice; see `weight_norm`.
 
     Returns:
-        A tensor of shape `(B, N, L_out)` or `(N, L_out)`, in the dtype of the product, which is
-        that of `input` or autocast's.
+        A tensor of shape `(B, N, L_out)` or `(N, L_out)`, in the dtype of the product.
 
     Raises:
         TypeError: an argument has the wrong type, dtype or layout.
         ValueError: shapes or options do not fit, the output would be empty, `dim` or `eps` is out
             of range, `norm` is unknown, or the tensors are on different devices.
     """
-    return convolution(
-        1, input, v, g, bias, stride, padding, dilation, False, 0, groups, dim, eps, norm
-    )
+    geometry = stride, padding, dilation, False, 0, groups
+    return _run(1, input, v, g, bias, geometry, dim, eps, norm)
 
 
 def wn_conv2d(
@@ -412,9 +370,8 @@ def wn_conv2d(
     Arguments, result and errors are those of `wn_conv1d`, with spatial dimensions `(H, W)` and a
     kernel of `(kh, kw)`.
     """
-    return convolution(
-        2, input, v, g, bias, stride, padding, dilation, False, 0, groups, dim, eps, norm
-    )
+    geometry = stride, padding, dilation, False, 0, groups
+    return _run(2, input, v, g, bias, geometry, dim, eps, norm)
 
 
 def wn_conv3d(
@@ -438,9 +395,8 @@ def wn_conv3d(
     Arguments, result and errors are those of `wn_conv1d`, with spatial dimensions `(D, H, W)` and a
     kernel of `(kd, kh, kw)`.
     """
-    return convolution(
-        3, input, v, g, bias, stride, padding, dilation, False, 0, groups, dim, eps, norm
-    )
+    geometry = stride, padding, dilation, False, 0, groups
+    return _run(3, input, v, g, bias, geometry, dim, eps, norm)
 
 
 def wn_conv_transpose1d(
@@ -484,22 +440,8 @@ def wn_conv_transpose1d(
     Raises:
         TypeError, ValueError: as `wn_conv1d`.
     """
-    return convolution(
-        1,
-        input,
-        v,
-        g,
-        bias,
-        stride,
-        padding,
-        dilation,
-        True,
-        output_padding,
-        groups,
-        dim,
-        eps,
-        norm,
-    )
+    geometry = stride, padding, dilation, True, output_padding, groups
+    return _run(1, input, v, g, bias, geometry, dim, eps, norm)
 
 
 def wn_conv_transpose2d(
@@ -525,22 +467,8 @@ def wn_conv_transpose2d(
     Arguments, result and errors are those of `wn_conv_transpose1d`, with spatial dimensions
     `(H, W)` and a kernel of `(kh, kw)`.
     """
-    return convolution(
-        2,
-        input,
-        v,
-        g,
-        bias,
-        stride,
-        padding,
-        dilation,
-        True,
-        output_padding,
-        groups,
-        dim,
-        eps,
-        norm,
-    )
+    geometry = stride, padding, dilation, True, output_padding, groups
+    return _run(2, input, v, g, bias, geometry, dim, eps, norm)
 
 
 def wn_conv_transpose3d(
@@ -566,19 +494,5 @@ def wn_conv_transpose3d(
     Arguments, result and errors are those of `wn_conv_transpose1d`, with spatial dimensions
     `(D, H, W)` and a kernel of `(kd, kh, kw)`.
     """
-    return convolution(
-        3,
-        input,
-        v,
-        g,
-        bias,
-        stride,
-        padding,
-        dilation,
-        True,
-        output_padding,
-        groups,
-        dim,
-        eps,
-        norm,
-    )
+    geometry = stride, padding, dilation, True, output_padding, groups
+    return _run(3, input, v, g, bias, geometry, dim, eps, norm)

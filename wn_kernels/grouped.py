@@ -22,7 +22,7 @@ from torch import Tensor
 
 from . import plan as plans
 from .autograd import ONLY_WEIGHT, Weight, recorded_grads
-from .backends import foreach, native
+from .backends import aten, foreach, native, reference
 from .call import NORMS, Member, Operands, kept_shape, recorder, scale_dtype
 from .operators import is_direct, laid_out_like, library, register
 from .prepare import prepare_member
@@ -83,7 +83,7 @@ def weights(
     """
     first = v[0]
     backend = plans.prepares(first) if isinstance(first, Tensor) else ""
-    if not backend:
+    if backend not in ("native", "triton"):
         return None
     layouts = library.layouts(v + g)
     if layouts is None:
@@ -127,6 +127,48 @@ def weights(
 
 
 # --- by Python -----------------------------------------------------------------------------------
+
+
+def computed(
+    v: list[Tensor],
+    g: list[Tensor],
+    options: tuple[tuple[Any, ...], ...],
+    places: Sequence[Tensor] | None,
+) -> list[Tensor]:
+    """Checks a call and returns its weights. `options` has the `dim`, `eps`, dtype and norm of
+    each.
+
+    Raises:
+        TypeError, ValueError: as `functional.weight_norms`.
+        RuntimeError: a backend is forced that cannot serve the call.
+    """
+    members, scales = [], []
+    for i, arguments in enumerate(zip(v, g, *options, strict=True)):
+        try:
+            member, shape = prepare_member(v[0], *arguments)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"weight {i}: {error}") from None
+        members.append(member)
+        scales.append(g[i] if g[i].shape == shape else g[i].view(shape))
+    if places is not None:
+        check_places(places, v, members)
+    records = {recorder(t) for t in (*v, *scales)}
+    if "composite" in records and not plans.is_forced():
+        backend = "reference"
+    else:
+        backend = plans.choose_backend(v[0])
+    if backend == "native":  # the library has declined the call already
+        raise plans.cannot_serve(backend)
+    every = [*zip(v, scales, members, strict=True)]
+    if backend == "reference":
+        return [reference.weight_norm(t, s, m.dim, m.eps, m.norm, m.dtype) for t, s, m in every]
+    try:
+        return [*weight_norms(Group(tuple(members), backend, places), v, scales)]
+    except aten.OutOfRange:
+        return [
+            reference.weight_norm(t.double(), s.double(), m.dim, m.eps, m.norm, m.dtype)
+            for t, s, m in every
+        ]
 
 
 def weight_norms(group: Group, v: Sequence[Tensor], g: Sequence[Tensor]) -> Sequence[Tensor]:

@@ -19,10 +19,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from . import prepare
 from .convert.normed import weights
-from .text import aligned
+from .text import aligned, html
 
 QUANTITIES = {
     "norm": "‖V‖",
@@ -53,7 +54,9 @@ class Monitor:
         step: the number of steps so far.
     """
 
-    def __init__(self, model: nn.Module, optimizer: Any, every: int, keep: int) -> None:
+    def __init__(
+        self, model: nn.Module, optimizer: Optimizer | None, every: int, keep: int
+    ) -> None:
         prepare.check_module("model", model)
         if isinstance(every, bool) or not isinstance(every, int) or every < 1:
             raise ValueError(f"every is {every!r}; expected a positive integer")
@@ -73,7 +76,6 @@ class Monitor:
         self._before = [v.detach().clone() for v in self._vs]
         self._records: deque[_Record] = deque(maxlen=keep)
         self._logged = 0
-        self._optimizer = optimizer
         self._handles: list[Any] = []
         if optimizer is not None:
             self._handles = [
@@ -86,10 +88,10 @@ class Monitor:
         if self.step % self._every == 0:
             torch._foreach_copy_(self._before, self._vs)
 
-    def _after_step(self, *_: Any) -> None:
+    def _after_step(self, optimizer: Optimizer, *_: Any) -> None:
         self.step += 1
         if (self.step - 1) % self._every == 0:
-            self._record(self._rates())
+            self._record(self._rates(optimizer))
 
     def record(self, lr: float | None = None) -> None:
         """Records a step of an optimizer that the monitor was not given. Call it after the step,
@@ -106,25 +108,25 @@ class Monitor:
 
     @torch.no_grad()
     def _record(self, rates: list[Any]) -> None:
-        missing = torch.full((), math.nan, device=self._vs[0].device)
+        missing = torch.full((), math.nan, device=self._vs[0].device, dtype=self._vs[0].dtype)
         gradients = [missing if v.grad is None else v.grad for v in self._vs]
-        before, after = self._sizes(self._before, 2), self._sizes(self._vs, 2)
+        sizes = self._sizes([*self._before, *self._vs, *gradients], 2)
         torch._foreach_sub_(self._before, self._vs)  # the next step needs a new copy anyway
-        moved = self._sizes(self._before, 2)
-        rest = self._sizes(self._gs, 1), self._sizes(gradients, 2)
-        self._records.append(_Record(self.step, rates, before, after, moved, *rest))
-
-    def _sizes(self, tensors: Any, order: int) -> Tensor:
-        """Returns the norms of tensors as one tensor."""
-        norms = list(torch._foreach_norm(tensors, order, dtype=self._dtype))
+        sizes += self._sizes(self._before, 2) + self._sizes(self._gs, 1)
         if self._is_spread:
-            norms = [n.to(self._vs[0].device, non_blocking=True) for n in norms]
-        return torch.stack(norms)
+            sizes = [n.to(self._vs[0].device, non_blocking=True) for n in sizes]
+        before, after, of_gradients, moved, magnitudes = torch.stack(sizes).chunk(5)
+        rest = moved, magnitudes, of_gradients
+        self._records.append(_Record(self.step, rates, before, after, *rest))
 
-    def _rates(self) -> list[Any]:
+    def _sizes(self, tensors: list[Tensor], order: int) -> list[Tensor]:
+        """Returns the norms of tensors."""
+        return list(torch._foreach_norm(tensors, order, dtype=self._dtype))
+
+    def _rates(self, optimizer: Optimizer) -> list[Any]:
         """Returns the learning rate of every `V` in the optimizer."""
         rates = {}
-        for group in self._optimizer.param_groups:
+        for group in optimizer.param_groups:
             lr = group["lr"]
             for p in group["params"]:
                 rates[id(p)] = lr.detach().clone() if isinstance(lr, Tensor) else lr
@@ -186,8 +188,14 @@ class Monitor:
         ]
         return [header, *rows]
 
+    def _title(self) -> str:
+        return f"step {self.steps[-1] if self.steps else 0}"
+
     def __str__(self) -> str:
-        return "\n".join([f"step {self.steps[-1] if self.steps else 0}", *aligned(self._rows())])
+        return "\n".join([self._title(), *aligned(self._rows())])
+
+    def _repr_html_(self) -> str:
+        return html(self._rows(), self._title())
 
     def table(self) -> Any:
         """Returns the last step as a `rich.table.Table`, which the package `rich` has to be
@@ -195,7 +203,7 @@ class Monitor:
         from rich.table import Table
 
         header, *rows = self._rows()
-        table = Table(title=f"step {self.steps[-1] if self.steps else 0}")
+        table = Table(title=self._title())
         for column in header:
             table.add_column(column, justify="left" if column == "layer" else "right")
         for row in rows:
@@ -267,7 +275,7 @@ def _angle(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
 
 
 def monitor(
-    model: nn.Module, optimizer: Any = None, *, every: int = 1, keep: int = 10_000
+    model: nn.Module, optimizer: Optimizer | None = None, *, every: int = 1, keep: int = 10_000
 ) -> Monitor:
     """Records ‖V‖, `g`, the effective learning rate `lr / ‖V‖²`, the norm of the gradient and the
     angle of each step, for every weight-normed tensor of a model.

@@ -3,17 +3,19 @@ magnitudes and norms that are held constant. docs/training.md has examples."""
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import increment_version
 
 from . import functional as WF
-from . import prepare
+from . import plan, prepare
 from .backends import aten, reference
-from .call import Member, Slices
+from .call import Member, Norm, Slices, kept_shape, recorder, scale_dtype
 from .convert.normed import weights
 
 # --- parameter groups ----------------------------------------------------------------------------
@@ -167,7 +169,8 @@ def renormalize_(
 
     It does not change `W`, which depends on the direction alone. It keeps ‖V‖, which each step of
     an optimizer makes larger, and with it the effective learning rate `lr / ‖V‖²`. A slice of norm
-    zero stays zero. Nothing waits for a GPU.
+    zero stays zero. Nothing waits for a GPU. There, one launch serves all layers, unless `norm` is
+    `"g"`, and a slice whose squares overflow becomes zero, as its weight in a forward is.
 
     To call it after each step of an optimizer:
 
@@ -195,35 +198,88 @@ def renormalize_(
         is_known = norm in ("rms", "g") or isinstance(norm, Mapping)
     if not is_known:
         raise ValueError(f'norm is {norm!r}; expected a positive number, "rms", "g" or a mapping')
-    chosen: dict[int, tuple[Tensor, Tensor, Any]] = {}
+    by_device: dict[torch.device, dict[int, _Direction]] = {}
     for normed in weights(model):
         g, v = normed.tensors
         if v.requires_grad and v.numel() and not normed.fault:
-            own = normed.norm if norm == "g" else "l2"
-            n = aten.norms(v, Member(normed.dim, LEAST, v.dtype, own))
-            chosen[id(v)] = v, n, _target(norm, normed.name, v, g, n)
-    if not chosen:
-        return
-    vs, norms, targets = map(list, zip(*chosen.values(), strict=True))
+            target = _target(norm, normed.name, v, kept_shape(v.shape, normed.dim))
+            found = by_device.setdefault(v.device, {})
+            found[id(v)] = _Direction(v, g, normed.dim, normed.norm, target)
+    for found in by_device.values():
+        directions = [*found.values()]
+        launches = plan.choose_backend(directions[0].v) == "triton"
+        if launches and norm != "g" and not any(recorder(d.v) for d in directions):
+            _renormalize_in_one_launch(directions)
+        else:
+            _renormalize(directions)
+
+
+class _Direction(NamedTuple):
+    """Describes a `V`. The l2 norms that its slices get are a number or a tensor of `g`'s shape. If
+    it is `None`, their norms of this kind become |g|."""
+
+    v: Tensor
+    g: Tensor
+    dim: int | None
+    norm: Norm
+    target: float | Tensor | None
+
+
+def _renormalize_in_one_launch(directions: list[_Direction]) -> None:
+    """Sets the norms by the kernel of a group of weights. A program has read its slices of `V` when
+    it writes them, so that the weight may take the memory of `V`."""
+    v, _, dims, _, targets = map(list, zip(*directions, strict=True))
+    counts = [(kept_shape(t.shape, d), scale_dtype(t)) for t, d in zip(v, dims, strict=True)]
+    sizes = [
+        _filled(target, shape, dtype, t.device)
+        if isinstance(target, float)
+        else target.to(t.device, dtype).contiguous()
+        for t, target, (shape, dtype) in zip(v, targets, counts, strict=True)
+    ]
+    for t, w in zip(v, WF.weight_norms(v, sizes, dim=dims, eps=LEAST, places=v), strict=True):
+        if w is not t:  # its slices are long enough for a launch of its own
+            t.copy_(w)
+    increment_version(v)
+
+
+@functools.lru_cache(maxsize=1024)
+def _filled(value: float, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Returns a tensor that nobody writes to."""
+    with torch.inference_mode(False):
+        return torch.full(shape, value, dtype=dtype, device=device)
+
+
+def _renormalize(directions: list[_Direction]) -> None:
+    """Sets the norms by a reduction for each `V`, and a few operations for all of them."""
+    norms = [
+        aten.norms(d.v, Member(d.dim, LEAST, d.v.dtype, d.norm if d.target is None else "l2"))
+        for d in directions
+    ]
     factors = torch._foreach_reciprocal(norms)
     torch._foreach_clamp_min_(factors, LEAST)
+    targets: list[Any] = []
+    for d, n in zip(directions, norms, strict=True):
+        if d.target is None:
+            size = d.g.view(n.shape).abs().to(n)
+            targets.append(torch.where(size == 0, n, size))
+        else:
+            targets.append(d.target.to(n) if isinstance(d.target, Tensor) else d.target)
     torch._foreach_mul_(factors, targets)
-    torch._foreach_mul_(vs, factors)
+    torch._foreach_mul_([d.v for d in directions], factors)
 
 
-def _target(norm: Any, name: str, v: Tensor, g: Tensor, n: Tensor) -> Any:
-    """Returns the norms that the slices of `v` get: a number, or a tensor of `n`'s shape."""
-    if norm == "rms":
-        return math.sqrt(v.numel() / n.numel())
+def _target(norm: Any, name: str, v: Tensor, shape: tuple[int, ...]) -> float | Tensor | None:
+    """Returns the norms that the slices of `v` get."""
     if norm == "g":
-        size = g.view(n.shape).abs().to(n)
-        return torch.where(size == 0, n, size)
+        return None
+    if norm == "rms":
+        return math.sqrt(v.numel() / math.prod(shape))
     if not isinstance(norm, Mapping):
         return float(norm)
     if name not in norm:
         raise ValueError(f"norm has no entry for {name}")
-    if norm[name].shape != n.shape:
+    if norm[name].shape != shape:
         raise ValueError(
-            f"the norms of {name} have shape {tuple(norm[name].shape)}, expected {tuple(n.shape)}"
+            f"the norms of {name} have shape {tuple(norm[name].shape)}, expected {tuple(shape)}"
         )
-    return norm[name].to(n)
+    return norm[name]

@@ -14,7 +14,8 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from html import escape
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +27,7 @@ from .call import Call
 from .plan import Plan, costs, devices, table
 from .plan.devices import Device
 from .plan.stages import Stage, narrowest
-from .text import aligned, html
+from .text import Tabular, aligned, html, progress
 
 # A candidate replaces the cost model's choice only if its time is below this fraction of it.
 # Smaller differences vary from one process to the next.
@@ -52,7 +53,7 @@ class Tuned:
     choice: Plan
 
 
-class Tuning(tuple[Tuned, ...]):
+class Tuning(Tabular, tuple[Tuned, ...]):
     """Holds the results of `tune`, one for each call. It prints as a table, and a notebook shows it
     as one."""
 
@@ -67,14 +68,6 @@ class Tuning(tuple[Tuned, ...]):
     def _summary(self) -> str:
         changed = sum(x.choice != x.default for x in self)
         return f"{len(self)} tuned, {changed} not the default"
-
-    def __str__(self) -> str:
-        return "\n".join([*aligned(self._rows()), self._summary()])
-
-    __repr__ = __str__
-
-    def _repr_html_(self) -> str:
-        return html(self._rows(), self._summary())
 
 
 # --- what a model calls --------------------------------------------------------------------------
@@ -153,7 +146,8 @@ def tune(model: nn.Module, sample: Any, *, seconds: float = 1.0) -> Tuning:
     device = _device(model)
     if device.type == "cpu":
         calibration.ensure()
-    found = [_tuned(*call, device, seconds) for call in calls_of(model, inputs)]
+    calls = progress(calls_of(model, inputs), "tuning call")
+    found = [_tuned(*call, device, seconds) for call in calls]
     for backend in {x.backend for x in found}:
         chosen = {x.call: x.choice.entry() for x in found if x.backend == backend}
         table.store(backend, chosen, device)
@@ -224,10 +218,31 @@ def _interleaved(
 # --- explain -------------------------------------------------------------------------------------
 
 
+class Explained(NamedTuple):
+    """Holds what `explain` says about one call: a title, a table and the sentences below it."""
+
+    title: str
+    rows: list[tuple[str, ...]]
+    notes: list[str]
+
+    def text(self) -> str:
+        return "\n".join([self.title, *aligned(self.rows), *self.notes])
+
+    def html(self) -> str:
+        above, *below = (escape(part) for part in (self.title, *self.notes))
+        paragraphs = [f"<p>{part}</p>" for part in (above.replace("\n", "<br/>"), *below)]
+        return "\n".join([paragraphs[0], html(self.rows), *paragraphs[1:]])
+
+
 class Explanation(str):
-    """This is a string whose `repr` is its text."""
+    """This is a string whose `repr` is its text. A notebook shows its tables."""
+
+    calls: Sequence[Explained] = ()
 
     __repr__ = str.__str__
+
+    def _repr_html_(self) -> str:
+        return "\n".join(["<div>", *(call.html() for call in self.calls), "</div>"])
 
 
 def explain(
@@ -270,7 +285,9 @@ def explain(
     if device is not None:
         calls = [(call, "triton") for call, _ in calls]
     found = [_explained(*call, device) for call in dict.fromkeys(calls)]
-    return Explanation("\n\n".join([*found, *weights]))
+    explanation = Explanation("\n\n".join(each.text() for each in (*found, *weights)))
+    explanation.calls = [*found, *weights]
+    return explanation
 
 
 def _recurrent(model: nn.Module) -> Iterator[tuple[str, Any]]:
@@ -280,18 +297,21 @@ def _recurrent(model: nn.Module) -> Iterator[tuple[str, Any]]:
             yield name, module
 
 
-def _explained_weights(name: str, module: Any) -> str:
+def _explained_weights(name: str, module: Any) -> Explained:
     """Describes the one call that computes all weights of a recurrent layer."""
     v = [module._tensors(tensor)[1] for tensor in module._normed()]
     size = sum(t.numel() * t.element_size() for t in v)
     title = f"{name or type(module).__name__}: {len(v)} weights in one call"
-    rows = [
+    rows: list[tuple[str, ...]] = [
         ("direction", "variant", "bytes", "launches"),
         ("forward", "weight", f"{2 * size:.3g}", "1"),
         ("backward", "weight", f"{3 * size:.3g}", "1"),
     ]
     rest = "torch.nn computes the recurrence."
-    return "\n".join([title, f"{plan.serving(v[0])}, nothing to choose", *aligned(rows), rest])
+    if isinstance(module, nn.RNNCellBase) and v[0].is_cpu:
+        rest = "A batch on a CPU takes the products above instead."
+    title = f"{title}\n{plan.serving(v[0])}, nothing to choose"
+    return Explained(title, rows, [rest])
 
 
 def _filled(stages: list[Stage], device: Device) -> tuple[str, ...]:
@@ -304,7 +324,7 @@ def _filled(stages: list[Stage], device: Device) -> tuple[str, ...]:
     return str(least.grid.programs), f"{waves:.2f}", f"{flight / 2**20:.2f} MiB", covers
 
 
-def _explained(call: Call, backend: str, device: str | None) -> str:
+def _explained(call: Call, backend: str, device: str | None) -> Explained:
     found = costs.costs(call, backend, devices.GPUS[device] if device else None)
     source = "cost model"
     if device:
@@ -339,7 +359,7 @@ def _explained(call: Call, backend: str, device: str | None) -> str:
     groups = [] if device else [_in_a_group(call, picked)]
     measured = plan.rates.find() if backend in ("aten", "native") else None
     measured_rates = [f"Rates of this CPU: {measured}."] if measured else []
-    return "\n".join([title, *aligned(rows), *keeps, *groups, *measured_rates])
+    return Explained(title, rows, [*keeps, *groups, *measured_rates])
 
 
 def _in_a_group(call: Call, picked: Plan) -> str:

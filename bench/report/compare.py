@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
 from bench.gpu import compare as gpu
+from bench.report.tables import printed
 
 MARGIN = 0.05
 
@@ -79,14 +79,11 @@ def main(before_path: str, after_path: str) -> int:
         if then != now:
             console.print(f"[yellow]{setting} differs[/]: {then}, now {now}")
     rows = moved(before, after)
-    shown = Table(title=f"{after['suite']}: what moved beyond noise")
-    for name in ("case", "ratio", "before", "after"):
-        shown.add_column(name)
-    for case, ratio, then, now in rows:
-        style = "red" if now > then else "green"
-        shown.add_row(case, ratio, f"{then:.2f}", f"{now:.2f}", style=style)
+    lines = [["case", "ratio", "before", "after"]]
+    lines += [[case, ratio, f"{then:.2f}", f"{now:.2f}"] for case, ratio, then, now in rows]
     if rows:
-        console.print(shown)
+        styles = ["red" if now > then else "green" for *_, then, now in rows]
+        console.print(printed(f"{after['suite']}: what moved beyond noise", lines, styles))
     gone = {_key(r) for r in before["results"]} - {_key(r) for r in after["results"]}
     for case in sorted(gone):
         console.print(f"[red]gone[/]: {' '.join(case)}")

@@ -89,12 +89,18 @@ def is_slower(result: dict[str, Any]) -> bool:
     return ratio["low"] > 1 and ratio["median"] > NOISE
 
 
-def printed(title: str, lines: list[list[str]], styles: Sequence[str] = ()) -> Table:
-    """Rows for the terminal, the header first."""
+def printed(
+    title: str,
+    lines: list[list[str]],
+    styles: Sequence[str] = (),
+    numbers: slice = slice(2, None),
+) -> Table:
+    """Rows for the terminal, the header first. The columns `numbers` are set to the right."""
     shown = Table(title=title)
     header, *lines = lines
+    right = range(len(header))[numbers]
     for i, name in enumerate(header):
-        shown.add_column(name, justify="left" if i < 2 else "right", no_wrap=i == 0)
+        shown.add_column(name, justify="right" if i in right else "left", no_wrap=i < right.start)
     for i, line in enumerate(lines):
         shown.add_row(*line, style=styles[i] if styles else "")
     return shown

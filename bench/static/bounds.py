@@ -21,8 +21,8 @@ from typing import NamedTuple
 
 from rich.console import Console
 from rich.progress import track
-from rich.table import Table
 
+from bench.report.tables import printed
 from bench.static.codegen import TARGETS, Record, Target, inspect
 from bench.static.shipped import Compilation, shipped
 
@@ -140,15 +140,11 @@ def kernels() -> Iterator[tuple[str, str, Record, Bound]]:
 
 def main() -> int:
     """Prints the table of every kernel."""
-    shown = Table(title="cycles of an iteration, bf16 (read and calculated, not timed)")
-    for name in ("target", "kernel", "configuration"):
-        shown.add_column(name, no_wrap=True)
-    for name in Bound._fields:
-        shown.add_column(name, justify="right", no_wrap=True)
-    shown.add_column("bound", no_wrap=True)
+    lines = [["target", "kernel", "configuration", *Bound._fields, "bound"]]
     for kernel, config, record, found in kernels():
         cycles = [f"{c:.0f}" if c else "" for c in found]
         last = found.name + (", spills" if record.spill_bytes else "")
-        shown.add_row(record.target, kernel.removesuffix("_kernel"), config, *cycles, last)
-    Console(width=160).print(shown)
+        lines.append([record.target, kernel.removesuffix("_kernel"), config, *cycles, last])
+    title = "cycles of an iteration, bf16 (read and calculated, not timed)"
+    Console(width=160).print(printed(title, lines, numbers=slice(3, -1)))
     return 0

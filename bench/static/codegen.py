@@ -22,9 +22,9 @@ from pathlib import Path
 import torch
 from rich.console import Console
 from rich.progress import Progress
-from rich.table import Table
 from torch import Tensor
 
+from bench.report.tables import Table, printed
 from bench.static import baseline
 from bench.static.races import races
 from bench.static.shipped import TYPES, Compilation, shipped
@@ -357,26 +357,17 @@ def _inspect(work: tuple[int, int]) -> Record:
 
 
 def table(found: list[Record]) -> Table:
-    shown = Table(title="compiled code (read, not timed)")
-    for name in ("kernel", "configuration", "dtype", "target"):
-        shown.add_column(name, no_wrap=True)
-    for name in ("regs", "stack", "spill", "shared", "warps/SM", "loop", "tensor", "load bits"):
-        shown.add_column(name, justify="right")
-    shown.add_column("main loop")
+    names = ["kernel", "configuration", "dtype", "target"]
+    names += ["regs", "stack", "spill", "shared", "warps/SM", "loop", "tensor", "load bits"]
+    lines = [[*names, "main loop"]]
     for r in found:
         mix = ", ".join(f"{count} {kind}" for kind, count in sorted(r.mix.items()))
         numbers = (r.registers, r.stack_bytes, r.spill_bytes, r.shared_bytes, r.warps_per_sm)
         numbers += (r.loop_instructions, r.tensor_core_instructions, r.load_bits)
-        shown.add_row(
-            r.kernel.removesuffix("_kernel"),
-            r.config,
-            r.dtype,
-            r.target,
-            *map(str, numbers),
-            mix,
-            style="red" if r.failures else "",
-        )
-    return shown
+        words = r.kernel.removesuffix("_kernel"), r.config, r.dtype, r.target
+        lines.append([*words, *map(str, numbers), mix])
+    styles = ["red" if r.failures else "" for r in found]
+    return printed("compiled code (read, not timed)", lines, styles, slice(4, -1))
 
 
 def compiler() -> str:

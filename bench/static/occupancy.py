@@ -16,12 +16,12 @@ from typing import NamedTuple
 
 import torch
 from rich.console import Console
-from rich.table import Table
 
 from bench.cases import Case
 from bench.gpu import predict
 from bench.gpu.conv import CASES as CONVOLUTIONS
 from bench.gpu.linear import BF16, FLOAT32
+from bench.report.tables import Table, printed
 from bench.static import baseline
 from wn_kernels import plan
 from wn_kernels.plan import costs, devices
@@ -118,26 +118,24 @@ def figures(found: list[Line]) -> baseline.Figures:
 
 def table(found: list[Line]) -> Table:
     """Returns the table of all lines, those that miss something marked."""
-    shown = Table(title="how paths fill a GPU (by the cost model, not timed)")
-    for name in ("device", "case", "mode", "path"):
-        shown.add_column(name, no_wrap=True)
-    names = ("programs", "waves", "in flight", "covers", "estimate", "/ floor", "/ eager")
-    for name in names:
-        shown.add_column(name, justify="right")
-    shown.add_column("misses")
+    names = ["programs", "waves", "in flight", "covers", "estimate", "/ floor", "/ eager"]
+    lines = [["device", "case", "mode", "path", *names, "misses"]]
     for one in found:
         grid = one.narrowest.grid if one.narrowest else None
         filled = ("", "", "")
         if grid is not None:
             waves, flight = grid.waves(one.device), grid.in_flight(one.device)
             filled = (str(grid.programs), f"{waves:.2f}", f"{flight / 2**20:.2f} MiB")
-        shown.add_row(
-            *(one.device.name, f"{one.case.label} {one.case.dtype}", one.case.mode, one.path),
-            *(*filled, f"{one.covers:.2f}", f"{one.seconds * 1e6:.0f} µs"),
-            *(f"{one.seconds / one.floor:.2f}", f"{one.seconds / one.eager:.2f}"),
-            ", ".join(one.faults()),
+        lines.append(
+            [
+                *(one.device.name, f"{one.case.label} {one.case.dtype}", one.case.mode, one.path),
+                *(*filled, f"{one.covers:.2f}", f"{one.seconds * 1e6:.0f} µs"),
+                *(f"{one.seconds / one.floor:.2f}", f"{one.seconds / one.eager:.2f}"),
+                ", ".join(one.faults()),
+            ]
         )
-    return shown
+    title = "how paths fill a GPU (by the cost model, not timed)"
+    return printed(title, lines, numbers=slice(4, -1))
 
 
 def main(write: bool) -> int:

@@ -15,7 +15,6 @@ outputs, and so are all of eager PyTorch's.
 from __future__ import annotations
 
 import functools
-import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -24,13 +23,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 from torch.utils.flop_counter import flop_registry
 
+from bench.report.tables import Table, printed
 from bench.static import baseline
 from wn_kernels.call import NORMS, Geometry, Member, Norm, kept_shape
 
@@ -406,34 +405,16 @@ def _of(case: Case, direction: str) -> tuple[str, ...]:
 
 
 def table(found: list[Record]) -> Table:
-    shown = Table(title="traffic (counted, not timed): bytes over the minimum")
-    for name in ("layer", "direction", "variant"):
-        shown.add_column(name, no_wrap=True)
-    for name in (
-        "minimum",
-        "launches",
-        "distinct",
-        "by launch",
-        "requested",
-        "written",
-        "operations",
-    ):
-        shown.add_column(name, justify="right")
-    for (label, direction), group in itertools.groupby(found, key=lambda r: r[:2]):
-        for _, _, name, t in group:
-            ratios = (t.distinct, t.by_launch, t.requested, t.written)
-            shown.add_row(
-                label,
-                direction,
-                name,
-                f"{t.minimum / 1024:.0f} KiB",
-                str(t.launches),
-                *(f"{ratio / t.minimum:.2f}" for ratio in ratios),
-                f"{t.operations:.3g}",
-                style="dim" if name == "eager" else "",
-            )
-        shown.add_section()
-    return shown
+    names = ["minimum", "launches", "distinct", "by launch", "requested", "written", "operations"]
+    lines = [["layer", "direction", "variant", *names]]
+    for label, direction, variant, t in found:
+        moved = (t.distinct, t.by_launch, t.requested, t.written)
+        ratios = (f"{each / t.minimum:.2f}" for each in moved)
+        counts = f"{t.minimum / 1024:.0f} KiB", str(t.launches)
+        lines.append([label, direction, variant, *counts, *ratios, f"{t.operations:.3g}"])
+    styles = ["dim" if variant == "eager" else "" for _, _, variant, _ in found]
+    title = "traffic (counted, not timed): bytes over the minimum"
+    return printed(title, lines, styles, slice(3, None))
 
 
 def figures(found: list[Record]) -> baseline.Figures:

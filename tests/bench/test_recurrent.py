@@ -23,7 +23,11 @@ def test_each_is_right(case):
     assert fused.is_fused(runners["ours"].model)
     assert not wn_kernels.fold(runners["plain"].model)
     if case.mode == "train":
-        assert runners["ours"].saved_bytes() <= 1.02 * runners["eager"].saved_bytes()
+        ours = runners["ours"]
+        g = [p for name, p in ours.model.named_parameters() if name.endswith("original0")]
+        # A cell keeps the products with V, and no weight.
+        products = 4 * recurrent.BATCH * sum(map(len, g)) if "Cell" in case.label else 0
+        assert ours.saved_bytes() <= 1.02 * runners["eager"].saved_bytes() + products
 
 
 def test_every_weight_is_normed():

@@ -5,12 +5,13 @@ The top of `aten.py` has the formulas.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
-from ..call import NORM_RANGE, Slices, kept_shape, recorder, reduced_dims, scale_dtype
+from ..call import NORM_RANGE, Call, Slices, kept_shape, recorder, reduced_dims, scale_dtype
 from .reference import slope, slope_divisor
 
 INF = float("inf")
@@ -148,11 +149,9 @@ def weight_norm(
 ) -> tuple[Tensor, Tensor]:
     """Returns `(W, n)`. `W` has `dtype` and `V`'s memory layout. `look` has the meaning of
     `norms`."""
-    if dtype is v.dtype or (dtype.itemsize < v.element_size() and v.numel() <= IN_PLACE_MIN):
-        fused = fused_weight_norm(v, g, slices, v.dtype)
-        if fused is not None:
-            w, n = fused
-            return w.to(dtype), n
+    fused = fused_weight_norm(v, g, slices, dtype)
+    if fused is not None:
+        return fused[0].to(dtype), fused[1]
     n = norms(v, slices, look)
     return scaled_weight(v, scale(g, n), dtype), n
 
@@ -160,13 +159,13 @@ def weight_norm(
 def fused_weight_norm(
     v: Tensor, g: Tensor, slices: Slices, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor] | None:
-    """Returns `(W, n)` from torch's own kernel, or `None` if that does not serve the call. The
-    result is differentiable, but only once.
+    """Returns `(W, n)` from torch's own kernel for a `W` of this dtype, or `None` if it does not
+    serve the call. `W` has the dtype of `V` yet. The result is differentiable, but only once.
 
     The kernel returns NaN for a slice of norm zero, and its gradient divides by the norm's third
     power. The norms are therefore checked.
     """
-    if dtype is v.dtype and fused_serves(v, g, slices) and not recorder(v):
+    if fused_serves(v, g, slices, dtype) and not recorder(v):
         assert slices.dim is not None
         w, n = torch._weight_norm_interface(v, g, slices.dim)
         if is_in_range(n):
@@ -174,7 +173,15 @@ def fused_weight_norm(
     return None
 
 
-def fused_serves(v: Tensor, g: Tensor, slices: Slices) -> bool:
+def suits_fused(v_dtype: torch.dtype, dtype: torch.dtype, numel: int) -> bool:
+    """Returns whether torch's own kernel and a cast are a fast way to a `W` of `dtype`."""
+    if v_dtype is dtype:
+        return numel <= FUSED_MAX or dtype.itemsize == 2
+    return dtype.itemsize < v_dtype.itemsize and numel <= IN_PLACE_MIN
+
+
+def fused_serves(v: Tensor, g: Tensor, slices: Slices, dtype: torch.dtype) -> bool:
+    """Returns whether torch's own kernel serves a weight, with a `W` or a `dW` of `dtype`."""
     return (
         (slices.dim == 0 or slices.dim == v.ndim - 1)
         and slices.eps == 0
@@ -185,9 +192,28 @@ def fused_serves(v: Tensor, g: Tensor, slices: Slices) -> bool:
         and v.is_contiguous()
         and g.is_contiguous()
         and v.numel() > 0
-        and (v.numel() <= FUSED_MAX or v.element_size() == 2)
         and v.ndim > 1
+        and suits_fused(v.dtype, dtype, v.numel())
     )
+
+
+def forms_at_once(call: Call) -> bool:
+    """Returns whether torch's own kernel forms the `W` of a call whose tensors are contiguous and
+    whose `g` has the dtype of `V`."""
+    return (
+        (call.dim == 0 or call.dim == len(call.v_shape) - 1)
+        and call.eps == 0
+        and call.norm == "l2"
+        and call.v_dtype in _FUSED_DTYPES
+        and len(call.v_shape) > 1
+        and suits_fused(call.v_dtype, call.x_dtype, math.prod(call.v_shape))
+    )
+
+
+def keeps_weight(call: Call) -> bool:
+    """Returns whether a layer in half precision keeps `W` for its backward, as eager PyTorch does.
+    Where torch's own kernel forms `W`, forming it twice takes longer than eager does."""
+    return call.x_dtype.itemsize == 2 and forms_at_once(call)
 
 
 def scale(g: Tensor, n: Tensor) -> Tensor:
@@ -227,15 +253,7 @@ def weight_norm_backward(
     """Returns `(dV, dg)` from `dW`, in the dtypes of `V` and `g`. `dV` has `V`'s layout unless `dW`
     may be overwritten."""
     in_place = overwrite and v.numel() >= IN_PLACE_MIN and v.element_size() > 2
-    if (
-        not in_place
-        and fused_serves(v, g, slices)
-        and (
-            dw.dtype is v.dtype
-            or (dw.element_size() < v.element_size() and v.numel() <= IN_PLACE_MIN)
-        )
-        and dw.is_contiguous()
-    ):
+    if not in_place and fused_serves(v, g, slices, dw.dtype) and dw.is_contiguous():
         return _fused_grad(dw.to(v.dtype), v, g, n, slices.dim)
     dv = dw if overwrite and dw.dtype is v.dtype else torch.empty_like(v)
     return dv, _write_weight_grad(dv, dw, v, g, n, slices)

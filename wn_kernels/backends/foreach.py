@@ -32,7 +32,7 @@ def weight_norms(
     n: list[Tensor | None] = [None] * len(v)
     rest = []
     for i, (t, scales, m) in enumerate(zip(v, g, members, strict=True)):
-        if reads and m.dtype is t.dtype and aten_weight.fused_serves(t, scales, m):
+        if reads and m.dtype is t.dtype and aten_weight.fused_serves(t, scales, m, m.dtype):
             assert m.dim is not None
             w[i], n[i] = torch._weight_norm_interface(t, scales, m.dim)
         else:

@@ -11,7 +11,9 @@ kernels serve it.
 
 from __future__ import annotations
 
+import math
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -73,6 +75,21 @@ def _slow() -> frozenset[torch.dtype]:
 # PyTorch computes products of these dtypes with loops of its own. They take longer than the same
 # products in float32, a backward up to a hundred times as long.
 SLOW = _slow()
+
+
+def uses_onednn(
+    x_shape: Sequence[int], v_shape: Sequence[int], dtype: torch.dtype, conv: Geometry
+) -> bool:
+    """Returns whether PyTorch leaves a convolution on a CPU to oneDNN, instead of its own loops
+    (`use_mkldnn` in its aten/src/ATen/native/Convolution.cpp)."""
+    if not torch.backends.mkldnn.is_available() or dtype in SLOW or dtype.itemsize == 8:
+        return False
+    if dtype.itemsize == 2:
+        return True
+    taps, batch = (1, *v_shape[2:])[-2:], x_shape[0]
+    plain = max(*conv.stride, *conv.dilation, *v_shape[2:]) == 1
+    large = conv.groups > 1 or min(taps) > 3 or batch > 1 or math.prod(x_shape) > 20480
+    return large and (not plain or batch >= 16 or torch.get_num_threads() > 1)
 
 
 def is_wrong(x: Tensor) -> bool:

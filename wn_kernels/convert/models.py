@@ -26,8 +26,9 @@ from .. import plan, prepare
 from ..call import Call, Geometry, Norm, canonical_dim, canonical_norm
 from ..modules import checkpoints, removal
 from ..modules.weight import NormedWeights, WeightNormMixin
-from ..text import aligned, html
+from ..text import Tabular
 from . import fused, groups
+from .states import own_tensors
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -60,7 +61,7 @@ class Layer:
     note: str = ""
 
 
-class Report(tuple[Layer, ...]):
+class Report(Tabular, tuple[Layer, ...]):
     """Holds the results of `fuse`, a line for each tensor. It prints as a table, and a notebook
     shows it as one."""
 
@@ -74,14 +75,6 @@ class Report(tuple[Layer, ...]):
     def _summary(self) -> str:
         done = sum(bool(x.path) for x in self)
         return f"{done} fused, {len(self) - done} left alone"
-
-    def __str__(self) -> str:
-        return "\n".join([*aligned(self._rows()), self._summary()])
-
-    __repr__ = __str__
-
-    def _repr_html_(self) -> str:
-        return html(self._rows(), self._summary())
 
 
 # --- what there is -------------------------------------------------------------------------------
@@ -97,12 +90,6 @@ def _others(module: Any) -> Iterator[tuple[str, Any, str]]:
     for hook in module._forward_pre_hooks.values():
         if isinstance(hook, SpectralNorm):
             yield hook.name, getattr(module, hook.name + "_orig"), type(hook).__name__
-
-
-def _own(module: Any) -> tuple[str, ...]:
-    """Returns the weight-normed tensors of a layer of this package. It is empty for another
-    module."""
-    return module._normed() if isinstance(module, NormedWeights) else ()
 
 
 def _nominal(module: Any, v: torch.Tensor, dim: Any) -> Call:
@@ -185,7 +172,7 @@ def fuse(model: nn.Module, dry_run: bool = False, grouped: bool = False) -> Repo
     lines = []
     for prefix, module in model.named_modules():
         lines += _fuse(prefix, module, dry_run)
-        for tensor in _own(module):
+        for tensor in own_tensors(module):
             v = module._tensors(tensor)[1]
             lines.append(_line(prefix, module, tensor, v, module.dim, "", "of this package"))
         for tensor, original, what in _others(module):
@@ -269,6 +256,9 @@ def _fuse(prefix: str, module: nn.Module, dry_run: bool) -> list[Layer]:
             path, note = f"{plan.serving(v, dim)}: weight", "a second parametrization of the tensor"
         elif layer is None:
             path, note = f"{plan.serving(v, dim)}: weight", "its own forward"
+        elif issubclass(layer, nn.RNNCellBase) and v.is_cpu:
+            path = f"{plan.serving(v, dim)}: linear"
+            note = "a product with each weight of the cell"
         elif not issubclass(layer, WeightNormMixin):
             path, note = f"{plan.serving(v, dim)}: weight", "one call for all of the layer"
         else:
@@ -442,60 +432,6 @@ def remove_weight_norm(module: Module, name: str = "weight") -> Module:
 
 
 def _is_weight_normed(module: nn.Module, name: str) -> bool:
-    if name in _own(module):
+    if name in own_tensors(module):
         return True
     return any(tensor == name for tensor, _, _ in fused.computers(module))
-
-
-# --- checkpoints ---------------------------------------------------------------------------------
-
-
-def state_dict(model: nn.Module, form: str) -> dict[str, Any]:
-    """Returns `model.state_dict()` with every weight-normed weight in one form.
-
-    Args:
-        model: any module. It converts layers of this package, fused ones and PyTorch's own.
-        form: `"weight_norm"` (`weight_g`, `weight_v`), `"parametrizations"`
-            (`parametrizations.weight.original0`, `original1`) or `"plain"` (`weight`).
-
-    Raises:
-        TypeError: `model` is not a module.
-        ValueError: the form is unknown.
-    """
-    prepare.check_module("model", model)
-    if form != "plain" and form not in checkpoints.FORMS:
-        raise ValueError(f"form is {form!r}; expected one of {[*checkpoints.FORMS, 'plain']}")
-    saved = model.state_dict()
-    renamed: dict[str, str] = {}
-    baked = {}
-    weights: dict[int, list[tuple[str, str, torch.Tensor]]] = {}
-    for prefix, module in model.named_modules(remove_duplicate=False):
-        prefix = prefix and prefix + "."
-        if id(module) not in weights:
-            weights[id(module)] = list(_stored(module))
-        for tensor, own, weight in weights[id(module)]:
-            old = checkpoints.keys(own, tensor, prefix)
-            if form == "plain":
-                renamed |= dict.fromkeys(old, prefix + tensor)
-                baked[prefix + tensor] = weight.detach()
-            else:
-                renamed |= dict(zip(old, checkpoints.keys(form, tensor, prefix), strict=True))
-    items = [(renamed.get(key, key), value) for key, value in saved.items()]
-    saved.clear()
-    saved.update((key, baked.get(key, value)) for key, value in items)
-    return saved
-
-
-def _stored(module: Any) -> Iterator[tuple[str, str, torch.Tensor]]:
-    """Yields the name, the form and the weight of each weight-normed tensor of a module. It skips
-    tensors that are pruned or have other parametrizations."""
-    for tensor in _own(module):
-        if not fused.is_replaced(module, tensor):
-            yield tensor, "weight_norm", getattr(module, tensor)
-    for tensor, form, computer in fused.computers(module):
-        if fused.is_stacked(module, tensor) or fused.is_replaced(module, tensor):
-            continue
-        if form == "weight_norm":
-            yield tensor, form, computer.compute_weight(module)
-        else:
-            yield tensor, form, getattr(module, tensor)

@@ -122,8 +122,9 @@ def weights(model: nn.Module) -> Iterator[Normed]:
 def _place(module: nn.Module, tensor: str, form: str) -> tuple[nn.Module, str, str]:
     """Returns the module that holds `g` and `v`, and their names in it."""
     key_g, key_v = checkpoints.keys(form, tensor)
-    path, _, key_g = key_g.rpartition(".")
-    return module.get_submodule(path), key_g, key_v.rpartition(".")[2]
+    key_g, key_v = (key.rpartition(".")[2] for key in (key_g, key_v))
+    holder = fused.parametrized(module)[tensor] if form == "parametrizations" else module
+    return holder, key_g, key_v
 
 
 def _origins(holder: nn.Module, key: str) -> list[nn.Parameter]:

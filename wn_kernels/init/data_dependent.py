@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -17,8 +17,11 @@ from .. import functional as WF
 from .. import prepare
 from ..convert.normed import Normed, weights
 from ..modules import checkpoints
-from ..text import aligned
+from ..text import Tabular
 from .moments import Moments
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 # --- reports -------------------------------------------------------------------------------------
 
@@ -42,18 +45,17 @@ class Initialised:
     note: str = ""
 
 
-class Report(tuple[Initialised, ...]):
+class Report(Tabular, tuple[Initialised, ...]):
     """Holds the results of `data_dependent_`, a line for each weight-normed tensor. It prints as a
-    table with the largest mean of a channel, and the smallest and the largest variance."""
+    table with the largest mean of a channel, and the smallest and the largest variance. A notebook
+    shows it as one."""
 
-    def __str__(self) -> str:
-        header = ("layer", "class", "mean", "variance", "mean after", "variance after", "note")
-        rows = [header]
-        for x in self:
-            rows.append((x.name or "(root)", x.kind, *_shown(x.before), *_shown(x.after), x.note))
-        return "\n".join(aligned(rows))
-
-    __repr__ = __str__
+    def _rows(self) -> list[tuple[str, ...]]:
+        moments = "mean", "variance", "mean after", "variance after"
+        header: tuple[str, ...] = ("layer", "class", *moments, "note")
+        return [header] + [
+            (x.name or "(root)", x.kind, *_shown(x.before), *_shown(x.after), x.note) for x in self
+        ]
 
 
 def _shown(moments: Moments | None) -> tuple[str, str]:
@@ -298,7 +300,9 @@ def _initialise(model: nn.Module, layers: list[_Layer], calls: list, group: Any)
 
 
 @torch.no_grad()
-def data_dependent_(model: nn.Module, batch: Any, *, process_group: Any = None) -> Report:
+def data_dependent_(
+    model: nn.Module, batch: Any, *, process_group: ProcessGroup | None = None
+) -> Report:
     """Sets `g` and the bias of every weight-normed layer from data, in place, so that each channel
     of its pre-activations has mean 0 and variance 1 over the batch.
 

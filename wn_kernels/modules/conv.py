@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any, Generic, Literal, TypeAlias, TypeVar
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -11,9 +12,43 @@ from .. import functional as WF
 from . import prepared
 from .weight import WeightNormMixin
 
+if TYPE_CHECKING:
+    from torch.types import Device
 
-class _Convolution(WeightNormMixin):
+    from ..call import Norm
+
+# A size with an entry for each spatial dimension; a single number serves all of them.
+Size = TypeVar("Size")
+One: TypeAlias = tuple[int]
+Two: TypeAlias = tuple[int, int]
+Three: TypeAlias = tuple[int, int, int]
+PaddingMode: TypeAlias = Literal["zeros", "reflect", "replicate", "circular"]
+
+
+class _Convolution(WeightNormMixin, Generic[Size]):
     """Holds the `forward` of the three convolutions. Their constructors are those of torch.nn."""
+
+    if TYPE_CHECKING:
+
+        def __init__(
+            self,
+            in_channels: int,
+            out_channels: int,
+            kernel_size: int | Size,
+            stride: int | Size = 1,
+            padding: str | int | Size = 0,
+            dilation: int | Size = 1,
+            groups: int = 1,
+            bias: bool = True,
+            padding_mode: PaddingMode = "zeros",
+            device: Device = None,
+            dtype: torch.dtype | None = None,
+            *,
+            dim: int | None = 0,
+            eps: float = 0.0,
+            norm: Norm = "l2",
+            magnitude_preserving: bool = False,
+        ) -> None: ...
 
     def forward(self: Any, input: Tensor) -> Tensor:
         operands = self._operands()
@@ -49,8 +84,31 @@ class _Convolution(WeightNormMixin):
 _TRANSPOSED = F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d
 
 
-class _ConvolutionTranspose(WeightNormMixin):
+class _ConvolutionTranspose(WeightNormMixin, Generic[Size]):
     """Holds the `forward` of the three transposed convolutions."""
+
+    if TYPE_CHECKING:
+
+        def __init__(
+            self,
+            in_channels: int,
+            out_channels: int,
+            kernel_size: int | Size,
+            stride: int | Size = 1,
+            padding: int | Size = 0,
+            output_padding: int | Size = 0,
+            groups: int = 1,
+            bias: bool = True,
+            dilation: int | Size = 1,
+            padding_mode: PaddingMode = "zeros",
+            device: Device = None,
+            dtype: torch.dtype | None = None,
+            *,
+            dim: int | None = 0,
+            eps: float = 0.0,
+            norm: Norm = "l2",
+            magnitude_preserving: bool = False,
+        ) -> None: ...
 
     def forward(self: Any, input: Tensor, output_size: list[int] | None = None) -> Tensor:
         operands = self._operands()
@@ -110,16 +168,64 @@ class _Lazy(WeightNormMixin):
         self._materialize(shape, self.out_channels)
 
 
-class WNConv1d(_Convolution, nn.Conv1d):  # type: ignore[override]
+class _LazyConvolution(_Lazy, _Convolution[Size]):
+    """Has the constructor of the three lazy convolutions, which take no `in_channels`."""
+
+    if TYPE_CHECKING:
+
+        def __init__(
+            self,
+            out_channels: int,
+            kernel_size: int | Size,
+            stride: int | Size = 1,
+            padding: int | Size = 0,
+            dilation: int | Size = 1,
+            groups: int = 1,
+            bias: bool = True,
+            padding_mode: PaddingMode = "zeros",
+            device: Device = None,
+            dtype: torch.dtype | None = None,
+            *,
+            dim: int | None = 0,
+            eps: float = 0.0,
+            norm: Norm = "l2",
+            magnitude_preserving: bool = False,
+        ) -> None: ...
+
+
+class _LazyConvolutionTranspose(_Lazy, _ConvolutionTranspose[Size]):
+    """Has the constructor of the three lazy transposed convolutions."""
+
+    if TYPE_CHECKING:
+
+        def __init__(
+            self,
+            out_channels: int,
+            kernel_size: int | Size,
+            stride: int | Size = 1,
+            padding: int | Size = 0,
+            output_padding: int | Size = 0,
+            groups: int = 1,
+            bias: bool = True,
+            dilation: int | Size = 1,
+            padding_mode: PaddingMode = "zeros",
+            device: Device = None,
+            dtype: torch.dtype | None = None,
+            *,
+            dim: int | None = 0,
+            eps: float = 0.0,
+            norm: Norm = "l2",
+            magnitude_preserving: bool = False,
+        ) -> None: ...
+
+
+class WNConv1d(_Convolution[One], nn.Conv1d):  # type: ignore[override]
     """Replaces `torch.nn.Conv1d` with a weight-normalised weight.
 
     It takes the same arguments and is an instance of `nn.Conv1d`. It starts from the same weight
     for the same seed. `.weight` can be read and assigned.
 
     Args:
-        *args: as in `torch.nn.Conv1d`: `in_channels, out_channels, kernel_size, stride, padding,
-            dilation, groups, bias, padding_mode, device, dtype`.
-        **kwargs: the same.
         dim: the dimension of the weight whose slices are normalised: 0 (each output channel), 1
             (each input channel of a group), 2 (each position of the kernel), or `None` / `-1` (one
             norm over the whole weight).
@@ -147,21 +253,21 @@ class WNConv1d(_Convolution, nn.Conv1d):  # type: ignore[override]
     plain = nn.Conv1d
 
 
-class WNConv2d(_Convolution, nn.Conv2d):  # type: ignore[override]
+class WNConv2d(_Convolution[Two], nn.Conv2d):  # type: ignore[override]
     """Replaces `torch.nn.Conv2d` with a weight-normalised weight; see `WNConv1d`."""
 
     weight_ndim = 4
     plain = nn.Conv2d
 
 
-class WNConv3d(_Convolution, nn.Conv3d):  # type: ignore[override]
+class WNConv3d(_Convolution[Three], nn.Conv3d):  # type: ignore[override]
     """Replaces `torch.nn.Conv3d` with a weight-normalised weight; see `WNConv1d`."""
 
     weight_ndim = 5
     plain = nn.Conv3d
 
 
-class WNConvTranspose1d(_ConvolutionTranspose, nn.ConvTranspose1d):  # type: ignore[override]
+class WNConvTranspose1d(_ConvolutionTranspose[One], nn.ConvTranspose1d):  # type: ignore[override]
     """Replaces `torch.nn.ConvTranspose1d` with a weight-normalised weight.
 
     It is a drop-in layer, as `WNConv1d` is. Its weight is
@@ -169,9 +275,6 @@ class WNConvTranspose1d(_ConvolutionTranspose, nn.ConvTranspose1d):  # type: ign
     too, normalises each *input* channel, and `dim=1` each output channel of a group.
 
     Args:
-        *args: as in `torch.nn.ConvTranspose1d`: `in_channels, out_channels, kernel_size, stride,
-            padding, output_padding, groups, bias, dilation, padding_mode, device, dtype`.
-        **kwargs: the same.
         dim: as in `WNConv1d`.
         eps: as in `WNConv1d`.
         norm: as in `WNConv1d`.
@@ -182,7 +285,7 @@ class WNConvTranspose1d(_ConvolutionTranspose, nn.ConvTranspose1d):  # type: ign
     plain = nn.ConvTranspose1d
 
 
-class WNConvTranspose2d(_ConvolutionTranspose, nn.ConvTranspose2d):  # type: ignore[override]
+class WNConvTranspose2d(_ConvolutionTranspose[Two], nn.ConvTranspose2d):  # type: ignore[override]
     """Replaces `torch.nn.ConvTranspose2d` with a weight-normalised weight; see
     `WNConvTranspose1d`."""
 
@@ -190,7 +293,7 @@ class WNConvTranspose2d(_ConvolutionTranspose, nn.ConvTranspose2d):  # type: ign
     plain = nn.ConvTranspose2d
 
 
-class WNConvTranspose3d(_ConvolutionTranspose, nn.ConvTranspose3d):  # type: ignore[override]
+class WNConvTranspose3d(_ConvolutionTranspose[Three], nn.ConvTranspose3d):  # type: ignore[override]
     """Replaces `torch.nn.ConvTranspose3d` with a weight-normalised weight; see
     `WNConvTranspose1d`."""
 
@@ -198,7 +301,7 @@ class WNConvTranspose3d(_ConvolutionTranspose, nn.ConvTranspose3d):  # type: ign
     plain = nn.ConvTranspose3d
 
 
-class WNLazyConv1d(_Lazy, _Convolution, nn.LazyConv1d):  # type: ignore[misc, override]
+class WNLazyConv1d(_LazyConvolution[One], nn.LazyConv1d):  # type: ignore[misc, override]
     """Replaces `torch.nn.LazyConv1d` with a weight-normalised weight. `in_channels` is taken from
     the first input, and the layer then becomes a `WNConv1d`."""
 
@@ -206,21 +309,21 @@ class WNLazyConv1d(_Lazy, _Convolution, nn.LazyConv1d):  # type: ignore[misc, ov
     cls_to_become = WNConv1d
 
 
-class WNLazyConv2d(_Lazy, _Convolution, nn.LazyConv2d):  # type: ignore[misc, override]
+class WNLazyConv2d(_LazyConvolution[Two], nn.LazyConv2d):  # type: ignore[misc, override]
     """Replaces `torch.nn.LazyConv2d` with a weight-normalised weight; see `WNLazyConv1d`."""
 
     weight_ndim = 4
     cls_to_become = WNConv2d
 
 
-class WNLazyConv3d(_Lazy, _Convolution, nn.LazyConv3d):  # type: ignore[misc, override]
+class WNLazyConv3d(_LazyConvolution[Three], nn.LazyConv3d):  # type: ignore[misc, override]
     """Replaces `torch.nn.LazyConv3d` with a weight-normalised weight; see `WNLazyConv1d`."""
 
     weight_ndim = 5
     cls_to_become = WNConv3d
 
 
-class WNLazyConvTranspose1d(_Lazy, _ConvolutionTranspose, nn.LazyConvTranspose1d):  # type: ignore[misc, override]
+class WNLazyConvTranspose1d(_LazyConvolutionTranspose[One], nn.LazyConvTranspose1d):  # type: ignore[misc, override]
     """Replaces `torch.nn.LazyConvTranspose1d` with a weight-normalised weight; see
     `WNLazyConv1d`."""
 
@@ -228,7 +331,7 @@ class WNLazyConvTranspose1d(_Lazy, _ConvolutionTranspose, nn.LazyConvTranspose1d
     cls_to_become = WNConvTranspose1d
 
 
-class WNLazyConvTranspose2d(_Lazy, _ConvolutionTranspose, nn.LazyConvTranspose2d):  # type: ignore[misc, override]
+class WNLazyConvTranspose2d(_LazyConvolutionTranspose[Two], nn.LazyConvTranspose2d):  # type: ignore[misc, override]
     """Replaces `torch.nn.LazyConvTranspose2d` with a weight-normalised weight; see
     `WNLazyConv1d`."""
 
@@ -236,7 +339,7 @@ class WNLazyConvTranspose2d(_Lazy, _ConvolutionTranspose, nn.LazyConvTranspose2d
     cls_to_become = WNConvTranspose2d
 
 
-class WNLazyConvTranspose3d(_Lazy, _ConvolutionTranspose, nn.LazyConvTranspose3d):  # type: ignore[misc, override]
+class WNLazyConvTranspose3d(_LazyConvolutionTranspose[Three], nn.LazyConvTranspose3d):  # type: ignore[misc, override]
     """Replaces `torch.nn.LazyConvTranspose3d` with a weight-normalised weight; see
     `WNLazyConv1d`."""
 

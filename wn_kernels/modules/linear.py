@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import functional as WF
 from . import prepared
 from .weight import WeightNormMixin
+
+if TYPE_CHECKING:
+    from torch.types import Device
+
+    from ..call import Norm
 
 
 class WNLinear(WeightNormMixin, nn.Linear):  # type: ignore[override]
@@ -18,9 +26,6 @@ class WNLinear(WeightNormMixin, nn.Linear):  # type: ignore[override]
     for the same seed. `.weight` can be read and assigned.
 
     Args:
-        *args: as in `torch.nn.Linear`: `in_features` (K), `out_features` (N), `bias`, `device`,
-            `dtype`.
-        **kwargs: the same.
         dim: the dimension of the weight whose slices are normalised: 0 (each output), 1 (each
             input), or `None` / `-1` (one norm over the whole weight).
         eps: the smallest norm; see `wn_kernels.functional.weight_norm`.
@@ -36,7 +41,7 @@ class WNLinear(WeightNormMixin, nn.Linear):  # type: ignore[override]
         bias: of shape `(N,)`, or `None`.
 
     Shape:
-        Input `(*, K)`, output `(*, N)`.
+        Input `(*, K)` with K = `in_features`, output `(*, N)` with N = `out_features`.
 
     Raises:
         ValueError: `dim` is out of range, or `norm` is unknown.
@@ -44,6 +49,22 @@ class WNLinear(WeightNormMixin, nn.Linear):  # type: ignore[override]
 
     weight_ndim = 2
     plain = nn.Linear
+
+    if TYPE_CHECKING:
+
+        def __init__(
+            self,
+            in_features: int,
+            out_features: int,
+            bias: bool = True,
+            device: Device = None,
+            dtype: torch.dtype | None = None,
+            *,
+            dim: int | None = 0,
+            eps: float = 0.0,
+            norm: Norm = "l2",
+            magnitude_preserving: bool = False,
+        ) -> None: ...
 
     def forward(self, input: Tensor) -> Tensor:
         operands = self._operands()
@@ -61,8 +82,6 @@ class WNLazyLinear(WeightNormMixin, nn.LazyLinear):  # type: ignore[misc, overri
     the first input, and the layer then becomes a `WNLinear`.
 
     Args:
-        *args: as in `torch.nn.LazyLinear`: `out_features, bias, device, dtype`.
-        **kwargs: the same.
         dim: as in `WNLinear`.
         eps: as in `WNLinear`.
         norm: as in `WNLinear`.
@@ -71,6 +90,21 @@ class WNLazyLinear(WeightNormMixin, nn.LazyLinear):  # type: ignore[misc, overri
 
     weight_ndim = 2
     cls_to_become = WNLinear
+
+    if TYPE_CHECKING:
+
+        def __init__(
+            self,
+            out_features: int,
+            bias: bool = True,
+            device: Device = None,
+            dtype: torch.dtype | None = None,
+            *,
+            dim: int | None = 0,
+            eps: float = 0.0,
+            norm: Norm = "l2",
+            magnitude_preserving: bool = False,
+        ) -> None: ...
 
     def initialize_parameters(self, input: Tensor) -> None:
         """Gives the parameters their shapes and values from the first input."""

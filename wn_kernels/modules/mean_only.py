@@ -10,12 +10,16 @@ through it: `dt = dy − μ[dy]`. In evaluation it is the running mean.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.function import Function
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+    from torch.types import Device
 
 
 class _AllReduced(Function):
@@ -47,7 +51,7 @@ class _MeanOnlyBatchNorm(nn.Module):
         momentum: float | None = 0.1,
         affine: bool = True,
         track_running_stats: bool = True,
-        device: Any = None,
+        device: Device = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
@@ -176,9 +180,13 @@ class WNMeanOnlySyncBatchNorm(_MeanOnlyBatchNorm):
     and each backward the sums of the gradients. Without a process group it uses its own batch.
 
     Args:
-        *args: as in `WNMeanOnlyBatchNorm1d`.
+        num_features: as in `WNMeanOnlyBatchNorm1d`, and so are the next five.
+        momentum: the same.
+        affine: the same.
+        track_running_stats: the same.
+        device: the same.
+        dtype: the same.
         process_group: the processes, by default all.
-        **kwargs: as in `WNMeanOnlyBatchNorm1d`.
 
     Shape:
         Input `(B, C, *)`, output the same. `B` may differ among the processes, and be 0.
@@ -186,8 +194,18 @@ class WNMeanOnlySyncBatchNorm(_MeanOnlyBatchNorm):
 
     ranks = (2, 3, 4, 5)
 
-    def __init__(self, *args: Any, process_group: Any = None, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(
+        self,
+        num_features: int,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
+        *,
+        process_group: ProcessGroup | None = None,
+    ) -> None:
+        super().__init__(num_features, momentum, affine, track_running_stats, device, dtype)
         self.process_group = process_group
 
     def _mean(self, input: Tensor, dims: list[int]) -> Tensor:
@@ -202,7 +220,9 @@ class WNMeanOnlySyncBatchNorm(_MeanOnlyBatchNorm):
         return sums[0] / counts.detach()
 
     @classmethod
-    def convert_sync_batchnorm(cls, module: nn.Module, process_group: Any = None) -> nn.Module:
+    def convert_sync_batchnorm(
+        cls, module: nn.Module, process_group: ProcessGroup | None = None
+    ) -> nn.Module:
         """Replaces every mean-only batch normalisation of a model by this class. The signature is
         that of `torch.nn.SyncBatchNorm.convert_sync_batchnorm`.
 

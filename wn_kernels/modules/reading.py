@@ -89,10 +89,15 @@ def forms(
     was written to."""
     if module._is_read:
         warn_of_writes(module)
-    is_kept = module._store is not None and not is_compiling()
-    if is_kept or parametrize._cache_enabled or _watched is not None:
+    if is_shared(module):
         return [form(module, name) for name in names]
     return module._forms(names, places)
+
+
+def is_shared(module: Any) -> bool:
+    """Returns whether several uses of a layer share a weight, which is kept, cached or watched."""
+    is_kept = module._store is not None and not is_compiling()
+    return is_kept or bool(parametrize._cache_enabled) or _watched is not None
 
 
 def _kept(store: Any, module: Any, name: str) -> Tensor | None:

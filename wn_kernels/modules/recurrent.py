@@ -2,21 +2,27 @@
 
 A forward computes all weights of the layer in one call, and then runs the `forward` of torch.nn on
 a plain layer that holds them (`with_weights`). Nothing of a call is kept in the layer itself, so
-that several threads may run it.
+that several threads may run it. A cell on a CPU takes products without a weight (`steps.py`).
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from .. import functional as WF
-from . import checkpoints, flat, norms, reading, removal
+from ..call import Norm
+from . import checkpoints, flat, norms, reading, removal, steps
 from .weight import NormedWeights
+
+if TYPE_CHECKING:
+    from torch.types import Device
+
+    from ..call import Norm
 
 
 def flat_weights(layer: Any) -> list[Tensor | None]:
@@ -118,6 +124,10 @@ class RecurrentMixin(NormedWeights):
         to = [places[name] for name in names] if places else None
         return norms.weights(tensors, to, self.dim, self.eps, self.norm)
 
+    def _normalisation(self, name: str) -> tuple[int | None, float, Norm]:
+        """Returns `(dim, eps, norm)`."""
+        return self.dim, self.eps, self.norm
+
     def __getattr__(self, name: str) -> Any:
         if name in self._names:
             return reading.read(self, name)
@@ -147,8 +157,24 @@ class _Layer(FlatWeights, RecurrentMixin):
 class _Cell(RecurrentMixin):
     """Holds the `forward` of the three cells."""
 
+    if TYPE_CHECKING:
+
+        def __init__(
+            self,
+            input_size: int,
+            hidden_size: int,
+            bias: bool = True,
+            device: Device = None,
+            dtype: torch.dtype | None = None,
+            *,
+            dim: int | None = 0,
+            eps: float = 0.0,
+            norm: Norm = "l2",
+        ) -> None: ...
+
     def forward(self: Any, input: Tensor, hx: Any = None) -> Any:
-        return self.plain.forward(cell_with_weights(self), input, hx)
+        y = steps.step(self, input, hx)
+        return self.plain.forward(cell_with_weights(self), input, hx) if y is None else y
 
 
 class WNLSTM(_Layer, nn.LSTM):
@@ -159,9 +185,6 @@ class WNLSTM(_Layer, nn.LSTM):
     them once for the whole sequence. Each can be read and assigned (`.weight_ih_l0`, ...).
 
     Args:
-        *args: as in `torch.nn.LSTM`: `input_size, hidden_size, num_layers, bias, batch_first,
-            dropout, bidirectional, proj_size, device, dtype`.
-        **kwargs: the same.
         dim: the dimension of the weights whose slices are normalised: 0 (each unit of each gate), 1
             (each input), or `None` / `-1` (one norm over each whole weight).
         eps: the smallest norm; see `wn_kernels.functional.weight_norm`.
@@ -184,11 +207,50 @@ class WNLSTM(_Layer, nn.LSTM):
 
     plain = nn.LSTM
 
+    if TYPE_CHECKING:
+
+        def __init__(
+            self,
+            input_size: int,
+            hidden_size: int,
+            num_layers: int = 1,
+            bias: bool = True,
+            batch_first: bool = False,
+            dropout: float = 0.0,
+            bidirectional: bool = False,
+            proj_size: int = 0,
+            device: Device = None,
+            dtype: torch.dtype | None = None,
+            *,
+            dim: int | None = 0,
+            eps: float = 0.0,
+            norm: Norm = "l2",
+        ) -> None: ...
+
 
 class WNGRU(_Layer, nn.GRU):
     """Replaces `torch.nn.GRU` with weight-normalised weights; see `WNLSTM`."""
 
     plain = nn.GRU
+
+    if TYPE_CHECKING:
+
+        def __init__(
+            self,
+            input_size: int,
+            hidden_size: int,
+            num_layers: int = 1,
+            bias: bool = True,
+            batch_first: bool = False,
+            dropout: float = 0.0,
+            bidirectional: bool = False,
+            device: Device = None,
+            dtype: torch.dtype | None = None,
+            *,
+            dim: int | None = 0,
+            eps: float = 0.0,
+            norm: Norm = "l2",
+        ) -> None: ...
 
 
 class WNRNN(_Layer, nn.RNN):
@@ -196,13 +258,33 @@ class WNRNN(_Layer, nn.RNN):
 
     plain = nn.RNN
 
+    if TYPE_CHECKING:
+
+        def __init__(
+            self,
+            input_size: int,
+            hidden_size: int,
+            num_layers: int = 1,
+            nonlinearity: str = "tanh",
+            bias: bool = True,
+            batch_first: bool = False,
+            dropout: float = 0.0,
+            bidirectional: bool = False,
+            device: Device = None,
+            dtype: torch.dtype | None = None,
+            *,
+            dim: int | None = 0,
+            eps: float = 0.0,
+            norm: Norm = "l2",
+        ) -> None: ...
+
 
 class WNLSTMCell(_Cell, nn.LSTMCell):
     """Replaces `torch.nn.LSTMCell` with weight-normalised weights.
 
     It is a drop-in cell, as `WNLSTM` is a drop-in layer. Its parameters are `weight_ih_v`,
-    `weight_ih_g`, `weight_hh_v`, `weight_hh_g` and the biases. Every call computes both weights. A
-    loop over many steps computes them once inside `torch.nn.utils.parametrize.cached()`.
+    `weight_ih_g`, `weight_hh_v`, `weight_hh_g` and the biases. A loop over
+    many steps computes the weights once inside `torch.nn.utils.parametrize.cached()`.
     """
 
     plain = nn.LSTMCell
@@ -218,3 +300,19 @@ class WNRNNCell(_Cell, nn.RNNCell):
     """Replaces `torch.nn.RNNCell` with weight-normalised weights; see `WNLSTMCell`."""
 
     plain = nn.RNNCell
+
+    if TYPE_CHECKING:
+
+        def __init__(
+            self,
+            input_size: int,
+            hidden_size: int,
+            bias: bool = True,
+            nonlinearity: str = "tanh",
+            device: Device = None,
+            dtype: torch.dtype | None = None,
+            *,
+            dim: int | None = 0,
+            eps: float = 0.0,
+            norm: Norm = "l2",
+        ) -> None: ...

@@ -16,6 +16,7 @@ from torch.nn.parameter import UninitializedParameter, is_lazy
 
 from .. import functional as WF
 from ..call import Norm, canonical_dim, canonical_eps, canonical_norm, kept_shape
+from ..text import html
 from . import checkpoints, kept, norms, prepared, reading, removal
 
 # The entries are (v, g, bias, dim, eps, norm).
@@ -227,6 +228,15 @@ class NormedWeights(nn.Module):
         eps = f", eps={self.eps}" if self.eps else ""
         norm = f", norm={self.norm!r}" if self.norm != "l2" else ""
         return f"{super().extra_repr()}, dim={self.dim}{eps}{norm}"
+
+    def _repr_html_(self) -> str:
+        """Returns the parameters as a table, which a notebook shows, above the layer's options."""
+        rows = [("parameter", "shape", "dtype", "device", "trained")]
+        for name, p in self.named_parameters():
+            shape = "not known yet" if is_lazy(p) else "×".join(map(str, p.shape)) or "one number"
+            dtype = str(p.dtype).removeprefix("torch.")
+            rows.append((name, shape, dtype, str(p.device), "yes" if p.requires_grad else "no"))
+        return html(rows, repr(self))
 
 
 class WeightNormMixin(NormedWeights):

@@ -15,7 +15,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor
@@ -24,7 +24,8 @@ from torch.compiler import is_compiling
 from ..backends import native
 from ..call import PLAIN_TYPES, recorder
 
-BACKENDS = ("triton", "native", "aten", "reference")
+Backend: TypeAlias = Literal["triton", "native", "aten", "reference"]
+BACKENDS: tuple[str, ...] = get_args(Backend)
 ENVIRONMENT_VARIABLE = "WN_KERNELS_BACKEND"
 
 
@@ -49,7 +50,7 @@ _forced: str | None = _backend_from_environment()
 
 
 @contextmanager
-def use_backend(name: str) -> Iterator[None]:
+def use_backend(name: Backend | Literal["auto"]) -> Iterator[None]:
     """Forces a backend inside a `with` block, for every thread of the process.
 
     Args:
@@ -147,7 +148,8 @@ def cannot_serve(backend: str, reason: str = "") -> RuntimeError:
 
 def prepares(v: Tensor) -> str:
     """Returns the backend whose prepared calls a call with the weight `v` is looked up in first:
-    `"native"` for layers on a CPU, `"triton"` for kernels that are launched, or `""` for none.
+    `"native"` for layers on a CPU, `"triton"` for kernels that are launched, `"aten"` if that is
+    forced, or `""` for none.
 
     If the native library was built, its nodes launch the kernels, except where a compiler is set to
     trace the backward: it can trace a node in Python, and a node in C++ only if that defines
@@ -162,8 +164,8 @@ def prepares(v: Tensor) -> str:
             return "native"
         if not v.is_cuda:
             return ""
-    elif _forced == "native":
-        return "native"
+    elif _forced in ("native", "aten"):
+        return _forced
     elif _forced != "triton":
         return ""
     if triton_unavailable() is not None or (torch.is_grad_enabled() and _traces_backward()):

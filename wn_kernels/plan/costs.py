@@ -13,25 +13,31 @@ from typing import NamedTuple
 
 import torch
 
-from ..backends import vendor
+from ..backends import aten_weight, vendor
 from ..backends.native import limits
 from ..call import Call, Geometry
 from .devices import Device, cpu, gpu, native
 from .gpu_costs import triton_convolution, triton_linear
 from .stages import Costs, Stage, convolution_sizes, keeps_product
 
-# PyTorch's own convolution has the overhead of this many stages of the native library, and each of
-# its gradients.
-CONVOLUTION_CALLS, GRADIENT_CALLS = 7, 10
-# It reaches this fraction of the rate.
-CONVOLUTION_EFFICIENCY = 0.85
-# The native library's own products of few columns reach this fraction. A sum that they write then
-# costs as much as so many times its bytes, and so does a number of an unfolded image that is
-# written, or added to the image.
-UNFOLDED_EFFICIENCY = 1.06
-SUMMED, UNFOLDED, FOLDED = 32, 2, 5
+# oneDNN's convolution, and each of its gradients, has the overhead of this many stages of the
+# native library. It reaches this fraction of the rate.
+CONVOLUTION_CALLS = 40
+CONVOLUTION_EFFICIENCY = 0.9
+# If a number of channels is no multiple of a vector's, it costs so many times the bytes of the
+# weight and of both images more.
+ODD_WEIGHT, ODD_IMAGE = 1.5, 3
+# The same of PyTorch's own loops, which unfold the image. A number of it costs so many times its
+# bytes, and so it does if it is added to the image.
+LOOP_CALLS, LOOP_EFFICIENCY = 5, 0.8
+LOOP_UNFOLDED, LOOP_FOLDED = 1, 8
+# The native library's own products of few columns reach these fractions, the second one in a
+# backward. A sum that they write then costs as much as so many times its bytes, and so does a
+# number of an unfolded image that is written, or added to the image.
+UNFOLDED_EFFICIENCY, UNFOLDED_GRAD_EFFICIENCY = 0.94, 0.65
+SUMMED, UNFOLDED, FOLDED = 19, 1, 1.5
 # A run of numbers that is copied costs as much as this many bytes.
-RUN = 12
+RUN = 150
 # An unfolded input may take this many bytes whatever the size of the weight.
 UNFOLDED_BYTES = 2**18
 # PyTorch's own loops for half precision (`vendor.SLOW`) take this many times as long as a product
@@ -39,6 +45,8 @@ UNFOLDED_BYTES = 2**18
 SLOW_FORWARD, SLOW_BACKWARD = 4, 50
 # A product of at most so many columns has few of them.
 FEW_COLUMNS = 64
+# A weight of at most so many bytes stays in the cache between two passes of the native library.
+CACHED = 2**22
 # For a `W` of more bytes than this, the allocator maps fresh pages each time.
 FRESH_PAGES = 2**24
 
@@ -93,7 +101,8 @@ def aten_linear(call: Call) -> Costs:
         else:
             finish = [Stage(2 * activation), Stage(0), Stage(5 * w)]
         backward = {"scaled": [product, product, *finish]} | backward
-    return Costs(forward, backward, device, device.rate(size))
+    kept = [product, product, Stage(5 * w)] if aten_weight.keeps_weight(call) else None
+    return Costs(forward, backward, device, device.rate(size), kept)
 
 
 def aten_convolution(call: Call, conv: Geometry) -> Costs:
@@ -208,14 +217,9 @@ def native_convolution(call: Call, conv: Geometry) -> Costs:
     """
     device = native()
     size = call.x_dtype.itemsize
-    x, y, w, operations = convolution_sizes(call, conv)
-    # A weight of a few MiB stays in cache between two passes.
-    weight = w / device.cache if w <= 2**22 else w
-    moved = x + y + weight
-    flops = _padded(call, conv) * operations / CONVOLUTION_EFFICIENCY
-    flops = _vendors(device, flops, _columns(call, conv))
-    product = [*[Stage(0)] * CONVOLUTION_CALLS, Stage(2 * weight), Stage(moved, flops)]
-    grad = [*[Stage(0)] * GRADIENT_CALLS, Stage(2 * weight), Stage(moved, flops)]
+    x, y, w, _ = convolution_sizes(call, conv)
+    weight = w / device.cache if w <= CACHED else w
+    product = grad = _vendors_convolution(call, conv, device)
     pages = 10 * w if w > FRESH_PAGES else 0
     forward, backward = {}, {}
     for name, (slow, slow_grad), wider in _formed(call):
@@ -239,6 +243,24 @@ def native_convolution(call: Call, conv: Geometry) -> Costs:
             call, conv, device.own, x, y, weight
         )
     return Costs(forward, backward, device, device.rate(size))
+
+
+def _vendors_convolution(call: Call, conv: Geometry, device: Device) -> list[Stage]:
+    """Returns the stages of PyTorch's convolution, or of one of its gradients."""
+    x, y, w, operations = convolution_sizes(call, conv)
+    weight = w / device.cache if w <= CACHED else w
+    moved = x + y + weight
+    if not vendor.uses_onednn(call.x_shape, call.v_shape, call.x_dtype, conv):
+        written = LOOP_FOLDED if conv.transposed else LOOP_UNFOLDED
+        unfold = written * call.x_dtype.itemsize * Unfolded.of(call, conv).numbers
+        flops = _vendors(device, operations / LOOP_EFFICIENCY, _columns(call, conv))
+        return [*[Stage(0)] * LOOP_CALLS, Stage(unfold), Stage(moved, flops)]
+    channels = call.v_shape[0] // conv.groups, call.v_shape[1]
+    is_odd = min(channels) > 1 and any(c % (limits.VECTOR_BYTES // 4) for c in channels)
+    reordered = 2 * weight + (ODD_WEIGHT * w + ODD_IMAGE * (x + y) if is_odd else 0)
+    flops = _padded(call, conv) * operations / CONVOLUTION_EFFICIENCY
+    flops = _vendors(device, flops, _columns(call, conv))
+    return [*[Stage(0)] * CONVOLUTION_CALLS, Stage(reordered), Stage(moved, flops)]
 
 
 def _padded(call: Call, conv: Geometry) -> float:
@@ -292,11 +314,12 @@ class Unfolded(NamedTuple):
         """
         size, moved = call.x_dtype.itemsize, x + y + weight
         product = Stage(moved, self.operations / (UNFOLDED_EFFICIENCY * efficiency))
+        grad = Stage(moved, self.operations / (UNFOLDED_GRAD_EFFICIENCY * efficiency))
         unfold = Stage(UNFOLDED * size * self.numbers + RUN * self.runs)
         fold = Stage(FOLDED * size * self.numbers + RUN * self.runs)
         sums = Stage(SUMMED * (x if conv.transposed else y), launches=0)
         norms = [] if call.dim == 0 else [Stage(weight)]
         finish = Stage(weight if call.dim == 0 else 3 * weight)
         if conv.transposed:
-            return [*norms, product, fold], [unfold, product, sums, product, finish]
-        return [*norms, unfold, product, sums], [product, fold, unfold, product, finish]
+            return [*norms, product, fold], [unfold, grad, sums, grad, finish]
+        return [*norms, unfold, product, sums], [grad, fold, unfold, grad, finish]

@@ -10,7 +10,7 @@ import math
 import warnings
 from typing import Literal, NamedTuple
 
-from ..backends import native, vendor
+from ..backends import aten_weight, native, vendor
 from ..call import Call
 from . import table
 from .costs import costs, scales_late
@@ -74,9 +74,14 @@ def _keepable(call: Call, backend: str, forward: str, backward: str) -> Kept:
     in float32 for a layer in half precision is not kept on a CPU. The native library, and the
     Triton path of a linear layer, form `W` for a training step, whatever the forward does without
     gradients. The native library keeps every `W` that is normalised along taps, because forming it
-    twice takes longer than eager does.
+    twice takes longer than eager does. The ATen path keeps `W` in half precision, for the same
+    reason.
     """
     linear = call.conv is None
+    wrong = backend == "aten" and vendor.is_wrong_for(call.x_dtype, len(call.v_shape))
+    forms_both = forward == backward == "materialize"
+    if backend == "aten" and forms_both and not wrong and aten_weight.keeps_weight(call):
+        return "weight"
     if linear and backend != "triton":
         keeps = forward == backward == "scaled" and scales_late(call) and keeps_product(call)
         return "product" if keeps else ""
@@ -87,7 +92,7 @@ def _keepable(call: Call, backend: str, forward: str, backward: str) -> Kept:
     forms_anyway = linear or backend == "native"
     if backward != "materialize" or (forward != "materialize" and not forms_anyway):
         return ""
-    if backend == "aten" and vendor.is_wrong_for(call.x_dtype, len(call.v_shape)):
+    if wrong:
         return ""  # PyTorch would save `x` and `W` in float32
     if call.conv and backend != "triton" and call.conv.scale_axis(call.dim) == "taps":
         return "weight" if backend == "native" else ""  # it can scale nothing but `W`

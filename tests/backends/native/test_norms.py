@@ -10,27 +10,18 @@ import torch
 from torch.autograd import gradcheck, gradgradcheck
 
 import wn_kernels.functional as WF
-from tests.backends.native.test_native import DTYPES, HALF, NARROW, WIDE, convolution_plan
+from tests.backends.native.served import DTYPES, HALF, NARROW, WIDE, convolution_plan
 from tests.comparison import Case, ConvCase, assert_matches, assert_same_bits, assert_zero
 from tests.planning import planned
 from tests.test_convolution import KINDS, case_of
 from wn_kernels import use_backend
-from wn_kernels.backends import native, reference
+from wn_kernels.backends import reference
 from wn_kernels.call import kept_shape
 
 OTHERS = ("l1", "linf")
 
 
-@pytest.fixture(scope="session", autouse=True)
-def _built():
-    native.build()
-
-
-@pytest.fixture(autouse=True)
-def _forced():
-    """A call that the library leaves alone raises."""
-    with use_backend("native"):
-        yield
+pytestmark = pytest.mark.usefixtures("forced")
 
 
 def taken(case, norm, clamps=False):

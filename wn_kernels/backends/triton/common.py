@@ -70,10 +70,20 @@ def partial_of(v, NORM: tl.constexpr):
 
 
 @triton.jit
+def bits(magnitudes):
+    """The bits of magnitudes, which have their order. Those of a NaN are the largest."""
+    TYPE: tl.constexpr = tl.int64 if magnitudes.dtype == tl.float64 else tl.int32
+    return magnitudes.to(TYPE, bitcast=True)
+
+
+@triton.jit
 def merged(a, b, NORM: tl.constexpr):
     """The partial of two parts together, a NaN if one is."""
     if NORM == "linf":
-        return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+        if a.dtype == tl.float64:  # of which no GPU has such a maximum
+            return tl.maximum(bits(a), bits(b)).to(a.dtype, bitcast=True)
+        else:
+            return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
     else:
         return a + b
 
@@ -82,11 +92,7 @@ def merged(a, b, NORM: tl.constexpr):
 def merged_along(partials, axis: tl.constexpr, NORM: tl.constexpr):
     """The partial of all parts along an axis, a NaN if one is. Without a NORM, their sum."""
     if NORM == "linf":
-        # `tl.max` drops a NaN. The bits of magnitudes have their order, and those of a NaN are the
-        # largest.
-        BITS: tl.constexpr = tl.int64 if partials.dtype == tl.float64 else tl.int32
-        largest = tl.max(partials.to(BITS, bitcast=True), axis=axis)
-        return largest.to(partials.dtype, bitcast=True)
+        return tl.max(bits(partials), axis=axis).to(partials.dtype, bitcast=True)  # drops no NaN
     else:
         return tl.sum(partials, axis=axis)
 
