@@ -139,13 +139,17 @@ def frozen(rank, dim, options):
 
 def tensor_parallel(rank, dim, options):
     """Outputs, gradients, and how often processes talk: forward, then backward."""
-    layer = wn_kernels.WNLinear(8, 6, dim=dim)
+    norm = options.get("norm", "l2")
+    layer = wn_kernels.WNLinear(8, 6, dim=dim, norm=norm)
     if options["fused"]:
         layer = parametrizations.weight_norm(nn.Linear(8, 6), dim=dim)
         wn_kernels.fuse(layer)
     torch.manual_seed(0)
     for p in layer.parameters():
         nn.init.uniform_(p, 0.5, 1.5)
+    if norm != "l2":  # ties, whose slope all processes share
+        with torch.no_grad():
+            layer.weight_v.clamp_(max=1.0)
     twin = copy.deepcopy(layer).double()
     columns = options["plan"] == "columns"
     whole = {"output_layouts" if columns else "input_layouts": Replicate()}
@@ -170,7 +174,7 @@ def tensor_parallel(rank, dim, options):
         assert backward.get_total_counts() == 0
     else:
         assert forward.get_total_counts() == 2
-        assert backward.get_total_counts() == 1
+        assert backward.get_total_counts() == (3 if norm == "linf" else 1)
 
 
 def saved(rank, dim, options):
@@ -215,6 +219,12 @@ def test_frozen_weights(sharded, tmp_path):
 @pytest.mark.parametrize("plan", ["columns", "rows"])
 def test_tensor_parallel(plan, dim, tmp_path):
     processes.run(tmp_path, tensor_parallel, dim, {"plan": plan, "fused": False})
+
+
+@pytest.mark.parametrize("norm", ["l1", "linf"])
+def test_tensor_parallel_of_other_norms(norm, tmp_path):
+    options = {"plan": "rows", "fused": False, "norm": norm}
+    processes.run(tmp_path, tensor_parallel, 0, options)
 
 
 def test_tensor_parallel_of_a_fused_layer(tmp_path):
