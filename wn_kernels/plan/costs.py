@@ -91,8 +91,10 @@ def aten_linear(call: Call) -> Costs:
     product = Stage(x + y + w, _vendors(device, 2.0 * m * n * k, m))
     forward = {"materialize": [Stage(3 * w), product]}
     backward = {"materialize": [Stage(2 * w), product, product, Stage(5 * w)]}
+    kept = [product, product, Stage(5 * w)] if aten_weight.keeps_weight(call) else None
     if call.dim == 0 and call.x_dtype == call.v_dtype == torch.bfloat16:
-        backward = {"scaled": [Stage(2 * activation), product, product, Stage(5 * w)]}
+        scaled = [Stage(2 * activation), product, product, Stage(5 * w)]
+        backward = {"scaled": scaled} | (backward if kept else {})
     if scales_late(call):
         # The first candidate wins a tie.
         forward = {"scaled": [Stage(w), Stage(2 * activation), product]} | forward
@@ -101,7 +103,6 @@ def aten_linear(call: Call) -> Costs:
         else:
             finish = [Stage(2 * activation), Stage(0), Stage(5 * w)]
         backward = {"scaled": [product, product, *finish]} | backward
-    kept = [product, product, Stage(5 * w)] if aten_weight.keeps_weight(call) else None
     return Costs(forward, backward, device, device.rate(size), kept)
 
 
