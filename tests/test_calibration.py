@@ -104,7 +104,7 @@ QUICK_CALLS = REFERENCE._replace(call=REFERENCE.call / 8)
 
 def test_what_they_decide(file):
     """A pick follows the product that is the faster on a processor, and what a call takes there."""
-    few, tiny = (1, 512, 512, 32, 3), (1, 8, 8, 16, 3)
+    few, tiny = (1, 128, 128, 16, 3), (1, 8, 8, 16, 3)
     assert conv1d(*few, backend="native").backward == "unfold"
     assert conv1d(*tiny, backend="native").forward == "unfold"
     rates.store(SLOW_OWN)

@@ -142,7 +142,7 @@ def test_constructs_as_torch_does(kind):
     """Signatures, without initialisation, on no device, and filled in later."""
     plain, own = getattr(nn, kind), getattr(wn_kernels, f"WN{kind}")
     theirs, ours = (inspect.signature(cls).parameters for cls in (plain, own))
-    assert list(ours) == [*theirs, "dim", "eps", "magnitude_preserving"]
+    assert list(ours) == [*theirs, "dim", "eps", "norm", "magnitude_preserving"]
     assert all(ours[name].default == theirs[name].default for name in theirs)
     arguments = (4, 6) if kind == "Linear" else ARGUMENTS
     skipped = nn.utils.skip_init(own, *arguments, dim=1)

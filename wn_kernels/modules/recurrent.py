@@ -22,8 +22,6 @@ from .weight import NormedWeights
 if TYPE_CHECKING:
     from torch.types import Device
 
-    from ..call import Norm
-
 
 def flat_weights(layer: Any) -> list[Tensor | None]:
     """Returns the tensors of `layer._flat_weights_names`. Those that are weight-normed are computed

@@ -231,7 +231,7 @@ type(driver.active).get_current_stream = lambda self, device: 7
 launch.forget()
 call()
 streams = [(l["stream"], l["by_triton"]) for l in launched(call)]
-bare = weight.remembered_weight_norm(launch.target_of(v), (v, g), 0, 0.0, v.dtype).bare
+bare = weight.remembered_weight_norm(launch.target_of(v), (v, g), 0, 0.0, "l2", v.dtype).bare
 bare(v, g)
 launched(lambda: bare(v, g))
 print(json.dumps([seen, ways, streams, [address == 0 for address in made[0][0]]]))

@@ -189,7 +189,8 @@ class Pass:
                 again = f"return execute({arguments})" if left_out else f"step{k}({taken})"
                 lines.append(f"    {again}")
             else:
-                lines.append(f"{''.join(f't{i}, ' for i in found)} = step{k}({taken})")
+                results = "".join(f"t{i}, " for i in found)
+                lines.append(f"{results}{'= ' * bool(found)}step{k}({taken})")
         lines.append(f"return ({''.join(f'{names[i]}, ' for i in self.results)})")
         exec("\n    ".join(lines), scope)
         return scope["function"]
