@@ -47,7 +47,7 @@ def _pipelined(
     has all stages in flight but the one that it computes with."""
     deep = max(1, stages - 1)
     resident = min(THREADS // (32 * warps), device.shared // (deep * step))
-    return Grid(programs, deep * loaded, max(1, resident))
+    return Grid(max(1, programs), deep * loaded, max(1, resident))
 
 
 # --- linear layers -------------------------------------------------------------------------------
