@@ -43,6 +43,9 @@ def test_skip_init(name):
     assert_right(*gradients(skipped, x), layer, x)
 
 
+OURS = "dim", "eps", "norm"
+
+
 @pytest.mark.parametrize("name", OWN)
 def test_reset_parameters(name):
     """As `torch.nn`'s namesake starts, for the same seed."""
@@ -50,7 +53,7 @@ def test_reset_parameters(name):
     layer, _ = made(name)
     torch.manual_seed(3)
     layer.reset_parameters()
-    plain = {key: value for key, value in options.items() if key not in ("dim", "eps")}
+    plain = {key: value for key, value in options.items() if key not in OURS}
     torch.manual_seed(3)
     twin = getattr(nn, kind.__name__.removeprefix("WN"))(*arguments, **plain)
     assert_matches(layer.weight, twin.weight.detach().double(), torch.float32, 64)
@@ -65,7 +68,7 @@ def test_repr_and_parameters(name):
     assert f"dim={layer.dim}" in repr(layer)
     assert repr(layer).startswith(f"{kind.__name__}(")
     assert ("eps=" in repr(layer)) == ("eps" in options)
-    plain = {key: value for key, value in options.items() if key not in ("dim", "eps")}
+    plain = {key: value for key, value in options.items() if key not in OURS}
     twin = getattr(nn, kind.__name__.removeprefix("WN"))(*arguments, **plain)
     count = sum(p.numel() for p in layer.parameters())
     assert count == sum(p.numel() for p in twin.parameters()) + layer.weight_g.numel()

@@ -77,7 +77,8 @@ def summed(products: Tensor, dim: int | None) -> Tensor:
 def largest(magnitudes: Tensor, dim: int | None) -> Tensor:
     """Returns the largest element of every slice, with dimensions kept, and 0 of an empty one."""
     dims = reduced_dims(magnitudes.ndim, dim)
-    if not dims or not magnitudes.numel():
+    is_traced = torch._C._get_tracing_state() is not None  # sizes are tensors there
+    if not dims or not (is_traced or magnitudes.numel()):
         return summed(magnitudes, dim)
     return magnitudes.amax(dims, keepdim=dim is not None) + 0.0
 
