@@ -1,4 +1,4 @@
-"""What is timed: the cases of each suite."""
+"""This file lists the layers that each suite times."""
 
 from __future__ import annotations
 

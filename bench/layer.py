@@ -1,4 +1,4 @@
-"""What a case describes: a layer of `torch.nn` and how it is called."""
+"""This file describes a layer of `torch.nn` and how it is called, which is what a case times."""
 
 from __future__ import annotations
 
@@ -38,14 +38,14 @@ class Layer:
         return getattr(torch, self.dtype)
 
     def layer(self, device: torch.device) -> nn.Module:
-        """The plain layer."""
+        """Returns the plain layer."""
         kind = getattr(nn, self.kind)
         layer = kind(*self.arguments, **self.options, device=device, dtype=self.torch_dtype)
         last = self.channels_last and layer.weight.ndim == 4
         return layer.to(memory_format=torch.channels_last) if last else layer
 
     def call(self) -> Call:
-        """The call of ours in it."""
+        """Returns our description of its call."""
         layer: Any = self.layer(torch.device("meta"))
         x_shape, v_shape, dtype = torch.Size(self.x_shape), layer.weight.shape, self.torch_dtype
         x_dtype = torch.bfloat16 if self.precision == "autocast" else dtype
@@ -62,20 +62,20 @@ class Layer:
         return Call(x_shape, v_shape, x_dtype, dtype, self.dim, conv, *options)
 
     def session(self, device: torch.device) -> AbstractContextManager[Any]:
-        """What its calls run inside of."""
+        """Returns the context that its calls run in: that of autocast or of TF32, if it has one."""
         if self.precision == "autocast":
             return torch.autocast(device.type, torch.bfloat16)
         return precision.tf32() if self.precision == "tf32" else nullcontext()
 
     @property
     def eps(self) -> float:
-        """The unit of rounding of its products."""
+        """Returns the unit of rounding of its products."""
         rounded = {"autocast": torch.finfo(torch.bfloat16).eps, "tf32": 2.0**-10}
         return rounded.get(self.precision, torch.finfo(self.torch_dtype).eps)
 
     def work(self) -> tuple[float, float]:
-        """Operations, and the bytes that have to move: what is given is read, and what is asked for
-        is written, once."""
+        """Returns the operations and the bytes of a call. Every operand is read once, and every
+        result is written once."""
         layer = self.layer(torch.device("meta"))
         x = torch.empty(self.x_shape, dtype=self.torch_dtype, device="meta")
         y, w = layer(x), layer.weight
@@ -90,5 +90,5 @@ class Layer:
         return asdict(self) | {"operations": operations, "bytes": moved, "parameters": self.size()}
 
     def size(self) -> int:
-        """Parameters of the plain layer."""
+        """Returns the number of parameters of the plain layer."""
         return sum(p.numel() for p in self.layer(torch.device("meta")).parameters())

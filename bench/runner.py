@@ -46,7 +46,7 @@ class Runner:
             yield
 
     def operand_bytes(self) -> int:
-        """What a call reads: input, gradient of the output, and parameters."""
+        """Returns the bytes of the input, of the gradient of the output, and of the parameters."""
         return sum(t.numel() * t.element_size() for t in (*self.leaves, self.dy))
 
     def twin(self) -> Runner:

@@ -92,7 +92,7 @@ def data() -> tuple[Tensor, Tensor, int]:
 
 
 def entropy(text: Tensor) -> float:
-    """Returns the bits per character of a guess that knows how frequent each character is."""
+    """Returns the bits per character of a guess by the frequency of each character."""
     counts = Counter(text.tolist()).values()
     return -sum(n / len(text) * math.log2(n / len(text)) for n in counts)
 

@@ -138,10 +138,8 @@ def _constant(g: Tensor, v: Tensor, slices: Slices) -> float:
     """Returns the `g` with which ‖W‖ stays what it is."""
     if slices.norm == "l2":
         return g.double().norm().item() / math.sqrt(max(1, g.numel()))
-    ratio = v.double()
-    ratio = reference.norms(ratio, slices.dim, LEAST) / reference.norms(
-        ratio, slices.dim, LEAST, slices.norm
-    )
+    exact, rest = v.double(), (slices.dim, LEAST)
+    ratio = reference.norms(exact, *rest) / reference.norms(exact, *rest, slices.norm)
     return ((g.double() * ratio).norm() / ratio.norm()).item()
 
 

@@ -1,1 +1,1 @@
-"""How a call is timed, how its memory is counted, and the settings that make both comparable."""
+"""These files time a call and count its memory, and make the settings that both depend on equal."""

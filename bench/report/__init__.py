@@ -1,1 +1,1 @@
-"""What came of a run: tables, plots, a page, and a comparison of two runs."""
+"""These files show the results of a run as tables, plots and a page, and compare two runs."""

@@ -1,1 +1,2 @@
-"""What is read off the compiled code, or counted without a GPU, and held to baselines."""
+"""These files read figures off the compiled code or count them without a GPU, and compare them with
+committed baselines."""

@@ -1,4 +1,4 @@
-"""What the native library serves: dtypes, and layers of each kind with their plans."""
+"""This file lists dtypes and layers of each kind that the native library serves."""
 
 import torch
 
@@ -6,7 +6,8 @@ import wn_kernels.functional as WF
 
 WIDE = [torch.float32, torch.float64]
 HALF = [torch.bfloat16, torch.float16]
-# Of x and of V: one dtype, that of an autocast layer, and other mixtures.
+# These are pairs of dtypes of x and of V. They are equal, those of a layer under autocast, or other
+# mixtures.
 DTYPES = [
     *[(dtype, dtype) for dtype in (*WIDE, *HALF)],
     *[(dtype, torch.float32) for dtype in HALF],

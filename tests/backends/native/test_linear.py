@@ -40,8 +40,8 @@ def call_of(shape, dtypes):
     return Call(torch.Size((m, k)), torch.Size((n, k)), *dtypes, 0)
 
 
-# What a layer in half precision may be computed by: a product that is scaled, in bfloat16 or by the
-# library itself; a formed W; and one in float32.
+# A layer in half precision is computed by a product that is scaled, in bfloat16 or by the library
+# itself, by a formed W, or by a W in float32.
 @pytest.mark.parametrize(
     ("shape", "dtypes", "variant"),
     [

@@ -97,7 +97,7 @@ def test_derivatives_of_weight_norm():
     ("shape", "dim"), [((6, 40), 0), ((9, 6, 4), 1), ((8, 20), 1), ((5, 8), None)]
 )
 def test_dead_slice_of_a_weight(shape, dim):
-    """Of zeros: a weight and gradients of zeros. One that is merely tiny is left to float64."""
+    """A slice of zeros has a weight and gradients of zeros. Float64 serves a slice that is tiny."""
     v = torch.randn(shape)
     dead = v if dim is None else v.select(dim, 3)
     g = torch.rand(kept_shape(shape, dim)) + 0.5
