@@ -162,6 +162,11 @@ def one_pass_rows(itemsize: int, grad: bool = False) -> int:
     return 64 if grad else 128
 
 
+def walked_rows(itemsize: int) -> int:
+    """Returns for how many rows one walk over `V` computes `dX` and `dV`."""
+    return one_pass_rows(itemsize)
+
+
 def one_pass(m: int, o: int, itemsize: int, ieee: bool, architecture: str, programs: int) -> Loop:
     """Returns the loop of the one-pass forward: a single row tile over the batch, deep in flight
     and narrow enough in `o` to occupy the machine.
@@ -239,6 +244,14 @@ def grads(m: int, itemsize: int, ieee: bool, architecture: str) -> Loop:
         block_o //= 2
     warps = 8 if block_m == 128 else 4
     return Loop(block_m, block_o, block_r, warps, stages(deep, architecture))
+
+
+def weight_product(itemsize: int, architecture: str) -> Loop:
+    """Returns the loop of the product for `dV`: a tile of `V`, summed over rows in steps of
+    `BLOCK_M`."""
+    if itemsize > 2:
+        return Loop(16, 64, 64, 4, stages(3 if itemsize == 4 else 1, architecture))
+    return Loop(64, 128, 128, 8, stages(3, architecture))
 
 
 def grads_splits(o: int, r: int, loop: Loop, programs: int) -> int:

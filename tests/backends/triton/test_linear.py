@@ -231,6 +231,26 @@ def test_walks_that_share_rows(splits, needs_x, device):
     case.check_backward(grads if needs_x else (case.grads[0].float(), *grads[1:]))
 
 
+@pytest.mark.sanitize
+@pytest.mark.parametrize("needs_x", [True, False])
+@pytest.mark.parametrize(
+    ("x_dtype", "v_dtype"), [d for d in DTYPES if d[0] == d[1] != torch.float16]
+)
+def test_product_of_many_rows(x_dtype, v_dtype, needs_x, device):
+    """`dV` by a product of several steps, beside PyTorch's `dX`."""
+    case = Case(*BLOCKS, 0, x_dtype, v_dtype, device=device)
+    _, n, kept = linear(case.x, case.v, case.g, case.bias, 0, 0.0, "scaled", True)
+    needs = needs_x, True, True, True
+    operands = case.dy, case.x, case.v, case.g, n, 0, 0.0, "product", needs, kept
+    with recording() as launches:
+        linear_backward(*operands, config=SMALL_GRAD)
+    names = [launch.kernel.__name__ for launch in launches]
+    assert names == ["scale_kernel", "weight_product_kernel"]
+    grads = linear_backward(*operands, config=SMALL_GRAD)
+    assert (grads[0] is None) == (not needs_x)
+    case.check_backward(grads if needs_x else (case.grads[0].to(x_dtype), *grads[1:]))
+
+
 def test_v_is_read_once(device):
     """By the kernel alone that computes `dX` and `dV`: no product of PyTorch's runs."""
     case = Case(15, 50, 41, 0, device=device)

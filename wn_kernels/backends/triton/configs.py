@@ -265,6 +265,11 @@ def grads(m: int, o: int, r: int, itemsize: int, ieee: bool, target: Target) -> 
     return SplitConfig(*tile, tiles.grads_splits(o, r, tile, target.multiprocessors))
 
 
+def weight_product(itemsize: int, target: Target) -> GradConfig:
+    """As `tiles.weight_product`."""
+    return GradConfig(*tiles.weight_product(itemsize, target.architecture))
+
+
 def scale(m: int, sums: bool) -> ScaleConfig:
     """A pass over a matrix of `m` rows: 4096 elements a step. One that `sums` columns has all rows
     of a few."""

@@ -18,6 +18,8 @@ read of `V`, if the forward kept the product `x Vᵀ`.
 
 from __future__ import annotations
 
+from typing import Any, TypeGuard
+
 import torch
 import triton
 import triton.language as tl
@@ -29,7 +31,7 @@ from . import configs, weight
 from .common import as_norm, cast, dot, finished, merged, merged_along, offsets, partial_of
 from .configs import Target
 from .launch import Launcher, is_wide, product_types, remembered, target_of, unallocated
-from .linear_grad import prepare_grads, prepare_weight_grad
+from .linear_grad import prepare_grads, prepare_weight_grad, prepare_weight_product
 from .norm import remembered_slice_norms
 from .passes import Pass, Product, Sums
 from .scale import prepare_dots, prepare_scale
@@ -70,14 +72,16 @@ def one_pass_kernel(
     BLOCK_O: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """Y = X Wᵀ + bias and the norms, for the rows of V that this program owns. M ≤ BLOCK_M.
+    """Y = X Wᵀ + bias and the norms, for a tile of the rows of X and of those of V. The programs of
+    all tiles of X compute the norms, and those of the first one store them.
 
     SPLIT > 1: so many products of a share of r each, one to a warp.
     KEEP: P, which lies as Y does, is X Vᵀ.
     """
-    pid = tl.program_id(0)
-    offs_m = offsets(0 * pid, BLOCK_M, WIDE)
-    offs_o = offsets(pid, BLOCK_O, WIDE)
+    tiles_m = tl.cdiv(M, BLOCK_M)
+    tile_m = tl.program_id(0) % tiles_m
+    offs_m = offsets(tile_m, BLOCK_M, WIDE)
+    offs_o = offsets(tl.program_id(0) // tiles_m, BLOCK_O, WIDE)
     mask_m = offs_m < M
     mask_o = offs_o < O
     norm_type = NORMS.dtype.element_ty
@@ -118,7 +122,7 @@ def one_pass_kernel(
     if KEEP:
         tl.store(P + at, acc, mask=mask)
     n = as_norm(merged_along(partials, 1, NORM), EPS, NORM)
-    tl.store(NORMS + offs_o, n, mask=mask_o)
+    tl.store(NORMS + offs_o, n, mask=mask_o & (tile_m == 0))
     g = tl.load(G + offs_o, mask=mask_o, other=0.0).to(norm_type)
     acc *= (g / n).to(ACC)[None, :]
     if HAS_BIAS:
@@ -233,12 +237,10 @@ def _prepare_one_pass(
         size = max(x.element_size(), v.element_size())
         ieee = x.element_size() >= 4 and not tf32
         config = configs.one_pass(m, o, size, ieee, target)
-    if m > config.BLOCK_M:
-        raise ValueError(f"one_pass holds {config.BLOCK_M} rows in its tile, got {m}")
     return Launcher(
         one_pass_kernel,
         target,
-        (triton.cdiv(o, config.BLOCK_O),),
+        (triton.cdiv(m, config.BLOCK_M) * triton.cdiv(o, config.BLOCK_O),),
         M=m,
         O=o,
         R=r,
@@ -321,11 +323,16 @@ def prepare_linear_backward(
         if norm == "linf":
             raise ValueError("product has no walk over V that counts the ties of the norm linf")
         if kept is not None and (needs_v or needs_g) and v.numel() and len(x):
-            assert not isinstance(config, configs.GradConfig)
             dots = prepare_dots(target, dy, v, g, eps, norm)
             run.call(dots, "dy", "p", "g", "n", gives=("s", "db", "dg", "c"))
-            grads = prepare_grads(target, x, v, norm, needs_x, tf32, config)
-            run.call(grads, "s", "x", "v", "c", gives=("dx", "dv"))
+            if _walks(x, v, config):
+                grads = prepare_grads(target, x, v, norm, needs_x, tf32, config)
+                run.call(grads, "s", "x", "v", "c", gives=("dx", "dv"))
+            else:
+                if needs_x:
+                    run.call(Product(), "s", "v", None, gives=("dx",))
+                weight_product = prepare_weight_product(target, x, v, norm, tf32, config)
+                run.call(weight_product, "s", "x", "v", "c", gives=("dv",))
             return run.returning("dx" if needs_x else None, "dv", "dg", "db" * needs_bias or None)
         config, variant = None, _without_product(x, v)
     assert not isinstance(config, configs.SplitConfig)
@@ -365,6 +372,14 @@ def prepare_linear_backward(
         run.call(Sums(), "dy", gives=("db",))
         db = "db"
     return run.returning("dx" if needs_x else None, dv, dg, db)
+
+
+def _walks(x: Tensor, v: Tensor, config: Any) -> TypeGuard[configs.SplitConfig | None]:
+    """Whether one walk over `V` computes both gradients of a kept product."""
+    if config is not None:
+        return isinstance(config, configs.SplitConfig)
+    few = len(x) <= tiles.walked_rows(max(x.element_size(), v.element_size()))
+    return few or not fits_unscaled(x.dtype, v.dtype)
 
 
 def _without_product(x: Tensor, v: Tensor) -> str:

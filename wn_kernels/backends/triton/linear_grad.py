@@ -1,12 +1,15 @@
-"""The gradients of a linear layer for a few rows.
+"""The gradients of a linear layer that need no `dW` in memory.
 
-`grads_kernel` reads `V` once. It needs the dots `a_o = ⟨dW_o, V_o⟩` beforehand, for which the
-forward keeps its product `P = x Vᵀ` (dim=0):
+The dots `a_o = ⟨dW_o, V_o⟩` are had beforehand if the forward keeps its product `P = x Vᵀ` (dim=0):
 
     a_o = Σ_m dY P,   dg = a / n,   S = dY ⊙ s,   c = s · dg / d     by a pass (`scale.py`)
-    dX = S V,   dV = Sᵀ x - c ⊙ u                                    in one walk over V
+    dX = S V,   dV = Sᵀ x - c ⊙ u
 
-where `u / d` is the slope of the norm (`common.py`), which is `V / n` for l2. The divisor of linf
+For a few rows `grads_kernel` computes both in one walk over `V`. For more rows `dX` is PyTorch's
+product, and `weight_product_kernel` computes `dV`, where `c ⊙ u` is subtracted from a product that
+has not left the registers.
+
+Here `u / d` is the slope of the norm (`common.py`), which is `V / n` for l2. The divisor of linf
 is a count of ties, which would take a walk over V beforehand.
 
 Without the product, `grad_one_pass_kernel` computes `dV` and `dg` of `dW[o, r] = Σ_m P[m, o]
@@ -185,6 +188,49 @@ def grads_kernel(
         tl.store(at, dx, mask=(offs_m < M)[None, :] & (offs_r < R)[:, None])
 
 
+@triton.jit
+def weight_product_kernel(
+    S,
+    X,
+    V,
+    COEF,
+    DV,
+    M,
+    O,
+    R,
+    stride_xm,
+    stride_xr,
+    stride_vo,
+    stride_vr,
+    stride_do,
+    stride_dr,
+    NORM: tl.constexpr,
+    WIDE: tl.constexpr,
+    ACC: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_O: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """DV = Sᵀ X - COEF ⊙ u, a tile of V for each program, by steps of BLOCK_M rows. S is dense."""
+    tiles_r = tl.cdiv(R, BLOCK_R)
+    offs_o = offsets(tl.program_id(0) // tiles_r, BLOCK_O, WIDE)
+    offs_r = offsets(tl.program_id(0) % tiles_r, BLOCK_R, WIDE)
+    dw = tl.zeros((BLOCK_O, BLOCK_R), ACC)
+    for start in range(0, M, BLOCK_M):
+        offs_m = offsets(start // BLOCK_M, BLOCK_M, WIDE)
+        s = _load_tile(S, offs_o, offs_m, O, M, 1, O)
+        x = _load_tile(X, offs_m, offs_r, M, R, stride_xm, stride_xr)
+        dw = dot(s, x, dw, PRECISION)
+    mask_o = offs_o < O
+    coef = tl.load(COEF + offs_o, mask=mask_o, other=0.0)
+    v = _load_tile(V, offs_o, offs_r, O, R, stride_vo, stride_vr)
+    at = DV + offs_o[:, None] * stride_do + offs_r[None, :] * stride_dr
+    mask = mask_o[:, None] & (offs_r < R)[None, :]
+    u = slope(v.to(coef.dtype), 0.0, NORM)  # linf alone takes the norms
+    tl.store(at, dw.to(coef.dtype) - coef[:, None] * u, mask=mask)
+
+
 # --- launchers ---------------------------------------------------------------------------------
 
 
@@ -307,3 +353,40 @@ def prepare_grads(
     if needs_x and splits > 1:
         run.call(prepare_sum(target, parts, dx), "parts", "dx", "dx", "dx")
     return run.returning("dx" if needs_x else None, "dv")
+
+
+def prepare_weight_product(
+    target: Target,
+    x: Tensor,
+    v: Tensor,
+    norm: Norm,
+    tf32: bool,
+    config: configs.GradConfig | None,
+) -> Pass:
+    """`run(s, x, v, c)` returns `dV`, for sizes other than zero."""
+    dv = torch.empty_like(v)
+    (m, r), o = x.shape, len(v)
+    if config is None:
+        config = configs.weight_product(x.element_size(), target)
+    launch = Launcher(
+        weight_product_kernel,
+        target,
+        (triton.cdiv(o, config.BLOCK_O) * triton.cdiv(r, config.BLOCK_R),),
+        M=m,
+        O=o,
+        R=r,
+        stride_xm=x.stride(0),
+        stride_xr=x.stride(1),
+        stride_vo=v.stride(0),
+        stride_vr=v.stride(1),
+        stride_do=dv.stride(0),
+        stride_dr=dv.stride(1),
+        NORM=norm,
+        WIDE=is_wide(x, v, dv, unallocated((m, o), x.dtype)),
+        **product_types(x, tf32),
+        **config._asdict(),
+    )
+    run = Pass("s", "x", "v", "c")
+    run.new(dv=dv)
+    run.call(launch, "s", "x", "v", "c", "dv")
+    return run.returning("dv")
