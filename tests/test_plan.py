@@ -105,8 +105,9 @@ def test_triton_variants():
         assert triton(m, 4096, 4096)[1:] == ("one_pass", "product", "product")
     # A product of more than an eighth of V's bytes is not kept.
     assert triton(64, 511, 4096).keeps != "product" == triton(64, 512, 4096).keeps
+    assert triton(512, 4096, 4096)[1:] == ("scaled", "product", "product")
     for dim in (0, 1, None):
-        assert triton(512, 4096, 4096, dim=dim)[1:3] == ("scaled", "scaled")
+        assert triton(1024, 4096, 4096, dim=dim)[1:3] == ("scaled", "scaled")
         assert triton(16384, 8192, 8192, dim=dim)[1:] == MATERIALIZE
     assert triton(16, 4096, 4096, dim=1)[1:3] == ("scaled", "one_pass")
     assert triton(16, 4096, 4096, dim=None)[1:3] == ("scaled", "scaled")
@@ -127,7 +128,7 @@ def test_a_small_weight_is_kept():
     small = triton(512, 1024, 1024)
     assert small[1:] == ("materialize", "materialize", "weight")
     assert small.recorded == "materialize"
-    assert not triton(512, 4096, 4096).keeps
+    assert not triton(1024, 4096, 4096).keeps
     assert triton(16, 1024, 1024).keeps == "product"
     assert triton(2**17, 4096, 4096)[1:] == ("materialize", "materialize", "weight")
     every = plan.choices(Call(torch.Size((16, 64)), torch.Size((64, 64)), BF16, BF16, 0), "triton")
@@ -136,18 +137,26 @@ def test_a_small_weight_is_kept():
     assert {choice.backward for choice in every if choice.keeps} == {"materialize"}
 
 
-def test_one_pass_never_exceeds_its_tile():
+def test_rows_fit_the_tiles_that_hold_all():
     configs = pytest.importorskip("wn_kernels.backends.triton.configs")
     for itemsize in (2, 4, 8):
-        rows = tiles.one_pass_rows(itemsize)
-        for m in range(1, rows + 1):
-            for ieee in {False, itemsize > 2}:
-                found = configs.one_pass(m, 4096, itemsize, ieee, configs.target(-1))
-                assert m <= found.BLOCK_M
         for m in range(1, tiles.one_pass_rows(itemsize, grad=True) + 1):
             assert m <= configs.grad_one_pass(m, 4096, itemsize, configs.target(-1)).BLOCK_M
-        for m in range(1, rows + 1):
+        for m in range(1, tiles.walked_rows(itemsize) + 1):
             assert m <= configs.grads(m, 4096, 4096, itemsize, False, configs.target(-1)).BLOCK_M
+
+
+def test_no_share_of_one_pass_is_empty():
+    configs = pytest.importorskip("wn_kernels.backends.triton.configs")
+    target, found = configs.target(-1), set()
+    for m, o, r in itertools.product((1, 64, 128, 256), (70, 1024, 4096, 16384), (40, 1024, 5000)):
+        config = configs.one_pass(m, o, r, 2, False, target)
+        steps = tiles.blocks(r, config.BLOCK_R)
+        assert tiles.blocks(steps, config.splits) * (config.splits - 1) < steps
+        programs = tiles.blocks(m, config.BLOCK_M) * tiles.blocks(o, config.BLOCK_O)
+        assert config.splits == 1 or config.splits * programs <= 2 * target.multiprocessors
+        found.add(config.splits)
+    assert {1, 2, 4} <= found
 
 
 def test_the_model_counts_on_the_kernels_blocks():
@@ -303,16 +312,14 @@ def linear_on(device, m, size=4096, dim=0, dtype=BF16):
 @pytest.mark.parametrize("device", devices.GPUS.values(), ids=devices.GPUS)
 def test_gpus(device):
     """The choices that follow from the kernels alone hold on every device."""
-    # Two stages of one pass do not cover the bandwidth of an MI300X.
-    covers = "scaled" if device.name == "MI300X" else "one_pass"
     for m in (1, 16):
-        assert linear_on(device, m) == (covers, "product")
+        assert linear_on(device, m) == ("one_pass", "product")
         assert linear_on(device, m, dim=1)[0] == "scaled"
     assert linear_on(device, 16384, 8192) == ("materialize", "materialize")
     # Where all is overhead, the fewest launches win.
     for m, size, backward in ((1, 16, "product"), (32, 64, "one_pass"), (64, 128, "one_pass")):
         assert linear_on(device, m, size) == ("one_pass", backward)
-    assert linear_on(device, 200, 64) == ("materialize", "scaled")
+    assert linear_on(device, 200, 64) == ("one_pass", "scaled")
     # Fewer bytes in a faster dtype, never slower.
     call = Call(torch.Size((512, 4096)), torch.Size((4096, 4096)), F32, F32, 0)
     wide = costs.costs(call, "triton", device)

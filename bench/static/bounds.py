@@ -81,7 +81,8 @@ class Tile(NamedTuple):
 def _tile(compilation: Compilation) -> Tile:
     """The gradient of a weight sums over the batch: its rows are the outputs of the layer."""
     m, o, r = (compilation.launch.arguments[f"BLOCK_{name}"] for name in "MOR")
-    return Tile(o, r, m) if "grad" in compilation.kernel else Tile(m, o, r)
+    of_weight = "grad" in compilation.kernel or "weight" in compilation.kernel
+    return Tile(o, r, m) if of_weight else Tile(m, o, r)
 
 
 def bound(compilation: Compilation, record: Record, target: Target) -> Bound:

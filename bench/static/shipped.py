@@ -39,7 +39,7 @@ TYPES = {
 # The flags that tell a kernel's variants apart.
 FLAGS = (
     *("FORM", "PHASED", "FLAT", "BIAS", "FUSED", "AS_NORM", "GRAD", "SUM", "WIDE"),
-    *("KEEP", "DOTS", "NEEDS_X", "NORM"),
+    *("KEEP", "PARTS", "DOTS", "NEEDS_X", "NORM"),
 )
 
 # Dtypes whose kernels without a product are those of another one, but for a conversion.
@@ -50,6 +50,7 @@ PRODUCTS = (
     "one_pass_kernel",
     "grad_one_pass_kernel",
     "grads_kernel",
+    "weight_product_kernel",
     "conv_kernel",
     "conv_grad_kernel",
 )
@@ -150,8 +151,9 @@ def _linear_launches(
     from wn_kernels.backends import triton as backend
 
     needs = (True, True, True, True)
-    few = [(m, 4096, o) for m in (16, 32, 64, 128) for o in (4096, 8192, 65536)]
-    sizes = [(1, 4096, 4096), *few, (4096, 4096, 4096)]
+    few = [(m, 4096, o) for m in (16, 32, 64, 128, 256) for o in (4096, 8192, 65536)]
+    small = [(64, 1024, 1024), (64, 1024, 4096), (64, 4096, 1024)]
+    sizes = [(1, 4096, 4096), *small, *few, (4096, 4096, 4096)]
     if norm != "l2":
         sizes = [(16, 4096, 4096)]
     elif dtype == "bf16":  # 64-bit offsets

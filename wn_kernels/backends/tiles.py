@@ -154,22 +154,29 @@ def direct(itemsize: int) -> tuple[int, int]:
 
 
 def one_pass_rows(itemsize: int, grad: bool = False) -> int:
-    """Returns how many rows one tile of the one-pass kernels holds, of the forward or of the
-    weight's gradient. `itemsize` is that of the wider of `x` and `V`. A tile of more rows would not
-    fit the registers."""
+    """Returns for how many rows the one-pass kernels are planned, of the forward or of the weight's
+    gradient, which holds them in one tile. `itemsize` is that of the wider of `x` and `V`. A tile
+    of more rows would not fit the registers."""
     if itemsize > 2:
         return 32
-    return 64 if grad else 128
+    return 64 if grad else 256
 
 
 def walked_rows(itemsize: int) -> int:
-    """Returns for how many rows one walk over `V` computes `dX` and `dV`."""
-    return one_pass_rows(itemsize)
+    """Returns for how many rows one walk over `V` computes `dX` and `dV`. They are in one tile."""
+    return 32 if itemsize > 2 else 128
 
 
-def one_pass(m: int, o: int, itemsize: int, ieee: bool, architecture: str, programs: int) -> Loop:
-    """Returns the loop of the one-pass forward: a single row tile over the batch, deep in flight
-    and narrow enough in `o` to occupy the machine.
+# A program of a one-pass forward that shares its r with others walks so many steps at least, and r
+# is not shared where one program walks fewer than so many.
+SHARED_STEPS, LONG_WALK = 8, 32
+
+
+def one_pass(
+    m: int, o: int, r: int, itemsize: int, ieee: bool, architecture: str, programs: int
+) -> Loop:
+    """Returns the loop of the one-pass forward: a tile of rows, deep in flight and narrow enough in
+    `o` to occupy the machine.
 
     Hopper's and Blackwell's tensor cores read both factors of a tile of at least 64 rows
     themselves. On an H200 it takes less time than one of 16 rows, however few there are; its
@@ -177,7 +184,7 @@ def one_pass(m: int, o: int, itemsize: int, ieee: bool, architecture: str, progr
     latency to fill with one program: more stages.
 
     Args:
-        m, o: rows of `x` and of `V`.
+        m, o, r: rows of `x`, rows of `V`, and what both sum over.
         itemsize: that of the wider one of `x` and `V`.
         ieee: whether the product is computed without tensor cores.
         architecture: as in `configs.Target`.
@@ -190,19 +197,32 @@ def one_pass(m: int, o: int, itemsize: int, ieee: bool, architecture: str, progr
         if is_hopper and not ieee:
             return Loop(64, block_o, 64, 4, deep)
         return Loop(up_to(m, 16, 32), block_o, 256 // itemsize, 4, deep)
-    if is_hopper and o <= 16 * programs:
-        return Loop(up_to(m, 64, 128), 16, 128, 4, deep)
+    if is_hopper:
+        if o > 8192:
+            wide = Loop(128, 128, 128, 8, 3) if m <= 128 else Loop(256, 128, 64, 8, 4)
+            return wide if m > 64 else Loop(64, 64, 128, 4, 3)
+        if r >= LONG_WALK * 128:
+            return Loop(64, 32, 128, 4, 4) if o < 4096 else Loop(64, 64, 128, 4, 3)
+        if o * blocks(m, 64) <= 16 * programs:
+            return Loop(64, 16, 128, 4, 4)
+        return Loop(64, 32, 128, 4, 5)
     if m > 64:
-        if is_hopper and block_o == 64:
-            return Loop(128, 128, 128, 8, 3)
         deep = stages(4 if block_o == 32 else 3, architecture)
         return Loop(128, block_o, 64 if architecture.startswith("hip") else 128, 8, deep)
-    if is_hopper:
-        return Loop(64, block_o, 128, 4, 5 if block_o == 32 else 3)
     if architecture == "cuda:100":
         block_o, deep = (32, 6) if o <= 4096 else (64, 4)
         return Loop(16 if m <= 16 else 64, block_o, 128, 4, deep)
     return Loop(up_to(m, 16, 32, 64), block_o, 128, 4, deep)
+
+
+def one_pass_shares(m: int, o: int, r: int, loop: Loop, programs: int) -> int:
+    """Returns how many programs share the r of a tile of the one-pass forward: as many as give each
+    multiprocessor (`programs`) two, where r is long."""
+    tiles, steps = blocks(m, loop.BLOCK_M) * blocks(o, loop.BLOCK_O), blocks(r, loop.BLOCK_R)
+    if steps < LONG_WALK:
+        return 1
+    shares = max(1, min(2 * programs // max(1, tiles), steps // SHARED_STEPS))
+    return blocks(steps, blocks(steps, shares))  # none of which is empty
 
 
 def grad_one_pass(m: int, o: int, itemsize: int, architecture: str) -> Loop:
@@ -251,7 +271,8 @@ def weight_product(itemsize: int, architecture: str) -> Loop:
     `BLOCK_M`."""
     if itemsize > 2:
         return Loop(16, 64, 64, 4, stages(3 if itemsize == 4 else 1, architecture))
-    return Loop(64, 128, 128, 8, stages(3, architecture))
+    # On an H200 the fastest of those measured. Of four warps, two programs share a multiprocessor.
+    return Loop(64, 128, 128, 4 if architecture == HOPPER else 8, stages(3, architecture))
 
 
 def grads_splits(o: int, r: int, loop: Loop, programs: int) -> int:

@@ -76,15 +76,15 @@ def triton_linear(call: Call, device: Device) -> Costs:
     """Returns the candidates `one_pass`, `scaled` and `materialize` on a GPU, and the backward
     `product`.
 
-    `one_pass` reads `V` once and launches once, for a few rows. Each of its programs reads all of
-    `x`, so it is bound by what a multiprocessor takes in. In the backward it recomputes `dW`, and
+    `one_pass` reads `V` once, for a few rows. It is bound by what a multiprocessor takes in, and
+    has a second launch where programs share the sums. In the backward it recomputes `dW`, and
     writes nothing but `dV`. `scaled` has the vendor's product with `V` itself, after a pass that
     reads `V` for the norms, and scales the smaller activations in another pass. `materialize`
     writes `W` instead, which costs less than these passes for many rows. In the backward all but
     `one_pass` form `dW` and finish it in a pass.
 
-    `product` reads `V` once for `dX` and `dV`, and leaves parts of `dX` that are added. It takes
-    the product `x Vᵀ` of the forward, whose write and whose read count with the pass that scales
+    `product` reads `V` once for `dX` and `dV`, and leaves parts of `dX` that are added. For more
+    rows it is a product for each of the two, and forms no `dW` either. It takes the product `x Vᵀ` of the forward, whose write and whose read count with the pass that scales
     `dY`. A `W` that is kept from the forward spares the backward a pass.
     """
     n, k = call.v_shape
@@ -112,15 +112,7 @@ def triton_linear(call: Call, device: Device) -> Costs:
         forward = {"scaled": [weight_passes(v), product, scale]} | forward
     few = dim == 0 and m <= tiles.one_pass_rows(size)
     if few and not narrows_range(call.x_dtype, call.v_dtype):
-        # A program has as many rows of `V` as leave no multiprocessor idle, or 16.
-        programs = max(1, min(device.multiprocessors, n / 16))
-        tile = 64 if m <= 64 else 128
-        taken_in = v / programs + (tile if size == 2 else m) * x_size * k
-        intake = device.intake if size == 2 else device.wide_intake
-        products = 2.0 * m * n * k / device.ieee if ieee else 0.0
-        loop = tiles.one_pass(m, n, size, ieee, architecture, device.multiprocessors)
-        grid = _loop(loop, tiles.blocks(n, loop.BLOCK_O), sizes, device)
-        forward = {"one_pass": [Stage(x + v + y, products, taken_in / intake, 1, grid)]} | forward
+        forward = {"one_pass": _one_pass(call, m, ieee, device)} | forward
 
     dx = [form, product]
     if late:  # the pass over `dY` sums its columns as well, for a few rows
@@ -143,7 +135,9 @@ def triton_linear(call: Call, device: Device) -> Costs:
     # Without tensor cores it lost to the vendor's products by more rows than these.
     many = ieee and m > IEEE_ROWS
     serves = call.x_dtype != torch.float16 and call.norm != "linf"  # whose ties it does not count
-    if few and not many and keeps_product(call) and serves:
+    keeps = dim == 0 and keeps_product(call) and serves
+    dots = passes(4 * y)._replace(least=m * RIDING_ROW)
+    if keeps and m <= tiles.walked_rows(size) and not many:
         loop = tiles.grads(m, size, ieee, architecture)
         splits = tiles.grads_splits(n, k, loop, device.multiprocessors)
         parts = 0.0 if splits == 1 else max(4.0, x_size) * splits * m * k
@@ -152,10 +146,50 @@ def triton_linear(call: Call, device: Device) -> Costs:
         grid = _loop(loop, splits * tiles.blocks(k, loop.BLOCK_R), sizes, device)
         walk = Stage(moved / device.passes, products, 0.0, 1, grid)
         added = [passes(parts + x)] if parts else []
-        dots = passes(4 * y)._replace(least=m * RIDING_ROW)
         backward = {"product": [dots, walk, *added]} | backward
+    elif keeps and x_size == v_size == 2:
+        backward = {"product": [dots, product, _weight_product(call, m, device)]} | backward
     kept = [product, product, sums, finish]
     return Costs(forward, backward, device, device.rate(x_size, call.tf32), kept)
+
+
+def _one_pass(call: Call, m: int, ieee: bool, device: Device) -> list[Stage]:
+    """Returns the launches of the forward that takes the norms in its loop. Each program reads the
+    rows of `x` of its tile."""
+    n, k = call.v_shape
+    x_size, v_size = call.x_dtype.itemsize, call.v_dtype.itemsize
+    size, programs = max(x_size, v_size), device.multiprocessors
+    loop = tiles.one_pass(m, n, k, size, ieee, device.architecture, programs)
+    shares = tiles.one_pass_shares(m, n, k, loop, programs)
+    blocks = tiles.blocks(m, loop.BLOCK_M) * tiles.blocks(n, loop.BLOCK_O) * shares
+    rows = loop.BLOCK_M if size == 2 else min(m, loop.BLOCK_M)
+    taken_in = (loop.BLOCK_O * v_size + rows * x_size) * k / shares
+    taken_in *= blocks / max(1, min(programs, blocks))
+    intake = device.intake if size == 2 else device.wide_intake
+    parts = (max(4.0, x_size) * m + 4) * n * shares if shares > 1 else 0.0
+    moved, y = v_size * n * k + x_size * m * k, x_size * m * n
+    products = 2.0 * m * n * k / device.ieee if ieee else 0.0
+    grid = _loop(loop, blocks, (x_size, v_size), device)
+    walk = Stage(moved + (parts or y), products, taken_in / intake, 1, grid)
+    return [walk, _pass(parts + y, m * n, device)] if parts else [walk]
+
+
+# The product for `dV` takes in its factors at this rate in a multiprocessor, and reaches this
+# fraction of the bandwidth for `V` and `dV`, before or after its loop.
+WEIGHT_PRODUCT_INTAKE, WEIGHT_PRODUCT_PASSES = 9.4e10, 0.71
+
+
+def _weight_product(call: Call, m: int, device: Device) -> Stage:
+    """Returns the launch of the product for `dV` of a kept `x Vᵀ`."""
+    (n, k), size = call.v_shape, call.v_dtype.itemsize
+    loop = tiles.weight_product(size, device.architecture)
+    blocks = tiles.blocks(n, loop.BLOCK_O) * tiles.blocks(k, loop.BLOCK_R)
+    step = (loop.BLOCK_O + loop.BLOCK_R) * loop.BLOCK_M * size
+    taken_in = blocks * step * m / loop.BLOCK_M / min(blocks, device.multiprocessors)
+    moved = 2.0 * size * n * k
+    least = taken_in / WEIGHT_PRODUCT_INTAKE + moved / (WEIGHT_PRODUCT_PASSES * device.bandwidth)
+    grid = _pipelined(blocks, step, step, loop.num_warps, loop.num_stages, device)
+    return Stage(moved, 2.0 * m * n * k, least, 1, grid)
 
 
 # --- convolutions --------------------------------------------------------------------------------

@@ -81,7 +81,7 @@ from wn_kernels.backends.triton import configs, launch
 def records():
     launch.forget()
     x, v = (torch.empty(size, 4096, dtype=torch.bfloat16, device="meta") for size in (16, 4096))
-    config = configs.MatmulConfig(16, 32, 128, 4, 4)
+    config = configs.SplitConfig(16, 32, 128, 4, 4)
     with launch.recording() as launches:
         backend.linear(x, v, v.new_empty(4096, 1), None, 0, 0.0, "one_pass", config=config)
     compilation = shipped.named(launches[0], "bf16", "")

@@ -17,8 +17,9 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def finished(acc, steps, WAITS: tl.constexpr):
-    """`acc` itself, inside a loop of `steps` > 0. With WAITS, its product ends in the same step.
+def finished(acc, first, end, WAITS: tl.constexpr):
+    """`acc` itself, inside a loop from `first` to `end`. With WAITS, its product ends in the same
+    step.
 
     A Hopper's product still reads its factors while the next step is on its way, so Triton gives
     their loads one buffer more than others. It does not where such a load is used elsewhere as well
@@ -27,7 +28,7 @@ def finished(acc, steps, WAITS: tl.constexpr):
     loop itself, so the use costs nothing.
     """
     if WAITS:
-        acc = tl.where(steps > 0, acc, 0.0)
+        acc = tl.where(first < end, acc, 0.0)
     return acc
 
 

@@ -109,7 +109,7 @@ def conv_grad_kernel(
         acc = dot(tl.trans(p), q, acc, PRECISION)
         if HAS_BIAS:  # a second use of P
             bias += tl.sum(p.to(ACC), axis=0)
-            acc = finished(acc, steps, WAITS)
+            acc = finished(acc, 0, steps, WAITS)
 
     DW += part.to(tl.int64) * stride_part + group.to(tl.int64) * stride_w[0]
     at = offs_o[:, None] * stride_w[1] + offs_r[None, :] * stride_w[2]

@@ -1,7 +1,8 @@
 """The linear layer: `y = x Wᵀ + b` and its gradients, with `W = s ⊙ V`, `s = g / n`.
 
     one_pass     y = (Σ_k x V) / ‖V_n‖ · g + b    the norm in the loop of the product: V is read
-                                                  once, in one launch, for a few rows of x
+                                                  once, for a few rows of x; where programs share
+                                                  the k of a tile, a pass adds what they leave
     scaled       y = (x Vᵀ) ⊙ s + b               dim=0 or None: PyTorch's product with V itself,
                  dX = (dY ⊙ s) V                  and a pass over the smaller factor or result
                  y = (x ⊙ s) Vᵀ + b               dim=1: the scale lies on the other side
@@ -40,6 +41,39 @@ from .scale import prepare_dots, prepare_scale
 
 
 @triton.jit
+def _store_scaled(
+    product,
+    partial,
+    G,
+    NORMS,
+    BIAS,
+    Y,
+    P,
+    at,
+    offs_o,
+    mask,
+    mask_o,
+    stores_norms,
+    stride_bias,
+    EPS: tl.constexpr,
+    NORM: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    KEEP: tl.constexpr,
+):
+    """Stores a tile of Y, and with KEEP of the product, from the product and the slices' partials."""
+    if KEEP:
+        tl.store(P + at, product, mask=mask)
+    n = as_norm(partial, EPS, NORM)
+    tl.store(NORMS + offs_o, n, mask=mask_o & stores_norms)
+    g = tl.load(G + offs_o, mask=mask_o, other=0.0).to(n.dtype)
+    y = product * (g / n).to(product.dtype)[None, :]
+    if HAS_BIAS:
+        bias = tl.load(BIAS + offs_o * stride_bias, mask=mask_o, other=0.0)
+        y += bias.to(product.dtype)[None, :]
+    tl.store(Y + at, y, mask=mask)
+
+
+@triton.jit
 def one_pass_kernel(
     X,
     V,
@@ -51,6 +85,7 @@ def one_pass_kernel(
     M,
     O,
     R,
+    steps,
     stride_xm,
     stride_xr,
     stride_vo,
@@ -62,6 +97,7 @@ def one_pass_kernel(
     NORM: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     KEEP: tl.constexpr,
+    PARTS: tl.constexpr,
     EVEN_R: tl.constexpr,
     WIDE: tl.constexpr,
     ACC: tl.constexpr,
@@ -75,13 +111,17 @@ def one_pass_kernel(
     """Y = X Wᵀ + bias and the norms, for a tile of the rows of X and of those of V. The programs of
     all tiles of X compute the norms, and those of the first one store them.
 
-    SPLIT > 1: so many products of a share of r each, one to a warp.
+    PARTS: programs share the r of a tile, `steps` tiles of it each. They leave the product of their
+    share in Y, (shares, M, O), and its partial of each norm in NORMS, (shares, O).
+    SPLIT > 1: so many products of a share of a tile's r each, one to a warp.
     KEEP: P, which lies as Y does, is X Vᵀ.
     """
     tiles_m = tl.cdiv(M, BLOCK_M)
+    tiles = tiles_m * tl.cdiv(O, BLOCK_O)
+    share = tl.program_id(0) // tiles
     tile_m = tl.program_id(0) % tiles_m
     offs_m = offsets(tile_m, BLOCK_M, WIDE)
-    offs_o = offsets(tl.program_id(0) // tiles_m, BLOCK_O, WIDE)
+    offs_o = offsets(tl.program_id(0) % tiles // tiles_m, BLOCK_O, WIDE)
     mask_m = offs_m < M
     mask_o = offs_o < O
     norm_type = NORMS.dtype.element_ty
@@ -92,8 +132,10 @@ def one_pass_kernel(
     # Partials of the norms stay inside a thread until the loop is over: no shuffles in it.
     partials = tl.zeros((BLOCK_O, BLOCK_R // 8), norm_type)
 
-    for start in range(0, R, BLOCK_R):
-        offs_r = offsets(start // BLOCK_R, BLOCK_R, WIDE)
+    first = share * steps
+    end = tl.minimum(tl.cdiv(R, BLOCK_R), first + steps)
+    for tile in range(first, end):
+        offs_r = offsets(tile, BLOCK_R, WIDE)
         x_at = X + offs_m[:, None] * stride_xm + offs_r[None, :] * stride_xr
         v_at = V + offs_o[:, None] * stride_vo + offs_r[None, :] * stride_vr
         if EVEN_R:
@@ -113,21 +155,95 @@ def one_pass_kernel(
         single = partial_of(v.to(norm_type), NORM)
         eight = merged_along(tl.reshape(single, (BLOCK_O, BLOCK_R // 8, 8)), 2, NORM)
         partials = merged(partials, eight, NORM)
-        acc = finished(acc, R, WAITS)
+        acc = finished(acc, first, end, WAITS)
     if SPLIT > 1:
         acc = tl.sum(acc, axis=0)
 
-    at = offs_m[:, None] * stride_ym + offs_o[None, :] * stride_yo
+    partial = merged_along(partials, 1, NORM)
     mask = mask_m[:, None] & mask_o[None, :]
-    if KEEP:
-        tl.store(P + at, acc, mask=mask)
-    n = as_norm(merged_along(partials, 1, NORM), EPS, NORM)
-    tl.store(NORMS + offs_o, n, mask=mask_o & (tile_m == 0))
-    g = tl.load(G + offs_o, mask=mask_o, other=0.0).to(norm_type)
-    acc *= (g / n).to(ACC)[None, :]
-    if HAS_BIAS:
-        acc += tl.load(BIAS + offs_o * stride_bias, mask=mask_o, other=0.0).to(ACC)[None, :]
-    tl.store(Y + at, acc, mask=mask)
+    if PARTS:
+        tl.store(Y + (share * M + offs_m)[:, None] * O + offs_o[None, :], acc, mask=mask)
+        tl.store(NORMS + share * O + offs_o, partial, mask=mask_o & (tile_m == 0))
+    else:
+        at = offs_m[:, None] * stride_ym + offs_o[None, :] * stride_yo
+        _store_scaled(
+            acc,
+            partial,
+            G,
+            NORMS,
+            BIAS,
+            Y,
+            P,
+            at,
+            offs_o,
+            mask,
+            mask_o,
+            tile_m == 0,
+            stride_bias,
+            EPS=EPS,
+            NORM=NORM,
+            HAS_BIAS=HAS_BIAS,
+            KEEP=KEEP,
+        )
+
+
+@triton.jit
+def add_parts_kernel(
+    PARTS,
+    PARTIALS,
+    G,
+    NORMS,
+    BIAS,
+    Y,
+    P,
+    M,
+    O,
+    shares,
+    stride_bias,
+    EPS: tl.constexpr,
+    NORM: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    KEEP: tl.constexpr,
+    WIDE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """Y, the norms and P of `one_pass_kernel` from what its programs left of their shares of r, by
+    a tile of the dense Y. They are added in order."""
+    tiles_m = tl.cdiv(M, BLOCK_M)
+    tile_m = tl.program_id(0) % tiles_m
+    offs_m = offsets(tile_m, BLOCK_M, WIDE)
+    offs_o = offsets(tl.program_id(0) // tiles_m, BLOCK_C, WIDE)
+    mask_o = offs_o < O
+    mask = (offs_m < M)[:, None] & mask_o[None, :]
+    at = offs_m[:, None] * O + offs_o[None, :]
+    product = tl.load(PARTS + at, mask=mask, other=0.0)
+    partial = tl.load(PARTIALS + offs_o, mask=mask_o, other=0.0)
+    for share in range(1, shares):
+        offs_m += M
+        part = PARTS + offs_m[:, None] * O + offs_o[None, :]
+        product += tl.load(part, mask=mask, other=0.0)
+        other = tl.load(PARTIALS + share * O + offs_o, mask=mask_o, other=0.0)
+        partial = merged(partial, other, NORM)
+    _store_scaled(
+        product,
+        partial,
+        G,
+        NORMS,
+        BIAS,
+        Y,
+        P,
+        at,
+        offs_o,
+        mask,
+        mask_o,
+        tile_m == 0,
+        stride_bias,
+        EPS=EPS,
+        NORM=NORM,
+        HAS_BIAS=HAS_BIAS,
+        KEEP=KEEP,
+    )
 
 
 # --- the forward -------------------------------------------------------------------------------
@@ -144,7 +260,7 @@ def linear(
     keep: bool = False,
     *,
     norm: Norm = "l2",
-    config: configs.MatmulConfig | None = None,
+    config: configs.SplitConfig | None = None,
 ) -> tuple[Tensor, ...]:
     """`(y, n)` for `x` of shape `(M, K)`; variants as in `costs.triton_linear`. With `keep`, `x Vᵀ`
     follows, for dim=0, of a variant that computes it."""
@@ -165,7 +281,7 @@ def prepare_linear(
     variant: str,
     tf32: bool,
     keep: bool = False,
-    config: configs.MatmulConfig | None = None,
+    config: configs.SplitConfig | None = None,
 ) -> Pass:
     """`run(x, v, g, bias)` returns `(y, n)` and, with `keep`, `x Vᵀ`, or nothing in its place where
     there is no row.
@@ -185,11 +301,8 @@ def prepare_linear(
         run.call(product, "x", "w", added, gives=("y",))
         kept = [None] * keep
     elif variant == "one_pass":
-        launch = _prepare_one_pass(target, x, v, bias, eps, norm, tf32, keep, config)
-        run.new(y=_result(x, v), n=unallocated((len(v), 1), scale_dtype(v)))
-        if keep:
-            run.new(p=_result(x, v))
-        run.call(launch, "x", "v", "g", "n", added or "y", "y", *kept or ["y"])
+        one_pass = _prepare_one_pass(target, x, v, bias, eps, norm, tf32, keep, config)
+        run.call(one_pass, "x", "v", "g", "bias", gives=("y", "n", *kept))
     else:
         run.call(remembered_slice_norms(target, (v,), dim, eps, norm), "v", gives=("n",))
         if dim == 1:
@@ -229,39 +342,69 @@ def _prepare_one_pass(
     norm: Norm,
     tf32: bool,
     keep: bool,
-    config: configs.MatmulConfig | None,
-) -> Launcher:
-    """Called as `launch(x, v, g, n, bias, y, p)`."""
+    config: configs.SplitConfig | None,
+) -> Pass:
+    """`run(x, v, g, bias)` returns `(y, n)` and, with `keep`, `x Vᵀ`."""
     (m, r), o, y = x.shape, len(v), _result(x, v)
     if config is None:  # V's tile is held in its own dtype
         size = max(x.element_size(), v.element_size())
         ieee = x.element_size() >= 4 and not tf32
-        config = configs.one_pass(m, o, size, ieee, target)
-    return Launcher(
+        config = configs.one_pass(m, o, r, size, ieee, target)
+    tiles_r = triton.cdiv(r, config.BLOCK_R)
+    steps = triton.cdiv(tiles_r, config.splits)
+    shares = max(1, triton.cdiv(tiles_r, max(1, steps)))  # none of which is empty
+    n, types = unallocated((o, 1), scale_dtype(v)), product_types(x, tf32)
+    acc = torch.float64 if x.dtype == torch.float64 else torch.float32
+    parts = unallocated((shares, m, o), acc)
+    options = {"EPS": eps, "NORM": norm, "HAS_BIAS": bias is not None, "KEEP": keep}
+    options["stride_bias"] = 0 if bias is None else bias.stride(0)
+    launch = Launcher(
         one_pass_kernel,
         target,
-        (triton.cdiv(m, config.BLOCK_M) * triton.cdiv(o, config.BLOCK_O),),
+        (triton.cdiv(m, config.BLOCK_M) * triton.cdiv(o, config.BLOCK_O) * shares,),
         M=m,
         O=o,
         R=r,
-        EPS=eps,
-        NORM=norm,
+        steps=steps,
         stride_xm=x.stride(0),
         stride_xr=x.stride(1),
         stride_vo=v.stride(0),
         stride_vr=v.stride(1),
-        stride_bias=0 if bias is None else bias.stride(0),
         stride_ym=y.stride(0),
         stride_yo=y.stride(1),
-        HAS_BIAS=bias is not None,
-        KEEP=keep,
+        PARTS=shares > 1,
         EVEN_R=r % config.BLOCK_R == 0,
-        WIDE=is_wide(x, v, y),
+        WIDE=is_wide(x, v, parts),
         WAITS=target.is_hopper,
         SPLIT=configs.split(config, x.element_size()),
-        **product_types(x, tf32),
-        **config._asdict(),
+        **types,
+        **(options if shares == 1 else options | {"HAS_BIAS": False, "KEEP": False}),
+        **config.of_kernel(),
     )
+    run = Pass("x", "v", "g", "bias")
+    run.new(y=y, n=n)
+    if keep:
+        run.new(p=y)
+    results = ("g", "n", "y" if bias is None else "bias", "y", "p" if keep else "y")
+    if shares == 1:
+        run.call(launch, "x", "v", *results)
+    else:
+        run.new(parts=parts, partials=unallocated((shares, o), n.dtype))
+        run.call(launch, "x", "v", "g", "partials", "parts", "parts", "parts")
+        tile = configs.added(m)
+        add = Launcher(
+            add_parts_kernel,
+            target,
+            (triton.cdiv(m, tile.BLOCK_M) * triton.cdiv(o, tile.BLOCK_C),),
+            M=m,
+            O=o,
+            shares=shares,
+            WIDE=is_wide(parts),
+            **options,
+            **tile._asdict(),
+        )
+        run.call(add, "parts", "partials", *results)
+    return run.returning("y", "n", *["p"] * keep)
 
 
 # --- the backward ------------------------------------------------------------------------------

@@ -178,7 +178,7 @@ def grads_kernel(
         if NEEDS_X:
             dx = dot(tl.trans(cast(v, s.dtype)), s, dx, PRECISION)
         dw = dot(s, x, tl.zeros((BLOCK_O, BLOCK_R), ACC), PRECISION).to(coef.dtype)
-        dx = finished(dx, steps, WAITS)  # dW alone ends no product but its own
+        dx = finished(dx, 0, steps, WAITS)  # dW alone ends no product but its own
         at = DV + offs_o[:, None] * stride_do + offs_r[None, :] * stride_dr
         mask = mask_o[:, None] & (offs_r < R)[None, :]
         u = slope(v.to(coef.dtype), 0.0, NORM)  # linf alone takes the norms

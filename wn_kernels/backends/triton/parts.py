@@ -53,8 +53,9 @@ def sum_kernel(
 
 # --- launcher ----------------------------------------------------------------------------------
 
-# The elements of a tile of few parts: few, so that small results have many programs.
-BLOCK_N = 128
+# Up to so many parts, a thread adds all those of its elements: a wide load of each part. Otherwise
+# threads share them. A tile has few elements, so that small results have many programs.
+FEW = 8
 
 
 def prepare_sum(
@@ -69,7 +70,7 @@ def prepare_sum(
     takes the place of one that there is not."""
     count, size = parts.shape
     block_p = min(ADDED, triton.next_power_of_2(count))
-    block_n = min(BLOCK_N, 2048 // block_p)
+    block_n, warps = (256, 2) if block_p <= FEW else (min(128, 2048 // block_p), 4)
     return Launcher(
         sum_kernel,
         target,
@@ -84,6 +85,6 @@ def prepare_sum(
         ACC=acc_type(parts),
         BLOCK_P=block_p,
         BLOCK_N=block_n,
-        num_warps=4,
+        num_warps=warps,
         num_stages=1,
     )
