@@ -84,8 +84,9 @@ def triton_linear(call: Call, device: Device) -> Costs:
     `one_pass` form `dW` and finish it in a pass.
 
     `product` reads `V` once for `dX` and `dV`, and leaves parts of `dX` that are added. For more
-    rows it is a product for each of the two, and forms no `dW` either. It takes the product `x Vᵀ` of the forward, whose write and whose read count with the pass that scales
-    `dY`. A `W` that is kept from the forward spares the backward a pass.
+    rows it is a product for each of the two, and forms no `dW` either. It takes the product `x Vᵀ`
+    of the forward, whose write and whose read count with the pass that scales `dY`. A `W` that is
+    kept from the forward spares the backward a pass.
     """
     n, k = call.v_shape
     m = math.prod(call.x_shape[:-1])

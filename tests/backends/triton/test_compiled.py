@@ -196,7 +196,7 @@ for args in [(x, v, bias), (moved(x, 1), v, bias), (x, moved(v, 1), bias),
     (first,), (second,) = launched(call), launched(call)
     assert first["by_triton"] and not second["by_triton"] and same(first, second)
 launched(CALLS["linear, one pass"])
-from wn_kernels.backends.triton.linear import one_pass_kernel
+from wn_kernels.backends.triton.one_pass import one_pass_kernel
 kernels = [c.function for c in one_pass_kernel.device_caches[0][0].values()]
 print(json.dumps([*handles, kernels]))
 """,

@@ -18,7 +18,7 @@ layer = wn_kernels.WNLinear(64, 32, dtype=torch.bfloat16)
 x = torch.ones(16, 64, dtype=torch.bfloat16)
 with wn_kernels.use_backend("triton"), torch.no_grad():
     assert layer(x).shape == (16, 32)
-from wn_kernels.backends.triton.linear import one_pass_kernel
+from wn_kernels.backends.triton.one_pass import one_pass_kernel
 (compiled,) = one_pass_kernel.device_caches[0][0].values()
 print(compiled.metadata.target.arch, len(compiled.asm["cubin"]) > 0)
 """

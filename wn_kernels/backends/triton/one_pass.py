@@ -1,0 +1,309 @@
+"""The forward of a linear layer that takes the norms in the loop of its product:
+
+    y = (Σ_k x V) / ‖V_n‖ · g + b
+
+`V` is read once. Where the sums are long and the tiles few, programs share the sums of a tile, and
+a pass adds what they leave.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ...call import Norm, scale_dtype
+from . import configs
+from .common import as_norm, cast, dot, finished, merged, merged_along, offsets, partial_of
+from .configs import Target
+from .launch import Launcher, is_wide, product_types, unallocated
+from .passes import Pass
+
+# --- kernels -----------------------------------------------------------------------------------
+
+
+@triton.jit
+def _store_scaled(
+    product,
+    partial,
+    G,
+    NORMS,
+    BIAS,
+    Y,
+    P,
+    at,
+    offs_o,
+    mask,
+    mask_o,
+    stores_norms,
+    stride_bias,
+    EPS: tl.constexpr,
+    NORM: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    KEEP: tl.constexpr,
+):
+    """Stores a tile of Y, and with KEEP that of the product, by the slices' partials."""
+    if KEEP:
+        tl.store(P + at, product, mask=mask)
+    n = as_norm(partial, EPS, NORM)
+    tl.store(NORMS + offs_o, n, mask=mask_o & stores_norms)
+    g = tl.load(G + offs_o, mask=mask_o, other=0.0).to(n.dtype)
+    y = product * (g / n).to(product.dtype)[None, :]
+    if HAS_BIAS:
+        bias = tl.load(BIAS + offs_o * stride_bias, mask=mask_o, other=0.0)
+        y += bias.to(product.dtype)[None, :]
+    tl.store(Y + at, y, mask=mask)
+
+
+@triton.jit
+def one_pass_kernel(
+    X,
+    V,
+    G,
+    NORMS,
+    BIAS,
+    Y,
+    P,
+    M,
+    O,
+    R,
+    steps,
+    stride_xm,
+    stride_xr,
+    stride_vo,
+    stride_vr,
+    stride_bias,
+    stride_ym,
+    stride_yo,
+    EPS: tl.constexpr,
+    NORM: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    KEEP: tl.constexpr,
+    PARTS: tl.constexpr,
+    EVEN_R: tl.constexpr,
+    WIDE: tl.constexpr,
+    ACC: tl.constexpr,
+    PRECISION: tl.constexpr,
+    WAITS: tl.constexpr,
+    SPLIT: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_O: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """Y = X Wᵀ + bias and the norms, for a tile of the rows of X and of those of V. The programs of
+    all tiles of X compute the norms, and those of the first one store them.
+
+    PARTS: programs share the r of a tile, `steps` tiles of it each. They leave the product of their
+    share in Y, (shares, M, O), and its partial of each norm in NORMS, (shares, O).
+    SPLIT > 1: so many products of a share of a tile's r each, one to a warp.
+    KEEP: P, which lies as Y does, is X Vᵀ.
+    """
+    tiles_m = tl.cdiv(M, BLOCK_M)
+    tiles = tiles_m * tl.cdiv(O, BLOCK_O)
+    share = tl.program_id(0) // tiles
+    tile_m = tl.program_id(0) % tiles_m
+    offs_m = offsets(tile_m, BLOCK_M, WIDE)
+    offs_o = offsets(tl.program_id(0) % tiles // tiles_m, BLOCK_O, WIDE)
+    mask_m = offs_m < M
+    mask_o = offs_o < O
+    norm_type = NORMS.dtype.element_ty
+    if SPLIT == 1:
+        acc = tl.zeros((BLOCK_M, BLOCK_O), ACC)
+    else:
+        acc = tl.zeros((SPLIT, BLOCK_M, BLOCK_O), ACC)
+    # Partials of the norms stay inside a thread until the loop is over: no shuffles in it.
+    partials = tl.zeros((BLOCK_O, BLOCK_R // 8), norm_type)
+
+    first = share * steps
+    end = tl.minimum(tl.cdiv(R, BLOCK_R), first + steps)
+    for tile in range(first, end):
+        offs_r = offsets(tile, BLOCK_R, WIDE)
+        x_at = X + offs_m[:, None] * stride_xm + offs_r[None, :] * stride_xr
+        v_at = V + offs_o[:, None] * stride_vo + offs_r[None, :] * stride_vr
+        if EVEN_R:
+            x = tl.load(x_at, mask=mask_m[:, None], other=0.0)
+            v = tl.load(v_at, mask=mask_o[:, None], other=0.0)
+        else:
+            mask_r = offs_r < R
+            x = tl.load(x_at, mask=mask_m[:, None] & mask_r[None, :], other=0.0)
+            v = tl.load(v_at, mask=mask_o[:, None] & mask_r[None, :], other=0.0)
+        factor = cast(v, x.dtype)
+        if SPLIT == 1:
+            acc = dot(x, tl.trans(factor), acc, PRECISION)
+        else:
+            factor = tl.reshape(factor, (BLOCK_O, SPLIT, BLOCK_R // SPLIT))
+            x = tl.permute(tl.reshape(x, (BLOCK_M, SPLIT, BLOCK_R // SPLIT)), (1, 0, 2))
+            acc = dot(x, tl.permute(factor, (1, 2, 0)), acc, PRECISION)
+        single = partial_of(v.to(norm_type), NORM)
+        eight = merged_along(tl.reshape(single, (BLOCK_O, BLOCK_R // 8, 8)), 2, NORM)
+        partials = merged(partials, eight, NORM)
+        acc = finished(acc, first, end, WAITS)
+    if SPLIT > 1:
+        acc = tl.sum(acc, axis=0)
+
+    partial = merged_along(partials, 1, NORM)
+    mask = mask_m[:, None] & mask_o[None, :]
+    if PARTS:
+        tl.store(Y + (share * M + offs_m)[:, None] * O + offs_o[None, :], acc, mask=mask)
+        tl.store(NORMS + share * O + offs_o, partial, mask=mask_o & (tile_m == 0))
+    else:
+        at = offs_m[:, None] * stride_ym + offs_o[None, :] * stride_yo
+        _store_scaled(
+            acc,
+            partial,
+            G,
+            NORMS,
+            BIAS,
+            Y,
+            P,
+            at,
+            offs_o,
+            mask,
+            mask_o,
+            tile_m == 0,
+            stride_bias,
+            EPS=EPS,
+            NORM=NORM,
+            HAS_BIAS=HAS_BIAS,
+            KEEP=KEEP,
+        )
+
+
+@triton.jit
+def add_parts_kernel(
+    PARTS,
+    PARTIALS,
+    G,
+    NORMS,
+    BIAS,
+    Y,
+    P,
+    M,
+    O,
+    shares,
+    stride_bias,
+    EPS: tl.constexpr,
+    NORM: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    KEEP: tl.constexpr,
+    WIDE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """Y, the norms and P of `one_pass_kernel` from what its programs left of their shares of r, by
+    a tile of the dense Y. They are added in order."""
+    tiles_m = tl.cdiv(M, BLOCK_M)
+    tile_m = tl.program_id(0) % tiles_m
+    offs_m = offsets(tile_m, BLOCK_M, WIDE)
+    offs_o = offsets(tl.program_id(0) // tiles_m, BLOCK_C, WIDE)
+    mask_o = offs_o < O
+    mask = (offs_m < M)[:, None] & mask_o[None, :]
+    at = offs_m[:, None] * O + offs_o[None, :]
+    product = tl.load(PARTS + at, mask=mask, other=0.0)
+    partial = tl.load(PARTIALS + offs_o, mask=mask_o, other=0.0)
+    for share in range(1, shares):
+        offs_m += M
+        part = PARTS + offs_m[:, None] * O + offs_o[None, :]
+        product += tl.load(part, mask=mask, other=0.0)
+        other = tl.load(PARTIALS + share * O + offs_o, mask=mask_o, other=0.0)
+        partial = merged(partial, other, NORM)
+    _store_scaled(
+        product,
+        partial,
+        G,
+        NORMS,
+        BIAS,
+        Y,
+        P,
+        at,
+        offs_o,
+        mask,
+        mask_o,
+        tile_m == 0,
+        stride_bias,
+        EPS=EPS,
+        NORM=NORM,
+        HAS_BIAS=HAS_BIAS,
+        KEEP=KEEP,
+    )
+
+
+# --- launcher ----------------------------------------------------------------------------------
+
+
+def prepare_one_pass(
+    target: Target,
+    x: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    eps: float,
+    norm: Norm,
+    tf32: bool,
+    keep: bool,
+    config: configs.SplitConfig | None,
+) -> Pass:
+    """`run(x, v, g, bias)` returns `(y, n)` and, with `keep`, `x Vᵀ`."""
+    (m, r), o = x.shape, len(v)
+    y = unallocated((m, o), x.dtype)
+    if config is None:  # V's tile is held in its own dtype
+        size = max(x.element_size(), v.element_size())
+        ieee = x.element_size() >= 4 and not tf32
+        config = configs.one_pass(m, o, r, size, ieee, target)
+    tiles_r = triton.cdiv(r, config.BLOCK_R)
+    steps = triton.cdiv(tiles_r, config.splits)
+    shares = max(1, triton.cdiv(tiles_r, max(1, steps)))  # none of which is empty
+    n, types = unallocated((o, 1), scale_dtype(v)), product_types(x, tf32)
+    acc = torch.float64 if x.dtype == torch.float64 else torch.float32
+    parts = unallocated((shares, m, o), acc)
+    options: dict[str, Any] = {"EPS": eps, "NORM": norm, "HAS_BIAS": bias is not None, "KEEP": keep}
+    options["stride_bias"] = 0 if bias is None else bias.stride(0)
+    launch = Launcher(
+        one_pass_kernel,
+        target,
+        (triton.cdiv(m, config.BLOCK_M) * triton.cdiv(o, config.BLOCK_O) * shares,),
+        M=m,
+        O=o,
+        R=r,
+        steps=steps,
+        stride_xm=x.stride(0),
+        stride_xr=x.stride(1),
+        stride_vo=v.stride(0),
+        stride_vr=v.stride(1),
+        stride_ym=y.stride(0),
+        stride_yo=y.stride(1),
+        PARTS=shares > 1,
+        EVEN_R=r % config.BLOCK_R == 0,
+        WIDE=is_wide(x, v, parts),
+        WAITS=target.is_hopper,
+        SPLIT=configs.split(config, x.element_size()),
+        **types,
+        **(options if shares == 1 else options | {"HAS_BIAS": False, "KEEP": False}),
+        **config.of_kernel(),
+    )
+    run = Pass("x", "v", "g", "bias")
+    run.new(y=y, n=n)
+    if keep:
+        run.new(p=y)
+    results = ("g", "n", "y" if bias is None else "bias", "y", "p" if keep else "y")
+    if shares == 1:
+        run.call(launch, "x", "v", *results)
+    else:
+        run.new(parts=parts, partials=unallocated((shares, o), n.dtype))
+        run.call(launch, "x", "v", "g", "partials", "parts", "parts", "parts")
+        tile = configs.added(m)
+        add = Launcher(
+            add_parts_kernel,
+            target,
+            (triton.cdiv(m, tile.BLOCK_M) * triton.cdiv(o, tile.BLOCK_C),),
+            M=m,
+            O=o,
+            shares=shares,
+            WIDE=is_wide(parts),
+            **options,
+            **tile._asdict(),
+        )
+        run.call(add, "parts", "partials", *results)
+    return run.returning("y", "n", *["p"] * keep)
