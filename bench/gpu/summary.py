@@ -87,14 +87,25 @@ def _mean(lines: list[Line], other: str) -> str:
     return f"{geometric_mean(ratios):.2f}" if ratios else "none"
 
 
+def _means(lines: list[Line]) -> str:
+    """Returns the means of ours over the others, also over ours of l2 and by the processor if these
+    were timed."""
+    others = ["plain", "eager", *([NORM_L2] if is_other_norm(lines[0]["case"]) else [])]
+    means = ", ".join(
+        f"ours/{other.removeprefix(VARIANT)} {_mean(lines, other)}" for other in others
+    )
+    if "processor" in lines[0].get("conditions", {}):
+        processor = [line | {"seconds": line["conditions"]["processor"]} for line in lines]
+        means += f"; by the processor ours/eager {_mean(processor, 'eager')}"
+    return means
+
+
 def _times(found: list[Line]) -> list[str]:
     """Returns the means of each mode, then a line for each case, the losing ones first."""
     rows = []
     for mode in dict.fromkeys(mode_of(line["case"]) for line in found):
         of_mode = [line for line in found if mode_of(line["case"]) == mode]
-        others = ["plain", "eager", *([NORM_L2] if is_other_norm(of_mode[0]["case"]) else [])]
-        means = (f"ours/{o.removeprefix(VARIANT)} {_mean(of_mode, o)}" for o in others)
-        rows.append(f"{mode}, {len(of_mode)} cases, geometric means: {', '.join(means)}")
+        rows.append(f"{mode}, {len(of_mode)} cases, geometric means: {_means(of_mode)}")
     return rows + [_case(line) for line in sorted(found, key=_loss, reverse=True)]
 
 
