@@ -79,6 +79,10 @@ class Run:
         found = [x for x in of(self.lines, section) if providers <= x["seconds"].keys()]
         return sorted(found, key=lambda line: over(line, "eager"), reverse=True)
 
+    def of_l2(self, section: str) -> list[Line]:
+        """Returns the same without the cases of other norms."""
+        return [line for line in self.results(section) if not is_other_norm(line["case"])]
+
     def fact(self, name: str) -> Any:
         """Returns what was measured of the device, or `None` if it was not."""
         return next((x["value"] for x in of(self.lines, "facts") if x["fact"] == name), None)
@@ -261,9 +265,7 @@ def _fastest(line: Line) -> str:
 def _layers(run: Run, section: str) -> Rows:
     header = ["case", "mode", "plain", "eager", "ours", "path", "faster path", "ours/eager"]
     rows = [[*header, "ours/plain", "ours, predicted"]]
-    for line in run.results(section):
-        if is_other_norm(line["case"]):
-            continue
+    for line in run.of_l2(section):
         times = [_time(line, name) for name in ("plain", "eager", "ours")]
         ratios = [_ratio(line, other) for other in ("eager", "plain")]
         predicted = line["predicted"].get("ours")
@@ -274,9 +276,7 @@ def _layers(run: Run, section: str) -> Rows:
 
 def _weights(run: Run) -> Rows:
     rows = [["weight", "mode", "a copy", "torch", "ours", "ours/torch", "ours/copy", "ours, GB/s"]]
-    for line in run.results("weight_norm"):
-        if is_other_norm(line["case"]):
-            continue
+    for line in run.of_l2("weight_norm"):
         times = [_time(line, name) for name in ("plain", "eager", "ours")]
         ratios = [_ratio(line, other) for other in ("eager", "plain")]
         rate = line["case"]["bytes"] / median(line, "ours") / 1e9
