@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from bench.measure import precision
-from wn_kernels.call import Call, Geometry
+from wn_kernels.call import Call, Geometry, Norm
 
 MODES = ("infer", "train")
 
@@ -32,6 +32,7 @@ class Layer:
     precision: str = "own"  # "autocast": the call's in bfloat16; "tf32": float32 products in TF32
     channels_last: bool = False  # of the input, and of the weights of two dimensions
     frozen_g: bool = False  # whether the magnitudes are not trained
+    norm: Norm = "l2"
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -59,7 +60,8 @@ class Layer:
             rest = layer.dilation, layer.transposed, layer.output_padding, layer.groups
             conv = Geometry(layer.stride, padding, *rest)
         options = self.channels_last, self.precision == "tf32"
-        return Call(x_shape, v_shape, x_dtype, dtype, self.dim, conv, *options)
+        call = Call(x_shape, v_shape, x_dtype, dtype, self.dim, conv, *options)
+        return call._replace(norm=self.norm)
 
     def session(self, device: torch.device) -> AbstractContextManager[Any]:
         """Returns the context that its calls run in: that of autocast or of TF32, if it has one."""

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -15,11 +16,12 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import wn_kernels
 from bench.layer import Layer
 from wn_kernels import plan, prepare, tuning
+from wn_kernels.call import Norm, reduced_dims
 
 Make = Callable[[Layer, nn.Module], nn.Module]
 Session = Callable[[], AbstractContextManager[Any]]
@@ -56,6 +58,8 @@ PROVIDERS: dict[str, Provider] = {}
 
 # How the names of ours by a path of its own begin.
 VARIANT = "ours: "
+# Ours with the norm l2, beside a case of another norm.
+NORM_L2 = VARIANT + "l2"
 
 
 def provider(name: str, **options: Any) -> Callable[[Make], Make]:
@@ -68,6 +72,32 @@ def provider(name: str, **options: Any) -> Callable[[Make], Make]:
     return register
 
 
+def slice_norms(v: Tensor, dim: int | None, norm: Norm) -> Tensor:
+    """Returns the norms of the slices, l1 or linf, in the shape of `g`."""
+    order = {"l1": 1, "linf": math.inf}[norm]
+    dims = reduced_dims(v.ndim, dim)
+    return torch.linalg.vector_norm(v, order, dims, keepdim=dim is not None)
+
+
+def composed(v: Tensor, g: Tensor, dim: int | None, norm: Norm) -> Tensor:
+    """Returns `W` for the norm l1 or linf, by PyTorch's operations: it has no kernel for them."""
+    return v * (g / slice_norms(v, dim, norm))
+
+
+class Composed(nn.Module):
+    """This parametrization is weight norm by the norm l1 or linf."""
+
+    def __init__(self, dim: int | None, norm: Norm) -> None:
+        super().__init__()
+        self.dim, self.norm = dim, norm
+
+    def forward(self, g: Tensor, v: Tensor) -> Tensor:
+        return composed(v, g, self.dim, self.norm)
+
+    def right_inverse(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        return slice_norms(weight, self.dim, self.norm), weight
+
+
 @provider("plain")
 def _plain(case: Layer, layer: nn.Module) -> nn.Module:
     """The floor: the layer without weight norm."""
@@ -76,7 +106,11 @@ def _plain(case: Layer, layer: nn.Module) -> nn.Module:
 
 @provider("eager")
 def _eager(case: Layer, layer: nn.Module) -> nn.Module:
-    """PyTorch's parametrization, the baseline."""
+    """PyTorch's parametrization, the baseline; of a norm that it lacks, one like it."""
+    if case.norm != "l2":
+        parametrization = Composed(case.dim, case.norm)
+        torch.nn.utils.parametrize.register_parametrization(layer, "weight", parametrization)
+        return layer
     return torch.nn.utils.parametrizations.weight_norm(layer, dim=case.dim)
 
 
@@ -114,7 +148,7 @@ def _ours(case: Layer, layer: nn.Module) -> nn.Module:
     kind = getattr(wn_kernels, f"WN{case.kind}")
     like = next(layer.parameters())
     where = {"device": like.device, "dtype": like.dtype}
-    fused = kind(*case.arguments, **case.options, dim=case.dim, **where)
+    fused = kind(*case.arguments, **case.options, dim=case.dim, norm=case.norm, **where)
     fused.load_state_dict(layer.state_dict())
     return fused
 

@@ -105,7 +105,7 @@ class Runner:
         """The output and, of a training step, every gradient, by the definition in float64."""
         wide = [t.detach().double().requires_grad_() for t in self._leaves().values()]
         x, b, v, *g = wide
-        w = reference.weight_norm(v, *g, self.case.dim, 0.0) if g else v
+        w = reference.weight_norm(v, *g, self.case.dim, 0.0, self.case.norm) if g else v
         y = torch.func.functional_call(self.plain, {"weight": w, "bias": b}, (x,))
         found = {"output": y.detach()}
         if self.case.mode == "train":

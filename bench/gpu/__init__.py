@@ -13,5 +13,5 @@ cache.py        Triton's cache, filled without a GPU for a machine that has one
 launching.py    a pytest plugin: tests that launch over the stand-in and compare nothing
 
 The sections are facts.py, tests.py, host.py, linear.py and conv.py (both by layers.py),
-weight_norm.py, sweep.py and models.py.
+weight_norm.py, steps.py, sweep.py and models.py.
 """

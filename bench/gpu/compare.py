@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from rich.console import Console
 
-from bench.gpu.results import TIMED, Line, median, of, read, words_of
+from bench.gpu.results import TIMED, Line, median, mode_of, of, read, words_of
 from bench.report.tables import NOISE, printed, time_of
 
 PROVIDERS = ("plain", "eager")
@@ -77,8 +77,8 @@ def rows(found: list[Pair]) -> list[list[str]]:
 def means(found: list[Pair]) -> list[str]:
     """Returns a sentence with the geometric means of each mode."""
     lines = []
-    for mode in dict.fromkeys(pair.key[2] for pair in found):
-        some = [pair for pair in found if pair.key[2] == mode]
+    for mode in dict.fromkeys(mode_of(pair.after["case"]) for pair in found):
+        some = [pair for pair in found if mode_of(pair.after["case"]) == mode]
         changed = geometric_mean(pair.ours() for pair in some)
         words = [f"{mode}, {len(some)} cases: ours after/before {changed:.2f}"]
         for other in PROVIDERS:

@@ -243,5 +243,6 @@ class Context:
 def named(case: Any) -> str:
     """Returns a case in a few words."""
     words = [case.label, case.mode, getattr(case, "dtype", ""), getattr(case, "precision", "")]
-    last = ["channels last"] if getattr(case, "channels_last", False) else []
-    return " ".join([word for word in words if word and word != "own"] + last)
+    words += ["channels last"] if getattr(case, "channels_last", False) else []
+    words += [getattr(case, "norm", "l2")]
+    return " ".join(word for word in words if word not in ("", "own", "l2"))

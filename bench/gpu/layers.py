@@ -16,7 +16,7 @@ from bench.cases import Case
 from bench.gpu import predict
 from bench.gpu.context import Context, named
 from bench.measure.timing import session_of
-from bench.providers import PROVIDERS, VARIANT
+from bench.providers import NORM_L2, PROVIDERS, VARIANT
 from bench.runner import Runner
 from bench.static import shipped
 from bench.suite import medians
@@ -59,17 +59,23 @@ def paths(case: Case, layer: nn.Module, x: torch.Tensor) -> Paths | None:
 
 
 def measure(context: Context, case: Case, names: Sequence[str] = NAMES) -> None:
-    """Times every provider of a case, and writes the result."""
+    """Times every provider of a case, and writes the result. A norm other than l2 is timed by the
+    path that is chosen, with the same layer's l2 beside it."""
     device = context.device
-    runners = context.checked(
-        {name: partial(Runner, case, name, PROVIDERS[name], device) for name in names}
-    )
+    builds = {name: partial(Runner, case, name, PROVIDERS[name], device) for name in names}
+    if case.norm != "l2":
+        builds[NORM_L2] = partial(
+            Runner, replace(case, norm="l2"), NORM_L2, PROVIDERS["ours"], device
+        )
+    runners = context.checked(builds)
     sets = {name: context.clock.sets(run) for name, run in runners.items()}
     found = None
     if "ours" in runners:
         ours = runners["ours"]
         with session_of(ours)(), torch.no_grad():
             found = paths(case, ours.module, ours.x)
+    if found is not None and case.norm != "l2":
+        found = found._replace(others={})
     if found is not None:
         sets |= _by_other_paths(context, sets["ours"], found)
     seconds, size = context.seconds(), max(run.operand_bytes() for run in runners.values())

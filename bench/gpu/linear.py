@@ -1,5 +1,5 @@
 """This section times linear layers: three weights by eight batches in bfloat16; a few in float32,
-in TF32 and under autocast; and two beside PyTorch's under `torch.compile`."""
+in TF32 and under autocast; a few of other norms; and two beside PyTorch's under `torch.compile`."""
 
 from __future__ import annotations
 
@@ -25,8 +25,14 @@ FLOAT32 = [
     for m in (16, 512)
     for mode in MODES
 ]
+OTHER_NORMS = [
+    replace(_case(m, 4096, 4096, mode), norm=norm)
+    for norm in ("l1", "linf")
+    for m in (16, 512)
+    for mode in MODES
+]
 COMPILED = [_case(16, 4096, 4096, mode) for mode in MODES]
 
 
 def main(context: Context) -> None:
-    layers.each(context, BF16, FLOAT32, compiled=COMPILED)
+    layers.each(context, BF16, FLOAT32, OTHER_NORMS, compiled=COMPILED)

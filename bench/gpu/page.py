@@ -13,8 +13,19 @@ from pathlib import Path
 from statistics import geometric_mean
 from typing import Any, NamedTuple
 
-from bench.gpu.results import COPY, READ, TIMED, Line, median, of, read, words_of
-from bench.providers import VARIANT
+from bench.gpu.results import (
+    COPY,
+    READ,
+    TIMED,
+    Line,
+    is_other_norm,
+    median,
+    mode_of,
+    of,
+    read,
+    words_of,
+)
+from bench.providers import NORM_L2, VARIANT
 from bench.report.page import markdown, replaced
 from bench.report.tables import NOISE, time_of
 
@@ -67,6 +78,10 @@ class Run:
         providers = {"ours", "plain", "eager"}
         found = [x for x in of(self.lines, section) if providers <= x["seconds"].keys()]
         return sorted(found, key=lambda line: over(line, "eager"), reverse=True)
+
+    def of_l2(self, section: str) -> list[Line]:
+        """Returns the same without the cases of other norms."""
+        return [line for line in self.results(section) if not is_other_norm(line["case"])]
 
     def fact(self, name: str) -> Any:
         """Returns what was measured of the device, or `None` if it was not."""
@@ -131,8 +146,8 @@ def means_of(run: Run) -> dict[tuple[str, str], Mean]:
     found = {}
     for section in TIMED:
         lines = run.results(section)
-        for mode in dict.fromkeys(line["case"]["mode"] for line in lines):
-            some = [line for line in lines if line["case"]["mode"] == mode]
+        for mode in dict.fromkeys(mode_of(line["case"]) for line in lines):
+            some = [line for line in lines if mode_of(line["case"]) == mode]
             eager, plain = (
                 geometric_mean(over(line, other) for line in some) for other in ("eager", "plain")
             )
@@ -250,7 +265,7 @@ def _fastest(line: Line) -> str:
 def _layers(run: Run, section: str) -> Rows:
     header = ["case", "mode", "plain", "eager", "ours", "path", "faster path", "ours/eager"]
     rows = [[*header, "ours/plain", "ours, predicted"]]
-    for line in run.results(section):
+    for line in run.of_l2(section):
         times = [_time(line, name) for name in ("plain", "eager", "ours")]
         ratios = [_ratio(line, other) for other in ("eager", "plain")]
         predicted = line["predicted"].get("ours")
@@ -261,11 +276,38 @@ def _layers(run: Run, section: str) -> Rows:
 
 def _weights(run: Run) -> Rows:
     rows = [["weight", "mode", "a copy", "torch", "ours", "ours/torch", "ours/copy", "ours, GB/s"]]
-    for line in run.results("weight_norm"):
+    for line in run.of_l2("weight_norm"):
         times = [_time(line, name) for name in ("plain", "eager", "ours")]
         ratios = [_ratio(line, other) for other in ("eager", "plain")]
         rate = line["case"]["bytes"] / median(line, "ours") / 1e9
         rows.append([*_case(line), *times, *ratios, f"{rate:.0f}"])
+    return rows
+
+
+def _norms(run: Run) -> Rows:
+    """Returns the cases of other norms beside the same of l2."""
+    rows = [["section", "case", "mode", "plain", "eager", "ours", "ours, l2", "ours/eager"]]
+    rows[0] += ["ours/ours, l2", "ours/plain"]
+    for section in TIMED:
+        for line in run.results(section):
+            if is_other_norm(line["case"]) and NORM_L2 in line["seconds"]:
+                times = [_time(line, name) for name in ("plain", "eager", "ours", NORM_L2)]
+                ratios = [_ratio(line, other) for other in ("eager", NORM_L2, "plain")]
+                rows.append([section, *_case(line), *times, *ratios])
+    return rows
+
+
+def _steps(run: Run) -> Rows:
+    """Returns whole steps by the clock, and the processor's part of them."""
+    names = ("plain", "eager", "ours", "frozen")
+    header = ["case", "mode", *names, "ours/eager", "ours/plain"]
+    rows = [[*header, "eager, processor", "ours, processor", "ours/eager, processor"]]
+    for line in run.results("steps"):
+        times = [_time(line, name) for name in names]
+        ratios = [_ratio(line, other) for other in ("eager", "plain")]
+        eager, ours = (line["conditions"]["processor"][n]["median"] for n in ("eager", "ours"))
+        processor = [time_of(eager), time_of(ours), f"{ours / eager:.2f}"]
+        rows.append([*_case(line), *times, *ratios, *processor])
     return rows
 
 
@@ -295,13 +337,13 @@ def _predicted(run: Run) -> Rows:
     rows = [["section", "mode", "plain", "eager", "ours"]]
     for section in TIMED:
         lines = run.results(section)
-        for mode in dict.fromkeys(line["case"]["mode"] for line in lines):
+        for mode in dict.fromkeys(mode_of(line["case"]) for line in lines):
             cells = []
             for name in ("plain", "eager", "ours"):
                 quotients = [
                     median(line, name) / line["predicted"][name]
                     for line in lines
-                    if line["case"]["mode"] == mode and line["predicted"].get(name)
+                    if mode_of(line["case"]) == mode and line["predicted"].get(name)
                 ]
                 cells.append(f"{geometric_mean(quotients):.2f}" if quotients else "")
             if any(cells):
@@ -362,6 +404,16 @@ def text(run: Run) -> str:
         "The first times are by the clock, call after call; the others are of a CUDA graph.",
     )
     add("weight_norm: the operator alone", _weights(run))
+    add(
+        "Other norms beside l2",
+        _norms(run),
+        "PyTorch has no kernel for the norms l1 and linf: `eager` is made of its operations.",
+    )
+    add(
+        "Steps: recurrent layers, second derivatives and a DINO head",
+        _steps(run),
+        "The times are by the clock, call after call, with the processor's part of a call.",
+    )
     faster = (
         "`path` is what the cost model chooses. `faster path` is one that was faster, with its "
         "share of the time of ours."

@@ -19,7 +19,7 @@ from typing import Any
 RESULTS, JUNIT, LOG, TABLE = "results.jsonl", "tests.xml", "log.txt", "table.txt"
 
 # Sections whose results are those of a suite.
-TIMED = ("host", "host_python", "models", "linear", "weight_norm", "conv")
+TIMED = ("host", "host_python", "models", "linear", "weight_norm", "steps", "conv")
 
 # Names of facts.
 COPY, READ, PRODUCT = "copy, bytes/s", "read, bytes/s", " product, operations/s"
@@ -56,13 +56,25 @@ def median(line: Line, name: str) -> float:
 
 
 def words_of(case: dict[str, Any]) -> list[str]:
-    """Returns a case in a few words, without its mode: its label, and its dtype, precision and
-    layout if these are not the usual ones or in the label."""
+    """Returns a case in a few words, without its mode: its label, and its dtype, precision, layout
+    and norm if these are not the usual ones or in the label."""
     words = [case["label"]]
     for name in ("dtype", "precision"):
         word = case.get(name, "own")
         words += [word] if word not in ("own", "") and word not in case["label"] else []
-    return words + (["channels last"] if case.get("channels_last") else [])
+    words += ["channels last"] if case.get("channels_last") else []
+    return words + (["norm " + case["norm"]] if is_other_norm(case) else [])
+
+
+def is_other_norm(case: dict[str, Any]) -> bool:
+    """Returns whether a case has another norm than l2."""
+    return case.get("norm", "l2") != "l2"
+
+
+def mode_of(case: dict[str, Any]) -> str:
+    """Returns what geometric means are taken over: a mode, and apart from it that of other norms,
+    whose eager layer is not PyTorch's."""
+    return case["mode"] + (", other norms" if is_other_norm(case) else "")
 
 
 def reports(path: Path) -> list[dict[str, Any]]:
@@ -97,6 +109,7 @@ def _kind(case: dict[str, Any]) -> str:
     words = [case.get("dtype", "float32")]
     words += [case["precision"]] if case.get("precision", "own") != "own" else []
     words += ["channels last"] if case.get("channels_last") else []
+    words += [case["norm"]] if is_other_norm(case) else []
     return ", ".join(words)
 
 

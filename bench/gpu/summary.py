@@ -6,9 +6,9 @@ from collections.abc import Callable
 from statistics import geometric_mean
 from typing import Any
 
-from bench.gpu.results import TIMED, Line, median, of, words_of
+from bench.gpu.results import TIMED, Line, is_other_norm, median, mode_of, of, words_of
 from bench.gpu.sections import SECTIONS, Section
-from bench.providers import VARIANT
+from bench.providers import NORM_L2, VARIANT
 from bench.report.tables import rates_of, time_of
 
 LINES = 60
@@ -87,13 +87,25 @@ def _mean(lines: list[Line], other: str) -> str:
     return f"{geometric_mean(ratios):.2f}" if ratios else "none"
 
 
+def _means(lines: list[Line]) -> str:
+    """Returns the means of ours over the others, also over ours of l2 and by the processor if these
+    were timed."""
+    others = ["plain", "eager", *([NORM_L2] if is_other_norm(lines[0]["case"]) else [])]
+    means = ", ".join(
+        f"ours/{other.removeprefix(VARIANT)} {_mean(lines, other)}" for other in others
+    )
+    if "processor" in lines[0].get("conditions", {}):
+        processor = [line | {"seconds": line["conditions"]["processor"]} for line in lines]
+        means += f"; by the processor ours/eager {_mean(processor, 'eager')}"
+    return means
+
+
 def _times(found: list[Line]) -> list[str]:
     """Returns the means of each mode, then a line for each case, the losing ones first."""
     rows = []
-    for mode in dict.fromkeys(line["case"]["mode"] for line in found):
-        of_mode = [line for line in found if line["case"]["mode"] == mode]
-        means = (f"ours/{other} {_mean(of_mode, other)}" for other in ("plain", "eager"))
-        rows.append(f"{mode}, {len(of_mode)} cases, geometric means: {', '.join(means)}")
+    for mode in dict.fromkeys(mode_of(line["case"]) for line in found):
+        of_mode = [line for line in found if mode_of(line["case"]) == mode]
+        rows.append(f"{mode}, {len(of_mode)} cases, geometric means: {_means(of_mode)}")
     return rows + [_case(line) for line in sorted(found, key=_loss, reverse=True)]
 
 

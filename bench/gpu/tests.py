@@ -8,12 +8,15 @@ import time
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from bench.gpu import results
 from bench.gpu.context import Context
 
 TESTS = "tests/backends/triton"
 WORKERS = 16
 SECONDS = 25  # a test's own limit
+ENDING = 2  # the seconds that workers have to end when the time is up
 
 # Over the stand-in, where every kernel has to be compiled on few cores.
 SAMPLE = 100
@@ -21,19 +24,29 @@ SAMPLE = 100
 
 class Outcomes:
     """A plugin that writes what became of each test as soon as it is done, and stops when the time
-    is up."""
+    is up.
+
+    Attributes:
+        left: the tests that are not done, in their order.
+    """
 
     def __init__(self, context: Context) -> None:
         self.context = context
         self.config: Any = None
+        self.left: dict[str, None] = {}
 
     def pytest_configure(self, config: Any) -> None:
         self.config = config
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_xdist_node_collection_finished(self, ids: list[str]) -> None:
+        self.left.update(dict.fromkeys(ids))
 
     def pytest_runtest_logreport(self, report: Any) -> None:
         if report.when == "call" or report.outcome != "passed":
             more = {} if report.passed else {"message": _reason(report)}
             case = {"test": report.nodeid, "outcome": report.outcome, "seconds": report.duration}
+            self.left.pop(report.nodeid, None)
             self.context.add("result", **case, **more)
             if report.failed:
                 self.context.failed.append(f"{report.nodeid}: {more['message']}")
@@ -41,12 +54,13 @@ class Outcomes:
             self._stop()
 
     def _stop(self) -> None:
-        """Ends the run; the JUnit file is written all the same."""
+        """Ends the run; the JUnit file is written all the same. `shouldstop` would let every worker
+        run the tests that it was sent, which are all of its share."""
         session = self.config.pluginmanager.getplugin("dsession")
-        if session is None or session.shouldstop:
-            return
-        session.shouldstop = "the time is up"
-        self.context.add("left out", cases=["the tests that the time did not reach"])
+        if session is not None and self.left:
+            session.nodemanager.EXIT_TIMEOUT = ENDING
+            self.context.add("left out", cases=[*self.left])
+            pytest.exit("the time is up")
 
 
 def _reason(report: Any) -> str:
@@ -69,8 +83,6 @@ def arguments(context: Context) -> list[str]:
 
 
 def main(context: Context) -> None:
-    import pytest
-
     code = pytest.main(arguments(context), plugins=[Outcomes(context)])
     if code not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED, pytest.ExitCode.INTERRUPTED):
         context.wrong(f"pytest stopped with {code!r}")

@@ -6,12 +6,14 @@ import dataclasses
 import importlib.util
 import time
 import types
+from functools import partial
 
 import pytest
 import torch
 from torch.nn.utils import parametrizations
 
 import wn_kernels
+from bench import recurrent, second_order
 from bench.cases import Case
 from bench.gpu import (
     context,
@@ -22,11 +24,13 @@ from bench.gpu import (
     linear,
     models,
     results,
+    steps,
     sweep,
     weight_norm,
 )
 from bench.measure import timing
 from bench.models import MODELS, Model
+from bench.providers import NORM_L2, PROVIDERS
 from bench.runner import Runner
 from tests.bench.layers import CPU
 
@@ -146,10 +150,10 @@ def test_conv(measured):
 
 def test_weight_norm(measured, monkeypatch):
     """Both directions, of a large weight by a few slices."""
-    cases = [weight_norm.Norm((16, 40), 0, "float32", mode) for mode in weight_norm.MODES] + [
-        weight_norm.Norm((6, 4, 16), 2, "bfloat16", mode) for mode in weight_norm.MODES
-    ]
+    weights = ((16, 40), 0, "float32"), ((6, 4, 16), 2, "bfloat16")
+    cases = [weight_norm.Weight(*weight, m) for weight in weights for m in weight_norm.MODES]
     monkeypatch.setattr(weight_norm, "CASES", cases)
+    monkeypatch.setattr(weight_norm, "OTHER_NORMS", [])
     for large in (1 << 26, 10):
         monkeypatch.setattr(weight_norm, "LARGE", large)
         found = measured("weight_norm", weight_norm.main)
@@ -157,11 +161,58 @@ def test_weight_norm(measured, monkeypatch):
     assert all(list(line["seconds"]) == ["plain", "eager", "ours"] for line in found)
 
 
+def test_other_norms(measured, monkeypatch):
+    """Each beside PyTorch's operations and ours of l2. All are compared with float64, and each one
+    by its own norm."""
+    cases = [
+        weight_norm.Weight((16, 40), dim, dtype, mode, norm)
+        for dim, dtype in ((0, "float32"), (1, "bfloat16"))
+        for norm in ("l1", "linf")
+        for mode in weight_norm.MODES
+    ]
+    monkeypatch.setattr(weight_norm, "CASES", [])
+    monkeypatch.setattr(weight_norm, "OTHER_NORMS", cases)
+    checked = []
+    close = weight_norm.check_close
+    monkeypatch.setattr(weight_norm, "check_close", lambda *a: (checked.append(a[0]), close(*a)))
+    found = measured("weight_norm", weight_norm.main)
+    assert len(found) == len(cases)
+    for line in found:
+        assert list(line["seconds"]) == ["plain", "eager", "ours", NORM_L2]
+        assert {"ours/plain", "ours/eager", f"ours/{NORM_L2}"} == line["ratios"].keys()
+    assert len(checked) == len(cases) // 2 * 3 * (1 + 2)
+
+
+@pytest.mark.parametrize("norm", ["l1", "linf"])
+def test_a_linear_layer_of_another_norm(norm, measured):
+    """By the chosen path, beside a layer like PyTorch's and beside l2."""
+    cases = [
+        Case("4, 32, 24", "Linear", (32, 24), (4, 32), mode, dtype="bfloat16", norm=norm)
+        for mode in ("infer", "train")
+    ]
+    for line in measured("linear", layers.each, cases):
+        assert list(line["seconds"]) == ["plain", "eager", "ours", NORM_L2]
+        assert line["kernels"]
+
+
+def test_a_wrong_norm_is_found():
+    """A layer of another norm than the case's is not timed."""
+    case = Case("4, 32, 24", "Linear", (32, 24), (4, 32), "infer", norm="l1")
+    for name in ("eager", "ours"):
+        Runner(case, name, PROVIDERS[name], CPU).check()
+        run = Runner(dataclasses.replace(case, norm="linf"), name, PROVIDERS[name], CPU)
+        with torch.no_grad():
+            run.module.load_state_dict(Runner(case, name, PROVIDERS[name], CPU).module.state_dict())
+        run.case = case
+        with pytest.raises(AssertionError, match=f"{name} is wrong"):
+            run.check()
+
+
 def test_a_wrong_weight_is_found(monkeypatch):
-    case = weight_norm.Norm((16, 40), 0, "float32", "forward")
+    case = weight_norm.Weight((16, 40), 0, "float32", "forward")
     run = weight_norm.NormRunner(case, "ours", weight_norm.Operands.of(case, CPU))
     run.check()
-    monkeypatch.setattr(weight_norm.WF, "weight_norm", lambda v, g, dim: 1.01 * v)
+    monkeypatch.setattr(weight_norm.WF, "weight_norm", lambda v, g, dim, norm: 1.01 * v)
     with pytest.raises(AssertionError, match="ours is wrong"):
         run.check()
 
@@ -304,6 +355,30 @@ def test_a_network_is_called_once_before_the_gpu_is_waited_for(monkeypatch):
     run = host.Network(host.ModelCase("tiny", "infer"), "ours", CPU)
     assert run.x.shape == torch.Size(TINY_MODEL.small)
     assert timing.QUEUE // run.launches == 1
+
+
+def test_steps(measured, monkeypatch):
+    """A recurrent layer, a second derivative and a head, by the clock and by the processor."""
+    assert len({case.label for case in (*steps.LAYERS, *steps.CELLS)}) == 6
+    assert [(head.dtype, head.mode) for head in steps.HEADS] == [
+        (dtype, mode) for dtype in ("float32", "bfloat16") for mode in ("infer", "train")
+    ]
+    monkeypatch.setattr(recurrent, "SIZE", 6)
+    build = partial(recurrent.normed, torch.nn.LSTM)
+    layer = Model(build, (3, 2, 6), (3, 2, 6), recurrent.first, 2, True)
+    monkeypatch.setattr(steps, "LAYERS", [models.ModelCase("tiny", "train", {"tiny": layer})])
+    monkeypatch.setattr(steps, "CELLS", [])
+    penalty = second_order.STEPS["gradient penalty, critic"][1]
+    monkeypatch.setitem(second_order.STEPS, "tiny", (TINY_MODEL.build, penalty))
+    monkeypatch.setitem(second_order.INPUTS, "tiny", TINY_MODEL.x_shape)
+    monkeypatch.setattr(second_order, "CASES", [second_order.StepCase("tiny")])
+    head = dataclasses.replace(steps.HEADS[-1], arguments=(8, 16), x_shape=(4, 8))
+    monkeypatch.setattr(steps, "HEADS", [head])
+    found = measured("steps", steps.main)
+    assert len(found) == 3
+    for line in found:
+        assert {"plain", "eager", "ours"} <= line["seconds"].keys()
+        assert line["conditions"]["processor"].keys() == line["seconds"].keys()
 
 
 def test_models(measured, monkeypatch):

@@ -129,6 +129,33 @@ def test_the_operator_beside_a_copy(run):
     assert "| w, float32 | forward | 10 µs | 20 µs | 10 µs | 0.50 | 1.00 | 4000 |" in rows
 
 
+def test_other_norms_beside_l2(run):
+    """They have a table and means of their own, and lose where they lose."""
+    times = {"plain": 1e-5, "eager": 2e-5, "ours": 3e-5, "ours: l2": 2.5e-5}
+    more = {"seconds": {name: {"median": t} for name, t in times.items()}}
+    more["ratios"] = {f"ours/{name}": {"median": 3e-5 / t} for name, t in times.items()}
+    case = {"label": "a", "mode": "infer", "norm": "l1"}
+    _, tables = run(result("linear", "a", 1e-5), result("linear", "a", 3e-5, case=case, **more))
+    rows = tables["Other norms beside l2"].splitlines()
+    cells = "10 µs | 20 µs | 30 µs | 25 µs | 1.50 | 1.20 | 3.00"
+    assert f"| linear | a norm l1 | infer | {cells} |" in rows
+    assert tables["Linear layers"].count("| a ") == 1
+    assert (
+        "| linear | a norm l1 | infer |" in tables["Every case that loses to PyTorch's weight norm"]
+    )
+    means = tables["Geometric means, the worst first"]
+    assert "| linear | infer, other norms | 1 | 1.50 |" in means
+    assert "| linear | infer | 1 | 0.50 |" in means
+
+
+def test_steps_by_the_clock_and_by_the_processor(run):
+    processor = {name: {"median": t} for name, t in (("eager", 1e-5), ("ours", 3e-6))}
+    _, tables = run(result("steps", "s", 1e-5, mode="train", conditions={"processor": processor}))
+    rows = tables["Steps: recurrent layers, second derivatives and a DINO head"].splitlines()
+    cells = "10 µs | 20 µs | 10 µs |  | 0.50 | 1.00 | 10 µs | 3 µs | 0.30"
+    assert f"| s | train | {cells} |" in rows
+
+
 def test_the_device_beside_its_data_sheet(run):
     facts = [
         {"fact": "copy, bytes/s", "value": 4.2e12, "predicted": 4.8e12},

@@ -181,7 +181,8 @@ def test_every_section_runs_without_a_gpu(tmp_path):
     assert {line["outcome"] for line in results.of(lines, "tests")} == {"passed"}
     for line in (*results.of(lines, "linear"), *results.of(lines, "conv")):
         assert {"plain", "eager", "ours"} <= line["seconds"].keys()
-        assert line["predicted"].keys() >= {"plain", "eager", "ours"}
+        expected = {"plain", "ours"} | ({"eager"} if line["case"]["norm"] == "l2" else set())
+        assert line["predicted"].keys() >= expected
         assert line["kernels"]
 
     page = tmp_path / "page.html"

@@ -16,6 +16,26 @@ def test_losing_cases_come_first():
     assert "ours 1000 GB/s, 200.0 TFLOP/s" in text
 
 
+def test_means_of_other_norms():
+    """They are apart from those of l2, and have the ratio to l2."""
+    case = {"label": "w", "mode": "forward", "norm": "linf"}
+    l1 = result("weight_norm", "w", 1e-5)
+    l1 |= {"case": case, "seconds": l1["seconds"] | {"ours: l2": {"median": 2e-5}}}
+    lines = [environment("weight_norm"), result("weight_norm", "w", 4e-5, mode="forward"), l1]
+    text = summary.table(lines)
+    assert "forward, 1 cases, geometric means: ours/plain 4.00, ours/eager 2.00\n" in text
+    means = "ours/plain 1.00, ours/eager 0.50, ours/l2 0.50\n"
+    assert f"forward, other norms, 1 cases, geometric means: {means}" in text
+    assert "w forward norm linf: ours 10 µs" in text
+
+
+def test_the_processor_of_steps():
+    conditions = {"processor": {"ours": {"median": 3e-6}, "eager": {"median": 1e-5}}}
+    lines = [environment("steps"), result("steps", "s", 1e-5, conditions=conditions)]
+    text = summary.table(lines)
+    assert "ours/eager 0.50; by the processor ours/eager 0.30\n" in text
+
+
 def test_it_has_sixty_lines_at_most():
     lines = []
     for section in SECTIONS:
