@@ -1,5 +1,5 @@
-"""This file computes one step of a recurrent cell by two products that are weight-normed themselves,
-`functional.wn_linear`, instead of two weights and PyTorch's products with them.
+"""This file computes one step of a recurrent cell by two products that are weight-normed
+themselves, `functional.wn_linear`, instead of two weights and PyTorch's products with them.
 
 A cell uses its weights once, for few rows. The product then reads `V` once and writes no weight,
 and the backward needs none. PyTorch's functions for a whole step take formed weights, so the gates
@@ -128,8 +128,8 @@ def _rnn(cell: Any, of_x: Tensor, of_h: Tensor, h: Tensor) -> Tensor:
     return gate.tanh_() if cell.nonlinearity == "tanh" else gate.relu_()
 
 
-# On a GPU, PyTorch has one operator for all gates of a cell, which has two derivatives. The products
-# have the biases already.
+# On a GPU, PyTorch has one operator for all gates of a cell, which can be differentiated twice. The
+# products have the biases already.
 
 
 def _fused_lstm(cell: Any, of_x: Tensor, of_h: Tensor, h: Tensor, c: Tensor) -> State:
