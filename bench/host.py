@@ -9,6 +9,7 @@ it. Their launches go to a driver that does nothing (`stand_in/`), in one thread
 
 Triton's kernels compute nothing here. PyTorch's run on the CPU, in the time of the others and,
 where a product goes to the vendor's library, in ours: a GPU would run them beside the processor.
+The gates of a recurrent cell are those of a CPU, which are more operations than a GPU has.
 What is compared with the baseline are ratios, each the median over the rounds of one run.
 """
 
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -24,7 +26,7 @@ from rich.console import Console
 from torch import nn
 
 import wn_kernels
-from bench import overhead, stand_in
+from bench import models, overhead, recurrent, stand_in
 from bench.cases import Case
 from bench.layer import MODES
 from bench.measure.timing import interleaved, paired_ratio, session_of
@@ -53,7 +55,14 @@ CASES = [
     for mode in MODES
 ]
 NORMS = [NormCase((64, 64), 0, mode) for mode in MODES]
+CELLS = recurrent.cells(16, 4)
 MODEL = "SpeechT5HifiGan, 78 layers"
+
+
+class CellRunner(models.ModelRunner):
+    """A recurrent cell as one provider has it."""
+
+    session: Any = nullcontext
 
 
 class ModelRunner:
@@ -92,12 +101,18 @@ def rows() -> Iterator[tuple[str, str, dict[str, Callable[[], Any]]]]:
             case.mode,
             {n: partial(Runner, case, n, Provider(make), CPU) for n, make in makes.items()},
         )
+    kinds = {name: "ours" if name in OURS else name for name in OTHERS + OURS}
     for norm in NORMS:
-        names = {name: "ours" if name in OURS else name for name in OTHERS + OURS}
         yield (
             f"weight_norm {norm.label}",
             norm.mode,
-            {name: partial(NormRunner, norm, of, CPU) for name, of in names.items()},
+            {name: partial(NormRunner, norm, of, CPU) for name, of in kinds.items()},
+        )
+    for cell in [models.ModelCase(label, mode, CELLS) for label in CELLS for mode in MODES]:
+        yield (
+            cell.label,
+            cell.mode,
+            {name: partial(CellRunner, cell, of, CPU) for name, of in kinds.items()},
         )
     for mode in MODES:
         names = (*OTHERS, *OURS, "grouped")

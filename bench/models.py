@@ -195,6 +195,15 @@ def assert_as_good(
         raise AtKinks(f"{len(misses)} of {len(right)} are off by more than rounding", misses)
 
 
+def _train_recurrences(model: nn.Module) -> None:
+    """Puts the recurrent layers of a model into training mode, outside of which cuDNN has no
+    backward for them. They must have no dropout."""
+    for layer in model.modules():
+        if isinstance(layer, nn.RNNBase):
+            assert not layer.dropout, "two runs would differ"
+            layer.train()
+
+
 @functools.cache
 def parameters_of(build: Callable[[], nn.Module]) -> int:
     """How many numbers a model's parameters are."""
@@ -238,6 +247,8 @@ class ModelRunner:
     def __init__(self, case: ModelCase, name: str, device: torch.device) -> None:
         self.case, self.name = case, name
         model, x = built(case.label, case.model.x_shape, case.models)
+        if case.mode == "train":
+            _train_recurrences(model)
         with torch.no_grad():  # PyTorch's recurrent layers keep the weights that a move computes
             self.eager, self.x = model.to(device), x.to(device)
         self.model = copy.deepcopy(self.eager)

@@ -3,6 +3,7 @@ what weight norm costs, because the weights are computed once for a sequence."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
@@ -15,9 +16,9 @@ from bench.models import Model, ModelCase
 SIZE, BATCH = 256, 8
 
 
-def normed(kind: type[nn.Module], *arguments: int) -> nn.Module:
-    """Returns the layer as PyTorch normalises it."""
-    layer = kind(SIZE, SIZE, *arguments)
+def normed(kind: type[nn.Module], size: int, *arguments: int) -> nn.Module:
+    """Returns the layer of so many inputs and units as PyTorch normalises it."""
+    layer = kind(size, size, *arguments)
     for name in [name for name, _ in layer.named_parameters() if name.startswith("weight")]:
         parametrizations.weight_norm(layer, name)
     return layer
@@ -34,16 +35,26 @@ def stepped(cell: Any, x: Tensor) -> Tensor:
     return y[0] if isinstance(y, tuple) else y
 
 
-LAYERS = {
-    f"{kind.__name__} 2×{SIZE}, {steps} steps of {BATCH}": Model(
-        partial(normed, kind, 2), (3, 2, SIZE), (steps, BATCH, SIZE), first, 4, True
-    )
-    for kind in (nn.LSTM, nn.GRU)
-    for steps in (4, 64)
-} | {
-    f"{kind.__name__} {SIZE}, {BATCH} rows": Model(
-        partial(normed, kind), (3, SIZE), (BATCH, SIZE), stepped, 2, True
-    )
-    for kind in (nn.LSTMCell, nn.GRUCell)
-}
+def layers(size: int, batch: int, steps: Iterable[int]) -> dict[str, Model]:
+    """Returns layers of two storeys over so many steps, by their labels."""
+    return {
+        f"{kind.__name__} 2×{size}, {count} steps of {batch}": Model(
+            partial(normed, kind, size, 2), (3, 2, size), (count, batch, size), first, 4, True
+        )
+        for kind in (nn.LSTM, nn.GRU)
+        for count in steps
+    }
+
+
+def cells(size: int, batch: int) -> dict[str, Model]:
+    """Returns cells, by their labels."""
+    return {
+        f"{kind.__name__} {size}, {batch} rows": Model(
+            partial(normed, kind, size), (3, size), (batch, size), stepped, 2, True
+        )
+        for kind in (nn.LSTMCell, nn.GRUCell)
+    }
+
+
+LAYERS = layers(SIZE, BATCH, (4, 64)) | cells(SIZE, BATCH)
 CASES = [ModelCase(label, mode, LAYERS) for label in LAYERS for mode in MODES]

@@ -130,8 +130,11 @@ class _Fused:
 
     def _is_claimed(self: Any, name: str) -> bool:
         """Returns whether more than `g` and `v` of the layer determines a weight."""
-        holder = self._holder(name)
-        return (holder is not self and is_claimed(holder)) or is_replaced(self, name)
+        norm, holder = self._norms[name], self._holder(name)
+        own = holder._parameters
+        if norm.key_g not in own or norm.key_v not in own:  # one is itself computed, as by pruning
+            return True
+        return holder is not self and is_claimed(holder)
 
     def _form(self: Any, name: str, dtype: torch.dtype | None = None) -> Tensor:
         """Returns the weight in the dtype of `v`, or in a wider one."""

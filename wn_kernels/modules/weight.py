@@ -105,7 +105,8 @@ class NormedWeights(nn.Module):
 
     def _is_claimed(self, name: str) -> bool:
         """Returns whether `g` or `v` is no parameter of the layer, as after pruning."""
-        return not set(checkpoints.keys("weight_norm", name)) <= self._parameters.keys()
+        key_g, key_v = checkpoints.keys("weight_norm", name)
+        return key_g not in self._parameters or key_v not in self._parameters
 
     def _form(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
         """Returns the weight in the dtype of `v`, or in a wider one."""
