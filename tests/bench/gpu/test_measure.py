@@ -166,8 +166,7 @@ def test_other_norms(measured, monkeypatch):
     by its own norm."""
     cases = [
         weight_norm.Weight((16, 40), dim, dtype, mode, norm)
-        for dim, dtype in ((0, "float32"), (1, "bfloat16"))
-        for norm in ("l1", "linf")
+        for dim, dtype, norm in ((0, "float32", "l1"), (1, "bfloat16", "linf"))
         for mode in weight_norm.MODES
     ]
     monkeypatch.setattr(weight_norm, "CASES", [])
