@@ -9,7 +9,7 @@ pytest.importorskip("triton")
 import wn_kernels.functional as WF
 from tests import library
 from tests.comparison import assert_matches, assert_same_bits
-from wn_kernels import launched, prepare, use_backend
+from wn_kernels import call, launched, prepare, use_backend
 from wn_kernels.backends import reference
 from wn_kernels.backends.triton import launch
 
@@ -82,6 +82,60 @@ def test_tf32_is_part_of_the_key(served):
     finally:
         torch.set_float32_matmul_precision("highest")
     assert served == [True] * 3
+
+
+@pytest.mark.parametrize("guards", ["PyTorch's", "none"])
+def test_calls_of_the_same_shapes(served, monkeypatch, guards):
+    """Calls that differ in a dtype, a layout, a class or a `requires_grad` alone are prepared one
+    by one, and each finds its own again."""
+    if guards == "none":  # a version of torch whose guards are not known
+        monkeypatch.setattr(call, "_Guards", None)
+    x, v, g, bias = operands()
+    calls = [
+        (x, v, g, bias),
+        (x.detach(), v, g, bias),
+        (x, v.double().detach().requires_grad_(), g, bias),
+        (x, v, torch.nn.Parameter(g.detach().double()), bias),
+        (x, v, g, torch.nn.Parameter(bias.detach())),
+        (x.detach().t().contiguous().t(), v, g, bias),
+    ]
+    for _ in range(2):
+        for tensors in calls:
+            y = WF.wn_linear(*tensors)
+            check(y, tensors)
+            leaves = [t for t in tensors if t.requires_grad]
+            dy = torch.randn_like(y)
+            found = torch.autograd.grad(y, leaves, dy)
+            right = torch.autograd.grad(expected(*tensors), leaves, dy.double())
+            for a, b in zip(found, right, strict=True):
+                assert_matches(a, b.double(), torch.float32, 30, terms=40.0)
+    (known,) = (kept for kept in launched._prepared.values() if len(kept) > 1)
+    assert len(known) == len(calls)
+
+
+def test_a_guard_sees_what_records(served):
+    """A transform, a trace, autocast and inference, but neither dispatch modes nor dual numbers."""
+    v = torch.randn(3, 4)
+    fits = call.guard(v)
+    assert fits(v)
+    assert not fits(v.requires_grad_())
+    assert not fits(v.detach().double())
+    assert not fits(torch.nn.Parameter(v.detach()))
+    v = v.detach()
+    seen = []
+    with torch.autocast("cpu", torch.bfloat16):
+        seen.append(fits(v))
+    with torch.inference_mode():
+        seen.append(fits(torch.randn(3, 4)))
+    torch.func.vmap(lambda t: seen.append(fits(v)) or t)(v)
+    torch.jit.trace(lambda t: seen.append(fits(t)) or t + 1, (v,), check_trace=False)
+    assert seen[:3] == [False] * 3
+    assert seen[-1] is False
+    assert not call.are_modes_active()
+    with torch.autograd.forward_ad.dual_level():
+        assert call.are_modes_active()
+    with torch._subclasses.FakeTensorMode():
+        assert call.are_modes_active()
 
 
 def test_other_devices_and_dtypes_are_rejected(served):

@@ -162,7 +162,7 @@ class Launches(NamedTuple):
     eps: float
     norm: Norm
     signs: list[tuple[Any, str, Any]]
-    backwards: dict[Any, Any]
+    backwards: list[tuple[Needs, Callable[..., bool], Callable[..., Grads]]]
 
 
 def launches(
@@ -231,7 +231,7 @@ def _launches(call: Call, plan: Plan, tensors: Operands) -> Launches | None:
         eps=call.eps,
         norm=call.norm,
         signs=module.SIGNS,
-        backwards={},
+        backwards=[],
     )
 
 

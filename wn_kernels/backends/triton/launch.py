@@ -9,9 +9,7 @@ prepared (`remembered`).
 
 from __future__ import annotations
 
-import functools
 import math
-import operator
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -82,7 +80,7 @@ class Launcher:
 
     __slots__ = (
         *("kernel", "device", "grid", "is_empty", "options"),
-        *("constants", "tensors", "values", "compiled"),
+        *("constants", "tensors", "values", "compiled", "aligned"),
     )
 
     def __init__(
@@ -104,8 +102,9 @@ class Launcher:
         count = len(kernel.arg_names) - len(constants)
         self.tensors = kernel.arg_names[:count]
         self.values = tuple(constants[name] for name in kernel.arg_names[count:])
-        # By `_unaligned`.
+        # By `_unaligned`, and what launches the kernel where all addresses are aligned.
         self.compiled: dict[int, compiled.Compiled] = {}
+        self.aligned: Callable[..., None] | None = None
 
     def __call__(self, *tensors: Any) -> None:
         if _recorded is not None:
@@ -117,18 +116,18 @@ class Launcher:
             with self._on_device():
                 if compiled.is_watched():
                     self._launch_by_triton(tensors)
-                elif not self.launches([t.data_ptr() for t in tensors]):
+                elif not self.launches(*[t.data_ptr() for t in tensors]):
                     with _compiling:  # once, whichever thread comes first
                         self._compile(tensors)
 
-    def launches(self, addresses: list[int]) -> bool:
+    def launches(self, *addresses: int) -> bool:
         """Launches what is compiled for tensors at such addresses, and returns whether there is
         any. The kernel's device has to be the current one, and nobody sees the launch. The address
         0 stands for a tensor that the kernel does not write."""
         found = self.compiled.get(_unaligned(addresses))
         if found is None:
             return False
-        found.launch(addresses)
+        found.launch(*addresses)
         return True
 
     def _on_device(self) -> AbstractContextManager[Any]:
@@ -145,12 +144,11 @@ class Launcher:
             launch = compiled.launcher(result, self.grid, self.device, self.values)
             if launch is not None:
                 self.compiled[unaligned] = launch
+                self.aligned = launch.launch if not unaligned else self.aligned
 
 
-def _unaligned(addresses: list[int]) -> int:
+def _unaligned(addresses: Sequence[int]) -> int:
     """The addresses that are no multiples of 16 bytes: bit i stands for address i."""
-    if not functools.reduce(operator.or_, addresses, 0) & 15:
-        return 0
     return sum(1 << i for i, address in enumerate(addresses) if address & 15)
 
 
@@ -158,18 +156,18 @@ def _is_current(device: int) -> bool:
     return device < 0 or device == _current_device()
 
 
-def is_usual(device: int) -> bool:
-    """Whether launches on a device are neither recorded nor observed, the device is the current
-    one, and fresh memory need not be filled."""
-    return (
-        _recorded is None
-        and not compiled.is_watched()
-        and (device < 0 or device == _current_device())
-        and not _is_deterministic()
-    )
-
-
-_is_deterministic = torch._C._get_deterministic_algorithms
+def usual(device: int) -> tuple[str, dict[str, Any]]:
+    """Returns the source of an expression and what it refers to. It tells whether launches on a
+    device are neither recorded nor observed, the device is the current one, and fresh memory need
+    not be filled."""
+    source = "launch._recorded is None and not is_watched() and not is_deterministic()"
+    scope = {
+        "launch": sys.modules[__name__],
+        "is_watched": compiled.is_watched,
+        "is_deterministic": torch._C._get_deterministic_algorithms,
+        "current_device": _current_device,
+    }
+    return source if device < 0 else f"{source} and current_device() == {device}", scope
 
 
 def new_tensor(device: int) -> Callable[..., Tensor]:

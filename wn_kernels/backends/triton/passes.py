@@ -6,7 +6,7 @@ The native library executes one without Python in between (backends/native/passe
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ...call import Geometry
 from ..vendor import channel_sums, convolution_grads
-from .launch import Launcher, is_usual, new_tensor
+from .launch import Launcher, new_tensor, usual
 
 Layout = tuple[Sequence[int], Sequence[int], torch.dtype]  # shape, strides, dtype
 Indices = tuple[int | None, ...]  # of tensors; `None` for no tensor
@@ -149,55 +149,72 @@ class Pass:
     @cached_property
     def full(self) -> Callable[..., tuple[Any, ...]]:
         """The pass as a function that takes less time in the usual case."""
-        return self._function(frozenset())
+        returned = "".join(f"{_name(i)}, " for i in self.results)
+        return self._function(f"({returned})", "", frozenset())
 
     @cached_property
-    def bare(self) -> Callable[..., tuple[Any, ...]]:
-        """The same without the spare results, in whose place anything may be."""
-        return self._function(self.spare) if self.spare else self.full
+    def first(self) -> Callable[..., Any]:
+        """The same for the first result alone, without the spare ones."""
+        return self._function(_name(self.results[0]), "[0]", self.spare)
 
-    def _function(self, left_out: frozenset[int | None]) -> Callable[..., tuple[Any, ...]]:
-        """Returns a function that does without the tensors `left_out`. Its source has a line or two
-        for each tensor and step: a loop over them takes as long as all that they do."""
+    def _function(
+        self, returned: str, chosen: str, left_out: frozenset[int | None]
+    ) -> Callable[..., Any]:
+        """Returns a function that returns the expression `returned`, which is what `chosen` is of
+        all results, and does without the tensors `left_out`. Its source has a line or two for each
+        tensor and step: a loop over them takes as long as all that they do."""
+        scope: dict[str, Any] = {"execute": self.execute}
+        arguments = ", ".join(_name(i) for i in range(self.arguments))
+        executed = f"return execute({arguments}){chosen}"
+        lines = [f"def function({arguments}):"]
         launcher = next((f for f, _, _ in self.steps if isinstance(f, Launcher)), None)
-        if launcher is None:
-            return self.execute
-        names = {i: f"t{i}" for i in range(self.arguments + len(self.layouts))} | {None: "None"}
-        names |= dict.fromkeys(left_out, "None")
-        arguments = ", ".join(names[i] for i in range(self.arguments))
-        scope: dict[str, Any] = {
-            "is_usual": is_usual,
-            "execute": self.execute,
-            "new": new_tensor(launcher.device),
-        }
-        lines = [
-            f"def function({arguments}):",
-            f"if not is_usual({launcher.device}):",
-            f"    return execute({arguments})",
-        ]
+        if launcher is not None:
+            condition, names = usual(launcher.device)
+            scope |= names | {"new": new_tensor(launcher.device)}
+            lines.append(f"if {condition}:")
+            lines += [f"    {line}" for line in self._body(scope, executed, left_out)]
+            lines.append(f"    return {returned}")
+        exec("\n    ".join([*lines, executed]), scope)
+        return scope["function"]
+
+    def _body(
+        self, scope: dict[str, Any], executed: str, left_out: frozenset[int | None]
+    ) -> Iterator[str]:
+        """Yields the lines for the tensors and the steps. They take constants from `scope`."""
+        allocated = set()
         for i, layout in enumerate(self.layouts, self.arguments):
             if layout is not None and i not in left_out:
-                scope[f"layout{i}"] = tuple(layout[0]), tuple(layout[1]), layout[2]
-                lines.append(f"t{i} = new(*layout{i})")
+                shape, strides, scope[f"dtype{i}"] = layout
+                yield f"t{i} = new({(*shape,)}, {(*strides,)}, dtype{i})"
+                allocated.add(i)
         for k, (step, given, found) in enumerate(self.steps):
-            taken = ", ".join(names[i] for i in given)
             scope[f"step{k}"] = step
             if isinstance(step, Launcher):
-                addresses = ("0" if i in left_out else f"t{i}.data_ptr()" for i in given)
-                lines.append(f"if not step{k}.launches([{', '.join(addresses)}]):")
+                there = [i for i in dict.fromkeys(given) if i not in left_out]
+                yield from (f"a{i} = t{i}.data_ptr()" for i in there)
+                addresses = ", ".join("0" if i in left_out else f"a{i}" for i in given)
+                # Memory that was allocated here is aligned.
+                bits = " | ".join(f"a{i}" for i in there if i not in allocated)
+                yield f"launches = step{k}.aligned"
+                yield f"if launches is not None and not ({bits or 0}) & 15:"
+                yield f"    launches({addresses})"
                 # A kernel is compiled by a launch with all of its tensors.
-                again = f"return execute({arguments})" if left_out else f"step{k}({taken})"
-                lines.append(f"    {again}")
+                again = f"step{k}({', '.join(_name(i) for i in given)})"
+                yield f"elif not step{k}.launches({addresses}):"
+                yield f"    {executed if left_out else again}"
             else:
                 results = "".join(f"t{i}, " for i in found)
-                lines.append(f"{results}{'= ' * bool(found)}step{k}({taken})")
-        lines.append(f"return ({''.join(f'{names[i]}, ' for i in self.results)})")
-        exec("\n    ".join(lines), scope)
-        return scope["function"]
+                taken = ", ".join(_name(i) for i in given)
+                yield f"{results}{'= ' * bool(found)}step{k}({taken})"
 
     def needs_no_python(self) -> bool:
         """Whether the native library can take every step: launches, and operations of PyTorch's."""
         return all(isinstance(function, Launcher | Operation) for function, _, _ in self.steps)
+
+
+def _name(i: int | None) -> str:
+    """The name of a tensor in the source of a function."""
+    return "None" if i is None else f"t{i}"
 
 
 def _chosen(values: Sequence[Any], indices: Indices) -> tuple[Any, ...]:
