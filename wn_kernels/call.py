@@ -353,10 +353,10 @@ def are_modes_active() -> bool:
     return forward_ad._current_level >= 0 or _count_modes() > 0
 
 
-# This is what compiled code of torch recognises tensors by. Its arguments are the same in all of
-# the supported releases. In a later one they may be others, which it does not check.
+# This is what compiled code of torch recognises tensors by. It does not check its arguments, so it
+# is used in the releases in which it was tried alone.
 _Guards: Any = getattr(torch._C._dynamo.guards, "TensorGuards", None)
-if tuple(map(int, torch.__version__.split(".")[:2])) > (2, 14):
+if not (2, 11) <= tuple(map(int, torch.__version__.split(".")[:2])) <= (2, 13):
     _Guards = None
 
 

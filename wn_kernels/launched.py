@@ -223,10 +223,6 @@ class Launched(torch.autograd.Function):
 _apply = super(torch.autograd.Function, Launched).apply
 _apply_weight = super(torch.autograd.Function, LaunchedWeight).apply
 
-# What the engine calls in the backward, which looks for other definitions of a backward first.
-Launched._backward_cls.apply = Launched.backward  # type: ignore[attr-defined]
-LaunchedWeight._backward_cls.apply = LaunchedWeight.backward  # type: ignore[attr-defined]
-
 
 def _forward(
     launches: Launches, x: Tensor, v: Tensor, g: Tensor, bias: Tensor | None, keep: bool
