@@ -193,6 +193,15 @@ def shared_seconds(call: Call, plan: Plan, records: bool) -> tuple[float, float]
     return own + (LAUNCHED[records] if _is_launched_by_python(plan) else 0.0), with_weight
 
 
+# The fewest layers for which a group pays where the native library launches kernels on a GPU.
+FEWEST = 8
+
+
+def fewest(backend: str) -> int:
+    """Returns the number of layers that a group of a backend has at least."""
+    return FEWEST if backend == "triton" and native.helpers() is not None else 1
+
+
 def shares(call: Call, plan: Plan, records: bool) -> bool:
     """Returns whether a layer of a group takes the `W` that the group forms.
 
