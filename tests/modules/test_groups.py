@@ -248,3 +248,14 @@ def test_one_piece_of_memory(device):
         w = grouped.formed(v, g, options, together=True)
         assert pieces(w) == 4
         assert all(t.requires_grad for t in w)
+
+
+def test_the_report_of_a_small_group(monkeypatch):
+    """It states what too few layers do."""
+    monkeypatch.setattr(plan, "shares", lambda *_: True)
+    for fewest, note in ((3, "grouped: "), (4, "its own weight: fewer than 4 would be grouped")):
+        monkeypatch.setattr(plan, "fewest", lambda _, fewest=fewest: fewest)
+        report = wn_kernels.fuse(Net(), grouped=True)
+        assert [note in line.note for line in report] == [True] * 3
+    text = wn_kernels.explain(wn_kernels.WNLinear(8, 8), (2, 8))
+    assert "A group of fewer than 4 such layers forms no weight." in text
