@@ -4,7 +4,8 @@ it. Their launches go to a driver that does nothing (`stand_in/`), in one thread
     plain     the layer without weight norm; of a whole model, its weights folded
     eager     PyTorch's weight norm
     triton    ours with its Triton kernels
-    grouped   the same, of a model whose weights are formed by one launch
+    grouped   the same, of a model whose weights are formed by one launch; so small a vocoder has
+              none that shares it, so that there is a chain of layers whose plan forms every weight
     auto      ours as the planner has it for a CPU: the native library where it was built, or ATen
 
 Triton's kernels compute nothing here. PyTorch's run on the CPU, in the time of the others and,
@@ -17,13 +18,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
 import torch
 from rich.console import Console
 from torch import nn
+from torch.nn.utils import parametrizations
 
 import wn_kernels
 from bench import models, overhead, recurrent, stand_in
@@ -36,6 +38,7 @@ from bench.report.tables import printed
 from bench.runner import Runner
 from bench.static import baseline
 from bench.suite import environment, finish
+from wn_kernels import plan, prepare, tuning
 
 CPU = torch.device("cpu")
 OURS = ("triton", "auto")
@@ -57,6 +60,37 @@ CASES = [
 NORMS = [NormCase((64, 64), 0, mode) for mode in MODES]
 CELLS = recurrent.cells(16, 4)
 MODEL = "SpeechT5HifiGan, 78 layers"
+CHAIN = "78 layers that form W"
+
+
+def vocoder() -> tuple[nn.Module, torch.Tensor]:
+    """A vocoder of 16 channels and fewer, and an input of four frames."""
+    from transformers import SpeechT5HifiGan, SpeechT5HifiGanConfig
+
+    config = SpeechT5HifiGanConfig(model_in_dim=16, upsample_initial_channel=16)
+    model = SpeechT5HifiGan(config)
+    model.apply_weight_norm()
+    return model, torch.randn(4, 16)
+
+
+def chain() -> tuple[nn.Module, torch.Tensor]:
+    """Convolutions one after the other, and an input."""
+    layers = (parametrizations.weight_norm(nn.Conv1d(8, 8, 3, padding=1)) for _ in range(78))
+    return nn.Sequential(*layers), torch.randn(1, 8, 8)
+
+
+@contextmanager
+def forming(model: nn.Module, x: torch.Tensor) -> Iterator[None]:
+    """Inside the block, the layers of this model, and of its copies, have a plan that forms `W`
+    once for both directions. PyTorch's product is in it, as in the other providers."""
+    wn_kernels.fuse(model)
+    with wn_kernels.use_backend("triton"), torch.no_grad():
+        calls = {call for call, _ in tuning.calls_of(model, (x,))}
+    with ExitStack() as stack:
+        for call in calls:
+            chosen = plan.Plan("triton", "materialize", "materialize", "weight")
+            stack.enter_context(prepare.fixed(call, chosen))
+        yield
 
 
 class CellRunner(models.ModelRunner):
@@ -66,16 +100,14 @@ class CellRunner(models.ModelRunner):
 
 
 class ModelRunner:
-    """A vocoder of 16 channels and fewer, over four frames, as one provider has it."""
+    """A model as one provider has it."""
 
-    def __init__(self, name: str, mode: str) -> None:
-        from transformers import SpeechT5HifiGan, SpeechT5HifiGanConfig
-
+    def __init__(
+        self, build: Callable[[], tuple[nn.Module, torch.Tensor]], name: str, mode: str
+    ) -> None:
         torch.manual_seed(0)
-        config = SpeechT5HifiGanConfig(model_in_dim=16, upsample_initial_channel=16)
-        self.model: nn.Module = SpeechT5HifiGan(config)
-        self.model.apply_weight_norm()
-        self.mode, self.x = mode, torch.randn(4, 16)
+        self.model, self.x = build()
+        self.mode = mode
         if name == "plain":
             wn_kernels.fold(self.model)
         if name in OURS:
@@ -114,9 +146,10 @@ def rows() -> Iterator[tuple[str, str, dict[str, Callable[[], Any]]]]:
             cell.mode,
             {name: partial(CellRunner, cell, of, CPU) for name, of in kinds.items()},
         )
-    for mode in MODES:
-        names = (*OTHERS, *OURS, "grouped")
-        yield MODEL, mode, {name: partial(ModelRunner, name, mode) for name in names}
+    for label, build, names in ((MODEL, vocoder, OURS), (CHAIN, chain, ("triton",))):
+        for mode in MODES:
+            every = (*OTHERS, *names, "grouped")
+            yield label, mode, {name: partial(ModelRunner, build, name, mode) for name in every}
 
 
 def processor(run: Callable[[], None], repeats: int, _device: torch.device) -> float:
@@ -136,18 +169,22 @@ def row(
     for name in ours:
         backend = "auto" if name == "auto" else "triton"
         runners[name].session = partial(wn_kernels.use_backend, backend)
-    stats = interleaved(runners, CPU, seconds, sample=processor)
+    context = forming(*chain()) if label == CHAIN else nullcontext()
+    with context:
+        stats = interleaved(runners, CPU, seconds, sample=processor)
+    pairs = [(mine, other) for mine in ours for other in OTHERS]
+    if "grouped" in runners:
+        pairs.append(("grouped", "triton"))
     result = {
         "case": {"label": label, "mode": mode},
         "microseconds": {name: s.median * 1e6 for name, s in stats.items()},
         "ratios": {
             f"{mine}/{other}": paired_ratio(stats[mine], stats[other])["median"]
-            for mine in ours
-            for other in OTHERS
+            for mine, other in pairs
         },
     }
     if profile:
-        calls = 20 if label == MODEL else overhead.CALLS
+        calls = 20 if label in (MODEL, CHAIN) else overhead.CALLS
         with session_of(runners["triton"])():
             shares = overhead.shares(runners["triton"], calls)
         micros = result["microseconds"]["triton"]
@@ -193,6 +230,7 @@ def main(path: str, seconds: float, profile: bool, write: bool) -> int:
     """Prints the table; 1 where a ratio is worse than in the baseline."""
     stand_in.activate()
     torch.set_num_threads(1)
+    torch.set_flush_denormal(True)  # what no kernel has written may hold slow numbers
     console = Console()
     wide = console if console.is_terminal else Console(width=170)
     results = [row(*each, seconds, profile) for each in rows()]

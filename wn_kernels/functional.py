@@ -18,7 +18,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.compiler import is_compiling
 
 from . import autograd, composed, grouped, launched, operators, plan
 from .backends import aten, native, reference
@@ -31,13 +30,7 @@ from .call import (
     reduced_dims,
     scale_dtype,
 )
-from .prepare import are_dense, plan_native, prepare, reject
-
-
-def _library() -> Any:
-    """Returns the native library, or `None` if it cannot be used."""
-    return native.library(plan_native, operators.launches)
-
+from .prepare import are_dense, prepare, reject
 
 # By backend, the function that a call goes to first. It takes the arguments of `_run`, and returns
 # `None` for a call that it does not serve.
@@ -46,7 +39,7 @@ native.memos.append(_servers)
 
 
 def _find_server(backend: str) -> Callable[..., Tensor | None]:
-    library = _library()
+    library = operators.native_library()
     if backend == "triton":
         _servers[backend] = (library or launched).launched
     elif backend == "native" and library:
@@ -234,11 +227,7 @@ def weight_norms(
     for name, each in zip(given, options, strict=True):
         if len(each) != len(v):
             raise ValueError(f"{name} has {len(each)} values, but v has {len(v)} tensors")
-    if not is_compiling() and (library := _library()):
-        w = grouped.weights(library, v, g, options, places)
-        if w is not None:
-            return w
-    return grouped.computed(v, g, options, places)
+    return grouped.formed(v, g, options, places)
 
 
 def wn_linear(

@@ -19,12 +19,13 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from . import plan as plans
 from .autograd import ONLY_WEIGHT, Weight, recorded_grads
 from .backends import aten, foreach, native, reference
 from .call import NORMS, Member, Operands, kept_shape, recorder, scale_dtype
-from .operators import is_direct, laid_out_like, library, register
+from .operators import is_direct, laid_out_like, library, native_library, register
 from .prepare import prepare_member
 
 
@@ -60,6 +61,30 @@ def check_places(places: Sequence[Tensor], v: Sequence[Tensor], members: Sequenc
             )
 
 
+Options = tuple[tuple[Any, ...], ...]  # every `dim`, `eps`, dtype of `W` and norm
+
+
+def formed(
+    v: list[Tensor],
+    g: list[Tensor],
+    options: Options,
+    places: Sequence[Tensor] | None = None,
+    together: bool = False,
+) -> list[Tensor]:
+    """Returns the weights of a call. If they are to be held and dropped `together`, and nothing
+    records the call, they may share one piece of memory.
+
+    Raises:
+        TypeError, ValueError: as `functional.weight_norms`.
+        RuntimeError: a backend is forced that cannot serve the call.
+    """
+    if not is_compiling() and (found := native_library()):
+        w = weights(found, v, g, options, places, together)
+        if w is not None:
+            return w
+    return computed(v, g, options, places)
+
+
 # --- by the native library -----------------------------------------------------------------------
 
 _MOST = 1024  # groups whose checked options are kept
@@ -74,12 +99,13 @@ def weights(
     library: Any,
     v: list[Tensor],
     g: list[Tensor],
-    options: tuple[tuple[Any, ...], ...],
-    places: Sequence[Tensor] | None = None,
+    options: Options,
+    places: Sequence[Tensor] | None,
+    together: bool,
 ) -> list[Tensor] | None:
     """Returns every `W` as an output of a node of the library, which computes it on a CPU, and
-    launches its kernels on a GPU. The options are every `dim`, `eps`, dtype of `W` and norm. The
-    result is `None` where the rest of the package serves the call, or rejects it.
+    launches its kernels on a GPU. The result is `None` where the rest of the package serves the
+    call, or rejects it.
     """
     first = v[0]
     backend = plans.prepares(first) if isinstance(first, Tensor) else ""
@@ -118,11 +144,12 @@ def weights(
     if prepared is None:
         given = map(list, zip(*members, strict=True))
         return library.weight_norms(v, g, *given, places and [*places])
+    records = torch.is_grad_enabled()
+    keeps = records and any(t.requires_grad for t in (*v, *g))
     with torch.no_grad():
-        w, n = prepared(v, g, places)
-    if torch.is_grad_enabled() and any(t.requires_grad for t in (*v, *g)):
-        rules = [m.eps for m in members], [m.norm for m in members]
-        return library.record(w, v, g, n, *rules, prepared.grads)
+        w, n = prepared(v, g, places, keeps, together and not records)
+    if keeps:
+        library.record(w, v, g, n, *prepared.rules, prepared.grads)
     return w
 
 
@@ -130,18 +157,9 @@ def weights(
 
 
 def computed(
-    v: list[Tensor],
-    g: list[Tensor],
-    options: tuple[tuple[Any, ...], ...],
-    places: Sequence[Tensor] | None,
+    v: list[Tensor], g: list[Tensor], options: Options, places: Sequence[Tensor] | None
 ) -> list[Tensor]:
-    """Checks a call and returns its weights. `options` has the `dim`, `eps`, dtype and norm of
-    each.
-
-    Raises:
-        TypeError, ValueError: as `functional.weight_norms`.
-        RuntimeError: a backend is forced that cannot serve the call.
-    """
+    """Checks a call and returns its weights, as `formed` does."""
     members, scales = [], []
     for i, arguments in enumerate(zip(v, g, *options, strict=True)):
         try:

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from . import plan as plans
-from .backends import aten, vendor
+from .backends import aten, native, vendor
 from .call import (
     Call,
     Geometry,
@@ -38,7 +38,7 @@ from .call import (
     scale_dtype,
 )
 from .plan import Plan
-from .prepare import prepare
+from .prepare import plan_native, prepare
 
 
 def _module(backend: str) -> Any:
@@ -48,6 +48,11 @@ def _module(backend: str) -> Any:
 
         return triton
     return aten
+
+
+def native_library() -> Any:
+    """The native library, or `None` if it cannot be used."""
+    return native.library(plan_native, launches)
 
 
 def is_direct(backend: str, *v: Tensor) -> bool:

@@ -373,4 +373,6 @@ def _in_a_group(call: Call, picked: Plan) -> str:
         shares = plan.shares(call, picked, records)
         takes = "takes the group's weight" if shares else "does without the group's"
         parts.append(f"{what} {takes} ({own} by itself, {shared} with the group's)")
-    return f"In a group {parts[0]}, and {parts[1]}."
+    fewest = plan.fewest(picked.backend)
+    least = f" A group of fewer than {fewest} such layers forms no weight." if fewest > 1 else ""
+    return f"In a group {parts[0]}, and {parts[1]}.{least}"

@@ -71,13 +71,13 @@ def check(plain, grouped, run):
 def calls(monkeypatch):
     """How many weights each call of a group computes."""
     found = []
-    make = prepared.WF.weight_norms
+    make = prepared.grouped.formed
 
     def counted(v, *rest, **options):
         found.append(len(v))
         return make(v, *rest, **options)
 
-    monkeypatch.setattr(prepared.WF, "weight_norms", counted)
+    monkeypatch.setattr(prepared.grouped, "formed", counted)
     return found
 
 

@@ -77,11 +77,11 @@ def _class(base: Any) -> Any:
         members = self._group
         if members is None or members.model is not self:  # a replica has layers of its own
             return base.forward(self, *args, **kwargs)
-        members.begin()
+        begun = members.begin()
         try:
             return base.forward(self, *args, **kwargs)
         finally:
-            members.end()
+            members.end(begun)
 
     def __reduce_ex__(self: Any, protocol: Any) -> tuple:
         return _rebuild, (base,), *base.__reduce_ex__(self, protocol)[2:]

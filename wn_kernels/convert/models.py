@@ -119,19 +119,37 @@ def _path(module: Any, v: torch.Tensor, dim: Any) -> str:
     return f"{backend}: {plan.choose(_nominal(module, v, dim), backend)}"
 
 
-def _in_group(module: Any) -> str:
-    """Returns the note of a layer of a grouped model, for a nominal input in a training step."""
+def _nominal_plan(module: Any) -> tuple[Call, plan.Plan] | None:
+    """Returns the call of a layer of a grouped model with a nominal input, and its plan, or `None`
+    if it has none."""
     v, (dim, _, norm) = module._tensors("weight")[1], module._normalisation()
     backend = plan.serving(v, dim)
     if is_lazy(v) or backend == "reference":
-        return "its own weight"
+        return None
     call = _nominal(module, v, dim)._replace(norm=norm)
-    picked = plan.choose(call, backend)
+    return call, plan.choose(call, backend)
+
+
+def _is_small(model: nn.Module) -> bool:
+    """Returns whether too few layers of a grouped model share a launch, for nominal inputs."""
+    found = filter(None, map(_nominal_plan, groups.groupable(model)))
+    sharing = [picked for call, picked in found if plan.shares(call, picked, True)]
+    return bool(sharing) and len(sharing) < plan.fewest(sharing[0].backend)
+
+
+def _in_group(module: Any, is_small: bool) -> str:
+    """Returns the note of a layer of a grouped model, for a nominal input in a training step."""
+    found = _nominal_plan(module)
+    if found is None:
+        return "its own weight"
+    call, picked = found
     seconds = plan.shared_seconds(call, picked, True)
     if seconds is None:
         return "its own weight: PyTorch has no product for it"
     own, shared = (f"{each * 1e6:.0f}" for each in seconds)
     if plan.shares(call, picked, True):
+        if is_small:
+            return f"its own weight: fewer than {plan.fewest(picked.backend)} would be grouped"
         return f"grouped: {shared} µs, {own} by itself"
     if float(shared) <= float(own):
         return "its own weight: its plan forms none"
@@ -178,7 +196,8 @@ def fuse(model: nn.Module, dry_run: bool = False, grouped: bool = False) -> Repo
         for tensor, original, what in _others(module):
             lines.append(_line(prefix, module, tensor, original, None, "", what))
     if grouped:
-        lines = [_noted(model, line) for line in lines]
+        is_small = _is_small(model)
+        lines = [_noted(model, line, is_small) for line in lines]
     report = Report(lines)
     if not dry_run:
         if grouped:
@@ -190,7 +209,7 @@ def fuse(model: nn.Module, dry_run: bool = False, grouped: bool = False) -> Repo
     return report
 
 
-def _noted(model: nn.Module, line: Layer) -> Layer:
+def _noted(model: nn.Module, line: Layer, is_small: bool) -> Layer:
     """Returns the line of a report with what a group makes of the layer."""
     try:
         module = model.get_submodule(line.name)
@@ -198,7 +217,8 @@ def _noted(model: nn.Module, line: Layer) -> Layer:
         return line
     if not groups.is_groupable(module):
         return line
-    return replace(line, note="; ".join(filter(None, (line.note, _in_group(module)))))
+    note = _in_group(module, is_small)
+    return replace(line, note="; ".join(filter(None, (line.note, note))))
 
 
 def _load_all_or_nothing(model: Any, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:

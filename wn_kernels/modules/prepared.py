@@ -12,19 +12,21 @@ its own, as if there were no group:
 
 - outside of the model's forward;
 - if `g` or `v` is another tensor than at the start, or was written to;
-- in another mode than at the start: of gradients, of inference, of autocast, or of hooks that save
-  tensors, as inside of a checkpoint;
-- if its input has another dtype than the weight;
+- in another mode than at the start: of gradients, of inference, or of hooks that save tensors, as
+  inside of a checkpoint;
+- if its product has another dtype than the weight, as under autocast that the forward turns on;
 - where the plan has a better way for this input than a formed weight (`plan.shares`).
 
-A group computes the weights that the forward before used. Where hooks save tensors it computes all
-weights, because a checkpoint of the model compares what two forwards save.
+A group computes the weights that the forward before in the same mode used. Where hooks save tensors
+it computes all weights, because a checkpoint of the model compares what two forwards save. A layer
+that had a better way does without the group for the next `RESTS` forwards, and a group of such
+layers does nothing in them. A group that would compute few weights computes none (`plan.fewest`).
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -33,118 +35,130 @@ from torch.compiler import is_compiling
 from torch.nn.utils import parametrize
 
 from .. import functional as WF
-from .. import plan, prepare
-from ..call import PLAIN_TYPES, Operands
+from .. import grouped, plan, prepare
+from ..call import PLAIN_TYPES, Operands, takes_tf32
+from ..operators import native_library
 from . import reading
 
 # This returns the hooks of saved tensors that are in effect, or `None`.
 _saving = torch._C._autograd._top_saved_tensors_default_hooks
 
-# Decisions are kept for at most this many inputs of a layer.
+# Decisions are kept for at most this many inputs: of a layer, and of all layers of a group.
 MOST_SHAPES = 256
+MOST_SHAPES_OF_GROUP = 4096
+
+# Forwards between two in which a group looks at layers that had a better way.
+RESTS = 15
+
+# What a forward has seen of a layer, as bits: it wanted the group's weight, or had a better way.
+WANTED, DECLINED = 1, 2
 
 
-# A mode says whether gradients are recorded, whether inference mode is on, which hook saves
-# tensors, and which dtype autocast gives to the input of a layer.
-Mode = tuple[bool, bool, Any, torch.dtype | None]
+# A mode says whether gradients are recorded, whether inference mode is on, and which hook saves
+# tensors.
+Mode = tuple[bool, bool, Any]
 
 
-def _mode(device: torch.device) -> Mode:
+def _mode() -> Mode:
     records = torch.is_grad_enabled()
     hooks = _saving(True) if records else None
-    cast = None
-    if torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(device.type):
-        cast = torch.get_autocast_dtype(device.type)
-    return records, torch.is_inference_mode_enabled(), hooks and hooks[0], cast
+    return records, torch.is_inference_mode_enabled(), hooks and hooks[0]
 
 
-class Forward:
-    """A forward of a group's model that is in progress.
+# --- the weights of a forward --------------------------------------------------------------------
 
-    Attributes:
-        group: the group.
-        outer: the forward around it, or `None`.
-        modes: the modes at the start, by device.
-        v, g: the tensors of all layers at the start, `None` for one that is not torch's own.
-        weights: every `W`, or `None` if it was not computed.
-        versions: the version counters of `v` and `g`.
-        used: whether a layer used its weight, or would have.
+
+class Weights:
+    """The weights of a forward in progress, as `Weights` of the native library, which serves a
+    forward without hooks of saved tensors.
+
+    Args:
+        indices: the layers that have a weight.
+        v, g, versions: the tensors that they were computed from, and the sums of their version
+            counters.
+        w: the weights.
+        seen: a byte for every layer, of `WANTED` and `DECLINED`.
+        known: the decisions about former inputs.
+        decide: a function of `(key, i, x, v, g, bias, dtype)` that adds one.
     """
 
-    __slots__ = ("g", "group", "modes", "outer", "used", "v", "versions", "weights")
-
-    def __init__(self, group: Group, outer: Forward | None) -> None:
-        self.group, self.outer = group, outer
-        self.v, self.g = (_plain(parameters) for parameters in group.parameters)
-        self.versions = [*map(_versions, self.v, self.g)]
-        self.weights: list[Tensor | None] = [None] * len(self.v)
-        self.used = [False] * len(self.v)
-        self.modes: dict[torch.device, Mode] = {}
-        if not parametrize._cache_enabled:
-            self._compute()
-
-    def _compute(self) -> None:
-        by_device: dict[torch.device, list[int]] = {}
-        for i, (v, g) in enumerate(zip(self.v, self.g, strict=True)):
-            if v is not None and g is not None:
-                by_device.setdefault(v.device, []).append(i)
-        for device, members in by_device.items():
-            mode = self.modes[device] = _mode(device)
-            used = self.group.used
-            wanted = members if mode[2] else [i for i in members if used[i]]
-            if wanted:
-                v, g = ([each[i] for i in wanted] for each in (self.v, self.g))
-                cast = mode[3]
-                dtypes = [t.dtype if cast is None or t.dtype is torch.float64 else cast for t in v]
-                norms = [self.group.modules[i]._normalisation() for i in wanted]
-                dims, eps, kinds = map(list, zip(*norms, strict=True))
-                options = {"dim": dims, "eps": eps, "norm": kinds}
-                weights = WF.weight_norms(v, g, dtype=dtypes, **options)
-                for i, w in zip(wanted, weights, strict=True):
-                    self.weights[i] = w
+    def __init__(
+        self,
+        indices: Sequence[int],
+        v: Sequence[Tensor],
+        g: Sequence[Tensor],
+        versions: Sequence[int],
+        w: Sequence[Tensor],
+        seen: bytearray,
+        known: dict[Any, bool],
+        decide: Callable[..., bool],
+    ) -> None:
+        self.layers = dict(zip(indices, zip(v, g, versions, w, strict=True), strict=True))
+        self.seen, self.known, self.decide = seen, known, decide
+        self.mode = _mode()
 
     def take(self, i: int, x: Tensor, v: Tensor, g: Tensor, bias: Tensor | None) -> Tensor | None:
         """Returns the weight of a layer for an input, if it is what the layer would compute."""
-        mode = _mode(x.device)
-        if type(x) not in PLAIN_TYPES or mode != self.modes.get(x.device):
+        if type(x) not in PLAIN_TYPES or _mode() != self.mode:
             return None
-        records, _, _, cast = mode
-        dtype = x.dtype if cast is None or x.dtype is torch.float64 else cast
-        if cast is None and bias is not None and bias.dtype is not dtype:
+        records, dtype = self.mode[0], x.dtype
+        cast = _cast(x.device) if torch._C._is_any_autocast_enabled() else None
+        if cast is not None and dtype is not torch.float64:
+            dtype = cast
+        elif bias is not None and bias.dtype is not dtype:
             return None
-        group = self.group
-        key = x.shape, dtype, records
-        shares = group.shares[i].get(key)
+        key = i, x.shape, dtype, records
+        shares = self.known.get(key)
         if shares is None:
-            shares = _decide(group.shares[i], key, group.modules[i], x, v, g, bias, dtype)
-        if not shares:
+            shares = self.decide(key, i, x, v, g, bias, dtype)
+        self.seen[i] |= WANTED if shares else DECLINED
+        if not shares or i not in self.layers:
             return None
-        self.used[i] = True
-        w = self.weights[i]
+        own_v, own_g, versions, w = self.layers[i]
         if (
-            w is None
-            or w.dtype is not dtype
-            or v is not self.v[i]
-            or g is not self.g[i]
-            or self.versions[i] != _versions(v, g)
+            w.dtype is not dtype
+            or v is not own_v
+            or g is not own_g
+            or versions != _versions(v, g)
             or (records and not w.requires_grad and (v.requires_grad or g.requires_grad))
+            or w.device != x.device
         ):
             return None
         return w
 
 
-def _plain(parameters: list[tuple[dict[str, Any], str]]) -> list[Any]:
-    """Returns parameters, and `None` for one that is missing or not of torch's own kind."""
-    found = [own.get(key) for own, key in parameters]
-    return [t if type(t) in PLAIN_TYPES else None for t in found]
-
-
-def _versions(v: Any, g: Any) -> tuple[int, int]:
-    """Returns the version counters, which tensors of inference mode do not have."""
+def _versions(v: Tensor, g: Tensor) -> int:
+    """Returns the sum of the version counters, which tensors of inference mode do not have."""
     try:
-        return v._version, g._version
-    except (AttributeError, RuntimeError):
-        return 0, 0
+        return v._version + g._version
+    except RuntimeError:
+        return 0
+
+
+def _cast(device: torch.device) -> torch.dtype | None:
+    """Returns the dtype that autocast gives to the input of a layer."""
+    kind = device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+
+
+# The places of the tensors of layers: a dictionary, and the keys of g and v.
+Places = list[tuple[dict[str, Any], str, str]]
+
+
+def _parameters(
+    places: Places, indices: Sequence[int]
+) -> dict[torch.device, tuple[list[int], list[Tensor], list[Tensor], list[int]]]:
+    """Returns the layers whose `v` and `g` are torch's own, these tensors, and the sums of their
+    version counters, by device."""
+    found: dict[torch.device, Any] = {}
+    for i in indices:
+        own, g_key, v_key = places[i]
+        v, g = own.get(v_key), own.get(g_key)
+        if v is not None and type(v) in PLAIN_TYPES and g is not None and type(g) in PLAIN_TYPES:
+            lists = found.setdefault(v.device, ([], [], [], []))
+            for each, value in zip(lists, (i, v, g, _versions(v, g)), strict=True):
+                each.append(value)
+    return found
 
 
 def _pays(
@@ -160,12 +174,15 @@ def _pays(
     answers for former inputs."""
     key = x.shape, dtype, torch.is_grad_enabled(), plan.forced(), prepare.epoch
     found = known.get(key)
-    return _decide(known, key, module, x, v, g, bias, dtype) if found is None else found
+    if found is None:
+        found = _decide(known, MOST_SHAPES, key, module, x, v, g, bias, dtype)
+    return found
 
 
-def _decide(known: dict[Any, bool], key: Any, *arguments: Any) -> bool:
-    """Returns what `_shares` returns for these arguments, and keeps it in `known`."""
-    if len(known) >= MOST_SHAPES:
+def _decide(known: dict[Any, bool], most: int, key: Any, *arguments: Any) -> bool:
+    """Returns what `_shares` returns for these arguments, and keeps it in `known`, which has `most`
+    entries at most."""
+    if len(known) >= most:
         known.clear()
     found = known[key] = _shares(*arguments)
     return found
@@ -197,6 +214,30 @@ def _shares(
 # --- the forwards in progress --------------------------------------------------------------------
 
 
+class Forward:
+    """A forward of a group's model that is in progress.
+
+    Attributes:
+        outer: the forward around it, or `None`.
+        index: the indices of the layers that may take a weight, by their `id`.
+        take: `Weights.take`.
+        seen: what it has seen of every layer.
+        choice: where this is noted, or `None`.
+    """
+
+    __slots__ = ("choice", "index", "outer", "seen", "take")
+
+    def __init__(
+        self,
+        index: dict[int, int],
+        take: Callable[..., Tensor | None],
+        seen: bytearray,
+        choice: Choice | None,
+    ) -> None:
+        self.index, self.take, self.seen, self.choice = index, take, seen, choice
+        self.outer = _state.forward
+
+
 class _State(threading.local):
     """The innermost forward in progress on a thread, or `None`."""
 
@@ -207,7 +248,8 @@ _state = _State()
 
 
 def take(module: Any, x: Tensor, v: Tensor, g: Tensor, bias: Tensor | None) -> Tensor | None:
-    """Returns the `W` that was prepared for this call of a layer, or `None`."""
+    """Returns a `W` that was prepared for this call of a layer's `forward`, in the dtype of its
+    product with `x`, or `None` if the layer computes its own."""
     is_traced = is_compiling()
     store = None if is_traced else module._store
     if store is not None and isinstance(x, Tensor):
@@ -223,7 +265,7 @@ def take(module: Any, x: Tensor, v: Tensor, g: Tensor, bias: Tensor | None) -> T
         return module._traced
     forward = _state.forward
     while forward is not None:
-        i = forward.group.index.get(id(module))
+        i = forward.index.get(id(module))
         if i is not None:
             return forward.take(i, x, v, g, bias)
         forward = forward.outer
@@ -235,58 +277,171 @@ def like(bias: Tensor | None, w: Tensor) -> Tensor | None:
     return bias if bias is None or bias.dtype == w.dtype else bias.to(w.dtype)
 
 
+# --- groups --------------------------------------------------------------------------------------
+
+
+class Choice:
+    """The layers of a group that take part in its forwards of one mode.
+
+    Attributes:
+        wanted: the indices of those whose weights the next forward computes.
+        options: their `dim`, `eps` and `norm`, each a tuple.
+        declined: those that had a better way.
+        index: the indices of the other ones, by their `id`.
+        rests: the number of forwards until a forward looks at all layers.
+    """
+
+    def __init__(self, group: Group) -> None:
+        self._modules, self._places = group.modules, group.places
+        self.rests = 0
+        self._seen = b""  # what leads to the same choice
+        self._set([*range(len(self._modules))], set())
+
+    def _set(self, wanted: list[int], declined: set[int]) -> None:
+        self.wanted, self.declined = wanted, declined
+        self.index = {id(m): i for i, m in enumerate(self._modules) if i not in declined}
+        self.options = _options(self._modules, wanted)
+
+    def is_over(self) -> bool:
+        """Counts a forward. Returns whether no layer takes part in it."""
+        if not self.rests:
+            return False
+        self.rests -= 1
+        return not self.index
+
+    def learn(self, seen: bytearray, looked: bool) -> None:
+        """Chooses the layers for the next forward by what a forward has seen, which may have looked
+        at all layers."""
+        if seen == self._seen:
+            return
+        wanted = [i for i, bits in enumerate(seen) if bits & WANTED]
+        declined = {i for i, bits in enumerate(seen) if bits == DECLINED}
+        if wanted and len(wanted) < self._fewest(wanted[0]):
+            wanted, declined = [], declined.union(wanted)
+        if looked:
+            self.rests = RESTS if declined else 0
+        else:
+            declined |= self.declined
+        if wanted != self.wanted or declined != self.declined:
+            self._set(wanted, declined)
+        self._seen = b"" if looked and declined else bytes(seen)
+
+    def _fewest(self, i: int) -> int:
+        own, _, v_key = self._places[i]
+        return plan.fewest(plan.serving(own[v_key], self._modules[i]._normalisation()[0]))
+
+
+def _options(modules: list[Any], indices: Sequence[int]) -> tuple[tuple[Any, ...], ...]:
+    """Returns the `dim`, the `eps` and the `norm` of layers, each a tuple."""
+    if not indices:
+        return (), (), ()
+    return tuple(zip(*[modules[i]._normalisation() for i in indices], strict=True))
+
+
+# How often an option of some layer was changed.
+_changes = 0
+
+
+def forget_options() -> None:
+    """Makes groups read the options of their layers again."""
+    global _changes
+    _changes += 1
+
+
 class Group:
     """The layers of a model whose weights are prepared together.
 
     Attributes:
         model: the model. A copy of it has a group of its own, over its own layers.
         modules: the layers.
-        used: whether the forward before used the weight of a layer, or would have.
         index: the index of a layer by its `id`.
-        parameters: where every `v` is held, and every `g`: a dictionary and a key.
-        shares: whether the plan has the weight of a layer formed by the group, by the input's
-            shape, the dtype of the product, and whether gradients are recorded.
+        places: where every `v` and `g` is held.
     """
 
     def __init__(self, model: nn.Module, modules: Iterable[nn.Module]) -> None:
         self.model = model
         self.modules: list[Any] = [*modules]
-        self.used = [True] * len(self.modules)
         self._find()
 
     def _find(self) -> None:
         self.index = {id(module): i for i, module in enumerate(self.modules)}
-        held = [module._held() for module in self.modules]
-        self.parameters = [(own, v) for own, _, v in held], [(own, g) for own, g, _ in held]
+        self.places: Places = [module._held() for module in self.modules]
         self._epoch: Any = None
-        self.shares: list[dict[Any, bool]] = [{} for _ in self.modules]
+        # Whether the plan has the group form a layer's weight, by the layer and its input.
+        self._known: dict[Any, bool] = {}
+        # By whether gradients are recorded, inference mode is on, and autocast is.
+        self._choices: dict[tuple[bool, bool, bool], Choice] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"model": self.model, "modules": self.modules, "used": self.used}
+        return {"model": self.model, "modules": self.modules}
 
-    def begin(self) -> None:
-        """Computes the weights for a forward of the model."""
+    def begin(self) -> Forward | None:
+        """Computes the weights for a forward of the model, and returns that forward. It is `None`
+        if no layer takes a weight."""
         if is_compiling():
             self._trace()
-            return
+            return None
+        if parametrize._cache_enabled:
+            return None
         if "index" not in self.__dict__:  # a copy, whose layers are complete by now
             self._find()
-        epoch = plan.forced(), prepare.epoch
+        tf32 = takes_tf32(torch.float32), takes_tf32(torch.float32, "conv")
+        epoch = plan.forced(), prepare.epoch, tf32, _changes
         if epoch != self._epoch:
-            self._epoch = epoch
-            self.shares = [{} for _ in self.modules]
-        _state.forward = Forward(self, _state.forward)
+            self._epoch, self._known, self._choices = epoch, {}, {}
+        records, infers, hooks = _mode()
+        if hooks is not None:
+            _state.forward = self._prepared(self.index, None)
+            return _state.forward
+        key = records, infers, torch._C._is_any_autocast_enabled()
+        choice = self._choices.get(key)
+        if choice is None:
+            choice = self._choices[key] = Choice(self)
+        looks = not choice.rests
+        if choice.is_over():
+            return None
+        _state.forward = self._prepared(self.index if looks else choice.index, choice)
+        return _state.forward
 
-    def end(self) -> None:
+    def _prepared(self, index: dict[int, int], choice: Choice | None) -> Forward:
+        """Computes the weights of a forward, those of all layers if there is no choice. Saved
+        tensors then go through hooks, which `Weights` of the library does not serve."""
+        library = native_library()
+        seen = bytearray(len(self.modules))
+        wanted: Sequence[int] = range(len(self.modules))
+        if choice is None:
+            options = _options(self.modules, wanted)
+        else:
+            wanted, options = choice.wanted, choice.options
+        found = library and library.parameters(self.places, wanted)
+        if found is not None:
+            indices = wanted
+            v, g, versions = found
+            w = _formed(v, g, options) if v else []
+        else:
+            indices, v, g, versions, w = [], [], [], [], []
+            rows = dict(zip(wanted, zip(*options, strict=True), strict=True))
+            for part in _parameters(self.places, wanted).values():
+                chosen = tuple(zip(*[rows[i] for i in part[0]], strict=True))
+                every: Any = *part, _formed(part[1], part[2], chosen)
+                for to, each in zip((indices, v, g, versions, w), every, strict=True):
+                    to += each
+        given = indices, v, g, versions, w, seen, self._known, self._decide
+        taken = library.taking(*given) if library and choice else Weights(*given).take
+        return Forward(index, taken, seen, choice)
+
+    def _decide(self, key: Any, i: int, *arguments: Any) -> bool:
+        return _decide(self._known, MOST_SHAPES_OF_GROUP, key, self.modules[i], *arguments)
+
+    def end(self, forward: Forward | None) -> None:
         """Drops the weights, also after an exception."""
         if is_compiling():
             for module in self.modules:
                 object.__setattr__(module, "_traced", None)
-            return
-        forward = _state.forward
-        assert forward is not None
-        _state.forward = forward.outer
-        self.used = forward.used
+        elif forward is not None:
+            _state.forward = forward.outer
+            if forward.choice is not None:
+                forward.choice.learn(forward.seen, forward.index is self.index)
 
     def _trace(self) -> None:
         """Computes the weights of a forward that is compiled."""
@@ -298,3 +453,12 @@ class Group:
         weights = WF.weight_norms(v, g, dim=dims, eps=eps, norm=norms)
         for module, w in zip(modules, weights, strict=True):
             object.__setattr__(module, "_traced", w)
+
+
+def _formed(v: list[Tensor], g: list[Tensor], options: tuple[tuple[Any, ...], ...]) -> list[Tensor]:
+    """Returns the weights of layers on one device, each in the dtype of its product."""
+    dim, eps, norm = options
+    dtypes: tuple[Any, ...] = (None,) * len(v)
+    if torch._C._is_any_autocast_enabled() and (cast := _cast(v[0].device)):
+        dtypes = tuple([None if t.dtype is torch.float64 else cast for t in v])
+    return grouped.formed(v, g, (dim, eps, dtypes, norm), together=True)

@@ -122,8 +122,10 @@ class NormedWeights(nn.Module):
         # nn.Module would register a Parameter of this name before it considers the property.
         if name not in self._normed():
             super().__setattr__(name, value)
-            if name in ("eps", "norm") and (store := self._store) is not None:
-                store.kept.clear()
+            if name in ("dim", "eps", "norm"):
+                prepared.forget_options()
+                if (store := self._store) is not None:
+                    store.kept.clear()
             return
         g, v = self._tensors(name)
         checkpoints.assign(value, g, v, self.dim, self.norm)
@@ -332,13 +334,8 @@ class WeightNormMixin(NormedWeights):
             return self.weight_v, self.weight_g, self.bias, self.dim, self.eps, self.norm
         return v, g, own["bias"], self.dim, self.eps, self.norm
 
-    def _prepared_weight(
-        self, input: Tensor, v: Tensor, g: Tensor, bias: Tensor | None
-    ) -> Tensor | None:
-        """Returns a `W` that was prepared for this call of `forward`, in the dtype of its product
-        with `input`, or `None` if the layer computes its own. The other arguments are those of
-        `_operands`."""
-        return prepared.take(self, input, v, g, bias)
+    # A method: a `W` that was prepared for this call of `forward`.
+    _prepared_weight = prepared.take
 
     @property
     def weight(self) -> Tensor:

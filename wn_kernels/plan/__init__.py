@@ -18,7 +18,17 @@ from .backend import (
     triton_unavailable,
     use_backend,
 )
-from .variants import KEPT_WEIGHT, Plan, by_cost, choices, choose, key, shared_seconds, shares
+from .variants import (
+    KEPT_WEIGHT,
+    Plan,
+    by_cost,
+    choices,
+    choose,
+    fewest,
+    key,
+    shared_seconds,
+    shares,
+)
 
 __all__ = [
     "BACKENDS",
@@ -32,6 +42,7 @@ __all__ = [
     "choose_backend",
     "costs",
     "devices",
+    "fewest",
     "forced",
     "is_forced",
     "key",

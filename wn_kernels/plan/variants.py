@@ -153,7 +153,8 @@ def choose(call: Call, backend: str) -> Plan:
 # Seconds of the processor that a layer with launches of its own takes more than one in a group, in
 # a forward and in a training step, where Python makes the launches. The first is that of a HiFi-GAN
 # of 78 layers on an H200, (7.18 - 6.68) ms / 78. A training step was not measured: it is assumed
-# to take twice as much. Where the native library launches, it is the group that takes more.
+# to take twice as much. Where the native library launches, neither was measured on a GPU since the
+# group's part has been cut.
 LAUNCHED = 6.4e-6, 12.8e-6
 
 
@@ -191,6 +192,17 @@ def shared_seconds(call: Call, plan: Plan, records: bool) -> tuple[float, float]
         own += found.seconds(found.backward[plan.backward])
         with_weight += found.seconds(found.kept or backward[1:])
     return own + (LAUNCHED[records] if _is_launched_by_python(plan) else 0.0), with_weight
+
+
+# The fewest layers for which a group pays where the native library launches kernels on a GPU. It is
+# an estimate: a group takes the processor about 17 µs whatever its size, and a launch, and each
+# layer of its own takes 1 µs and a launch of some 2 µs more than in a group.
+FEWEST = 8
+
+
+def fewest(backend: str) -> int:
+    """Returns the number of layers that a group of a backend has at least."""
+    return FEWEST if backend == "triton" and native.helpers() is not None else 1
 
 
 def shares(call: Call, plan: Plan, records: bool) -> bool:

@@ -16,6 +16,7 @@
     driver.h        launches by the CUDA driver
     passes.h        prepared launches of Triton's kernels, run without Python
     launched.h      the layers that consist of such passes
+    prepared.h      how a layer takes the weight that its group has prepared
     library.cpp     the Python bindings
 
 The library is built once for a machine, by the compiler that `torch.compile` also uses there:

@@ -244,12 +244,6 @@ inline variable_list unpacked(const py::list& tensors) {
   return out;
 }
 
-inline py::list packed(const variable_list& tensors) {
-  py::list out(tensors.size());
-  for (size_t i = 0; i < tensors.size(); ++i) out[i] = py::cast(tensors[i]);
-  return out;
-}
-
 // Returns the dtypes and layouts of tensors on one device as bytes. Returns nothing if one of them is
 // of another kind than torch's own, or if something sees through the call.
 inline py::object layouts(const py::list& tensors) {
@@ -273,34 +267,68 @@ inline py::object layouts(const py::list& tensors) {
 }
 
 // Returns the addresses of the tensors of these weights, as bytes: weight by weight, one of each list.
-inline py::bytes addresses(const py::sequence& lists, const std::vector<size_t>& weights) {
-  Key key;
-  std::vector<variable_list> all;
-  for (const auto each : lists) all.push_back(unpacked(each.cast<py::list>()));
-  for (const size_t i : weights)
-    for (const auto& each : all) key.number(reinterpret_cast<uintptr_t>(each[i].data_ptr()));
-  return py::bytes(key.bytes());
+// The address of a tensor that is None is zero.
+inline py::bytes addresses(const std::vector<py::list>& lists, const std::vector<size_t>& weights) {
+  std::string bytes;
+  bytes.reserve(lists.size() * weights.size() * sizeof(uintptr_t));
+  for (const size_t i : weights) {
+    for (const auto& each : lists) {
+      PyObject* t = PyList_GET_ITEM(each.ptr(), i);
+      const auto address =
+          t == Py_None ? 0 : reinterpret_cast<uintptr_t>(THPVariable_Unpack(t).data_ptr());
+      bytes.append(reinterpret_cast<const char*>(&address), sizeof address);
+    }
+  }
+  return py::bytes(bytes);
 }
 
-// Returns memory like that of tensors, in these dtypes.
-inline py::list empty_like(const py::list& tensors, const py::list& dtypes) {
+// Where a tensor that shares its memory with others may begin, in bytes. PyTorch allocates on a GPU in
+// such steps, so that tensors take no more memory together than each by itself.
+constexpr size_t allocation_step = 512;
+
+// Returns memory like that of tensors on one device, in these dtypes. `together`, those that are dense
+// share one piece of memory. They are no views of each other.
+inline py::list empty_like(const py::list& tensors, const py::list& dtypes, bool together) {
   const BelowAutograd below;
-  variable_list out = unpacked(tensors);
-  for (size_t i = 0; i < out.size(); ++i) {
-    const auto dtype = reinterpret_cast<THPDtype*>(py::handle(dtypes[i]).ptr())->scalar_type;
-    out[i] = at::empty_like(out[i], out[i].options().dtype(dtype));
+  const size_t count = tensors.size();
+  std::vector<at::ScalarType> types(count);
+  std::vector<size_t> begins(count);
+  size_t size = 0;
+  for (size_t i = 0; i < count; ++i) {
+    types[i] = reinterpret_cast<THPDtype*>(PyList_GET_ITEM(dtypes.ptr(), i))->scalar_type;
+    const Tensor& t = THPVariable_Unpack(PyList_GET_ITEM(tensors.ptr(), i));
+    if (!together || !t.is_non_overlapping_and_dense()) continue;
+    begins[i] = size;
+    const size_t bytes = t.numel() * c10::elementSize(types[i]);
+    size += (bytes + allocation_step - 1) / allocation_step * allocation_step;
   }
-  return packed(out);
+  Tensor block;
+  py::list out(count);
+  for (size_t i = 0; i < count; ++i) {
+    const Tensor& t = THPVariable_Unpack(PyList_GET_ITEM(tensors.ptr(), i));
+    Tensor here;
+    if (together && t.is_non_overlapping_and_dense()) {
+      if (!block.defined())
+        block = at::empty({static_cast<int64_t>(size)}, t.options().dtype(at::kByte));
+      here = at::detail::make_tensor<at::TensorImpl>(
+          c10::Storage(block.storage()), block.key_set(), c10::scalarTypeToTypeMeta(types[i]));
+      here.unsafeGetTensorImpl()->set_storage_offset(begins[i] / c10::elementSize(types[i]));
+      here.unsafeGetTensorImpl()->set_sizes_and_strides(t.sizes(), t.strides());
+    } else {
+      here = at::empty_like(t, t.options().dtype(types[i]));
+    }
+    PyList_SET_ITEM(out.ptr(), i, THPVariable_Wrap(std::move(here)));
+  }
+  return out;
 }
 
 // Makes the weights W outputs of a node, whose backward is `grads`.
-inline py::list record(
+inline void record(
     const py::list& w, const py::list& v, const py::list& g, const py::list& n,
     const std::vector<double>& eps, const py::list& norms, const py::object& grads) {
   Group group{unpacked(v), unpacked(g), unpacked(w), unpacked(n), {}, {}};
   for (size_t i = 0; i < eps.size(); ++i) group.options.push_back({eps[i], *norm_of(norms[i])});
   WeightNorms::record(group, grads);
-  return packed(group.w);
 }
 
 }  // namespace wn_kernels

@@ -11,6 +11,7 @@
 #include "group.h"
 #include "launched.h"
 #include "linear.h"
+#include "prepared.h"
 
 #include <torch/csrc/Exceptions.h>
 
@@ -63,6 +64,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("addresses", &addresses);
   m.def("empty_like", &wn_kernels::empty_like);
   m.def("record", &record);
+  m.def("parameters", &parameters);
+  m.def("taking", &taking);
   m.def(
       "set_callbacks", [](py::object plan, py::object launches, py::object differentiable_grads,
                           py::object weight_grads_backward, std::vector<py::object> norms) {

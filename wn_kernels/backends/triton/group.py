@@ -358,11 +358,14 @@ _remembered_backward = remembered(_prepare_backward)
 Lists = tuple[list[Tensor], list[Tensor]]
 
 
-def empty_like(tensors: list[Tensor], dtypes: list[torch.dtype]) -> list[Tensor]:
-    """Memory like that of tensors, in these dtypes."""
+def empty_like(
+    tensors: list[Tensor], dtypes: list[torch.dtype], together: bool = False
+) -> list[Tensor]:
+    """Memory like that of tensors, in these dtypes. If they will be dropped `together`, it may be
+    one piece."""
     library = native.helpers()
     if library is not None:
-        return library.empty_like(tensors, dtypes)
+        return library.empty_like(tensors, dtypes, together)
     return [torch.empty_like(t, dtype=dtype) for t, dtype in zip(tensors, dtypes, strict=True)]
 
 
@@ -371,11 +374,11 @@ def _run(
     members: Sequence[Member],
     v: list[Tensor],
     g: list[Tensor],
-    places: Sequence[Tensor] | None,
+    w: list[Tensor],
+    n: list[Any],
 ) -> Lists:
-    """The lists of all `W` and `n`, by what was prepared."""
-    w = [*places] if places else empty_like(v, made.dtypes[0])
-    n = empty_like(g, made.dtypes[1])
+    """The lists of all `W` and `n`, by what was prepared. The launches that weights share write to
+    these tensors, and no norms where `n` has `None`."""
     for i in made.alone:
         m = members[i]
         w[i], n[i] = weight.weight_norm(v[i], g[i], m.dim, m.eps, m.dtype, norm=m.norm)
@@ -408,6 +411,7 @@ class Prepared:
 
     Attributes:
         members: the options of every weight.
+        rules: every `eps` and every norm.
         backwards: the launches of the gradients, by the layouts of `dW` and by which there are.
     """
 
@@ -415,15 +419,27 @@ class Prepared:
         self, v: Sequence[Tensor], g: Sequence[Tensor], members: tuple[Member, ...]
     ) -> None:
         self.members = members
+        self.rules = [m.eps for m in members], [m.norm for m in members]
         self._forward = _remembered(target_of(v[0]), (*v, *g), members)
         self.backwards: dict[Any, Grouped] = {}
 
     def __call__(
-        self, v: list[Tensor], g: list[Tensor], places: Sequence[Tensor] | None = None
+        self,
+        v: list[Tensor],
+        g: list[Tensor],
+        places: Sequence[Tensor] | None = None,
+        keeps: bool = True,
+        together: bool = False,
     ) -> Lists:
         """The lists of all `W` and `n`, each `W` in its member's dtype and `V`'s memory layout. The
-        launches that weights share write `W` to its place, if there is one."""
-        return _run(self._forward, self.members, v, g, places)
+        launches that weights share write `W` to its place, if there is one. All `W` are in one
+        piece of memory if they are to be dropped `together`. Without `keeps`, such launches write
+        no norms. With it, a node keeps all of them, and they are in one piece as well."""
+        made = self._forward
+        together = together and not made.alone  # these are allocated by themselves
+        w = [*places] if places else empty_like(v, made.dtypes[0], together)
+        n: list[Any] = empty_like(g, made.dtypes[1], True) if keeps else [None] * len(g)
+        return _run(made, self.members, v, g, w, n)
 
     def grads(
         self,
@@ -459,7 +475,8 @@ def weight_norms(
     """The lists of all `W` and `n`, as `Prepared` returns them."""
     g = [t.contiguous() for t in g]
     made = _remembered(target_of(v[0]), (*v, *g), members)
-    return _run(made, members, [*v], g, places)
+    w = [*places] if places else empty_like([*v], made.dtypes[0])
+    return _run(made, members, [*v], g, w, empty_like(g, made.dtypes[1]))
 
 
 def weight_norms_backward(

@@ -115,11 +115,13 @@ class Uploads:
 
 
 def _addresses_of(lists: Sequence[list[Tensor]], members: list[int]) -> bytes:
-    """The addresses of the tensors of these weights, one of each list, as numbers of 64 bits."""
+    """The addresses of the tensors of these weights, one of each list, as numbers of 64 bits. The
+    address of `None` is zero."""
     library = native.helpers()
     if library is not None:
         return library.addresses(lists, members)
-    return array("q", [each[i].data_ptr() for i in members for each in lists]).tobytes()
+    tensors = [each[i] for i in members for each in lists]
+    return array("q", [0 if t is None else t.data_ptr() for t in tensors]).tobytes()
 
 
 def _on_device(
