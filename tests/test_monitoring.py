@@ -192,6 +192,9 @@ def test_a_picture(tmp_path):
         step(net, optimizer, torch.randn(5, 6).double())
     figure = watch.plot(tmp_path / "training.png")
     assert (tmp_path / "training.png").stat().st_size > 10_000
+    shown = figure._repr_png_()  # what a notebook shows
+    assert shown.startswith(b"\x89PNG")
+    assert len(shown) > 10_000
     drawn = torch.tensor(figure.axes[0].lines[1].get_ydata())
     assert_matches(drawn, watch.read()["norm"][:, 1], torch.float64, 1)
 

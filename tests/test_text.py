@@ -2,9 +2,10 @@
 
 import io
 import pickle
+import sys
+import types
 import xml.etree.ElementTree as ElementTree
 
-import pytest
 import torch
 
 import wn_kernels
@@ -82,7 +83,7 @@ def test_layers_in_a_notebook():
 
 
 class Watched(io.StringIO):
-    """A stream as ipykernel has it, or a terminal."""
+    """A stream that may be a terminal."""
 
     def __init__(self, is_terminal):
         super().__init__()
@@ -90,14 +91,44 @@ class Watched(io.StringIO):
 
 
 class OutStream(Watched):
+    """A stream as ipykernel has it."""
+
     __module__ = "ipykernel.iostream"
 
 
-@pytest.mark.parametrize("stream", [Watched(True), OutStream(False)])
-def test_progress_is_shown_and_blanked(stream, monkeypatch):
+class DisplayHandle:
+    """What IPython shows, in the order in which it does."""
+
+    shown = None  # a list, where a test sets one
+
+    def display(self, data, raw):
+        assert raw
+        self.shown.append(data["text/plain"])
+
+    update = display
+
+
+def test_progress_is_shown_and_blanked(monkeypatch):
+    stream = Watched(True)
     monkeypatch.setattr("sys.stderr", stream)
     assert [*progress("ab", "item")] == ["a", "b"]
     assert stream.getvalue() == "\ritem 1 of 2\ritem 2 of 2\r           \r"
+
+
+def test_progress_in_a_notebook(monkeypatch):
+    """The line is an output of its own. Nothing is left on standard error, which a saved notebook
+    would keep."""
+    stream = OutStream(False)
+    monkeypatch.setattr("sys.stderr", stream)
+    monkeypatch.setattr(DisplayHandle, "shown", [])
+    names = {"IPython": {}, "IPython.display": {"DisplayHandle": DisplayHandle}}
+    for name, attributes in names.items():
+        module = types.ModuleType(name)
+        vars(module).update(attributes)
+        monkeypatch.setitem(sys.modules, name, module)
+    assert [*progress("ab", "item")] == ["a", "b"]
+    assert DisplayHandle.shown == ["", "item 1 of 2", "item 2 of 2", ""]
+    assert not stream.getvalue()
 
 
 def test_progress_is_silent_elsewhere(monkeypatch):

@@ -12,8 +12,10 @@ records are read.
 
 from __future__ import annotations
 
+import io
 import math
 from collections import deque
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,6 +34,13 @@ QUANTITIES = {
     "gradient": "‖∂L/∂V‖",
     "angle": "angle (degrees)",
 }
+
+
+def _png(figure: Any) -> bytes:
+    """Returns the picture of a figure."""
+    stream = io.BytesIO()
+    figure.savefig(stream, format="png")
+    return stream.getvalue()
 
 
 class _Record(NamedTuple):
@@ -221,7 +230,7 @@ class Monitor:
             path: the file that the picture is written to, if any.
 
         Returns:
-            The `matplotlib.figure.Figure`.
+            The `matplotlib.figure.Figure`, which a notebook shows.
         """
         from matplotlib.figure import Figure
 
@@ -236,6 +245,8 @@ class Monitor:
         axes[0].legend(fontsize=7)
         if path is not None:
             figure.savefig(path)
+        # A notebook finds the picture by this name, also if pyplot was never imported.
+        setattr(figure, "_repr_png_", partial(_png, figure))  # noqa: B010
         return figure
 
     def log(self, writer: Any) -> int:

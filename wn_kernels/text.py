@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from html import escape
 from typing import TypeVar
 
@@ -51,18 +51,39 @@ class Tabular:
         return html(self._rows(), self._summary())
 
 
-def progress(items: Sequence[Item], what: str) -> Iterator[Item]:
-    """Yields the items. Meanwhile a line on standard error counts them, in a terminal or a
-    notebook. It is blank at the end."""
+def _line() -> Callable[[str], None] | None:
+    """Returns a function that replaces a line of text: an output of a notebook's cell, or the last
+    line of a terminal on standard error. Returns `None` where nobody watches."""
     stream = sys.stderr
-    is_watched = stream.isatty() or type(stream).__module__.startswith("ipykernel")
-    line = ""
+    if type(stream).__module__.startswith("ipykernel"):
+        # A notebook keeps what is written to standard error. An output of its own can be emptied.
+        from IPython.display import DisplayHandle
+
+        handle = DisplayHandle()
+        handle.display({"text/plain": ""}, raw=True)
+        return lambda line: handle.update({"text/plain": line}, raw=True)
+    if not stream.isatty():
+        return None
+    width = 0
+
+    def show(line: str) -> None:
+        nonlocal width
+        blank = "\r" + " " * width if len(line) < width else ""
+        width = len(line)
+        print(f"{blank}\r{line}", end="", file=stream, flush=True)
+
+    return show
+
+
+def progress(items: Sequence[Item], what: str) -> Iterator[Item]:
+    """Yields the items. Meanwhile a line counts them, in a terminal or a notebook. It is blank at
+    the end."""
+    show = _line() if items else None
     try:
         for i, item in enumerate(items, 1):
-            if is_watched:
-                line = f"{what} {i} of {len(items)}"
-                print(f"\r{line}", end="", file=stream, flush=True)
+            if show:
+                show(f"{what} {i} of {len(items)}")
             yield item
     finally:
-        if line:
-            print("\r" + " " * len(line), end="\r", file=stream, flush=True)
+        if show:
+            show("")
