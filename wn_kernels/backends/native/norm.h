@@ -112,16 +112,13 @@ inline double finished(Norm norm, double partial) {
 
 // --- slope ---------------------------------------------------------------------------------------
 
-// Returns 1 for an element with |v| = n, and else 0. `n` may be one number for all elements.
+// Returns 1 for each element with |v| = n, and else 0. `n` may be one number for all elements.
 template <typename Value, typename N>
 inline Value tied(Value v, N n) {
-  if constexpr (std::is_floating_point_v<Value>)
-    return magnitude(v) == n ? Value(1) : Value(0);
-  else
-    return (Value)((Bits<Value>)(Value{} + 1) & (magnitude(v) == n));
+  return (Value)((Bits<Value>)(Value{} + 1) & (magnitude(v) == n));
 }
 
-// Returns c u. A c that is no finite number leaves the elements without a slope at zero.
+// Returns c u. It is zero where u is, whatever c.
 template <Norm norm, typename Value, typename C, typename N>
 inline Value times_slope(C c, Value v, [[maybe_unused]] N n) {
   if constexpr (norm == Norm::l2) {

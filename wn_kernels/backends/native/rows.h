@@ -173,81 +173,76 @@ std::array<double, 2> partial_and_dot(Norm of, const V* v, const Wide<V>* x, int
   return out;
 }
 
-// The elements of a row with |v| = n, which have a slope under linf. In a long row they usually lie in
-// few groups.
+// Finds the ties of a row, which are the elements with |v| = n. Under linf they alone have a slope. In a
+// long row they usually lie in few groups, and these are kept.
 template <typename V>
 class Ties {
  public:
-  static constexpr int64_t kFewGroups = 32;
+  static constexpr int64_t kFewGroups = 128;
 
-  // Finds them, and returns <a, v>. Both are one pass.
+  // Finds them, and returns <a, v> from the same pass.
   template <typename A>
   double dot(const A* a, const V* v, Wide<V> n, int64_t length) {
-    return find(v, n, length, [=](const auto& look) {
-      using T = Wide<V>;
-      if (length <= kShort) return wn_kernels::dot(a, v, length);
-      return reductions<T, Sum>(
-          length,
-          [=](int64_t i, auto count) {
-            return std::array<Vector<T>, 1>{load(a + i, count) * load(v + i, count)};
-          },
-          look)[0];
+    using T = Wide<V>;
+    const auto term = [=](int64_t i, auto count) {
+      return std::array<Vector<T>, 1>{load(a + i, count) * load(v + i, count)};
+    };
+    double sum = 0;
+    find(v, n, length, [&](const auto& look) {
+      sum = length <= kShort ? wn_kernels::dot(a, v, length)
+                             : reductions<T, Sum>(length, term, look)[0];
     });
+    return sum;
   }
   // Finds them.
   void find(const V* v, Wide<V> n, int64_t length) {
     find(v, n, length, [=](const auto& look) {
       for (int64_t i = 0; i + kGroup <= length; i += kGroup) look(i);
-      return 0;
     });
   }
 
   int64_t count() const { return count_; }
 
-  // Whether only the groups that start at groups()[0], ..., groups()[size - 1] have ties, beside the
-  // rest of the row.
-  bool are_in_few() const { return found_ <= kFewGroups; }
-  int64_t size() const { return found_; }
+  // Returns whether the groups that start at groups()[0], ..., groups()[size() - 1] have all ties, but
+  // for those among the last elements, which fill no group.
+  bool are_in_few() const { return size_ <= kFewGroups; }
+  int64_t size() const { return size_; }
   const int64_t* groups() const { return groups_; }
 
  private:
-  // A shorter row is not worth the trouble.
   static constexpr int64_t kLong = 4 * kGroup;
 
-  // pass(look) calls look(i) for every group of the row, which starts at element i.
+  // pass(look) calls look(i) for every group, which starts at element i.
   template <typename Pass>
-  auto find(const V* v, Wide<V> n, int64_t length, const Pass& pass) {
+  void find(const V* v, Wide<V> n, int64_t length, const Pass& pass) {
     RawNumber<V> x = -1;  // no magnitude has these bits
     if (const V narrow = static_cast<V>(n); static_cast<Wide<V>>(narrow) == n)
       std::memcpy(&x, &narrow, sizeof x);
-    const int64_t whole = length - length % kGroup;
+    // Local variables stay in registers during the pass.
     int64_t count = 0;
+    uint64_t size = 0;
+    const int64_t whole = length - length % kGroup;
     for_each_vector<Wide<V>>(length - whole, [&](int64_t i, auto part) {
       count += marked(equal(load_raw(v + whole + i, part), x));
     });
-    const auto add = [=, &count](int64_t i) { count += count_equal(v + i, x); };
-    const auto finish = [&](uint64_t found, const auto& result) {
-      count_ = count, found_ = found;
-      return result;
-    };
+    const auto add = [v, x, &count](int64_t i) { count += count_equal(v + i, x); };
     if (length < kLong) {
-      const auto result = pass(add);
-      return finish(kFewGroups + 1, result);
+      pass(add);
+      size = kFewGroups + 1;
+    } else {
+      pass([v, x, groups = groups_, &size](int64_t i) {
+        groups[size % kFewGroups] = i;
+        size += any_equal(v + i, x);
+      });
+      if (size <= kFewGroups)
+        for (uint64_t k = 0; k < size; ++k) add(groups_[k]);
+      else
+        for (int64_t i = 0; i < whole; i += kGroup) add(i);
     }
-    uint64_t found = 0;
-    const auto result = pass([=, this, &found](int64_t i) {
-      groups_[found % kFewGroups] = i;
-      found += any_equal(v + i, x);
-    });
-    if (found <= kFewGroups)
-      for (uint64_t k = 0; k < found; ++k) add(groups_[k]);
-    else
-      for (int64_t i = 0; i < whole; i += kGroup) add(i);
-    return finish(found, result);
+    count_ = count, size_ = size;
   }
 
-  int64_t count_ = 0, found_ = 0;  // found_: groups with ties
-  int64_t groups_[kFewGroups];
+  int64_t count_ = 0, size_ = 0, groups_[kFewGroups];
 };
 
 // Returns <a, v>, and finds the ties of v if the norm is linf.
