@@ -325,3 +325,33 @@ def test_memory_without_biases(monkeypatch):
         rest = set(layer._flat_weights_names) - set(v)
         assert flat.places(layer, v, {name: getattr(layer, name) for name in rest}) == {}
     assert asked == [False, True]
+
+
+def test_frozen_weights_are_brought_to_their_places_once(monkeypatch):
+    """As long as neither they nor the biases change, and no gradient is needed."""
+    layer, x = made("lstm")
+    gathered = []
+
+    def copies(tensors, places):
+        gathered.append(1)
+        return [t.clone() for t in tensors]
+
+    monkeypatch.setattr(flat, "gathered", copies)
+    with wn_kernels.frozen_weights(layer):
+        with torch.inference_mode():
+            first = output(layer, x)
+        with torch.no_grad():
+            second = output(layer, x)
+        assert len(gathered) == 1
+        for y in (first, second):
+            assert_right(layer, x, y.clone())
+        for key in ("bias_hh_l0", "weight_ih_l0_v"):
+            for change in (lambda p: p.mul_(2), lambda p: p.set_(p * 2)):
+                count = len(gathered)
+                with torch.no_grad():
+                    change(getattr(layer, key))
+                    y = output(layer, x)
+                assert len(gathered) == count + 1
+                assert_right(layer, x, y)
+        assert_right(layer, x, grads=gradients(layer, x))
+    assert layer._store is None

@@ -77,9 +77,61 @@ def gathered(
     }
     if away:
         to, given = zip(*away.values(), strict=True)
-        for i, copy in zip(away, Placed.apply(to, *given), strict=True):
+        if needs_grad(given):
+            to = Placed.apply(to, *given)
+        else:
+            torch._foreach_copy_([*to], given)
+        for i, copy in zip(away, to, strict=True):
             found[i] = copy
     return found
+
+
+def needs_grad(tensors: Sequence[Tensor | None]) -> bool:
+    """Returns whether the use of tensors is recorded for a backward."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+class Copies(NamedTuple):
+    """The tensors of a layer at their places, which it keeps inside `frozen_weights`. They serve as
+    long as what they were copied from is the same, as a kept weight does (kept.py).
+
+    Attributes:
+        copies: the tensors, in the order of the layer.
+        tensors: what they were copied from.
+        versions: the sum of the version counters of those.
+        addresses: where the values of those were.
+        is_cast: whether autocast chose the dtype of the copies.
+    """
+
+    copies: list[Tensor | None]
+    tensors: list[Tensor]
+    versions: int
+    addresses: list[int]
+    is_cast: bool
+
+    @classmethod
+    def of(cls, copies: list[Tensor | None], tensors: Sequence[Tensor | None]) -> Copies | None:
+        """Returns an entry, or `None` if changes of the tensors cannot be noticed."""
+        given = [t for t in tensors if t is not None]
+        if any(t.is_inference() for t in given):
+            return None
+        addresses = [t.data_ptr() for t in given]
+        return cls(copies, given, _versions(given), addresses, torch.is_autocast_enabled("cuda"))
+
+    def are_of(self, tensors: Sequence[Tensor | None]) -> bool:
+        """Returns whether these are the copies of such tensors."""
+        given = [t for t in tensors if t is not None]
+        return (
+            len(given) == len(self.tensors)
+            and all(a is b for a, b in zip(given, self.tensors, strict=True))
+            and _versions(given) == self.versions
+            and [t.data_ptr() for t in given] == self.addresses
+            and torch.is_autocast_enabled("cuda") == self.is_cast
+        )
+
+
+def _versions(tensors: Sequence[Tensor]) -> int:
+    return sum([t._version for t in tensors])
 
 
 def _memory(

@@ -50,12 +50,14 @@ class Store:
         kept: the weights by name, and those of a name by dtype, on a GPU by dtype and stream.
         pays: whether PyTorch's product with a kept weight is the fastest for an input
             (`prepared.py`).
+        copies: the tensors of a recurrent layer in one buffer (`flat.py`).
     """
 
     def __init__(self) -> None:
         self.blocks = 0
         self.kept: dict[str, dict[Any, Kept]] = {}
         self.pays: dict[Any, bool] = {}
+        self.copies: Any = None
 
     def __reduce__(self) -> tuple:
         return type(None), ()
@@ -140,3 +142,4 @@ def close_store(module: Any, store: Store) -> None:
         if module.__dict__.get("_store") is store:
             del module.__dict__["_store"]
         store.kept.clear()
+        store.copies = None

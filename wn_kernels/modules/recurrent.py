@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import functional as WF
-from ..call import Norm
+from ..call import Norm, recorder
 from . import checkpoints, flat, norms, reading, removal, steps
 from .weight import NormedWeights
 
@@ -29,9 +29,30 @@ def flat_weights(layer: Any) -> list[Tensor | None]:
     names, normed = layer._flat_weights_names, layer._normed()
     directions = {name: layer._tensors(name)[1] for name in normed}
     others = {name: getattr(layer, name, None) for name in names if name not in directions}
-    places = flat.places(layer, directions, others)
+    keeps = layer._store is not None and not recorder(next(iter(directions.values())))
+    places = {} if keeps else flat.places(layer, directions, others)
     found = others | dict(zip(normed, reading.forms(layer, normed, places), strict=True))
-    return flat.gathered([found[name] for name in names], [places.get(name) for name in names])
+    tensors = [found[name] for name in names]
+    if keeps and not flat.needs_grad(tensors):
+        return _kept(layer, tensors, directions, others)
+    if keeps:
+        places = flat.places(layer, directions, others)
+    return flat.gathered(tensors, [places.get(name) for name in names])
+
+
+def _kept(layer: Any, tensors: list[Any], *parts: Any) -> list[Tensor | None]:
+    """Returns the tensors of a layer inside `frozen_weights`, which keeps them where cuDNN takes
+    them."""
+    store = layer._store
+    kept = store and store.copies
+    if kept and kept.are_of(tensors):
+        return [*kept.copies]
+    with torch.inference_mode(False), torch.no_grad():
+        places = flat.places(layer, *parts)
+        copies = flat.gathered(tensors, [places.get(n) for n in layer._flat_weights_names])
+        if store:
+            store.copies = flat.Copies.of(copies, tensors)
+    return [*copies]
 
 
 def with_weights(layer: Any) -> Any:
