@@ -86,7 +86,7 @@ def test_wide_kernels_compute_the_same(monkeypatch, device):
     """Every kernel with 64-bit offsets, at sizes that can be checked."""
     from tests.backends.triton import test_linear, test_weight
 
-    for name in ("launch", "linear", "linear_grad"):
+    for name in ("launch", "one_pass", "linear_grad"):
         module = importlib.import_module(f"wn_kernels.backends.triton.{name}")
         monkeypatch.setattr(module, "is_wide", lambda *_: True)
     forget()
@@ -96,6 +96,9 @@ def test_wide_kernels_compute_the_same(monkeypatch, device):
             test_linear.run(case, forward=form)
         for form in test_linear.BACKWARD[dim]:
             test_linear.run(case, backward=form)
+        if dim == 0:  # by programs that share r, and a backward of more rows
+            test_linear.run(case, forward="one_pass", config=test_linear.SMALL._replace(splits=2))
+            test_linear.run(case, backward="product", grad_config=test_linear.SMALL_TILE)
         test_weight.check(*test_weight.inputs((11, 6, 9), dim, torch.float32, device), dim)
     forget()
 
