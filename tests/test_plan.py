@@ -13,7 +13,7 @@ import torch
 
 import wn_kernels.functional as WF
 from bench.cases import Case as BenchCase
-from tests.comparison import Case, is_close
+from tests.comparison import Case
 from wn_kernels import plan, use_backend
 from wn_kernels.backends import tiles, vendor
 from wn_kernels.backends.native import limits
