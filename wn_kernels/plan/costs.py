@@ -90,7 +90,7 @@ def aten_linear(call: Call) -> Costs:
     n, k = call.v_shape
     m = math.prod(call.x_shape[:-1])
     size = call.x_dtype.itemsize
-    x, y, w = size * m * k, size * m * n, size * n * k
+    x, y, w = size * m * k, size * m * n, float(size * n * k)
     norms = Stage(w)
     if w < CACHED:
         w /= device.cache
