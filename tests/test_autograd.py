@@ -5,7 +5,7 @@ import torch
 from torch.autograd import gradcheck, gradgradcheck
 
 import wn_kernels.functional as WF
-from tests.comparison import DIMS, Case, assert_matches
+from tests.comparison import DIMS, Case, assert_matches, assert_same_bits
 from wn_kernels import WNLinear, use_backend
 from wn_kernels.backends import reference
 
@@ -138,3 +138,31 @@ def test_forward_mode_and_transforms():
     assert_matches(tangent, jvp, torch.float64, 6)
     batched = torch.vmap(WF.wn_linear, in_dims=(0, None, None, None))(*inputs)
     case.check_forward(batched)
+
+
+def test_torchs_own_weight_is_mended_each_time():
+    """The hook of torch's node of `W` replaces its result in every backward that is differentiated,
+    and in no other, also if `V` is no leaf."""
+    case = Case(4, 6, 5, 0, torch.float64)
+    x, v, g, bias = leaves(case)
+    with use_backend("aten"):
+        y = WF.wn_linear(x, 2 * v, g, bias).square().sum()
+    expected = second_of_definition(case)
+    plain = torch.autograd.grad(y, (v, g), retain_graph=True)
+    for _ in range(2):
+        recorded = torch.autograd.grad(y, (v, g), create_graph=True)
+        total = sum(t.square().sum() for t in recorded)
+        second = torch.autograd.grad(total, (v, g), retain_graph=True)
+        for grad, again, found, want in zip(plain, recorded, second, expected, strict=True):
+            assert_matches(again, grad, torch.float64, case.x.numel())
+            assert_matches(found, want, torch.float64, case.x.numel())
+    for grad, again in zip(plain, torch.autograd.grad(y, (v, g)), strict=True):
+        assert_same_bits(again, grad)
+
+
+def second_of_definition(case):
+    """The derivatives of the squared gradients of the squared outputs, by the definition."""
+    x, v, g, bias = leaves(case)
+    y = reference.layer(x, 2 * v, g, bias, None, 0, 0.0, "l2").square().sum()
+    first = torch.autograd.grad(y, (v, g), create_graph=True)
+    return torch.autograd.grad(sum(t.square().sum() for t in first), (v, g))

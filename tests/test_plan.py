@@ -37,9 +37,12 @@ def triton(m, k, n, dim=0, x=BF16, v=BF16, norm="l2"):
 
 
 def test_aten_variants():
-    """Small layers materialise, for fewer operations; large ones scale, for fewer bytes, unless
-    the batch outweighs the weight."""
-    assert aten(32, 64, 64)[1:] == MATERIALIZE
+    """Small layers materialise, for fewer operations, and keep `W`, for a backward without Python;
+    large ones scale, for fewer bytes, unless the batch outweighs the weight."""
+    for side in (64, 512):
+        assert aten(32, side, side)[2:] == ("materialize", "weight")
+    assert aten(32, 64, 64).forward == "materialize"
+    assert aten(32, 64, 64, x=F64, v=F64).keeps == "weight"
     assert aten(16, 4096, 4096)[1:] == ("scaled", "scaled", "product")
     assert aten(8192, 1024, 1024)[1:] == MATERIALIZE
     assert aten(512, 1024, 4096).forward == "scaled"

@@ -17,7 +17,7 @@ the composite formula.
 
 from __future__ import annotations
 
-import functools
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -76,48 +76,58 @@ def layer(call: Call, plan: Plan, tensors: Operands) -> Tensor:
             return F.linear(x, w, bias)
         return vendor.convolution(x, w, bias, call.conv)
     if x is None and plan.backend == "aten" and plan.forward:
-        fused = _fused_weight(v, g, call, plan)
+        fused = _fused_weight(v, g, call)
         if fused is not None:
             return fused
     return Layer.apply(x, v, g, bias, call, plan)
 
 
-def _fused_weight(v: Tensor, g: Tensor, call: Call, plan: Plan) -> Tensor | None:
+def _fused_weight(v: Tensor, g: Tensor, call: Call) -> Tensor | None:
     """`W` by torch's own kernel, where that serves."""
-    if v.is_leaf:  # the hook holds on to `V`, which makes no difference for a leaf
-        fused = aten.fused_weight_norm(v, g, call, call.x_dtype)
-        if fused is not None:
-            w, n = fused
-            if w.grad_fn is not None:
-                mend_second_order(w, n, v, g, call, plan)
-            return w.to(call.x_dtype)
-    return None
-
-
-def mend_second_order(w: Tensor, n: Tensor, v: Tensor, g: Tensor, call: Call, plan: Plan) -> None:
-    """Gives torch's own node of `W` a right derivative of its backward. `V` must be a leaf."""
-    assert w.grad_fn is not None
-    w.grad_fn.register_hook(functools.partial(_right_second_order, v, g, n, call, plan))
-
-
-def _right_second_order(
-    v: Tensor,
-    g: Tensor,
-    n: Tensor,
-    call: Call,
-    plan: Plan,
-    grad_inputs: Sequence[Tensor | None],
-    grad_outputs: Sequence[Tensor],
-) -> tuple[Tensor | None, ...] | None:
-    """Replaces torch's own backward of `W` where that is itself differentiated: its derivative
-    takes the norm for a constant."""
-    if not torch.is_grad_enabled():
+    fused = aten.fused_weight_norm(v, g, call, call.x_dtype)
+    if fused is None:
         return None
-    needs_v, needs_g = (grad is not None for grad in grad_inputs)
-    tensors = Operands(None, v, g, None)
-    needs = (False, needs_v, needs_g, False)
-    weight = _weight_of(call, plan)
-    return recorded_grads(weight, None, grad_outputs[0], tensors, n, needs)[1:3]
+    w, _ = fused
+    if w.grad_fn is not None:
+        mend_second_order(w.grad_fn)
+    return w.to(call.x_dtype)
+
+
+def mend_second_order(node: Any) -> None:
+    """Gives torch's own node of `W` a right derivative of its backward, which takes the norm for a
+    constant.
+
+    All nodes share one hook. `Node.register_hook` takes three times as long, as it makes a
+    dictionary and a handle for each node.
+    """
+    node._register_hook_dict(_hooked)
+
+
+def _mend_if_recorded(dw: Tensor) -> None:
+    """Before the backward of a node of `W`: if that backward is itself differentiated, the node
+    gets a hook that replaces its result."""
+    if not torch.is_grad_enabled():
+        return
+    node: Any = torch._C._current_autograd_node()
+    v, g, n = node._saved_v, node._saved_g, node._saved_result1
+    call = Call(torch.Size(()), v.shape, v.dtype, v.dtype, node._saved_dim)
+
+    def replaced(
+        grad_inputs: Sequence[Tensor | None], grad_outputs: Sequence[Tensor]
+    ) -> tuple[Tensor | None, ...]:
+        handle.remove()
+        needs_v, needs_g = (grad is not None for grad in grad_inputs)
+        weight = _weight_of(call, Plan("aten", "materialize", "materialize"))
+        needs = False, needs_v, needs_g, False
+        operands = Operands(None, v, g, None)
+        return recorded_grads(weight, None, grad_outputs[0], operands, n, needs)[1:3]
+
+    handle = node.register_hook(replaced)
+
+
+# PyTorch takes the hooks of a node from a tensor.
+_hooked = torch.empty(0)
+_hooked._backward_hooks = OrderedDict({0: _mend_if_recorded})
 
 
 # --- a backward that is differentiated -----------------------------------------------------------

@@ -15,9 +15,17 @@ from torch import Tensor
 
 from .autograd import mend_second_order
 from .backends import aten_weight, native, vendor
-from .call import PLAIN_TYPES, Call, Norm, Operands, product_dtype, recorder
-from .plan import Plan
-from .prepare import are_dense, prepare
+from .call import (
+    NORM_RANGE,
+    PLAIN_TYPES,
+    Call,
+    Norm,
+    Operands,
+    product_dtype,
+    recorder,
+    scale_dtype,
+)
+from .prepare import prepare
 
 _MOST = 4096  # calls that are kept
 
@@ -26,20 +34,31 @@ class _Known(NamedTuple):
     """Holds what was found out about a call.
 
     Attributes:
-        call, plan: as prepared.
+        call: as prepared.
         infers: whether this file serves it without gradients.
         records: whether it serves a training step.
+        range: the smallest and the largest norm.
+        casts: whether `W` or the bias has another dtype than the product.
+        adds_bias: as `vendor.adds_bias` returns it.
     """
 
     call: Call
-    plan: Plan
     infers: bool
     records: bool
+    range: tuple[float, float]
+    casts: bool
+    adds_bias: bool
 
 
 _known: dict[Any, Any] = {}  # a `_Known`, or `None` if this file does not serve the call
 _UNSEEN = object()
 native.memos.append(_known)
+
+# These are looked up once, because a look-up of each costs as much as a check.
+_strided = torch.strided
+_is_grad_enabled = torch.is_grad_enabled
+_is_autocast_enabled = torch._C._is_any_autocast_enabled
+_weight_norm = torch._weight_norm_interface
 
 
 def composed(
@@ -64,19 +83,28 @@ def composed(
         or x is None
         or type(x) not in PLAIN_TYPES
         or type(g) not in PLAIN_TYPES
-        or (bias is not None and type(bias) not in PLAIN_TYPES)
         or recorder(v)
-        or not are_dense(x, v, g, bias)
-        or not (v.is_cpu and v.is_contiguous() and g.is_contiguous())
     ):
         return None
-    if torch._C._is_any_autocast_enabled():
-        x = x.to(product_dtype(x))
-    shapes = x.shape, v.shape, g.shape, None if bias is None else bias.shape
-    key = *shapes, x.dtype, v.dtype, g.dtype, rank, geometry, dim, type(dim), eps, norm
     try:
+        if not (
+            (x.is_cpu and v.is_cpu and g.is_cpu)
+            and x.layout is v.layout is g.layout is _strided
+            and (v.is_contiguous() and g.is_contiguous())
+        ):
+            return None
+        if bias is None:
+            of_bias: Any = None
+        elif type(bias) in PLAIN_TYPES and bias.is_cpu and bias.layout is _strided:
+            of_bias = bias.shape, bias.dtype
+        else:
+            return None
+        if _is_autocast_enabled():
+            x = x.to(product_dtype(x))
+        shapes = x.shape, v.shape, g.shape, of_bias
+        key = *shapes, x.dtype, v.dtype, g.dtype, rank, geometry, dim, type(dim), eps, norm
         known = _known.get(key, _UNSEEN)
-    except TypeError:  # an option cannot be hashed
+    except (TypeError, RuntimeError):  # an option cannot be hashed, or a tensor is nested
         return None
     if known is _UNSEEN:
         if len(_known) >= _MOST:
@@ -84,29 +112,30 @@ def composed(
         known = _known[key] = _find(rank, Operands(x, v, g, bias), geometry, dim, eps, norm)
     if known is None:
         return None
-    call, plan, infers, records = known
-    if torch.is_grad_enabled() and (
-        v.requires_grad
-        or g.requires_grad
-        or x.requires_grad
-        or (bias is not None and bias.requires_grad)
-    ):
-        if not (records and v.is_leaf):
+    call, infers, records, (least, most), casts, adds_bias = known
+    records_weight = False
+    if _is_grad_enabled():
+        records_weight = v.requires_grad or g.requires_grad
+        if records_weight or x.requires_grad or (bias is not None and bias.requires_grad):
+            if not records:
+                return None
+        elif not infers:
             return None
     elif not infers:
         return None
-    assert call.dim is not None
-    w, n = torch._weight_norm_interface(v, g, call.dim)
-    if not aten_weight.is_in_range(n):
+    w, n = _weight_norm(v, g, call.dim)
+    low, high = n.aminmax()
+    if not (low.item() >= least and high.item() <= most):  # a NaN is out of range, too
         return None
-    if w.grad_fn is not None:
-        mend_second_order(w, n, v, g, call, plan)
-    if w.dtype is not call.x_dtype:
+    if records_weight:
+        mend_second_order(w.grad_fn)
+    if casts:
         w = w.to(call.x_dtype)
-    if bias is not None and bias.dtype is not call.x_dtype:
-        bias = bias.to(call.x_dtype)
+        bias = None if bias is None else bias.to(call.x_dtype)
     if call.conv is None:
         return F.linear(x, w, bias)
+    if adds_bias:
+        return vendor.convolution(x, w, bias, call.conv)
     return torch.convolution(x, w, bias, *call.conv)
 
 
@@ -130,4 +159,13 @@ def _find(
     )
     if not served:
         return None
-    return _Known(call, plan, plan.forward == "materialize", plan.keeps == "weight")
+    given = call.v_dtype, call.x_dtype if tensors.bias is None else tensors.bias.dtype
+    return _Known(
+        call,
+        plan.forward == "materialize",
+        plan.keeps == "weight",
+        NORM_RANGE[scale_dtype(tensors.v)],
+        any(dtype is not call.x_dtype for dtype in given),
+        call.conv is not None
+        and vendor.adds_bias(call.x_shape, call.v_shape, call.x_dtype, call.conv),
+    )

@@ -32,7 +32,7 @@ from .call import (
 )
 from .prepare import are_dense, prepare, reject
 
-# By backend, the function that a call goes to first. It takes the arguments of `_run`, and returns
+# By backend, the function that a call goes to first. It takes the arguments of `run`, and returns
 # `None` for a call that it does not serve.
 _servers: dict[str, Callable[..., Tensor | None]] = {}
 native.memos.append(_servers)
@@ -54,7 +54,7 @@ def _composed_if_free(*call: Any) -> Tensor | None:
     return None if plan.is_forced() else composed.composed(*call)
 
 
-def _run(
+def run(
     rank: int | None,
     x: Tensor | None,
     v: Tensor,
@@ -171,7 +171,7 @@ def weight_norm(
         ValueError: the shape of `g` does not fit, `dim` or `eps` is out of range, `norm` is
             unknown, or the tensors are on different devices.
     """
-    return _run(None, None, v, g, None, (), dim, eps, norm)
+    return run(None, None, v, g, None, (), dim, eps, norm)
 
 
 def weight_norms(
@@ -266,28 +266,7 @@ def wn_linear(
         ValueError: shapes do not fit, `dim` or `eps` is out of range, `norm` is unknown, or the
             tensors are on different devices.
     """
-    return _run(0, input, v, g, bias, (), dim, eps, norm)
-
-
-def convolution(
-    rank: int,
-    input: Tensor,
-    v: Tensor,
-    g: Tensor,
-    bias: Tensor | None,
-    stride: Any,
-    padding: Any,
-    dilation: Any,
-    transposed: bool,
-    output_padding: Any,
-    groups: int,
-    dim: int | None,
-    eps: float,
-    norm: Norm,
-) -> Tensor:
-    """Computes any of the six convolutions below. `rank` is the number of spatial dimensions."""
-    geometry = stride, padding, dilation, transposed, output_padding, groups
-    return _run(rank, input, v, g, bias, geometry, dim, eps, norm)
+    return run(0, input, v, g, bias, (), dim, eps, norm)
 
 
 def wn_conv1d(
@@ -335,7 +314,7 @@ def wn_conv1d(
             of range, `norm` is unknown, or the tensors are on different devices.
     """
     geometry = stride, padding, dilation, False, 0, groups
-    return _run(1, input, v, g, bias, geometry, dim, eps, norm)
+    return run(1, input, v, g, bias, geometry, dim, eps, norm)
 
 
 def wn_conv2d(
@@ -360,7 +339,7 @@ def wn_conv2d(
     kernel of `(kh, kw)`.
     """
     geometry = stride, padding, dilation, False, 0, groups
-    return _run(2, input, v, g, bias, geometry, dim, eps, norm)
+    return run(2, input, v, g, bias, geometry, dim, eps, norm)
 
 
 def wn_conv3d(
@@ -385,7 +364,7 @@ def wn_conv3d(
     kernel of `(kd, kh, kw)`.
     """
     geometry = stride, padding, dilation, False, 0, groups
-    return _run(3, input, v, g, bias, geometry, dim, eps, norm)
+    return run(3, input, v, g, bias, geometry, dim, eps, norm)
 
 
 def wn_conv_transpose1d(
@@ -430,7 +409,7 @@ def wn_conv_transpose1d(
         TypeError, ValueError: as `wn_conv1d`.
     """
     geometry = stride, padding, dilation, True, output_padding, groups
-    return _run(1, input, v, g, bias, geometry, dim, eps, norm)
+    return run(1, input, v, g, bias, geometry, dim, eps, norm)
 
 
 def wn_conv_transpose2d(
@@ -457,7 +436,7 @@ def wn_conv_transpose2d(
     `(H, W)` and a kernel of `(kh, kw)`.
     """
     geometry = stride, padding, dilation, True, output_padding, groups
-    return _run(2, input, v, g, bias, geometry, dim, eps, norm)
+    return run(2, input, v, g, bias, geometry, dim, eps, norm)
 
 
 def wn_conv_transpose3d(
@@ -484,4 +463,4 @@ def wn_conv_transpose3d(
     `(D, H, W)` and a kernel of `(kd, kh, kw)`.
     """
     geometry = stride, padding, dilation, True, output_padding, groups
-    return _run(3, input, v, g, bias, geometry, dim, eps, norm)
+    return run(3, input, v, g, bias, geometry, dim, eps, norm)

@@ -107,7 +107,7 @@ def run_call(call: Call, operands: Sequence[Tensor]) -> Tensor:
     x, v, g, bias = operands
     if call.conv is None:
         return WF.wn_linear(x, v, g, bias, dim=call.dim, norm=call.norm)
-    return WF.convolution(x.ndim - 2, x, v, g, bias, *call.conv, call.dim, 0.0, call.norm)
+    return WF.run(x.ndim - 2, x, v, g, bias, tuple(call.conv), call.dim, 0.0, call.norm)
 
 
 # --- tune ----------------------------------------------------------------------------------------

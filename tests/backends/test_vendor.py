@@ -15,7 +15,7 @@ import wn_kernels
 import wn_kernels.functional as WF
 from bench.measure import onednn
 from tests.comparison import ConvCase, assert_matches, assert_same_bits
-from wn_kernels import prepare, use_backend
+from wn_kernels import plan, prepare, use_backend
 from wn_kernels.backends import native, vendor
 from wn_kernels.call import Geometry
 
@@ -211,3 +211,24 @@ def test_gradient_of_a_bias(sizes, needs_weight):
     *_, db = vendor.convolution_grads(dy, x, w, conv, False, needs_weight, True)
     right = dy.double().transpose(0, 1).flatten(1).sum(1)
     assert_matches(db, right, torch.float32, length=0, roundings=1)
+
+
+@pytest.mark.parametrize("backend", ["native", "aten"])
+@pytest.mark.parametrize("groups", [1, 6])
+def test_biases_that_are_added(backend, groups):
+    """A dilated convolution adds its bias in a pass of its own where PyTorch's is slow."""
+    case = ConvCase(1, 6, 6, (9,), (3,), dilation=2, groups=groups)
+    conv = Geometry((1,), (0,), (2,), False, (0,), groups)
+    assert vendor.adds_bias(case.x.shape, case.v.shape, torch.float32, conv)
+    plain = conv._replace(dilation=(1,))
+    assert not vendor.adds_bias(case.x.shape, case.v.shape, torch.float32, plain)
+    options = {"dilation": 2, "groups": groups}
+    native.build()
+    with use_backend(backend), prepare.watching() as calls:
+        WF.wn_conv1d(*case.leaves(), **options)
+    formed = plan.Plan(backend, "materialize", "materialize", "weight")
+    with use_backend(backend), prepare.fixed(calls[0][0], formed):
+        y = WF.wn_conv1d(*case.leaves(), **options)
+        with torch.no_grad():
+            assert_same_bits(WF.wn_conv1d(*case.leaves(), **options), y.detach())
+    assert_matches(y, case.y, torch.float32, case.length)

@@ -55,7 +55,7 @@ from .aten_weight import (
     weight_norm,
     weight_norm_backward,
 )
-from .native.limits import LEFT_ROWS
+from .native.limits import is_left
 from .vendor import channel_sums, convolution_grads
 
 __all__ = ["OutOfRange", "fused_weight_norm", "layer", "layer_backward"]
@@ -92,9 +92,8 @@ def linear(
 
     if dim == 0:
         s = s.view(-1)
-    # For a few rows, MKL is up to twice as fast with `V` on the left. The epilogue transposes the
-    # product when it writes the output.
-    product = torch.mm(v, x.t()).t() if 1 < len(x) < LEFT_ROWS else torch.mm(x, v.t())
+    # If `V` is on the left, the epilogue transposes the product when it writes the output.
+    product = torch.mm(v, x.t()).t() if is_left(len(x)) else torch.mm(x, v.t())
     kept = product if keep_product and dim == 0 else None
     y = product if kept is None and product.is_contiguous() else x.new_empty(product.shape)
     if bias is None:

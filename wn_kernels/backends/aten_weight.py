@@ -32,6 +32,9 @@ FUSED_MAX = 1 << 23
 IN_PLACE_MIN = 1 << 21
 _FUSED_DTYPES = frozenset((torch.float32, torch.float64, torch.bfloat16, torch.float16))
 
+# A `W` of a linear layer of at most this many bytes may be kept for the backward.
+KEPT_MAX = 1 << 20
+
 _fused_grad = torch.ops.aten._weight_norm_interface_backward.default
 
 
@@ -211,9 +214,15 @@ def forms_at_once(call: Call) -> bool:
 
 
 def keeps_weight(call: Call) -> bool:
-    """Returns whether a layer in half precision keeps `W` for its backward, as eager PyTorch does.
-    Where torch's own kernel forms `W`, forming it twice takes longer than eager does."""
-    return call.x_dtype.itemsize == 2 and forms_at_once(call)
+    """Returns whether a layer may keep `W` for its backward, as eager PyTorch does.
+
+    Where torch's own kernel forms `W` in half precision, forming it twice takes longer than eager
+    does. So does a backward in Python of a linear layer whose `W` is small.
+    """
+    if not forms_at_once(call):
+        return False
+    small = call.x_dtype.itemsize * math.prod(call.v_shape) <= KEPT_MAX
+    return call.x_dtype.itemsize == 2 or (call.conv is None and small)
 
 
 def scale(g: Tensor, n: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from ..call import Geometry, rows_of
 
@@ -92,6 +93,20 @@ def uses_onednn(
     return large and (not plain or batch >= 16 or torch.get_num_threads() > 1)
 
 
+def adds_bias(
+    x_shape: Sequence[int], v_shape: Sequence[int], dtype: torch.dtype, conv: Geometry
+) -> bool:
+    """Returns whether a convolution on a CPU takes longer with a bias than without it and a pass
+    that adds the bias. PyTorch's own loops for dilated taps write the bias of each channel by
+    operations of their own. oneDNN has no kernel of its own for the dilated taps of single
+    channels."""
+    if conv.transposed or max(conv.dilation) == 1:
+        return False
+    if not uses_onednn(x_shape, v_shape, dtype, conv):
+        return True
+    return v_shape[1] == 1 < conv.groups and max(v_shape[2:]) > 1
+
+
 def is_wrong(x: Tensor) -> bool:
     """Whether PyTorch's own convolution of `x` is wrong on this processor."""
     return x.is_cpu and is_wrong_for(x.dtype, x.ndim)
@@ -106,7 +121,15 @@ def convolution(x: Tensor, w: Tensor, bias: Tensor | None, conv: Geometry) -> Te
     """Computes `torch.convolution` of `x`, `(B, C, *sizes)`, with `w`. All tensors have one dtype.
     The result is differentiable."""
     if not is_wrong(x):
-        return torch.convolution(x, w, bias, *conv)
+        if (
+            bias is None
+            or max(conv.dilation) == 1
+            or not x.is_cpu
+            or is_compiling()
+            or not adds_bias(x.shape, w.shape, x.dtype, conv)
+        ):
+            return torch.convolution(x, w, bias, *conv)
+        return torch.convolution(x, w, None, *conv) + bias.view(-1, *[1] * (x.ndim - 2))
     with torch.autocast("cpu", enabled=False):
         wide = None if bias is None else bias.float()
         return torch.convolution(x.float(), w.float(), wide, *conv).to(x.dtype)

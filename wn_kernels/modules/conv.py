@@ -62,22 +62,8 @@ class _Convolution(WeightNormMixin, Generic[Size]):
         if self.padding_mode != "zeros":
             input = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode)
             padding = 0
-        return WF.convolution(
-            v.ndim - 2,
-            input,
-            v,
-            g,
-            bias,
-            self.stride,
-            padding,
-            self.dilation,
-            False,
-            0,
-            self.groups,
-            dim,
-            eps,
-            norm,
-        )
+        geometry = self.stride, padding, self.dilation, False, 0, self.groups
+        return WF.run(v.ndim - 2, input, v, g, bias, geometry, dim, eps, norm)
 
 
 # PyTorch's transposed convolutions, by the number of spatial dimensions.
@@ -130,22 +116,8 @@ class _ConvolutionTranspose(WeightNormMixin, Generic[Size]):
         if w is not None:
             options = self.stride, self.padding, output_padding, self.groups, self.dilation
             return _TRANSPOSED[v.ndim - 3](input, w, prepared.like(bias, w), *options)
-        return WF.convolution(
-            v.ndim - 2,
-            input,
-            v,
-            g,
-            bias,
-            self.stride,
-            self.padding,
-            self.dilation,
-            True,
-            output_padding,
-            self.groups,
-            dim,
-            eps,
-            norm,
-        )
+        geometry = self.stride, self.padding, self.dilation, True, output_padding, self.groups
+        return WF.run(v.ndim - 2, input, v, g, bias, geometry, dim, eps, norm)
 
 
 class _Lazy(WeightNormMixin):

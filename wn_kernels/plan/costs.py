@@ -43,9 +43,12 @@ UNFOLDED_BYTES = 2**18
 # PyTorch's own loops for half precision (`vendor.SLOW`) take this many times as long as a product
 # in float32, in the forward and in the backward.
 SLOW_FORWARD, SLOW_BACKWARD = 4, 50
+# A backward in Python has the overhead of so many operations of ATen more.
+FUNCTION_CALLS = 8
 # A product of at most so many columns has few of them.
 FEW_COLUMNS = 64
-# A weight of at most so many bytes stays in the cache between two passes of the native library.
+# A weight of at most so many bytes stays in the cache between two passes of the native library, and
+# a smaller one between two operations of ATen on a linear layer's weight.
 CACHED = 2**22
 # For a `W` of more bytes than this, the allocator maps fresh pages each time.
 FRESH_PAGES = 2**24
@@ -80,29 +83,36 @@ def aten_linear(call: Call) -> Costs:
     on the batch. In the backward, `dW` has to be read again together with `V` for the dots
     `⟨dW, V⟩`, unless a smaller product holds them already. For dim=1 and None, that product is
     `dX` before its scale. For dim=0, it is the forward's `x Vᵀ`. Materialising launches fewer
-    operations, which matters most for small layers.
+    operations, which matters most for small layers. A step that keeps `W` has no backward in
+    Python.
     """
     device = cpu()
     n, k = call.v_shape
     m = math.prod(call.x_shape[:-1])
     size = call.x_dtype.itemsize
-    x, y, w = size * m * k, size * m * n, size * n * k
+    x, y, w = size * m * k, size * m * n, float(size * n * k)
+    norms = Stage(w)
+    if w < CACHED:
+        w /= device.cache
+        norms = Stage(2 * w)  # from the cache, they are bound by their arithmetic
     activation = x if call.dim == 1 else y
     product = Stage(x + y + w, _vendors(device, 2.0 * m * n * k, m))
     forward = {"materialize": [Stage(3 * w), product]}
     backward = {"materialize": [Stage(2 * w), product, product, Stage(5 * w)]}
-    kept = [product, product, Stage(5 * w)] if aten_weight.keeps_weight(call) else None
+    kept = [product, product, Stage(3 * w)] if aten_weight.keeps_weight(call) else None
     if call.dim == 0 and call.x_dtype == call.v_dtype == torch.bfloat16:
         scaled = [Stage(2 * activation), product, product, Stage(5 * w)]
         backward = {"scaled": scaled} | (backward if kept else {})
     if scales_late(call):
         # The first candidate wins a tie.
-        forward = {"scaled": [Stage(w), Stage(2 * activation), product]} | forward
+        forward = {"scaled": [norms, Stage(2 * activation), product]} | forward
         if keeps_product(call) or call.dim != 0:
             finish = [*[Stage(2 * activation)] * 3, Stage(2 * w), *[Stage(0)] * 5]
         else:
             finish = [Stage(2 * activation), Stage(0), Stage(5 * w)]
         backward = {"scaled": [product, product, *finish]} | backward
+    called = Stage(0, launches=FUNCTION_CALLS)
+    backward = {name: [*stages, called] for name, stages in backward.items()}
     return Costs(forward, backward, device, device.rate(size), kept)
 
 

@@ -74,13 +74,13 @@ def _keepable(call: Call, backend: str, forward: str, backward: str) -> Kept:
     in float32 for a layer in half precision is not kept on a CPU. The native library, and the
     Triton path of a linear layer, form `W` for a training step, whatever the forward does without
     gradients. The native library keeps every `W` that is normalised along taps, because forming it
-    twice takes longer than eager does. The ATen path keeps `W` in half precision, for the same
-    reason.
+    twice takes longer than eager does. The ATen path keeps `W` in half precision for the same
+    reason, and that of a small linear layer, because a backward in Python takes longer.
     """
     linear = call.conv is None
     wrong = backend == "aten" and vendor.is_wrong_for(call.x_dtype, len(call.v_shape))
-    forms_both = forward == backward == "materialize"
-    if backend == "aten" and forms_both and not wrong and aten_weight.keeps_weight(call):
+    keeps_weight = backend == "aten" and not wrong and aten_weight.keeps_weight(call)
+    if keeps_weight and backward == "materialize":
         return "weight"
     if linear and backend != "triton":
         keeps = forward == backward == "scaled" and scales_late(call) and keeps_product(call)

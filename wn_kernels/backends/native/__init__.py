@@ -44,7 +44,7 @@ import torch
 
 from ... import cache
 from ...call import NORMS, Call
-from .. import reference
+from .. import reference, vendor
 from . import limits
 
 NAME = "wn_kernels_native"
@@ -80,7 +80,9 @@ _OWN = 4
 def encoded(call: Call, plan: Any) -> tuple:
     """Returns a plan in the form that the library reads (`Plan` in call.h)."""
     sizes: tuple[int, ...] = ()
+    adds_bias = False
     if call.conv is not None:
+        adds_bias = vendor.adds_bias(call.x_shape, call.v_shape, call.x_dtype, call.conv)
         outputs = call.conv.output_sizes(call.x_shape[2:], call.v_shape[2:])
         sizes = (call.x_shape[0], call.conv.out_channels(call.v_shape), *outputs)
     own = call.conv is None and limits.is_own(call)
@@ -88,7 +90,7 @@ def encoded(call: Call, plan: Any) -> tuple:
         _OWN if own and name == "scaled" else _VARIANTS[name]
         for name in (plan.recorded, plan.forward, plan.backward)
     )
-    return call.conv, sizes, *variants, bool(plan.keeps)
+    return call.conv, sizes, *variants, bool(plan.keeps), adds_bias
 
 
 _HERE = Path(__file__).parent

@@ -183,21 +183,23 @@ struct Geometry {
 // How a call is computed, as prepare.py plans it.
 struct Plan {
   // The geometry of a convolution, the sizes of its output, the variants of the forward in a
-  // training step, of the forward otherwise and of the backward, and whether the training step keeps
-  // x Vᵀ or a convolution's W for the backward.
-  using Encoded = std::tuple<std::optional<Geometry::Fields>, Sizes, int, int, int, bool>;
+  // training step, of the forward otherwise and of the backward, whether the training step keeps
+  // x Vᵀ or a convolution's W for the backward, and whether a convolution's bias is added in a pass
+  // of its own.
+  using Encoded = std::tuple<std::optional<Geometry::Fields>, Sizes, int, int, int, bool, bool>;
 
   explicit Plan(const Encoded& encoded)
       : y_sizes(std::get<1>(encoded)), recorded(static_cast<Variant>(std::get<2>(encoded))),
         forward(static_cast<Variant>(std::get<3>(encoded))),
-        backward(static_cast<Variant>(std::get<4>(encoded))), keeps(std::get<5>(encoded)) {
+        backward(static_cast<Variant>(std::get<4>(encoded))), keeps(std::get<5>(encoded)),
+        adds_bias(std::get<6>(encoded)) {
     if (const auto& geometry = std::get<0>(encoded)) conv = Geometry::of(*geometry);
   }
 
   Geometry conv;
   Sizes y_sizes;
   Variant recorded, forward, backward;
-  bool keeps;
+  bool keeps, adds_bias;
 };
 
 // The Python functions that this library calls. They are never destroyed: the interpreter may be gone

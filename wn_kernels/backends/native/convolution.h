@@ -28,12 +28,22 @@ inline Tensor per_channel(const Tensor& g, const Tensor& n, int64_t ndim) {
   return (g / n).view(shape);
 }
 
-// Returns PyTorch's convolution, computed in the dtype of W and returned in that of x.
-inline Tensor plain(const Tensor& x, const Tensor& w, const Tensor& bias, const Geometry& conv) {
+// Returns PyTorch's convolution, computed in the dtype of W and returned in that of x. It adds the bias
+// in a pass of its own if `adds_bias` is true.
+inline Tensor plain(
+    const Tensor& x, const Tensor& w, const Tensor& bias, const Geometry& conv,
+    bool adds_bias = false) {
   const auto dtype = w.scalar_type();
+  const Tensor shift = as(bias, dtype);
+  adds_bias = adds_bias && bias.defined();
   const Tensor y = at::convolution(
-      as(x, dtype), w, maybe(as(bias, dtype)), conv.stride, conv.padding, conv.dilation,
-      conv.transposed, conv.output_padding, conv.groups);
+      as(x, dtype), w, maybe(adds_bias ? Tensor() : shift), conv.stride, conv.padding,
+      conv.dilation, conv.transposed, conv.output_padding, conv.groups);
+  if (adds_bias) {
+    Sizes shape(y.dim() - 1, 1);
+    shape[0] = shift.numel();
+    y.add_(shift.view(shape));
+  }
   return as(y, x.scalar_type());
 }
 
@@ -106,7 +116,8 @@ inline std::tuple<Tensor, Tensor, Tensor> plain_convolution_grads(
 
 inline std::optional<ConvolutionResult> convolution_forward(
     const Tensor& x, const Tensor& v, const Tensor& g, const Tensor& bias, const Geometry& conv,
-    at::IntArrayRef y_sizes, const NormOptions& options, Variant variant, bool keeps) {
+    at::IntArrayRef y_sizes, const NormOptions& options, Variant variant, bool keeps,
+    bool adds_bias) {
   if (variant == Variant::unfold) {
     RECORD_FUNCTION("wn_kernels::convolution, unfold", {});
     const auto result = unfolded_forward(
@@ -123,7 +134,7 @@ inline std::optional<ConvolutionResult> convolution_forward(
     auto result = weight(keeps ? empty_as(v, dtype) : passing_weight(v, dtype), v, g, options);
     if (!result) return std::nullopt;
     auto& [w, n] = *result;
-    return ConvolutionResult{plain(x, w, bias, conv), n, keeps ? w : Tensor()};
+    return ConvolutionResult{plain(x, w, bias, conv, adds_bias), n, keeps ? w : Tensor()};
   }
   RECORD_FUNCTION(
       conv.transposed ? "wn_kernels::convolution, input" : "wn_kernels::convolution, output", {});
@@ -269,7 +280,7 @@ inline MaybeTensor convolution(
     const BelowAutograd below;
     result = convolution_forward(
         t->x, t->v, t->g, t->bias, plan.conv, plan.y_sizes, options,
-        recorded ? plan.recorded : plan.forward, plan.keeps && recorded);
+        recorded ? plan.recorded : plan.forward, plan.keeps && recorded, plan.adds_bias);
   }
   if (!result) return std::nullopt;
   if (!recorded) return result->y;

@@ -22,7 +22,7 @@ FEW_ROWS_ELEMENTS = 2**18
 # `V xᵀ` is faster than `x Vᵀ` if `x` has fewer rows than this. On one thread it also has to have at
 # least LEFT_ROWS_ALONE.
 LEFT_ROWS = 256
-LEFT_ROWS_ALONE = 16
+LEFT_ROWS_ALONE = 32
 # An unfolded input is copied along a line of the kernel if the line has at least this many taps.
 LONG_LINE = 8
 # A tile of a product with few columns takes this many rows of `V`.
@@ -41,6 +41,12 @@ def is_own(call: Call) -> bool:
         most = FEW_MIXED_ROWS if call.x_dtype != call.v_dtype else 1
     large = inputs >= FEW_ROWS_INPUTS and outputs * inputs >= FEW_ROWS_ELEMENTS
     return rows == 1 or (rows <= most and large)
+
+
+def is_left(rows: int) -> bool:
+    """Returns whether PyTorch's product with this many rows has `V` on its left."""
+    least = LEFT_ROWS_ALONE if torch.get_num_threads() == 1 else 2
+    return least <= rows < LEFT_ROWS
 
 
 def panel(itemsize: int) -> int:

@@ -267,11 +267,15 @@ inline std::optional<WeightOperands> weight_operands(
   return WeightOperands{std::move(*t), {least, *named}};
 }
 
+// A weight of at most this many elements takes so short a time that the GIL stays held.
+constexpr int64_t kHeldElements = 1 << 13;
+
 inline MaybeTensor weight_norm(
     py::handle v, py::handle g, py::handle dim, py::handle eps, py::handle norm) {
   const auto t = weight_operands(v, g, dim, eps, norm);
   if (!t) return std::nullopt;
-  py::gil_scoped_release released;
+  std::optional<py::gil_scoped_release> released;
+  if (t->v.numel() > kHeldElements) released.emplace();
   std::optional<std::pair<Tensor, Tensor>> result;
   {
     const BelowAutograd below;
