@@ -217,11 +217,12 @@ def one_pass(
 
 def one_pass_shares(m: int, o: int, r: int, loop: Loop, programs: int) -> int:
     """Returns how many programs share the r of a tile of the one-pass forward: as many as give each
-    multiprocessor (`programs`) two, where r is long."""
+    multiprocessor (`programs`) two, or one of eight warps, where r is long."""
     tiles, steps = blocks(m, loop.BLOCK_M) * blocks(o, loop.BLOCK_O), blocks(r, loop.BLOCK_R)
     if steps < LONG_WALK:
         return 1
-    shares = max(1, min(2 * programs // max(1, tiles), steps // SHARED_STEPS))
+    wanted = (2 if loop.num_warps <= 4 else 1) * programs
+    shares = max(1, min(wanted // max(1, tiles), steps // SHARED_STEPS))
     return blocks(steps, blocks(steps, shares))  # none of which is empty
 
 

@@ -117,10 +117,12 @@ def one_pass_kernel(
     # Partials of the norms stay inside a thread until the loop is over: no shuffles in it.
     partials = tl.zeros((BLOCK_O, BLOCK_R // 8), norm_type)
 
-    first = share * steps
-    end = tl.minimum(tl.cdiv(R, BLOCK_R), first + steps)
-    for tile in range(first, end):
-        offs_r = offsets(tile, BLOCK_R, WIDE)
+    first, end = 0, R
+    if PARTS:
+        first = share * steps * BLOCK_R
+        end = tl.minimum(R, first + steps * BLOCK_R)
+    for start in range(first, end, BLOCK_R):
+        offs_r = offsets(start // BLOCK_R, BLOCK_R, WIDE)
         x_at = X + offs_m[:, None] * stride_xm + offs_r[None, :] * stride_xr
         v_at = V + offs_o[:, None] * stride_vo + offs_r[None, :] * stride_vr
         if EVEN_R:
