@@ -196,7 +196,11 @@ def one_pass(
     if itemsize > 2:
         if is_hopper and not ieee:
             return Loop(64, block_o, 64, 4, deep)
-        return Loop(up_to(m, 16, 32), block_o, 256 // itemsize, 4, deep)
+        warps = 4
+        if architecture == "cuda:100":  # where larger tiles of four warps would spill
+            warps = 8 if m > 16 and itemsize == 4 else 4
+            block_o = 16 if itemsize == 8 else block_o
+        return Loop(up_to(m, 16, 32), block_o, 256 // itemsize, warps, deep)
     if is_hopper:
         if o > 8192:
             wide = Loop(128, 128, 128, 8, 3) if m <= 128 else Loop(256, 128, 64, 8, 4)
