@@ -58,7 +58,6 @@ native.memos.append(_known)
 _strided = torch.strided
 _is_grad_enabled = torch.is_grad_enabled
 _is_autocast_enabled = torch._C._is_any_autocast_enabled
-_weight_norm = torch._weight_norm_interface
 
 
 def composed(
@@ -123,7 +122,7 @@ def composed(
             return None
     elif not infers:
         return None
-    w, n = _weight_norm(v, g, call.dim)
+    w, n = torch._weight_norm_interface(v, g, call.dim)
     low, high = n.aminmax()
     if not (low.item() >= least and high.item() <= most):  # a NaN is out of range, too
         return None
