@@ -172,13 +172,14 @@ def test_one_launch_for_all_norms_of_a_model(name, monkeypatch):
     single, grouped, wide = copy.deepcopy(eager), copy.deepcopy(eager), eager.double()
     wn_kernels.fuse(single)
     wn_kernels.fuse(grouped, grouped=True)
-    calls, make = [], prepared.WF.weight_norms
+    calls, make = [], prepared.grouped.formed
 
-    def counted(v, g, **options):
+    def counted(v, g, options, **more):
         calls.append((v, g, options))
-        return make(v, g, **options)
+        return make(v, g, options, **more)
 
-    monkeypatch.setattr(prepared.WF, "weight_norms", counted)
+    monkeypatch.setattr(prepared.grouped, "formed", counted)
+    monkeypatch.setattr(prepared.plan, "fewest", lambda _: 1)
     monkeypatch.setattr(prepared.plan, "shares", lambda *_: True)
     nodes, todo = set(), [MODELS[name].call(grouped, x).grad_fn]
     while todo:
@@ -189,7 +190,7 @@ def test_one_launch_for_all_norms_of_a_model(name, monkeypatch):
     assert sum("WeightNorms" in node.name() for node in nodes) == 1
     ((v, g, options),) = calls
     assert len(v) == MODELS[name].layers
-    members = tuple(map(Member, options["dim"], options["eps"], options["dtype"]))
+    members = tuple(map(Member, *options))
     target = group.target_of(v[0])
     vs, gs = ([t.detach().to("meta") for t in each] for each in (v, g))
     for launches in (

@@ -25,7 +25,7 @@ from .call import (
     recorder,
     scale_dtype,
 )
-from .prepare import prepare
+from .prepare import are_dense, prepare
 
 _MOST = 4096  # calls that are kept
 
@@ -147,6 +147,10 @@ def _find(
     norm: Norm,
 ) -> _Known | None:
     """Returns what is known of a call, or `None` if this file does not serve it."""
+    x, v, g, bias = tensors
+    assert x is not None
+    if not are_dense(x, v, g, bias):
+        return None
     found = prepare(rank, tensors, geometry, dim, eps, norm, "aten")
     call, plan = found.call, found.plan
     served = (

@@ -363,7 +363,7 @@ def test_steps(measured, monkeypatch):
         (dtype, mode) for dtype in ("float32", "bfloat16") for mode in ("infer", "train")
     ]
     monkeypatch.setattr(recurrent, "SIZE", 6)
-    build = partial(recurrent.normed, torch.nn.LSTM)
+    build = partial(recurrent.normed, torch.nn.LSTM, recurrent.SIZE)
     layer = Model(build, (3, 2, 6), (3, 2, 6), recurrent.first, 2, True)
     monkeypatch.setattr(steps, "LAYERS", [models.ModelCase("tiny", "train", {"tiny": layer})])
     monkeypatch.setattr(steps, "CELLS", [])

@@ -33,7 +33,7 @@ struct Bend {
 // Returns the terms of the reductions of a vector.
 template <Norm norm, typename T, typename N>
 std::array<Vector<T>, 4> bend_terms(Vector<T> ddv, Vector<T> dw, Vector<T> v, N n) {
-  const Vector<T> u = times_slope<norm>(T(1), v, n);
+  const Vector<T> u = slope_of<norm>(v, n);
   return {dw * v, ddv * u, ddv * dw, norm == Norm::linf ? tied(v, n) : Vector<T>{}};
 }
 
@@ -45,7 +45,7 @@ void bend(
     const T* n, double eps, const Extents& e) {
   const auto write = [=](int64_t i, T n, T s, T c, T e, T f) {
     to_dw[i] = s * ddv[i] + e * v[i];
-    to_v[i] = e * dw[i] - c * ddv[i] - times_slope<norm>(f, v[i], n);
+    to_v[i] = e * dw[i] - c * ddv[i] - f * slope_of<norm>(v[i], n);
   };
   if (!e.columns) {
     for_each(e.count, e.length, [&](int64_t j) {
