@@ -115,6 +115,6 @@ tiles = [c.config for c in half]
 print(json.dumps([tiles, found]))
 """
     tiles, found = in_a_process(code)
-    assert {tile.split("x")[0] for tile in tiles} == {"64", "128"}
+    assert {tile.split("x")[0] for tile in tiles} == {"64", "128", "256"}
     for config, mix in found:
         assert mix.get("tensor core"), config
