@@ -97,7 +97,7 @@ class OutStream(Watched):
 
 
 class DisplayHandle:
-    """What IPython shows, in the order in which it does."""
+    """Records what IPython shows, in order."""
 
     shown = None  # a list, where a test sets one
 

@@ -15,16 +15,7 @@ from torch import Tensor
 
 from .autograd import mend_second_order
 from .backends import aten_weight, native, vendor
-from .call import (
-    NORM_RANGE,
-    PLAIN_TYPES,
-    Call,
-    Norm,
-    Operands,
-    product_dtype,
-    recorder,
-    scale_dtype,
-)
+from .call import PLAIN_TYPES, Call, Norm, Operands, product_dtype, recorder
 from .prepare import are_dense, prepare
 
 _MOST = 4096  # calls that are kept
@@ -37,7 +28,6 @@ class _Known(NamedTuple):
         call: as prepared.
         infers: whether this file serves it without gradients.
         records: whether it serves a training step.
-        range: the smallest and the largest norm.
         casts: whether `W` or the bias has another dtype than the product.
         adds_bias: as `vendor.adds_bias` returns it.
     """
@@ -45,7 +35,6 @@ class _Known(NamedTuple):
     call: Call
     infers: bool
     records: bool
-    range: tuple[float, float]
     casts: bool
     adds_bias: bool
 
@@ -111,7 +100,7 @@ def composed(
         known = _known[key] = _find(rank, Operands(x, v, g, bias), geometry, dim, eps, norm)
     if known is None:
         return None
-    call, infers, records, (least, most), casts, adds_bias = known
+    call, infers, records, casts, adds_bias = known
     records_weight = False
     if _is_grad_enabled():
         records_weight = v.requires_grad or g.requires_grad
@@ -123,8 +112,7 @@ def composed(
     elif not infers:
         return None
     w, n = torch._weight_norm_interface(v, g, call.dim)
-    low, high = n.aminmax()
-    if not (low.item() >= least and high.item() <= most):  # a NaN is out of range, too
+    if not aten_weight.is_in_range(n):
         return None
     if records_weight:
         mend_second_order(w.grad_fn)
@@ -133,8 +121,8 @@ def composed(
         bias = None if bias is None else bias.to(call.x_dtype)
     if call.conv is None:
         return F.linear(x, w, bias)
-    if adds_bias:
-        return vendor.convolution(x, w, bias, call.conv)
+    if bias is not None and adds_bias:
+        return vendor.convolution_then_bias(x, w, bias, call.conv)
     return torch.convolution(x, w, bias, *call.conv)
 
 
@@ -155,19 +143,18 @@ def _find(
     call, plan = found.call, found.plan
     served = (
         found.fits
-        and tensors.g.dtype is call.v_dtype
+        and g.dtype is call.v_dtype
         and aten_weight.forms_at_once(call)
         and 0 not in call.v_shape
         and not (call.conv and vendor.is_wrong_for(call.x_dtype, len(call.v_shape)))
     )
     if not served:
         return None
-    given = call.v_dtype, call.x_dtype if tensors.bias is None else tensors.bias.dtype
+    given = call.v_dtype, call.x_dtype if bias is None else bias.dtype
     return _Known(
         call,
         plan.forward == "materialize",
         plan.keeps == "weight",
-        NORM_RANGE[scale_dtype(tensors.v)],
         any(dtype is not call.x_dtype for dtype in given),
         call.conv is not None
         and vendor.adds_bias(call.x_shape, call.v_shape, call.x_dtype, call.conv),

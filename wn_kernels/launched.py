@@ -218,8 +218,8 @@ class Launched(torch.autograd.Function):
         return dx, dv, dg, db, None
 
 
-# What `Function.apply` calls, which looks for transforms of `torch.func` first: a guard or
-# `recorder` has done so already.
+# `Function.apply` calls these, after it has looked for transforms of `torch.func`. A guard or
+# `recorder` has looked for them already.
 _apply = super(torch.autograd.Function, Launched).apply
 _apply_weight = super(torch.autograd.Function, LaunchedWeight).apply
 
@@ -352,8 +352,8 @@ def _recorded(ctx: Any, dy: Tensor, tensors: Operands, n: Tensor, needs: Needs) 
 
 
 def _weight_of(launches: Launches, x: Tensor | None, v: Tensor, g: Tensor) -> Weight | None:
-    """What a recorded backward takes: launches of the weight alone in V's dtype, where the call is
-    not that of a weight itself. `None` where Python forms the weight."""
+    """Returns the launches of the weight alone, which a recorded backward takes. They are in V's
+    dtype if the call has an `x`. The result is `None` if Python forms the weight."""
     options = launches.dim, launches.eps, launches.norm
     if x is not None:
         key = None, v.shape, *options

@@ -218,7 +218,7 @@ def test_what_a_layer_does_not_take(pair, shares):
 
 
 def test_one_piece_of_memory(device):
-    """Of weights that no graph keeps, on a GPU."""
+    """On a GPU, weights that no graph keeps share one piece of memory."""
     native.build()
     shapes = [((6, 5, 3), 0), ((40, 7), 0), ((5, 4, 16), 2), ((5, 2, 2, 3), 0)]
     v = [torch.randn(shape, device=device) for shape, _ in shapes]

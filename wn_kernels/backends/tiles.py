@@ -126,13 +126,17 @@ def product_launch(tile: Tile, itemsize: int, ieee: bool, architecture: str) -> 
     return warps, stages(2 if itemsize == 8 or ieee else deep, architecture)
 
 
+def sharing(steps: int, wanted: int) -> int:
+    """Returns how many programs share so many steps evenly: `wanted` at most, none of which is left
+    without a step."""
+    return blocks(steps, blocks(steps, wanted)) if steps else 1
+
+
 def parts(steps: int, tiles: int, programs: int) -> int:
     """Returns the parts of a sum of `steps` that one program would take for each of the `tiles`.
     There are as many as fill the machine with four programs for each of its multiprocessors
     (`programs`), if the addition costs less than the steps that they save."""
-    found = max(1, min(steps // 2, 4 * programs // max(1, tiles)))
-    if steps:
-        found = blocks(steps, blocks(steps, found))  # none of which is empty
+    found = sharing(steps, max(1, min(steps // 2, 4 * programs // max(1, tiles))))
     return found if GRAD_STEP * (steps - blocks(steps, found)) >= SUM_STEPS else 1
 
 
@@ -226,8 +230,7 @@ def one_pass_shares(m: int, o: int, r: int, loop: Loop, programs: int) -> int:
     if steps < LONG_WALK:
         return 1
     wanted = (2 if loop.num_warps <= 4 else 1) * programs
-    shares = max(1, min(wanted // max(1, tiles), steps // SHARED_STEPS))
-    return blocks(steps, blocks(steps, shares))  # none of which is empty
+    return sharing(steps, max(1, min(wanted // max(1, tiles), steps // SHARED_STEPS)))
 
 
 def grad_one_pass(m: int, o: int, itemsize: int, architecture: str) -> Loop:
@@ -285,4 +288,4 @@ def grads_splits(o: int, r: int, loop: Loop, programs: int) -> int:
     give each multiprocessor (`programs`) two, or one of 128 rows."""
     wanted = (1 if loop.BLOCK_M == 128 else 2) * programs // blocks(r, loop.BLOCK_R)
     steps = blocks(o, loop.BLOCK_O)
-    return blocks(steps, blocks(steps, max(1, min(wanted, steps))))  # none of which is empty
+    return sharing(steps, max(1, min(wanted, steps)))

@@ -117,6 +117,11 @@ def is_wrong_for(dtype: torch.dtype, ndim: int) -> bool:
     return ndim == 5 and dtype in WRONG_IN_3D
 
 
+def convolution_then_bias(x: Tensor, w: Tensor, bias: Tensor, conv: Geometry) -> Tensor:
+    """Computes what `convolution` does, and adds the bias in a pass of its own."""
+    return torch.convolution(x, w, None, *conv) + bias.view(-1, *[1] * (x.ndim - 2))
+
+
 def convolution(x: Tensor, w: Tensor, bias: Tensor | None, conv: Geometry) -> Tensor:
     """Computes `torch.convolution` of `x`, `(B, C, *sizes)`, with `w`. All tensors have one dtype.
     The result is differentiable."""
@@ -129,7 +134,7 @@ def convolution(x: Tensor, w: Tensor, bias: Tensor | None, conv: Geometry) -> Te
             or not adds_bias(x.shape, w.shape, x.dtype, conv)
         ):
             return torch.convolution(x, w, bias, *conv)
-        return torch.convolution(x, w, None, *conv) + bias.view(-1, *[1] * (x.ndim - 2))
+        return convolution_then_bias(x, w, bias, conv)
     with torch.autocast("cpu", enabled=False):
         wide = None if bias is None else bias.float()
         return torch.convolution(x.float(), w.float(), wide, *conv).to(x.dtype)

@@ -50,7 +50,7 @@ MOST_SHAPES_OF_GROUP = 4096
 # Forwards between two in which a group looks at layers that had a better way.
 RESTS = 15
 
-# What a forward has seen of a layer, as bits: it wanted the group's weight, or had a better way.
+# A forward notes these bits of a layer: it wanted the group's weight, or it had a better way.
 WANTED, DECLINED = 1, 2
 
 

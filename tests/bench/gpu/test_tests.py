@@ -10,7 +10,7 @@ from bench.gpu import results
 
 ROOT = Path(__file__).parents[3]
 
-# What is run in the place of the kernels' tests. Each of two workers is sent ten of them at once.
+# These tests run in the place of the kernels' tests. Each of two workers is sent ten at once.
 SLOW = """
 import time
 import pytest

@@ -97,18 +97,9 @@ class FinishConfig(NamedTuple):
     num_stages: int
 
 
-class MatmulConfig(NamedTuple):
-    """A tile of `BLOCK_M` rows by `BLOCK_O` outputs, walked in steps of `BLOCK_R`."""
-
-    BLOCK_M: int
-    BLOCK_O: int
-    BLOCK_R: int
-    num_warps: int
-    num_stages: int
-
-
 class SplitConfig(NamedTuple):
-    """As `MatmulConfig`, where `splits` programs share the steps of a tile."""
+    """A tile of `BLOCK_M` rows by `BLOCK_O` outputs, walked in steps of `BLOCK_R`, which `splits`
+    programs share."""
 
     BLOCK_M: int
     BLOCK_O: int
@@ -119,7 +110,9 @@ class SplitConfig(NamedTuple):
 
     def of_kernel(self) -> dict[str, int]:
         """What a kernel takes of it: all but the splits."""
-        return MatmulConfig(*self[:-1])._asdict()
+        fields = self._asdict()
+        del fields["splits"]
+        return fields
 
 
 class GradConfig(NamedTuple):

@@ -157,9 +157,9 @@ def _is_current(device: int) -> bool:
 
 
 def usual(device: int) -> tuple[str, dict[str, Any]]:
-    """Returns the source of an expression and what it refers to. It tells whether launches on a
-    device are neither recorded nor observed, the device is the current one, and fresh memory need
-    not be filled."""
+    """Returns the source of an expression, and the objects that its names stand for. The expression
+    is true if launches on a device are neither recorded nor observed, the device is the current
+    one, and fresh memory need not be filled."""
     source = "launch._recorded is None and not is_watched() and not is_deterministic()"
     scope = {
         "launch": sys.modules[__name__],
@@ -373,6 +373,16 @@ class Walk:
 def acc_type(v: Tensor) -> tl.dtype:
     """The accumulator that goes with `scale_dtype`."""
     return tl.float64 if v.dtype == torch.float64 else tl.float32
+
+
+def sizes(x: Tensor, v: Tensor, dv: Tensor | None = None) -> dict[str, int]:
+    """The sizes and the strides of a linear layer's `x`, `V` and `dV`, as its kernels name them."""
+    found = {"M": len(x), "O": len(v), "R": v.shape[1]}
+    found |= {"stride_xm": x.stride(0), "stride_xr": x.stride(1)}
+    found |= {"stride_vo": v.stride(0), "stride_vr": v.stride(1)}
+    if dv is not None:
+        found |= {"stride_do": dv.stride(0), "stride_dr": dv.stride(1)}
+    return found
 
 
 def product_types(x: Tensor, tf32: bool) -> dict[str, Any]:

@@ -32,10 +32,11 @@ import triton.language as tl
 from torch import Tensor
 
 from ...call import Norm
+from .. import tiles
 from . import configs
 from .common import cast, dot, finished, offsets, slope, slope_coefficient, tied
 from .configs import Target
-from .launch import Launcher, allocator, is_wide, product_types, unallocated
+from .launch import Launcher, allocator, is_wide, product_types, sizes, unallocated
 from .parts import prepare_sum
 from .passes import Pass
 
@@ -318,24 +319,16 @@ def prepare_grads(
     if m > config.BLOCK_M:
         raise ValueError(f"the tile has {config.BLOCK_M} rows, got {m}")
     tiles_o = triton.cdiv(o, config.BLOCK_O)
-    steps = triton.cdiv(tiles_o, config.splits)
-    splits = triton.cdiv(tiles_o, steps)  # none of which is empty
+    splits = tiles.sharing(tiles_o, config.splits)
+    steps = triton.cdiv(tiles_o, splits)
     acc = torch.float64 if x.dtype == torch.float64 else torch.float32
     parts = unallocated((splits, dx.numel()), acc) if splits > 1 else dx
     launch = Launcher(
         grads_kernel,
         target,
         (triton.cdiv(r, config.BLOCK_R) * splits,),
-        M=m,
-        O=o,
-        R=r,
         steps=steps,
-        stride_xm=x.stride(0),
-        stride_xr=x.stride(1),
-        stride_vo=v.stride(0),
-        stride_vr=v.stride(1),
-        stride_do=dv.stride(0),
-        stride_dr=dv.stride(1),
+        **sizes(x, v, dv),
         NORM=norm,
         NEEDS_X=needs_x,
         WIDE=is_wide(x, v, dv, parts),
@@ -372,15 +365,7 @@ def prepare_weight_product(
         weight_product_kernel,
         target,
         (triton.cdiv(o, config.BLOCK_O) * triton.cdiv(r, config.BLOCK_R),),
-        M=m,
-        O=o,
-        R=r,
-        stride_xm=x.stride(0),
-        stride_xr=x.stride(1),
-        stride_vo=v.stride(0),
-        stride_vr=v.stride(1),
-        stride_do=dv.stride(0),
-        stride_dr=dv.stride(1),
+        **sizes(x, v, dv),
         NORM=norm,
         WIDE=is_wide(x, v, dv, unallocated((m, o), x.dtype)),
         **product_types(x, tf32),

@@ -16,10 +16,11 @@ import triton.language as tl
 from torch import Tensor
 
 from ...call import Norm, scale_dtype
+from .. import tiles
 from . import configs
 from .common import as_norm, cast, dot, finished, merged, merged_along, offsets, partial_of
 from .configs import Target
-from .launch import Launcher, is_wide, product_types, unallocated
+from .launch import Launcher, is_wide, product_types, sizes, unallocated
 from .passes import Pass
 
 # --- kernels -----------------------------------------------------------------------------------
@@ -255,8 +256,8 @@ def prepare_one_pass(
         ieee = x.element_size() >= 4 and not tf32
         config = configs.one_pass(m, o, r, size, ieee, target)
     tiles_r = triton.cdiv(r, config.BLOCK_R)
-    steps = triton.cdiv(tiles_r, config.splits)
-    shares = max(1, triton.cdiv(tiles_r, max(1, steps)))  # none of which is empty
+    shares = tiles.sharing(tiles_r, config.splits)
+    steps = triton.cdiv(tiles_r, shares)
     n, types = unallocated((o, 1), scale_dtype(v)), product_types(x, tf32)
     acc = torch.float64 if x.dtype == torch.float64 else torch.float32
     parts = unallocated((shares, m, o), acc)
@@ -266,14 +267,8 @@ def prepare_one_pass(
         one_pass_kernel,
         target,
         (triton.cdiv(m, config.BLOCK_M) * triton.cdiv(o, config.BLOCK_O) * shares,),
-        M=m,
-        O=o,
-        R=r,
         steps=steps,
-        stride_xm=x.stride(0),
-        stride_xr=x.stride(1),
-        stride_vo=v.stride(0),
-        stride_vr=v.stride(1),
+        **sizes(x, v),
         stride_ym=y.stride(0),
         stride_yo=y.stride(1),
         PARTS=shares > 1,

@@ -154,7 +154,8 @@ class Pass:
 
     @cached_property
     def first(self) -> Callable[..., Any]:
-        """The same for the first result alone, without the spare ones."""
+        """The pass as such a function, which returns the first result alone. The spare results are
+        not computed."""
         return self._function(_name(self.results[0]), "[0]", self.spare)
 
     def _function(
