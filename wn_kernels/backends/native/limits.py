@@ -22,7 +22,7 @@ FEW_ROWS_ELEMENTS = 2**18
 # `V xᵀ` is faster than `x Vᵀ` if `x` has fewer rows than this. On one thread it also has to have at
 # least LEFT_ROWS_ALONE.
 LEFT_ROWS = 256
-LEFT_ROWS_ALONE = 16
+LEFT_ROWS_ALONE = 32
 # An unfolded input is copied along a line of the kernel if the line has at least this many taps.
 LONG_LINE = 8
 # A tile of a product with few columns takes this many rows of `V`.
