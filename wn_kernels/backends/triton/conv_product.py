@@ -179,7 +179,7 @@ def conv_kernel(
     tile_o = (pid % (GROUP * tiles_o)) // block_size
 
     phase, factor, base, advance, first, step, count = walk_of(
-        tl.program_id(1) // splits, taps, stride, padding, dilation, common, inverse, PHASED
+        tl.program_id(1) // splits, taps, stride, padding, dilation, common, inverse, PHASED=PHASED
     )
     offs_m = offsets(tile_m, BLOCK_M, WIDE)
     offs_o = offsets(tile_o, BLOCK_O, WIDE)
@@ -273,7 +273,7 @@ def direct_kernel(
     and each takes its R inputs one after the other. FORM `one_pass` is given `V` as W, takes the
     norms of the output channels in its loop and stores them; `packed` uses neither G nor NORMS."""
     phase, factor, base, advance, first, step, count = walk_of(
-        tl.program_id(1), taps, stride, padding, dilation, common, inverse, PHASED
+        tl.program_id(1), taps, stride, padding, dilation, common, inverse, PHASED=PHASED
     )
     offs_m = offsets(tl.program_id(0), BLOCK_M, WIDE)
     offs_o = offsets(tl.program_id(2), BLOCK_O, WIDE)

@@ -32,6 +32,32 @@ from .launch import Launcher, Slices, acc_type, as_slices, is_wide, remembered, 
 from .uploads import Uploads
 from .weight import weight_grad_slices, weight_slices
 
+# --- the kinds of weights ------------------------------------------------------------------------
+
+
+class Kind(NamedTuple):
+    """What a kernel is compiled for."""
+
+    V: tl.dtype
+    G: tl.dtype
+    W: tl.dtype
+    ACC: tl.dtype
+    FORM: str
+    EPS: float
+    NORM: Norm
+    NESTED: int
+    UNIT: bool
+    EVEN: bool
+    BLOCK_N: int
+    BLOCK_P: int
+    BLOCK_R: int
+
+
+# Kernels take the kinds as tuples, and these are the places of their fields.
+_V, _G, _W, _ACC, _FORM, _EPS, _NORM, _NESTED, _UNIT, _EVEN, _BLOCK_N, _BLOCK_P, _BLOCK_R = map(
+    tl.constexpr, range(len(Kind._fields))
+)
+
 # --- kernels -----------------------------------------------------------------------------------
 
 
@@ -86,34 +112,34 @@ def group_weight_kernel(
     place = tl.load(row + 6)
     for i in tl.static_range(COUNT):
         if kind == i:
-            V = placed(BASE, PLACES, place, KINDS[i][0], ALIGNED)
-            G = placed(BASE, PLACES, place + 1, KINDS[i][1], ALIGNED)
-            NORMS = placed(BASE, PLACES, place + 2, KINDS[i][3], ALIGNED)
-            W = placed(BASE, PLACES, place + 3, KINDS[i][2], ALIGNED)
+            V = placed(BASE, PLACES, place, KINDS[i][_V], ALIGNED)
+            G = placed(BASE, PLACES, place + 1, KINDS[i][_G], ALIGNED)
+            NORMS = placed(BASE, PLACES, place + 2, KINDS[i][_ACC], ALIGNED)
+            W = placed(BASE, PLACES, place + 3, KINDS[i][_W], ALIGNED)
             weight_slices(
-                V,
-                G,
-                NORMS,
-                NORMS,
-                W,
-                block_n,
-                0,
-                tl.load(row + 1),
-                loops_at(row + 2, KINDS[i][9]),
-                tl.load(row + 5),
-                strides_at(row + 11, KINDS[i][8], KINDS[i][9]),
-                strides_at(row + 7, KINDS[i][8], KINDS[i][9]),
-                1,
-                KINDS[i][4],
-                KINDS[i][5],
-                KINDS[i][6],
-                KINDS[i][7],
-                False,
-                KINDS[i][3],
-                KINDS[i][10],
-                KINDS[i][11],
-                KINDS[i][12],
-                1,
+                V=V,
+                G=G,
+                PARTIAL=NORMS,
+                NORMS=NORMS,
+                W=W,
+                block_n=block_n,
+                split=0,
+                N=tl.load(row + 1),
+                loops=loops_at(row + 2, KINDS[i][_EVEN]),
+                steps=tl.load(row + 5),
+                stride_v=strides_at(row + 11, KINDS[i][_UNIT], KINDS[i][_EVEN]),
+                stride_w=strides_at(row + 7, KINDS[i][_UNIT], KINDS[i][_EVEN]),
+                SPLITS=1,
+                FORM=KINDS[i][_FORM],
+                EPS=KINDS[i][_EPS],
+                NORM=KINDS[i][_NORM],
+                NESTED=KINDS[i][_NESTED],
+                WIDE=False,
+                ACC=KINDS[i][_ACC],
+                BLOCK_N=KINDS[i][_BLOCK_N],
+                BLOCK_P=KINDS[i][_BLOCK_P],
+                BLOCK_R=KINDS[i][_BLOCK_R],
+                BLOCK_S=1,
             )
 
 
@@ -134,61 +160,43 @@ def group_grad_kernel(
     place = tl.load(row + 6)
     for i in tl.static_range(COUNT):
         if kind == i:
-            DW = placed(BASE, PLACES, place, KINDS[i][2], ALIGNED)
-            V = placed(BASE, PLACES, place + 1, KINDS[i][0], ALIGNED)
-            G = placed(BASE, PLACES, place + 2, KINDS[i][1], ALIGNED)
-            NORMS = placed(BASE, PLACES, place + 3, KINDS[i][3], ALIGNED)
-            DG = placed(BASE, PLACES, place + 4, KINDS[i][1], ALIGNED)
-            DV = placed(BASE, PLACES, place + 5, KINDS[i][0], ALIGNED)
+            DW = placed(BASE, PLACES, place, KINDS[i][_W], ALIGNED)
+            V = placed(BASE, PLACES, place + 1, KINDS[i][_V], ALIGNED)
+            G = placed(BASE, PLACES, place + 2, KINDS[i][_G], ALIGNED)
+            NORMS = placed(BASE, PLACES, place + 3, KINDS[i][_ACC], ALIGNED)
+            DG = placed(BASE, PLACES, place + 4, KINDS[i][_G], ALIGNED)
+            DV = placed(BASE, PLACES, place + 5, KINDS[i][_V], ALIGNED)
             weight_grad_slices(
-                DW,
-                V,
-                G,
-                NORMS,
-                NORMS,
-                DG,
-                DV,
-                block_n,
-                0,
-                tl.load(row + 1),
-                loops_at(row + 2, KINDS[i][9]),
-                tl.load(row + 5),
-                strides_at(row + 11, KINDS[i][8], KINDS[i][9]),
-                strides_at(row + 15, KINDS[i][8], KINDS[i][9]),
-                strides_at(row + 7, KINDS[i][8], KINDS[i][9]),
-                1,
-                KINDS[i][4],
-                KINDS[i][5],
-                KINDS[i][6],
-                KINDS[i][7],
-                False,
-                KINDS[i][3],
-                KINDS[i][10],
-                KINDS[i][11],
-                KINDS[i][12],
-                1,
+                DW=DW,
+                V=V,
+                G=G,
+                NORMS=NORMS,
+                PARTIAL=NORMS,
+                DG=DG,
+                DV=DV,
+                block_n=block_n,
+                split=0,
+                N=tl.load(row + 1),
+                loops=loops_at(row + 2, KINDS[i][_EVEN]),
+                steps=tl.load(row + 5),
+                stride_w=strides_at(row + 11, KINDS[i][_UNIT], KINDS[i][_EVEN]),
+                stride_v=strides_at(row + 15, KINDS[i][_UNIT], KINDS[i][_EVEN]),
+                stride_d=strides_at(row + 7, KINDS[i][_UNIT], KINDS[i][_EVEN]),
+                SPLITS=1,
+                FORM=KINDS[i][_FORM],
+                EPS=KINDS[i][_EPS],
+                NORM=KINDS[i][_NORM],
+                NESTED=KINDS[i][_NESTED],
+                WIDE=False,
+                ACC=KINDS[i][_ACC],
+                BLOCK_N=KINDS[i][_BLOCK_N],
+                BLOCK_P=KINDS[i][_BLOCK_P],
+                BLOCK_R=KINDS[i][_BLOCK_R],
+                BLOCK_S=1,
             )
 
 
 # --- the table -----------------------------------------------------------------------------------
-
-
-class Kind(NamedTuple):
-    """What a kernel is compiled for. The kernels take the fields by their order."""
-
-    V: tl.dtype
-    G: tl.dtype
-    W: tl.dtype
-    ACC: tl.dtype
-    FORM: str
-    EPS: float
-    NORM: Norm
-    NESTED: int
-    UNIT: bool
-    EVEN: bool
-    BLOCK_N: int
-    BLOCK_P: int
-    BLOCK_R: int
 
 
 class Row(NamedTuple):

@@ -84,29 +84,29 @@ def weight_kernel(
     PARTIAL, the partials of the norms."""
     block_n, split = reversed_ids()
     weight_slices(
-        V,
-        G,
-        PARTIAL,
-        NORMS,
-        W,
-        block_n,
-        split,
-        N,
-        loops,
-        steps,
-        stride_v,
-        stride_w,
-        SPLITS,
-        FORM,
-        EPS,
-        NORM,
-        NESTED,
-        WIDE,
-        ACC,
-        BLOCK_N,
-        BLOCK_P,
-        BLOCK_R,
-        BLOCK_S,
+        V=V,
+        G=G,
+        PARTIAL=PARTIAL,
+        NORMS=NORMS,
+        W=W,
+        block_n=block_n,
+        split=split,
+        N=N,
+        loops=loops,
+        steps=steps,
+        stride_v=stride_v,
+        stride_w=stride_w,
+        SPLITS=SPLITS,
+        FORM=FORM,
+        EPS=EPS,
+        NORM=NORM,
+        NESTED=NESTED,
+        WIDE=WIDE,
+        ACC=ACC,
+        BLOCK_N=BLOCK_N,
+        BLOCK_P=BLOCK_P,
+        BLOCK_R=BLOCK_R,
+        BLOCK_S=BLOCK_S,
     )
 
 
@@ -142,47 +142,56 @@ def weight_slices(
     first = split * steps
     if FORM == "held":
         outer, offs_p, offs_r, mask = tile_offsets(
-            first, offs_n, N, loops, NESTED, WIDE, BLOCK_P, BLOCK_R
+            first, offs_n, N, loops, NESTED=NESTED, WIDE=WIDE, BLOCK_P=BLOCK_P, BLOCK_R=BLOCK_R
         )
-        v_at = tile_addresses(V, stride_v, outer, offs_p, offs_n, offs_r, WIDE)
+        v_at = tile_addresses(V, stride_v, outer, offs_p, offs_n, offs_r, WIDE=WIDE)
         v = tl.load(v_at, mask=mask, other=0.0).to(ACC)
         partial = over_slices(partial_of(v, NORM), NORM)
     elif FORM == "walked":
         partial, _ = slice_partials(
-            V,
-            V,
-            0.0,
-            offs_n,
-            N,
-            loops,
-            stride_v,
-            stride_v,
-            first,
-            steps,
-            False,
-            NORM,
-            NESTED,
-            WIDE,
-            ACC,
-            BLOCK_N,
-            BLOCK_P,
-            BLOCK_R,
+            A=V,
+            B=V,
+            n=0.0,
+            offs_n=offs_n,
+            N=N,
+            loops=loops,
+            stride_a=stride_v,
+            stride_b=stride_v,
+            first=first,
+            steps=steps,
+            DOTS=False,
+            NORM=NORM,
+            NESTED=NESTED,
+            WIDE=WIDE,
+            ACC=ACC,
+            BLOCK_N=BLOCK_N,
+            BLOCK_P=BLOCK_P,
+            BLOCK_R=BLOCK_R,
         )
     else:
-        partial = merged_parts(PARTIAL, offs_n, N, SPLITS, NORM, ACC, BLOCK_N, BLOCK_S)
+        partial = merged_parts(
+            PARTIAL, offs_n, N, SPLITS, NORM=NORM, ACC=ACC, BLOCK_N=BLOCK_N, BLOCK_S=BLOCK_S
+        )
     n = as_norm(partial, EPS, NORM)
     keeps = NORMS.to(tl.int64) != 0
     tl.store(NORMS + offs_n, n, mask=mask_n & (split == 0) & keeps)
     scale = tl.load(G + offs_n, mask=mask_n, other=0.0).to(ACC) / n
     for step in range(steps):
         outer, offs_p, offs_r, mask = tile_offsets(
-            first + steps - 1 - step, offs_n, N, loops, NESTED, WIDE, BLOCK_P, BLOCK_R
+            first + steps - 1 - step,
+            offs_n,
+            N,
+            loops,
+            NESTED=NESTED,
+            WIDE=WIDE,
+            BLOCK_P=BLOCK_P,
+            BLOCK_R=BLOCK_R,
         )
         if FORM != "held":
-            v_at = tile_addresses(V, stride_v, outer, offs_p, offs_n, offs_r, WIDE)
+            v_at = tile_addresses(V, stride_v, outer, offs_p, offs_n, offs_r, WIDE=WIDE)
             v = tl.load(v_at, mask=mask, other=0.0).to(ACC)
         w = cast(v * scale[None, :, None], W.dtype.element_ty)
-        w_at = tile_addresses(W, stride_w, outer, offs_p, offs_n, offs_r, WIDE)
+        w_at = tile_addresses(W, stride_w, outer, offs_p, offs_n, offs_r, WIDE=WIDE)
         tl.store(w_at, w, mask=mask)
 
 
@@ -217,32 +226,32 @@ def weight_grad_kernel(
     PARTIAL, the dots and, for linf, the ties."""
     block_n, split = reversed_ids()
     weight_grad_slices(
-        DW,
-        V,
-        G,
-        NORMS,
-        PARTIAL,
-        DG,
-        DV,
-        block_n,
-        split,
-        N,
-        loops,
-        steps,
-        stride_w,
-        stride_v,
-        stride_d,
-        SPLITS,
-        FORM,
-        EPS,
-        NORM,
-        NESTED,
-        WIDE,
-        ACC,
-        BLOCK_N,
-        BLOCK_P,
-        BLOCK_R,
-        BLOCK_S,
+        DW=DW,
+        V=V,
+        G=G,
+        NORMS=NORMS,
+        PARTIAL=PARTIAL,
+        DG=DG,
+        DV=DV,
+        block_n=block_n,
+        split=split,
+        N=N,
+        loops=loops,
+        steps=steps,
+        stride_w=stride_w,
+        stride_v=stride_v,
+        stride_d=stride_d,
+        SPLITS=SPLITS,
+        FORM=FORM,
+        EPS=EPS,
+        NORM=NORM,
+        NESTED=NESTED,
+        WIDE=WIDE,
+        ACC=ACC,
+        BLOCK_N=BLOCK_N,
+        BLOCK_P=BLOCK_P,
+        BLOCK_R=BLOCK_R,
+        BLOCK_S=BLOCK_S,
     )
 
 
@@ -283,55 +292,66 @@ def weight_grad_slices(
     g = tl.load(G + offs_n, mask=mask_n, other=0.0).to(ACC)
     if FORM == "held":
         outer, offs_p, offs_r, mask = tile_offsets(
-            first, offs_n, N, loops, NESTED, WIDE, BLOCK_P, BLOCK_R
+            first, offs_n, N, loops, NESTED=NESTED, WIDE=WIDE, BLOCK_P=BLOCK_P, BLOCK_R=BLOCK_R
         )
-        dw_at = tile_addresses(DW, stride_w, outer, offs_p, offs_n, offs_r, WIDE)
+        dw_at = tile_addresses(DW, stride_w, outer, offs_p, offs_n, offs_r, WIDE=WIDE)
         dw = tl.load(dw_at, mask=mask, other=0.0).to(ACC)
-        v_at = tile_addresses(V, stride_v, outer, offs_p, offs_n, offs_r, WIDE)
+        v_at = tile_addresses(V, stride_v, outer, offs_p, offs_n, offs_r, WIDE=WIDE)
         v = tl.load(v_at, mask=mask, other=0.0).to(ACC)
         dots = over_slices(dw * v)
         ties = over_slices(tied(v, n[None, :, None]))
     elif FORM == "walked":
         dots, ties = slice_partials(
-            DW,
-            V,
-            n,
-            offs_n,
-            N,
-            loops,
-            stride_w,
-            stride_v,
-            first,
-            steps,
-            True,
-            NORM,
-            NESTED,
-            WIDE,
-            ACC,
-            BLOCK_N,
-            BLOCK_P,
-            BLOCK_R,
+            A=DW,
+            B=V,
+            n=n,
+            offs_n=offs_n,
+            N=N,
+            loops=loops,
+            stride_a=stride_w,
+            stride_b=stride_v,
+            first=first,
+            steps=steps,
+            DOTS=True,
+            NORM=NORM,
+            NESTED=NESTED,
+            WIDE=WIDE,
+            ACC=ACC,
+            BLOCK_N=BLOCK_N,
+            BLOCK_P=BLOCK_P,
+            BLOCK_R=BLOCK_R,
         )
     else:
-        dots = merged_parts(PARTIAL, offs_n, N, SPLITS, None, ACC, BLOCK_N, BLOCK_S)
+        dots = merged_parts(
+            PARTIAL, offs_n, N, SPLITS, NORM=None, ACC=ACC, BLOCK_N=BLOCK_N, BLOCK_S=BLOCK_S
+        )
         ties = dots
         if NORM == "linf":
             PARTIAL += SPLITS * N
-            ties = merged_parts(PARTIAL, offs_n, N, SPLITS, None, ACC, BLOCK_N, BLOCK_S)
+            ties = merged_parts(
+                PARTIAL, offs_n, N, SPLITS, NORM=None, ACC=ACC, BLOCK_N=BLOCK_N, BLOCK_S=BLOCK_S
+            )
     dg = dots / n
     tl.store(DG + offs_n, dg, mask=mask_n & (split == 0))
     scale = g / n
     coef = slope_coefficient(g, n, dg, ties, EPS, NORM)
     for step in range(steps):
         outer, offs_p, offs_r, mask = tile_offsets(
-            first + steps - 1 - step, offs_n, N, loops, NESTED, WIDE, BLOCK_P, BLOCK_R
+            first + steps - 1 - step,
+            offs_n,
+            N,
+            loops,
+            NESTED=NESTED,
+            WIDE=WIDE,
+            BLOCK_P=BLOCK_P,
+            BLOCK_R=BLOCK_R,
         )
         if FORM != "held":
-            dw_at = tile_addresses(DW, stride_w, outer, offs_p, offs_n, offs_r, WIDE)
+            dw_at = tile_addresses(DW, stride_w, outer, offs_p, offs_n, offs_r, WIDE=WIDE)
             dw = tl.load(dw_at, mask=mask, other=0.0).to(ACC)
-            v_at = tile_addresses(V, stride_v, outer, offs_p, offs_n, offs_r, WIDE)
+            v_at = tile_addresses(V, stride_v, outer, offs_p, offs_n, offs_r, WIDE=WIDE)
             v = tl.load(v_at, mask=mask, other=0.0).to(ACC)
-        dv_at = tile_addresses(DV, stride_d, outer, offs_p, offs_n, offs_r, WIDE)
+        dv_at = tile_addresses(DV, stride_d, outer, offs_p, offs_n, offs_r, WIDE=WIDE)
         u = slope(v, n[None, :, None], NORM)
         tl.store(dv_at, scale[None, :, None] * dw - coef[None, :, None] * u, mask=mask)
 
