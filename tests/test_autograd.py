@@ -88,6 +88,21 @@ def test_inplace_activation(shape, dim):
         assert_matches(actual.grad, expected.grad, torch.float32, max(shape), terms=terms)
 
 
+@pytest.mark.parametrize("backend", ["auto", "aten", "triton"])
+@pytest.mark.parametrize("dim", DIMS)
+@pytest.mark.parametrize("k", [24, 512])
+def test_the_bias_may_change_before_the_backward(k, dim, backend):
+    """As with the plain layer, no gradient needs its values."""
+    case = Case(4, k, k, dim)
+    x, v, g, bias = leaves(case)
+    with use_backend(backend):
+        y = WF.wn_linear(x, v, g, bias, dim=dim)
+        with torch.no_grad():
+            bias.add_(1)
+        (y.square().sum() / 2).backward()
+    assert_matches(bias.grad, y.detach().double().sum(0), torch.float32, k)
+
+
 @pytest.mark.parametrize("dim", DIMS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("m", [1, 32, 128, 700])

@@ -180,6 +180,12 @@ def test_dead_slices_and_nothing():
 
 def test_what_was_wrong():
     v, g = [torch.randn(3, 4)] * 2, [torch.ones(3, 1)] * 2
+    with pytest.raises(TypeError, match="v must be a list of tensors, got NoneType"):
+        WF.weight_norms(None, None)
+    with pytest.raises(TypeError, match="g must be a list of tensors, got Tensor"):
+        WF.weight_norms([torch.ones(2, 2)], torch.ones(2, 1))
+    with pytest.raises(TypeError, match="weight 0: its place is no tensor, but NoneType"):
+        WF.weight_norms([torch.ones(2, 2)], [torch.ones(2, 1)], places=[None])
     with pytest.raises(ValueError, match="v has 2 tensors, but g has 1"):
         WF.weight_norms(v, g[:1])
     with pytest.raises(ValueError, match="dim has 1 values"):

@@ -358,6 +358,11 @@ def test_gains_are_chosen_by_name():
     values = init.norm_preserving_(net, {"*": 1.0, "7": 0.25})
     assert values == {"0": math.sqrt(3 / 8), "4": 1.0, "7": math.sqrt(0.25 * 72 / 5)}
     before = state(net)
+    for gains, message in ((3, "a mapping or None, got int"), ({0: 1.0}, "a name or a pattern")):
+        with pytest.raises(TypeError, match=message):
+            init.norm_preserving_(net, gains)
+    with pytest.raises(ValueError, match="gain of '7' is 'a'; expected a positive number"):
+        init.norm_preserving_(net, {"7": "a"})
     with pytest.raises(ValueError, match="'8' matches no weight-normed layer"):
         init.norm_preserving_(net, {"7": 1.0, "8": 1.0})
     with pytest.raises(ValueError, match="gain of '7' is -1; expected a positive number"):

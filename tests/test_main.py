@@ -105,10 +105,19 @@ def test_tune(own_table, tmp_path, monkeypatch, capsys):
     monkeypatch.delitem(sys.modules, "own_model")
     with pytest.raises(ValueError, match="its own"):
         main(["tune", "own_model:broken"])
-    for wrong in ("own_model:nothing", "no_such_module:make", "", "own_model"):
+    for wrong, message in {
+        "own_model:nothing": "names no function of a module",
+        "no_such_module:make": "names no function of a module",
+        "": "expected module:function, got ''",
+        "own_model": "expected module:function, got 'own_model'",
+        "own_model:__name__": "is no function",
+    }.items():
         for command in ("tune", "fuse"):
-            with pytest.raises(SystemExit, match=f"^{command}: .*names no function of a module"):
+            with pytest.raises(SystemExit, match=f"^{command}: .*{message}"):
                 main([command, wrong])
+    for seconds in ("0", "-1", "nan", "x"):
+        with pytest.raises(SystemExit, match="2"):
+            main(["tune", "own_model:make", "--seconds", seconds])
 
 
 def factories(folder, monkeypatch):

@@ -228,6 +228,8 @@ def test_tensorboard():
 
 
 def test_rejects_what_it_cannot_use():
+    with pytest.raises(TypeError, match=r"optimizer must be a torch\.optim\.Optimizer, got int"):
+        wn_kernels.monitor(wn_kernels.WNLinear(2, 2), 3)
     with pytest.raises(ValueError, match="model has no weight-normed layer"):
         wn_kernels.monitor(nn.Sequential(nn.Linear(2, 2), stacked()))
     with pytest.raises(ValueError, match="every is 0; expected a positive integer"):

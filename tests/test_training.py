@@ -246,13 +246,46 @@ def test_renormalize_rejects():
     for norm in (0, -1.0, math.inf, math.nan, "l1", None):
         with pytest.raises(ValueError, match="expected a positive number"):
             wn_kernels.renormalize_(layer, norm)
-    with pytest.raises(ValueError, match="norm has no entry for 0"):
+    with pytest.raises(ValueError, match="norm has no entry for '0'"):
         wn_kernels.renormalize_(nn.Sequential(layer), {})
-    with pytest.raises(ValueError, match=r"the norms of 0 have shape \(4,\), expected \(4, 1\)"):
+    with pytest.raises(ValueError, match=r"the norms of '0' have shape \(4,\), expected \(4, 1\)"):
         wn_kernels.renormalize_(nn.Sequential(layer), {"0": torch.ones(4)})
+    for number in (0.0, -1.0, math.nan, "1"):
+        with pytest.raises(ValueError, match="the norm of '0' is .*; expected a positive number"):
+            wn_kernels.renormalize_(nn.Sequential(layer), {"0": number})
+    for number, message in ((-1.0, "not positive"), (math.inf, "not positive"), (0.0, "is zero")):
+        norms = torch.ones(4, 1)
+        norms[2] = number
+        with pytest.raises(ValueError, match=f"a norm of '0' {message}|a norm of '0' is {message}"):
+            wn_kernels.renormalize_(nn.Sequential(layer), {"0": norms})
     with pytest.raises(TypeError, match="model must be"):
         wn_kernels.renormalize_(layer.weight_v)
     assert_same_bits(layer.weight_v, old)
+
+
+def test_renormalize_to_numbers_by_name():
+    """A slice of zeros has a norm of zero, and keeps it."""
+    layers = nn.Sequential(wn_kernels.WNLinear(6, 4), wn_kernels.WNLinear(4, 3))
+    with torch.no_grad():
+        layers[1].weight_v[0] = 0
+    norms = wn_kernels.slice_norms(layers)
+    old = layers[1].weight_v.detach().clone()
+    with torch.no_grad():
+        layers[1].weight_v.mul_(3)
+    wn_kernels.renormalize_(layers, {"0": 2.0, "1": norms["1"]})
+    wide = layers[0].weight_v.detach().double().norm(dim=1)
+    assert_matches(wide.float(), torch.full((4,), 2.0, dtype=torch.float64), torch.float32, 6)
+    assert_matches(layers[1].weight_v.detach(), old.double(), torch.float32, 4)
+    assert layers[1].weight_v[0].count_nonzero() == 0
+
+
+def test_numbers_that_are_none():
+    layer = wn_kernels.WNLinear(6, 4)
+    with pytest.raises(TypeError, match="value must be a number or None, got str"):
+        wn_kernels.fix_magnitudes_(layer, "1")
+    with pytest.raises(ValueError, match="weight_decay is 'x'; expected a number"):
+        wn_kernels.param_groups(layer, weight_decay="x")
+    assert layer.weight_g.requires_grad
 
 
 @pytest.mark.parametrize("form", FORMS)

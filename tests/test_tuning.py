@@ -295,6 +295,11 @@ def test_explain_for_a_gpu_that_is_not_there(device):
 def test_explain_refuses():
     with pytest.raises(ValueError, match=r"device is 'V100'; expected one of \['A100'"):
         wn_kernels.explain(WNLinear(2, 3), (1, 2), device="V100")
+    for shape in (8, None, torch.ones(2, 3)):
+        with pytest.raises(TypeError, match="input_shape must be a sequence of sizes"):
+            wn_kernels.explain(wn_kernels.WNLinear(3, 2), shape)
+    with pytest.raises(ValueError, match=r"input_shape has a negative size: \(-4, 3\)"):
+        wn_kernels.explain(wn_kernels.WNLinear(3, 2), (-4, 3))
     with pytest.raises(ValueError, match="ReLU makes no planned call of this package"):
         wn_kernels.explain(nn.ReLU(), (1, 2))
     with pytest.raises(TypeError, match=r"module must be a torch\.nn\.Module, got str"):

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import math
 import os
 import platform
 import sys
@@ -185,11 +186,19 @@ def _parser() -> argparse.ArgumentParser:
     tune = add("tune", "time the plans of a model's calls and store the fastest")
     tune.add_argument("factory", help="module:function, which returns (model, sample input)")
     tune.add_argument(
-        "--seconds", type=float, default=1.0, help="how long each call is timed, in seconds"
+        "--seconds", type=_positive, default=1.0, help="how long each call is timed, in seconds"
     )
     fuse = add("fuse", "report which layers of a model `fuse` would convert; nothing is changed")
     fuse.add_argument("factory", help="module:function, which returns the model or (model, sample)")
     return parser
+
+
+def _positive(text: str) -> float:
+    """Returns a positive number that was written on the command line."""
+    number = float(text)
+    if not 0 < number < math.inf:
+        raise argparse.ArgumentTypeError(f"expected a positive number, got {text}")
+    return number
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -224,12 +233,16 @@ def _made(chosen: argparse.Namespace) -> Any:
         SystemExit: there is no such function.
     """
     module, _, name = chosen.factory.partition(":")
+    if not (module and name):
+        raise SystemExit(f"{chosen.command}: expected module:function, got {chosen.factory!r}")
     sys.path.insert(0, "")  # this allows modules of the current directory
     try:
         make = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:
         message = f"{chosen.factory!r} names no function of a module: {error}"
         raise SystemExit(f"{chosen.command}: {message}") from error
+    if not callable(make):
+        raise SystemExit(f"{chosen.command}: {chosen.factory} is no function")
     return make()
 
 

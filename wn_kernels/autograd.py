@@ -48,20 +48,20 @@ class Layer(torch.autograd.Function):
         tensors = Operands(x, v, g, bias)
         keep = needs[0] if plan.keeps == "packed" else needs[1] or needs[2]
         y, n, kept = operators.layer(call, plan, tensors, keep)
-        ctx.save_for_backward(x, v, g, bias, n, kept)
-        ctx.call, ctx.plan = call, plan
+        ctx.save_for_backward(x, v, g, n, kept)  # not the bias, which may change before a backward
+        ctx.call, ctx.plan, ctx.bias_dtype = call, plan, None if bias is None else bias.dtype
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        *saved, n, kept = ctx.saved_tensors
-        call, tensors, needs = ctx.call, Operands(*saved), ctx.needs_input_grad[:4]
+        x, v, g, n, kept = ctx.saved_tensors
+        call, tensors, needs = ctx.call, Operands(x, v, g, None), ctx.needs_input_grad[:4]
         if torch.is_grad_enabled():
-            weight, needs = _weight_of(call, ctx.plan), needed(ctx, tensors, needs)
+            weight, needs = _weight_of(call, ctx.plan), needed(ctx, x is not None, needs)
             return *recorded_grads(weight, call.conv, dy, tensors, n, needs), None, None
         dx, dv, dg, db = operators.layer_backward(call, ctx.plan, dy, tensors, n, kept, needs)
-        if db is not None and tensors.bias is not None and db.dtype != tensors.bias.dtype:
-            db = db.to(tensors.bias.dtype)
+        if db is not None and db.dtype != ctx.bias_dtype:
+            db = db.to(ctx.bias_dtype)
         return dx, dv, dg, db, None, None
 
 
@@ -214,16 +214,18 @@ def recorded_grads(
     return dx, dv, dg, db
 
 
-def needed(ctx: Any, tensors: Operands, needs: Needs) -> Needs:
+def needed(ctx: Any, has_input: bool, needs: Needs) -> Needs:
     """Returns which gradients the backward in progress needs, of those that `needs` includes.
 
     `ctx.needs_input_grad` includes those that `torch.autograd.grad` was not asked for. The products
     of these would be recorded for nothing.
     """
-    nodes = (node for node, _ in ctx.next_functions)  # one for each tensor
+    nodes = [node for node, _ in ctx.next_functions]  # one for each tensor
+    given = has_input, True, True, len(nodes) > has_input + 2
+    each = iter(nodes)
     return tuple(  # type: ignore[return-value]
-        t is not None and (_will_run(next(nodes)) and need)
-        for t, need in zip(tensors, needs, strict=True)
+        is_given and (_will_run(next(each)) and need)
+        for is_given, need in zip(given, needs, strict=True)
     )
 
 

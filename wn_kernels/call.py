@@ -61,15 +61,24 @@ def canonical_eps(eps: float) -> float:
 
     Raises:
         TypeError: `eps` is not a number.
-        ValueError: `eps` is negative, infinite or NaN.
+        ValueError: `eps` is negative, infinite or NaN, or larger than a float32 can be.
     """
     try:
+        if isinstance(eps, str | bytes):
+            raise TypeError
         value = float(eps)
     except (TypeError, ValueError):
         raise TypeError(f"eps must be a number, got {eps!r}") from None
+    except OverflowError:
+        value = math.inf
     if not 0.0 <= value < math.inf:
-        raise ValueError(f"eps must be finite and not negative, got {eps}")
+        raise ValueError(f"eps must be finite and not negative, got {value}")
+    if value > _LARGEST_EPS:
+        raise ValueError(f"eps must be at most {_LARGEST_EPS:.1e}, got {value}")
     return value
+
+
+_LARGEST_EPS = torch.finfo(torch.float32).max
 
 
 # --- norms -------------------------------------------------------------------------------------

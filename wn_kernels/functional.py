@@ -212,19 +212,22 @@ def weight_norms(
             `eps` is out of range, a `norm` is unknown, or the tensors are on different devices. The
             message names the index.
     """
+    for name, given in (("v", v), ("g", g)):
+        if isinstance(given, Tensor) or not hasattr(given, "__iter__"):
+            raise TypeError(f"{name} must be a list of tensors, got {type(given).__name__}")
     v, g = [*v], [*g]
     if len(v) != len(g):
         raise ValueError(f"v has {len(v)} tensors, but g has {len(g)}")
     if not v:
         return []
-    given = {"dim": dim, "eps": eps, "dtype": dtype, "norm": norm}
+    named = {"dim": dim, "eps": eps, "dtype": dtype, "norm": norm}
     options = tuple(
         [
             tuple(each) if isinstance(each, list | tuple) else (each,) * len(v)
-            for each in given.values()
+            for each in named.values()
         ]
     )
-    for name, each in zip(given, options, strict=True):
+    for name, each in zip(named, options, strict=True):
         if len(each) != len(v):
             raise ValueError(f"{name} has {len(each)} values, but v has {len(v)} tensors")
     return grouped.formed(v, g, options, places)

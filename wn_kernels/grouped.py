@@ -47,11 +47,14 @@ def check_places(places: Sequence[Tensor], v: Sequence[Tensor], members: Sequenc
     """Checks that every `W` can be written to its place.
 
     Raises:
+        TypeError: one is not a tensor.
         ValueError: one cannot.
     """
     if len(places) != len(v):
         raise ValueError(f"places has {len(places)} tensors, but v has {len(v)}")
     for i, (place, t, member) in enumerate(zip(places, v, members, strict=True)):
+        if not isinstance(place, Tensor):
+            raise TypeError(f"weight {i}: its place is no tensor, but {type(place).__name__}")
         wanted = t.shape, t.stride(), member.dtype, t.device
         if (place.shape, place.stride(), place.dtype, place.device) != wanted:
             raise ValueError(

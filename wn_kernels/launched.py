@@ -198,23 +198,23 @@ class Launched(torch.autograd.Function):
             needs = ctx.needs_input_grad
             keep = needs[0] if launches.conv is not None else needs[1] or needs[2]
         y, n, kept = _forward(launches, x, v, g, bias, keep)
-        ctx.save_for_backward(x, v, g, bias, n, kept)
-        ctx.launches = launches
+        ctx.save_for_backward(x, v, g, n, kept)
+        ctx.launches, ctx.bias_dtype = launches, None if bias is None else bias.dtype
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, v, g, bias, n, kept = ctx.saved_tensors
+        x, v, g, n, kept = ctx.saved_tensors
         launches, needs = ctx.launches, ctx.needs_input_grad[:4]
         run = None
         if not (torch.is_grad_enabled() or are_modes_active()):
             run = _find_backward(launches, dy, x, v, g, needs)
         if run is None:
-            dx, dv, dg, db = _recorded(ctx, dy, Operands(x, v, g, bias), n, needs)
+            dx, dv, dg, db = _recorded(ctx, dy, Operands(x, v, g, None), n, needs)
         else:
             dx, dv, dg, db = run(dy, x, v, g, n, kept)
-        if db is not None and db.dtype is not bias.dtype:
-            db = db.to(bias.dtype)
+        if db is not None and db.dtype is not ctx.bias_dtype:
+            db = db.to(ctx.bias_dtype)
         return dx, dv, dg, db, None
 
 
@@ -288,9 +288,9 @@ def _prepare_backward(
     if x is None:
         if prepared is not None:
             return prepared.full
-        return lambda dw, v, g, n: launches.backward(dw, None, v, g, None, n, needs)[1:3]
+        return lambda dw, v, g, n: launches.backward(dw, None, v, g, n, needs)[1:3]
     if prepared is None:
-        return lambda dy, x, v, g, n, _: launches.backward(dy, x, v, g, None, n, needs)
+        return lambda dy, x, v, g, n, _: launches.backward(dy, x, v, g, n, needs)
     full = prepared.full
     if is_flat and launches.keeping is not None:
         return full
@@ -345,7 +345,7 @@ def _recorded(ctx: Any, dy: Tensor, tensors: Operands, n: Tensor, needs: Needs) 
     """`(dX, dV, dg, db)` as part of the graph, or by operations that can be recorded."""
     launches, (x, v, g, _) = ctx.launches, tensors
     if type(dy) in PLAIN_TYPES and not recorder(dy) and (weight := _weight_of(launches, x, v, g)):
-        needs = needed(ctx, tensors, needs)
+        needs = needed(ctx, x is not None, needs)
         return recorded_grads(weight, launches.conv, dy, tensors, n, needs)
     options = launches.conv, launches.dim, launches.eps, needs, launches.norm
     return reference.differentiable_grads(dy, None, x, v, g, *options)

@@ -67,6 +67,10 @@ class Monitor:
         self, model: nn.Module, optimizer: Optimizer | None, every: int, keep: int
     ) -> None:
         prepare.check_module("model", model)
+        if optimizer is not None and not isinstance(optimizer, Optimizer):
+            raise TypeError(
+                f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}"
+            )
         if isinstance(every, bool) or not isinstance(every, int) or every < 1:
             raise ValueError(f"every is {every!r}; expected a positive integer")
         if isinstance(keep, bool) or not isinstance(keep, int) or keep < 1:
@@ -307,7 +311,7 @@ def monitor(
         The records. They print as a table, and `rich.print` prints a coloured one.
 
     Raises:
-        TypeError: `model` is not a module.
+        TypeError: `model` is not a module, or `optimizer` not an optimizer.
         ValueError: the model has no weight-normed tensor, a lazy layer has no shape yet, or `every`
             or `keep` is not a positive integer.
     """

@@ -138,7 +138,7 @@ class Launches(NamedTuple):
 
     Attributes:
         forward: a function of `(x, v, g, bias)` that returns `(y, n)`.
-        backward: a function of `(dy, x, v, g, bias, n, needs)` that returns the gradients.
+        backward: a function of `(dy, x, v, g, n, needs)` that returns the gradients.
         run: the pass of the forward, where it is one.
         prepare_backward: a function of `(dy, x, v, g, needs)` that returns the pass of the backward
             for these layouts, or `None` where it is none.
@@ -209,9 +209,8 @@ def _launches(call: Call, plan: Plan, tensors: Operands) -> Launches | None:
     def forward(*tensors: Any) -> tuple[Tensor, Tensor]:
         return _run(call, plan, Operands(*tensors), False)[:2]
 
-    def backward(dy: Tensor, *tensors: Any) -> Grads:
-        *operands, n, needs = tensors
-        return _run_backward(call, plan, dy, Operands(*operands), n, None, needs)
+    def backward(dy: Tensor, x: Any, v: Tensor, g: Tensor, n: Tensor, needs: Needs) -> Grads:
+        return _run_backward(call, plan, dy, Operands(x, v, g, None), n, None, needs)
 
     def prepare_backward(dy: Tensor, x: Tensor | None, v: Tensor, g: Tensor, needs: Needs) -> Any:
         how = plan._replace(keeps="") if keeping is None else plan

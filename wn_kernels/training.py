@@ -55,7 +55,7 @@ def param_groups(
         ValueError: `weight_decay` is negative, or a lazy layer has no shape yet.
     """
     prepare.check_module("model", model)
-    if not weight_decay >= 0:
+    if not isinstance(weight_decay, (int, float)) or not weight_decay >= 0:
         raise ValueError(
             f"weight_decay is {weight_decay!r}; expected a number that is not negative"
         )
@@ -115,10 +115,12 @@ def fix_magnitudes_(model: nn.Module, value: float | None = None) -> dict[str, f
         The constant by the name of each layer.
 
     Raises:
-        TypeError: `model` is not a module.
+        TypeError: `model` is not a module, or `value` not a number.
         ValueError: `value` is not finite, or a lazy layer has no shape yet.
     """
     prepare.check_module("model", model)
+    if value is not None and not isinstance(value, (int, float)):
+        raise TypeError(f"value must be a number or None, got {type(value).__name__}")
     if value is not None and not math.isfinite(value):
         raise ValueError(f"value is {value!r}; expected a finite number")
     constants = {}
@@ -158,14 +160,15 @@ def slice_norms(model: nn.Module) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def renormalize_(
-    model: nn.Module, norm: float | Literal["rms", "g"] | Mapping[str, Tensor] = 1.0
+    model: nn.Module, norm: float | Literal["rms", "g"] | Mapping[str, Tensor | float] = 1.0
 ) -> None:
     """Sets the norm of every slice of every `V`, in place: forced weight norm, as Karras et al.
     2024 (EDM2) have it after each step, equation (66).
 
         V_j ← norm · V_j / ‖V_j‖₂
 
-    It does not change `W`, which depends on the direction alone. It keeps ‖V‖, which each step of
+    It does not change `W`, which depends on the direction alone, except where `‖V_j‖` is or becomes
+    smaller than the `eps` of a layer. It keeps ‖V‖, which each step of
     an optimizer makes larger, and with it the effective learning rate `lr / ‖V‖²`. A slice of norm
     zero stays zero. Nothing waits for a GPU. There, one launch serves all layers, unless `norm` is
     `"g"`, and a slice whose squares overflow becomes zero, as its weight in a forward is.
@@ -181,8 +184,8 @@ def renormalize_(
             unit magnitude, as in EDM2. `"g"` is |g|, which makes `V` equal to `W` but for signs, so
             that a step of SGD turns `W` as far as it would without weight norm; a slice with a `g`
             of zero stays as it is. Only for `"g"` is the norm that of the layer, which may not be
-            l2. A mapping, such as an earlier result of `slice_norms`, holds
-            the norms of each tensor by name.
+            l2. A mapping, such as an earlier result of `slice_norms`, holds the norms of each
+            tensor by name, or one number for all of its slices. Values on a GPU are not looked at.
 
     Raises:
         TypeError: `model` is not a module.
@@ -190,17 +193,13 @@ def renormalize_(
             or a lazy layer has no shape yet.
     """
     prepare.check_module("model", model)
-    if isinstance(norm, (int, float)):
-        is_known = norm > 0 and math.isfinite(norm)
-    else:
-        is_known = norm in ("rms", "g") or isinstance(norm, Mapping)
-    if not is_known:
+    if not (_is_positive(norm) or isinstance(norm, Mapping) or norm in ("rms", "g")):
         raise ValueError(f'norm is {norm!r}; expected a positive number, "rms", "g" or a mapping')
     by_device: dict[torch.device, dict[int, _Direction]] = {}
     for normed in weights(model):
         g, v = normed.tensors
         if v.requires_grad and v.numel() and not normed.fault:
-            target = _target(norm, normed.name, v, kept_shape(v.shape, normed.dim))
+            target = _target(norm, normed.name, v, normed.dim)
             found = by_device.setdefault(v.device, {})
             found[id(v)] = _Direction(v, g, normed.dim, normed.norm, target)
     for found in by_device.values():
@@ -266,8 +265,9 @@ def _renormalize(directions: list[_Direction]) -> None:
     torch._foreach_mul_([d.v for d in directions], factors)
 
 
-def _target(norm: Any, name: str, v: Tensor, shape: tuple[int, ...]) -> float | Tensor | None:
+def _target(norm: Any, name: str, v: Tensor, dim: int | None) -> float | Tensor | None:
     """Returns the norms that the slices of `v` get."""
+    shape = kept_shape(v.shape, dim)
     if norm == "g":
         return None
     if norm == "rms":
@@ -275,9 +275,25 @@ def _target(norm: Any, name: str, v: Tensor, shape: tuple[int, ...]) -> float | 
     if not isinstance(norm, Mapping):
         return float(norm)
     if name not in norm:
-        raise ValueError(f"norm has no entry for {name}")
-    if norm[name].shape != shape:
+        raise ValueError(f"norm has no entry for {name!r}")
+    target = norm[name]
+    if not isinstance(target, Tensor):
+        if not _is_positive(target):
+            raise ValueError(f"the norm of {name!r} is {target!r}; expected a positive number")
+        return _filled(float(target), shape, scale_dtype(v), v.device)
+    if target.shape != shape:
         raise ValueError(
-            f"the norms of {name} have shape {tuple(norm[name].shape)}, expected {tuple(shape)}"
+            f"the norms of {name!r} have shape {tuple(target.shape)}, expected {tuple(shape)}"
         )
-    return norm[name]
+    if target.is_cpu and not bool(((target > 0) & target.isfinite()).all()):
+        zero = target == 0
+        if not bool((zero | ((target > 0) & target.isfinite())).all()):
+            raise ValueError(f"a norm of {name!r} is not positive and finite")
+        if bool(WF.slice_norm(v, dim=dim)[zero].any()):
+            raise ValueError(f"a norm of {name!r} is zero, but its slice is not")
+    return target
+
+
+def _is_positive(number: Any) -> bool:
+    """Returns whether this is a positive and finite number."""
+    return isinstance(number, (int, float)) and 0 < number < math.inf

@@ -270,14 +270,21 @@ def explain(
         is its text.
 
     Raises:
-        TypeError: `module` is not a module.
-        ValueError: the device is unknown, or the module calls nothing of this package.
+        TypeError: `module` is not a module, or `input_shape` not a sequence of sizes.
+        ValueError: a size is negative, the device is unknown, or the module calls nothing of this
+            package.
     """
     prepare.check_module("module", module)
     if device is not None and device not in devices.GPUS:
         raise ValueError(f"device is {device!r}; expected one of {[*devices.GPUS]} or None")
+    try:
+        shape = torch.Size(input_shape)
+    except TypeError:
+        raise TypeError(f"input_shape must be a sequence of sizes, got {input_shape!r}") from None
+    if any(size < 0 for size in shape):
+        raise ValueError(f"input_shape has a negative size: {tuple(shape)}")
     dtype = dtype or next((p.dtype for p in module.parameters()), torch.get_default_dtype())
-    x = torch.zeros(tuple(input_shape), dtype=dtype, device=_device(module))
+    x = torch.zeros(shape, dtype=dtype, device=_device(module))
     calls = calls_of(module, (x,))
     weights = [_explained_weights(*item) for item in _recurrent(module)]
     if not calls and not weights:

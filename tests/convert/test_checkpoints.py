@@ -131,3 +131,35 @@ def test_a_module_at_two_places(form, is_fused):
         assert len(wn_kernels.fold(model)) == 1
         assert list(model.state_dict()) == list(Shared(make()).state_dict())
         assert model.encode is model.decode[0]
+
+
+# --- slices shorter than eps ---------------------------------------------------------------------
+
+SHORT = {
+    "linear": (nn.Linear, wn_kernels.WNLinear, (4, 3), "weight"),
+    "conv": (nn.Conv1d, wn_kernels.WNConv1d, (4, 3, 2), "weight"),
+    "transposed": (nn.ConvTranspose1d, wn_kernels.WNConvTranspose1d, (4, 3, 2), "weight"),
+    "recurrent": (nn.GRU, wn_kernels.WNGRU, (4, 3), "weight_hh_l0"),
+    "cell": (nn.LSTMCell, wn_kernels.WNLSTMCell, (4, 3), "weight_ih"),
+}
+
+
+@pytest.mark.parametrize("norm", ["l2", "l1", "linf"])
+@pytest.mark.parametrize("kind", SHORT)
+def test_weights_whose_slices_are_shorter_than_eps(kind, norm):
+    """A layer starts from the plain one's weight, loads it, is assigned it, and gives it back."""
+    plain_class, ours, sizes, name = SHORT[kind]
+    torch.manual_seed(3)
+    plain = plain_class(*sizes)
+    torch.manual_seed(3)
+    layer = ours(*sizes, eps=2.5, norm=norm)
+    weight = getattr(plain, name).detach()
+    assert_matches(getattr(layer, name).detach(), weight.double(), torch.float32, 1)
+    with torch.no_grad():
+        getattr(plain, name).mul_(0.01)[1] = 0
+    layer.load_state_dict(plain.state_dict())
+    assert_matches(getattr(layer, name).detach(), weight.double(), torch.float32, 1)
+    saved = wn_kernels.state_dict(layer, "plain")[name]
+    assert_matches(saved, weight.double(), torch.float32, 1)
+    setattr(layer, name, weight * 3)
+    assert_matches(getattr(layer, name).detach(), 3 * weight.double(), torch.float32, 1)

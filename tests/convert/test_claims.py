@@ -360,8 +360,9 @@ def test_a_lost_write_warns_once(form, write, then):
     use = (lambda: layer(torch.ones(6))) if then == "forward" else (lambda: layer.weight)
     before = layer.weight.detach().clone()
     IN_PLACE[write](layer)
-    with pytest.warns(UserWarning, match=r"weight of .*Linear was written to in place"):
+    with pytest.warns(UserWarning, match=r"weight of .*Linear was written to in place") as seen:
         use()
+    assert seen[0].filename == __file__  # the warning names the line of the caller
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         IN_PLACE[write](layer)

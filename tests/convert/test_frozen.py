@@ -138,8 +138,8 @@ def test_what_is_faster_without_a_weight(monkeypatch):
 # --- changes -------------------------------------------------------------------------------------
 
 
-def _step(layer):
-    optimizer = torch.optim.SGD(layer.parameters(), lr=0.3)
+def _step(layer, kind=torch.optim.SGD, **options):
+    optimizer = kind(layer.parameters(), lr=0.3, **options)
     for p in layer.parameters():
         p.grad = torch.ones_like(p)
     optimizer.step()
@@ -179,6 +179,8 @@ CHANGES = {
     "in place, g": lambda layer: parts(layer)[0].mul_(1.5),
     "in place, v": lambda layer: parts(layer)[1].add_(0.3),
     "an optimizer": _step,
+    "a fused optimizer": lambda layer: _step(layer, fused=True),
+    "a fused Adam": lambda layer: _step(layer, torch.optim.AdamW, fused=True),
     "a load": _load,
     "an assigning load": lambda layer: _load(layer, assign=True),
     "data": _data,
@@ -201,6 +203,16 @@ def test_changes_are_noticed(name, change, count):
         count.clear()
         layer(x)
         assert not count
+
+
+def test_optimizers_have_no_hook_outside():
+    """Nothing counts their steps, nor after an exception."""
+    layer, _ = made("conv1d")
+    with pytest.raises(ZeroDivisionError), frozen_weights(layer), frozen_weights(layer):
+        raise ZeroDivisionError
+    version = layer.weight_v._version
+    _step(layer, fused=True)
+    assert layer.weight_v._version == version
 
 
 def test_no_tensor_gets_a_parameter_s_address():

@@ -173,7 +173,7 @@ class _Fused:
             self._holder(key).right_inverse(value)
         else:
             g, v = self._tensors(key)
-            checkpoints.assign(value, g, v, self._norms[key].dim, self._norms[key].norm)
+            checkpoints.assign(value, g, v, *self._normalisation(key))
         reading.forget(self)
 
     def __reduce_ex__(self: Any, protocol: Any) -> tuple:
@@ -189,7 +189,7 @@ class _Fused:
         for name, norm in self._norms.items():
             g, v = self._tensors(name)
             checkpoints.bring_into(
-                norm.form, state_dict, prefix, name, g, v, norm.dim, others, norm.norm
+                norm.form, state_dict, prefix, name, g, v, norm.dim, 0.0, norm.norm, others
             )
 
     def _load_from_state_dict(

@@ -25,6 +25,9 @@ def state_dict(
 ) -> dict[str, Any]:
     """Returns `model.state_dict()` with every weight-normed weight in one form.
 
+    A weight stays in its form if its `g` or `v` is pruned or parametrized, or if another
+    parametrization is stacked on it.
+
     Args:
         model: any module. It converts layers of this package, fused ones and PyTorch's own.
         form: `"weight_norm"` (`weight_g`, `weight_v`), `"parametrizations"`

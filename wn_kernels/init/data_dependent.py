@@ -168,10 +168,10 @@ class _Layer:
             factor = scale.view(self.groups, -1).repeat_interleave(len(v) // self.groups, 0)
         else:
             factor = scale.unsqueeze(1)
-        dim, norm = self.normed.dim, self.normed.norm
-        weight = WF.weight_norm(v, g, dim=dim, eps=self.normed.eps, norm=norm)
+        dim, eps, norm = self.normed.dim, self.normed.eps, self.normed.norm
+        weight = WF.weight_norm(v, g, dim=dim, eps=eps, norm=norm)
         scaled = weight * factor.view(*factor.shape, *[1] * (v.ndim - 2))
-        checkpoints.assign(scaled, g, v, dim, norm)
+        checkpoints.assign(scaled, g, v, dim, eps, norm)
 
 
 # --- the passes ----------------------------------------------------------------------------------

@@ -51,14 +51,18 @@ def norm_preserving_(
         The value of `g`, that of l2, by the name of each layer that was set.
 
     Raises:
-        TypeError: `model` is not a module.
+        TypeError: `model` is not a module, `gains` not a mapping, or a key of it not a string.
         ValueError: a gain is not positive, or a name matches no layer.
     """
     prepare.check_module("model", model)
     found = [x for x in weights(model) if x.layer is not None and not x.fault]
     chosen = {x.name: 2.0 for x in found}
+    if gains is not None and not isinstance(gains, Mapping):
+        raise TypeError(f"gains must be a mapping or None, got {type(gains).__name__}")
     for pattern, gain in (gains or {}).items():
-        if not gain > 0:
+        if not isinstance(pattern, str):
+            raise TypeError(f"a key of gains must be a name or a pattern, got {pattern!r}")
+        if not isinstance(gain, (int, float)) or not gain > 0:
             raise ValueError(f"the gain of {pattern!r} is {gain!r}; expected a positive number")
         matching = fnmatch.filter(chosen, pattern)
         if not matching:

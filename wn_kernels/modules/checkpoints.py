@@ -32,18 +32,27 @@ def keys(form: str, name: str, prefix: str = "") -> tuple[str, str]:
     return prefix + g.format(name), prefix + v.format(name)
 
 
-def split(weight: Tensor, v: Tensor, dim: int | None, norm: Norm) -> tuple[Tensor, Tensor]:
+def magnitude(v: Tensor, dim: int | None, eps: float, norm: Norm) -> Tensor:
+    """Returns the `g` that gives a weight equal to `v`: `max(‖V_j‖, eps)`, and 0 for a slice of
+    zeros."""
+    g = WF.slice_norm(v, dim=dim, norm=norm)
+    return torch.where(g == 0, g, g.clamp(min=eps)) if eps else g
+
+
+def split(
+    weight: Tensor, v: Tensor, dim: int | None, eps: float, norm: Norm
+) -> tuple[Tensor, Tensor]:
     """Returns `(g, v)` of a plain weight that replaces `v`.
 
     A slice of zeros gets `g = 0` and keeps its direction from `v`, so that it can still learn.
     """
-    g = WF.slice_norm(weight, dim=dim, norm=norm)
+    g = magnitude(weight, dim, eps, norm)
     if is_lazy(v) or v.shape != weight.shape or v.device != weight.device:
         return g, weight
     return g, torch.where(g == 0, v.detach().to(weight.dtype), weight)
 
 
-def assign(weight: Tensor, g: Tensor, v: Tensor, dim: int | None, norm: Norm) -> None:
+def assign(weight: Tensor, g: Tensor, v: Tensor, dim: int | None, eps: float, norm: Norm) -> None:
     """Sets `g` and `v` so that the weight is `weight`.
 
     Raises:
@@ -54,7 +63,7 @@ def assign(weight: Tensor, g: Tensor, v: Tensor, dim: int | None, norm: Norm) ->
     if weight.shape != v.shape:
         raise ValueError(f"weight has shape {tuple(weight.shape)}, expected {tuple(v.shape)}")
     with torch.no_grad():
-        new_g, new_v = split(weight.to(v), v, dim, norm)
+        new_g, new_v = split(weight.to(v), v, dim, eps, norm)
         g.copy_(new_g)
         v.copy_(new_v)
 
@@ -67,8 +76,9 @@ def bring_into(
     g: Tensor,
     v: Tensor,
     dim: int | None,
-    others: Mapping[str, Tensor | None],
+    eps: float,
     norm: Norm,
+    others: Mapping[str, Tensor | None],
 ) -> None:
     """Brings a layer's entries of `state_dict`, in place, into the form that the layer loads.
 
@@ -84,7 +94,7 @@ def bring_into(
     if plain in state_dict and own_g not in state_dict and own_v not in state_dict:
         weight = state_dict.pop(plain)
         if is_lazy(v) or weight.shape == v.shape:
-            state_dict[own_g], state_dict[own_v] = split(weight, v, dim, norm)
+            state_dict[own_g], state_dict[own_v] = split(weight, v, dim, eps, norm)
         else:
             state_dict[own_g], state_dict[own_v] = g, weight
 

@@ -4,7 +4,8 @@ A kept weight has no gradient, and serves a forward that needs none with respect
 is used as long as nothing has changed: `g` and `v` are the same objects, their version counters and
 their addresses are the same, and nobody has written into the weight. Tensors that share the memory
 of `g` and `v` are kept as well, so that no other tensor gets their addresses. A write through
-`.data` in place leaves no trace, and cannot be noticed.
+`.data` in place leaves no trace, and cannot be noticed. Nor does a step of PyTorch's fused
+optimizers, so that while a block is open, every optimizer's step counts as a write.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from ..backends import vendor
 from ..call import PLAIN_TYPES, recorder
@@ -121,21 +124,37 @@ def _can_keep(v: Tensor, g: Tensor, dtype: torch.dtype) -> bool:
 # --- for frozen_weights --------------------------------------------------------------------------
 
 _lock = threading.Lock()
+_open = 0  # blocks, of all layers
+_hook: Any = None  # of the optimizers, while a block is open
 
 
 def open_store(module: Any) -> Store:
     """Makes a layer keep its weights until `close_store`, and returns where."""
+    global _open, _hook
     with _lock:
         store = module._store
         if store is None:
             store = module.__dict__["_store"] = Store()
         store.blocks += 1
+        if not _open:
+            _hook = register_optimizer_step_post_hook(_count_step)
+        _open += 1
         return store
+
+
+def _count_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    """Counts a step as a write into every parameter of the optimizer."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    increment_version([p for p in parameters if not p.is_inference()])
 
 
 def close_store(module: Any, store: Store) -> None:
     """Undoes one `open_store`. The last one drops the weights."""
+    global _open
     with _lock:
+        _open -= 1
+        if not _open:
+            _hook.remove()
         store.blocks -= 1
         if store.blocks:
             return

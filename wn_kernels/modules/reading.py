@@ -11,6 +11,8 @@ read costs a few tenths of a microsecond more than the weight.
 
 from __future__ import annotations
 
+import os
+import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -150,8 +152,20 @@ def warn(module: Any, name: str) -> None:
         f"{name} of {type(module).__name__} was written to in place, which does not change the "
         f"layer: {name} is computed from g and v. Assign to it (layer.{name} = values), or "
         "initialise it in model.apply(function).",
-        stacklevel=5,
+        stacklevel=_callers_level(),
     )
+
+
+def _callers_level() -> int:
+    """Returns the `stacklevel` with which a warning names the line of the program that called this
+    package, by itself or by way of PyTorch's modules."""
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back and frame.f_code.co_filename.startswith(_FOLDERS):
+        level, frame = level + 1, frame.f_back
+    return level
+
+
+_FOLDERS = tuple(os.path.dirname(file) + os.sep for file in (WF.__file__, nn.__file__))
 
 
 def forget(module: Any) -> None:

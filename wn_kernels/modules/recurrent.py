@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from .. import functional as WF
 from ..call import Norm, recorder
 from . import checkpoints, flat, norms, reading, removal, steps
 from .weight import NormedWeights
@@ -116,7 +115,7 @@ class RecurrentMixin(NormedWeights):
                 continue
             key_g, key_v = checkpoints.keys("weight_norm", name)
             with torch.no_grad():
-                g = nn.Parameter(WF.slice_norm(parameter, dim=self.dim, norm=self.norm))
+                g = nn.Parameter(checkpoints.magnitude(parameter, *self._normalisation(name)))
             self.register_parameter(key_v, parameter)
             self.register_parameter(key_g, g)
         self._names = tuple(names)
@@ -131,7 +130,7 @@ class RecurrentMixin(NormedWeights):
                 g, v = self._tensors(name)
                 nn.init.uniform_(v, -bound, bound)
                 with torch.no_grad():
-                    g.copy_(WF.slice_norm(v, dim=self.dim, norm=self.norm))
+                    g.copy_(checkpoints.magnitude(v, *self._normalisation(name)))
             elif (parameter := getattr(self, name)) is not None:
                 nn.init.uniform_(parameter, -bound, bound)
 

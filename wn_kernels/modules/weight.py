@@ -128,18 +128,17 @@ class NormedWeights(nn.Module):
                     store.kept.clear()
             return
         g, v = self._tensors(name)
-        checkpoints.assign(value, g, v, self.dim, self.norm)
+        checkpoints.assign(value, g, v, self.dim, self.eps, self.norm)
         reading.forget(self)
 
     def _bring_into_form(self, state_dict: dict[str, Any], prefix: str) -> None:
         names = self._normed()
         stored = {key for name in names for key in checkpoints.keys("weight_norm", name)}
         others = {key: t for key, t in self._parameters.items() if key not in stored}
+        options = self.dim, self.eps, self.norm
         for name in names:
             g, v = self._tensors(name)
-            checkpoints.bring_into(
-                "weight_norm", state_dict, prefix, name, g, v, self.dim, others, self.norm
-            )
+            checkpoints.bring_into("weight_norm", state_dict, prefix, name, g, v, *options, others)
 
     def _load_from_state_dict(
         self,
@@ -302,7 +301,7 @@ class WeightNormMixin(NormedWeights):
             return
         nn.init.kaiming_uniform_(self.weight_v, a=math.sqrt(5))
         with torch.no_grad():
-            self.weight_g.copy_(WF.slice_norm(self.weight_v, dim=self.dim, norm=self.norm))
+            self.weight_g.copy_(checkpoints.magnitude(self.weight_v, self.dim, self.eps, self.norm))
         if self.bias is not None:
             fan_in, _ = nn.init._calculate_fan_in_and_fan_out(self.weight_v)
             bound = 1 / math.sqrt(fan_in) if fan_in > 0 else 0

@@ -99,8 +99,8 @@ struct Launches : torch::CustomClassHolder {
 
   // (dX, dV, dg, db); what is not needed may be undefined.
   variable_list backward(
-      const Tensor& dy, const Tensor& x, const Tensor& v, const Tensor& g, const Tensor& bias,
-      const Tensor& n, const Tensor& kept, const Needs& needs, bool observed) {
+      const Tensor& dy, const Tensor& x, const Tensor& v, const Tensor& g, const Tensor& n,
+      const Tensor& kept, const Needs& needs, bool observed) {
     if (forms_backward) return backward_of_convolution(dy, x, v, g, n, needs, observed);
     const bool is_flat = !x.defined() || conv || x.dim() == 2;
     const Tensor flat_dy = is_flat ? dy : as_rows(dy), flat_x = is_flat ? x : as_rows(x);
@@ -116,8 +116,7 @@ struct Launches : torch::CustomClassHolder {
       return {found.begin(), found.end()};
     }
     const py::gil_scoped_acquire gil;
-    return as_variables(
-        python_backward(dy, as_object(x), v, g, as_object(bias), n, as_tuple(needs)));
+    return as_variables(python_backward(dy, as_object(x), v, g, n, as_tuple(needs)));
   }
 
   // The same around PyTorch's convolution, the layout of whose dW it alone determines.
@@ -131,7 +130,7 @@ struct Launches : torch::CustomClassHolder {
     std::tie(dx, dw, db) = product_grads(dy, x, w, needs);
     variable_list out{dx, {}, {}, db};
     if (needs_weight) {
-      auto found = weight->backward(dw, {}, v, g, {}, n, {}, {false, true, true, false}, observed);
+      auto found = weight->backward(dw, {}, v, g, n, {}, {false, true, true, false}, observed);
       out[1] = std::move(found[1]);
       out[2] = std::move(found[2]);
     }
@@ -165,7 +164,7 @@ struct Launches : torch::CustomClassHolder {
   Observation is_observed;
   py::handle geometry;
   py::handle python_forward;    // (x, v, g, bias) -> (y, n)
-  py::handle python_backward;   // (dY, x, v, g, bias, n, needs) -> (dX, dV, dg, db)
+  py::handle python_backward;   // (dY, x, v, g, n, needs) -> (dX, dV, dg, db)
   py::handle prepare_backward;  // (dY, x, v, g, needs) -> its pass, or None
   std::shared_ptr<Pass> pass;   // of the forward; null where Python serves it
   // The same in a training step that keeps the packed W or the product x Vᵀ, which it returns behind
@@ -185,15 +184,16 @@ inline Prepared prepared(
 // The node of a call. It is no `Function`, whose context takes longer than a launch does.
 class Launched : public torch::autograd::Node {
  public:
-  // y with a node that holds these tensors.
+  // y with a node that holds these tensors, but for the bias, which may change before a backward.
   static Tensor recorded(
       const Tensor& y, const Tensor& x, const Tensor& v, const Tensor& g, const Tensor& bias,
       const Tensor& n, const Tensor& kept, const Prepared& launches) {
     const auto node = make_node<Launched>();
     node->set_next_edges(torch::autograd::collect_next_edges(x, v, g, bias));
     node->launches_ = launches;
+    if (bias.defined()) node->bias_dtype_ = bias.scalar_type();
     size_t i = 0;
-    for (const Tensor* t : {&x, &v, &g, &bias, &n, &kept})
+    for (const Tensor* t : {&x, &v, &g, &n, &kept})
       node->saved_[i++] = torch::autograd::SavedVariable(*t, /*is_output=*/false);
     torch::autograd::set_history(y, node);
     return x.defined() ? with_weight_grad(y, v) : y;
@@ -211,12 +211,12 @@ class Launched : public torch::autograd::Node {
     const LayerGrads given(grads);
     const Tensor &dy = given.dy, &dw = given.dw;
     if (given.are_undefined()) return variable_list(4);
-    std::array<Tensor, 6> tensors;
+    std::array<Tensor, 5> tensors;
     {
       const std::lock_guard<std::mutex> lock(mutex_);
       for (size_t i = 0; i < tensors.size(); ++i) tensors[i] = saved_[i].unpack();
     }
-    const auto& [x, v, g, bias, n, kept] = tensors;
+    const auto& [x, v, g, n, kept] = tensors;
     Needs needs;
     for (size_t i = 0; i < needs.size(); ++i) needs[i] = task_should_compute_output(i);
     // The launches of the weight alone, for W and its gradient.
@@ -233,15 +233,15 @@ class Launched : public torch::autograd::Node {
       out = recorded(given, x, v, g, n, needs, *weight);
     } else {
       const bool observed = is_observed();
-      if (dy.defined()) out = launches_->backward(dy, x, v, g, bias, n, kept, needs, observed);
+      if (dy.defined()) out = launches_->backward(dy, x, v, g, n, kept, needs, observed);
       if (dw.defined()) {
         const Needs of_weight{false, needs[1], needs[2], false};
-        const auto more = weight->backward(dw, {}, v, g, {}, n, {}, of_weight, observed);
+        const auto more = weight->backward(dw, {}, v, g, n, {}, of_weight, observed);
         for (const size_t i : {1, 2})
           if (needs[i]) out[i] = out[i].defined() ? out[i] + more[i] : more[i];
       }
     }
-    if (out[3].defined()) out[3] = out[3].to(bias.scalar_type());
+    if (out[3].defined()) out[3] = out[3].to(bias_dtype_);
     return out;
   }
 
@@ -285,7 +285,7 @@ class Launched : public torch::autograd::Node {
     {
       at::AutoDispatchBelowADInplaceOrView below;
       const at::NoGradGuard no_grad;
-      grads = weight.backward(dw, {}, v, g, {}, n, {}, {false, true, true, false}, observed);
+      grads = weight.backward(dw, {}, v, g, n, {}, {false, true, true, false}, observed);
     }
     auto found = WeightGrads::apply(
         dw, v, g, n, std::make_pair(grads[1], grads[2]), launches_->axis,
@@ -294,8 +294,8 @@ class Launched : public torch::autograd::Node {
     return out;
   }
 
-  // x, V, g, the bias, n and what is kept
-  std::array<torch::autograd::SavedVariable, 6> saved_;
+  std::array<torch::autograd::SavedVariable, 5> saved_;  // x, V, g, n and what is kept
+  at::ScalarType bias_dtype_ = at::kFloat;
   Prepared launches_;
 };
 
