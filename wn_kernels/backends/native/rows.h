@@ -166,7 +166,7 @@ std::array<double, 2> partial_and_dot(Norm of, const V* v, const Wide<V>* x, int
   with_norm(of, [&](auto constant) {
     constexpr Norm norm = decltype(constant)::value;
     out = reductions<T, Merge<norm>, Sum>(length, [=](int64_t i, auto count) {
-      const Vector<T> value = load(v + i, count);
+      const Vector<T> value = held(load(v + i, count));
       return std::array<Vector<T>, 2>{norm_term<norm>(value), value * load(x + i, count)};
     });
   });

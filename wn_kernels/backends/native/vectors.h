@@ -98,6 +98,15 @@ inline Vector<double> multiply_add(Vector<double> a, Vector<double> b, Vector<do
 }
 #endif
 
+// Returns v. It is in a register from here on, where the compiler would read memory for each use.
+template <typename Value>
+inline Value held(Value v) {
+#ifdef __AVX2__
+  __asm__("" : "+v"(v));
+#endif
+  return v;
+}
+
 // --- the bits of a vector, or of the part of one that is left ------------------------------------
 
 // The bits of as many elements of T as are computed in one vector, as signed numbers.
