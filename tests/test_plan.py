@@ -17,7 +17,7 @@ from tests.comparison import Case
 from wn_kernels import plan, use_backend
 from wn_kernels.backends import tiles, vendor
 from wn_kernels.backends.native import limits
-from wn_kernels.call import Call, Geometry
+from wn_kernels.call import NORMS, Call, Geometry
 from wn_kernels.plan import backend, costs, devices, table
 
 F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
@@ -118,9 +118,9 @@ def test_triton_variants():
     for x, v in ((F16, F16), (BF16, F32), (F16, F32)):
         assert triton(512, 4096, 4096, x=x, v=v)[1:3] == ("materialize", "materialize")
     assert triton(16, 4096, 4096, x=BF16, v=F32)[1:] == ("one_pass", "product", "product")
-    # The ties of linf are counted by a walk over V, which the product has not.
-    assert triton(16, 4096, 4096, norm="l1")[1:] == ("one_pass", "product", "product")
-    assert triton(16, 4096, 4096, norm="linf")[1:] == ("one_pass", "one_pass", "")
+    for norm in NORMS:
+        assert triton(16, 4096, 4096, norm=norm)[1:] == ("one_pass", "product", "product")
+        assert triton(512, 4096, 4096, norm=norm)[1:] == ("scaled", "product", "product")
     assert triton(16, 4096, 4096, x=F16, v=F32)[1:3] == ("materialize", "one_pass")
     assert triton(tiles.one_pass_rows(8) + 1, 4096, 4096, x=F64, v=F64).forward != "one_pass"
 

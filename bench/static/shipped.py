@@ -39,7 +39,7 @@ TYPES = {
 # The flags that tell a kernel's variants apart.
 FLAGS = (
     *("FORM", "PHASED", "FLAT", "BIAS", "FUSED", "AS_NORM", "GRAD", "SUM", "WIDE"),
-    *("KEEP", "PARTS", "DOTS", "NEEDS_X", "NORM"),
+    *("KEEP", "PARTS", "DOTS", "NEEDS_X", "NORM", "COUNTS"),
 )
 
 # Dtypes whose kernels without a product are those of another one, but for a conversion.
@@ -156,7 +156,7 @@ def _linear_launches(
     # The first launch of a name is compiled: one of several steps, which are a loop.
     sizes = [(1, 4096, 4096), *few, *small, (4096, 4096, 4096)]
     if norm != "l2":
-        sizes = [(16, 4096, 4096)]
+        sizes = [(16, 4096, 4096), (512, 4096, 4096)]
     elif dtype == "bf16":  # 64-bit offsets
         sizes += [(16, 65536, 65536), (128, 65536, 65536), (65536, 65536, 65536)]
     for dim, (m, k, o) in itertools.product((0, 1, None), sizes):
@@ -171,10 +171,11 @@ def _linear_launches(
         few = dim == 0 and m <= one_pass_rows(size)
         if few and not narrows_range(x_dtype, v_dtype):
             backend.linear(x, v, g, bias, dim, 0.0, "one_pass", norm=norm)
-        if few and x_dtype != torch.float16:
-            backend.linear(x, v, g, bias, dim, 0.0, "one_pass", True, norm=norm)
-        if few and x_dtype != torch.float16 and norm != "linf":
-            backend.linear_backward(dy, x, v, g, n, dim, 0.0, "product", needs, dy, norm=norm)
+        many = dim == 0 and not few and x_dtype.itemsize == v_dtype.itemsize == 2
+        if (few or many) and x_dtype != torch.float16:
+            variant = "one_pass" if few else "scaled"
+            _, _, kept = backend.linear(x, v, g, bias, dim, 0.0, variant, True, norm=norm)
+            backend.linear_backward(dy, x, v, g, n, dim, 0.0, "product", needs, kept, norm=norm)
         if m <= one_pass_rows(size, grad=True) and dim is not None:
             backend.linear_backward(dy, x, v, g, n, dim, 0.0, "one_pass", needs, norm=norm)
         w, _ = backend.weight_norm(v, g, dim, 0.0, x_dtype, norm=norm)

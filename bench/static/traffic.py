@@ -262,18 +262,25 @@ class _Layer:
         self.bias = random((outputs,), case.v_dtype)
         self.y, self.n = self.forward(case.variants[-1])
         self.dy = torch.randn_like(self.y)
-        self.product = (
-            None if case.conv else (self.x.double() @ self.v.double().t()).to(case.x_dtype)
-        )
+        self.product = None
+        if case.dim == 0 and "one_pass" in case.variants and not case.conv:
+            *_, self.product = self.linear("one_pass", True)
 
     def forward(self, variant: str) -> tuple[Tensor, Tensor]:
         from wn_kernels.backends import triton as backend
 
         case, operands = self.case, (self.x, self.v, self.g, self.bias)
         if case.conv is None:
-            return backend.linear(*operands, case.dim, 0.0, variant, norm=case.norm)
+            y, n = self.linear(variant)
+            return y, n
         options = case.conv, case.dim, 0.0, variant
         return backend.convolution(*operands, *options, norm=case.norm)[:2]
+
+    def linear(self, variant: str, keep: bool = False) -> tuple[Tensor, ...]:
+        from wn_kernels.backends import triton as backend
+
+        case, operands = self.case, (self.x, self.v, self.g, self.bias)
+        return backend.linear(*operands, case.dim, 0.0, variant, keep, norm=case.norm)
 
     def backward(self, variant: str) -> Any:
         from wn_kernels.backends import triton as backend
@@ -395,7 +402,6 @@ def _of(case: Case, direction: str) -> tuple[str, ...]:
     """Returns the variants of a direction, which has some that the other has not."""
     if case.conv is None:
         takes_product = direction == "backward" and "one_pass" in case.variants
-        takes_product &= case.norm != "linf"
         return (*["product"] * takes_product, *case.variants)
     other = "one_pass" if direction == "backward" else "weight_grad"
     return tuple(name for name in case.variants if name != other)

@@ -135,8 +135,7 @@ def triton_linear(call: Call, device: Device) -> Costs:
         backward = {"one_pass": [*dx, grad]} | backward
     # Without tensor cores it lost to the vendor's products by more rows than these.
     many = ieee and m > IEEE_ROWS
-    serves = call.x_dtype != torch.float16 and call.norm != "linf"  # whose ties it does not count
-    keeps = dim == 0 and keeps_product(call) and serves
+    keeps = dim == 0 and keeps_product(call) and call.x_dtype != torch.float16
     dots = passes(4 * y)._replace(least=m * RIDING_ROW)
     if keeps and m <= tiles.walked_rows(size) and not many:
         loop = tiles.grads(m, size, ieee, architecture)

@@ -145,15 +145,19 @@ def test_linear(name, variant, planned, monkeypatch):
         ("linear, wide weight", "one_pass"),  # which is never scaled late
     ],
 )
-def test_kept_product(name, forward, planned, monkeypatch):
-    """The backward takes it from the node, and reads `V` once."""
-    case = CASES[name]
+@pytest.mark.parametrize("norm", ["l2", "linf"])
+def test_kept_product(name, forward, norm, planned, monkeypatch):
+    """The backward takes it from the node, with the ties of linf, and reads `V` once."""
+    case = copy.deepcopy(CASES[name])
+    if norm != "l2":
+        case.take(norm)
+    run = functools.partial(WF.wn_linear, norm=norm)
     planned(forward, "product", "product")
     no_functions(monkeypatch)
-    case.check(layer(name))
+    case.check(run)
     leaves = case.leaves()
     with launch.recording() as launches:
-        torch.autograd.backward(layer(name)(*leaves), case.dy)
+        torch.autograd.backward(run(*leaves), case.dy)
     names = [each.kernel.__name__ for each in launches]
     assert names[-2:] == ["scale_kernel", "grads_kernel"]
 

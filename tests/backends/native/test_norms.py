@@ -7,6 +7,7 @@ import functools
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch.autograd import gradcheck, gradgradcheck
 
 import wn_kernels.functional as WF
@@ -16,7 +17,7 @@ from tests.planning import planned
 from tests.test_convolution import KINDS, case_of
 from wn_kernels import use_backend
 from wn_kernels.backends import reference
-from wn_kernels.call import kept_shape
+from wn_kernels.call import NORMS, kept_shape
 
 OTHERS = ("l1", "linf")
 
@@ -252,26 +253,57 @@ def test_a_nan_is_found_wherever_it_is(shape, dim, dtype, norm):
         assert not w.select(dim, 0).isnan().any()
 
 
-@pytest.mark.parametrize("norm", OTHERS)
-@pytest.mark.parametrize("shape", [(1, 600, 500), (5, 600, 500)])
-def test_same_bits_whatever_the_threads(shape, norm):
-    case = taken(Case(*shape, 0), norm)
-    columns, scales, axis = weight((5001, 33), 1, torch.float32, norm)
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("dtypes", [DTYPES[0], DTYPES[2], DTYPES[4]])
+def test_same_bits_whatever_the_threads(dtypes, norm):
+    """Of one row and of few, with many ties and with few, in rows that fill no vector."""
+    shapes = [(1, 600, 500), (1, 1021, 300), (1, 70, 5000), (5, 619, 500)]
+    shapes = [shape for shape in shapes if shape[0] == 1 or dtypes[1] == torch.float32]
+    cases = [Case(*shape, 0, *dtypes) for shape in shapes]
+    for case in cases:
+        case.norm = norm
+    cases += [taken(Case(*shape, 0, *dtypes), norm) for shape in shapes]
+    weights = [weight((501, 77), 0, dtypes[1], norm), weight((5001, 33), 1, dtypes[1], norm)]
+    weights.append((torch.randn(501, 333).to(dtypes[1]).requires_grad_(), weights[0][1], 0))
     threads = torch.get_num_threads()
     found = []
     try:
         for count in (1, 2, 3):
             torch.set_num_threads(count)
-            leaves = case.leaves()
-            y = linear(case)(*leaves)
-            w = WF.weight_norm(columns, scales, dim=axis, norm=norm)
-            grads = torch.autograd.grad(w, (columns, scales), torch.cos(torch.arange(33.0) + w))
-            found.append((w, *grads, y, *torch.autograd.grad(y, leaves, case.dy)))
+            found.append([])
+            for case in cases:
+                leaves = case.leaves()
+                y = linear(case)(*leaves)
+                found[-1] += [y, *torch.autograd.grad(y, leaves, case.dy)]
+            for v, g, axis in weights:
+                w = WF.weight_norm(v, g, dim=axis, norm=norm)
+                dw = torch.cos(torch.arange(v.shape[1]) + v).detach().requires_grad_()
+                grads = torch.autograd.grad(w, (v, g), dw, create_graph=True)
+                found[-1] += [w, *grads, *torch.autograd.grad(grads, (dw, v, g), grads)]
     finally:
         torch.set_num_threads(threads)
     for one, *others in zip(*found, strict=True):
         for other in others:
             assert_same_bits(one, other)
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("dtype", [*WIDE, torch.bfloat16])
+def test_same_bits_wherever_a_row_ends(dtype, norm):
+    """Zeros behind a row change no bit, so the last elements are computed as the others are."""
+    for length in (77, 601, 619, 5003):
+        v, dw, g = torch.randn(9, length), torch.randn(9, length), torch.rand(9, 1) + 0.5
+        v[1].clamp_(-0.5, 0.5)  # which has ties in every group
+        found = []
+        for more in (0, 1, 64 - length % 64):
+            tensors = [F.pad(t, (0, more)).to(dtype) for t in (v, dw)]
+            leaves = [tensors[0].requires_grad_(), g.to(dtype).requires_grad_()]
+            w = WF.weight_norm(*leaves, norm=norm)
+            dv, dg = torch.autograd.grad(w, leaves, tensors[1])
+            found.append((w[:, :length], dv[:, :length], dg))
+        for one, *others in zip(*found, strict=True):
+            for other in others:
+                assert_same_bits(one, other)
 
 
 def test_an_unknown_norm_is_named():

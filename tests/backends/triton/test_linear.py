@@ -149,8 +149,32 @@ def test_other_norms(norm, dim, form, device):
     case.take(norm)
     if form in FORWARD[dim]:
         run(case, forward=form)
-    if (form, norm) != ("product", "linf"):
-        run(case, backward=form)
+    run(case, backward=form)
+
+
+@pytest.mark.sanitize
+@pytest.mark.parametrize(
+    ("variant", "splits", "x_dtype", "v_dtype"),
+    [("one_pass", splits, *DTYPES[i]) for splits in (1, 3) for i in (1, 3, 4)]
+    + [("scaled", 1, *DTYPES[i]) for i in (1, 3)],
+)
+def test_ties_that_are_kept(variant, splits, x_dtype, v_dtype, device):
+    """The forward counts them, and both products of the backward take them; that of many rows takes
+    one dtype. A slice has one tie, has two in its last part, or has nothing else."""
+    case = Case(15, 50, 41, 0, x_dtype, v_dtype, device=device)
+    case.take("linf")
+    case.v[1, 3], case.v[2, 47:49], case.v[3] = -1.5, 1.25, 0.5
+    case.refer()
+    inputs, options = (case.x, case.v, case.g, case.bias, 0, 0.0), {"norm": "linf"}
+    config = SMALL._replace(splits=splits)
+    y, n, kept = linear(*inputs, variant, True, **options, config=config)
+    case.check_forward(y)
+    ties = (case.v.abs() == n).sum(1)
+    assert ties[1:4].tolist() == [1, 2, 50]
+    assert kept[0, :-1].tolist() == ties[:-1].tolist()  # the last slice is zero
+    for config in (SMALL_WALK, SMALL_GRAD)[: 1 + (x_dtype == v_dtype)]:
+        operands = case.dy, case.x, case.v, case.g, n, 0, 0.0, "product", (True,) * 4, kept
+        case.check_backward(linear_backward(*operands, **options, config=config))
 
 
 @pytest.mark.parametrize("dim", DIMS)
@@ -321,13 +345,6 @@ def test_what_a_layer_launches_for_other_norms(norm, device):
     case.take(norm)
     with use_backend("triton"):
         case.check(lambda *inputs: WF.wn_linear(*inputs, eps=case.eps, norm=norm))
-
-
-def test_product_counts_no_ties(device):
-    case = Case(3, 8, 6, 0, device=device)
-    operands = case.dy, case.x, case.v, case.g, slice_norms(case.v, 0, 0.0, norm="linf")
-    with pytest.raises(ValueError, match="counts the ties of the norm linf"):
-        linear_backward(*operands, 0, 0.0, "product", (True,) * 4, norm="linf")
 
 
 @pytest.mark.parametrize(("dim", "form"), forms(BACKWARD))

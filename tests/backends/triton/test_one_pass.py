@@ -32,6 +32,6 @@ def test_one_pass_that_shares_r(splits, keep, x_dtype, v_dtype, norm, device):
     assert_matches(n[right.isfinite()], right[right.isfinite()], n.dtype, 50, what="n")
     if keep:
         right = case.x.double() @ case.v.double().t()
-        assert_matches(kept[0], right, x_dtype, 50, roundings=3)
+        assert_matches(kept[0][-70:], right, x_dtype, 50, roundings=3)
     for first, second in zip((y, n, *kept), linear(*inputs, **options, config=config), strict=True):
         assert_same_bits(first, second)

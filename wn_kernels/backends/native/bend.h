@@ -23,7 +23,7 @@ struct Bend {
             t = static_cast<T>(reductions[2]);
     c = norm == Norm::l2 ? s * dg / n : T(0);
     e = (ddg - s * b) / n;
-    f = clamped ? T(0) : (s * (t - k * b * dg) + ddg * dg) / n / d;
+    f = clamped ? T(0) : multiply_add(s, multiply_add(-k * b, dg, t), ddg * dg) / n / d;
     to_g = (t - b * dg) / n;
   }
 
@@ -33,7 +33,7 @@ struct Bend {
 // Returns the terms of the reductions of a vector.
 template <Norm norm, typename T, typename N>
 std::array<Vector<T>, 4> bend_terms(Vector<T> ddv, Vector<T> dw, Vector<T> v, N n) {
-  const Vector<T> u = slope_of<norm>(v, n);
+  const Vector<T> u = times_slope<norm>(T(1), v, n);
   return {dw * v, ddv * u, ddv * dw, norm == Norm::linf ? tied(v, n) : Vector<T>{}};
 }
 
@@ -44,8 +44,8 @@ void bend(
     T* to_dw, T* to_v, T* to_g, const T* ddv, const T* ddg, const T* dw, const T* v, const T* g,
     const T* n, double eps, const Extents& e) {
   const auto write = [=](int64_t i, T n, T s, T c, T e, T f) {
-    to_dw[i] = s * ddv[i] + e * v[i];
-    to_v[i] = e * dw[i] - c * ddv[i] - f * slope_of<norm>(v[i], n);
+    to_dw[i] = multiply_add(s, ddv[i], e * v[i]);
+    to_v[i] = multiply_add(e, dw[i], -multiply_add(c, ddv[i], times_slope<norm>(f, v[i], n)));
   };
   if (!e.columns) {
     for_each(e.count, e.length, [&](int64_t j) {

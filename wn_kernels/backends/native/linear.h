@@ -404,11 +404,13 @@ struct Linear : Function<Linear> {
     auto *dvs = dv.mutable_data_ptr<T>(), *dgs = dg.mutable_data_ptr<T>();
     const int64_t outputs = v.size(0), length = v.size(1);
     std::vector<T> c(outputs);
-    // The ties of a row are counted right before the row is read again.
+    // The ties of a row are found right before the row is read again.
     const auto set_slope = [&](int64_t j) {
-      const double count = norm == Norm::linf ? ties(vs + j * length, ns[j], length) : 0;
-      const Slope<T> slope(as[j], count, gs[j], ns[j], options);
+      Ties<T> ties;
+      if (norm == Norm::linf) ties.find(vs + j * length, ns[j], length);
+      const Slope<T> slope(as[j], ties.count(), gs[j], ns[j], options);
       dgs[j] = slope.dg, c[j] = slope.c;
+      return ties;
     };
     if (few.defined()) {
       Panels<T> panels(length, x.size(0));
@@ -423,9 +425,9 @@ struct Linear : Function<Linear> {
     for_each(outputs, length, [&](int64_t j) {
       const T* row = vs + j * length;
       T* to = dvs + j * length;
-      set_slope(j);
+      const Ties<T> ties = set_slope(j);
       if (x.size(0) == 1)
-        difference<norm>(to, xs, row, ns[j], ds[j], c[j], length);
+        difference<norm>(to, xs, row, ns[j], ds[j], c[j], ties, length);
       else
         scaled_slope<norm>(to, row, ns[j], -c[j], length);
     });
@@ -451,11 +453,12 @@ struct Linear : Function<Linear> {
           constexpr Norm norm = decltype(constant)::value;
           for_each(outputs, length, [&](int64_t j) {
             const V* row = vs + j * length;
-            const auto [a, ties] = dot_and_ties<norm>(xs, row, ns[j], length);
-            const Slope<T> slope(ds[j] * a, ties, gs[j], ns[j], options);
+            Ties<V> ties;
+            const double a = dot_and_ties<norm>(xs, row, ns[j], ties, length);
+            const Slope<T> slope(ds[j] * a, ties.count(), gs[j], ns[j], options);
             dgs[j] = static_cast<V>(slope.dg);
             difference<norm>(
-                dvs + j * length, xs, row, ns[j], slope.s * ds[j], slope.c, length);
+                dvs + j * length, xs, row, ns[j], slope.s * ds[j], slope.c, ties, length);
           });
         });
         return;

@@ -62,6 +62,12 @@ inline Value magnitude(Value v) {
     return (Value)((Bits<Value>)v & std::numeric_limits<Bit<Value>>::max());
 }
 
+// Returns c, or -c where the sign bit is set.
+template <typename Value>
+inline Value with_sign(Bits<Value> sign, Value c) {
+  return (Value)((sign & std::numeric_limits<Bit<Value>>::min()) ^ (Bits<Value>)c);
+}
+
 // --- accumulation --------------------------------------------------------------------------------
 
 // How two partial results of a reduction become one.
@@ -106,30 +112,26 @@ inline double finished(Norm norm, double partial) {
 
 // --- slope ---------------------------------------------------------------------------------------
 
-// Returns 1 for an element with |v| = n, and else 0. `n` may be one number for all elements.
+// Returns 1 for each element with |v| = n, and else 0. `n` may be one number for all elements.
 template <typename Value, typename N>
 inline Value tied(Value v, N n) {
-  if constexpr (std::is_floating_point_v<Value>)
-    return magnitude(v) == n ? Value(1) : Value(0);
-  else
-    return (Value)((Bits<Value>)(Value{} + 1) & (magnitude(v) == n));
+  return (Value)((Bits<Value>)(Value{} + 1) & (magnitude(v) == n));
 }
 
-// Returns u.
-template <Norm norm, typename Value, typename N>
-inline Value slope_of(Value v, [[maybe_unused]] N n) {
+// Returns c u. It is zero where u is, whatever c.
+template <Norm norm, typename Value, typename C, typename N>
+inline Value times_slope(C c, Value v, [[maybe_unused]] N n) {
   if constexpr (norm == Norm::l2) {
-    return v;
+    return c * v;
   } else if constexpr (std::is_floating_point_v<Value>) {
     const bool has_slope = norm == Norm::l1 ? v != 0 : magnitude(v) == n;
-    return has_slope ? std::copysign(Value(1), v) : Value(0);
+    return has_slope ? (std::signbit(v) ? -c : c) : Value(0);
   } else {
-    const auto sign = (Bits<Value>)v & std::numeric_limits<Bit<Value>>::min();
-    const auto one = sign | (Bits<Value>)(Value{} + 1);
+    const auto signed_c = with_sign((Bits<Value>)v, c - Value{});
     if constexpr (norm == Norm::l1)
-      return (Value)(one & (v != Value{}));
+      return (Value)((Bits<Value>)signed_c & (v != Value{}));
     else
-      return (Value)(one & (magnitude(v) == n));
+      return (Value)((Bits<Value>)signed_c & (magnitude(v) == n));
   }
 }
 

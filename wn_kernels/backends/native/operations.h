@@ -51,6 +51,11 @@ class Operation {
     }
     const Tensor left = turns_a_ ? a.t() : a;
     const Tensor right = turns_b_ ? tensors[given_[1]].t() : tensors[given_[1]];
+    if (given_.size() > 3) {  // a matrix that takes the product behind its first row
+      Tensor into = tensors[given_[3]].narrow(0, 1, left.size(0));
+      tensors[result_] = at::mm_out(into, left, right);
+      return;
+    }
     tensors[result_] = given_[2] < 0
         ? at::mm(left, right)
         : at::addmm(tensors[given_[2]].to(left.scalar_type()), left, right);

@@ -346,8 +346,8 @@ void outer_product(
       const int64_t row = first + r, at = row * b.length + i * kPanel<T>;
       const auto write = [&](int64_t l, auto part) {
         const Vector<T> product = sum[r - top][l / lanes];
-        const auto u = [&] { return slope_of<norm>(load(v + at + l, part), n[row]); };
-        store(dw + at + l, v ? product - c[row] * u() : product, part);
+        const auto cu = [&] { return times_slope<norm>(c[row], load(v + at + l, part), n[row]); };
+        store(dw + at + l, v ? product - cu() : product, part);
       };
       if (i < b.full)
         write(0, All{}), write(lanes, All{});

@@ -24,7 +24,7 @@ namespace wn_kernels {
 // A sum takes kBlock elements before it is added to a double. It is held in kLanes partial sums,
 // which fill four vectors of 256 bits in float32.
 constexpr int64_t kBlock = 4096;
-constexpr int kLanes = 32;
+constexpr int kLanes = kGroup;
 
 // A row of at most kShort elements is added up without partial sums. Depthwise convolutions have
 // such rows.
@@ -73,12 +73,16 @@ inline __attribute__((always_inline)) void merge_each(
   ((into(k) = Merges::merge(into(k), values[k]), ++k), ...);
 }
 
+struct Ignore {
+  void operator()(int64_t) const {}
+};
+
 // Computes reductions over a row, each of which merges its terms. term(i, count) returns a vector of
 // the terms of each, for the elements from i on. Vectors are numbered when the program is compiled,
-// so that the partial results stay in registers.
-template <typename T, typename... Merges, typename Term>
+// so that the partial results stay in registers. visit(i) is called for every whole group.
+template <typename T, typename... Merges, typename Term, typename Visit = Ignore>
 inline __attribute__((always_inline)) std::array<double, sizeof...(Merges)> reductions(
-    int64_t length, const Term& term) {
+    int64_t length, const Term& term, const Visit& visit = {}) {
   constexpr size_t N = sizeof...(Merges);
   constexpr int64_t lanes = Lanes<T>::count, vectors = kLanes / lanes;
   std::array<double, N> all{};
@@ -89,8 +93,10 @@ inline __attribute__((always_inline)) std::array<double, sizeof...(Merges)> redu
       merge_each<Merges...>([&](size_t k) -> Vector<T>& { return parts[k][vector]; }, terms);
     };
     int64_t i = start;
-    for (; i + kLanes <= end; i += kLanes)
+    for (; i + kLanes <= end; i += kLanes) {
       for (int64_t l = 0; l < vectors; ++l) add(l, term(i + l * lanes, All{}));
+      visit(i);
+    }
 #pragma GCC unroll 8
     for (int64_t l = 0; l < vectors; ++l, i += lanes) {
       if (i + lanes <= end)
@@ -143,7 +149,10 @@ double partial(Norm of, const V* v, int64_t length) {
       return;
     }
     out = reductions<T, Merge<norm>>(length, [=](int64_t i, auto count) {
-      return std::array<Vector<T>, 1>{norm_term<norm>(load(v + i, count))};
+      if constexpr (norm == Norm::l2)
+        return std::array<Vector<T>, 1>{norm_term<norm>(load(v + i, count))};
+      else
+        return std::array<Vector<T>, 1>{load_magnitudes(v + i, count)};
     })[0];
   });
   return out;
@@ -157,38 +166,92 @@ std::array<double, 2> partial_and_dot(Norm of, const V* v, const Wide<V>* x, int
   with_norm(of, [&](auto constant) {
     constexpr Norm norm = decltype(constant)::value;
     out = reductions<T, Merge<norm>, Sum>(length, [=](int64_t i, auto count) {
-      const Vector<T> value = load(v + i, count);
+      const Vector<T> value = held(load(v + i, count));
       return std::array<Vector<T>, 2>{norm_term<norm>(value), value * load(x + i, count)};
     });
   });
   return out;
 }
 
-// Returns the ties of v, which are the elements that have a slope under linf.
+// Finds the ties of a row, which are the elements with |v| = n. Under linf they alone have a slope. In a
+// long row they usually lie in few groups, and these are kept.
 template <typename V>
-double ties(const V* v, Wide<V> n, int64_t length) {
-  using T = Wide<V>;
-  return reductions<T, Sum>(length, [=](int64_t i, auto count) {
-    return std::array<Vector<T>, 1>{tied(load(v + i, count), n)};
-  })[0];
-}
+class Ties {
+ public:
+  static constexpr int64_t kFewGroups = 128;
 
-// Returns <a, v>, and the ties of v under linf, from one pass.
-template <Norm norm, typename A, typename V>
-std::array<double, 2> dot_and_ties(const A* a, const V* v, Wide<V> n, int64_t length) {
-  using T = Wide<V>;
-  if constexpr (norm != Norm::linf) {
-    return {dot(a, v, length), 0};
-  } else if (length <= kShort) {
-    double count = 0;
-    for (int64_t i = 0; i < length; ++i) count += tied(static_cast<T>(v[i]), n);
-    return {dot(a, v, length), count};
-  } else {
-    return reductions<T, Sum, Sum>(length, [=](int64_t i, auto count) {
-      const Vector<T> value = load(v + i, count);
-      return std::array<Vector<T>, 2>{load(a + i, count) * value, tied(value, n)};
+  // Finds them, and returns <a, v> from the same pass.
+  template <typename A>
+  double dot(const A* a, const V* v, Wide<V> n, int64_t length) {
+    using T = Wide<V>;
+    const auto term = [=](int64_t i, auto count) {
+      return std::array<Vector<T>, 1>{load(a + i, count) * load(v + i, count)};
+    };
+    double sum = 0;
+    find(v, n, length, [&](const auto& look) {
+      sum = length <= kShort ? wn_kernels::dot(a, v, length)
+                             : reductions<T, Sum>(length, term, look)[0];
+    });
+    return sum;
+  }
+  // Finds them.
+  void find(const V* v, Wide<V> n, int64_t length) {
+    find(v, n, length, [=](const auto& look) {
+      for (int64_t i = 0; i + kGroup <= length; i += kGroup) look(i);
     });
   }
+
+  int64_t count() const { return count_; }
+
+  // Returns whether the groups that start at groups()[0], ..., groups()[size() - 1] have all ties, but
+  // for those among the last elements, which fill no group.
+  bool are_in_few() const { return size_ <= kFewGroups; }
+  int64_t size() const { return size_; }
+  const int64_t* groups() const { return groups_; }
+
+ private:
+  static constexpr int64_t kLong = 4 * kGroup;
+
+  // pass(look) calls look(i) for every group, which starts at element i.
+  template <typename Pass>
+  void find(const V* v, Wide<V> n, int64_t length, const Pass& pass) {
+    RawNumber<V> x = -1;  // no magnitude has these bits
+    if (const V narrow = static_cast<V>(n); static_cast<Wide<V>>(narrow) == n)
+      std::memcpy(&x, &narrow, sizeof x);
+    // Local variables stay in registers during the pass.
+    int64_t count = 0;
+    uint64_t size = 0;
+    const int64_t whole = length - length % kGroup;
+    for_each_vector<Wide<V>>(length - whole, [&](int64_t i, auto part) {
+      count += marked(equal(load_raw(v + whole + i, part), x));
+    });
+    const auto add = [v, x, &count](int64_t i) { count += count_equal(v + i, x); };
+    if (length < kLong) {
+      pass(add);
+      size = kFewGroups + 1;
+    } else {
+      pass([v, x, groups = groups_, &size](int64_t i) {
+        groups[size % kFewGroups] = i;
+        size += any_equal(v + i, x);
+      });
+      if (size <= kFewGroups)
+        for (uint64_t k = 0; k < size; ++k) add(groups_[k]);
+      else
+        for (int64_t i = 0; i < whole; i += kGroup) add(i);
+    }
+    count_ = count, size_ = size;
+  }
+
+  int64_t count_ = 0, size_ = 0, groups_[kFewGroups];
+};
+
+// Returns <a, v>, and finds the ties of v if the norm is linf.
+template <Norm norm, typename A, typename V>
+double dot_and_ties(const A* a, const V* v, Wide<V> n, Ties<V>& ties, int64_t length) {
+  if constexpr (norm == Norm::linf)
+    return ties.dot(a, v, n, length);
+  else
+    return dot(a, v, length);
 }
 
 // This class stores the norms n = max(||V_j||, eps). If eps = 0, the norm of a slice of zeros is
@@ -268,20 +331,55 @@ struct Slope {
   T dg, s, c;
 };
 
-// Computes to = s a - c u, where u is that of v. `to` may overwrite a.
+// Computes to = s a - c u, where u is that of v. `to` may overwrite a. linf needs the ties of v.
 template <Norm norm, typename To, typename A, typename V>
-void difference(To* to, const A* a, const V* v, Wide<V> n, Wide<V> s, Wide<V> c, int64_t length) {
-  for_each_vector<Wide<V>>(length, [=](int64_t i, auto count) {
-    const auto slope = slope_of<norm>(load(v + i, count), n);
-    store(to + i, s * load(a + i, count) - c * slope, count);
-  });
+void difference(
+    To* to, const A* a, const V* v, Wide<V> n, Wide<V> s, Wide<V> c, const Ties<V>& ties,
+    int64_t length) {
+  using T = Wide<V>;
+  const Vector<T> scales = Vector<T>{} + s, minus_c = Vector<T>{} - c;
+  const auto exact = [=](To* out, int64_t begin, int64_t end) {
+    for_each_vector<T>(end - begin, [=](int64_t i, auto count) {
+      const auto slope = times_slope<norm>(minus_c, load(v + begin + i, count), n);
+      store(out + i, multiply_add(scales, load(a + begin + i, count), slope), count);
+    });
+  };
+  const int64_t whole = length - length % kGroup;
+  int64_t begin = 0;
+  if constexpr (norm == Norm::l1) {
+    // Zeros are rare. In a group without one, nothing is needed of v but its signs.
+    for (; begin < whole; begin += kGroup) {
+      if (__builtin_expect(any_equal(v + begin, RawNumber<V>{0}), 0)) {
+        exact(to + begin, begin, begin + kGroup);
+        continue;
+      }
+      constexpr int64_t lanes = Lanes<T>::count;
+      Vector<T> of_group[kGroup / lanes];
+#pragma GCC unroll 8
+      for (int64_t l = 0; l < kGroup / lanes; ++l) {
+        const int64_t i = begin + l * lanes;
+        of_group[l] = multiply_add(scales, load(a + i), with_sign(signs(v + i), minus_c));
+      }
+#pragma GCC unroll 8
+      for (int64_t l = 0; l < kGroup / lanes; ++l) store(to + begin + l * lanes, of_group[l]);
+    }
+  } else if (norm == Norm::linf && ties.are_in_few()) {
+    // The groups with ties are computed before a is overwritten. For the others, v is not needed.
+    To kept[Ties<V>::kFewGroups][kGroup];
+    const int64_t* starts = ties.groups();
+    for (int64_t k = 0; k < ties.size(); ++k) exact(kept[k], starts[k], starts[k] + kGroup);
+    scale(to, a, s, whole);
+    for (int64_t k = 0; k < ties.size(); ++k) std::copy_n(kept[k], kGroup, to + starts[k]);
+    begin = whole;
+  }
+  exact(to + begin, begin, length);
 }
 
 // Computes to = c u, where u is that of v.
 template <Norm norm, typename To, typename V>
 void scaled_slope(To* to, const V* v, Wide<V> n, Wide<V> c, int64_t length) {
   for_each_vector<Wide<V>>(length, [=](int64_t i, auto count) {
-    store(to + i, c * slope_of<norm>(load(v + i, count), n), count);
+    store(to + i, times_slope<norm>(c, load(v + i, count), n), count);
   });
 }
 
@@ -293,9 +391,10 @@ Wide<V> weight_grad(
   Wide<V> dg;
   with_norm(options.norm, [&](auto constant) {
     constexpr Norm norm = decltype(constant)::value;
-    const auto [a, ties] = dot_and_ties<norm>(dw, v, n, length);
-    const Slope<Wide<V>> slope(a, ties, g, n, options);
-    difference<norm>(dv, dw, v, n, slope.s, slope.c, length);
+    Ties<V> ties;
+    const double a = dot_and_ties<norm>(dw, v, n, ties, length);
+    const Slope<Wide<V>> slope(a, ties.count(), g, n, options);
+    difference<norm>(dv, dw, v, n, slope.s, slope.c, ties, length);
     dg = slope.dg;
   });
   return dg;

@@ -7,8 +7,10 @@
 #pragma once
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <limits>
 #include <type_traits>
 
 #include <c10/core/ScalarType.h>
@@ -61,122 +63,327 @@ inline void with_dtypes(c10::ScalarType first, c10::ScalarType second, const F& 
   });
 }
 
-// --- a whole vector ------------------------------------------------------------------------------
+// --- arithmetic ----------------------------------------------------------------------------------
 
-template <typename T, std::enable_if_t<std::is_floating_point_v<T>, int> = 0>
-inline Vector<T> load(const T* from) {
-  Vector<T> out;
-  std::memcpy(&out, from, sizeof out);
-  return out;
-}
-template <typename T, std::enable_if_t<std::is_floating_point_v<T>, int> = 0>
-inline void store(T* to, Vector<T> value) {
-  std::memcpy(to, &value, sizeof value);
-}
-
-typedef uint16_t NarrowBits __attribute__((vector_size(kVectorBytes / 2)));
-typedef uint32_t WideBits __attribute__((vector_size(kVectorBytes)));
-
-// A bfloat16 is the upper half of a float32.
-inline Vector<float> load(const BFloat16* from) {
-  NarrowBits bits;
-  std::memcpy(&bits, from, sizeof bits);
-  return (Vector<float>)(__builtin_convertvector(bits, WideBits) << 16);
-}
-// It is rounded to the nearest number, and to the even one of two.
-inline void store(BFloat16* to, Vector<float> value) {
-  const WideBits bits = (WideBits)value, is_nan = (WideBits)(value != value);
-  const WideBits rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-  const NarrowBits out =
-      __builtin_convertvector((rounded & ~is_nan) | (0x7fc0 & is_nan), NarrowBits);
-  std::memcpy(to, &out, sizeof out);
-}
-
-inline Vector<float> load(const Half* from) {
-#if WN_VECTOR_BYTES == 64 && defined(__AVX512F__)
-  return (Vector<float>)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
-#elif WN_VECTOR_BYTES == 32 && defined(__F16C__)
-  return (Vector<float>)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+// Returns a b + c, rounded once where the processor does so in one instruction. Of the sum of two
+// products the compiler leaves either one unrounded, and another one at each place where it puts the
+// same code. The bits of a result would then depend on which of these places ran.
+template <typename Value>
+inline Value multiply_add(Value a, Value b, Value c) {
+#ifdef __FP_FAST_FMA
+  if constexpr (std::is_floating_point_v<Value>) {
+    return std::fma(a, b, c);
+  } else {
+    constexpr int64_t lanes = sizeof(Value) / sizeof(a[0]);
+    for (int64_t i = 0; i < lanes; ++i) c[i] = std::fma(a[i], b[i], c[i]);
+    return c;
+  }
 #else
-  Vector<float> out;
-  for (int64_t i = 0; i < Lanes<float>::count; ++i) out[i] = static_cast<float>(from[i]);
-  return out;
+  return a * b + c;
 #endif
 }
-inline void store(Half* to, Vector<float> value) {
 #if WN_VECTOR_BYTES == 64 && defined(__AVX512F__)
-  constexpr int nearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtps_ph((__m512)value, nearest));
-#elif WN_VECTOR_BYTES == 32 && defined(__F16C__)
-  constexpr int nearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm256_cvtps_ph((__m256)value, nearest));
-#else
-  for (int64_t i = 0; i < Lanes<float>::count; ++i) to[i] = static_cast<Half>(value[i]);
+inline Vector<float> multiply_add(Vector<float> a, Vector<float> b, Vector<float> c) {
+  return (Vector<float>)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+}
+inline Vector<double> multiply_add(Vector<double> a, Vector<double> b, Vector<double> c) {
+  return (Vector<double>)_mm512_fmadd_pd((__m512d)a, (__m512d)b, (__m512d)c);
+}
+#elif WN_VECTOR_BYTES == 32 && defined(__FMA__)
+inline Vector<float> multiply_add(Vector<float> a, Vector<float> b, Vector<float> c) {
+  return (Vector<float>)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+}
+inline Vector<double> multiply_add(Vector<double> a, Vector<double> b, Vector<double> c) {
+  return (Vector<double>)_mm256_fmadd_pd((__m256d)a, (__m256d)b, (__m256d)c);
+}
 #endif
+
+// Returns v. It is in a register from here on, where the compiler would read memory for each use.
+template <typename Value>
+inline Value held(Value v) {
+#ifdef __AVX2__
+  __asm__("" : "+v"(v));
+#endif
+  return v;
 }
 
-// --- a vector, or the part of one that is left ---------------------------------------------------
+// --- the bits of a vector, or of the part of one that is left ------------------------------------
+
+// The bits of as many elements of T as are computed in one vector, as signed numbers.
+template <typename T>
+using RawNumber = std::conditional_t<
+    sizeof(T) == 8, int64_t, std::conditional_t<sizeof(T) == 4, int32_t, int16_t>>;
+template <typename T>
+struct RawLanes {
+  typedef RawNumber<T> Vector __attribute__((vector_size(sizeof(T) * Lanes<Wide<T>>::count)));
+};
+template <typename T>
+using Raw = typename RawLanes<T>::Vector;
 
 // Stands for all elements of a vector, where a number stands for the first few.
 struct All {};
 
-// The numbers of a vector that a mask leaves out are neither read nor written. Those read are zero.
-#if WN_VECTOR_BYTES == 64 && defined(__AVX512F__)
-#define WN_HAS_MASKS 1
-inline __mmask16 first(int64_t count) { return static_cast<__mmask16>((1u << count) - 1); }
-inline Vector<float> load_first(const float* from, int64_t count) {
-  return (Vector<float>)_mm512_maskz_loadu_ps(first(count), from);
+// The elements of a vector that a mask leaves out are neither read nor written. Those read are zero.
+#if WN_VECTOR_BYTES == 64 && defined(__AVX512BW__) && defined(__AVX512VL__)
+template <typename T>
+constexpr bool has_masks = sizeof(T) < 8;
+template <typename T>
+inline Raw<T> load_first(const T* from, int64_t count) {
+  const auto first = static_cast<__mmask16>((1u << count) - 1);
+  if constexpr (sizeof(T) == 2)
+    return (Raw<T>)_mm256_maskz_loadu_epi16(first, from);
+  else
+    return (Raw<T>)_mm512_maskz_loadu_epi32(first, from);
 }
-inline void store_first(float* to, Vector<float> value, int64_t count) {
-  _mm512_mask_storeu_ps(to, first(count), (__m512)value);
+template <typename T>
+inline void store_first(T* to, Raw<T> raw, int64_t count) {
+  const auto first = static_cast<__mmask16>((1u << count) - 1);
+  if constexpr (sizeof(T) == 2)
+    _mm256_mask_storeu_epi16(to, first, (__m256i)raw);
+  else
+    _mm512_mask_storeu_epi32(to, first, (__m512i)raw);
 }
 #elif WN_VECTOR_BYTES == 32 && defined(__AVX2__)
-#define WN_HAS_MASKS 1
+template <typename T>
+constexpr bool has_masks = sizeof(T) == 4;
 inline __m256i first(int64_t count) {
   return _mm256_cmpgt_epi32(
       _mm256_set1_epi32(static_cast<int>(count)), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
 }
-inline Vector<float> load_first(const float* from, int64_t count) {
-  return (Vector<float>)_mm256_maskload_ps(from, first(count));
+template <typename T>
+inline Raw<T> load_first(const T* from, int64_t count) {
+  return (Raw<T>)_mm256_maskload_epi32(reinterpret_cast<const int*>(from), first(count));
 }
-inline void store_first(float* to, Vector<float> value, int64_t count) {
-  _mm256_maskstore_ps(to, first(count), (__m256)value);
+template <typename T>
+inline void store_first(T* to, Raw<T> raw, int64_t count) {
+  _mm256_maskstore_epi32(reinterpret_cast<int*>(to), first(count), (__m256i)raw);
 }
 #else
-#define WN_HAS_MASKS 0
+template <typename T>
+constexpr bool has_masks = false;
 #endif
 
 template <typename T>
-constexpr bool has_masks = WN_HAS_MASKS && std::is_same_v<T, float>;
-
-template <typename T>
-inline Vector<Wide<T>> load(const T* from, All) {
-  return load(from);
+inline Raw<T> load_raw(const T* from, All) {
+  Raw<T> out;
+  std::memcpy(&out, from, sizeof out);
+  return out;
 }
 // The elements that are not there are zero.
 template <typename T>
-inline Vector<Wide<T>> load(const T* from, int64_t count) {
+inline Raw<T> load_raw(const T* from, int64_t count) {
   if constexpr (has_masks<T>) {
     return load_first(from, count);
   } else {
     T all[Lanes<Wide<T>>::count] = {};
     std::copy_n(from, count, all);
-    return load(all);
+    return load_raw(all, All{});
   }
 }
 template <typename T>
-inline void store(T* to, Vector<Wide<T>> value, All) {
-  store(to, value);
+inline void store_raw(T* to, Raw<T> raw, All) {
+  std::memcpy(to, &raw, sizeof raw);
 }
 template <typename T>
-inline void store(T* to, Vector<Wide<T>> value, int64_t count) {
+inline void store_raw(T* to, Raw<T> raw, int64_t count) {
   if constexpr (has_masks<T>) {
-    store_first(to, value, count);
+    store_first(to, raw, count);
   } else {
     T all[Lanes<Wide<T>>::count];
-    store(all, value);
+    store_raw(all, raw, All{});
     std::copy_n(all, count, to);
   }
+}
+
+// --- comparison of bits --------------------------------------------------------------------------
+
+// Magnitudes are compared in groups of this many elements.
+constexpr int64_t kGroup = 32;
+
+// As many numbers of T's size as fill a register.
+template <typename T>
+struct FullLanes {
+  typedef RawNumber<T> Vector __attribute__((vector_size(kVectorBytes)));
+};
+
+// Marks the elements of a vector with |v| = x, where x has the bits of a magnitude. any() returns
+// whether there are marks, and marked() how many.
+#if WN_VECTOR_BYTES == 64 && defined(__AVX512BW__) && defined(__AVX512VL__)
+template <typename Numbers, typename Number>
+inline auto equal(Numbers v, Number x) {
+  const Numbers difference = v ^ x, all = Numbers{} + std::numeric_limits<Number>::max();
+  if constexpr (sizeof(v) == 32)
+    return _mm256_testn_epi16_mask((__m256i)difference, (__m256i)all);
+  else if constexpr (sizeof(x) == 8)
+    return _mm512_testn_epi64_mask((__m512i)difference, (__m512i)all);
+  else if constexpr (sizeof(x) == 4)
+    return _mm512_testn_epi32_mask((__m512i)difference, (__m512i)all);
+  else
+    return _mm512_testn_epi16_mask((__m512i)difference, (__m512i)all);
+}
+template <typename Marks>
+inline int marked(Marks marks) {
+  return __builtin_popcount(marks);
+}
+#else
+template <typename Numbers, typename Number>
+inline auto equal(Numbers v, Number x) {
+  return (v & std::numeric_limits<Number>::max()) == x;
+}
+template <typename Marks>
+inline int marked(Marks marks) {
+  constexpr int size = sizeof(marks[0]), count = sizeof(marks) / size;
+#if WN_VECTOR_BYTES == 32 && defined(__AVX2__)
+  unsigned int bytes;
+  if constexpr (sizeof(marks) == 16)
+    bytes = _mm_movemask_epi8((__m128i)marks);
+  else
+    bytes = _mm256_movemask_epi8((__m256i)marks);
+  return __builtin_popcount(bytes) / size;
+#else
+  int sum = 0;
+  for (int i = 0; i < count; ++i) sum -= marks[i];
+  return sum;
+#endif
+}
+#endif
+
+// Returns the marks of the vector that starts at this element.
+template <typename T>
+inline auto equal_at(const T* from, RawNumber<T> x) {
+  typename FullLanes<T>::Vector v;
+  std::memcpy(&v, from, sizeof v);
+  return equal(v, x);
+}
+
+// Returns whether a group has elements with |v| = x, and how many.
+template <typename T>
+inline bool any_equal(const T* group, RawNumber<T> x) {
+  constexpr int64_t step = kVectorBytes / sizeof(T);
+  auto all = equal_at(group, x);
+#if WN_VECTOR_BYTES == 64 && defined(__AVX512BW__) && defined(__AVX512VL__)
+  if constexpr (sizeof(T) == 4) return !_kortestz_mask16_u8(all, equal_at(group + step, x));
+#endif
+  for (int64_t i = step; i < kGroup; i += step) all |= equal_at(group + i, x);
+  return marked(all) != 0;
+}
+template <typename T>
+inline int count_equal(const T* group, RawNumber<T> x) {
+  constexpr int64_t step = kVectorBytes / sizeof(T);
+  int count = 0;
+  for (int64_t i = 0; i < kGroup; i += step) count += marked(equal_at(group + i, x));
+  return count;
+}
+
+// --- their conversion ----------------------------------------------------------------------------
+
+typedef uint32_t WideBits __attribute__((vector_size(kVectorBytes)));
+using Signed = Raw<float>;  // 32-bit numbers
+using Short = Raw<Half>;    // as many 16-bit ones
+
+// Returns the same numbers in 32 bits. Their signs are the signs of the halves.
+inline Signed lengthened(Short raw) {
+#if WN_VECTOR_BYTES == 64 && defined(__AVX512F__)
+  return (Signed)_mm512_cvtepi16_epi32((__m256i)raw);
+#elif WN_VECTOR_BYTES == 32 && defined(__AVX2__)
+  return (Signed)_mm256_cvtepi16_epi32((__m128i)raw);
+#else
+  return __builtin_convertvector(raw, Signed);
+#endif
+}
+// Returns the upper halves.
+inline Short upper(Signed raw) {
+#if WN_VECTOR_BYTES == 64 && defined(__AVX512F__)
+  return (Short)_mm512_cvtepi32_epi16((__m512i)(raw >> 16));
+#elif WN_VECTOR_BYTES == 32 && defined(__AVX2__)
+  const __m256i shifted = (__m256i)(raw >> 16);
+  return (Short)_mm_packs_epi32(
+      _mm256_castsi256_si128(shifted), _mm256_extracti128_si256(shifted, 1));
+#else
+  return __builtin_convertvector(raw >> 16, Short);
+#endif
+}
+
+// The numbers with these bits. One of 16 bits may stand for a bfloat16 or a float16, so the type is
+// given by its name.
+template <typename T>
+inline Vector<Wide<T>> widened(Raw<T> raw) {
+  if constexpr (std::is_floating_point_v<T>) {
+    return (Vector<T>)raw;
+  } else if constexpr (std::is_same_v<T, BFloat16>) {  // the upper half of a float32
+    return (Vector<float>)(lengthened(raw) << 16);
+  } else {
+#if WN_VECTOR_BYTES == 64 && defined(__AVX512F__)
+    return (Vector<float>)_mm512_cvtph_ps((__m256i)raw);
+#elif WN_VECTOR_BYTES == 32 && defined(__F16C__)
+    return (Vector<float>)_mm256_cvtph_ps((__m128i)raw);
+#else
+    Half all[Lanes<float>::count];
+    store_raw(all, raw, All{});
+    Vector<float> out;
+    for (int64_t i = 0; i < Lanes<float>::count; ++i) out[i] = static_cast<float>(all[i]);
+    return out;
+#endif
+  }
+}
+
+// The bits of these numbers, rounded to the nearest of type T, and to the even one of two.
+template <typename T>
+inline Raw<T> narrowed(Vector<Wide<T>> value) {
+  if constexpr (std::is_floating_point_v<T>) {
+    return (Raw<T>)value;
+  } else if constexpr (std::is_same_v<T, BFloat16>) {
+    const WideBits bits = (WideBits)value, nan = WideBits{} + 0x7fc00000u;
+    const WideBits rounded = bits + 0x7fff + ((bits >> 16) & 1);
+    return upper((Signed)(value != value ? nan : rounded));
+  } else {
+#if WN_VECTOR_BYTES == 64 && defined(__AVX512F__)
+    constexpr int nearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+    return (Raw<T>)_mm512_cvtps_ph((__m512)value, nearest);
+#elif WN_VECTOR_BYTES == 32 && defined(__F16C__)
+    constexpr int nearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+    return (Raw<T>)_mm256_cvtps_ph((__m256)value, nearest);
+#else
+    Half all[Lanes<float>::count];
+    for (int64_t i = 0; i < Lanes<float>::count; ++i) all[i] = static_cast<Half>(value[i]);
+    return load_raw(all, All{});
+#endif
+  }
+}
+
+// --- a vector, or the part of one that is left ---------------------------------------------------
+
+template <typename T, typename Count>
+inline Vector<Wide<T>> load(const T* from, Count count) {
+  return widened<T>(load_raw(from, count));
+}
+template <typename T, typename Count = All>
+inline void store(T* to, Vector<Wide<T>> value, Count count = {}) {
+  store_raw(to, narrowed<T>(value), count);
+}
+
+// Without a count these read a whole vector. c10 has a template of the same name for its own types.
+template <typename T>
+inline Vector<Wide<T>> load(const T* from) {
+  return load(from, All{});
+}
+inline Vector<float> load(const BFloat16* from) { return load(from, All{}); }
+inline Vector<float> load(const Half* from) { return load(from, All{}); }
+
+// Reads magnitudes.
+template <typename T, typename Count>
+inline Vector<Wide<T>> load_magnitudes(const T* from, Count count) {
+  return widened<T>(load_raw(from, count) & std::numeric_limits<RawNumber<T>>::max());
+}
+
+// Returns a vector whose sign bits are those of the elements. Its other bits mean nothing.
+template <typename T>
+inline Raw<Wide<T>> signs(const T* from) {
+  const Raw<T> raw = load_raw(from, All{});
+  if constexpr (sizeof(T) == 2)
+    return lengthened(raw);
+  else
+    return raw;
 }
 
 // Calls f(i, count) for each vector of `length` elements that are computed in T. It starts at

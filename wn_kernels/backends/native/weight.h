@@ -258,9 +258,9 @@ void weight_grad_columns(
   for_each(of.rows, width, [=](int64_t i) {
     const int64_t at = i * width;
     for_each_vector<T>(width, [=](int64_t j, auto count) {
-      const auto scaled = load(ss + j, count) * load(dw + at + j, count);
-      const auto slope = slope_of<norm>(load(v + at + j, count), load(ns + j, count));
-      store(dv + at + j, scaled - load(cs + j, count) * slope, count);
+      const auto cu = times_slope<norm>(
+          load(cs + j, count), load(v + at + j, count), load(ns + j, count));
+      store(dv + at + j, multiply_add(load(ss + j, count), load(dw + at + j, count), -cu), count);
     });
   });
 }

@@ -14,7 +14,7 @@ from .conv import (
     remembered_convolution,
     remembered_convolution_backward,
 )
-from .launch import SIGNS, target_of, unallocated
+from .launch import SIGNS, kept_product, target_of
 from .linear import linear, linear_backward, remembered_linear, remembered_linear_backward
 from .norm import slice_norms
 from .passes import Pass
@@ -110,7 +110,7 @@ def pass_backward(
         given = dy, x, v, g, kept
         run = remembered_convolution_backward(target, given, call.conv, *options, *how)
         return _as_pass(run)
-    kept = unallocated(dy.shape, call.x_dtype) if plan.keeps == "product" else None
+    kept = kept_product(x, v, call.norm) if plan.keeps == "product" else None
     return _as_pass(remembered_linear_backward(target, (dy, x, v, g, kept), *options, *how))
 
 

@@ -113,6 +113,21 @@ def tied(v, n):
 
 
 @triton.jit
+def merged_ties(partial, ties, other, other_ties):
+    """The ties of two parts together, of linf. Those of a smaller maximum are dropped."""
+    largest = merged(partial, other, "linf")
+    ties = tl.where(partial == largest, ties, 0.0)
+    return (ties + tl.where(other == largest, other_ties, 0.0)).to(partial.dtype)
+
+
+@triton.jit
+def ties_along(partials, ties, axis: tl.constexpr):
+    """The ties of all parts along an axis, of linf."""
+    largest = tl.expand_dims(merged_along(partials, axis, "linf"), axis)
+    return tl.sum(tl.where(partials == largest, ties, 0.0), axis=axis)
+
+
+@triton.jit
 def slope(v, n, NORM: tl.constexpr):
     """`u`: the slope but for the divisor, which is one for the whole slice."""
     if NORM == "l2":

@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 from triton import cdiv, next_power_of_2
 
-from ...call import reduced_dims
+from ...call import Norm, reduced_dims
 from .. import native
 from . import compiled, configs
 from .configs import Target
@@ -383,6 +383,12 @@ def sizes(x: Tensor, v: Tensor, dv: Tensor | None = None) -> dict[str, int]:
     if dv is not None:
         found |= {"stride_do": dv.stride(0), "stride_dr": dv.stride(1)}
     return found
+
+
+def kept_product(x: Tensor, v: Tensor, norm: Norm) -> Tensor:
+    """The layout of what a linear layer keeps for its backward: `x Vᵀ`, behind a row that has the
+    ties of each slice for linf."""
+    return unallocated((len(x) + (norm == "linf"), len(v)), x.dtype)
 
 
 def product_types(x: Tensor, tf32: bool) -> dict[str, Any]:

@@ -28,9 +28,9 @@ from ...call import Norm, fits_unscaled, takes_tf32
 from .. import tiles
 from . import configs, weight
 from .configs import Target
-from .launch import remembered, target_of, unallocated
+from .launch import kept_product, remembered, target_of, unallocated
 from .linear_grad import prepare_grads, prepare_weight_grad, prepare_weight_product
-from .norm import remembered_slice_norms
+from .norm import prepare_slice_norms
 from .one_pass import prepare_one_pass
 from .passes import Pass, Product, Sums
 from .scale import prepare_dots, prepare_scale
@@ -51,8 +51,8 @@ def linear(
     norm: Norm = "l2",
     config: configs.SplitConfig | None = None,
 ) -> tuple[Tensor, ...]:
-    """`(y, n)` for `x` of shape `(M, K)`; variants as in `costs.triton_linear`. With `keep`, `x Vᵀ`
-    follows, for dim=0, of a variant that computes it."""
+    """`(y, n)` for `x` of shape `(M, K)`; variants as in `costs.triton_linear`. With `keep`, the
+    `kept_product` follows, for dim=0, of a variant that computes it."""
     g = g.contiguous()
     options = dim, eps, norm, variant, takes_tf32(x.dtype), keep, config
     return remembered_linear(target_of(x), (x, v, g, bias), *options)(x, v, g, bias)
@@ -72,8 +72,8 @@ def prepare_linear(
     keep: bool = False,
     config: configs.SplitConfig | None = None,
 ) -> Pass:
-    """`run(x, v, g, bias)` returns `(y, n)` and, with `keep`, `x Vᵀ`, or nothing in its place where
-    there is no row.
+    """`run(x, v, g, bias)` returns `(y, n)` and, with `keep`, the `kept_product`, or nothing in its
+    place where there is no row.
 
     Raises:
         ValueError: the variant cannot serve the call.
@@ -93,14 +93,20 @@ def prepare_linear(
         one_pass = prepare_one_pass(target, x, v, bias, eps, norm, tf32, keep, config)
         run.call(one_pass, "x", "v", "g", "bias", gives=("y", "n", "p")[: 2 + keep])
     else:
-        run.call(remembered_slice_norms(target, (v,), dim, eps, norm), "v", gives=("n",))
+        counts = keep and norm == "linf"
+        into = ["p"] * counts  # its first row takes the ties, and the others the product
+        if counts:
+            run.new(p=kept_product(x, v, norm))
+        norms = prepare_slice_norms(target, v, dim, eps, norm, counts=counts)
+        run.call(norms, "v", *into, gives=("n",))
         if dim == 1:
             run.call(prepare_scale(target, x, dim), "x", "g", "n", None, gives=("s", "_"))
             run.call(product, "s", "v", added, gives=("y",))
         else:
-            run.call(product, "x", "v", None, gives=("p",))
+            run.call(product, "x", "v", None, *into, gives=("xv",))
             scale = prepare_scale(target, _result(x, v), dim, bias, in_place=not keep)
-            run.call(scale, "p", "g", "n", "bias", gives=("y", "_"))
+            run.call(scale, "xv", "g", "n", "bias", gives=("y", "_"))
+            kept = ["p" if counts else "xv"] * keep
     return run.returning("y", "n", *kept)
 
 
@@ -178,21 +184,19 @@ def prepare_linear_backward(
     if variant == "product":
         if dim != 0 or x.dtype == torch.float16:
             raise ValueError(f"product needs dim=0 and no float16, got dim={dim} and {x.dtype}")
-        if norm == "linf":
-            raise ValueError("product has no walk over V that counts the ties of the norm linf")
         if kept is not None and (needs_v or needs_g) and v.numel() and len(x):
             dots = prepare_dots(target, dy, v, g, eps, norm)
             run.call(dots, "dy", "p", "g", "n", gives=("s", "db", "dg", "c"))
             if _walks(x, v, config):
                 own = config if isinstance(config, configs.SplitConfig) else None
                 grads = prepare_grads(target, x, v, norm, needs_x, tf32, own)
-                run.call(grads, "s", "x", "v", "c", gives=("dx", "dv"))
+                run.call(grads, "s", "x", "v", "c", "n", gives=("dx", "dv"))
             else:
                 if needs_x:
                     run.call(Product(), "s", "v", None, gives=("dx",))
                 tile = config if isinstance(config, configs.GradConfig) else None
                 weight_product = prepare_weight_product(target, x, v, norm, tf32, tile)
-                run.call(weight_product, "s", "x", "v", "c", gives=("dv",))
+                run.call(weight_product, "s", "x", "v", "c", "n", gives=("dv",))
             return run.returning("dx" if needs_x else None, "dv", "dg", "db" * needs_bias or None)
         config, variant = None, _without_product(x, v)
     assert not isinstance(config, configs.SplitConfig)

@@ -10,7 +10,7 @@ product, and `weight_product_kernel` computes `dV`, where `c ⊙ u` is subtracte
 has not left the registers.
 
 Here `u / d` is the slope of the norm (`common.py`), which is `V / n` for l2. The divisor of linf
-is a count of ties, which would take a walk over V beforehand.
+is a count of ties, which the forward keeps with the product.
 
 Without the product, `grad_one_pass_kernel` computes `dV` and `dg` of `dW[o, r] = Σ_m P[m, o]
 Q[m, r]`. Each program has the slices `o` that it owns:
@@ -135,6 +135,7 @@ def grads_kernel(
     X,
     V,
     COEF,
+    NORMS,
     DV,
     DX,
     M,
@@ -182,7 +183,10 @@ def grads_kernel(
         dx = finished(dx, 0, steps, WAITS)  # dW alone ends no product but its own
         at = DV + offs_o[:, None] * stride_do + offs_r[None, :] * stride_dr
         mask = mask_o[:, None] & (offs_r < R)[None, :]
-        u = slope(v.to(coef.dtype), 0.0, NORM)  # linf alone takes the norms
+        n = 0.0
+        if NORM == "linf":
+            n = tl.load(NORMS + offs_o, mask=mask_o, other=1.0)[:, None]
+        u = slope(v.to(coef.dtype), n, NORM)
         tl.store(at, dw - coef[:, None] * u, mask=mask)
     if NEEDS_X:
         at = DX + (share * M + offs_m)[None, :] * R + offs_r[:, None]
@@ -195,6 +199,7 @@ def weight_product_kernel(
     X,
     V,
     COEF,
+    NORMS,
     DV,
     M,
     O,
@@ -217,19 +222,26 @@ def weight_product_kernel(
     tiles_r = tl.cdiv(R, BLOCK_R)
     offs_o = offsets(tl.program_id(0) // tiles_r, BLOCK_O, WIDE)
     offs_r = offsets(tl.program_id(0) % tiles_r, BLOCK_R, WIDE)
+    mask_o = offs_o < O
     dw = tl.zeros((BLOCK_O, BLOCK_R), ACC)
+    if NORM != "l2":  # behind the loop, u would take registers that the sum needs
+        coef = tl.load(COEF + offs_o, mask=mask_o, other=0.0)
+        n = 0.0
+        if NORM == "linf":
+            n = tl.load(NORMS + offs_o, mask=mask_o, other=1.0)[:, None]
+        v = _load_tile(V, offs_o, offs_r, O, R, stride_vo, stride_vr)
+        dw = (-coef[:, None] * slope(v.to(coef.dtype), n, NORM)).to(ACC)
     for start in range(0, M, BLOCK_M):
         offs_m = offsets(start // BLOCK_M, BLOCK_M, WIDE)
         s = _load_tile(S, offs_o, offs_m, O, M, 1, O)
         x = _load_tile(X, offs_m, offs_r, M, R, stride_xm, stride_xr)
         dw = dot(s, x, dw, PRECISION)
-    mask_o = offs_o < O
-    coef = tl.load(COEF + offs_o, mask=mask_o, other=0.0)
-    v = _load_tile(V, offs_o, offs_r, O, R, stride_vo, stride_vr)
+    if NORM == "l2":
+        coef = tl.load(COEF + offs_o, mask=mask_o, other=0.0)
+        v = _load_tile(V, offs_o, offs_r, O, R, stride_vo, stride_vr)
+        dw = dw.to(coef.dtype) - coef[:, None] * v.to(coef.dtype)
     at = DV + offs_o[:, None] * stride_do + offs_r[None, :] * stride_dr
-    mask = mask_o[:, None] & (offs_r < R)[None, :]
-    u = slope(v.to(coef.dtype), 0.0, NORM)  # linf alone takes the norms
-    tl.store(at, dw.to(coef.dtype) - coef[:, None] * u, mask=mask)
+    tl.store(at, dw, mask=mask_o[:, None] & (offs_r < R)[None, :])
 
 
 # --- launchers ---------------------------------------------------------------------------------
@@ -309,8 +321,8 @@ def prepare_grads(
     tf32: bool,
     config: configs.SplitConfig | None,
 ) -> Pass:
-    """`run(s, x, v, c)` returns `(dX, dV)`, or nothing in the place of `dX`, for sizes other than
-    zero."""
+    """`run(s, x, v, c, n)` returns `(dX, dV)`, or nothing in the place of `dX`, for sizes other
+    than zero."""
     dv, dx = torch.empty_like(v), unallocated(x.shape, x.dtype)
     (m, r), o = x.shape, len(v)
     if config is None:
@@ -337,12 +349,12 @@ def prepare_grads(
         **product_types(x, tf32),
         **config.of_kernel(),
     )
-    run = Pass("s", "x", "v", "c")
+    run = Pass("s", "x", "v", "c", "n")
     run.new(dv=dv)
     if needs_x:
         run.new(dx=dx, parts=parts) if splits > 1 else run.new(dx=dx)
     result = "dv" if not needs_x else "parts" if splits > 1 else "dx"
-    run.call(launch, "s", "x", "v", "c", "dv", result)
+    run.call(launch, "s", "x", "v", "c", "n", "dv", result)
     if needs_x and splits > 1:
         run.call(prepare_sum(target, parts, dx), "parts", "dx", "dx", "dx")
     return run.returning("dx" if needs_x else None, "dv")
@@ -356,7 +368,7 @@ def prepare_weight_product(
     tf32: bool,
     config: configs.GradConfig | None,
 ) -> Pass:
-    """`run(s, x, v, c)` returns `dV`, for sizes other than zero."""
+    """`run(s, x, v, c, n)` returns `dV`, for sizes other than zero."""
     dv = torch.empty_like(v)
     (m, r), o = x.shape, len(v)
     if config is None:
@@ -371,7 +383,7 @@ def prepare_weight_product(
         **product_types(x, tf32),
         **config._asdict(),
     )
-    run = Pass("s", "x", "v", "c")
+    run = Pass("s", "x", "v", "c", "n")
     run.new(dv=dv)
-    run.call(launch, "s", "x", "v", "c", "dv")
+    run.call(launch, "s", "x", "v", "c", "n", "dv")
     return run.returning("dv")

@@ -20,7 +20,16 @@ from torch import Tensor
 
 from ...call import Norm, kept_shape, scale_dtype
 from . import configs
-from .common import as_norm, merged, merged_along, offsets, partial_of, tied
+from .common import (
+    as_norm,
+    merged,
+    merged_along,
+    merged_ties,
+    offsets,
+    partial_of,
+    tied,
+    ties_along,
+)
 from .configs import Target
 from .launch import (
     Launcher,
@@ -99,6 +108,7 @@ def slice_partials(
     steps,
     DOTS: tl.constexpr,
     NORM: tl.constexpr,
+    COUNTS: tl.constexpr,
     NESTED: tl.constexpr,
     WIDE: tl.constexpr,
     ACC: tl.constexpr,
@@ -106,8 +116,8 @@ def slice_partials(
     BLOCK_P: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """The partial of A's norm over the `steps` tiles from the `first`, and zero. With DOTS it is
-    `⟨A_j, B_j⟩`, and for linf the ties of `B_j` with its norm `n`.
+    """The partial of A's norm over the `steps` tiles from the `first`, and with COUNTS its ties, of
+    linf. With DOTS it is `⟨A_j, B_j⟩`, and for linf the ties of `B_j` with its norm `n`.
 
     What crosses lanes comes once, after the loop.
     """
@@ -126,8 +136,16 @@ def slice_partials(
             if NORM == "linf":
                 ties += tied(b, n[None, :, None])
         else:
-            partials = merged(partials, partial_of(a, NORM), NORM)
-    return over_slices(partials, None if DOTS else NORM), over_slices(ties)
+            single = partial_of(a, NORM)
+            if COUNTS:
+                ties = merged_ties(partials, ties, single, 1.0)
+            partials = merged(partials, single, NORM)
+    if COUNTS:
+        ties = ties_along(partials, ties, 2)
+        ties = ties_along(merged_along(partials, 2, NORM), ties, 0)
+    else:
+        ties = over_slices(ties)
+    return over_slices(partials, None if DOTS else NORM), ties
 
 
 @triton.jit
@@ -158,6 +176,7 @@ def slice_sum_kernel(
     B,
     NORMS,
     OUT,
+    TIES,
     N,
     loops,
     steps,
@@ -165,6 +184,7 @@ def slice_sum_kernel(
     stride_b,
     DOTS: tl.constexpr,
     NORM: tl.constexpr,
+    COUNTS: tl.constexpr,
     AS_NORM: tl.constexpr,
     EPS: tl.constexpr,
     NESTED: tl.constexpr,
@@ -178,6 +198,7 @@ def slice_sum_kernel(
 
     DOTS: OUT[split, j] = Σ A_j B_j instead. For linf, the ties of B_j with NORMS[j] follow the
     dots of all splits.
+    COUNTS, of linf: the ties of A_j follow the partials of all splits, or are TIES[j] with AS_NORM.
     """
     offs_n = offsets(tl.program_id(0), BLOCK_N, WIDE)
     split = tl.program_id(1)
@@ -197,6 +218,7 @@ def slice_sum_kernel(
         steps,
         DOTS,
         NORM,
+        COUNTS,
         NESTED,
         WIDE,
         ACC,
@@ -207,7 +229,9 @@ def slice_sum_kernel(
     if AS_NORM:
         partials = as_norm(partials, EPS, NORM)
     tl.store(OUT + split * N + offs_n, partials, mask=offs_n < N)
-    if DOTS and NORM == "linf":
+    if COUNTS and AS_NORM:
+        tl.store(TIES + offs_n, ties, mask=offs_n < N)
+    elif COUNTS or (DOTS and NORM == "linf"):
         tl.store(OUT + (tl.num_programs(1) + split) * N + offs_n, ties, mask=offs_n < N)
 
 
@@ -215,18 +239,30 @@ def slice_sum_kernel(
 def finish_kernel(
     PARTIAL,
     OUT,
+    TIES,
     N,
     SPLITS,
     EPS: tl.constexpr,
     NORM: tl.constexpr,
+    COUNTS: tl.constexpr,
     ACC: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_S: tl.constexpr,
 ):
-    """OUT[j] = the norm of the slice whose parts have these partials."""
+    """OUT[j] = the norm of the slice whose parts have these partials. With COUNTS the ties follow
+    them, and TIES[j] are those of the slice."""
     offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     partials = merged_parts(PARTIAL, offs_n, N, SPLITS, NORM, ACC, BLOCK_N, BLOCK_S)
     tl.store(OUT + offs_n, as_norm(partials, EPS, NORM), mask=offs_n < N)
+    if COUNTS:
+        ties = tl.zeros((BLOCK_S, BLOCK_N), ACC)
+        for start in range(0, SPLITS, BLOCK_S):
+            offs_s = start + tl.arange(0, BLOCK_S)
+            mask = (offs_s < SPLITS)[:, None] & (offs_n < N)[None, :]
+            at = PARTIAL + offs_s.to(tl.int64)[:, None] * N + offs_n[None, :]
+            largest = tl.load(at, mask=mask, other=0.0) == partials[None, :]
+            ties += tl.load(at + SPLITS * N, mask=mask & largest, other=0.0)
+        tl.store(TIES + offs_n, tl.sum(ties, axis=0), mask=offs_n < N)
 
 
 # --- launchers ---------------------------------------------------------------------------------
@@ -254,24 +290,28 @@ def prepare_slice_norms(
     norm: Norm,
     config: configs.SliceConfig | None = None,
     splits: int | None = None,
-) -> Callable[[Tensor], tuple[Tensor]]:
-    """`run(v)` returns the norms."""
+    counts: bool = False,
+) -> Callable[..., tuple[Tensor]]:
+    """`run(v)` returns the norms. With `counts`, for linf, `run(v, ties)` also writes their ties to
+    the first elements of a tensor."""
     slices = as_slices([v], dim)
     if slices is None:
-        run_dense = prepare_slice_norms(target, v.contiguous(), dim, eps, norm, config, splits)
-        return lambda v: run_dense(v.contiguous())
+        dense = v.contiguous()
+        run_dense = prepare_slice_norms(target, dense, dim, eps, norm, config, splits, counts)
+        return lambda v, *ties: run_dense(v.contiguous(), *ties)
     walk = Walk(slices, [v], target, config, splits)
     n = unallocated(kept_shape(v.shape, dim), scale_dtype(v))
-    partials = prepare_partials(walk, target, eps, norm, 0)
-    run = Pass("v")
+    partials = prepare_partials(walk, target, eps, norm, 0, counts=counts)
+    run = Pass("v", *["ties"] * counts)
     run.new(n=n)
+    to_ties = "ties" if counts else "n"
     if walk.splits == 1:
-        run.call(partials, "v", "v", "n", "n")
+        run.call(partials, "v", "v", "n", "n", to_ties)
     else:
-        partial = unallocated((walk.splits, slices.n), n.dtype)
+        partial = unallocated((1 + counts, walk.splits, slices.n), n.dtype)
         run.new(partial=partial)
-        run.call(partials, "v", "v", "partial", "partial")
-        run.call(_prepare_finish(target, partial, eps, norm), "partial", "n")
+        run.call(partials, "v", "v", "partial", "partial", "partial")
+        run.call(_prepare_finish(target, partial, eps, norm), "partial", "n", to_ties)
     return run.returning("n")
 
 
@@ -279,17 +319,25 @@ remembered_slice_norms = remembered(prepare_slice_norms)
 
 
 def prepare_partials(
-    walk: Walk, target: Target, eps: float, norm: Norm, a: int, b: int | None = None
+    walk: Walk,
+    target: Target,
+    eps: float,
+    norm: Norm,
+    a: int,
+    b: int | None = None,
+    counts: bool = False,
 ) -> Launcher:
-    """`partials(A, B, norms, out)` of the tensors `a` and `b` of the walk: their dots, behind which
-    linf has the ties of `B` with its norms. Without `b`, partials of the norms of `A`, or the norms
-    where the walk is not split; any tensor takes the place of `B` and of the norms then."""
+    """`partials(A, B, norms, out, ties)` of the tensors `a` and `b` of the walk: their dots, behind
+    which linf has the ties of `B` with its norms. Without `b`, partials of the norms of `A`, or the
+    norms where the walk is not split; with `counts` the ties of `A` as well, behind partials or in
+    `ties`. Any tensor takes the place of one that is not used."""
     return Launcher(
         slice_sum_kernel,
         target,
         walk.grid,
         DOTS=b is not None,
         NORM=norm,
+        COUNTS=counts,
         AS_NORM=b is None and walk.splits == 1,
         EPS=eps,
         **walk.strides(a=a, b=a if b is None else b),
@@ -298,8 +346,9 @@ def prepare_partials(
 
 
 def _prepare_finish(target: Target, partial: Tensor, eps: float, norm: Norm) -> Launcher:
-    """`finish(partial, norms)` merges partials of shape (splits, N)."""
-    splits, n = partial.shape
+    """`finish(partial, norms, ties)` merges partials of shape (1, splits, N), or (2, splits, N)
+    where their ties follow."""
+    kinds, splits, n = partial.shape
     config = configs.finish(partial.element_size())
     return Launcher(
         finish_kernel,
@@ -309,6 +358,7 @@ def _prepare_finish(target: Target, partial: Tensor, eps: float, norm: Norm) -> 
         SPLITS=splits,
         EPS=eps,
         NORM=norm,
+        COUNTS=kinds > 1,
         ACC=acc_type(partial),
         **config._asdict(),
     )

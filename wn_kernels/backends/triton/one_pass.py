@@ -18,9 +18,21 @@ from torch import Tensor
 from ...call import Norm, scale_dtype
 from .. import tiles
 from . import configs
-from .common import as_norm, cast, dot, finished, merged, merged_along, offsets, partial_of
+from .common import (
+    as_norm,
+    cast,
+    dot,
+    finished,
+    merged,
+    merged_along,
+    merged_ties,
+    offsets,
+    partial_of,
+    tied,
+    ties_along,
+)
 from .configs import Target
-from .launch import Launcher, is_wide, product_types, sizes, unallocated
+from .launch import Launcher, is_wide, kept_product, product_types, sizes, unallocated
 from .passes import Pass
 
 # --- kernels -----------------------------------------------------------------------------------
@@ -30,6 +42,7 @@ from .passes import Pass
 def _store_scaled(
     product,
     partial,
+    ties,
     G,
     NORMS,
     BIAS,
@@ -40,6 +53,7 @@ def _store_scaled(
     mask,
     mask_o,
     stores_norms,
+    O,
     stride_bias,
     EPS: tl.constexpr,
     NORM: tl.constexpr,
@@ -48,6 +62,9 @@ def _store_scaled(
 ):
     """Stores a tile of Y, and with KEEP that of the product, by the slices' partials."""
     if KEEP:
+        if NORM == "linf":
+            tl.store(P + offs_o, ties, mask=mask_o & stores_norms)
+            P += O
         tl.store(P + at, product, mask=mask)
     n = as_norm(partial, EPS, NORM)
     tl.store(NORMS + offs_o, n, mask=mask_o & stores_norms)
@@ -100,7 +117,8 @@ def one_pass_kernel(
     PARTS: programs share the r of a tile, `steps` tiles of it each. They leave the product of their
     share in Y, (shares, M, O), and its partial of each norm in NORMS, (shares, O).
     SPLIT > 1: so many products of a share of a tile's r each, one to a warp.
-    KEEP: P, which lies as Y does, is X Vᵀ.
+    KEEP: P, which lies as Y does, is X Vᵀ. For linf, a row with the ties of each slice comes before
+    it; of PARTS these ties follow the partials of all shares.
     """
     tiles_m = tl.cdiv(M, BLOCK_M)
     tiles = tiles_m * tl.cdiv(O, BLOCK_O)
@@ -117,6 +135,7 @@ def one_pass_kernel(
         acc = tl.zeros((SPLIT, BLOCK_M, BLOCK_O), ACC)
     # Partials of the norms stay inside a thread until the loop is over: no shuffles in it.
     partials = tl.zeros((BLOCK_O, BLOCK_R // 8), norm_type)
+    ties = tl.zeros((BLOCK_O, BLOCK_R // 8), norm_type)
 
     first, end = 0, R
     if PARTS:
@@ -140,23 +159,32 @@ def one_pass_kernel(
             factor = tl.reshape(factor, (BLOCK_O, SPLIT, BLOCK_R // SPLIT))
             x = tl.permute(tl.reshape(x, (BLOCK_M, SPLIT, BLOCK_R // SPLIT)), (1, 0, 2))
             acc = dot(x, tl.permute(factor, (1, 2, 0)), acc, PRECISION)
-        single = partial_of(v.to(norm_type), NORM)
-        eight = merged_along(tl.reshape(single, (BLOCK_O, BLOCK_R // 8, 8)), 2, NORM)
+        single = tl.reshape(partial_of(v.to(norm_type), NORM), (BLOCK_O, BLOCK_R // 8, 8))
+        eight = merged_along(single, 2, NORM)
+        if KEEP and NORM == "linf":
+            of_eight = tl.sum(tied(single, eight[:, :, None]), axis=2)
+            ties = merged_ties(partials, ties, eight, of_eight)
         partials = merged(partials, eight, NORM)
         acc = finished(acc, first, end, WAITS)
     if SPLIT > 1:
         acc = tl.sum(acc, axis=0)
 
     partial = merged_along(partials, 1, NORM)
+    if KEEP and NORM == "linf":
+        ties = ties_along(partials, ties, 1)
     mask = mask_m[:, None] & mask_o[None, :]
     if PARTS:
         tl.store(Y + (share * M + offs_m)[:, None] * O + offs_o[None, :], acc, mask=mask)
         tl.store(NORMS + share * O + offs_o, partial, mask=mask_o & (tile_m == 0))
+        if KEEP and NORM == "linf":
+            at = (tl.num_programs(0) // tiles + share) * O + offs_o
+            tl.store(NORMS + at, ties, mask=mask_o & (tile_m == 0))
     else:
         at = offs_m[:, None] * stride_ym + offs_o[None, :] * stride_yo
         _store_scaled(
             acc,
             partial,
+            ties,
             G,
             NORMS,
             BIAS,
@@ -167,6 +195,7 @@ def one_pass_kernel(
             mask,
             mask_o,
             tile_m == 0,
+            O,
             stride_bias,
             EPS=EPS,
             NORM=NORM,
@@ -207,15 +236,22 @@ def add_parts_kernel(
     at = offs_m[:, None] * O + offs_o[None, :]
     product = tl.load(PARTS + at, mask=mask, other=0.0)
     partial = tl.load(PARTIALS + offs_o, mask=mask_o, other=0.0)
+    ties = partial
+    if KEEP and NORM == "linf":
+        ties = tl.load(PARTIALS + shares * O + offs_o, mask=mask_o, other=0.0)
     for share in range(1, shares):
         offs_m += M
         part = PARTS + offs_m[:, None] * O + offs_o[None, :]
         product += tl.load(part, mask=mask, other=0.0)
         other = tl.load(PARTIALS + share * O + offs_o, mask=mask_o, other=0.0)
+        if KEEP and NORM == "linf":
+            more = tl.load(PARTIALS + (shares + share) * O + offs_o, mask=mask_o, other=0.0)
+            ties = merged_ties(partial, ties, other, more)
         partial = merged(partial, other, NORM)
     _store_scaled(
         product,
         partial,
+        ties,
         G,
         NORMS,
         BIAS,
@@ -226,6 +262,7 @@ def add_parts_kernel(
         mask,
         mask_o,
         tile_m == 0,
+        O,
         stride_bias,
         EPS=EPS,
         NORM=NORM,
@@ -248,7 +285,8 @@ def prepare_one_pass(
     keep: bool,
     config: configs.SplitConfig | None,
 ) -> Pass:
-    """`run(x, v, g, bias)` returns `(y, n)` and, with `keep`, `x Vᵀ`."""
+    """`run(x, v, g, bias)` returns `(y, n)` and, with `keep`, the `kept_product`."""
+    counts = keep and norm == "linf"
     (m, r), o = x.shape, len(v)
     y = unallocated((m, o), x.dtype)
     if config is None:  # V's tile is held in its own dtype
@@ -277,18 +315,18 @@ def prepare_one_pass(
         WAITS=target.is_hopper,
         SPLIT=configs.split(config, x.element_size()),
         **types,
-        **(options if shares == 1 else options | {"HAS_BIAS": False, "KEEP": False}),
+        **(options if shares == 1 else options | {"HAS_BIAS": False, "KEEP": counts}),
         **config.of_kernel(),
     )
     run = Pass("x", "v", "g", "bias")
     run.new(y=y, n=n)
     if keep:
-        run.new(p=y)
+        run.new(p=kept_product(x, v, norm))
     results = ("g", "n", "y" if bias is None else "bias", "y", "p" if keep else "y")
     if shares == 1:
         run.call(launch, "x", "v", *results)
     else:
-        run.new(parts=parts, partials=unallocated((shares, o), n.dtype))
+        run.new(parts=parts, partials=unallocated((1 + counts, shares, o), n.dtype))
         run.call(launch, "x", "v", "g", "partials", "parts", "parts", "parts")
         tile = configs.added(m)
         add = Launcher(

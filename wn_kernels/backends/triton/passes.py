@@ -25,16 +25,21 @@ Indices = tuple[int | None, ...]  # of tensors; `None` for no tensor
 @dataclass(frozen=True)
 class Product:
     """PyTorch's product of two matrices as a step: `(A B + bias,)`, of `Aᵀ` or `Bᵀ` where it turns
-    them. Without a bias it is given none."""
+    them. Without a bias it is given none. Where it is given a matrix `into`, without a bias, it
+    writes the product behind the first row of that, and returns what it wrote."""
 
     turns_a: bool = False
     turns_b: bool = False
 
     operation: ClassVar[str] = "product"
 
-    def __call__(self, a: Tensor, b: Tensor, bias: Tensor | None) -> tuple[Tensor]:
+    def __call__(
+        self, a: Tensor, b: Tensor, bias: Tensor | None, into: Tensor | None = None
+    ) -> tuple[Tensor]:
         a = a.t() if self.turns_a else a
         b = b.t() if self.turns_b else b
+        if into is not None:
+            return (torch.mm(a, b, out=into[1:]),)
         return (torch.mm(a, b) if bias is None else torch.addmm(bias.to(a.dtype), a, b),)
 
 

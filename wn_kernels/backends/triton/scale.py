@@ -5,6 +5,8 @@
 It may bring along the sums of A's columns, and what the backward takes of the kept product `P`:
 
     dg_j = ⟨A_j, P_j⟩ / n_j,   c_j = s_j dg_j / d_j     d: the divisor of the norm's slope
+
+The divisor of linf has the ties, which a row before `P` holds (`launch.kept_product`).
 """
 
 from __future__ import annotations
@@ -54,7 +56,7 @@ def scale_kernel(
 
     SUM: SUMS has the sums of A's columns, of which a program then has every row.
     DOTS, with SUM: DG has the dots of the columns of A and of a dense P over n, and COEF what they
-    contribute to dV.
+    contribute to dV. For linf, the ties come before P.
     """
     tiles_c = tl.cdiv(C, BLOCK_C)
     offs_c = offsets(tl.program_id(0) % tiles_c, BLOCK_C, WIDE)
@@ -68,6 +70,10 @@ def scale_kernel(
         sums = tl.zeros((BLOCK_M, BLOCK_C), n.dtype)
     if DOTS:
         dots = tl.zeros((BLOCK_M, BLOCK_C), n.dtype)
+        ties = 0.0
+        if NORM == "linf":
+            ties = tl.load(P + offs_c, mask=mask_c, other=1.0).to(n.dtype)
+            P += C
     for step in range(steps):
         offs_m = offsets(first + step, BLOCK_M, WIDE)
         mask = (offs_m < M)[:, None] & mask_c[None, :]
@@ -88,7 +94,7 @@ def scale_kernel(
     if DOTS:
         dg = tl.sum(dots, axis=0) / n
         tl.store(DG + offs_c, dg, mask=mask_c)
-        tl.store(COEF + offs_c, slope_coefficient(g, n, dg, 0.0, EPS, NORM), mask=mask_c)
+        tl.store(COEF + offs_c, slope_coefficient(g, n, dg, ties, EPS, NORM), mask=mask_c)
 
 
 # --- launchers ---------------------------------------------------------------------------------
@@ -118,8 +124,7 @@ def prepare_scale(
 
 
 def prepare_dots(target: Target, dy: Tensor, v: Tensor, g: Tensor, eps: float, norm: Norm) -> Pass:
-    """`run(dy, p, g, n)` returns `(dY ⊙ s, db, dg, c)`, of the kept product `P`, for dim=0 and
-    a norm other than linf."""
+    """`run(dy, p, g, n)` returns `(dY ⊙ s, db, dg, c)`, of the `kept_product`, for dim=0."""
     run = Pass("dy", "p", "g", "n")
     run.new(s=unallocated(dy.shape, dy.dtype), db=unallocated(dy.shape[1:], dy.dtype))
     run.new(dg=g, c=unallocated(g.shape, scale_dtype(v)))

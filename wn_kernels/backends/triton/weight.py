@@ -161,6 +161,7 @@ def weight_slices(
             steps=steps,
             DOTS=False,
             NORM=NORM,
+            COUNTS=False,
             NESTED=NESTED,
             WIDE=WIDE,
             ACC=ACC,
@@ -314,6 +315,7 @@ def weight_grad_slices(
             steps=steps,
             DOTS=True,
             NORM=NORM,
+            COUNTS=False,
             NESTED=NESTED,
             WIDE=WIDE,
             ACC=ACC,
@@ -418,7 +420,7 @@ def prepare_weight_norm(
         partial = "partial"
         run.new(partial=unallocated((walk.splits, slices.n), scale_dtype(v)))
         partials = prepare_partials(walk, target, eps, norm, 1)
-        run.call(partials, "v", "v", partial, partial)
+        run.call(partials, "v", "v", partial, partial, partial)
     run.call(launch, "v", "g", partial, "n", "w")
     return run.returning("w", "n", spare=("n",))
 
@@ -482,7 +484,7 @@ def prepare_weight_norm_backward(
         partial = "partial"
         kinds = 2 if norm == "linf" else 1  # dots, and ties
         run.new(partial=unallocated((kinds, walk.splits, slices.n), scale_dtype(v)))
-        run.call(prepare_partials(walk, target, eps, norm, 1, 2), "dw", "v", "n", partial)
+        run.call(prepare_partials(walk, target, eps, norm, 1, 2), "dw", "v", "n", partial, partial)
     launch = Launcher(
         weight_grad_kernel,
         target,
