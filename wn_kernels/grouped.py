@@ -144,13 +144,14 @@ def weights(
     members, prepared = known
     if places is not None:
         check_places(places, v, members)
+    records = torch.is_grad_enabled()
+    together = together and not records
     if prepared is None:
         given = map(list, zip(*members, strict=True))
-        return library.weight_norms(v, g, *given, places and [*places])
-    records = torch.is_grad_enabled()
+        return library.weight_norms(v, g, *given, places and [*places], together)
     keeps = records and any(t.requires_grad for t in (*v, *g))
     with torch.no_grad():
-        w, n = prepared(v, g, places, keeps, together and not records)
+        w, n = prepared(v, g, places, keeps, together)
     if keeps:
         library.record(w, v, g, n, *prepared.rules, prepared.grads)
     return w

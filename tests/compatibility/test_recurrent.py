@@ -225,9 +225,10 @@ def test_data_parallel(name, tmp_path):
 # --- where the weights lie -----------------------------------------------------------------------
 
 
-def test_large_weights_share_their_memory():
+@pytest.mark.parametrize("dim", [0, 1, None])
+def test_weights_share_their_memory(dim):
     """Those of a forward without gradients are freed as one. None is a view of another one."""
-    layer = wn_kernels.WNLSTM(128, 128)
+    layer = wn_kernels.WNLSTM(128, 128, dim=dim)
     apart = recurrent.flat_weights(layer)[:2]
     assert len({w.untyped_storage().data_ptr() for w in apart}) == 2
     with torch.no_grad():
@@ -241,7 +242,7 @@ def test_large_weights_share_their_memory():
     assert [w._version for w in shared] == [versions[0] + 1, versions[1]]
     assert_same_bits(shared[1], apart[1].detach())
     x = torch.randn(STEPS, BATCH, INPUTS)
-    layer = wn_kernels.WNGRU(INPUTS, 256)
+    layer = wn_kernels.WNGRU(INPUTS, 256, dim=dim)
     assert_right(layer, x, output(layer, x), gradients(layer, x))
     with torch.no_grad():
         y = output(layer, x)

@@ -118,7 +118,7 @@ def test_what_is_faster_without_a_weight(monkeypatch):
     layer = wn_kernels.WNLinear(1024, 512)
     row, rows = torch.randn(1, 1024), torch.randn(256, 1024)
     choices = {1: False, 256: True}
-    monkeypatch.setattr(plan, "shares", lambda call, *_: choices[call.x_shape[0]])
+    monkeypatch.setattr(plan, "is_better_formed", lambda call, *_: choices[call.x_shape[0]])
     products = []
     linear = F.linear
 

@@ -151,8 +151,8 @@ def _in_group(module: Any, is_small: bool) -> str:
         if is_small:
             return f"its own weight: fewer than {plan.fewest(picked.backend)} would be grouped"
         return f"grouped: {shared} µs, {own} by itself"
-    if float(shared) <= float(own):
-        return "its own weight: its plan forms none"
+    if reason := plan.kept_out(call, picked, True):
+        return f"its own weight: {reason}"
     return f"its own weight: {own} µs, {shared} grouped"
 
 

@@ -3,11 +3,6 @@
 cuDNN takes the weights and the biases of a layer from one buffer, in an order of its own. PyTorch
 copies those that do not lie so, with a warning. Here, the weights are written there when they are
 computed, and one launch copies the biases.
-
-On a CPU, PyTorch's recurrence takes weights from anywhere. One piece of memory is better in
-inference: if many pieces are freed at the end of a forward, the C library returns their pages to
-the system, and the next forward has to fetch them again. A training step frees each weight as soon
-as the backward is done with it, and those that it does not need at once.
 """
 
 from __future__ import annotations
@@ -22,10 +17,6 @@ from torch.backends.cudnn import rnn
 
 from ..call import PLAIN_TYPES, recorder
 
-# The number of bytes from which weights on a CPU share their memory, and the multiple that each of
-# them starts at.
-SHARED, ALIGNMENT = 1 << 18, 64
-
 
 class Layout(NamedTuple):
     """Describes where tensors lie in one buffer, in elements."""
@@ -37,23 +28,20 @@ class Layout(NamedTuple):
 def places(
     layer: Any, directions: Mapping[str, Tensor], others: Mapping[str, Tensor | None]
 ) -> dict[str, Tensor]:
-    """Returns new memory in one piece for the tensors of a layer, or nothing if they are to be
-    where they are.
+    """Returns new memory in one piece for the tensors of a layer, or nothing if cuDNN does not run
+    it.
 
     Args:
         layer: a recurrent layer.
         directions: `v` of each of its weight-normed tensors.
-        others: the rest of its tensors. They have places as well where cuDNN runs the layer.
+        others: the rest of its tensors.
     """
     like = next(iter(directions.values()))
-    if like.is_cpu:
-        size = sum([t.numel() for t in directions.values()]) * like.element_size()
-        if torch.is_grad_enabled() or size < SHARED or not _are_ordinary([*directions.values()]):
-            return {}
-        return _memory(_one_after_another(directions), directions, like.dtype)
+    if not _is_for_cudnn(like):
+        return {}
     every = {**others, **directions}
     given = {name: t for name in layer._flat_weights_names if (t := every[name]) is not None}
-    if len(given) < len(every) or not _is_for_cudnn(like) or not _are_ordinary([*given.values()]):
+    if len(given) < len(every) or not _are_ordinary([*given.values()]):
         return {}
     cast = torch.is_autocast_enabled("cuda") and like.dtype is not torch.float64
     dtype = torch.float16 if cast else like.dtype  # cuDNN's recurrence has no other there
@@ -146,15 +134,6 @@ def _memory(
         name: like.new_empty(0, dtype=dtype).set_(storage, offset, t.shape, t.stride())
         for (name, t), offset in offsets
     }
-
-
-def _one_after_another(tensors: Mapping[str, Tensor]) -> Layout:
-    offsets, size = [], 0
-    for t in tensors.values():
-        offsets.append(size)
-        unit = ALIGNMENT // t.element_size()
-        size += -(-t.numel() // unit) * unit
-    return Layout(size, tuple(offsets))
 
 
 def _are_ordinary(tensors: Sequence[Tensor]) -> bool:

@@ -8,8 +8,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from .. import call
-from .. import functional as WF
+from .. import call, grouped
 from . import checkpoints
 
 
@@ -52,19 +51,20 @@ def weights(
     eps: float = 0.0,
     norm: call.Norm | Sequence[call.Norm] = "l2",
 ) -> list[Tensor]:
-    """Returns the weights of several tensors, computed in one call.
+    """Returns the weights of several tensors of a layer, computed in one call.
+
+    Without gradients, they share one piece of memory on a CPU. If many pieces are freed at the end
+    of a forward, the C library returns their pages to the system, and the next forward has to fetch
+    them again.
 
     Args:
         tensors: the `(g, v)` of each.
         places: memory for each weight, as in `functional.weight_norms`. The weights have its dtype.
         dim, eps, norm: as in `functional.weight_norms`.
     """
-    return WF.weight_norms(
-        [v for _, v in tensors],
-        [g for g, _ in tensors],
-        dim=dim,
-        eps=eps,
-        norm=norm,
-        dtype=places[0].dtype if places else None,
-        places=places,
-    )
+    if not tensors:
+        return []
+    g, v = map(list, zip(*tensors, strict=True))
+    given = dim, eps, places[0].dtype if places else None, norm
+    options = [tuple(o) if isinstance(o, list | tuple) else (o,) * len(v) for o in given]
+    return grouped.formed(v, g, tuple(options), places, together=True)

@@ -15,7 +15,7 @@ its own, as if there were no group:
 - in another mode than at the start: of gradients, of inference, or of hooks that save tensors, as
   inside of a checkpoint;
 - if its product has another dtype than the weight, as under autocast that the forward turns on;
-- where the plan has a better way for this input than a formed weight (`plan.shares`).
+- where the plan has a better way for this input than the group's weight (`plan.shares`).
 
 A group computes the weights that the forward before in the same mode used. Where hooks save tensors
 it computes all weights, because a checkpoint of the model compares what two forwards save. A layer
@@ -170,12 +170,13 @@ def _pays(
     bias: Tensor | None,
     dtype: torch.dtype,
 ) -> bool:
-    """Returns whether the plan has the weight of a layer prepared for this input. `known` are the
+    """Returns whether the plan has a layer use its kept weight for this input. `known` are the
     answers for former inputs."""
     key = x.shape, dtype, torch.is_grad_enabled(), plan.forced(), prepare.epoch
     found = known.get(key)
     if found is None:
-        found = _decide(known, MOST_SHAPES, key, module, x, v, g, bias, dtype)
+        arguments = module, x, v, g, bias, dtype
+        found = _decide(known, MOST_SHAPES, key, plan.is_better_formed, *arguments)
     return found
 
 
@@ -189,9 +190,15 @@ def _decide(known: dict[Any, bool], most: int, key: Any, *arguments: Any) -> boo
 
 
 def _shares(
-    module: Any, x: Tensor, v: Tensor, g: Tensor, bias: Tensor | None, dtype: torch.dtype
+    rule: Callable[..., bool],
+    module: Any,
+    x: Tensor,
+    v: Tensor,
+    g: Tensor,
+    bias: Tensor | None,
+    dtype: torch.dtype,
 ) -> bool:
-    """Returns whether the plan has the weight of a layer formed by a group, for this input."""
+    """Returns whether a layer uses a prepared weight for this input, by a rule of the planner."""
     dim, eps, norm = module._normalisation()
     backend = plan.serving(v, dim)
     if backend == "reference":
@@ -208,7 +215,7 @@ def _shares(
         found = prepare.prepare(rank, tensors, geometry, dim, eps, norm, backend)
     except (TypeError, ValueError):  # the layer raises it, if it is an error there too
         return False
-    return plan.shares(found.call, found.plan, torch.is_grad_enabled())
+    return rule(found.call, found.plan, torch.is_grad_enabled())
 
 
 # --- the forwards in progress --------------------------------------------------------------------
@@ -431,7 +438,8 @@ class Group:
         return Forward(index, taken, seen, choice)
 
     def _decide(self, key: Any, i: int, *arguments: Any) -> bool:
-        return _decide(self._known, MOST_SHAPES_OF_GROUP, key, self.modules[i], *arguments)
+        module = self.modules[i]
+        return _decide(self._known, MOST_SHAPES_OF_GROUP, key, plan.shares, module, *arguments)
 
     def end(self, forward: Forward | None) -> None:
         """Drops the weights, also after an exception."""

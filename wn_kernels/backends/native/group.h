@@ -39,11 +39,47 @@ inline bool is_free(const Tensor& t) {
   return t.use_count() == 1 && t.storage().use_count() == 1;
 }
 
+// Where a tensor that shares its memory with others may begin, in bytes. PyTorch allocates on a GPU in
+// such steps, so that tensors take no more memory together than each by itself.
+constexpr size_t allocation_step = 512;
+
+// Returns memory like that of tensors on one device, in these dtypes. `together`, those that are dense
+// share one piece of memory. They are no views of each other.
+inline variable_list memory_like(
+    const variable_list& tensors, const std::vector<at::ScalarType>& dtypes, bool together) {
+  const size_t count = tensors.size();
+  std::vector<size_t> begins(count);
+  size_t size = 0;
+  for (size_t i = 0; i < count; ++i) {
+    if (!together || !tensors[i].is_non_overlapping_and_dense()) continue;
+    begins[i] = size;
+    const size_t bytes = tensors[i].numel() * c10::elementSize(dtypes[i]);
+    size += (bytes + allocation_step - 1) / allocation_step * allocation_step;
+  }
+  Tensor block;
+  variable_list out;
+  for (size_t i = 0; i < count; ++i) {
+    const Tensor& t = tensors[i];
+    if (!together || !t.is_non_overlapping_and_dense()) {
+      out.push_back(at::empty_like(t, t.options().dtype(dtypes[i])));
+      continue;
+    }
+    if (!block.defined())
+      block = at::empty({static_cast<int64_t>(size)}, t.options().dtype(at::kByte));
+    Tensor here = at::detail::make_tensor<at::TensorImpl>(
+        c10::Storage(block.storage()), block.key_set(), c10::scalarTypeToTypeMeta(dtypes[i]));
+    here.unsafeGetTensorImpl()->set_storage_offset(begins[i] / c10::elementSize(dtypes[i]));
+    here.unsafeGetTensorImpl()->set_sizes_and_strides(t.sizes(), t.strides());
+    out.push_back(std::move(here));
+  }
+  return out;
+}
+
 // The weights of a group, and their norms.
 struct Group {
   variable_list v, g, w, n;
   std::vector<NormOptions> options;
-  variable_list places;  // memory that every W whose slices are rows is written to, or nothing
+  variable_list places;  // memory that every W is written to, or nothing
 
   // Computes W in these dtypes, and n. Returns false if a norm is out of range.
   bool compute(const std::vector<at::ScalarType>& dtypes) {
@@ -53,13 +89,13 @@ struct Group {
     n.resize(count);
     for (size_t i = 0; i < count; ++i) {
       const Extents e(v[i], g[i]);
+      w[i] = places.empty() ? empty_as(v[i], dtypes[i]) : places[i];
       if (e.columns) {
-        const auto result = weight(empty_as(v[i], dtypes[i]), v[i], g[i], options[i]);
+        const auto result = weight(w[i], v[i], g[i], options[i]);
         if (!result) return false;
-        std::tie(w[i], n[i]) = *result;
+        n[i] = result->second;
       } else {
         n[i] = empty_norms(v[i], g[i]);
-        w[i] = places.empty() ? empty_as(v[i], dtypes[i]) : places[i];
         add_pieces(pieces, i, e.count, e.length);
       }
     }
@@ -207,21 +243,27 @@ class WeightNorms : public torch::autograd::Node {
   py::handle grads_;
 };
 
-// Returns every W, in its dtype. If there are places, every W whose slices are rows is written to its
-// own. Returns nothing if the library does not serve one of them.
+// Returns dtypes as the library has them.
+inline std::vector<at::ScalarType> dtypes_of(const py::list& dtypes) {
+  std::vector<at::ScalarType> out;
+  for (const auto each : dtypes) out.push_back(reinterpret_cast<THPDtype*>(each.ptr())->scalar_type);
+  return out;
+}
+
+// Returns every W, in its dtype. If there are places, each is written to its own. `together`, they may
+// share one piece of memory otherwise. Returns nothing if the library does not serve one of them.
 inline std::optional<variable_list> weight_norms(
     const py::list& v, const py::list& g, const py::list& dims, const py::list& eps,
-    const py::list& dtypes, const py::list& norms, const std::optional<variable_list>& places) {
+    const py::list& dtypes, const py::list& norms, const std::optional<variable_list>& places,
+    bool together) {
   Group group;
   if (places) group.places = *places;
-  std::vector<at::ScalarType> of_w;
+  const auto of_w = dtypes_of(dtypes);
   bool needs_grad = false;
   for (size_t i = 0; i < v.size(); ++i) {
     const auto t = weight_operands(v[i], g[i], dims[i], eps[i], norms[i]);
     if (!t) return std::nullopt;
-    const auto dtype = reinterpret_cast<THPDtype*>(py::handle(dtypes[i]).ptr())->scalar_type;
-    if ((dtype == at::kDouble) != (t->v.scalar_type() == at::kDouble)) return std::nullopt;
-    of_w.push_back(dtype);
+    if ((of_w[i] == at::kDouble) != (t->v.scalar_type() == at::kDouble)) return std::nullopt;
     group.v.push_back(t->v);
     group.g.push_back(t->g);
     group.options.push_back(t->options);
@@ -230,6 +272,7 @@ inline std::optional<variable_list> weight_norms(
   const py::gil_scoped_release released;
   {
     const BelowAutograd below;
+    if (together && !places) group.places = memory_like(group.v, of_w, together);
     if (!group.compute(of_w)) return std::nullopt;
   }
   if (needs_grad) WeightNorms::record(group);
@@ -282,43 +325,12 @@ inline py::bytes addresses(const std::vector<py::list>& lists, const std::vector
   return py::bytes(bytes);
 }
 
-// Where a tensor that shares its memory with others may begin, in bytes. PyTorch allocates on a GPU in
-// such steps, so that tensors take no more memory together than each by itself.
-constexpr size_t allocation_step = 512;
-
-// Returns memory like that of tensors on one device, in these dtypes. `together`, those that are dense
-// share one piece of memory. They are no views of each other.
+// The same for Python.
 inline py::list empty_like(const py::list& tensors, const py::list& dtypes, bool together) {
   const BelowAutograd below;
-  const size_t count = tensors.size();
-  std::vector<at::ScalarType> types(count);
-  std::vector<size_t> begins(count);
-  size_t size = 0;
-  for (size_t i = 0; i < count; ++i) {
-    types[i] = reinterpret_cast<THPDtype*>(PyList_GET_ITEM(dtypes.ptr(), i))->scalar_type;
-    const Tensor& t = THPVariable_Unpack(PyList_GET_ITEM(tensors.ptr(), i));
-    if (!together || !t.is_non_overlapping_and_dense()) continue;
-    begins[i] = size;
-    const size_t bytes = t.numel() * c10::elementSize(types[i]);
-    size += (bytes + allocation_step - 1) / allocation_step * allocation_step;
-  }
-  Tensor block;
-  py::list out(count);
-  for (size_t i = 0; i < count; ++i) {
-    const Tensor& t = THPVariable_Unpack(PyList_GET_ITEM(tensors.ptr(), i));
-    Tensor here;
-    if (together && t.is_non_overlapping_and_dense()) {
-      if (!block.defined())
-        block = at::empty({static_cast<int64_t>(size)}, t.options().dtype(at::kByte));
-      here = at::detail::make_tensor<at::TensorImpl>(
-          c10::Storage(block.storage()), block.key_set(), c10::scalarTypeToTypeMeta(types[i]));
-      here.unsafeGetTensorImpl()->set_storage_offset(begins[i] / c10::elementSize(types[i]));
-      here.unsafeGetTensorImpl()->set_sizes_and_strides(t.sizes(), t.strides());
-    } else {
-      here = at::empty_like(t, t.options().dtype(types[i]));
-    }
-    PyList_SET_ITEM(out.ptr(), i, THPVariable_Wrap(std::move(here)));
-  }
+  py::list out;
+  for (Tensor& t : memory_like(unpacked(tensors), dtypes_of(dtypes), together))
+    out.append(py::reinterpret_steal<py::object>(THPVariable_Wrap(std::move(t))));
   return out;
 }
 

@@ -154,6 +154,10 @@ inline Tensor scaled_weight(Tensor w, const Tensor& v, const Tensor& g, const Te
   return w;
 }
 
+// The norms of rows of so many elements are taken before the first of these rows is scaled, so that no
+// sum has to wait for the scale of the row before it. The rows stay in the first cache meanwhile.
+constexpr int64_t kAhead = 2048;
+
 // Computes the rows of W and n from `begin` to `end`. Every row of V is read from memory once. Returns
 // whether all norms are in range.
 inline bool weight_rows(
@@ -167,11 +171,17 @@ inline bool weight_rows(
     using T = Wide<V>;
     const auto *vs = v.const_data_ptr<V>(), *gs = g.const_data_ptr<V>();
     auto* ws = w.mutable_data_ptr<W>();
-    Norms<T> all(n.mutable_data_ptr<T>(), options);
-    for (int64_t j = begin; j < end; ++j) {
-      const auto* row = vs + j * length;
-      const T norm = all.set(j, partial(options.norm, row, length), row, length);
-      scale(ws + j * length, row, static_cast<T>(gs[j]) / norm, length);
+    auto* ns = n.mutable_data_ptr<T>();
+    Norms<T> all(ns, options);
+    const int64_t count = std::max<int64_t>(1, kAhead / length);
+    for (int64_t first = begin; first < end; first += count) {
+      const int64_t last = std::min(first + count, end);
+      for (int64_t j = first; j < last; ++j) {
+        const auto* row = vs + j * length;
+        all.set(j, partial(options.norm, row, length), row, length);
+      }
+      for (int64_t j = first; j < last; ++j)
+        scale(ws + j * length, vs + j * length, static_cast<T>(gs[j]) / ns[j], length);
     }
     in_range = all.in_range();
   });
