@@ -64,7 +64,7 @@ def _picks(chosen: Namespace) -> int:
     from bench import picks
 
     torch.set_num_threads(chosen.threads)
-    return picks.main(chosen.json, chosen.seconds, chosen.random)
+    return picks.main(chosen.json, chosen.seconds, chosen.random, chosen.seed)
 
 
 def _gpu(chosen: Namespace) -> int:
@@ -174,6 +174,7 @@ def _parser() -> argparse.ArgumentParser:
     picks.add_argument("--json", default="results/picks.json", help="where results go")
     picks.add_argument("--seconds", type=float, default=0.2, help="timing of each plan")
     picks.add_argument("--random", type=int, default=200, help="random layers beside the suites'")
+    picks.add_argument("--seed", type=int, default=0, help="of the random layers")
     picks.add_argument("--threads", type=int, default=THREADS, help="of torch on a CPU")
 
     gpu = commands.add_parser("gpu", help="test and time everything on the GPU at hand")

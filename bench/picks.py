@@ -161,14 +161,14 @@ def _store(path: str, found: dict[str, list[Pick]]) -> None:
     Path(path).write_text(json.dumps([vars(pick) for pick in _all(found)], indent=1) + "\n")
 
 
-def main(path: str, seconds: float, count: int) -> int:
+def main(path: str, seconds: float, count: int, seed: int = 0) -> int:
     """Prints the picks that are not good, and how many are good. Returns 1 if fewer than 95 % are
     good."""
     precision.set_tf32(False)
     console = Console()
     cases = {case.label: case for suite in SUITES.values() for case in suite}
     found: dict[str, list[Pick]] = {"benchmark": [], "random": []}
-    sets = {"benchmark": list(cases.values()), "random": list(random_cases(count))}
+    sets = {"benchmark": list(cases.values()), "random": list(random_cases(count, seed))}
     for name, chosen in sets.items():
         measure = partial(picks_of, seconds=seconds)
         for case in track(chosen, name, console=console, transient=True):

@@ -339,6 +339,8 @@ def test_native_convolutions():
         conv1d(1, 1024, 512, 16, 16, up=8, backend="native"),
         conv1d(1, 768, 768, 49, 31, dim=2, backend="native"),
         conv1d(1, 16, 16, 16, 3, backend="native"),
+        conv1d(1, 644, 78, 19, 3, backend="native"),  # other plans take 1.24 of it
+        conv1d(1, 504, 55, 25, 4, up=2, backend="native"),
     ):
         assert few[1:] == ("unfold", "unfold", "")
     for many in (

@@ -16,6 +16,7 @@ from torch import Tensor
 from .autograd import mend_second_order
 from .backends import aten_weight, native, vendor
 from .call import PLAIN_TYPES, Call, Norm, Operands, product_dtype, recorder
+from .plan import forced
 from .prepare import are_dense, prepare
 
 _MOST = 4096  # calls that are kept
@@ -72,6 +73,7 @@ def composed(
         or type(x) not in PLAIN_TYPES
         or type(g) not in PLAIN_TYPES
         or recorder(v)
+        or forced() == "native"
     ):
         return None
     try:

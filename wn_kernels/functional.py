@@ -45,13 +45,8 @@ def _find_server(backend: str) -> Callable[..., Tensor | None]:
     elif backend == "native" and library:
         _servers[backend] = library.computed
     else:
-        _servers[backend] = composed.composed if backend == "aten" else _composed_if_free
+        _servers[backend] = composed.composed
     return _servers[backend]
-
-
-def _composed_if_free(*call: Any) -> Tensor | None:
-    """Serves a call without the native library, unless that library is forced."""
-    return None if plan.is_forced() else composed.composed(*call)
 
 
 def run(

@@ -21,23 +21,28 @@ from .gpu_costs import triton_convolution, triton_linear
 from .stages import Costs, Stage, convolution_sizes, keeps_product
 
 # oneDNN's convolution, and each of its gradients, has the overhead of this many stages of the
-# native library. It reaches this fraction of the rate.
-CONVOLUTION_CALLS = 40
-CONVOLUTION_EFFICIENCY = 0.9
+# native library. It reaches this multiple of the rate.
+CONVOLUTION_CALLS = 100
+CONVOLUTION_EFFICIENCY = 1.05
 # If a number of channels is no multiple of a vector's, it costs so many times the bytes of the
 # weight and of both images more.
-ODD_WEIGHT, ODD_IMAGE = 1.5, 3
+ODD_WEIGHT, ODD_IMAGE = 1, 3.6
 # The same of PyTorch's own loops, which unfold the image. A number of it costs so many times its
-# bytes, and so it does if it is added to the image.
-LOOP_CALLS, LOOP_EFFICIENCY = 5, 0.8
-LOOP_UNFOLDED, LOOP_FOLDED = 1, 8
-# The native library's own products of few columns reach these fractions, the second one in a
-# backward. A sum that they write then costs as much as so many times its bytes, and so does a
-# number of an unfolded image that is written, or added to the image.
-UNFOLDED_EFFICIENCY, UNFOLDED_GRAD_EFFICIENCY = 0.94, 0.65
-SUMMED, UNFOLDED, FOLDED = 19, 1, 1.5
+# bytes, and so it does if it is added to the image. A line of pixels costs this many bytes more.
+LOOP_CALLS, LOOP_EFFICIENCY = 20, 0.9
+LOOP_UNFOLDED, LOOP_FOLDED, LOOP_LINE = 2, 7.5, 300
+# The native library's own products of few columns reach this fraction. A sum that they write then
+# costs as much as so many times its bytes, and so does a number of an unfolded image that is
+# written, or added to the image.
+UNFOLDED_EFFICIENCY = 0.95
+SUMMED, UNFOLDED, FOLDED = 18, 5.5, 2.7
 # A run of numbers that is copied costs as much as this many bytes.
-RUN = 150
+RUN = 20
+# An unfolded forward and backward have the overhead of this many stages more.
+UNFOLD_CALLS, UNFOLD_GRAD_CALLS = 5, 28
+# Forming a `W` for PyTorch's product has the overhead of this many stages in a linear layer. In the
+# forward of a convolution, it costs so many times the bytes of `W`.
+FORMED_CALLS, FORMED = 10, 12
 # An unfolded input may take this many bytes whatever the size of the weight.
 UNFOLDED_BYTES = 2**18
 # PyTorch's own loops for half precision (`vendor.SLOW`) take this many times as long as a product
@@ -194,11 +199,12 @@ def native_linear(call: Call) -> Costs:
     # The empty stage is the call of PyTorch's layer with `W`.
     for name, (slowness, slowness_of_grad), wider in _formed(call):
         formed = wider * w
+        form = Stage(v + formed + _pages(formed), launches=FORMED_CALLS)
         product = Stage(wider * (x + y) + formed, _vendors(device, operations, m))
         casts = [Stage(3 * x), Stage(3 * y)] if wider > 1 else []
-        forward[name] = [Stage(v + formed), Stage(0), *casts, *_slower([product], slowness)]
+        forward[name] = [form, Stage(0), *casts, *_slower([product], slowness)]
         grads = _slower([product, product], slowness_of_grad)
-        backward[name] = [Stage(v + formed), *casts, *grads, Stage(formed + 2 * v)]
+        backward[name] = [form, *casts, *grads, Stage(formed + 2 * v)]
     return Costs(forward, backward, device, device.rate(size))
 
 
@@ -231,11 +237,11 @@ def native_convolution(call: Call, conv: Geometry) -> Costs:
     x, y, w, _ = convolution_sizes(call, conv)
     weight = w / device.cache if w <= CACHED else w
     product = grad = _vendors_convolution(call, conv, device)
-    pages = 10 * w if w > FRESH_PAGES else 0
+    pages = _pages(w)
     forward, backward = {}, {}
     for name, (slow, slow_grad), wider in _formed(call):
         casts = [Stage(3 * x), Stage(3 * y)] if wider > 1 else []
-        formed = [Stage(wider * 4 * weight + pages), *casts]
+        formed = [Stage(wider * FORMED * weight + pages), *casts]
         forward[name] = [*formed, *_slower(product, slow)]
         formed = [Stage(wider * 2 * weight + pages), *casts]
         backward[name] = [*formed, *_slower([*grad, *grad], slow_grad), Stage(3 * weight)]
@@ -256,6 +262,11 @@ def native_convolution(call: Call, conv: Geometry) -> Costs:
     return Costs(forward, backward, device, device.rate(size))
 
 
+def _pages(w: float) -> float:
+    """Returns the bytes that the fresh pages of a `W` of `w` bytes cost."""
+    return 10 * w if w > FRESH_PAGES else 0
+
+
 def _vendors_convolution(call: Call, conv: Geometry, device: Device) -> list[Stage]:
     """Returns the stages of PyTorch's convolution, or of one of its gradients."""
     x, y, w, operations = convolution_sizes(call, conv)
@@ -263,15 +274,30 @@ def _vendors_convolution(call: Call, conv: Geometry, device: Device) -> list[Sta
     moved = x + y + weight
     if not vendor.uses_onednn(call.x_shape, call.v_shape, call.x_dtype, conv):
         written = LOOP_FOLDED if conv.transposed else LOOP_UNFOLDED
-        unfold = written * call.x_dtype.itemsize * Unfolded.of(call, conv).numbers
-        flops = _vendors(device, operations / LOOP_EFFICIENCY, _columns(call, conv))
-        return [*[Stage(0)] * LOOP_CALLS, Stage(unfold), Stage(moved, flops)]
+        unfolded, line = Unfolded.of(call, conv), _smaller_side(call, conv)[-1]
+        unfold = written * call.x_dtype.itemsize * unfolded.numbers
+        unfold += LOOP_LINE * unfolded.numbers / line
+        if max(*conv.stride, *call.v_shape[2:]) == 1 and not any(conv.padding):
+            unfold = 0  # the image is its own unfolded one
+        columns = math.prod(_smaller_side(call, conv))  # every image has a product of its own
+        flops = operations / LOOP_EFFICIENCY * _padded_columns(columns) / columns
+        calls = Stage(0, launches=LOOP_CALLS * conv.groups)
+        return [calls, Stage(unfold), Stage(moved, _vendors(device, flops, columns))]
     channels = call.v_shape[0] // conv.groups, call.v_shape[1]
     is_odd = min(channels) > 1 and any(c % (limits.VECTOR_BYTES // 4) for c in channels)
     reordered = 2 * weight + (ODD_WEIGHT * w + ODD_IMAGE * (x + y) if is_odd else 0)
     flops = _padded(call, conv) * operations / CONVOLUTION_EFFICIENCY
     flops = _vendors(device, flops, _columns(call, conv))
-    return [*[Stage(0)] * CONVOLUTION_CALLS, Stage(reordered), Stage(moved, flops)]
+    return [Stage(0, launches=CONVOLUTION_CALLS), Stage(reordered), Stage(moved, flops)]
+
+
+def _padded_columns(columns: int) -> float:
+    """Returns how many columns PyTorch's product takes as long for. It computes whole vectors of
+    columns. For less than one, it has other kernels, which are slower."""
+    lanes = limits.VECTOR_BYTES // 4
+    if columns < lanes:
+        return (3.5 if columns <= lanes // 2 else 2.25) * lanes
+    return math.ceil(columns / lanes) * lanes + lanes / 3
 
 
 def _padded(call: Call, conv: Geometry) -> float:
@@ -325,12 +351,11 @@ class Unfolded(NamedTuple):
         """
         size, moved = call.x_dtype.itemsize, x + y + weight
         product = Stage(moved, self.operations / (UNFOLDED_EFFICIENCY * efficiency))
-        grad = Stage(moved, self.operations / (UNFOLDED_GRAD_EFFICIENCY * efficiency))
         unfold = Stage(UNFOLDED * size * self.numbers + RUN * self.runs)
         fold = Stage(FOLDED * size * self.numbers + RUN * self.runs)
         sums = Stage(SUMMED * (x if conv.transposed else y), launches=0)
-        norms = [] if call.dim == 0 else [Stage(weight)]
-        finish = Stage(weight if call.dim == 0 else 3 * weight)
+        norms = Stage(0 if call.dim == 0 else weight, launches=UNFOLD_CALLS)
+        finish = Stage(weight if call.dim == 0 else 3 * weight, launches=UNFOLD_GRAD_CALLS)
         if conv.transposed:
-            return [*norms, product, fold], [unfold, grad, sums, grad, finish]
-        return [*norms, unfold, product, sums], [grad, fold, unfold, grad, finish]
+            return [norms, product, fold], [unfold, product, sums, product, finish]
+        return [norms, unfold, product, sums], [product, fold, unfold, product, finish]
