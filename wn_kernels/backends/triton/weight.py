@@ -8,8 +8,7 @@ Here `u_j / d_j` is the slope of the norm (`common.py`), which is `V_j / n_j` fo
 There are three forms. "held": the slices of a program are one tile, which stays in registers from
 the sum to the result, so that everything is read once. "walked": a program walks its slices once
 for the sum, and back for the result. "partial": the sum is split (`norm.py`). A first kernel leaves
-partial sums, and each program of the second adds up those of its slices. The largest magnitude of a
-slice is taken in the same way as a sum.
+partial sums or magnitudes, and each program of the second merges those of its slices.
 
 What is walked a second time is walked in reverse, as the cache has the last of it.
 """
