@@ -13,6 +13,7 @@ import wn_kernels
 import wn_kernels.functional as WF
 from tests.comparison import assert_matches, assert_same_bits
 from tests.convert.layers import FORMS, NORMALISE, Twice
+from wn_kernels import grouped
 from wn_kernels.convert import fused
 
 NORMALISED_BY = {**NORMALISE, "wn_kernels.weight_norm": wn_kernels.weight_norm}
@@ -141,9 +142,9 @@ def test_one_call_for_all_weights(kind, form, monkeypatch):
     """Nothing is computed twice for a forward, and nothing of it is kept."""
     layer, _, x = pair(kind, form)
     calls = []
-    weight_norms = WF.weight_norms
+    formed = grouped.formed
     monkeypatch.setattr(
-        WF, "weight_norms", lambda v, g, **how: calls.append(len(v)) or weight_norms(v, g, **how)
+        grouped, "formed", lambda v, *rest, **how: calls.append(len(v)) or formed(v, *rest, **how)
     )
     monkeypatch.setattr(WF, "weight_norm", None)
     before = set(map(id, layer.__dict__.values()))

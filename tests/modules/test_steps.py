@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 import wn_kernels
-import wn_kernels.functional as WF
 from tests.comparison import assert_matches
 from tests.modules.test_recurrent import BATCH, CELLS, HIDDEN, INPUTS, check, made
+from wn_kernels import grouped
 from wn_kernels.modules import steps
 
 # --- PyTorch's operators, which it has on a GPU alone, by their formulas -------------------------
@@ -77,7 +77,7 @@ def argument(kind, dtype=torch.float32):
 def test_the_way_of_a_gpu(kind, fused, monkeypatch):
     """It forms no weight, and its values and gradients are right."""
     cell = made(kind)
-    monkeypatch.setattr(WF, "weight_norms", None)
+    monkeypatch.setattr(grouped, "formed", None)
     with wn_kernels.use_backend("triton"):
         check(cell, *argument(kind))
         check(cell, argument(kind)[0])
