@@ -125,12 +125,19 @@ def slice_partials(
     ties = tl.zeros((BLOCK_P, BLOCK_N, BLOCK_R), ACC)
     for step in range(steps):
         outer, offs_p, offs_r, mask = tile_offsets(
-            first + step, offs_n, N, loops, NESTED, WIDE, BLOCK_P, BLOCK_R
+            first + step,
+            offs_n,
+            N,
+            loops,
+            NESTED=NESTED,
+            WIDE=WIDE,
+            BLOCK_P=BLOCK_P,
+            BLOCK_R=BLOCK_R,
         )
-        a_at = tile_addresses(A, stride_a, outer, offs_p, offs_n, offs_r, WIDE)
+        a_at = tile_addresses(A, stride_a, outer, offs_p, offs_n, offs_r, WIDE=WIDE)
         a = tl.load(a_at, mask=mask, other=0.0).to(ACC)
         if DOTS:
-            b_at = tile_addresses(B, stride_b, outer, offs_p, offs_n, offs_r, WIDE)
+            b_at = tile_addresses(B, stride_b, outer, offs_p, offs_n, offs_r, WIDE=WIDE)
             b = tl.load(b_at, mask=mask, other=0.0).to(ACC)
             partials += a * b
             if NORM == "linf":
@@ -206,25 +213,25 @@ def slice_sum_kernel(
     if DOTS and NORM == "linf":
         n = tl.load(NORMS + offs_n, mask=offs_n < N, other=1.0)
     partials, ties = slice_partials(
-        A,
-        B,
-        n,
-        offs_n,
-        N,
-        loops,
-        stride_a,
-        stride_b,
-        split * steps,
-        steps,
-        DOTS,
-        NORM,
-        COUNTS,
-        NESTED,
-        WIDE,
-        ACC,
-        BLOCK_N,
-        BLOCK_P,
-        BLOCK_R,
+        A=A,
+        B=B,
+        n=n,
+        offs_n=offs_n,
+        N=N,
+        loops=loops,
+        stride_a=stride_a,
+        stride_b=stride_b,
+        first=split * steps,
+        steps=steps,
+        DOTS=DOTS,
+        NORM=NORM,
+        COUNTS=COUNTS,
+        NESTED=NESTED,
+        WIDE=WIDE,
+        ACC=ACC,
+        BLOCK_N=BLOCK_N,
+        BLOCK_P=BLOCK_P,
+        BLOCK_R=BLOCK_R,
     )
     if AS_NORM:
         partials = as_norm(partials, EPS, NORM)
@@ -252,7 +259,9 @@ def finish_kernel(
     """OUT[j] = the norm of the slice whose parts have these partials. With COUNTS the ties follow
     them, and TIES[j] are those of the slice."""
     offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    partials = merged_parts(PARTIAL, offs_n, N, SPLITS, NORM, ACC, BLOCK_N, BLOCK_S)
+    partials = merged_parts(
+        PARTIAL, offs_n, N, SPLITS, NORM=NORM, ACC=ACC, BLOCK_N=BLOCK_N, BLOCK_S=BLOCK_S
+    )
     tl.store(OUT + offs_n, as_norm(partials, EPS, NORM), mask=offs_n < N)
     if COUNTS:
         ties = tl.zeros((BLOCK_S, BLOCK_N), ACC)
