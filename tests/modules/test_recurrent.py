@@ -16,6 +16,7 @@ import wn_kernels
 import wn_kernels.functional as WF
 from tests.comparison import DIMS, assert_matches, assert_same_bits, assert_zero
 from tests.convert.layers import NORMALISE
+from wn_kernels import grouped
 from wn_kernels.modules.weight import NormedWeights
 
 INPUTS, HIDDEN, BATCH, STEPS = 6, 8, 3, 5
@@ -185,11 +186,9 @@ def test_a_step_forms_no_weight(kind, norm, monkeypatch):
     with torch.no_grad():
         y = flat(cell(x, state))[0]
     products, weights = [], []
-    of_product, of_weights = WF.wn_linear, WF.weight_norms
+    of_product, formed = WF.wn_linear, grouped.formed
     monkeypatch.setattr(WF, "wn_linear", lambda *a, **k: products.append(1) or of_product(*a, **k))
-    monkeypatch.setattr(
-        WF, "weight_norms", lambda *a, **k: weights.append(1) or of_weights(*a, **k)
-    )
+    monkeypatch.setattr(grouped, "formed", lambda *a, **k: weights.append(1) or formed(*a, **k))
     cell(x, state)
     assert (len(products), len(weights)) == (2, 0)
     with parametrize.cached():
@@ -200,6 +199,7 @@ def test_a_step_forms_no_weight(kind, norm, monkeypatch):
         cell(x, state)
     one = flat(cell(x[0], (h[0], h[0]) if "lstm" in kind else h[0]))[0]
     assert_matches(one, y[0].double(), torch.float32, 64, roundings=8)
+    assert len(weights) > 0
     for wrong in (x[:, 1:], x.double(), x[:, None]):
         with pytest.raises((RuntimeError, ValueError)):
             cell(wrong, state)
@@ -368,9 +368,9 @@ def test_nothing_of_a_call_is_kept(kind):
 @pytest.mark.parametrize("kind", ALL)
 def test_one_call_for_all_weights(kind, monkeypatch):
     calls = []
-    weight_norms = WF.weight_norms
+    formed = grouped.formed
     monkeypatch.setattr(
-        WF, "weight_norms", lambda v, g, **how: calls.append(len(v)) or weight_norms(v, g, **how)
+        grouped, "formed", lambda v, *rest, **how: calls.append(len(v)) or formed(v, *rest, **how)
     )
     layer = made(kind)
     x = torch.randn(STEPS, INPUTS)
