@@ -197,7 +197,9 @@ def test_compiled_autograd(served):
 
 def test_second_order_and_no_gradient(served):
     x, v, g, bias = operands(torch.float64)
-    assert torch.autograd.gradgradcheck(lambda *t: WF.wn_linear(*t), (x, v, g, bias))
+    small = x[:2, :2], v[:3, :2], g[:3], bias[:3]  # each element takes many launches
+    small = tuple(t.detach().clone().requires_grad_() for t in small)
+    assert torch.autograd.gradgradcheck(lambda *t: WF.wn_linear(*t), small)
     with torch.no_grad():
         without = WF.wn_linear(x, v, g, bias)
     y = WF.wn_linear(x, v, g, bias)
