@@ -216,12 +216,7 @@ def weight_norms(
     if not v:
         return []
     named = {"dim": dim, "eps": eps, "dtype": dtype, "norm": norm}
-    options = tuple(
-        [
-            tuple(each) if isinstance(each, list | tuple) else (each,) * len(v)
-            for each in named.values()
-        ]
-    )
+    options = tuple([grouped.for_each(each, len(v)) for each in named.values()])
     for name, each in zip(named, options, strict=True):
         if len(each) != len(v):
             raise ValueError(f"{name} has {len(each)} values, but v has {len(v)} tensors")

@@ -67,6 +67,11 @@ def check_places(places: Sequence[Tensor], v: Sequence[Tensor], members: Sequenc
 Options = tuple[tuple[Any, ...], ...]  # every `dim`, `eps`, dtype of `W` and norm
 
 
+def for_each(option: Any, count: int) -> tuple[Any, ...]:
+    """Returns an option for each weight: the values of a list or a tuple, or one value repeated."""
+    return tuple(option) if isinstance(option, list | tuple) else (option,) * count
+
+
 def formed(
     v: list[Tensor],
     g: list[Tensor],

@@ -168,10 +168,10 @@ def renormalize_(
         V_j ← norm · V_j / ‖V_j‖₂
 
     It does not change `W`, which depends on the direction alone, except where `‖V_j‖` is or becomes
-    smaller than the `eps` of a layer. It keeps ‖V‖, which each step of
-    an optimizer makes larger, and with it the effective learning rate `lr / ‖V‖²`. A slice of norm
-    zero stays zero. Nothing waits for a GPU. There, one launch serves all layers, unless `norm` is
-    `"g"`, and a slice whose squares overflow becomes zero, as its weight in a forward is.
+    smaller than the `eps` of a layer. It keeps ‖V‖, which each step of an optimizer makes larger,
+    and with it the effective learning rate `lr / ‖V‖²`. A slice of norm zero stays zero. Nothing
+    waits for a GPU. There, one launch serves all layers, unless `norm` is `"g"`, and a slice whose
+    squares overflow becomes zero, as its weight in a forward is.
 
     To call it after each step of an optimizer:
 
@@ -285,11 +285,11 @@ def _target(norm: Any, name: str, v: Tensor, dim: int | None) -> float | Tensor 
         raise ValueError(
             f"the norms of {name!r} have shape {tuple(target.shape)}, expected {tuple(shape)}"
         )
-    if target.is_cpu and not bool(((target > 0) & target.isfinite()).all()):
-        zero = target == 0
-        if not bool((zero | ((target > 0) & target.isfinite())).all()):
+    if target.is_cpu:
+        if not bool(((target >= 0) & target.isfinite()).all()):
             raise ValueError(f"a norm of {name!r} is not positive and finite")
-        if bool(WF.slice_norm(v, dim=dim)[zero].any()):
+        zero = target == 0
+        if bool(zero.any()) and bool(WF.slice_norm(v, dim=dim)[zero].any()):
             raise ValueError(f"a norm of {name!r} is zero, but its slice is not")
     return target
 

@@ -188,8 +188,9 @@ class _Fused:
         others = {key: t for key, t in self._parameters.items() if key not in stored}
         for name, norm in self._norms.items():
             g, v = self._tensors(name)
+            dim, eps, kind = self._normalisation(name)
             checkpoints.bring_into(
-                norm.form, state_dict, prefix, name, g, v, norm.dim, 0.0, norm.norm, others
+                norm.form, state_dict, prefix, name, g, v, dim, eps, kind, others
             )
 
     def _load_from_state_dict(

@@ -4,8 +4,8 @@ A kept weight has no gradient, and serves a forward that needs none with respect
 is used as long as nothing has changed: `g` and `v` are the same objects, their version counters and
 their addresses are the same, and nobody has written into the weight. Tensors that share the memory
 of `g` and `v` are kept as well, so that no other tensor gets their addresses. A write through
-`.data` in place leaves no trace, and cannot be noticed. Nor does a step of PyTorch's fused
-optimizers, so that while a block is open, every optimizer's step counts as a write.
+`.data` in place leaves no trace, and cannot be noticed. A step of PyTorch's fused optimizers leaves
+none either, so every optimizer's step counts as a write while a block is open.
 """
 
 from __future__ import annotations
@@ -124,8 +124,8 @@ def _can_keep(v: Tensor, g: Tensor, dtype: torch.dtype) -> bool:
 # --- for frozen_weights --------------------------------------------------------------------------
 
 _lock = threading.Lock()
-_open = 0  # blocks, of all layers
-_hook: Any = None  # of the optimizers, while a block is open
+_open = 0  # the number of blocks that layers are in
+_hook: Any = None  # this handle removes `_count_step`, while there is a block
 
 
 def open_store(module: Any) -> Store:

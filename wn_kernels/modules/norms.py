@@ -66,5 +66,5 @@ def weights(
         return []
     g, v = map(list, zip(*tensors, strict=True))
     given = dim, eps, places[0].dtype if places else None, norm
-    options = [tuple(o) if isinstance(o, list | tuple) else (o,) * len(v) for o in given]
-    return grouped.formed(v, g, tuple(options), places, together=True)
+    options = tuple([grouped.for_each(each, len(v)) for each in given])
+    return grouped.formed(v, g, options, places, together=True)

@@ -256,7 +256,8 @@ def test_a_nan_is_found_wherever_it_is(shape, dim, dtype, norm):
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("dtypes", [DTYPES[0], DTYPES[2], DTYPES[4]])
 def test_same_bits_whatever_the_threads(dtypes, norm):
-    """Of one row and of few, with many ties and with few, in rows that fill no vector."""
+    """This holds for one row and for a few, with many ties and with few. The rows end within a
+    vector."""
     shapes = [(1, 600, 500), (1, 1021, 300), (1, 70, 5000), (5, 619, 500)]
     shapes = [shape for shape in shapes if shape[0] == 1 or dtypes[1] == torch.float32]
     cases = [Case(*shape, 0, *dtypes) for shape in shapes]

@@ -36,7 +36,7 @@ from .weight import weight_grad_slices, weight_slices
 
 
 class Kind(NamedTuple):
-    """What a kernel is compiled for."""
+    """Holds what a kernel is compiled for."""
 
     V: tl.dtype
     G: tl.dtype
