@@ -368,6 +368,8 @@ def test_gains_are_chosen_by_name():
         init.norm_preserving_(net, {"7": "a"})
     with pytest.raises(ValueError, match="'8' matches no weight-normed layer"):
         init.norm_preserving_(net, {"7": 1.0, "8": 1.0})
+    with pytest.raises(ValueError, match="gain of '7' is inf; expected a positive number"):
+        init.norm_preserving_(net, {"7": math.inf})
     with pytest.raises(ValueError, match="gain of '7' is -1; expected a positive number"):
         init.norm_preserving_(net, {"7": -1})
     with pytest.raises(TypeError, match="model must be"):

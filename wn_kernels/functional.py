@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function
 
 from . import autograd, composed, grouped, launched, operators, plan
 from .backends import aten, native, reference
@@ -72,6 +73,8 @@ def run(
     elif x is None:
         reject(input=x, v=v, g=g, bias=bias)
     if not are_dense(v if x is None else x, v, g, bias):
+        if not isinstance(x, Tensor) and has_torch_function((x,)):  # torch.fx traces a layer
+            return handle_torch_function(run, (x,), rank, x, v, g, bias, geometry, dim, eps, norm)
         reject(**{} if x is None else {"input": x}, v=v, g=g, bias=bias)
     if x is not None and torch._C._is_any_autocast_enabled():
         x = x.to(product_dtype(x))

@@ -34,7 +34,7 @@ from .call import (
 )
 from .plan import Plan
 
-_DTYPES = frozenset((torch.float16, torch.bfloat16, torch.float32, torch.float64))
+DTYPES = frozenset((torch.float16, torch.bfloat16, torch.float32, torch.float64))
 
 # --- tensors -------------------------------------------------------------------------------------
 
@@ -52,16 +52,16 @@ def are_dense(x: Tensor, v: Tensor, g: Tensor, bias: Tensor | None) -> bool:
     """
     try:
         return (
-            x.dtype in _DTYPES
-            and v.dtype in _DTYPES
-            and g.dtype in _DTYPES
+            x.dtype in DTYPES
+            and v.dtype in DTYPES
+            and g.dtype in DTYPES
             and x.layout is v.layout is g.layout is torch.strided
             and x.device == v.device == g.device
             and not (x.is_nested or v.is_nested or g.is_nested)
             and (
                 bias is None
                 or (
-                    bias.dtype in _DTYPES
+                    bias.dtype in DTYPES
                     and bias.layout is torch.strided
                     and bias.device == v.device
                     and not bias.is_nested
@@ -81,7 +81,7 @@ def reject(**tensors: Tensor | None) -> NoReturn:
         if t.layout is not torch.strided or t.is_nested:
             kind = "a nested tensor" if t.is_nested else f"layout {t.layout}"
             raise TypeError(f"{name} must be a dense (strided) tensor, got {kind}")
-        if t.dtype not in _DTYPES:
+        if t.dtype not in DTYPES:
             raise TypeError(
                 f"{name} has dtype {t.dtype}; expected float16, bfloat16, float32 or float64"
             )
@@ -372,7 +372,7 @@ def prepare_member(
         reject(v=v, g=g)
     if v.device != first.device:
         raise ValueError(f"v is on {v.device}, but the first one is on {first.device}")
-    if dtype is not None and dtype not in _DTYPES:
+    if dtype is not None and dtype not in DTYPES:
         raise TypeError(f"dtype is {dtype!r}; expected float16, bfloat16, float32, float64 or None")
     check = check_weight if _has_symbols() else _checked_weight
     try:

@@ -79,6 +79,20 @@ def test_jit_trace(name):
         assert_matches(run(x), reference(layer, x)[0], torch.float32, 64)
 
 
+@pytest.mark.parametrize("name", LAYERS)
+def test_symbolic_trace(name):
+    """A graph of torch.fx calls one function for a layer, which is differentiable."""
+    layer, x = made(name)
+    traced = torch.fx.symbolic_trace(torch.nn.Sequential(layer, torch.nn.Tanh()))
+    assert sum(node.op.startswith("call") for node in traced.graph.nodes) in (2, 3)  # a padding
+    right, grads = reference(layer, x, lambda y: y.tanh().sum())
+    y = traced(x)
+    assert_matches(y, right.tanh(), torch.float32, 64)
+    y.sum().backward()
+    for key, p in layer.named_parameters():
+        assert_matches(p.grad, grads[key], torch.float32, 512, roundings=8, what=key)
+
+
 @pytest.mark.parametrize("name", ["linear", "fused"])
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_jit_script(name):

@@ -285,6 +285,18 @@ def test_a_copy_has_a_group_of_its_own(make, calls):
     assert not list(layer.modules())[1:] or all(m is not grouped for m in layer.modules())
 
 
+def test_models_that_are_stacked():
+    """They have one class, which `stack_module_state` requires."""
+    _, first = nets()
+    second = copy.deepcopy(first)
+    with torch.no_grad():
+        second.first.bias.add_(1)
+    stacked = torch.func.stack_module_state([first, second])
+    run = torch.func.vmap(lambda p, b: torch.func.functional_call(first, (p, b), (X,)))
+    for found, model in zip(run(*stacked), (first, second), strict=True):
+        assert_matches(found, model(X).detach(), torch.float64, 128)
+
+
 def test_state_dicts():
     plain, grouped = nets()
     assert list(grouped.state_dict()) == list(plain.state_dict())

@@ -87,6 +87,29 @@ def test_a_shape_mismatch_changes_nothing(form, assign):
             assert_same_bits(t, before[key], key)
 
 
+@pytest.mark.parametrize("form", [*FORMS, "plain"])
+def test_what_is_no_tensor_changes_nothing(form):
+    state, _ = checkpoint(form)
+    wrong = next(key for key in state if key.startswith("1.") and key.endswith(("_v", "1", "ght")))
+    state[wrong] = 3
+    for model in list(targets())[1:]:
+        before = copy.deepcopy(model.state_dict())
+        with pytest.raises(RuntimeError, match=r"copying the parameter named \"1\..*'int'"):
+            model.load_state_dict(state)
+        for key, t in model.state_dict().items():
+            assert_same_bits(t, before[key], key)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.float8_e4m3fn])
+def test_a_plain_checkpoint_of_another_dtype(dtype):
+    """It is converted, as by a layer of torch.nn."""
+    state = {key: (8 * t).to(dtype) for key, t in checkpoint("plain")[0].items()}
+    for model in targets():
+        model.load_state_dict(state)
+        for i, layer in enumerate(model):
+            assert_matches(layer.weight, state[f"{i}.weight"].double(), torch.float32, 64)
+
+
 class Shared(nn.Module):
     """One layer at two places."""
 

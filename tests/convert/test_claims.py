@@ -121,6 +121,8 @@ def test_what_cannot_be_stacked_is_refused(form):
             STACKED[stack](layer)
     with pytest.raises((TypeError, KeyError), match="weight"):
         prune.l1_unstructured(layer, "weight", 3)
+    with pytest.raises(RuntimeError, match="two weight_norm hooks on the same parameter weight"):
+        nn.utils.weight_norm(layer)
     assert list(layer.state_dict()) == keys
     assert_same_bits(layer.weight.detach(), before)
 

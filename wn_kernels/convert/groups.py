@@ -51,7 +51,8 @@ def check(model: nn.Module) -> None:
 def group(model: Any) -> None:
     """Makes the model, which has passed `check`, compute the weights of its layers together."""
     ungroup(model)
-    model.__class__ = _class(type(model))
+    base: Any = type(model)
+    model.__class__ = _class(base)
     model.__dict__["_group"] = Group(model, groupable(model))
 
 
@@ -69,8 +70,10 @@ def is_grouped(model: nn.Module) -> bool:
     return hasattr(type(model), "_grouped")
 
 
+@functools.lru_cache(maxsize=256)
 def _class(base: Any) -> Any:
-    """Returns the class of one grouped model."""
+    """Returns the class of grouped models. Models of one class get one class, because functions
+    such as `torch.func.stack_module_state` compare the classes of models."""
 
     @functools.wraps(base.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:

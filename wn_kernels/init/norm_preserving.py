@@ -62,7 +62,7 @@ def norm_preserving_(
     for pattern, gain in (gains or {}).items():
         if not isinstance(pattern, str):
             raise TypeError(f"a key of gains must be a name or a pattern, got {pattern!r}")
-        if not isinstance(gain, (int, float)) or not gain > 0:
+        if not isinstance(gain, (int, float)) or not 0 < gain < math.inf:
             raise ValueError(f"the gain of {pattern!r} is {gain!r}; expected a positive number")
         matching = fnmatch.filter(chosen, pattern)
         if not matching:

@@ -14,8 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
+from torch.overrides import is_tensor_like
 
 from .. import functional as WF
+from .. import prepare
 from ..call import Norm
 
 # These are the names of g and v in each form.
@@ -82,7 +84,7 @@ def bring_into(
 ) -> None:
     """Brings a layer's entries of `state_dict`, in place, into the form that the layer loads.
 
-    If the shape of one of them does not fit, PyTorch reports it and the layer does not change.
+    If one of them does not fit, PyTorch reports it and the layer does not change.
     `others` are the layer's further parameters by name.
     """
     own_g, own_v = keys(form, name, prefix)
@@ -93,7 +95,9 @@ def bring_into(
     plain = prefix + name
     if plain in state_dict and own_g not in state_dict and own_v not in state_dict:
         weight = state_dict.pop(plain)
-        if is_lazy(v) or weight.shape == v.shape:
+        if isinstance(weight, Tensor) and (is_lazy(v) or weight.shape == v.shape):
+            if weight.dtype not in prepare.DTYPES:  # a layer of torch.nn loads it as well
+                weight = weight.to(v.dtype)
             state_dict[own_g], state_dict[own_v] = split(weight, v, dim, eps, norm)
         else:
             state_dict[own_g], state_dict[own_v] = g, weight
@@ -109,14 +113,16 @@ def all_or_nothing(state_dict: dict[str, Any], current: Mapping[str, Tensor | No
     loaded = {
         key: t
         for key, t in current.items()
-        if isinstance(t, Tensor) and not is_lazy(t) and isinstance(state_dict.get(key), Tensor)
+        if isinstance(t, Tensor) and not is_lazy(t) and key in state_dict
     }
     fitting = {key: t for key, t in loaded.items() if _fits(state_dict[key], t)}
     if len(fitting) < len(loaded):
         state_dict.update(fitting)
 
 
-def _fits(given: Tensor, current: Tensor) -> bool:
+def _fits(given: Any, current: Tensor) -> bool:
     """Returns whether PyTorch loads `given` into `current`. A single number may have a
     dimension."""
+    if not is_tensor_like(given):
+        return False
     return given.shape == current.shape or (current.ndim == 0 and given.shape == (1,))

@@ -116,7 +116,8 @@ def _key(name: str) -> Any:
 
 
 class Hooks(OrderedDict):
-    """Holds the forward pre-hooks of a layer. Only `items()` lists the handles.
+    """Holds the forward pre-hooks of a layer. Only `items()` and `values()` list the handles. In
+    the latter, `torch.nn.utils.weight_norm` finds that the layer is weight-normed already.
 
     Args:
         names: the weight-normed tensors.
@@ -128,6 +129,9 @@ class Hooks(OrderedDict):
 
     def items(self) -> Any:
         return [*super().items(), *self.handles.items()]
+
+    def values(self) -> Any:
+        return [hook for _, hook in self.items()]
 
     def __delitem__(self, key: Any) -> None:
         if isinstance(key, str):
