@@ -87,6 +87,43 @@ def test_a_shape_mismatch_changes_nothing(form, assign):
             assert_same_bits(t, before[key], key)
 
 
+class Resized(nn.Module):
+    """A table that takes the length of the one in the checkpoint, as positions or codes do."""
+
+    def __init__(self, length):
+        super().__init__()
+        self.table = nn.Parameter(torch.zeros(length))
+
+    def _load_from_state_dict(self, state_dict, prefix, *rest):
+        self.table = nn.Parameter(torch.zeros_like(state_dict[prefix + "table"]))
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
+
+def flatten_bias(state_dict, prefix, *rest):
+    state_dict[prefix + "bias"] = state_dict[prefix + "bias"].flatten()
+
+
+@pytest.mark.parametrize("form", [*FORMS, "plain"])
+def test_modules_that_adapt_their_entries(form):
+    """An entry that does not fit until its module has changed it is no reason to load nothing."""
+    state, weights = checkpoint(form)
+    state |= {"1.bias": state["1.bias"].view(-1, 1), "2.0.table": torch.ones(5)}
+    for model in targets():
+        model.append(nn.Sequential(Resized(3)))
+        wn_kernels.fuse(model)
+        model[1]._register_load_state_dict_pre_hook(flatten_bias)
+        model.load_state_dict(state)
+        for layer, weight in zip(model, weights, strict=False):
+            assert_matches(layer.weight, weight.double(), torch.float32, 64)
+        assert_same_bits(model[1].bias, state["1.bias"].flatten())
+        assert_same_bits(model[2][0].table, torch.ones(5))
+        before = copy.deepcopy(model.state_dict())
+        with pytest.raises(RuntimeError, match=r"(?s)size mismatch for 0\.bias.*\[7\]"):
+            model.load_state_dict(state | {"0.bias": torch.ones(7)})
+        for key, t in model.state_dict().items():
+            assert_same_bits(t, before[key], key)
+
+
 @pytest.mark.parametrize("form", [*FORMS, "plain"])
 def test_what_is_no_tensor_changes_nothing(form):
     state, _ = checkpoint(form)

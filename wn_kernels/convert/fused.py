@@ -186,7 +186,7 @@ class _Fused:
 
     def _bring_into_form(self: Any, state_dict: dict[str, Any], prefix: str) -> None:
         stored = {key for norm in self._norms.values() for key in (norm.key_g, norm.key_v)}
-        others = {key: t for key, t in self._parameters.items() if key not in stored}
+        others = checkpoints.other_parameters(self, stored)
         for name, norm in self._norms.items():
             g, v = self._tensors(name)
             dim, eps, kind = self._normalisation(name)

@@ -223,15 +223,20 @@ def _noted(model: nn.Module, line: Layer, is_small: bool) -> Layer:
 
 def _load_all_or_nothing(model: Any, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
     """This hook prevents partial loads. If a shape in a checkpoint does not fit, PyTorch reports it
-    and the model does not change."""
+    and the model does not change. Modules that adapt their entries load as PyTorch has them do."""
     current: dict[str, torch.Tensor | None] = {}
+    adapted: list[str] = []
+    (own,) = _load_hooks(model)  # hooks of the model with a smaller key have run
     for name, module in model.named_modules(remove_duplicate=False):
         start = prefix + name + "." if name else prefix
+        hooks = module._load_state_dict_pre_hooks.items()
+        if checkpoints.adapts(module, [h for k, h in hooks if module is not model or k > own]):
+            adapted.append(start)
         if isinstance(module, NormedWeights) or fused.is_fused(module):
             module._bring_into_form(state_dict, start)
         current |= {start + key: t for key, t in module._parameters.items()}
         current |= {start + key: t for key, t in module._buffers.items()}
-    checkpoints.all_or_nothing(state_dict, current)
+    checkpoints.all_or_nothing(state_dict, current, tuple(adapted))
 
 
 def _load_hooks(model: nn.Module) -> list[int]:

@@ -8,11 +8,11 @@ plain              weight                                      no weight norm, o
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Container, Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.overrides import is_tensor_like
 
@@ -80,12 +80,12 @@ def bring_into(
     dim: int | None,
     eps: float,
     norm: Norm,
-    others: Mapping[str, Tensor | None],
+    others: Mapping[str, Tensor | None] | None,
 ) -> None:
     """Brings a layer's entries of `state_dict`, in place, into the form that the layer loads.
 
-    If one of them does not fit, PyTorch reports it and the layer does not change.
-    `others` are the layer's further parameters by name.
+    If one of them does not fit, PyTorch reports it and the layer does not change. `others` are the
+    layer's further parameters by name, or `None` for a layer that adapts its entries.
     """
     own_g, own_v = keys(form, name, prefix)
     for other in FORMS:
@@ -102,22 +102,48 @@ def bring_into(
         else:
             state_dict[own_g], state_dict[own_v] = g, weight
 
-    current = {own_g: g, own_v: v} | {prefix + key: t for key, t in others.items()}
-    all_or_nothing(state_dict, current)
+    if others is not None:
+        current = {own_g: g, own_v: v} | {prefix + key: t for key, t in others.items()}
+        all_or_nothing(state_dict, current)
 
 
-def all_or_nothing(state_dict: dict[str, Any], current: Mapping[str, Tensor | None]) -> None:
+def other_parameters(module: nn.Module, stored: Container[str]) -> dict[str, Any] | None:
+    """Returns the parameters of a layer without its `stored` ones, for `bring_into`."""
+    if adapts(module, module._load_state_dict_pre_hooks.values()):
+        return None
+    return {key: t for key, t in module._parameters.items() if key not in stored}
+
+
+def adapts(module: Any, hooks: Iterable[Any]) -> bool:
+    """Returns whether a module may change entries of a state dict before it loads them: one of
+    these hooks, or the loading method of its class, is neither PyTorch's nor of this package."""
+    classes = type(module), getattr(type(module), "plain", nn.Module)
+    functions = [cls._load_from_state_dict for cls in classes]
+    functions += [getattr(hook, "hook", hook) for hook in hooks]
+    own = "torch.nn.", "wn_kernels."
+    return not all((getattr(f, "__module__", None) or "").startswith(own) for f in functions)
+
+
+def all_or_nothing(
+    state_dict: dict[str, Any],
+    current: Mapping[str, Tensor | None],
+    adapted: tuple[str, ...] = (),
+) -> None:
     """Prevents a partial load. `current` holds the tensors that the entries are loaded into, by
     key. If one entry does not fit its tensor, the entries that fit are replaced by the current
-    values."""
+    values. Modules change those whose keys begin with a prefix of `adapted`, which may fit then."""
     loaded = {
         key: t
         for key, t in current.items()
         if isinstance(t, Tensor) and not is_lazy(t) and key in state_dict
     }
-    fitting = {key: t for key, t in loaded.items() if _fits(state_dict[key], t)}
-    if len(fitting) < len(loaded):
-        state_dict.update(fitting)
+    wrong = {
+        key
+        for key, t in loaded.items()
+        if not (_fits(state_dict[key], t) or key.startswith(adapted))
+    }
+    if wrong:
+        state_dict.update((key, t) for key, t in loaded.items() if key not in wrong)
 
 
 def _fits(given: Any, current: Tensor) -> bool:

@@ -134,7 +134,7 @@ class NormedWeights(nn.Module):
     def _bring_into_form(self, state_dict: dict[str, Any], prefix: str) -> None:
         names = self._normed()
         stored = {key for name in names for key in checkpoints.keys("weight_norm", name)}
-        others = {key: t for key, t in self._parameters.items() if key not in stored}
+        others = checkpoints.other_parameters(self, stored)
         options = self.dim, self.eps, self.norm
         for name in names:
             g, v = self._tensors(name)
