@@ -257,3 +257,23 @@ def test_the_defaults_of_torch_do_not_matter():
     norm = (layer.weight_v.detach().square().sum() / 1001).sqrt()
     assert_matches(read["norm"][0, 0], norm, torch.float64, 2002)
     assert_matches(read["rate"][0, 0], 0.1 / norm**2, torch.float64, 2002, roundings=2)
+
+
+def test_a_model_that_is_cast_between_steps():
+    net = network(dtype=torch.float32)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    watch = wn_kernels.monitor(net, optimizer)
+    by_hand = wn_kernels.monitor(net)
+    x = torch.randn(5, 6)
+    step(net, optimizer, x)
+    by_hand.record(0.1)
+    net.double()
+    v, g = net[3].weight_v, net[3].weight_g
+    before = v.detach().clone()
+    step(net, optimizer, x.double())
+    by_hand.record(0.1)
+    for name, value in wanted(before, v, g, v.grad, 0.1).items():
+        for found in (watch.read()[name], by_hand.read()[name]):
+            assert found.shape == (2, 2)
+            # The second step is recorded in float64, beside the first one in float32.
+            assert_matches(found[1, 1], value, torch.float64, 256, roundings=64, what=name)

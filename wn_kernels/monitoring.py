@@ -83,9 +83,6 @@ class Monitor:
         self._every = every
         self._gs, self._vs = (list(ts) for ts in zip(*(x.tensors for x in found), strict=True))
         self._slices = _host([max(1, g.numel()) for g in self._gs])
-        dtypes = {t.dtype for t in (*self._gs, *self._vs)}
-        self._dtype = torch.float64 if torch.float64 in dtypes else torch.float32
-        self._is_spread = len({v.device for v in self._vs}) > 1
         self._before = [v.detach().clone() for v in self._vs]
         self._records: deque[_Record] = deque(maxlen=keep)
         self._logged = 0
@@ -99,6 +96,7 @@ class Monitor:
     @torch.no_grad()
     def _before_step(self, *_: Any) -> None:
         if self.step % self._every == 0:
+            self._follow()
             torch._foreach_copy_(self._before, self._vs)
 
     def _after_step(self, optimizer: Optimizer, *_: Any) -> None:
@@ -119,22 +117,28 @@ class Monitor:
         with torch.no_grad():
             torch._foreach_copy_(self._before, self._vs)
 
+    def _follow(self) -> None:
+        """Gives the copies the dtypes and devices of the model, which may have been cast or moved
+        since the last step."""
+        pairs = list(zip(self._before, self._vs, strict=True))
+        if any(old.dtype != v.dtype or old.device != v.device for old, v in pairs):
+            self._before = [old.to(v) for old, v in pairs]
+
     @torch.no_grad()
     def _record(self, rates: list[Any]) -> None:
+        self._follow()
         missing = torch.full((), math.nan, device=self._vs[0].device, dtype=self._vs[0].dtype)
         gradients = [missing if v.grad is None else v.grad for v in self._vs]
-        sizes = self._sizes([*self._before, *self._vs, *gradients], 2)
+        dtypes = {t.dtype for t in (*self._gs, *self._vs)}
+        dtype = torch.float64 if torch.float64 in dtypes else torch.float32
+        sizes = _norms([*self._before, *self._vs, *gradients], 2, dtype)
         torch._foreach_sub_(self._before, self._vs)  # the next step needs a new copy anyway
-        sizes += self._sizes(self._before, 2) + self._sizes(self._gs, 1)
-        if self._is_spread:
+        sizes += _norms(self._before, 2, dtype) + _norms(self._gs, 1, dtype)
+        if len({v.device for v in self._vs}) > 1:
             sizes = [n.to(self._vs[0].device, non_blocking=True) for n in sizes]
         before, after, of_gradients, moved, magnitudes = torch.stack(sizes).chunk(5)
         rest = moved, magnitudes, of_gradients
         self._records.append(_Record(self.step, rates, before, after, *rest))
-
-    def _sizes(self, tensors: list[Tensor], order: int) -> list[Tensor]:
-        """Returns the norms of tensors."""
-        return list(torch._foreach_norm(tensors, order, dtype=self._dtype))
 
     def _rates(self, optimizer: Optimizer) -> list[Any]:
         """Returns the learning rate of every `V` in the optimizer."""
@@ -172,7 +176,7 @@ class Monitor:
             empty = _host([]).reshape(0, len(self.names))
             return {name: empty.clone() for name in QUANTITIES}
         before, after, moved, magnitudes, gradients = (
-            torch.stack(ts).double().cpu()
+            torch.stack([t.to(ts[-1].device) for t in ts]).double().cpu()
             for ts in zip(*(record[2:] for record in self._records), strict=True)
         )
         rates = _host(
@@ -276,6 +280,11 @@ class Monitor:
                         writer.add_scalar(f"{name}/{layer or '(root)'}", value, steps[i])
             self._logged = steps[i]
         return len(new)
+
+
+def _norms(tensors: list[Tensor], order: int, dtype: torch.dtype) -> list[Tensor]:
+    """Returns the norms of tensors, which are taken in a dtype as wide as theirs."""
+    return list(torch._foreach_norm(tensors, order, dtype=dtype))
 
 
 def _host(values: list[Any]) -> Tensor:
