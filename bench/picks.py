@@ -7,13 +7,15 @@ The pick stays. If it is not the fastest one then, both are timed once more in p
 it is clear whether the pick is within 5 %. The least of many times is too low by chance, so that
 the race alone would find too many picks slow.
 
-On one thread of a CPU, a time is that which the thread has run, which leaves out what other
+The C library keeps freed memory, so that no plan pays for the pages that another gave back. On one
+thread of a CPU, a time is that which the thread has run, which leaves out what other
 processes take.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import random
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
@@ -31,6 +33,7 @@ from rich.progress import track
 from bench.cases import SUITES, Case
 from bench.layer import MODES
 from bench.measure import precision
+from bench.measure.allocation import settle_heap
 from bench.measure.timing import Sample, interleaved, paired_ratio, sampler, session_of
 from bench.providers import PROVIDERS
 from bench.report.tables import printed
@@ -66,7 +69,7 @@ class Pick:
         mode: `"infer"` or `"train"`.
         picked, fastest: the plans, in words.
         loss: the time of the picked plan over that of the fastest.
-        times: the time of each plan over that of the fastest, as far as the race measured it.
+        times: the seconds of each plan, as far as the race has measured it.
     """
 
     label: str
@@ -160,10 +163,8 @@ def _measured(
     picked = next(iter(runs))
     times = race(runs, picked, device, seconds) if len(runs) > 1 else {picked: 1.0}
     fastest = min(times, key=times.__getitem__)
-    least = times[fastest]
-    times = {name: time / least for name, time in times.items()}
     loss = 1.0
-    if times[picked] > 1:
+    if picked != fastest:
         loss = max(1.0, duel(runs[picked], runs[fastest], device, seconds))
     return Pick(label, mode, picked, fastest, loss, times)
 
@@ -225,8 +226,11 @@ def agreement(before: list[dict[str, Any]], picks: list[Pick]) -> tuple[int, int
     the fastest plan of the first one is within 5 % of the fastest in the second."""
     fastest = {(pick["label"], pick["mode"]): pick["fastest"] for pick in before}
     both = [pick for pick in picks if (pick.label, pick.mode) in fastest]
-    agree = [p for p in both if p.times.get(fastest[p.label, p.mode], 2.0) <= CLOSE]
-    return len(agree), len(both)
+    agree = 0
+    for pick in both:
+        time = pick.times.get(fastest[pick.label, pick.mode], math.inf)
+        agree += time <= CLOSE * min(pick.times.values())
+    return agree, len(both)
 
 
 def main(
@@ -244,6 +248,7 @@ def main(
     recording, whose fastest plans are compared with those of this one.
     """
     precision.set_tf32(False)
+    settle_heap()
     console = Console()
     cases = {case.label: case for suite in SUITES.values() for case in suite}
     found: dict[str, list[Pick]] = {"benchmark": [], "random": []}
@@ -254,11 +259,13 @@ def main(
         for case in track(some, name, console=console, transient=True):
             found[name] += measure(case)
             _store(path, found)
-    rows = [["call", "mode", "picked", "fastest", "picked over fastest"]]
+    rows = [["call", "mode", "picked", "fastest", "fastest takes", "picked over it"]]
     everything = _all(found)
     for pick in sorted(everything, key=lambda pick: -pick.loss):
         if pick.loss > CLOSE:
-            rows.append([pick.label, pick.mode, pick.picked, pick.fastest, f"{pick.loss:.2f}"])
+            takes = f"{min(pick.times.values()) * 1e6:.0f} µs"
+            times = takes, f"{pick.loss:.2f}"
+            rows.append([pick.label, pick.mode, pick.picked, pick.fastest, *times])
     title = "picks that take more than 5 % longer than the fastest plan"
     shown = printed(title, rows, numbers=slice(4, None))
     (console if console.is_terminal else Console(width=160)).print(shown)
