@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Sequence
+from numbers import Integral
 from typing import Any, Literal, NamedTuple, Protocol, get_args
 
 import torch
@@ -33,14 +34,20 @@ def canonical_dim(dim: int | None, ndim: int) -> int | None:
     """
     if dim is None or dim == -1:
         return None
-    if isinstance(dim, bool) or not isinstance(dim, int):
+    if not is_integer(dim):
         raise TypeError(f"dim must be an int or None, got {dim!r}")
     if not -ndim <= dim < ndim:
         raise ValueError(
             f"dim={dim} is out of range for a weight of {ndim} dimensions: expected None, -1 "
             f"(both: one norm over the whole tensor) or a value in [{-ndim}, {ndim - 1}]"
         )
-    return dim % ndim
+    return int(dim) % ndim
+
+
+def is_integer(value: Any) -> bool:
+    """Returns whether a value is an integer of Python or of NumPy, as which `torch.nn` takes both.
+    A boolean is none."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 def kept_shape(shape: Sequence[int], dim: int | None) -> tuple[int, ...]:
