@@ -3,9 +3,9 @@
 The calls are those of the benchmark's layers and of random ones, each without gradients and in a
 training step. The plans of a call are timed in turn, in stages (`race`). After each stage, those
 that are clearly slower than the fastest drop out, so that most of the time goes to those near it.
-The pick stays. If it is not the fastest one then, both are timed once more in pairs (`duel`), until
-it is clear whether the pick is within 5 %. The least of many times is too low by chance, so that
-the race alone would find too many picks slow.
+The pick stays. If it is not the fastest one then, both are timed once more, in pairs (`duel`),
+until it is clear whether the pick is within 5 %. The least of many times is too low by chance, so
+that the race alone would find too many picks slow.
 
 The C library keeps freed memory, so that no plan pays for the pages that another gave back. On one
 thread of a CPU, a time is that which the thread has run, which leaves out what other
@@ -17,7 +17,7 @@ from __future__ import annotations
 import json
 import math
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
@@ -70,6 +70,8 @@ class Pick:
         picked, fastest: the plans, in words.
         loss: the time of the picked plan over that of the fastest.
         times: the seconds of each plan, as far as the race has measured it.
+        again: the time of the plan that an earlier recording found to be the fastest, over that of
+            the fastest, if there is such a recording.
     """
 
     label: str
@@ -78,6 +80,11 @@ class Pick:
     fastest: str
     loss: float
     times: dict[str, float]
+    again: float | None = None
+
+
+# The fastest plans of an earlier recording, by call and mode.
+Before = dict[tuple[str, str], str]
 
 
 class Candidate:
@@ -136,8 +143,8 @@ def random_cases(count: int, seed: int = 0) -> Iterator[Case]:
             yield case
 
 
-def picks_of(case: Case, seconds: float) -> Iterator[Pick]:
-    """Times every plan of each call of a case, each of them for `seconds`."""
+def picks_of(case: Case, seconds: float, before: Before | None = None) -> Iterator[Pick]:
+    """Times every plan of each call of a case, each of them for `seconds` in each stage."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     layer = PROVIDERS["ours"].make(case, case.layer(device))
     x = torch.randn(case.x_shape, dtype=case.torch_dtype, device=device)
@@ -153,32 +160,41 @@ def picks_of(case: Case, seconds: float) -> Iterator[Pick]:
             for choice in choices:  # the pick comes first
                 name = choice.forward if mode == "infer" else str(choice)
                 named.setdefault(name, Candidate(call, mode, choice, operands, dy))
-            yield _measured(case.label, mode, named, device, seconds)
+            earlier = (before or {}).get((case.label, mode))
+            yield _measured(case.label, mode, named, earlier, device, seconds)
 
 
 def _measured(
-    label: str, mode: str, runs: dict[str, Runs], device: torch.device, seconds: float
+    label: str,
+    mode: str,
+    runs: dict[str, Runs],
+    earlier: str | None,
+    device: torch.device,
+    seconds: float,
 ) -> Pick:
-    """Returns the pick, which is the first of the plans."""
+    """Returns the pick, which is the first of the plans. `earlier` is the plan that was the fastest
+    before."""
     picked = next(iter(runs))
-    times = race(runs, picked, device, seconds) if len(runs) > 1 else {picked: 1.0}
+    looked_at = {name for name in (picked, earlier) if name in runs}
+    times = race(runs, looked_at, device, seconds) if len(runs) > 1 else {picked: 1.0}
     fastest = min(times, key=times.__getitem__)
-    loss = 1.0
-    if picked != fastest:
-        loss = max(1.0, duel(runs[picked], runs[fastest], device, seconds))
-    return Pick(label, mode, picked, fastest, loss, times)
+    losses = {fastest: 1.0}
+    for name in looked_at - {fastest}:
+        losses[name] = max(1.0, duel(runs[name], runs[fastest], device, seconds))
+    again = None if earlier is None else losses.get(earlier, math.inf)
+    return Pick(label, mode, picked, fastest, losses[picked], times, again)
 
 
 def race(
-    runs: dict[str, Runs], picked: str, device: torch.device, seconds: float
+    runs: dict[str, Runs], stay: Collection[str], device: torch.device, seconds: float
 ) -> dict[str, float]:
     """Returns the seconds of each plan, the lower quartiles of their rounds. In each stage, each of
-    those that are left is timed for `seconds`."""
+    those that are left is timed for `seconds`. Those in `stay` do not drop out."""
     stats = {name: Stats() for name in runs}
     sample = sampler(device)
     times = {name: _once(run, device, sample) for name, run in runs.items()}
     least = min(times.values())
-    left = [name for name in runs if times[name] <= START * least or name == picked]
+    left = [name for name in runs if times[name] <= START * least or name in stay]
     for factor in STAGES:
         alike = {name: runs[name] for name in left}
         rounds = {name: stats[name] for name in left}
@@ -186,8 +202,8 @@ def race(
         interleaved(alike, device, seconds * len(left), rounds, sample, SPAN, least < SPAN)
         times |= {name: quantiles(stats[name].data)[0] for name in left}
         limit = factor * min(times[name] for name in left)
-        left = [name for name in left if times[name] <= limit or name == picked]
-        if left == [picked]:
+        left = [name for name in left if times[name] <= limit or name in stay]
+        if len(left) == 1:
             break
     return times
 
@@ -221,18 +237,6 @@ def _store(path: str, found: dict[str, list[Pick]]) -> None:
     Path(path).write_text(json.dumps([vars(pick) for pick in _all(found)], indent=1) + "\n")
 
 
-def agreement(before: list[dict[str, Any]], picks: list[Pick]) -> tuple[int, int]:
-    """Returns how many calls of two recordings agree, and how many there are in both. They agree if
-    the fastest plan of the first one is within 5 % of the fastest in the second."""
-    fastest = {(pick["label"], pick["mode"]): pick["fastest"] for pick in before}
-    both = [pick for pick in picks if (pick.label, pick.mode) in fastest]
-    agree = 0
-    for pick in both:
-        time = pick.times.get(fastest[pick.label, pick.mode], math.inf)
-        agree += time <= CLOSE * min(pick.times.values())
-    return agree, len(both)
-
-
 def main(
     path: str,
     seconds: float,
@@ -252,9 +256,13 @@ def main(
     console = Console()
     cases = {case.label: case for suite in SUITES.values() for case in suite}
     found: dict[str, list[Pick]] = {"benchmark": [], "random": []}
+    earlier: Before = {}
+    if before is not None:
+        recorded = json.loads(Path(before).read_text())
+        earlier = {(pick["label"], pick["mode"]): pick["fastest"] for pick in recorded}
     sets = {"benchmark": list(cases.values()), "random": list(random_cases(count, seed))}
     for name, chosen in sets.items():
-        measure = partial(picks_of, seconds=seconds)
+        measure = partial(picks_of, seconds=seconds, before=earlier)
         some = chosen[part[0] - 1 :: part[1]]
         for case in track(some, name, console=console, transient=True):
             found[name] += measure(case)
@@ -274,7 +282,8 @@ def main(
         if picks:
             console.print(f"{name}: {good} of {len(picks)} picks are within 5 % of the fastest")
     if before is not None:
-        agree, both = agreement(json.loads(Path(before).read_text()), everything)
-        console.print(f"{agree} of {both} fastest plans of {before} are within 5 % here")
+        again = [pick.again for pick in everything if pick.again is not None]
+        agree = sum(loss <= CLOSE for loss in again)
+        console.print(f"{agree} of {len(again)} fastest plans of {before} are within 5 % here")
     good = sum(pick.loss <= CLOSE for pick in everything)
     return 0 if good >= SHARE * len(everything) else 1

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from bench import picks
-from bench.picks import Pick, agreement, duel, race
+from bench.picks import duel, race
 
 CPU = torch.device("cpu")
 
@@ -34,7 +34,7 @@ def clock(monkeypatch):
 def test_plans_near_the_fastest_are_timed_most():
     runs = {"pick": Run(3e-3), "near": Run(1.04e-3), "far": Run(2e-3), "fast": Run(1e-3)}
     runs["hopeless"] = Run(9e-3)
-    times = race(runs, "pick", CPU, 0.0)
+    times = race(runs, {"pick"}, CPU, 0.0)
     assert min(times, key=times.__getitem__) == "fast"
     assert times["near"] == pytest.approx(1.04e-3)
     assert times["hopeless"] == pytest.approx(9e-3)
@@ -52,13 +52,13 @@ def test_a_duel_ends_when_it_is_decided():
     assert open_one.samples > decided
 
 
-def test_recordings_agree_where_the_fastest_plan_is_close_again():
-    def pick(label: str, **times: float) -> Pick:
-        return Pick(label, "infer", "a", min(times, key=times.__getitem__), 1.0, times)
-
-    before = [vars(pick("x", a=1.0, b=2.0)), vars(pick("y", a=2.0, b=1.0)), vars(pick("z", a=1.0))]
-    now = [pick("x", a=1.04, b=1.0), pick("y", a=1.0, b=1.1), pick("new", a=1.0)]
-    assert agreement(before, now) == (1, 2)
+def test_the_plan_that_was_the_fastest_is_compared_again():
+    runs = {"pick": Run(1e-3), "before": Run(1.03e-3), "slow": Run(2e-3)}
+    found = picks._measured("x", "infer", runs, "before", CPU, 0.0)
+    assert (found.picked, found.fastest, found.loss) == ("pick", "pick", 1.0)
+    assert found.again == pytest.approx(1.03)
+    assert picks._measured("x", "infer", runs, None, CPU, 0.0).again is None
+    assert picks._measured("x", "infer", runs, "gone", CPU, 0.0).again == float("inf")
 
 
 def test_random_layers_depend_on_the_seed_alone():
