@@ -64,7 +64,9 @@ def _picks(chosen: Namespace) -> int:
     from bench import picks
 
     torch.set_num_threads(chosen.threads)
-    return picks.main(chosen.json, chosen.seconds, chosen.random, chosen.seed)
+    part = chosen.part[0], chosen.part[1]
+    rest = chosen.random, chosen.seed, part, chosen.before
+    return picks.main(chosen.json, chosen.seconds, *rest)
 
 
 def _gpu(chosen: Namespace) -> int:
@@ -172,9 +174,13 @@ def _parser() -> argparse.ArgumentParser:
     picks = commands.add_parser("picks", help="how often the cost model's pick is the fastest plan")
     picks.set_defaults(run=_picks)
     picks.add_argument("--json", default="results/picks.json", help="where results go")
-    picks.add_argument("--seconds", type=float, default=0.2, help="timing of each plan")
+    picks.add_argument("--seconds", type=float, default=0.05, help="timing of each plan and stage")
     picks.add_argument("--random", type=int, default=200, help="random layers beside the suites'")
     picks.add_argument("--seed", type=int, default=0, help="of the random layers")
+    picks.add_argument(
+        "--part", type=int, nargs=2, default=(1, 1), help="i and n: the i-th of n parts"
+    )
+    picks.add_argument("--before", help="an earlier recording, to compare with")
     picks.add_argument("--threads", type=int, default=THREADS, help="of torch on a CPU")
 
     gpu = commands.add_parser("gpu", help="test and time everything on the GPU at hand")

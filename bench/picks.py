@@ -1,15 +1,21 @@
 """Counts how often the cost model picks well: every plan of a call is timed beside its pick.
 
 The calls are those of the benchmark's layers and of random ones, each without gradients and in a
-training step. The plans of a call are timed in turn. A plan's time is the lower quartile of its
-rounds, since another process can only add to a time. On one thread of a CPU, it is the time that
-the thread has run, which leaves out what other processes take. The least of many times is too low
-by chance, so a pick that seems slow is timed once more beside the fastest plan alone.
+training step. The plans of a call are timed in turn, in stages (`race`). After each stage, those
+that are clearly slower than the fastest drop out, so that most of the time goes to those near it.
+The pick stays. If it is not the fastest one then, both are timed once more in pairs (`duel`), until
+it is clear whether the pick is within 5 %. The least of many times is too low by chance, so that
+the race alone would find too many picks slow.
+
+The C library keeps freed memory, so that no plan pays for the pages that another gave back. On one
+thread of a CPU, a time is that which the thread has run, which leaves out what other
+processes take.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import random
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
@@ -20,13 +26,15 @@ from statistics import quantiles
 from typing import Any
 
 import torch
+from pytest_benchmark.stats import Stats
 from rich.console import Console
 from rich.progress import track
 
 from bench.cases import SUITES, Case
 from bench.layer import MODES
 from bench.measure import precision
-from bench.measure.timing import interleaved, sampler
+from bench.measure.allocation import settle_heap
+from bench.measure.timing import Sample, interleaved, paired_ratio, sampler, session_of
 from bench.providers import PROVIDERS
 from bench.report.tables import printed
 from wn_kernels import plan, prepare, tuning
@@ -37,8 +45,19 @@ from wn_kernels.plan import Plan
 CLOSE = 1.05
 # So many of the picks have to be good.
 SHARE = 0.95
+# A plan takes part in the race if a single call takes at most so many times as long as the fastest.
+START = 4.0
+# It stays after a stage if it takes at most so many times as long as the fastest.
+STAGES = (1.4, 1.15, 1.08)
+# A duel has at most so many parts.
+PARTS = 6
+# A sample has so many seconds of calls.
+SPAN = 2e-3
 # A random layer has at most this many operations.
 MOST_OPERATIONS = 4e8
+
+
+Runs = Callable[[], None]
 
 
 @dataclass(frozen=True)
@@ -50,6 +69,7 @@ class Pick:
         mode: `"infer"` or `"train"`.
         picked, fastest: the plans, in words.
         loss: the time of the picked plan over that of the fastest.
+        times: the seconds of each plan, as far as the race has measured it.
     """
 
     label: str
@@ -57,6 +77,7 @@ class Pick:
     picked: str
     fastest: str
     loss: float
+    times: dict[str, float]
 
 
 class Candidate:
@@ -128,28 +149,67 @@ def picks_of(case: Case, seconds: float) -> Iterator[Pick]:
             dy = torch.randn_like(tuning.run_call(call, operands))
         choices = plan.choices(call, backend)
         for mode in MODES:
-            named: dict[str, Callable[[], None]] = {}
+            named: dict[str, Runs] = {}
             for choice in choices:  # the pick comes first
                 name = choice.forward if mode == "infer" else str(choice)
                 named.setdefault(name, Candidate(call, mode, choice, operands, dy))
-            picked = next(iter(named))
-            times = _times(named, device, seconds)
-            fastest = min(times, key=times.__getitem__)
-            if times[picked] > CLOSE * times[fastest]:
-                two = {name: named[name] for name in (picked, fastest)}
-                times = _times(two, device, 2 * seconds)
-            loss = max(1.0, times[picked] / times[fastest])
-            yield Pick(case.label, mode, picked, fastest, loss)
+            yield _measured(case.label, mode, named, device, seconds)
 
 
-def _times(
-    runs: dict[str, Callable[[], None]], device: torch.device, seconds: float
+def _measured(
+    label: str, mode: str, runs: dict[str, Runs], device: torch.device, seconds: float
+) -> Pick:
+    """Returns the pick, which is the first of the plans."""
+    picked = next(iter(runs))
+    times = race(runs, picked, device, seconds) if len(runs) > 1 else {picked: 1.0}
+    fastest = min(times, key=times.__getitem__)
+    loss = 1.0
+    if picked != fastest:
+        loss = max(1.0, duel(runs[picked], runs[fastest], device, seconds))
+    return Pick(label, mode, picked, fastest, loss, times)
+
+
+def race(
+    runs: dict[str, Runs], picked: str, device: torch.device, seconds: float
 ) -> dict[str, float]:
-    if len(runs) == 1:
-        return dict.fromkeys(runs, 1.0)
+    """Returns the seconds of each plan, the lower quartiles of their rounds. In each stage, each of
+    those that are left is timed for `seconds`."""
+    stats = {name: Stats() for name in runs}
     sample = sampler(device)
-    stats = interleaved(runs, device, seconds * len(runs), sample=sample, span=2e-3)
-    return {name: quantiles(found.data)[0] for name, found in stats.items()}
+    times = {name: _once(run, device, sample) for name, run in runs.items()}
+    least = min(times.values())
+    left = [name for name in runs if times[name] <= START * least or name == picked]
+    for factor in STAGES:
+        alike = {name: runs[name] for name in left}
+        rounds = {name: stats[name] for name in left}
+        # Long calls need no more than one to warm up.
+        interleaved(alike, device, seconds * len(left), rounds, sample, SPAN, least < SPAN)
+        times |= {name: quantiles(stats[name].data)[0] for name in left}
+        limit = factor * min(times[name] for name in left)
+        left = [name for name in left if times[name] <= limit or name == picked]
+        if left == [picked]:
+            break
+    return times
+
+
+def _once(run: Runs, device: torch.device, sample: Sample) -> float:
+    """Returns the seconds of the second call."""
+    with session_of(run)():
+        run()
+        return sample(run, 1, device)
+
+
+def duel(one: Runs, other: Runs, device: torch.device, seconds: float) -> float:
+    """Returns the time of one plan over that of another, the median of the ratios of rounds. Rounds
+    are added until the interval of the median lies on one side of `CLOSE`."""
+    runs = {"one": one, "other": other}
+    stats = {name: Stats() for name in runs}
+    for _ in range(PARTS):
+        interleaved(runs, device, 2 * seconds, stats, sampler(device), SPAN, False)
+        ratio = paired_ratio(stats["one"], stats["other"])
+        if ratio["high"] <= CLOSE or ratio["low"] > CLOSE:
+            break
+    return ratio["median"]
 
 
 def _all(found: dict[str, list[Pick]]) -> list[Pick]:
@@ -161,24 +221,51 @@ def _store(path: str, found: dict[str, list[Pick]]) -> None:
     Path(path).write_text(json.dumps([vars(pick) for pick in _all(found)], indent=1) + "\n")
 
 
-def main(path: str, seconds: float, count: int, seed: int = 0) -> int:
+def agreement(before: list[dict[str, Any]], picks: list[Pick]) -> tuple[int, int]:
+    """Returns how many calls of two recordings agree, and how many there are in both. They agree if
+    the fastest plan of the first one is within 5 % of the fastest in the second."""
+    fastest = {(pick["label"], pick["mode"]): pick["fastest"] for pick in before}
+    both = [pick for pick in picks if (pick.label, pick.mode) in fastest]
+    agree = 0
+    for pick in both:
+        time = pick.times.get(fastest[pick.label, pick.mode], math.inf)
+        agree += time <= CLOSE * min(pick.times.values())
+    return agree, len(both)
+
+
+def main(
+    path: str,
+    seconds: float,
+    count: int,
+    seed: int = 0,
+    part: tuple[int, int] = (1, 1),
+    before: str | None = None,
+) -> int:
     """Prints the picks that are not good, and how many are good. Returns 1 if fewer than 95 % are
-    good."""
+    good.
+
+    `part` is `(i, n)` for the i-th of n parts of the layers. `before` is the file of an earlier
+    recording, whose fastest plans are compared with those of this one.
+    """
     precision.set_tf32(False)
+    settle_heap()
     console = Console()
     cases = {case.label: case for suite in SUITES.values() for case in suite}
     found: dict[str, list[Pick]] = {"benchmark": [], "random": []}
     sets = {"benchmark": list(cases.values()), "random": list(random_cases(count, seed))}
     for name, chosen in sets.items():
         measure = partial(picks_of, seconds=seconds)
-        for case in track(chosen, name, console=console, transient=True):
+        some = chosen[part[0] - 1 :: part[1]]
+        for case in track(some, name, console=console, transient=True):
             found[name] += measure(case)
             _store(path, found)
-    rows = [["call", "mode", "picked", "fastest", "picked over fastest"]]
+    rows = [["call", "mode", "picked", "fastest", "fastest takes", "picked over it"]]
     everything = _all(found)
     for pick in sorted(everything, key=lambda pick: -pick.loss):
         if pick.loss > CLOSE:
-            rows.append([pick.label, pick.mode, pick.picked, pick.fastest, f"{pick.loss:.2f}"])
+            takes = f"{min(pick.times.values()) * 1e6:.0f} µs"
+            times = takes, f"{pick.loss:.2f}"
+            rows.append([pick.label, pick.mode, pick.picked, pick.fastest, *times])
     title = "picks that take more than 5 % longer than the fastest plan"
     shown = printed(title, rows, numbers=slice(4, None))
     (console if console.is_terminal else Console(width=160)).print(shown)
@@ -186,5 +273,8 @@ def main(path: str, seconds: float, count: int, seed: int = 0) -> int:
         good = sum(pick.loss <= CLOSE for pick in picks)
         if picks:
             console.print(f"{name}: {good} of {len(picks)} picks are within 5 % of the fastest")
+    if before is not None:
+        agree, both = agreement(json.loads(Path(before).read_text()), everything)
+        console.print(f"{agree} of {both} fastest plans of {before} are within 5 % here")
     good = sum(pick.loss <= CLOSE for pick in everything)
     return 0 if good >= SHARE * len(everything) else 1

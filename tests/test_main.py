@@ -111,6 +111,7 @@ def test_tune(own_table, tmp_path, monkeypatch, capsys):
         "": "expected module:function, got ''",
         "own_model": "expected module:function, got 'own_model'",
         "own_model:__name__": "is no function",
+        "../own_model:broken": "expected module:function",
     }.items():
         for command in ("tune", "fuse"):
             with pytest.raises(SystemExit, match=f"^{command}: .*{message}"):
@@ -130,6 +131,7 @@ def factories(folder, monkeypatch):
         "    return torch.nn.Sequential(linear, torch.nn.Linear(3, 2))\n"
         "def pair():\n    return model(), torch.ones(2, 4)\n"
         "def number():\n    return 3\n"
+        "network = model()\n"
     )
     monkeypatch.chdir(folder)
     monkeypatch.delitem(sys.modules, "factories", raising=False)
@@ -152,6 +154,25 @@ def test_a_factory_of_something_else(tmp_path, monkeypatch):
     for name in ("number", "model"):
         with pytest.raises(SystemExit, match=f"tune: factories:{name} must return a tuple"):
             main(["tune", f"factories:{name}"])
+    with pytest.raises(SystemExit, match="fuse: factories:network is no function"):
+        main(["fuse", "factories:network"])
+
+
+@pytest.mark.parametrize("line", ["import a_module_that_is_not_there", "math.no_such_name"])
+def test_a_module_that_fails_by_itself(line, tmp_path, monkeypatch):
+    """Its own error is shown, and does not read as if the factory were missing."""
+    factories(tmp_path, monkeypatch)
+    with (tmp_path / "factories.py").open("a") as file:
+        file.write(f"import math\n{line}\n")
+    with pytest.raises((ImportError, AttributeError), match=r"a_module_that|no_such_name"):
+        main(["fuse", "factories:model"])
+
+
+def test_tune_of_a_model_that_is_not_fused(own_table, tmp_path, monkeypatch, capsys):
+    factories(tmp_path, monkeypatch)
+    assert main(["tune", "factories:pair", "--seconds", "0.01"]) == 0
+    assert "nothing is stored" in capsys.readouterr().out
+    assert not own_table.exists()
 
 
 @pytest.mark.parametrize("command", EXAMPLES)

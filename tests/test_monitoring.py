@@ -238,3 +238,22 @@ def test_rejects_what_it_cannot_use():
         wn_kernels.monitor(network(), keep=1.5)
     with pytest.raises(TypeError, match="model must be"):
         wn_kernels.monitor([])
+
+
+def test_the_defaults_of_torch_do_not_matter():
+    """The model is on the CPU and in float64, while torch's default device and dtype are others."""
+    layer = wn_kernels.WNLinear(2, 1001, dtype=torch.float64)
+    dtype = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device("meta"):
+            watch = wn_kernels.monitor(layer)
+            assert watch.read()["norm"].device.type == "cpu"
+            watch.record(0.1)
+            read = watch.read()
+            assert "step 1" in str(watch)
+    finally:
+        torch.set_default_dtype(dtype)
+    norm = (layer.weight_v.detach().square().sum() / 1001).sqrt()
+    assert_matches(read["norm"][0, 0], norm, torch.float64, 2002)
+    assert_matches(read["rate"][0, 0], 0.1 / norm**2, torch.float64, 2002, roundings=2)

@@ -221,8 +221,12 @@ def main(arguments: list[str] | None = None) -> int:
         made = _made(chosen)
         pair = isinstance(made, tuple) and len(made) == 2
         _check(chosen, made[0] if pair else None, "a tuple of a model and its sample input")
-        print(wn_kernels.tune(*made, seconds=chosen.seconds))
-        print(f"stored in {table.location()}")
+        tuned = wn_kernels.tune(*made, seconds=chosen.seconds)
+        print(tuned)
+        if tuned:
+            print(f"stored in {table.location()}")
+        else:
+            print("nothing is stored: the model makes no call that is planned here. Is it fused?")
     return 0
 
 
@@ -233,15 +237,20 @@ def _made(chosen: argparse.Namespace) -> Any:
         SystemExit: there is no such function.
     """
     module, _, name = chosen.factory.partition(":")
-    if not (module and name):
+    if not (module and name) or module.startswith("."):
         raise SystemExit(f"{chosen.command}: expected module:function, got {chosen.factory!r}")
     sys.path.insert(0, "")  # this allows modules of the current directory
+    names_none = f"{chosen.command}: {chosen.factory!r} names no function of a module: "
     try:
-        make = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        message = f"{chosen.factory!r} names no function of a module: {error}"
-        raise SystemExit(f"{chosen.command}: {message}") from error
-    if not callable(make):
+        holder = importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if not f"{module}.".startswith(f"{error.name}."):  # one that the module itself imports
+            raise
+        raise SystemExit(f"{names_none}{error}") from error
+    if not hasattr(holder, name):
+        raise SystemExit(f"{names_none}module {module!r} has no attribute {name!r}")
+    make = getattr(holder, name)
+    if isinstance(make, torch.nn.Module) or not callable(make):
         raise SystemExit(f"{chosen.command}: {chosen.factory} is no function")
     return make()
 

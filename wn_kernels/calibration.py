@@ -6,6 +6,7 @@ rate. Each is the best of many short runs.
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable
 
@@ -39,8 +40,12 @@ def _seconds(run: Callable[[], object], repeats: int = 1) -> float:
     return best
 
 
+# These are on the CPU in float32, whatever torch's default device and dtype are.
+_ones = functools.partial(torch.ones, device="cpu", dtype=torch.float32)
+
+
 def _bandwidth(numbers: int) -> float:
-    x = torch.ones(numbers)
+    x = _ones(numbers)
     y = torch.empty_like(x)
     return 8 * numbers / _seconds(lambda: torch.mul(x, 2.0, out=y), max(1, IN_CACHE // numbers * 4))
 
@@ -57,10 +62,10 @@ def measure() -> Rates:
 
 @torch.no_grad()
 def _measured() -> Rates:
-    square = torch.ones(SQUARE, SQUARE)
-    v, x, g = torch.ones(OUTPUTS, INPUTS), torch.ones(FEW, INPUTS), torch.ones(OUTPUTS, 1)
-    out, few = torch.empty_like(square), torch.empty(OUTPUTS, FEW)
-    tiny, ones = torch.ones(2, 2), torch.ones(2, 1)
+    square = _ones(SQUARE, SQUARE)
+    v, x, g = _ones(OUTPUTS, INPUTS), _ones(FEW, INPUTS), _ones(OUTPUTS, 1)
+    out, few = torch.empty_like(square), _ones(OUTPUTS, FEW)
+    tiny, ones = _ones(2, 2), _ones(2, 1)
     with prepare.watching() as calls:
         WF.wn_linear(x, v, g)
     with prepare.fixed(calls[0][0], Plan("native", "scaled", "scaled")):

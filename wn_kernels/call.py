@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Sequence
+from numbers import Integral
 from typing import Any, Literal, NamedTuple, Protocol, get_args
 
 import torch
@@ -33,14 +34,20 @@ def canonical_dim(dim: int | None, ndim: int) -> int | None:
     """
     if dim is None or dim == -1:
         return None
-    if isinstance(dim, bool) or not isinstance(dim, int):
+    if not is_integer(dim):
         raise TypeError(f"dim must be an int or None, got {dim!r}")
     if not -ndim <= dim < ndim:
         raise ValueError(
             f"dim={dim} is out of range for a weight of {ndim} dimensions: expected None, -1 "
             f"(both: one norm over the whole tensor) or a value in [{-ndim}, {ndim - 1}]"
         )
-    return dim % ndim
+    return int(dim) % ndim
+
+
+def is_integer(value: Any) -> bool:
+    """Returns whether a value is an integer of Python or of NumPy, as which `torch.nn` takes both.
+    A boolean is none."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 def kept_shape(shape: Sequence[int], dim: int | None) -> tuple[int, ...]:
@@ -371,24 +378,39 @@ if not (2, 11) <= tuple(map(int, torch.__version__.split(".")[:2])) <= (2, 13):
 
 def guard(*tensors: Tensor) -> Callable[..., bool]:
     """Returns a function that takes as many arguments, and returns whether they are tensors like
-    these: of the same classes, dtypes, devices, shapes, strides and `requires_grad`, with no
-    transform, trace or autocast about them. It takes 0.2 µs."""
+    these: of the same classes, dtypes, devices, shapes, strides and `requires_grad`, under the same
+    transforms, traces and autocast. It takes 0.2 µs."""
     if _Guards is not None:
         return _Guards(
             *tensors,
             dynamic_dims_sizes=[[*t.shape] for t in tensors],
             dynamic_dims_strides=[[*t.stride()] for t in tensors],
         ).check
-    return functools.partial(_are_like, [_layout(t) for t in tensors])
+    autocast = torch._C._is_any_autocast_enabled()
+    return functools.partial(_are_like, autocast, [_layout(t) for t in tensors])
 
 
-def _are_like(layouts: list[tuple[Any, ...]], *tensors: Tensor) -> bool:
+def _are_like(autocast: bool, layouts: list[tuple[Any, ...]], *tensors: Tensor) -> bool:
     return (
         not any(map(recorder, tensors))
-        and not torch._C._is_any_autocast_enabled()
+        and torch._C._is_any_autocast_enabled() == autocast
         and [_layout(t) for t in tensors] == layouts
     )
 
 
 def _layout(t: Tensor) -> tuple[Any, ...]:
     return type(t), t.dtype, t.device, t.shape, t.stride(), t.requires_grad
+
+
+_MOST, _MOST_OF_A_KEY = 4096, 32
+
+
+def keep(memo: dict[Any, list[Any]], key: Any, known: Any) -> None:
+    """Adds what is known of a call to that of other calls with this key. The memo does not grow
+    without end."""
+    if len(memo) >= _MOST:
+        memo.clear()
+    of_key = memo.setdefault(key, [])
+    if len(of_key) >= _MOST_OF_A_KEY:
+        of_key.clear()
+    of_key.append(known)

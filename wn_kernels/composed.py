@@ -2,11 +2,13 @@
 PyTorch does, with less around it.
 
 A layer of some hundred microseconds pays for every line around it several times, since its own
-work has taken the caches. So all that follows from shapes, dtypes and options is looked up at once.
+work has taken the caches. So all that follows from shapes, dtypes and options is found out once. A
+later call looks it up, and has PyTorch compare the tensors (`call.guard`).
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -15,37 +17,62 @@ from torch import Tensor
 
 from .autograd import mend_second_order
 from .backends import aten_weight, native, vendor
-from .call import PLAIN_TYPES, Call, Norm, Operands, product_dtype, recorder
+from .call import (
+    PLAIN_TYPES,
+    Call,
+    Norm,
+    Operands,
+    are_modes_active,
+    guard,
+    keep,
+    product_dtype,
+    recorder,
+    scale_dtype,
+)
 from .plan import forced
 from .prepare import are_dense, prepare
-
-_MOST = 4096  # calls that are kept
 
 
 class _Known(NamedTuple):
     """Holds what was found out about a call.
 
     Attributes:
-        call: as prepared.
-        infers: whether this file serves it without gradients.
-        records: whether it serves a training step.
-        casts: whether `W` or the bias has another dtype than the product.
-        adds_bias: as `vendor.adds_bias` returns it.
+        fits: a function of a call's tensors that returns whether this was found out for them.
+        infers: whether this file serves the call without gradients.
+        records: whether it serves the call with gradients.
+        needs_grad: whether a tensor requires a gradient.
+        needs_weight_grad: whether `v` or `g` does.
+        axis: the dimension whose slices are normalised.
+        are_in_range: returns whether the norms are in range.
+        multiply: PyTorch's layer, a function of `(x, W, bias)`.
     """
 
-    call: Call
+    fits: Callable[..., bool]
     infers: bool
     records: bool
-    casts: bool
-    adds_bias: bool
+    needs_grad: bool
+    needs_weight_grad: bool
+    axis: int
+    are_in_range: Callable[[Tensor], bool]
+    multiply: Callable[..., Tensor]
 
 
-_known: dict[Any, Any] = {}  # a `_Known`, or `None` if this file does not serve the call
-_UNSEEN = object()
+_UNSERVED = _Known(
+    fits=lambda *_: False,
+    infers=False,
+    records=False,
+    needs_grad=False,
+    needs_weight_grad=False,
+    axis=0,
+    are_in_range=aten_weight.is_in_range,
+    multiply=F.linear,
+)
+
+
+_known: dict[Any, list[_Known]] = {}  # by shapes and options
 native.memos.append(_known)
 
 # These are looked up once, because a look-up of each costs as much as a check.
-_strided = torch.strided
 _is_grad_enabled = torch.is_grad_enabled
 _is_autocast_enabled = torch._C._is_any_autocast_enabled
 
@@ -67,97 +94,97 @@ def composed(
     Raises:
         TypeError, ValueError: as `prepare`.
     """
-    if (
-        rank is None
-        or x is None
-        or type(x) not in PLAIN_TYPES
-        or type(g) not in PLAIN_TYPES
-        or recorder(v)
-        or forced() == "native"
-    ):
+    if rank is None or x is None or are_modes_active() or forced() == "native":
         return None
     try:
-        if not (
-            (x.is_cpu and v.is_cpu and g.is_cpu)
-            and x.layout is v.layout is g.layout is _strided
-            and (v.is_contiguous() and g.is_contiguous())
-        ):
-            return None
-        if bias is None:
-            of_bias: Any = None
-        elif type(bias) in PLAIN_TYPES and bias.is_cpu and bias.layout is _strided:
-            of_bias = bias.shape, bias.dtype
-        else:
-            return None
         if _is_autocast_enabled():
             x = x.to(product_dtype(x))
-        shapes = x.shape, v.shape, g.shape, of_bias
-        key = *shapes, x.dtype, v.dtype, g.dtype, rank, geometry, dim, type(dim), eps, norm
-        known = _known.get(key, _UNSEEN)
-    except (TypeError, RuntimeError):  # an option cannot be hashed, or a tensor is nested
+        tensors = (x, v, g) if bias is None else (x, v, g, bias)
+        key = rank, x.shape, v.shape, geometry, dim, type(dim), eps, norm, len(tensors)
+        for known in _known.get(key, ()):
+            if known.fits(*tensors):
+                break
+        else:
+            known = _find(key, Operands(x, v, g, bias), rank, geometry, dim, eps, norm)
+    except (AttributeError, TypeError, RuntimeError):  # an option cannot be hashed, for example
         return None
-    if known is _UNSEEN:
-        if len(_known) >= _MOST:
-            _known.clear()
-        known = _known[key] = _find(rank, Operands(x, v, g, bias), geometry, dim, eps, norm)
-    if known is None:
+    _, infers, records, needs_grad, needs_weight_grad, axis, are_in_range, multiply = known
+    recorded = needs_grad and _is_grad_enabled()
+    if not (records if recorded else infers):
         return None
-    call, infers, records, casts, adds_bias = known
-    records_weight = False
-    if _is_grad_enabled():
-        records_weight = v.requires_grad or g.requires_grad
-        if records_weight or x.requires_grad or (bias is not None and bias.requires_grad):
-            if not records:
-                return None
-        elif not infers:
-            return None
-    elif not infers:
+    w, n = torch._weight_norm_interface(v, g, axis)
+    if not are_in_range(n):
         return None
-    w, n = torch._weight_norm_interface(v, g, call.dim)
-    if not aten_weight.is_in_range(n):
-        return None
-    if records_weight:
+    if recorded and needs_weight_grad:
         mend_second_order(w.grad_fn)
-    if casts:
-        w = w.to(call.x_dtype)
-        bias = None if bias is None else bias.to(call.x_dtype)
-    if call.conv is None:
-        return F.linear(x, w, bias)
-    if bias is not None and adds_bias:
-        return vendor.convolution_then_bias(x, w, bias, call.conv)
-    return torch.convolution(x, w, bias, *call.conv)
+    return multiply(x, w, bias)
 
 
 def _find(
-    rank: int,
+    key: tuple[Any, ...],
     tensors: Operands,
+    rank: int,
     geometry: tuple[Any, ...],
     dim: int | None,
     eps: float,
     norm: Norm,
-) -> _Known | None:
-    """Returns what is known of a call, or `None` if this file does not serve it."""
+) -> _Known:
+    """Returns what is known of a call, and keeps it unless something records the call or is wrong
+    with it."""
     x, v, g, bias = tensors
     assert x is not None
-    if not are_dense(x, v, g, bias):
-        return None
+    given = [t for t in tensors if t is not None]
+    if (
+        any(type(t) not in PLAIN_TYPES or not t.is_cpu for t in given)
+        or recorder(v)
+        or not are_dense(x, v, g, bias)
+    ):
+        return _UNSERVED
     found = prepare(rank, tensors, geometry, dim, eps, norm, "aten")
     call, plan = found.call, found.plan
     served = (
         found.fits
+        and v.is_contiguous()
+        and g.is_contiguous()
         and g.dtype is call.v_dtype
         and aten_weight.forms_at_once(call)
         and 0 not in call.v_shape
         and not (call.conv and vendor.is_wrong_for(call.x_dtype, len(call.v_shape)))
     )
-    if not served:
-        return None
-    given = call.v_dtype, call.x_dtype if bias is None else bias.dtype
-    return _Known(
-        call,
-        plan.forward == "materialize",
-        plan.keeps == "weight",
-        any(dtype is not call.x_dtype for dtype in given),
-        call.conv is not None
-        and vendor.adds_bias(call.x_shape, call.v_shape, call.x_dtype, call.conv),
+    known = _UNSERVED._replace(fits=guard(*given))
+    if served:
+        assert call.dim is not None
+        known = _Known(
+            known.fits,
+            infers=plan.forward == "materialize",
+            records=plan.keeps == "weight",
+            needs_grad=any(t.requires_grad for t in given),
+            needs_weight_grad=v.requires_grad or g.requires_grad,
+            axis=call.dim,
+            are_in_range=aten_weight.range_check(g.to(scale_dtype(v))),
+            multiply=_multiplication(call, bias),
+        )
+    keep(_known, key, known)
+    return known
+
+
+def _multiplication(call: Call, bias: Tensor | None) -> Callable[..., Tensor]:
+    """Returns PyTorch's layer with a `W`, a function of `(x, W, bias)`, for a bias like this."""
+    dtype, conv = call.x_dtype, call.conv
+    adds_bias = (
+        bias is not None
+        and conv is not None
+        and vendor.adds_bias(call.x_shape, call.v_shape, dtype, conv)
     )
+
+    def multiply(x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
+        if conv is None:
+            return F.linear(x, w, bias)
+        if adds_bias:
+            assert bias is not None
+            return vendor.convolution_then_bias(x, w, bias, conv)
+        return torch.convolution(x, w, bias, *conv)
+
+    if dtype is call.v_dtype and (bias is None or bias.dtype is dtype):
+        return F.linear if conv is None else multiply
+    return lambda x, w, b: multiply(x, w.to(dtype), None if b is None else b.to(dtype))

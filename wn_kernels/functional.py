@@ -166,6 +166,11 @@ def weight_norm(
         ValueError: the shape of `g` does not fit, `dim` or `eps` is out of range, `norm` is
             unknown, or the tensors are on different devices.
     """
+    # This is how `run` begins, written out: for a small weight, a function more is 4 % of the time.
+    if serve := _servers.get(plan.prepares(v)):
+        w = serve(None, None, v, g, None, (), dim, eps, norm)
+        if w is not None:
+            return w
     return run(None, None, v, g, None, (), dim, eps, norm)
 
 

@@ -27,6 +27,7 @@ from .call import (
     Operands,
     are_modes_active,
     guard,
+    keep,
     recorder,
     rows_of,
     takes_tf32,
@@ -34,7 +35,6 @@ from .call import (
 from .operators import Launches
 from .prepare import are_dense, reject
 
-_MOST, _MOST_OF_A_KEY = 4096, 32  # calls that are kept
 _MOST_BACKWARDS = 8  # layouts of dY, of each
 
 
@@ -134,12 +134,7 @@ def _prepare(
     launches = operators.launches(rank or 0, (x, v, g, bias), *options)
     infer = reject if launches is None else _inference(launches, x)
     known = _Known(guard(*tensors), launches, infer, any(t.requires_grad for t in tensors))
-    if len(_prepared) >= _MOST:
-        _prepared.clear()
-    kept = _prepared.setdefault(key, [])
-    if len(kept) >= _MOST_OF_A_KEY:
-        kept.clear()
-    kept.append(known)
+    keep(_prepared, key, known)
     return known
 
 

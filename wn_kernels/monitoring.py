@@ -82,7 +82,7 @@ class Monitor:
         self.step = 0
         self._every = every
         self._gs, self._vs = (list(ts) for ts in zip(*(x.tensors for x in found), strict=True))
-        self._slices = torch.tensor([float(max(1, g.numel())) for g in self._gs]).double()
+        self._slices = _host([max(1, g.numel()) for g in self._gs])
         dtypes = {t.dtype for t in (*self._gs, *self._vs)}
         self._dtype = torch.float64 if torch.float64 in dtypes else torch.float32
         self._is_spread = len({v.device for v in self._vs}) > 1
@@ -169,15 +169,14 @@ class Monitor:
           in degrees (Kahan's formula from the three sides)
         """
         if not self._records:
-            empty = torch.empty(0, len(self.names), dtype=torch.float64)
+            empty = _host([]).reshape(0, len(self.names))
             return {name: empty.clone() for name in QUANTITIES}
         before, after, moved, magnitudes, gradients = (
             torch.stack(ts).double().cpu()
             for ts in zip(*(record[2:] for record in self._records), strict=True)
         )
-        rates = torch.tensor(
-            [[math.nan if x is None else float(x) for x in r.rates] for r in self._records],
-            dtype=torch.float64,
+        rates = _host(
+            [[math.nan if x is None else float(x) for x in r.rates] for r in self._records]
         )
         norms = before / self._slices.sqrt()
         return {
@@ -277,6 +276,11 @@ class Monitor:
                         writer.add_scalar(f"{name}/{layer or '(root)'}", value, steps[i])
             self._logged = steps[i]
         return len(new)
+
+
+def _host(values: list[Any]) -> Tensor:
+    """Returns numbers in float64 on the CPU, whatever torch's default dtype and device are."""
+    return torch.tensor(values, dtype=torch.float64, device="cpu")
 
 
 def _angle(a: Tensor, b: Tensor, c: Tensor) -> Tensor:

@@ -28,6 +28,7 @@ from .call import (
     canonical_dim,
     canonical_eps,
     canonical_norm,
+    is_integer,
     kept_shape,
     takes_tf32,
 )
@@ -122,9 +123,10 @@ def check_weight(
     shape = kept_shape(v_shape, dim)
     length = math.prod(shape)
     if g_shape != shape and g_shape != (length,):
+        expected = " or ".join(dict.fromkeys((str(shape), f"({length},)")))
         raise ValueError(
             f"g has shape {tuple(g_shape)}, but v of shape {tuple(v_shape)} with dim={dim} needs "
-            f"g of shape {shape} or ({length},)"
+            f"g of shape {expected}"
         )
     return dim, canonical_eps(eps), canonical_norm(norm), shape
 
@@ -149,13 +151,15 @@ def _per_axis(name: str, value: Any, rank: int, least: int) -> tuple[int, ...]:
     """Returns `value` as one number for each of `rank` spatial dimensions. None may be smaller than
     `least`."""
     values = tuple(value) if isinstance(value, Sequence) else (value,)
-    if any(isinstance(v, bool) or not isinstance(v, int) for v in values):
+    if not all(map(is_integer, values)):
         raise TypeError(f"{name} must be an int or a sequence of ints, got {value!r}")
     if len(values) not in (1, rank):
-        raise ValueError(f"{name} needs 1 or {rank} values, got {value!r}")
+        expected = "1 value" if rank == 1 else f"1 or {rank} values"
+        raise ValueError(f"{name} needs {expected}, got {value!r}")
     if min(values) < least:
         raise ValueError(f"{name} must be at least {least}, got {value!r}")
-    return values * rank if len(values) == 1 else values
+    numbers = tuple(int(v) for v in values)
+    return numbers * rank if len(numbers) == 1 else numbers
 
 
 def _check_convolution(
@@ -182,8 +186,9 @@ def _check_convolution(
             f"input must be {rank + 1}-d (unbatched) or {rank + 2}-d (batched), got shape "
             f"{tuple(x_shape)}"
         )
-    if isinstance(groups, bool) or not isinstance(groups, int):
+    if not is_integer(groups):
         raise TypeError(f"groups must be an int, got {groups!r}")
+    groups = int(groups)
     if groups < 1 or v_shape[0] % groups:
         raise ValueError(f"groups={groups} does not divide {v_shape[0]}, v's first dimension")
     channels = v_shape[0] if transposed else v_shape[1] * groups

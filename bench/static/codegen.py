@@ -99,7 +99,7 @@ def compile_for(compilation: Compilation, target: Target):
 
     def specialise(path: tuple[int, ...], value: object, is_constant: bool) -> object:
         """The argument's type; what is known of its value goes to its path."""
-        if is_constant or (isinstance(value, int) and value == 1):
+        if is_constant or value is None or (isinstance(value, int) and value == 1):
             constants[path] = value
             return "constexpr"
         if isinstance(value, tuple):

@@ -79,6 +79,19 @@ def test_jit_trace(name):
         assert_matches(run(x), reference(layer, x)[0], torch.float32, 64)
 
 
+@pytest.mark.parametrize("name", ["linear", "fused"])
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_jit_script(name):
+    """It is refused by a message that says what to do, and serves the folded layer."""
+    layer, x = made(name)
+    model = torch.nn.Sequential(layer)
+    with pytest.raises(TypeError, match=r"torch\.jit\.script cannot compile .*fold"):
+        torch.jit.script(model)
+    right = reference(model, x)[0]
+    wn_kernels.fold(model)
+    assert_matches(torch.jit.script(model)(x), right, torch.float32, 64)
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_a_forced_backend_that_cannot_be_traced():
     layer, x = made("linear")

@@ -139,6 +139,21 @@ def test_report():
 # --- one module ----------------------------------------------------------------------------------
 
 
+def test_a_lazy_layer_without_a_shape():
+    """It does not keep other layers from being fused."""
+    model = nn.Sequential(wn_kernels.WNLazyLinear(5), legacy(nn.Linear(5, 4)))
+    for options in ({"dry_run": True}, {"grouped": True}, {}):
+        lazy, other = wn_kernels.fuse(model, **options)
+        assert (lazy.shape, other.shape) == ((), (4, 5))
+        assert "no shape yet" in lazy.note
+    with pytest.raises(ValueError, match="weight of WNLazyLinear has no shape yet"):
+        wn_kernels.state_dict(model, "plain")
+    x = torch.randn(3, 6)
+    y = model(x).detach()
+    wn_kernels.fold(model)
+    assert_matches(model(x), y.double(), torch.float32, 64)
+
+
 @pytest.mark.parametrize("kind", LAYERS)
 def test_weight_norm_of_one_module(kind):
     torch.manual_seed(0)

@@ -115,6 +115,27 @@ def test_bad_construction():
         wn_kernels.WNConvTranspose1d(4, 6, 3, padding_mode="reflect")
 
 
+@pytest.mark.parametrize("kind", ["Conv1d", "ConvTranspose2d"])
+def test_integers_of_numpy(kind):
+    """Geometry and `dim` may be NumPy's integers, as in `torch.nn`."""
+    np = pytest.importorskip("numpy")
+    two, one = np.int64(2), np.int32(1)
+    options = {"stride": two, "padding": one, "dilation": two, "groups": two}
+    plain, layer = pair(kind, 4, 6, 3, dim=np.int64(0), **options)
+    x = torch.randn(2, 4, *(7,) * rank_of(kind))
+    right = wide(plain, x)
+    assert_matches(layer(x), right, torch.float32, 64)
+    fused = torch.nn.utils.parametrizations.weight_norm(plain, dim=one - 1)
+    wn_kernels.fuse(fused)
+    assert_matches(fused(x), right, torch.float32, 64)
+
+
+def test_an_option_of_one_value():
+    layer = wn_kernels.WNConv1d(2, 3, 3, stride=(1, 1))
+    with pytest.raises(ValueError, match=r"stride needs 1 value, got \(1, 1\)"):
+        layer(torch.randn(1, 2, 9))
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dim", [0, 1, None])
 def test_lazy(kind, dim):

@@ -116,6 +116,10 @@ def test_rejects_what_it_cannot_use():
         layer(t[:, :3])
     with pytest.raises(ValueError, match="at least two values per channel in training"):
         layer(t[:1])
+    with pytest.raises(TypeError, match=r"input must be a torch\.Tensor, got list"):
+        layer([1.0])
+    with pytest.raises(TypeError, match=r"input has dtype torch\.int64"):
+        layer(t.long())
     assert layer.num_batches_tracked == 0
 
 

@@ -127,6 +127,7 @@ class _Fused:
         return v, g, bias, norm.dim, 0.0, norm.norm
 
     _prepared_weight = WeightNormMixin._prepared_weight
+    __prepare_scriptable__ = NormedWeights.__prepare_scriptable__
 
     def _is_claimed(self: Any, name: str) -> bool:
         """Returns whether more than `g` and `v` of the layer determines a weight."""

@@ -43,7 +43,7 @@ class Layer:
     Attributes:
         name: the module's name in the model, and the tensor's name if that is not `weight`.
         kind: the module's class.
-        shape: the shape of the weight.
+        shape: the shape of the weight. It is empty for a lazy layer that has none yet.
         dim: the dimension whose slices are normalised, or `None` for the whole tensor.
         path: the backend and the variants (forward/backward) that `plan` picks for a nominal input
             of 1024 rows or pixels. It is the backend and `weight` if this package computes only the
@@ -249,7 +249,11 @@ def _line(
     prefix: str, module: nn.Module, tensor: str, weight: Any, dim: Any, path: str, note: str
 ) -> Layer:
     name = prefix if tensor == "weight" else f"{prefix}.{tensor}"
-    return Layer(name or "(root)", fused.kind(module), tuple(weight.shape), dim, path, note)
+    if is_lazy(weight):
+        shape, note = (), f"{note}; no shape yet"
+    else:
+        shape = tuple(weight.shape)
+    return Layer(name or "(root)", fused.kind(module), shape, dim, path, note)
 
 
 def _fuse(prefix: str, module: nn.Module, dry_run: bool) -> list[Layer]:

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from .. import prepare
 from ..modules import checkpoints
@@ -35,7 +36,7 @@ def state_dict(
 
     Raises:
         TypeError: `model` is not a module.
-        ValueError: the form is unknown.
+        ValueError: the form is unknown, or a lazy layer has no shape yet.
     """
     prepare.check_module("model", model)
     if form != "plain" and form not in checkpoints.FORMS:
@@ -65,6 +66,9 @@ def _stored(module: Any) -> Iterator[tuple[str, str, torch.Tensor]]:
     """Yields the name, the form and the weight of each weight-normed tensor of a module. It skips
     tensors that are pruned or have other parametrizations."""
     for tensor in own_tensors(module):
+        if any(map(is_lazy, module._tensors(tensor))):
+            name = type(module).__name__
+            raise ValueError(f"{tensor} of {name} has no shape yet: run the model once")
         if not fused.is_replaced(module, tensor):
             yield tensor, "weight_norm", getattr(module, tensor)
     for tensor, form, computer in fused.computers(module):

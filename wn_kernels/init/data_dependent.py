@@ -3,8 +3,9 @@ run."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -129,7 +130,8 @@ class _Layer:
         moments = Moments.pooled(self.parts.values(), group)
         if moments.count < 2:
             raise ValueError(
-                f"{self.normed.name} gives one value per channel; its variance needs at least two"
+                f"{self.normed.name} gives too few values per channel ({int(moments.count)}); "
+                "their variance needs at least two"
             )
         if not bool((moments.mean.isfinite() & moments.squares.isfinite()).all()):
             raise ValueError(f"the pre-activations of {self.normed.name} are not finite")
@@ -230,9 +232,17 @@ def _batches(batch: Any) -> list[tuple[tuple, dict[str, Any]]]:
     return calls
 
 
+def _uncompiled() -> AbstractContextManager[Any]:
+    """Returns a context in which code that `torch.compile` has compiled runs as it was written."""
+    if "torch._dynamo" not in sys.modules:  # nothing is compiled, and the import takes seconds
+        return nullcontext()
+    return torch.compiler.set_stance("force_eager")
+
+
 def _forward(model: nn.Module, call: tuple[tuple, dict[str, Any]]) -> bool:
-    """Runs a forward pass, which leaves buffers and PyTorch's random numbers as they were. Returns
-    whether it was stopped."""
+    """Runs a forward pass, which leaves buffers and PyTorch's random numbers as they were. It runs
+    no compiled program, into which a compiler would trace the hooks. Returns whether it was
+    stopped."""
     buffers = [
         (module._buffers, name, buffer, buffer.clone())
         for module in model.modules()
@@ -242,7 +252,7 @@ def _forward(model: nn.Module, call: tuple[tuple, dict[str, Any]]) -> bool:
     devices = {p.get_device() for p in model.parameters() if p.is_cuda}
     arguments, options = call
     try:
-        with torch.random.fork_rng(devices):
+        with torch.random.fork_rng(devices), _uncompiled():
             model(*arguments, **options)
     except _Stop:
         return True
@@ -339,7 +349,7 @@ def data_dependent_(
     Raises:
         TypeError: `model` is not a module, or `batch` is none of the above.
         ValueError: there is no batch, a lazy layer has no shape yet, a layer's pre-activations are
-            not finite, or they have one value per channel.
+            not finite, or they have fewer than two values per channel.
         RuntimeError: weights are cached by `torch.nn.utils.parametrize.cached()`.
     """
     prepare.check_module("model", model)

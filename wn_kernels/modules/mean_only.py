@@ -82,6 +82,10 @@ class _MeanOnlyBatchNorm(nn.Module):
             nn.init.zeros_(self.bias)
 
     def _check(self, input: Tensor) -> None:
+        if not isinstance(input, Tensor):
+            raise TypeError(f"input must be a torch.Tensor, got {type(input).__name__}")
+        if not input.is_floating_point():
+            raise TypeError(f"input has dtype {input.dtype}; expected one of floating point")
         if input.ndim not in self.ranks:
             expected = " or ".join(f"{rank}-d" for rank in self.ranks)
             raise ValueError(f"input has shape {tuple(input.shape)}; expected {expected} input")
@@ -154,6 +158,7 @@ class WNMeanOnlyBatchNorm1d(_MeanOnlyBatchNorm):
         Input `(B, C)` or `(B, C, L)`, output the same.
 
     Raises:
+        TypeError: the input is not a tensor of a floating-point dtype.
         ValueError: the input has another shape, or, in training, one value per channel.
     """
 

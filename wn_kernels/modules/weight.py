@@ -7,7 +7,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -219,6 +219,19 @@ class NormedWeights(nn.Module):
         self._leave(name, plain)
         removal.place(self, name, baked)
         removal.detach(self, name)
+
+    def __prepare_scriptable__(self) -> NoReturn:
+        """Refuses `torch.jit.script`, which cannot compile a weight that is computed. It fails for
+        PyTorch's weight norm as well.
+
+        Raises:
+            TypeError: always.
+        """
+        raise TypeError(
+            f"torch.jit.script cannot compile {type(self).__name__}, whose weight is computed: "
+            "call wn_kernels.fold(model) first, or use torch.jit.trace, torch.export or "
+            "torch.compile"
+        )
 
     def _leave(self, name: str, plain: type[nn.Module]) -> None:
         """Takes a weight from those that are weight-normed."""

@@ -19,7 +19,7 @@ from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor
-from torch.compiler import is_compiling
+from torch.compiler import is_dynamo_compiling
 
 from ..backends import native
 from ..call import PLAIN_TYPES, recorder
@@ -155,7 +155,7 @@ def prepares(v: Tensor) -> str:
     trace the backward: it can trace a node in Python, and a node in C++ only if that defines
     `compiled_args`, as ours do not.
     """
-    if is_compiling():
+    if is_dynamo_compiling():  # other compilers record tensors of their own, which are declined
         return ""
     if _forced is None:
         if type(v) not in PLAIN_TYPES:

@@ -30,7 +30,7 @@ from . import configs, weight
 from .configs import Target
 from .launch import Launcher, Slices, acc_type, as_slices, is_wide, remembered, target_of
 from .uploads import Uploads
-from .weight import weight_grad_slices, weight_slices
+from .weight import weight_grad_kernel, weight_kernel
 
 # --- the kinds of weights ------------------------------------------------------------------------
 
@@ -116,14 +116,13 @@ def group_weight_kernel(
             G = placed(BASE, PLACES, place + 1, KINDS[i][_G], ALIGNED)
             NORMS = placed(BASE, PLACES, place + 2, KINDS[i][_ACC], ALIGNED)
             W = placed(BASE, PLACES, place + 3, KINDS[i][_W], ALIGNED)
-            weight_slices(
+            weight_kernel(
                 V=V,
                 G=G,
                 PARTIAL=NORMS,
                 NORMS=NORMS,
                 W=W,
                 block_n=block_n,
-                split=0,
                 N=tl.load(row + 1),
                 loops=loops_at(row + 2, KINDS[i][_EVEN]),
                 steps=tl.load(row + 5),
@@ -166,7 +165,7 @@ def group_grad_kernel(
             NORMS = placed(BASE, PLACES, place + 3, KINDS[i][_ACC], ALIGNED)
             DG = placed(BASE, PLACES, place + 4, KINDS[i][_G], ALIGNED)
             DV = placed(BASE, PLACES, place + 5, KINDS[i][_V], ALIGNED)
-            weight_grad_slices(
+            weight_grad_kernel(
                 DW=DW,
                 V=V,
                 G=G,
@@ -175,7 +174,6 @@ def group_grad_kernel(
                 DG=DG,
                 DV=DV,
                 block_n=block_n,
-                split=0,
                 N=tl.load(row + 1),
                 loops=loops_at(row + 2, KINDS[i][_EVEN]),
                 steps=tl.load(row + 5),

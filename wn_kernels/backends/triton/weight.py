@@ -50,9 +50,16 @@ from .pixels import with_channels_last
 
 
 @triton.jit
-def reversed_ids():
-    """The program's ids, counted from the last."""
-    return tl.num_programs(0) - 1 - tl.program_id(0), tl.num_programs(1) - 1 - tl.program_id(1)
+def block_of(block_n):
+    """The block of slices of a program, and the program's share of it. A block that is given is not
+    shared. Where it is `None`, the ids of the program are both, counted from the last."""
+    if block_n is None:
+        return (
+            tl.num_programs(0) - 1 - tl.program_id(0),
+            tl.num_programs(1) - 1 - tl.program_id(1),
+        )
+    else:
+        return block_n, 0
 
 
 @triton.jit
@@ -62,6 +69,7 @@ def weight_kernel(
     PARTIAL,
     NORMS,
     W,
+    block_n,
     N,
     loops,
     steps,
@@ -81,61 +89,7 @@ def weight_kernel(
 ):
     """W = g / n ⊙ V, and NORMS, where its address is not zero. Only the form "partial" reads
     PARTIAL, the partials of the norms."""
-    block_n, split = reversed_ids()
-    weight_slices(
-        V=V,
-        G=G,
-        PARTIAL=PARTIAL,
-        NORMS=NORMS,
-        W=W,
-        block_n=block_n,
-        split=split,
-        N=N,
-        loops=loops,
-        steps=steps,
-        stride_v=stride_v,
-        stride_w=stride_w,
-        SPLITS=SPLITS,
-        FORM=FORM,
-        EPS=EPS,
-        NORM=NORM,
-        NESTED=NESTED,
-        WIDE=WIDE,
-        ACC=ACC,
-        BLOCK_N=BLOCK_N,
-        BLOCK_P=BLOCK_P,
-        BLOCK_R=BLOCK_R,
-        BLOCK_S=BLOCK_S,
-    )
-
-
-@triton.jit
-def weight_slices(
-    V,
-    G,
-    PARTIAL,
-    NORMS,
-    W,
-    block_n,
-    split,
-    N,
-    loops,
-    steps,
-    stride_v,
-    stride_w,
-    SPLITS,
-    FORM: tl.constexpr,
-    EPS: tl.constexpr,
-    NORM: tl.constexpr,
-    NESTED: tl.constexpr,
-    WIDE: tl.constexpr,
-    ACC: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_S: tl.constexpr,
-):
-    """The block `block_n` of slices of a weight, and their share `split` of it."""
+    block_n, split = block_of(block_n)
     offs_n = offsets(block_n, BLOCK_N, WIDE)
     mask_n = offs_n < N
     first = split * steps
@@ -204,6 +158,7 @@ def weight_grad_kernel(
     PARTIAL,
     DG,
     DV,
+    block_n,
     N,
     loops,
     steps,
@@ -224,67 +179,7 @@ def weight_grad_kernel(
 ):
     """DV = g / n ⊙ DW - c ⊙ u, and DG; DV may be DW. Only the form "partial" reads
     PARTIAL, the dots and, for linf, the ties."""
-    block_n, split = reversed_ids()
-    weight_grad_slices(
-        DW=DW,
-        V=V,
-        G=G,
-        NORMS=NORMS,
-        PARTIAL=PARTIAL,
-        DG=DG,
-        DV=DV,
-        block_n=block_n,
-        split=split,
-        N=N,
-        loops=loops,
-        steps=steps,
-        stride_w=stride_w,
-        stride_v=stride_v,
-        stride_d=stride_d,
-        SPLITS=SPLITS,
-        FORM=FORM,
-        EPS=EPS,
-        NORM=NORM,
-        NESTED=NESTED,
-        WIDE=WIDE,
-        ACC=ACC,
-        BLOCK_N=BLOCK_N,
-        BLOCK_P=BLOCK_P,
-        BLOCK_R=BLOCK_R,
-        BLOCK_S=BLOCK_S,
-    )
-
-
-@triton.jit
-def weight_grad_slices(
-    DW,
-    V,
-    G,
-    NORMS,
-    PARTIAL,
-    DG,
-    DV,
-    block_n,
-    split,
-    N,
-    loops,
-    steps,
-    stride_w,
-    stride_v,
-    stride_d,
-    SPLITS,
-    FORM: tl.constexpr,
-    EPS: tl.constexpr,
-    NORM: tl.constexpr,
-    NESTED: tl.constexpr,
-    WIDE: tl.constexpr,
-    ACC: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_S: tl.constexpr,
-):
-    """The block `block_n` of slices of a gradient, and their share `split` of it."""
+    block_n, split = block_of(block_n)
     offs_n = offsets(block_n, BLOCK_N, WIDE)
     mask_n = offs_n < N
     first = split * steps
