@@ -42,8 +42,9 @@ def linear(case):
 
 # --- layers --------------------------------------------------------------------------------------
 
-# One row, few of a small weight, few of a large one, and many; with rests of every tile.
-SHAPES = [(1, 300, 70), (1, 3, 20), (5, 37, 23), (4, 512, 600), (40, 300, 130)]
+# One row, few of a small weight, few of a large one, and many; with rests of every tile. The last
+# one has ties in more groups than are noted.
+SHAPES = [(1, 300, 70), (1, 3, 20), (5, 37, 23), (4, 512, 600), (40, 300, 130), (40, 4500, 3)]
 
 
 @pytest.mark.parametrize("norm", OTHERS)

@@ -62,34 +62,46 @@ bool is_zero(const V* v, int64_t j, const Columns& of) {
   return true;
 }
 
+// So many rows are taken at once, because every pass loads and stores the results. The rows that are
+// left are taken one by one.
+constexpr int64_t kRowsAtOnce = 4;
+template <int64_t rows>
+using Rows = std::integral_constant<int64_t, rows>;
+
+// Returns the terms of one row, or the merged ones of several.
+template <int64_t rows, typename... Merges, typename Term>
+auto merged_terms(const Term& term) {
+  if constexpr (rows == 1) {
+    return term(0);
+  } else {
+    auto terms = merged_terms<rows / 2, Merges...>(term);
+    merge_each<Merges...>(
+        [&](size_t k) -> auto& { return terms[k]; },
+        merged_terms<rows / 2, Merges...>([&](int64_t r) { return term(rows / 2 + r); }));
+    return terms;
+  }
+}
+
 // Merges the terms of some rows, which start at element `at`, into the partial results of each
-// column. It takes four rows at once, because every pass loads and stores the results.
-template <typename T, typename... Merges, typename Term>
-void merge_rows(T* parts, int64_t at, int64_t rows, int64_t columns, const Term& term) {
+// column. take(at, rows) returns a function of (j, count), which returns the merged terms of the rows
+// that start at element `at`, in the columns from j on.
+template <typename T, typename... Merges, typename Take>
+void merge_rows(T* parts, int64_t at, int64_t rows, int64_t columns, const Take& take) {
   constexpr size_t N = sizeof...(Merges);
-  const auto merge = [=](int64_t j, auto count, const std::array<Vector<T>, N>& terms) {
-    std::array<Vector<T>, N> all;
-    for (size_t k = 0; k < N; ++k) all[k] = load(parts + k * columns + j, count);
-    merge_each<Merges...>([&](size_t k) -> Vector<T>& { return all[k]; }, terms);
-    for (size_t k = 0; k < N; ++k) store(parts + k * columns + j, all[k], count);
+  const auto merge = [=](int64_t at, auto rows) {
+    const auto terms = take(at, rows);
+    for_each_vector<T>(columns, [=](int64_t j, auto count) {
+      std::array<Vector<T>, N> all;
+      const auto found = terms(j, count);
+      for (size_t k = 0; k < N; ++k) all[k] = load(parts + k * columns + j, count);
+      merge_each<Merges...>([&](size_t k) -> Vector<T>& { return all[k]; }, found);
+      for (size_t k = 0; k < N; ++k) store(parts + k * columns + j, all[k], count);
+    });
   };
   int64_t row = 0;
-  for (; row + 4 <= rows; row += 4, at += 4 * columns)
-    for_each_vector<T>(columns, [=](int64_t j, auto count) {
-      const auto two = [=](int64_t r) {
-        auto terms = term(at + r * columns + j, j, count);
-        merge_each<Merges...>(
-            [&](size_t k) -> Vector<T>& { return terms[k]; },
-            term(at + (r + 1) * columns + j, j, count));
-        return terms;
-      };
-      auto terms = two(0);
-      merge_each<Merges...>([&](size_t k) -> Vector<T>& { return terms[k]; }, two(2));
-      merge(j, count, terms);
-    });
-  for (; row < rows; ++row, at += columns)
-    for_each_vector<T>(
-        columns, [=](int64_t j, auto count) { merge(j, count, term(at + j, j, count)); });
+  for (; row + kRowsAtOnce <= rows; row += kRowsAtOnce, at += kRowsAtOnce * columns)
+    merge(at, Rows<kRowsAtOnce>{});
+  for (; row < rows; ++row, at += columns) merge(at, Rows<1>{});
 }
 
 // Computes reductions over every slice. take(parts, at, rows) merges the rows that start at element
@@ -142,8 +154,14 @@ std::array<std::vector<double>, sizeof...(Merges)> merged_columns(
 template <typename T, typename... Merges, typename Term>
 std::array<std::vector<double>, sizeof...(Merges)> column_reductions(
     const Columns& of, const Term& term) {
-  return merged_columns<T, Merges...>(of, [&](T* parts, int64_t at, int64_t rows) {
-    merge_rows<T, Merges...>(parts, at, rows, of.width(), term);
+  const int64_t width = of.width();
+  return merged_columns<T, Merges...>(of, [=](T* parts, int64_t at, int64_t rows) {
+    merge_rows<T, Merges...>(parts, at, rows, width, [=](int64_t at, auto rows) {
+      return [=](int64_t j, auto count) {
+        return merged_terms<decltype(rows)::value, Merges...>(
+            [=](int64_t r) { return term(at + r * width + j, j, count); });
+      };
+    });
   });
 }
 
@@ -155,6 +173,92 @@ std::vector<double> column_dots(const A* a, const B* b, const Columns& of) {
     return std::array<Vector<T>, 1>{load(a + i, count) * load(b + i, count)};
   })[0];
 }
+
+// Finds the ties of all columns, which are the elements with |v| = n. Under linf they alone have a slope.
+// They are noted in tiles: one vector of each of kRowsAtOnce rows, or of one that is left.
+template <typename V>
+class ColumnTies {
+  using T = Wide<V>;
+
+ public:
+  // The norms of all columns are given.
+  ColumnTies(const V* v, const std::vector<T>& n, const Columns& of)
+      : v_(v), n_(n), of_(of), width_(of.width()), whole_(of.rows / kRowsAtOnce),
+        vectors_((width_ + kLanes - 1) / kLanes),
+        noted_((whole_ + of.rows % kRowsAtOnce) * vectors_), x_(width_ + kLanes) {
+    std::memset(x_.data(), -1, x_.size() * sizeof(V));
+    for (int64_t j = 0; j < width_; ++j) {
+      const auto x = raw_magnitude<V>(n[j]);
+      std::memcpy(&x_[j], &x, sizeof x);
+    }
+  }
+
+  // Returns <A_j, V_j> of every slice and how many ties it has. It writes to = s a in the tiles without
+  // ties. `to` may overwrite a.
+  template <typename A>
+  std::array<std::vector<double>, 2> dots_and_scale(V* to, const T* s, const A* a) {
+    return merged_columns<T, Sum, Sum>(of_, [&](T* parts, int64_t at, int64_t rows) {
+      merge_rows<T, Sum>(parts, at, rows, width_, [&](int64_t at, auto rows) {
+        constexpr int64_t count_of_rows = decltype(rows)::value;
+        auto* noted = &noted_[tile_of(at / width_) * vectors_];
+        return [=, ties_of = parts + width_, v = v_ + at, a = a + at, to = to + at, x = x_.data(),
+                n = n_.data(), width = width_](int64_t j, auto count) {
+          Raw<V> raw[count_of_rows];
+          Vector<T> as[count_of_rows];
+          const Raw<V> xs = load_raw(x + j, All{});
+          auto ties = equal(raw[0] = load_raw(v + j, count), xs);
+          for (int64_t r = 1; r < count_of_rows; ++r)
+            ties |= equal(raw[r] = load_raw(v + r * width + j, count), xs);
+          for (int64_t r = 0; r < count_of_rows; ++r) as[r] = load(a + r * width + j, count);
+          if (__builtin_expect(marked(ties) != 0, 0)) {
+            noted[j / kLanes] = true;
+            Vector<T> sum = load(ties_of + j, count);
+            for (int64_t r = 0; r < count_of_rows; ++r)
+              sum += tied(widened<V>(raw[r]), load(n + j, count));
+            store(ties_of + j, sum, count);
+          } else {
+            const Vector<T> scales = load(s + j, count);
+            for (int64_t r = 0; r < count_of_rows; ++r)
+              store(to + r * width + j, scales * as[r], count);
+          }
+          return merged_terms<count_of_rows, Sum>([&](int64_t r) {
+            return std::array<Vector<T>, 1>{as[r] * widened<V>(raw[r])};
+          });
+        };
+      });
+    });
+  }
+
+  // Calls f(i, j, count) for each row of the tiles with ties.
+  template <typename F>
+  void for_each_row(const F& f) const {
+    for_each(noted_.size() / vectors_, kRowsAtOnce * width_, [=](int64_t tile) {
+      const int64_t first = first_row(tile), end = first_row(tile + 1);
+      const auto* noted = &noted_[tile * vectors_];
+      for_each_vector<T>(width_, [=](int64_t j, auto count) {
+        if (noted[j / kLanes])
+          for (int64_t row = first; row < end; ++row) f(row * width_ + j, j, count);
+      });
+    });
+  }
+
+ private:
+  static constexpr int64_t kLanes = Lanes<T>::count;
+
+  int64_t tile_of(int64_t row) const {
+    return row < whole_ * kRowsAtOnce ? row / kRowsAtOnce : row - whole_ * (kRowsAtOnce - 1);
+  }
+  int64_t first_row(int64_t tile) const {
+    return tile < whole_ ? tile * kRowsAtOnce : tile + whole_ * (kRowsAtOnce - 1);
+  }
+
+  const V* v_;
+  const std::vector<T>& n_;
+  Columns of_;
+  int64_t width_, whole_, vectors_;
+  std::vector<uint8_t> noted_;
+  std::vector<V> x_;  // one vector more, so that no element that is not there is a tie
+};
 
 // Returns the partial of every slice.
 template <typename V>

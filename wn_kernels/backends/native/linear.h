@@ -404,10 +404,10 @@ struct Linear : Function<Linear> {
     auto *dvs = dv.mutable_data_ptr<T>(), *dgs = dg.mutable_data_ptr<T>();
     const int64_t outputs = v.size(0), length = v.size(1);
     std::vector<T> c(outputs);
-    // The ties of a row are found right before the row is read again.
-    const auto set_slope = [&](int64_t j) {
+    // Under linf, write(i) is called for the groups of a long row that have no ties.
+    const auto set_slope = [&](int64_t j, const auto& write) {
       Ties<T> ties;
-      if (norm == Norm::linf) ties.find(vs + j * length, ns[j], length);
+      if (norm == Norm::linf) ties.find(vs + j * length, ns[j], length, write);
       const Slope<T> slope(as[j], ties.count(), gs[j], ns[j], options);
       dgs[j] = slope.dg, c[j] = slope.c;
       return ties;
@@ -416,7 +416,7 @@ struct Linear : Function<Linear> {
       Panels<T> panels(length, x.size(0));
       pack(xs, panels);
       for_each_stack(outputs, panels, [&](int64_t first, int64_t count) {
-        for (int64_t j = first; j < first + count; ++j) set_slope(j);
+        for (int64_t j = first; j < first + count; ++j) set_slope(j, Ignore{});
         outer_product<norm>(
             dvs, few.const_data_ptr<T>(), first, count, panels, vs, ns, c.data());
       });
@@ -425,11 +425,13 @@ struct Linear : Function<Linear> {
     for_each(outputs, length, [&](int64_t j) {
       const T* row = vs + j * length;
       T* to = dvs + j * length;
-      const Ties<T> ties = set_slope(j);
-      if (x.size(0) == 1)
+      if (x.size(0) == 1) {
+        const auto ties = set_slope(j, scale_group(to, ds[j], xs));
         difference<norm>(to, xs, row, ns[j], ds[j], c[j], ties, length);
-      else
-        scaled_slope<norm>(to, row, ns[j], -c[j], length);
+      } else {
+        const auto ties = set_slope(j, [=](int64_t i) { std::fill_n(to + i, kGroup, T(0)); });
+        scaled_slope<norm>(to, row, ns[j], -c[j], ties, length);
+      }
     });
   }
 
@@ -454,11 +456,12 @@ struct Linear : Function<Linear> {
           for_each(outputs, length, [&](int64_t j) {
             const V* row = vs + j * length;
             Ties<V> ties;
-            const double a = dot_and_ties<norm>(xs, row, ns[j], ties, length);
+            const T s = gs[j] / ns[j] * ds[j];
+            const double a =
+                dot_and_scale<norm>(dvs + j * length, s, xs, row, ns[j], ties, length);
             const Slope<T> slope(ds[j] * a, ties.count(), gs[j], ns[j], options);
             dgs[j] = static_cast<V>(slope.dg);
-            difference<norm>(
-                dvs + j * length, xs, row, ns[j], slope.s * ds[j], slope.c, ties, length);
+            difference<norm>(dvs + j * length, xs, row, ns[j], s, slope.c, ties, length);
           });
         });
         return;

@@ -43,16 +43,6 @@ using Bits = decltype(Vector{} < Vector{});
 template <typename Vector>
 using Bit = std::remove_reference_t<decltype(Bits<Vector>{}[0])>;
 
-// The bits of one number.
-template <typename T>
-using Integer = std::conditional_t<sizeof(T) == 8, int64_t, int32_t>;
-template <typename T>
-inline Integer<T> bits(T number) {
-  Integer<T> out;
-  std::memcpy(&out, &number, sizeof out);
-  return out;
-}
-
 // Returns |v|.
 template <typename Value>
 inline Value magnitude(Value v) {
@@ -82,8 +72,9 @@ struct Sum {
 struct Largest {
   template <typename Value>
   static Value merge(Value a, Value b) {
-    if constexpr (std::is_floating_point_v<Value>) {
-      return bits(a) > bits(b) ? a : b;
+    if constexpr (std::is_floating_point_v<Value>) {  // whose bits stay in a vector register
+      typedef Value Values __attribute__((vector_size(16)));
+      return merge(Values{a}, Values{b})[0];
     } else {
       const auto x = (Bits<Value>)a, y = (Bits<Value>)b;
       return (Value)(x > y ? x : y);
@@ -129,9 +120,9 @@ inline Value times_slope(C c, Value v, [[maybe_unused]] N n) {
   } else {
     const auto signed_c = with_sign((Bits<Value>)v, c - Value{});
     if constexpr (norm == Norm::l1)
-      return (Value)((Bits<Value>)signed_c & (v != Value{}));
+      return v != Value{} ? signed_c : Value{};
     else
-      return (Value)((Bits<Value>)signed_c & (magnitude(v) == n));
+      return magnitude(v) == n ? signed_c : Value{};
   }
 }
 

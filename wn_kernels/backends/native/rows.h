@@ -48,12 +48,7 @@ void for_each(int64_t count, int64_t length, const F& f) {
 // Merges `count` lanes. It halves them until one is left, within registers.
 template <typename Merge, int64_t count, typename T>
 T merged_lanes(const T* from) {
-  if constexpr (count == 1) {
-    return *from;
-  } else if constexpr (count * sizeof(T) <= 16) {
-    return Merge::merge(
-        merged_lanes<Merge, count / 2>(from), merged_lanes<Merge, count / 2>(from + count / 2));
-  } else {
+  if constexpr (count * sizeof(T) > 16) {
     typedef T Half __attribute__((vector_size(count / 2 * sizeof(T))));
     Half low, high;
     std::memcpy(&low, from, sizeof low);
@@ -62,6 +57,17 @@ T merged_lanes(const T* from) {
     T all[count / 2];
     std::memcpy(all, &low, sizeof low);
     return merged_lanes<Merge, count / 2>(all);
+  } else {
+    typedef T Last __attribute__((vector_size(16)));
+    Last last;
+    std::memcpy(&last, from, sizeof last);
+    using Order = decltype(last < last);
+    if constexpr (count == 2) {
+      return Merge::merge(last, __builtin_shuffle(last, Order{1, 0}))[0];
+    } else {
+      last = Merge::merge(last, __builtin_shuffle(last, Order{1, 0, 3, 2}));
+      return Merge::merge(last, __builtin_shuffle(last, Order{2, 3, 0, 1}))[0];
+    }
   }
 }
 
@@ -173,83 +179,108 @@ std::array<double, 2> partial_and_dot(Norm of, const V* v, const Wide<V>* x, int
   return out;
 }
 
+// Writes a group, whose vectors are at(i) for the elements from i on. All are computed before one is
+// written.
+template <typename To, typename At>
+inline void store_group(To* to, const At& at) {
+  constexpr int64_t lanes = Lanes<Wide<To>>::count;
+  Vector<Wide<To>> all[kGroup / lanes];
+#pragma GCC unroll 8
+  for (int64_t l = 0; l < kGroup / lanes; ++l) all[l] = at(l * lanes);
+#pragma GCC unroll 8
+  for (int64_t l = 0; l < kGroup / lanes; ++l) store(to + l * lanes, all[l]);
+}
+
 // Finds the ties of a row, which are the elements with |v| = n. Under linf they alone have a slope. In a
-// long row they usually lie in few groups, and these are kept.
+// long row they usually lie in few groups. These are noted, and the other groups are written in the same
+// pass, because they do not depend on how many ties there are.
 template <typename V>
 class Ties {
- public:
-  static constexpr int64_t kFewGroups = 128;
+  using T = Wide<V>;
 
-  // Finds them, and returns <a, v> from the same pass.
-  template <typename A>
-  double dot(const A* a, const V* v, Wide<V> n, int64_t length) {
-    using T = Wide<V>;
-    const auto term = [=](int64_t i, auto count) {
-      return std::array<Vector<T>, 1>{load(a + i, count) * load(v + i, count)};
-    };
+ public:
+  // Finds them, and calls write(i) for each group of a long row that has none, from element i on.
+  template <typename Write>
+  void find(const V* v, T n, int64_t length, const Write& write) {
+    find(v, n, length, write, [=](const auto& look) {
+      for (int64_t i = 0; i + kGroup <= length; i += kGroup) look(i);
+    });
+  }
+
+  // Finds them, and returns <a, v> from the same pass, which calls write(i) likewise.
+  template <typename A, typename Write>
+  double dot(const A* a, const V* v, T n, int64_t length, const Write& write) {
     double sum = 0;
-    find(v, n, length, [&](const auto& look) {
+    find(v, n, length, write, [&](const auto& look) {
+      const auto term = [=](int64_t i, auto count) {
+        return std::array<Vector<T>, 1>{load(a + i, count) * load(v + i, count)};
+      };
       sum = length <= kShort ? wn_kernels::dot(a, v, length)
                              : reductions<T, Sum>(length, term, look)[0];
     });
     return sum;
   }
-  // Finds them.
-  void find(const V* v, Wide<V> n, int64_t length) {
-    find(v, n, length, [=](const auto& look) {
-      for (int64_t i = 0; i + kGroup <= length; i += kGroup) look(i);
-    });
-  }
 
   int64_t count() const { return count_; }
 
-  // Returns whether the groups that start at groups()[0], ..., groups()[size() - 1] have all ties, but
-  // for those among the last elements, which fill no group.
-  bool are_in_few() const { return size_ <= kFewGroups; }
-  int64_t size() const { return size_; }
-  const int64_t* groups() const { return groups_; }
+  // Calls f(begin, end) for the elements that write(i) was not called for.
+  template <typename F>
+  void for_each_rest(const V* v, int64_t length, const F& f) const {
+    if (length < kLong) return f(0, length);
+    const int64_t whole = length - length % kGroup;
+    if (size_ <= kFewGroups)
+      for (int64_t k = 0; k < size_; ++k) f(groups_[k], groups_[k] + kGroup);
+    else
+      for (int64_t i = 0; i < whole; i += kGroup)
+        if (any_equal(v + i, x_)) f(i, i + kGroup);
+    f(whole, length);
+  }
 
  private:
-  static constexpr int64_t kLong = 4 * kGroup;
+  static constexpr int64_t kLong = 4 * kGroup, kFewGroups = 128;
 
-  // pass(look) calls look(i) for every group, which starts at element i.
-  template <typename Pass>
-  void find(const V* v, Wide<V> n, int64_t length, const Pass& pass) {
-    RawNumber<V> x = -1;  // no magnitude has these bits
-    if (const V narrow = static_cast<V>(n); static_cast<Wide<V>>(narrow) == n)
-      std::memcpy(&x, &narrow, sizeof x);
+  // pass(look) calls look(i) for every group.
+  template <typename Write, typename Pass>
+  void find(const V* v, T n, int64_t length, const Write& write, const Pass& pass) {
     // Local variables stay in registers during the pass.
-    int64_t count = 0;
-    uint64_t size = 0;
+    const auto x = x_ = raw_magnitude<V>(n);
+    int64_t count = 0, size = 0;
     const int64_t whole = length - length % kGroup;
-    for_each_vector<Wide<V>>(length - whole, [&](int64_t i, auto part) {
+    for_each_vector<T>(length - whole, [&](int64_t i, auto part) {
       count += marked(equal(load_raw(v + whole + i, part), x));
     });
     const auto add = [v, x, &count](int64_t i) { count += count_equal(v + i, x); };
-    if (length < kLong) {
+    if (length < kLong)
       pass(add);
-      size = kFewGroups + 1;
-    } else {
-      pass([v, x, groups = groups_, &size](int64_t i) {
-        groups[size % kFewGroups] = i;
-        size += any_equal(v + i, x);
+    else
+      pass([v, x, write, add, groups = groups_, &size](int64_t i) {
+        if (__builtin_expect(!any_equal(v + i, x), 1)) return write(i);
+        if (size < kFewGroups) groups[size] = i;
+        ++size;
+        add(i);
       });
-      if (size <= kFewGroups)
-        for (uint64_t k = 0; k < size; ++k) add(groups_[k]);
-      else
-        for (int64_t i = 0; i < whole; i += kGroup) add(i);
-    }
     count_ = count, size_ = size;
   }
 
+  RawNumber<V> x_;
   int64_t count_ = 0, size_ = 0, groups_[kFewGroups];
 };
 
-// Returns <a, v>, and finds the ties of v if the norm is linf.
-template <Norm norm, typename A, typename V>
-double dot_and_ties(const A* a, const V* v, Wide<V> n, Ties<V>& ties, int64_t length) {
+// Returns a function that writes to = s a in the group from element i on. `to` may be a.
+template <typename To, typename A>
+auto scale_group(To* to, Wide<To> s, const A* a) {
+  return [=](int64_t i) {
+    store_group(to + i, [=](int64_t l) { return s * load(a + i + l); });
+  };
+}
+
+// Returns <a, v>. If the norm is linf, it finds the ties of v, and writes to = s a in the groups without.
+// `to` may be a.
+template <Norm norm, typename To, typename A, typename V>
+double dot_and_scale(
+    To* to, Wide<V> s, const A* a, const V* v, Wide<V> n, Ties<V>& ties, int64_t length) {
   if constexpr (norm == Norm::linf)
-    return ties.dot(a, v, n, length);
+    return ties.dot(a, v, n, length, scale_group(to, s, a));
   else
     return dot(a, v, length);
 }
@@ -331,56 +362,60 @@ struct Slope {
   T dg, s, c;
 };
 
-// Computes to = s a - c u, where u is that of v. `to` may overwrite a. linf needs the ties of v.
+// Returns c u for the vector that starts at v. Zeros are rare. Under l1, nothing is needed of a vector
+// without one but its signs.
+template <Norm norm, typename V, typename N, typename Count>
+inline Vector<Wide<V>> slope_at(Vector<Wide<V>> c, const V* v, N n, Count count) {
+  if constexpr (norm == Norm::l1 && std::is_same_v<Count, All>)
+    if (__builtin_expect(marked(equal(load_raw(v, count), RawNumber<V>{0})) == 0, 1))
+      return with_sign(signs(v), c);
+  return times_slope<norm>(c, load(v, count), n);
+}
+
+// Computes to = s a - c u, where u is that of v. `to` may overwrite a. Under linf the groups that the
+// ties left are written.
 template <Norm norm, typename To, typename A, typename V>
 void difference(
     To* to, const A* a, const V* v, Wide<V> n, Wide<V> s, Wide<V> c, const Ties<V>& ties,
     int64_t length) {
   using T = Wide<V>;
   const Vector<T> scales = Vector<T>{} + s, minus_c = Vector<T>{} - c;
-  const auto exact = [=](To* out, int64_t begin, int64_t end) {
+  const auto exact = [=](int64_t begin, int64_t end) {
     for_each_vector<T>(end - begin, [=](int64_t i, auto count) {
       const auto slope = times_slope<norm>(minus_c, load(v + begin + i, count), n);
-      store(out + i, multiply_add(scales, load(a + begin + i, count), slope), count);
+      store(to + begin + i, multiply_add(scales, load(a + begin + i, count), slope), count);
     });
   };
-  const int64_t whole = length - length % kGroup;
+  if constexpr (norm == Norm::linf) return ties.for_each_rest(v, length, exact);
   int64_t begin = 0;
   if constexpr (norm == Norm::l1) {
     // Zeros are rare. In a group without one, nothing is needed of v but its signs.
-    for (; begin < whole; begin += kGroup) {
-      if (__builtin_expect(any_equal(v + begin, RawNumber<V>{0}), 0)) {
-        exact(to + begin, begin, begin + kGroup);
-        continue;
-      }
-      constexpr int64_t lanes = Lanes<T>::count;
-      Vector<T> of_group[kGroup / lanes];
-#pragma GCC unroll 8
-      for (int64_t l = 0; l < kGroup / lanes; ++l) {
-        const int64_t i = begin + l * lanes;
-        of_group[l] = multiply_add(scales, load(a + i), with_sign(signs(v + i), minus_c));
-      }
-#pragma GCC unroll 8
-      for (int64_t l = 0; l < kGroup / lanes; ++l) store(to + begin + l * lanes, of_group[l]);
+    for (; begin + kGroup <= length; begin += kGroup) {
+      if (__builtin_expect(any_equal(v + begin, RawNumber<V>{0}), 0))
+        exact(begin, begin + kGroup);
+      else
+        store_group(to + begin, [=](int64_t l) {
+          const auto minus_cu = with_sign(signs(v + begin + l), minus_c);
+          return multiply_add(scales, load(a + begin + l), minus_cu);
+        });
     }
-  } else if (norm == Norm::linf && ties.are_in_few()) {
-    // The groups with ties are computed before a is overwritten. For the others, v is not needed.
-    To kept[Ties<V>::kFewGroups][kGroup];
-    const int64_t* starts = ties.groups();
-    for (int64_t k = 0; k < ties.size(); ++k) exact(kept[k], starts[k], starts[k] + kGroup);
-    scale(to, a, s, whole);
-    for (int64_t k = 0; k < ties.size(); ++k) std::copy_n(kept[k], kGroup, to + starts[k]);
-    begin = whole;
   }
-  exact(to + begin, begin, length);
+  exact(begin, length);
 }
 
-// Computes to = c u, where u is that of v.
+// Computes to = c u, where u is that of v. Under linf the groups that the ties left are written.
 template <Norm norm, typename To, typename V>
-void scaled_slope(To* to, const V* v, Wide<V> n, Wide<V> c, int64_t length) {
-  for_each_vector<Wide<V>>(length, [=](int64_t i, auto count) {
-    store(to + i, times_slope<norm>(c, load(v + i, count), n), count);
-  });
+void scaled_slope(
+    To* to, const V* v, Wide<V> n, Wide<V> c, const Ties<V>& ties, int64_t length) {
+  const auto exact = [=](int64_t begin, int64_t end) {
+    for_each_vector<Wide<V>>(end - begin, [=](int64_t i, auto count) {
+      store(to + begin + i, times_slope<norm>(c, load(v + begin + i, count), n), count);
+    });
+  };
+  if constexpr (norm == Norm::linf)
+    ties.for_each_rest(v, length, exact);
+  else
+    exact(0, length);
 }
 
 // Writes dV_j and returns dg_j. dV_j may overwrite dW_j.
@@ -392,7 +427,7 @@ Wide<V> weight_grad(
   with_norm(options.norm, [&](auto constant) {
     constexpr Norm norm = decltype(constant)::value;
     Ties<V> ties;
-    const double a = dot_and_ties<norm>(dw, v, n, ties, length);
+    const double a = dot_and_scale<norm>(dv, g / n, dw, v, n, ties, length);
     const Slope<Wide<V>> slope(a, ties.count(), g, n, options);
     difference<norm>(dv, dw, v, n, slope.s, slope.c, ties, length);
     dg = slope.dg;

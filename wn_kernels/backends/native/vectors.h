@@ -200,23 +200,34 @@ inline void store_raw(T* to, Raw<T> raw, int64_t count) {
 // Magnitudes are compared in groups of this many elements.
 constexpr int64_t kGroup = 32;
 
+// Returns the bits of the element whose magnitude is n. If there is none, it returns -1, which are the
+// bits of no magnitude.
+template <typename T>
+inline RawNumber<T> raw_magnitude(Wide<T> n) {
+  RawNumber<T> out = -1;
+  if (const T narrow = static_cast<T>(n); static_cast<Wide<T>>(narrow) == n)
+    std::memcpy(&out, &narrow, sizeof out);
+  return out;
+}
+
 // As many numbers of T's size as fill a register.
 template <typename T>
 struct FullLanes {
   typedef RawNumber<T> Vector __attribute__((vector_size(kVectorBytes)));
 };
 
-// Marks the elements of a vector with |v| = x, where x has the bits of a magnitude. any() returns
-// whether there are marks, and marked() how many.
+// Marks the elements of a vector with |v| = x, where x has the bits of magnitudes: one for all elements,
+// or one for each. marked() returns how many marks there are.
 #if WN_VECTOR_BYTES == 64 && defined(__AVX512BW__) && defined(__AVX512VL__)
-template <typename Numbers, typename Number>
-inline auto equal(Numbers v, Number x) {
+template <typename Numbers, typename X>
+inline auto equal(Numbers v, X x) {
+  using Number = std::remove_reference_t<decltype(v[0])>;
   const Numbers difference = v ^ x, all = Numbers{} + std::numeric_limits<Number>::max();
   if constexpr (sizeof(v) == 32)
     return _mm256_testn_epi16_mask((__m256i)difference, (__m256i)all);
-  else if constexpr (sizeof(x) == 8)
+  else if constexpr (sizeof(Number) == 8)
     return _mm512_testn_epi64_mask((__m512i)difference, (__m512i)all);
-  else if constexpr (sizeof(x) == 4)
+  else if constexpr (sizeof(Number) == 4)
     return _mm512_testn_epi32_mask((__m512i)difference, (__m512i)all);
   else
     return _mm512_testn_epi16_mask((__m512i)difference, (__m512i)all);
@@ -226,9 +237,9 @@ inline int marked(Marks marks) {
   return __builtin_popcount(marks);
 }
 #else
-template <typename Numbers, typename Number>
-inline auto equal(Numbers v, Number x) {
-  return (v & std::numeric_limits<Number>::max()) == x;
+template <typename Numbers, typename X>
+inline auto equal(Numbers v, X x) {
+  return (v & std::numeric_limits<std::remove_reference_t<decltype(v[0])>>::max()) == x;
 }
 template <typename Marks>
 inline int marked(Marks marks) {

@@ -247,31 +247,30 @@ void weight_grad_columns(
     const Columns& of) {
   using T = Wide<V>;
   const auto all_n = spread(of, std::vector<T>(n, n + of.count));
-  const T* ns = all_n.data();
+  std::vector<T> s(of.count), c(of.count);
+  for (int64_t j = 0; j < of.count; ++j) s[j] = g[j] / n[j];
+  const auto all_s = spread(of, std::move(s));
+  const T *ns = all_n.data(), *ss = all_s.data();
+  const int64_t width = of.width();
   std::array<std::vector<double>, 2> found;  // the dots and, under linf, the ties
+  std::optional<ColumnTies<V>> ties;
   if constexpr (norm == Norm::linf)
-    found = column_reductions<T, Sum, Sum>(of, [=](int64_t i, int64_t j, auto count) {
-      const Vector<T> value = load(v + i, count);
-      return std::array<Vector<T>, 2>{
-          load(dw + i, count) * value, tied(value, load(ns + j, count))};
-    });
+    found = ties.emplace(v, all_n, of).dots_and_scale(dv, ss, dw);
   else
     found = {column_dots(dw, v, of), std::vector<double>(of.count)};
-  std::vector<T> s(of.count), c(of.count);
   for (int64_t j = 0; j < of.count; ++j) {
     const Slope<T> slope(found[0][j], found[1][j], g[j], n[j], options);
-    dg[j] = static_cast<V>(slope.dg), s[j] = slope.s, c[j] = slope.c;
+    dg[j] = static_cast<V>(slope.dg), c[j] = slope.c;
   }
-  const auto all_s = spread(of, std::move(s)), all_c = spread(of, std::move(c));
-  const T *ss = all_s.data(), *cs = all_c.data();
-  const int64_t width = of.width();
-  for_each(of.rows, width, [=](int64_t i) {
-    const int64_t at = i * width;
-    for_each_vector<T>(width, [=](int64_t j, auto count) {
-      const auto cu = times_slope<norm>(
-          load(cs + j, count), load(v + at + j, count), load(ns + j, count));
-      store(dv + at + j, multiply_add(load(ss + j, count), load(dw + at + j, count), -cu), count);
-    });
+  const auto all_c = spread(of, std::move(c));
+  const auto difference = [=, cs = all_c.data()](int64_t i, int64_t j, auto count) {
+    const auto minus_cu = slope_at<norm>(-load(cs + j, count), v + i, load(ns + j, count), count);
+    store(dv + i, multiply_add(load(ss + j, count), load(dw + i, count), minus_cu), count);
+  };
+  if (ties) return ties->for_each_row(difference);
+  for_each(of.rows, width, [=](int64_t row) {
+    for_each_vector<T>(
+        width, [=](int64_t j, auto count) { difference(row * width + j, j, count); });
   });
 }
 
