@@ -95,6 +95,18 @@ class _Fused:
             return self
         return self._modules["parametrizations"]._modules[name]
 
+    def _holders(self: Any) -> dict[str, dict[str, Any]] | None:
+        """Returns the parameters of what holds `g` and `v` of a weight, if it is not the layer, or
+        `None` if another parametrization claims a weight."""
+        holders = {}
+        for name, norm in self._norms.items():
+            if norm.form != "weight_norm":
+                holder = self._holder(name)
+                if is_claimed(holder):
+                    return None
+                holders[name] = holder._parameters
+        return holders
+
     def _tensors(self: Any, name: str) -> tuple[Tensor, Tensor]:
         """Returns `(g, v)`."""
         norm = self._norms[name]
@@ -287,6 +299,7 @@ def layer_class(base: Any, norms: dict[str, Norm], others: Iterable[str] = ()) -
         "__qualname__": base.__qualname__,
         "_is_read": False,
         "_norms": norms,
+        "_rules": {name: (n.key_g, n.key_v, n.dim, 0.0, n.norm) for name, n in norms.items()},
         "_store": None,
         "_traced": None,
         "_watches": reading.WATCHES,

@@ -53,10 +53,6 @@ def weights(
 ) -> list[Tensor]:
     """Returns the weights of several tensors of a layer, computed in one call.
 
-    Without gradients, they share one piece of memory on a CPU. If many pieces are freed at the end
-    of a forward, the C library returns their pages to the system, and the next forward has to fetch
-    them again.
-
     Args:
         tensors: the `(g, v)` of each.
         places: memory for each weight, as in `functional.weight_norms`. The weights have its dtype.
