@@ -98,14 +98,10 @@ class _Fused:
     def _holders(self: Any) -> dict[str, dict[str, Any]] | None:
         """Returns the parameters of what holds `g` and `v` of a weight, if it is not the layer, or
         `None` if another parametrization claims a weight."""
-        holders = {}
-        for name, norm in self._norms.items():
-            if norm.form != "weight_norm":
-                holder = self._holder(name)
-                if is_claimed(holder):
-                    return None
-                holders[name] = holder._parameters
-        return holders
+        stacked = [name for name, norm in self._norms.items() if norm.form != "weight_norm"]
+        holders = {name: self._holder(name) for name in stacked}
+        claimed = any(map(is_claimed, holders.values()))
+        return None if claimed else {name: h._parameters for name, h in holders.items()}
 
     def _tensors(self: Any, name: str) -> tuple[Tensor, Tensor]:
         """Returns `(g, v)`."""
@@ -214,9 +210,9 @@ class _Fused:
     def extra_repr(self: Any) -> str:
         own = self.plain.extra_repr(self)
         if list(self._norms) == ["weight"]:
-            norms = _described(self._norms["weight"])
+            norms = self._norms["weight"].options()
         else:
-            norms = ", ".join(f"{name}: {_described(norm)}" for name, norm in self._norms.items())
+            norms = ", ".join(f"{name}: {norm.options()}" for name, norm in self._norms.items())
         return f"{own}{', ' if own else ''}weight_norm({norms})"
 
     # The following methods serve the removal of weight norm (modules/removal.py).
@@ -258,11 +254,6 @@ class _Fused:
         removal.detach(self, name)
         if isinstance(self, nn.RNNBase):
             self._init_flat_weights()
-
-
-def _described(norm: Norm) -> str:
-    """Returns the options of a tensor, for `repr`."""
-    return f"dim={norm.dim}" if norm.norm == "l2" else f"dim={norm.dim}, norm={norm.norm!r}"
 
 
 class _OwnForward(recurrent.FlatWeights):
