@@ -79,8 +79,9 @@ def formed(
     places: Sequence[Tensor] | None = None,
     together: bool = False,
 ) -> list[Tensor]:
-    """Returns the weights of a call. If they are to be held and dropped `together`, and nothing
-    records the call, they may share one piece of memory.
+    """Returns the weights of a call. If they are to be held and dropped `together`, they may have
+    memory that other ones had: on a CPU that which a thread keeps, on a GPU one piece for all of
+    them if nothing records the call.
 
     Raises:
         TypeError, ValueError: as `functional.weight_norms`.
@@ -150,13 +151,12 @@ def weights(
     if places is not None:
         check_places(places, v, members)
     records = torch.is_grad_enabled()
-    together = together and not records
     if prepared is None:
         given = map(list, zip(*members, strict=True))
         return library.weight_norms(v, g, *given, places and [*places], together)
     keeps = records and any(t.requires_grad for t in (*v, *g))
     with torch.no_grad():
-        w, n = prepared(v, g, places, keeps, together)
+        w, n = prepared(v, g, places, keeps, together and not records)
     if keeps:
         library.record(w, v, g, n, *prepared.rules, prepared.grads)
     return w

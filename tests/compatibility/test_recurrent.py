@@ -15,6 +15,7 @@ import wn_kernels.functional as WF
 from tests.comparison import assert_matches, assert_same_bits
 from tests.compatibility import processes
 from tests.compatibility.processes import WORLD
+from wn_kernels.backends import native
 from wn_kernels.modules import flat, recurrent
 
 STEPS, BATCH, INPUTS, HIDDEN = 4, 2, 6, 8
@@ -225,28 +226,61 @@ def test_data_parallel(name, tmp_path):
 # --- where the weights lie -----------------------------------------------------------------------
 
 
+def weights(layer):
+    return [w for w in recurrent.flat_weights(layer) if w.ndim == 2]
+
+
 @pytest.mark.parametrize("dim", [0, 1, None])
-def test_weights_share_their_memory(dim):
-    """Those of a forward without gradients are freed as one. None is a view of another one."""
+@pytest.mark.parametrize("records", [True, False])
+def test_memory_of_weights_is_kept(dim, records):
+    """A thread keeps the memory of the weights of a forward for those of the next one, but not
+    while something refers to them. None is a view."""
     layer = wn_kernels.WNLSTM(128, 128, dim=dim)
-    apart = recurrent.flat_weights(layer)[:2]
-    assert len({w.untyped_storage().data_ptr() for w in apart}) == 2
-    with torch.no_grad():
-        shared = recurrent.flat_weights(layer)[:2]
-    assert len({w.untyped_storage().data_ptr() for w in shared}) == 1
-    assert all(w.data_ptr() % 64 == 0 and not w._is_view() for w in shared)
-    for a, b in zip(apart, shared, strict=True):
-        assert_same_bits(a.detach(), b)
-    versions = [w._version for w in shared]
-    shared[0].zero_()
-    assert [w._version for w in shared] == [versions[0] + 1, versions[1]]
-    assert_same_bits(shared[1], apart[1].detach())
-    x = torch.randn(STEPS, BATCH, INPUTS)
+    right = {name: getattr(layer, name).detach() for name in layer._normed()}.values()
+    with torch.set_grad_enabled(records):
+        first = weights(layer)
+        second = weights(layer)
+        for found in (first, second):
+            for w, value in zip(found, right, strict=True):
+                assert_same_bits(w.detach(), value)
+                assert w.data_ptr() % 64 == 0
+                assert not w._is_view()
+                assert w.requires_grad == records
+        addresses = {w.data_ptr() for w in first}
+        assert len(addresses | {w.data_ptr() for w in second}) == 4
+        versions = [w._version for w in first]
+        first[0].detach().zero_()
+        assert [w._version for w in first] == [versions[0] + 1, versions[1]]
+        assert_same_bits(first[1].detach(), [*right][1])
+        del first, w, found
+        third = weights(layer)
+    if native.unavailable() is None:
+        assert {w.data_ptr() for w in third} <= addresses
+    for w, value in zip(third, right, strict=True):
+        assert_same_bits(w.detach(), value)
+
+
+def test_kept_memory_serves_inference_mode():
+    """What a forward outside of inference mode left is used inside of it, and vice versa."""
+    layer = wn_kernels.WNGRU(128, 128)
+    for infers in (False, True, False):
+        with torch.inference_mode(infers):
+            found = weights(layer)
+        assert all(w.is_inference() == infers and w.requires_grad != infers for w in found)
+        for w, name in zip(found, layer._normed(), strict=True):
+            assert_same_bits(w.detach(), getattr(layer, name).detach())
+        del found, w
+
+
+@pytest.mark.parametrize("dim", [0, 1, None])
+def test_weights_in_kept_memory(dim):
     layer = wn_kernels.WNGRU(INPUTS, 256, dim=dim)
-    assert_right(layer, x, output(layer, x), gradients(layer, x))
-    with torch.no_grad():
-        y = output(layer, x)
-    assert_right(layer, x, y)
+    x = torch.randn(STEPS, BATCH, INPUTS)
+    for _ in range(2):
+        assert_right(layer, x, output(layer, x), gradients(layer, x))
+        with torch.no_grad():
+            y = output(layer, x)
+        assert_right(layer, x, y)
 
 
 def test_gradients_pass_through_places():

@@ -13,7 +13,7 @@ import wn_kernels
 import wn_kernels.functional as WF
 from tests.comparison import assert_matches, assert_same_bits
 from tests.convert.layers import FORMS, NORMALISE, Twice
-from wn_kernels import grouped
+from tests.library import watch_weights
 from wn_kernels.convert import fused
 
 NORMALISED_BY = {**NORMALISE, "wn_kernels.weight_norm": wn_kernels.weight_norm}
@@ -141,11 +141,7 @@ def test_folds(kind, form, fuse_first):
 def test_one_call_for_all_weights(kind, form, monkeypatch):
     """Nothing is computed twice for a forward, and nothing of it is kept."""
     layer, _, x = pair(kind, form)
-    calls = []
-    formed = grouped.formed
-    monkeypatch.setattr(
-        grouped, "formed", lambda v, *rest, **how: calls.append(len(v)) or formed(v, *rest, **how)
-    )
+    calls = watch_weights(monkeypatch)
     monkeypatch.setattr(WF, "weight_norm", None)
     before = set(map(id, layer.__dict__.values()))
     layer(x)

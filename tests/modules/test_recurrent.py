@@ -16,7 +16,7 @@ import wn_kernels
 import wn_kernels.functional as WF
 from tests.comparison import DIMS, assert_matches, assert_same_bits, assert_zero
 from tests.convert.layers import NORMALISE
-from wn_kernels import grouped
+from tests.library import watch_weights
 from wn_kernels.modules.weight import NormedWeights
 
 INPUTS, HIDDEN, BATCH, STEPS = 6, 8, 3, 5
@@ -185,10 +185,9 @@ def test_a_step_forms_no_weight(kind, norm, monkeypatch):
     state = (h, h) if "lstm" in kind else h
     with torch.no_grad():
         y = flat(cell(x, state))[0]
-    products, weights = [], []
-    of_product, formed = WF.wn_linear, grouped.formed
+    products, weights = [], watch_weights(monkeypatch)
+    of_product = WF.wn_linear
     monkeypatch.setattr(WF, "wn_linear", lambda *a, **k: products.append(1) or of_product(*a, **k))
-    monkeypatch.setattr(grouped, "formed", lambda *a, **k: weights.append(1) or formed(*a, **k))
     cell(x, state)
     assert (len(products), len(weights)) == (2, 0)
     with parametrize.cached():
@@ -367,11 +366,7 @@ def test_nothing_of_a_call_is_kept(kind):
 
 @pytest.mark.parametrize("kind", ALL)
 def test_one_call_for_all_weights(kind, monkeypatch):
-    calls = []
-    formed = grouped.formed
-    monkeypatch.setattr(
-        grouped, "formed", lambda v, *rest, **how: calls.append(len(v)) or formed(v, *rest, **how)
-    )
+    calls = watch_weights(monkeypatch)
     layer = made(kind)
     x = torch.randn(STEPS, INPUTS)
     layer(x if isinstance(layer, nn.RNNBase) else x[0])

@@ -95,6 +95,14 @@ class _Fused:
             return self
         return self._modules["parametrizations"]._modules[name]
 
+    def _holders(self: Any) -> dict[str, dict[str, Any]] | None:
+        """Returns the parameters of what holds `g` and `v` of a weight, if it is not the layer, or
+        `None` if another parametrization claims a weight."""
+        stacked = [name for name, norm in self._norms.items() if norm.form != "weight_norm"]
+        holders = {name: self._holder(name) for name in stacked}
+        claimed = any(map(is_claimed, holders.values()))
+        return None if claimed else {name: h._parameters for name, h in holders.items()}
+
     def _tensors(self: Any, name: str) -> tuple[Tensor, Tensor]:
         """Returns `(g, v)`."""
         norm = self._norms[name]
@@ -203,9 +211,9 @@ class _Fused:
     def extra_repr(self: Any) -> str:
         own = self.plain.extra_repr(self)
         if list(self._norms) == ["weight"]:
-            norms = _described(self._norms["weight"])
+            norms = self._norms["weight"].options()
         else:
-            norms = ", ".join(f"{name}: {_described(norm)}" for name, norm in self._norms.items())
+            norms = ", ".join(f"{name}: {norm.options()}" for name, norm in self._norms.items())
         return f"{own}{', ' if own else ''}weight_norm({norms})"
 
     # The following methods serve the removal of weight norm (modules/removal.py).
@@ -249,11 +257,6 @@ class _Fused:
             self._init_flat_weights()
 
 
-def _described(norm: Norm) -> str:
-    """Returns the options of a tensor, for `repr`."""
-    return f"dim={norm.dim}" if norm.norm == "l2" else f"dim={norm.dim}, norm={norm.norm!r}"
-
-
 class _OwnForward(recurrent.FlatWeights):
     """Holds the methods of a fused recurrent layer that has a `forward` of its own. If that calls
     the `forward` of torch.nn, it finds the weights in a list, which holds them until the next
@@ -288,6 +291,7 @@ def layer_class(base: Any, norms: dict[str, Norm], others: Iterable[str] = ()) -
         "__qualname__": base.__qualname__,
         "_is_read": False,
         "_norms": norms,
+        "_rules": {name: (n.key_g, n.key_v, n.dim, 0.0, n.norm) for name, n in norms.items()},
         "_store": None,
         "_traced": None,
         "_watches": reading.WATCHES,

@@ -34,6 +34,10 @@ class Norm(NamedTuple):
         key_g, key_v = (key.rpartition(".")[2] for key in checkpoints.keys(form, name))
         return cls(dim, form, key_g, key_v, norm)
 
+    def options(self) -> str:
+        """Returns the options of the tensor, for `repr`."""
+        return f"dim={self.dim}" if self.norm == "l2" else f"dim={self.dim}, norm={self.norm!r}"
+
 
 def parts(holder: Any, key_g: str, key_v: str) -> tuple[Tensor, Tensor]:
     """Returns `(g, v)`. It avoids `nn.Module.__getattr__`, which costs 1 µs per parameter."""
@@ -52,10 +56,6 @@ def weights(
     norm: call.Norm | Sequence[call.Norm] = "l2",
 ) -> list[Tensor]:
     """Returns the weights of several tensors of a layer, computed in one call.
-
-    Without gradients, they share one piece of memory on a CPU. If many pieces are freed at the end
-    of a forward, the C library returns their pages to the system, and the next forward has to fetch
-    them again.
 
     Args:
         tensors: the `(g, v)` of each.

@@ -7,14 +7,18 @@ that several threads may run it. A cell on a CPU takes products without a weight
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 
+from .. import plan
 from ..call import Norm, recorder
+from ..operators import native_library
 from . import checkpoints, flat, norms, reading, removal, steps
 from .weight import NormedWeights
 
@@ -25,6 +29,12 @@ if TYPE_CHECKING:
 def flat_weights(layer: Any) -> list[Tensor | None]:
     """Returns the tensors of `layer._flat_weights_names`. Those that are weight-normed are computed
     in one call. Where cuDNN runs the layer, all of them lie in one buffer, in its order."""
+    library = _library(layer)
+    if library is not None and (holders := layer._holders()) is not None:
+        arguments = layer._flat_weights_names, layer._parameters, layer._rules, holders
+        found = library.named_weights(*arguments)
+        if found is not None:
+            return found
     names, normed = layer._flat_weights_names, layer._normed()
     directions = {name: layer._tensors(name)[1] for name in normed}
     others = {name: getattr(layer, name, None) for name in names if name not in directions}
@@ -37,6 +47,23 @@ def flat_weights(layer: Any) -> list[Tensor | None]:
     if keeps:
         places = flat.places(layer, directions, others)
     return flat.gathered(tensors, [places.get(name) for name in names])
+
+
+def _library(layer: Any) -> Any:
+    """Returns the native library if it may compute the weights of a layer on a CPU, which are for
+    this call alone, or `None`."""
+    if is_compiling() or layer._is_read or reading.is_shared(layer):
+        return None
+    first = next(iter(layer._parameters.values()), None)
+    if (first is not None and not first.is_cpu) or plan.forced() not in (None, "native"):
+        return None
+    return native_library()
+
+
+@functools.lru_cache(maxsize=256)
+def _rules(names: tuple[str, ...], *options: Any) -> dict[str, tuple[Any, ...]]:
+    """Returns `(key of g, key of v, dim, eps, norm)` for each of these weights of a layer."""
+    return {name: (*checkpoints.keys("weight_norm", name), *options) for name in names}
 
 
 def _kept(layer: Any, tensors: list[Any], *parts: Any) -> list[Tensor | None]:
@@ -136,6 +163,14 @@ class RecurrentMixin(NormedWeights):
 
     def _normed(self) -> tuple[str, ...]:
         return self._names
+
+    def _holders(self) -> dict[str, dict[str, Any]]:
+        """Returns the parameters of what holds `g` and `v` of a weight, if it is not the layer."""
+        return {}
+
+    @property
+    def _rules(self) -> dict[str, tuple[Any, ...]]:
+        return _rules(self._names, self.dim, self.eps, self.norm)
 
     def _forms(self, names: Sequence[str], places: Mapping[str, Tensor] | None) -> list[Tensor]:
         tensors = [self._tensors(name) for name in names]

@@ -34,26 +34,21 @@ void for_each_piece(const std::vector<Piece>& pieces, const F& f) {
   });
 }
 
-// Returns whether the holder of a tensor may write into it.
-inline bool is_free(const Tensor& t) {
-  return t.use_count() == 1 && t.storage().use_count() == 1;
-}
-
 // Where a tensor that shares its memory with others may begin, in bytes. PyTorch allocates on a GPU in
 // such steps, so that tensors take no more memory together than each by itself.
-constexpr size_t allocation_step = 512;
+constexpr int64_t allocation_step = 512;
 
 // Returns memory like that of tensors on one device, in these dtypes. `together`, those that are dense
 // share one piece of memory. They are no views of each other.
 inline variable_list memory_like(
     const variable_list& tensors, const std::vector<at::ScalarType>& dtypes, bool together) {
   const size_t count = tensors.size();
-  std::vector<size_t> begins(count);
-  size_t size = 0;
+  std::vector<int64_t> begins(count);
+  int64_t size = 0;
   for (size_t i = 0; i < count; ++i) {
     if (!together || !tensors[i].is_non_overlapping_and_dense()) continue;
     begins[i] = size;
-    const size_t bytes = tensors[i].numel() * c10::elementSize(dtypes[i]);
+    const int64_t bytes = bytes_of(tensors[i], dtypes[i]);
     size += (bytes + allocation_step - 1) / allocation_step * allocation_step;
   }
   Tensor block;
@@ -65,12 +60,8 @@ inline variable_list memory_like(
       continue;
     }
     if (!block.defined())
-      block = at::empty({static_cast<int64_t>(size)}, t.options().dtype(at::kByte));
-    Tensor here = at::detail::make_tensor<at::TensorImpl>(
-        c10::Storage(block.storage()), block.key_set(), c10::scalarTypeToTypeMeta(dtypes[i]));
-    here.unsafeGetTensorImpl()->set_storage_offset(begins[i] / c10::elementSize(dtypes[i]));
-    here.unsafeGetTensorImpl()->set_sizes_and_strides(t.sizes(), t.strides());
-    out.push_back(std::move(here));
+      block = at::empty({size}, t.options().dtype(at::kByte));
+    out.push_back(placed(block, t, dtypes[i], begins[i]));
   }
   return out;
 }
@@ -79,7 +70,20 @@ inline variable_list memory_like(
 struct Group {
   variable_list v, g, w, n;
   std::vector<NormOptions> options;
-  variable_list places;  // memory that every W is written to, or nothing
+  variable_list places;    // memory that every W is written to, or nothing
+  bool is_lasting = true;  // whether W may have memory that the thread keeps
+  bool needs_grad = false;
+
+  // Adds a weight. Returns false if the library does not serve it.
+  bool add(py::handle vi, py::handle gi, py::handle dim, py::handle eps, py::handle norm) {
+    auto t = weight_operands(vi, gi, dim, eps, norm);
+    if (!t) return false;
+    needs_grad |= t->needs_grad();
+    v.push_back(std::move(t->v));
+    g.push_back(std::move(t->g));
+    options.push_back(t->options);
+    return true;
+  }
 
   // Computes W in these dtypes, and n. Returns false if a norm is out of range.
   bool compute(const std::vector<at::ScalarType>& dtypes) {
@@ -89,7 +93,9 @@ struct Group {
     n.resize(count);
     for (size_t i = 0; i < count; ++i) {
       const Extents e(v[i], g[i]);
-      w[i] = places.empty() ? empty_as(v[i], dtypes[i]) : places[i];
+      w[i] = !places.empty() ? places[i]
+             : is_lasting    ? lasting_weight(v[i], dtypes[i])
+                             : empty_as(v[i], dtypes[i]);
       if (e.columns) {
         const auto result = weight(w[i], v[i], g[i], options[i]);
         if (!result) return false;
@@ -160,7 +166,7 @@ class WeightNorms : public torch::autograd::Node {
 
   variable_list apply(variable_list&& given) override {
     const size_t count = options_.size();
-    Group group{{}, {}, {}, {}, options_, {}};
+    Group group{{}, {}, {}, {}, options_};
     {
       const std::lock_guard<std::mutex> lock(mutex_);
       for (size_t i = 0; i < saved_.size(); ++i) {
@@ -250,33 +256,71 @@ inline std::vector<at::ScalarType> dtypes_of(const py::list& dtypes) {
   return out;
 }
 
-// Returns every W, in its dtype. If there are places, each is written to its own. `together`, they may
-// share one piece of memory otherwise. Returns nothing if the library does not serve one of them.
-inline std::optional<variable_list> weight_norms(
-    const py::list& v, const py::list& g, const py::list& dims, const py::list& eps,
-    const py::list& dtypes, const py::list& norms, const std::optional<variable_list>& places,
-    bool together) {
-  Group group;
-  if (places) group.places = *places;
-  const auto of_w = dtypes_of(dtypes);
-  bool needs_grad = false;
-  for (size_t i = 0; i < v.size(); ++i) {
-    const auto t = weight_operands(v[i], g[i], dims[i], eps[i], norms[i]);
-    if (!t) return std::nullopt;
-    if ((of_w[i] == at::kDouble) != (t->v.scalar_type() == at::kDouble)) return std::nullopt;
-    group.v.push_back(t->v);
-    group.g.push_back(t->g);
-    group.options.push_back(t->options);
-    needs_grad |= t->needs_grad();
-  }
+// Computes every W as an output of a node. Returns false if a norm is out of range.
+inline bool form(Group& group, const std::vector<at::ScalarType>& dtypes) {
   const py::gil_scoped_release released;
   {
     const BelowAutograd below;
-    if (together && !places) group.places = memory_like(group.v, of_w, together);
-    if (!group.compute(of_w)) return std::nullopt;
+    if (!group.compute(dtypes)) return false;
   }
-  if (needs_grad) WeightNorms::record(group);
-  return group.w;
+  if (group.needs_grad) WeightNorms::record(group);
+  return true;
+}
+
+// Returns every W, in its dtype. If there are places, each is written to its own. Otherwise it may have
+// memory that the thread keeps if it `is_lasting`. Returns nothing if the library does not serve one of
+// them.
+inline std::optional<variable_list> weight_norms(
+    const py::list& v, const py::list& g, const py::list& dims, const py::list& eps,
+    const py::list& dtypes, const py::list& norms, const std::optional<variable_list>& places,
+    bool is_lasting) {
+  Group group;
+  if (places) group.places = *places;
+  group.is_lasting = is_lasting;
+  const auto of_w = dtypes_of(dtypes);
+  for (size_t i = 0; i < v.size(); ++i) {
+    if (!group.add(v[i], g[i], dims[i], eps[i], norms[i])) return std::nullopt;
+    if ((of_w[i] == at::kDouble) != (group.v[i].scalar_type() == at::kDouble)) return std::nullopt;
+  }
+  if (!form(group, of_w)) return std::nullopt;
+  return std::move(group.w);
+}
+
+// Returns the tensors of a layer by these names, and forms those that are weight-normed. `own` are the
+// layer's parameters. `rules` has (key of g, key of v, dim, eps, norm) for the name of each W, and
+// `holders` the parameters that have its g and v if these are not the layer's own. Returns nothing if
+// a parameter is missing, or if the library does not serve the call.
+inline std::optional<py::list> named_weights(
+    const py::list& names, const py::dict& own, const py::dict& rules, const py::dict& holders) {
+  const auto get = [](py::handle from, py::handle key) {
+    PyObject* found = PyDict_GetItemWithError(from.ptr(), key.ptr());
+    if (!found && PyErr_Occurred()) throw py::error_already_set();
+    return py::handle(found);
+  };
+  Group group;
+  std::vector<at::ScalarType> dtypes;
+  std::vector<size_t> formed;
+  py::list out(names.size());
+  for (size_t i = 0; i < names.size(); ++i) {
+    const py::handle rule = get(rules, names[i]);
+    if (!rule) {
+      const py::handle tensor = get(own, names[i]);
+      if (!tensor) return std::nullopt;
+      out[i] = tensor;
+      continue;
+    }
+    const auto option = [&](size_t k) { return py::handle(PyTuple_GET_ITEM(rule.ptr(), k)); };
+    const py::handle holder = get(holders, names[i]);
+    const py::handle from = holder ? holder : own;
+    const py::handle g = get(from, option(0)), v = get(from, option(1));
+    if (!g || !v || !group.add(v, g, option(2), option(3), option(4))) return std::nullopt;
+    dtypes.push_back(group.v.back().scalar_type());
+    formed.push_back(i);
+  }
+  if (!form(group, dtypes)) return std::nullopt;
+  for (size_t k = 0; k < formed.size(); ++k)
+    out[formed[k]] = py::reinterpret_steal<py::object>(THPVariable_Wrap(std::move(group.w[k])));
+  return out;
 }
 
 // --- for groups whose kernels Python launches ------------------------------------------------------
@@ -338,7 +382,7 @@ inline py::list empty_like(const py::list& tensors, const py::list& dtypes, bool
 inline void record(
     const py::list& w, const py::list& v, const py::list& g, const py::list& n,
     const std::vector<double>& eps, const py::list& norms, const py::object& grads) {
-  Group group{unpacked(v), unpacked(g), unpacked(w), unpacked(n), {}, {}};
+  Group group{unpacked(v), unpacked(g), unpacked(w), unpacked(n)};
   for (size_t i = 0; i < eps.size(); ++i) group.options.push_back({eps[i], *norm_of(norms[i])});
   WeightNorms::record(group, grads);
 }

@@ -60,6 +60,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       method<computed>("computed"), method<launched>("launched"), {nullptr, nullptr, 0, nullptr}};
   PyModule_AddFunctions(m.ptr(), methods);
   m.def("weight_norms", &weight_norms);
+  m.def("named_weights", &named_weights);
   m.def("layouts", &layouts);
   m.def("addresses", &addresses);
   m.def("empty_like", &wn_kernels::empty_like);

@@ -11,10 +11,9 @@
 #include <utility>
 #include <vector>
 
-#include <ATen/EmptyTensor.h>
-
 #include "call.h"
 #include "columns.h"
+#include "memory.h"
 #include "rows.h"
 
 namespace wn_kernels {
@@ -67,31 +66,6 @@ inline at::ScalarType product_dtype(Variant variant, const Tensor& x, const Tens
 
 inline bool forms_weight(Variant variant) {
   return variant == Variant::materialize || variant == Variant::widen;
-}
-
-// Returns memory for numbers of this dtype, laid out as those of a dense tensor. No dispatcher runs.
-inline Tensor empty_as(const Tensor& t, at::ScalarType dtype) {
-  return Tensor(at::detail::empty_strided_cpu(t.sizes(), t.strides(), dtype));
-}
-
-inline Tensor empty_as(const Tensor& t) { return empty_as(t, t.scalar_type()); }
-
-// A W of at most this many bytes may have memory that is kept for the next one.
-constexpr int64_t kPassingBytes = 1 << 21;
-
-// Returns memory for a W in this dtype that its caller alone uses, and only until it returns. A small
-// one has the same memory in every call of a thread. Otherwise W would leave a hole in the heap, which
-// small tensors then break up.
-inline Tensor passing_weight(const Tensor& v, at::ScalarType dtype) {
-  static thread_local Tensor memory;
-  const int64_t bytes = v.numel() * static_cast<int64_t>(c10::elementSize(dtype));
-  if (bytes > kPassingBytes) return empty_as(v, dtype);
-  if (!memory.defined() || memory.numel() < bytes || memory.storage().use_count() > 1)
-    memory = Tensor(at::detail::empty_cpu({bytes}, at::kByte));
-  const Tensor w = at::detail::make_tensor<c10::TensorImpl>(
-      c10::Storage(memory.storage()), memory.key_set(), c10::scalarTypeToTypeMeta(dtype));
-  w.unsafeGetTensorImpl()->set_sizes_and_strides(v.sizes(), v.strides());
-  return w;
 }
 
 // Returns memory for the norms.
