@@ -43,6 +43,16 @@ using Bits = decltype(Vector{} < Vector{});
 template <typename Vector>
 using Bit = std::remove_reference_t<decltype(Bits<Vector>{}[0])>;
 
+// The bits of one number.
+template <typename T>
+using Integer = std::conditional_t<sizeof(T) == 8, int64_t, int32_t>;
+template <typename T>
+inline Integer<T> bits(T number) {
+  Integer<T> out;
+  std::memcpy(&out, &number, sizeof out);
+  return out;
+}
+
 // Returns |v|.
 template <typename Value>
 inline Value magnitude(Value v) {
@@ -72,9 +82,8 @@ struct Sum {
 struct Largest {
   template <typename Value>
   static Value merge(Value a, Value b) {
-    if constexpr (std::is_floating_point_v<Value>) {  // whose bits stay in a vector register
-      typedef Value Values __attribute__((vector_size(16)));
-      return merge(Values{a}, Values{b})[0];
+    if constexpr (std::is_floating_point_v<Value>) {
+      return bits(a) > bits(b) ? a : b;
     } else {
       const auto x = (Bits<Value>)a, y = (Bits<Value>)b;
       return (Value)(x > y ? x : y);
