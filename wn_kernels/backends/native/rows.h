@@ -179,18 +179,6 @@ std::array<double, 2> partial_and_dot(Norm of, const V* v, const Wide<V>* x, int
   return out;
 }
 
-// Writes a group, whose vectors are at(i) for the elements from i on. All are computed before one is
-// written.
-template <typename To, typename At>
-inline void store_group(To* to, const At& at) {
-  constexpr int64_t lanes = Lanes<Wide<To>>::count;
-  Vector<Wide<To>> all[kGroup / lanes];
-#pragma GCC unroll 8
-  for (int64_t l = 0; l < kGroup / lanes; ++l) all[l] = at(l * lanes);
-#pragma GCC unroll 8
-  for (int64_t l = 0; l < kGroup / lanes; ++l) store(to + l * lanes, all[l]);
-}
-
 // Finds the ties of a row, which are the elements with |v| = n. Under linf they alone have a slope. In a
 // long row they usually lie in few groups. These are noted, and the other groups are written in the same
 // pass, because they do not depend on how many ties there are.
@@ -270,7 +258,8 @@ class Ties {
 template <typename To, typename A>
 auto scale_group(To* to, Wide<To> s, const A* a) {
   return [=](int64_t i) {
-    store_group(to + i, [=](int64_t l) { return s * load(a + i + l); });
+#pragma GCC unroll 8
+    for (int64_t l = i; l < i + kGroup; l += Lanes<Wide<To>>::count) store(to + l, s * load(a + l));
   };
 }
 
@@ -382,25 +371,14 @@ void difference(
   const Vector<T> scales = Vector<T>{} + s, minus_c = Vector<T>{} - c;
   const auto exact = [=](int64_t begin, int64_t end) {
     for_each_vector<T>(end - begin, [=](int64_t i, auto count) {
-      const auto slope = times_slope<norm>(minus_c, load(v + begin + i, count), n);
-      store(to + begin + i, multiply_add(scales, load(a + begin + i, count), slope), count);
+      const auto minus_cu = slope_at<norm>(minus_c, v + begin + i, n, count);
+      store(to + begin + i, multiply_add(scales, load(a + begin + i, count), minus_cu), count);
     });
   };
-  if constexpr (norm == Norm::linf) return ties.for_each_rest(v, length, exact);
-  int64_t begin = 0;
-  if constexpr (norm == Norm::l1) {
-    // Zeros are rare. In a group without one, nothing is needed of v but its signs.
-    for (; begin + kGroup <= length; begin += kGroup) {
-      if (__builtin_expect(any_equal(v + begin, RawNumber<V>{0}), 0))
-        exact(begin, begin + kGroup);
-      else
-        store_group(to + begin, [=](int64_t l) {
-          const auto minus_cu = with_sign(signs(v + begin + l), minus_c);
-          return multiply_add(scales, load(a + begin + l), minus_cu);
-        });
-    }
-  }
-  exact(begin, length);
+  if constexpr (norm == Norm::linf)
+    ties.for_each_rest(v, length, exact);
+  else
+    exact(0, length);
 }
 
 // Computes to = c u, where u is that of v. Under linf the groups that the ties left are written.
