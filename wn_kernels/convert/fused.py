@@ -266,11 +266,6 @@ class _OwnForward(recurrent.FlatWeights):
         self._flat_weights = recurrent.flat_weights(self)
 
 
-def _own_parametrizations(module: Any) -> nn.ModuleDict:
-    own = module.__dict__.get("_modules", {}).get("parametrizations")
-    return removal.Parametrizations(module) if own is None else own
-
-
 def layer_class(base: Any, norms: dict[str, Norm], others: Iterable[str] = ()) -> Any:
     """Returns the class of one fused module.
 
@@ -298,7 +293,7 @@ def layer_class(base: Any, norms: dict[str, Norm], others: Iterable[str] = ()) -
         "plain": base,
     }
     if not any(norm.form == "parametrizations" for norm in norms.values()):
-        namespace["parametrizations"] = property(_own_parametrizations)
+        namespace["parametrizations"] = property(removal.parametrizations)
     if layer is not None:
         namespace["forward"] = layer.forward
     namespace |= {name: reading.reader(name) for name in norms}

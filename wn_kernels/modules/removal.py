@@ -196,6 +196,12 @@ class Parametrizations(nn.ModuleDict):
         pass  # `finish` does it
 
 
+def parametrizations(module: Any) -> nn.ModuleDict:
+    """Returns `module.parametrizations`: PyTorch's, or what stands in its place."""
+    own = module.__dict__.get("_modules", {}).get("parametrizations")
+    return Parametrizations(module) if own is None else own
+
+
 class Parametrization:
     """Replaces one tensor's list of parametrizations. It has the attributes that
     `remove_parametrizations` reads of a list with one original tensor."""

@@ -165,8 +165,7 @@ class NormedWeights(nn.Module):
     def parametrizations(self) -> nn.ModuleDict:
         """Returns the parametrizations of other tensors. If there are none, it returns a substitute
         for PyTorch's removal function."""
-        own: Any = self.__dict__.get("_modules", {}).get("parametrizations")
-        return removal.Parametrizations(self) if own is None else own
+        return removal.parametrizations(self)
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """Does what `nn.Module.register_parameter` does. A weight replaces `g` and `v`."""
