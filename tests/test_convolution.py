@@ -292,7 +292,7 @@ BAD = [
     ((X, V, G), {"groups": 0}, ValueError, "groups=0 does not divide"),
     ((X, V, G), {"groups": 1.0}, TypeError, "groups must be an int"),
     ((X, V, G), {"stride": 0}, ValueError, "stride must be at least 1, got 0"),
-    ((X, V, G), {"stride": (1, 2)}, ValueError, r"stride needs 1 or 1 values, got \(1, 2\)"),
+    ((X, V, G), {"stride": (1, 2)}, ValueError, r"stride needs 1 value, got \(1, 2\)"),
     ((X, V, G), {"dilation": -1}, ValueError, "dilation must be at least 1"),
     ((X, V, G), {"padding": -1}, ValueError, "padding must be at least 0"),
     ((X, V, G), {"padding": 0.5}, TypeError, "padding must be an int or a sequence of ints"),

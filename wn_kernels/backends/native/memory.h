@@ -73,15 +73,14 @@ inline Tensor lasting_weight(const Tensor& v, at::ScalarType dtype) {
   static thread_local std::vector<Tensor> kept;
   const int64_t bytes = bytes_of(v, dtype);
   if (bytes < kLeastBytes) return empty_as(v, dtype);
-  const Tensor* best = nullptr;
+  // A block of another size would keep more memory than W for the backward.
+  const Tensor* found = nullptr;
   int64_t all = bytes;
   for (const Tensor& block : kept) {
-    const int64_t size = block.numel();
-    all += size;
-    const bool fits = size >= bytes && size / 2 <= bytes && is_free(block);
-    if (fits && (!best || size < best->numel())) best = &block;
+    all += block.numel();
+    if (block.numel() == bytes && is_free(block)) found = &block;
   }
-  if (!best) {
+  if (!found) {
     // Those that fit no W of late make room.
     for (auto block = kept.begin(); all > kMostBytes && block != kept.end();) {
       if (is_free(*block)) {
@@ -92,11 +91,11 @@ inline Tensor lasting_weight(const Tensor& v, at::ScalarType dtype) {
       }
     }
     if (all > kMostBytes) return empty_as(v, dtype);
-    best = &kept.emplace_back(empty_bytes(bytes));
+    found = &kept.emplace_back(empty_bytes(bytes));
   }
   // What other threads did with the block has happened before.
   std::atomic_thread_fence(std::memory_order_acquire);
-  return placed(*best, v, dtype);
+  return placed(*found, v, dtype);
 }
 
 }  // namespace wn_kernels
