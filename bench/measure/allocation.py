@@ -12,26 +12,25 @@ from torch.profiler import ProfilerActivity, profile
 
 from bench.measure.timing import session_of
 
-# Of glibc's malloc.h. The first has no larger value.
+# The file malloc.h of glibc defines the numbers of these two options. Their values are in bytes.
+# The first takes no larger value. The second is more than the heap ever has free.
 _M_MMAP_THRESHOLD, _LARGEST_MMAP_THRESHOLD = -3, 32 << 20
 _M_TRIM_THRESHOLD, _NEVER = -1, 1 << 30
 
 
-def settle_heap() -> bool:
-    """Has the C library keep freed memory of this process. Returns whether it does.
+def settle_heap() -> None:
+    """Has the C library keep freed memory of this process, where that is glibc.
 
     By default glibc gives the top of its heap back to the system, or does not, by what was freed
     before. A call of a megabyte then takes up to 1.4 times as long as the same call a moment later,
     since each of its pages is mapped anew.
     """
     if not sys.platform.startswith("linux"):
-        return False
+        return
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    options = (
-        (_M_MMAP_THRESHOLD, _LARGEST_MMAP_THRESHOLD),
-        (_M_TRIM_THRESHOLD, _NEVER),
-    )
-    return mallopt is not None and all(mallopt(*option) for option in options)
+    if mallopt is not None:
+        mallopt(_M_MMAP_THRESHOLD, _LARGEST_MMAP_THRESHOLD)
+        mallopt(_M_TRIM_THRESHOLD, _NEVER)
 
 
 def saved_bytes(leaves: list[Tensor], forward: Callable[[], Tensor]) -> int:

@@ -261,7 +261,8 @@ def test_memory_of_weights_is_kept(dim, records):
 
 
 def test_kept_memory_serves_inference_mode():
-    """What a forward outside of inference mode left is used inside of it, and vice versa."""
+    """A forward in inference mode may take memory that one outside of it has left, and one outside
+    of it memory that one inside has left. The weights are tensors of the mode of their forward."""
     layer = wn_kernels.WNGRU(128, 128)
     for infers in (False, True, False):
         with torch.inference_mode(infers):

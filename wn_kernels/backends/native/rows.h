@@ -254,6 +254,16 @@ class Ties {
   int64_t count_ = 0, size_ = 0, groups_[kFewGroups];
 };
 
+// Calls f(begin, end) for the elements that are left to be written after the ties were found. Under
+// another norm than linf, there are no ties, and these are all elements.
+template <Norm norm, typename V, typename F>
+void for_each_left(const Ties<V>& ties, const V* v, int64_t length, const F& f) {
+  if constexpr (norm == Norm::linf)
+    ties.for_each_rest(v, length, f);
+  else
+    f(0, length);
+}
+
 // Returns a function that writes to = s a in the group from element i on. `to` may be a.
 template <typename To, typename A>
 auto scale_group(To* to, Wide<To> s, const A* a) {
@@ -369,31 +379,23 @@ void difference(
     int64_t length) {
   using T = Wide<V>;
   const Vector<T> scales = Vector<T>{} + s, minus_c = Vector<T>{} - c;
-  const auto exact = [=](int64_t begin, int64_t end) {
+  for_each_left<norm>(ties, v, length, [=](int64_t begin, int64_t end) {
     for_each_vector<T>(end - begin, [=](int64_t i, auto count) {
       const auto minus_cu = slope_at<norm>(minus_c, v + begin + i, n, count);
       store(to + begin + i, multiply_add(scales, load(a + begin + i, count), minus_cu), count);
     });
-  };
-  if constexpr (norm == Norm::linf)
-    ties.for_each_rest(v, length, exact);
-  else
-    exact(0, length);
+  });
 }
 
 // Computes to = c u, where u is that of v. Under linf the groups that the ties left are written.
 template <Norm norm, typename To, typename V>
 void scaled_slope(
     To* to, const V* v, Wide<V> n, Wide<V> c, const Ties<V>& ties, int64_t length) {
-  const auto exact = [=](int64_t begin, int64_t end) {
+  for_each_left<norm>(ties, v, length, [=](int64_t begin, int64_t end) {
     for_each_vector<Wide<V>>(end - begin, [=](int64_t i, auto count) {
       store(to + begin + i, times_slope<norm>(c, load(v + begin + i, count), n), count);
     });
-  };
-  if constexpr (norm == Norm::linf)
-    ties.for_each_rest(v, length, exact);
-  else
-    exact(0, length);
+  });
 }
 
 // Writes dV_j and returns dg_j. dV_j may overwrite dW_j.

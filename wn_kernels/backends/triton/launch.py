@@ -363,8 +363,13 @@ class Walk:
         """The arguments of a kernel that turns the sums into results. A split walk leaves a partial
         sum for every split."""
         block_s = min(next_power_of_2(self.splits), max(1, 2048 // self.config.BLOCK_N))
-        arguments = {**self.arguments, "FORM": self.form, "SPLITS": self.splits}
-        return {**arguments, "block_n": None, "BLOCK_S": block_s}
+        return {
+            **self.arguments,
+            "FORM": self.form,
+            "SPLITS": self.splits,
+            "BLOCK_S": block_s,
+            "block_n": None,  # a program finds its block by its ids
+        }
 
     def strides(self, **names: int) -> dict[str, Any]:
         """Stride arguments: `strides(v=0)` is `stride_v`, those of tensor 0."""
