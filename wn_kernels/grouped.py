@@ -118,35 +118,9 @@ def weights(
     """
     first = v[0]
     backend = plans.prepares(first) if isinstance(first, Tensor) else ""
-    if backend not in ("native", "triton"):
-        return None
-    layouts = library.layouts(v + g)
-    if layouts is None:
-        return None
-    key = layouts, options, backend
-    try:
-        known = _known.get(key)
-    except TypeError:  # an option cannot be hashed
-        return None
+    known = _checked(library, backend, v, g, options)
     if known is None:
-        every = zip(v, g, *options, strict=True)
-        try:
-            checked = [prepare_member(first, *each) for each in every]
-        except (TypeError, ValueError):
-            return None
-        if any(t.shape != shape for t, (_, shape) in zip(g, checked, strict=True)):
-            return None
-        members = tuple([member for member, _ in checked])
-        prepared = None
-        if backend == "triton":
-            if not all(t.is_contiguous() for t in g):
-                return None
-            from .backends.triton.group import Prepared
-
-            prepared = Prepared(v, g, members)
-        if len(_known) >= _MOST:
-            _known.clear()
-        known = _known[key] = members, prepared
+        return None
     members, prepared = known
     if places is not None:
         check_places(places, v, members)
@@ -160,6 +134,51 @@ def weights(
     if keeps:
         library.record(w, v, g, n, *prepared.rules, prepared.grads)
     return w
+
+
+def _checked(
+    library: Any, backend: str, v: list[Tensor], g: list[Tensor], options: Options
+) -> tuple[tuple[Member, ...], Any] | None:
+    """Returns the options of every weight in canonical form, and what launches the kernels, if any,
+    or `None` if the rest of the package serves the call, or rejects it."""
+    if backend not in ("native", "triton"):
+        return None
+    layouts = library.layouts(v + g)
+    if layouts is None:
+        return None
+    key = layouts, options, backend
+    try:
+        known = _known.get(key)
+    except TypeError:  # an option cannot be hashed
+        return None
+    if known is not None:
+        return known
+    every = zip(v, g, *options, strict=True)
+    try:
+        checked = [prepare_member(v[0], *each) for each in every]
+    except (TypeError, ValueError):
+        return None
+    if any(t.shape != shape for t, (_, shape) in zip(g, checked, strict=True)):
+        return None
+    members = tuple([member for member, _ in checked])
+    prepared = None
+    if backend == "triton":
+        if not all(t.is_contiguous() for t in g):
+            return None
+        from .backends.triton.group import Prepared
+
+        prepared = Prepared(v, g, members)
+    if len(_known) >= _MOST:
+        _known.clear()
+    _known[key] = members, prepared
+    return members, prepared
+
+
+def launches(v: list[Tensor], g: list[Tensor], options: Options) -> Any:
+    """Returns what launches the kernels of a group on the Triton path, a `Prepared` of
+    `backends/triton/group.py`, or `None` if the rest of the package serves the call."""
+    known = _checked(native_library(), "triton", v, g, options)
+    return known and known[1]
 
 
 # --- by Python -----------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from tests.compatibility import processes
 from tests.compatibility.processes import WORLD
 from wn_kernels.backends import native
 from wn_kernels.modules import flat, recurrent
+from wn_kernels.operators import native_library
 
 STEPS, BATCH, INPUTS, HIDDEN = 4, 2, 6, 8
 
@@ -361,6 +362,112 @@ def test_memory_without_biases(monkeypatch):
         rest = set(layer._flat_weights_names) - set(v)
         assert flat.places(layer, v, {name: getattr(layer, name) for name in rest}) == {}
     assert asked == [False, True]
+
+
+GAP = 3  # elements between two tensors
+
+
+@pytest.fixture
+def one_piece(monkeypatch):
+    """Kernels are launched, and tensors lie as if cuDNN ran the layers: one behind the other. Yields
+    the number of calls of the native library that placed them."""
+    if reason := native.unavailable():
+        pytest.skip(reason)
+    library, calls = native_library(), []
+
+    def layout(shapes, *_):
+        ends = [0]
+        for shape in shapes:
+            ends.append(ends[-1] + shape.numel() + GAP)
+        return flat.Layout(ends[-1], tuple(ends[:-1]))
+
+    class Counted:
+        def __getattr__(self, name):
+            return getattr(library, name)
+
+        def placed_weights(self, *arguments):
+            found = library.placed_weights(*arguments)
+            calls.append(found is not None)
+            return found
+
+    monkeypatch.setattr(flat, "_is_for_cudnn", lambda _: True)
+    monkeypatch.setattr(flat, "_options", lambda _: ())
+    monkeypatch.setattr(flat, "_layout_of_cudnn", layout)
+    monkeypatch.setattr(flat, "_layouts", {})
+    counted = Counted()
+    monkeypatch.setattr(recurrent, "native_library", lambda: counted)
+    with wn_kernels.use_backend("triton"):
+        yield calls
+
+
+PLACED = {
+    "rnn": lambda: wn_kernels.WNRNN(INPUTS, HIDDEN, norm="linf"),
+    "lstm": lambda: wn_kernels.WNLSTM(INPUTS, HIDDEN, 2, bidirectional=True, proj_size=3),
+    "gru": lambda: wn_kernels.WNGRU(INPUTS, HIDDEN, dim=None, bias=False),
+    "fused": lambda: normed(nn.LSTM(INPUTS, HIDDEN)),
+}
+
+
+@pytest.mark.parametrize("name", PLACED)
+def test_the_library_places_the_tensors(name, one_piece):
+    """All in one piece of memory, biases too. The gradients of both are right."""
+    torch.manual_seed(3)
+    layer = PLACED[name]()
+    x = torch.randn(STEPS, BATCH, INPUTS)
+    with torch.no_grad():
+        for key, p in layer.named_parameters():
+            if key.endswith(("_g", "original0")):
+                p.mul_(torch.rand_like(p) + 0.5)
+    for records in (False, True):
+        with torch.set_grad_enabled(records):
+            found = recurrent.flat_weights(layer)
+        assert len({t.untyped_storage().data_ptr() for t in found}) == 1
+        offset = 0
+        for t in found:
+            assert t.storage_offset() == offset
+            assert t.requires_grad == records
+            assert not t._is_view()
+            offset += t.numel() + GAP
+    assert one_piece == [True, True]
+    assert_right(layer, x, output(layer, x), gradients(layer, x))
+    with torch.no_grad():
+        y = output(layer, x)
+    assert_right(layer, x, y)
+    for p in layer.parameters():  # one gradient alone
+        for other in layer.parameters():
+            other.requires_grad_(other is p)
+        (grad,) = torch.autograd.grad(loss(layer, x), [p])
+        p.requires_grad_(False)
+        wide = copy.deepcopy(layer).double()
+        with wn_kernels.use_backend("reference"):
+            (right,) = (q for q, r in zip(wide.parameters(), layer.parameters()) if r is p)
+            right.requires_grad_()
+            (expected,) = torch.autograd.grad(loss(wide, x.double()), [right])
+        assert_matches(grad, expected, torch.float32, 256, roundings=16)
+    assert all(one_piece)
+
+
+@pytest.mark.parametrize("change", ["dtype", "shape", "layout", "missing"])
+def test_what_the_library_does_not_place(change, one_piece):
+    """Tensors of several dtypes, or that do not lie as they should, go through Python."""
+    layer = wn_kernels.WNLSTM(INPUTS, HIDDEN)
+    recurrent.flat_weights(layer)
+    if change == "dtype":
+        layer.bias_hh_l0 = nn.Parameter(layer.bias_hh_l0.double())
+    elif change == "shape":
+        layer.bias_hh_l0 = nn.Parameter(torch.ones(1))
+    elif change == "layout":
+        layer.weight_ih_l0_v = nn.Parameter(layer.weight_ih_l0_v.t().contiguous().t())
+    else:
+        layer.bias_hh_l0 = None
+    found = recurrent.flat_weights(layer)
+    assert one_piece == [True, False]
+    names = layer._flat_weights_names
+    for name, t in zip(names, found, strict=True):
+        wanted = getattr(layer, name)
+        assert (t is None) == (wanted is None)
+        if t is not None:
+            assert_same_bits(t.detach(), wanted.detach())
 
 
 def test_frozen_weights_are_brought_to_their_places_once(monkeypatch):

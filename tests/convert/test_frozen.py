@@ -19,6 +19,8 @@ from tests.convert.layers import NORMALISE, Doubled, Scaled
 from tests.convert.test_removal import output, subject
 from tests.forms import parts
 from wn_kernels import frozen_weights, plan, use_backend
+from wn_kernels.backends import native
+from wn_kernels.modules import kept as keeping
 
 pytestmark = pytest.mark.usefixtures("paying")
 
@@ -84,8 +86,13 @@ def test_what_is_not_of_this_package():
             raise AssertionError("the block ran")
 
 
-def test_a_kept_call_plans_nothing():
+@pytest.mark.parametrize("library", [True, False])
+def test_a_kept_call_plans_nothing(library, monkeypatch):
     """The Python that runs: a look at the parameters, and the plain layer's own call."""
+    if library and native.unavailable():
+        pytest.skip(native.unavailable())
+    if not library:
+        monkeypatch.setattr(keeping, "native_library", lambda: None)
     layer, x = made("conv1d")
     called = set()
 
@@ -100,15 +107,8 @@ def test_a_kept_call_plans_nothing():
             layer(x)
         finally:
             sys.setprofile(None)
-    assert called == {
-        "_Convolution.forward",
-        "WeightNormMixin._operands",
-        "take",
-        "_pays",
-        "forced",
-        "Store.get",
-        "like",
-    }
+    looks = {"take", "_kept", "forced"} | (set() if library else {"_pays", "Store.find"})
+    assert called == {"_Convolution.forward", "WeightNormMixin._operands", "like"} | looks
 
 
 def test_what_is_faster_without_a_weight(monkeypatch):

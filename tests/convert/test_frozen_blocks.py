@@ -294,13 +294,13 @@ def test_streams_and_captures(monkeypatch):
     )
     store = keeping.Store()
     store.blocks = 1
-    first = store.get(module, "weight", v, g, torch.float32)
+    first = store.find(module, "weight", v, g, torch.float32)
     stream[0] = 2
-    second = store.get(module, "weight", v, g, torch.float32)
+    second = store.find(module, "weight", v, g, torch.float32)
     assert first is not second
     is_capturing[0] = True
-    assert store.get(module, "weight", v, g, torch.float32) is None
+    assert store.find(module, "weight", v, g, torch.float32) is None
     is_capturing[0] = False
-    assert store.get(module, "weight", v, g, torch.float32) is second
+    assert store.find(module, "weight", v, g, torch.float32) is second
     stream[0] = 1
-    assert store.get(module, "weight", v, g, torch.float32) is first
+    assert store.find(module, "weight", v, g, torch.float32) is first

@@ -174,6 +174,9 @@ def walked_rows(itemsize: int) -> int:
 # A program of a one-pass forward that shares its r with others walks so many steps at least, and r
 # is not shared where one program walks fewer than so many.
 SHARED_STEPS, LONG_WALK = 8, 32
+# A walk over an r of at most this many is over before a deep pipeline is full. Its tiles are small
+# enough for two programs to share a multiprocessor, one of which loads while the other stores.
+SHORT_WALK = 512
 
 
 def one_pass(
@@ -207,6 +210,8 @@ def one_pass(
         return Loop(up_to(m, 16, 32), block_o, 256 // itemsize, warps, deep)
     if is_hopper:
         if o > 8192:
+            if r <= SHORT_WALK:
+                return Loop(128, 128, 64, 8, 3) if m > 64 else Loop(64, 64, 64, 4, 3)
             wide = Loop(128, 128, 128, 8, 3) if m <= 128 else Loop(256, 128, 64, 8, 4)
             return wide if m > 64 else Loop(64, 64, 128, 4, 3)
         if r >= LONG_WALK * 128:

@@ -51,6 +51,29 @@ def places(
     return _memory(layout, given, dtype, zeroed=not layer.bias)
 
 
+def layout(library: Any, layer: Any, like: Tensor) -> Any:
+    """Returns where the native library places the tensors of a layer, a `Layout` of its `flat.h`,
+    or `None` if cuDNN does not run the layer on parameters like this one."""
+    if not _is_for_cudnn(like) or torch.is_autocast_enabled("cuda"):
+        return None
+    sizes = layer.input_size, layer.hidden_size, layer.proj_size, layer.num_layers
+    kind = layer.mode, layer.bias, layer.bidirectional
+    key = library, *sizes, *kind, like.device, like.dtype
+    found = _layouts.get(key)
+    if found is None:
+        normed, options = set(layer._normed()), _options(layer)
+        shapes = tuple(
+            (layer._tensors(name)[1] if name in normed else getattr(layer, name)).shape
+            for name in layer._flat_weights_names
+        )
+        size, offsets = _layout_of_cudnn(shapes, options, like.device, like.dtype)
+        found = _layouts[key] = library.Layout(size, offsets, shapes, not layer.bias)
+    return found
+
+
+_layouts: dict[Any, Any] = {}
+
+
 def gathered(
     tensors: Sequence[Tensor | None], places: Sequence[Tensor | None]
 ) -> list[Tensor | None]:
@@ -151,10 +174,15 @@ def _are_ordinary(tensors: Sequence[Tensor]) -> bool:
 
 def _is_for_cudnn(like: Tensor) -> bool:
     """Returns whether cuDNN runs a layer with weights like this one."""
+    return like.is_cuda and _accepts(like.device, like.dtype, torch.backends.cudnn.enabled)
+
+
+@functools.lru_cache(maxsize=64)
+def _accepts(device: torch.device, dtype: torch.dtype, is_enabled: bool) -> bool:
     return (
-        like.is_cuda
+        is_enabled
         and torch.version.cuda is not None
-        and torch.backends.cudnn.is_acceptable(like)
+        and torch.backends.cudnn.is_acceptable(torch.empty(0, device=device, dtype=dtype))
         and torch._use_cudnn_rnn_flatten_weight()
     )
 

@@ -20,6 +20,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from ..backends import vendor
 from ..call import PLAIN_TYPES, recorder
+from ..operators import native_library
 from . import reading
 
 
@@ -54,20 +55,33 @@ class Store:
         pays: whether PyTorch's product with a kept weight is the fastest for an input
             (`prepared.py`).
         copies: the tensors of a recurrent layer in one buffer (`flat.py`).
+        frozen: the same, as the native library finds them (`flat.h`).
+        take, add: the native library's functions that look former inputs up, and add one
+            (`kept.h`), or `None` without it.
     """
 
     def __init__(self) -> None:
         self.blocks = 0
-        self.kept: dict[str, dict[Any, Kept]] = {}
         self.pays: dict[Any, bool] = {}
+        self.clear()
+
+    def clear(self) -> None:
+        """Drops the weights."""
+        self.kept: dict[str, dict[Any, Kept]] = {}
         self.copies: Any = None
+        self.frozen: Any = None
+        self._forget_inputs()
+
+    def _forget_inputs(self) -> None:
+        library = native_library()
+        self.take, self.add = (None, None) if library is None else library.keeping()
 
     def __reduce__(self) -> tuple:
         return type(None), ()
 
-    def get(
+    def find(
         self, module: Any, name: str, v: Tensor, g: Tensor, dtype: torch.dtype
-    ) -> Tensor | None:
+    ) -> Kept | None:
         """Returns the kept weight in a dtype, computed if need be, or `None` if the call must not
         use one."""
         if torch.is_grad_enabled() and (v.requires_grad or g.requires_grad):
@@ -92,10 +106,11 @@ class Store:
                 and v.data_ptr() == v_address
                 and g.data_ptr() == g_address
             ):
-                return weight
+                return found
             if weight._version != written:
                 reading.warn(module, name)
             weights.pop(key, None)
+            self._forget_inputs()  # other tensors may get the addresses from now on
         if not self.blocks or module._is_claimed(name) or not _can_keep(v, g, dtype):
             return None
         # A change that another thread makes meanwhile is noticed by the next call.
@@ -104,8 +119,8 @@ class Store:
             memory = v.detach(), g.detach()
             weight = module._form(name, torch.promote_types(v.dtype, dtype)).to(dtype)
         written = weight._version
-        weights[key] = Kept(weight, v, g, versions + written, *addresses, written, memory)
-        return weight
+        found = weights[key] = Kept(weight, v, g, versions + written, *addresses, written, memory)
+        return found
 
 
 def _can_keep(v: Tensor, g: Tensor, dtype: torch.dtype) -> bool:
@@ -160,5 +175,4 @@ def close_store(module: Any, store: Store) -> None:
             return
         if module.__dict__.get("_store") is store:
             del module.__dict__["_store"]
-        store.kept.clear()
-        store.copies = None
+        store.clear()

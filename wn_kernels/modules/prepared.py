@@ -27,7 +27,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -39,6 +39,9 @@ from .. import grouped, plan, prepare
 from ..call import PLAIN_TYPES, Operands, takes_tf32
 from ..operators import native_library
 from . import reading
+
+if TYPE_CHECKING:
+    from .kept import Store
 
 # This returns the hooks of saved tensors that are in effect, or `None`.
 _saving = torch._C._autograd._top_saved_tensors_default_hooks
@@ -172,7 +175,8 @@ def _pays(
 ) -> bool:
     """Returns whether the plan has a layer use its kept weight for this input. `known` are the
     answers for former inputs."""
-    key = x.shape, dtype, torch.is_grad_enabled(), plan.forced(), prepare.epoch
+    modes = torch.is_grad_enabled(), plan.forced(), prepare.epoch
+    key = x.shape, x.stride(), dtype, *modes
     found = known.get(key)
     if found is None:
         arguments = module, x, v, g, bias, dtype
@@ -259,13 +263,8 @@ def take(module: Any, x: Tensor, v: Tensor, g: Tensor, bias: Tensor | None) -> T
     product with `x`, or `None` if the layer computes its own."""
     is_traced = is_compiling()
     store = None if is_traced else module._store
-    if store is not None and isinstance(x, Tensor):
-        dtype = WF.product_dtype(x) if torch._C._is_any_autocast_enabled() else x.dtype
-        # On a CPU, a product with few columns that reads V once may be faster than PyTorch's.
-        if not v.is_cpu or _pays(store.pays, module, x, v, g, bias, dtype):
-            w = store.get(module, "weight", v, g, dtype)
-            if w is not None:
-                return w
+    if store is not None and (w := _kept(store, module, x, v, g, bias)) is not None:
+        return w
     if parametrize._cache_enabled:
         return reading.cached_for_product(module, x, v)
     if is_traced:
@@ -277,6 +276,31 @@ def take(module: Any, x: Tensor, v: Tensor, g: Tensor, bias: Tensor | None) -> T
             return forward.take(i, x, v, g, bias)
         forward = forward.outer
     return None
+
+
+def _kept(
+    store: Store, module: Any, x: Any, v: Tensor, g: Tensor, bias: Tensor | None
+) -> Tensor | None:
+    """Returns the weight that a layer keeps inside `frozen_weights`, or `None` if it forms none for
+    this input."""
+    is_free = plan.forced() is None
+    if is_free and store.take is not None and (w := store.take(x, v, g)) is not None:
+        return None if w is False else w
+    if not isinstance(x, Tensor):
+        return None
+    dtype = WF.product_dtype(x) if torch._C._is_any_autocast_enabled() else x.dtype
+    add = store.add if is_free else None
+    # A layer's own kernels may be faster than PyTorch's with a weight that is there.
+    if not _pays(store.pays, module, x, v, g, bias, dtype):
+        if add is not None:
+            add(x, v, g, False, 0, 0, 0)
+        return None
+    found = store.find(module, "weight", v, g, dtype)
+    if found is None:
+        return None
+    if add is not None and store.add is add:
+        add(x, v, g, found.weight, found.versions, found.v_address, found.g_address)
+    return found.weight
 
 
 def like(bias: Tensor | None, w: Tensor) -> Tensor | None:

@@ -98,8 +98,12 @@ def forms(
 
 def is_shared(module: Any) -> bool:
     """Returns whether several uses of a layer share a weight, which is kept, cached or watched."""
-    is_kept = module._store is not None and not is_compiling()
-    return is_kept or bool(parametrize._cache_enabled) or _watched is not None
+    return (module._store is not None and not is_compiling()) or are_cached()
+
+
+def are_cached() -> bool:
+    """Returns whether the weights of all layers are cached or watched."""
+    return bool(parametrize._cache_enabled) or _watched is not None
 
 
 def _kept(store: Any, module: Any, name: str) -> Tensor | None:
@@ -108,7 +112,8 @@ def _kept(store: Any, module: Any, name: str) -> Tensor | None:
     if module._is_claimed(name):
         return None
     g, v = module._tensors(name)
-    return store.get(module, name, v, g, v.dtype)
+    found = store.find(module, name, v, g, v.dtype)
+    return found and found.weight
 
 
 def _keep_counter(module: Any, name: str, weight: Tensor) -> None:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.compiler import is_compiling
 
-from .. import plan
+from .. import grouped, plan
 from ..call import Norm, recorder
 from ..operators import native_library
 from . import checkpoints, flat, norms, reading, removal, steps
@@ -30,34 +30,49 @@ def flat_weights(layer: Any) -> list[Tensor | None]:
     """Returns the tensors of `layer._flat_weights_names`. Those that are weight-normed are computed
     in one call. Where cuDNN runs the layer, all of them lie in one buffer, in its order."""
     library = _library(layer)
-    if library is not None and (holders := layer._holders()) is not None:
+    store = None if is_compiling() else layer._store
+    holders = None if library is None else layer._holders()
+    frozen = None
+    if library is not None and holders is not None:
         arguments = layer._flat_weights_names, layer._parameters, layer._rules, holders
-        found = library.named_weights(*arguments)
+        if store is None:
+            found = _by_library(library, layer, arguments)
+        else:
+            found = store.frozen and store.frozen.take(*arguments)
+            frozen = None if found else library.Frozen(*arguments)
         if found is not None:
             return found
     names, normed = layer._flat_weights_names, layer._normed()
     directions = {name: layer._tensors(name)[1] for name in normed}
     others = {name: getattr(layer, name, None) for name in names if name not in directions}
-    keeps = layer._store is not None and not recorder(next(iter(directions.values())))
+    keeps = store is not None and not recorder(next(iter(directions.values())))
     places = {} if keeps else flat.places(layer, directions, others)
-    found = others | dict(zip(normed, reading.forms(layer, normed, places), strict=True))
-    tensors = [found[name] for name in names]
+    formed = others | dict(zip(normed, reading.forms(layer, normed, places), strict=True))
+    tensors = [formed[name] for name in names]
     if keeps and not flat.needs_grad(tensors):
-        return _kept(layer, tensors, directions, others)
+        return _kept(layer, frozen, tensors, directions, others)
     if keeps:
         places = flat.places(layer, directions, others)
     return flat.gathered(tensors, [places.get(name) for name in names])
 
 
 def _library(layer: Any) -> Any:
-    """Returns the native library if it may compute the weights of a layer on a CPU, which are for
-    this call alone, or `None`."""
-    if is_compiling() or layer._is_read or reading.is_shared(layer):
-        return None
-    first = next(iter(layer._parameters.values()), None)
-    if (first is not None and not first.is_cpu) or plan.forced() not in (None, "native"):
+    """Returns the native library if it may find the tensors of a layer for a call, or `None`."""
+    if is_compiling() or layer._is_read or reading.are_cached():
         return None
     return native_library()
+
+
+def _by_library(library: Any, layer: Any, arguments: tuple[Any, ...]) -> list[Tensor] | None:
+    """Returns the tensors of a layer for this call alone, or `None` if Python has to compute
+    them."""
+    first = next(iter(layer._parameters.values()), None)
+    if (first is None or first.is_cpu) and plan.forced() in (None, "native"):
+        return library.named_weights(*arguments)
+    if first is None or plan.prepares(first) != "triton":
+        return None
+    layout = flat.layout(library, layer, first)
+    return layout and library.placed_weights(*arguments, layout, grouped.launches)
 
 
 @functools.lru_cache(maxsize=256)
@@ -66,18 +81,22 @@ def _rules(names: tuple[str, ...], *options: Any) -> dict[str, tuple[Any, ...]]:
     return {name: (*checkpoints.keys("weight_norm", name), *options) for name in names}
 
 
-def _kept(layer: Any, tensors: list[Any], *parts: Any) -> list[Tensor | None]:
+def _kept(layer: Any, frozen: Any, tensors: list[Any], *parts: Any) -> list[Tensor | None]:
     """Returns the tensors of a layer inside `frozen_weights`, which keeps them where cuDNN takes
-    them."""
+    them. `frozen` is what the native library has noted of the parameters, or `None`."""
     store = layer._store
     kept = store and store.copies
     if kept and kept.are_of(tensors):
-        return [*kept.copies]
-    with torch.inference_mode(False), torch.no_grad():
-        places = flat.places(layer, *parts)
-        copies = flat.gathered(tensors, [places.get(n) for n in layer._flat_weights_names])
-        if store:
-            store.copies = flat.Copies.of(copies, tensors)
+        copies = kept.copies
+    else:
+        with torch.inference_mode(False), torch.no_grad():
+            places = flat.places(layer, *parts)
+            copies = flat.gathered(tensors, [places.get(n) for n in layer._flat_weights_names])
+            if store:
+                store.copies = flat.Copies.of(copies, tensors)
+    if frozen and store and store.copies and not torch.is_autocast_enabled(tensors[0].device.type):
+        frozen.keep([*copies])
+        store.frozen = frozen
     return [*copies]
 
 

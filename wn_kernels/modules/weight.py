@@ -125,7 +125,7 @@ class NormedWeights(nn.Module):
             if name in ("dim", "eps", "norm"):
                 prepared.forget_options()
                 if (store := self._store) is not None:
-                    store.kept.clear()
+                    store.clear()
             return
         g, v = self._tensors(name)
         checkpoints.assign(value, g, v, self.dim, self.eps, self.norm)

@@ -10,6 +10,7 @@
     bend.h          the gradients of these gradients
     nodes.h         W and its gradients as nodes of the graph
     group.h         the weights of many layers in one call
+    flat.h          the tensors of a recurrent layer on a GPU
     panels.h        products of a weight with few columns, from one read of the weight
     unfold.h        a convolution over few pixels as such a product
     linear.h, convolution.h
@@ -17,6 +18,7 @@
     passes.h        prepared launches of Triton's kernels, run without Python
     launched.h      the layers that consist of such passes
     prepared.h      how a layer takes the weight that its group has prepared
+    kept.h          how it takes one that it keeps
     library.cpp     the Python bindings
 
 The library is built once for a machine, by the compiler that `torch.compile` also uses there:

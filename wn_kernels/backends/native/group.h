@@ -286,38 +286,61 @@ inline std::optional<variable_list> weight_norms(
   return std::move(group.w);
 }
 
-// Returns the tensors of a layer by these names, and forms those that are weight-normed. `own` are the
-// layer's parameters. `rules` has (key of g, key of v, dim, eps, norm) for the name of each W, and
-// `holders` the parameters that have its g and v if these are not the layer's own. Returns nothing if
-// a parameter is missing, or if the library does not serve the call.
-inline std::optional<py::list> named_weights(
-    const py::list& names, const py::dict& own, const py::dict& rules, const py::dict& holders) {
-  const auto get = [](py::handle from, py::handle key) {
+// The parameters of a recurrent layer, by the names of its tensors. The parameters are `own`. `rules`
+// has (key of g, key of v, dim, eps, norm) for the name of each W, and `holders` the parameters that
+// have its g and v if these are not the layer's own.
+struct Named {
+  py::list names;
+  py::dict own, rules, holders;
+
+  static py::handle get(py::handle from, py::handle key) {
     PyObject* found = PyDict_GetItemWithError(from.ptr(), key.ptr());
     if (!found && PyErr_Occurred()) throw py::error_already_set();
     return py::handle(found);
-  };
+  }
+
+  // Calls `weight(i, v, g, rule)` for each W and `other(i, t)` for the rest. Returns false if a tensor
+  // is missing, or not torch's own, or if one of these does.
+  template <typename Weight, typename Other>
+  bool each(const Weight& weight, const Other& other) const {
+    for (size_t i = 0; i < names.size(); ++i) {
+      const py::handle rule = get(rules, names[i]);
+      if (!rule) {
+        const py::handle t = get(own, names[i]);
+        if (!t || !is_tensor(t) || !other(i, t)) return false;
+        continue;
+      }
+      const py::handle holder = get(holders, names[i]);
+      const py::handle from = holder ? holder : own;
+      const py::handle g = get(from, PyTuple_GET_ITEM(rule.ptr(), 0));
+      const py::handle v = get(from, PyTuple_GET_ITEM(rule.ptr(), 1));
+      if (!g || !v || !is_tensor(g) || !is_tensor(v) || !weight(i, v, g, rule)) return false;
+    }
+    return true;
+  }
+};
+
+// Returns the tensors of a layer by these names, and forms those that are weight-normed. Returns nothing
+// if the library does not serve the call.
+inline std::optional<py::list> named_weights(
+    const py::list& names, const py::dict& own, const py::dict& rules, const py::dict& holders) {
   Group group;
   std::vector<at::ScalarType> dtypes;
   std::vector<size_t> formed;
   py::list out(names.size());
-  for (size_t i = 0; i < names.size(); ++i) {
-    const py::handle rule = get(rules, names[i]);
-    if (!rule) {
-      const py::handle tensor = get(own, names[i]);
-      if (!tensor) return std::nullopt;
-      out[i] = tensor;
-      continue;
-    }
+  const auto weight = [&](size_t i, py::handle v, py::handle g, py::handle rule) {
     const auto option = [&](size_t k) { return py::handle(PyTuple_GET_ITEM(rule.ptr(), k)); };
-    const py::handle holder = get(holders, names[i]);
-    const py::handle from = holder ? holder : own;
-    const py::handle g = get(from, option(0)), v = get(from, option(1));
-    if (!g || !v || !group.add(v, g, option(2), option(3), option(4))) return std::nullopt;
+    if (!group.add(v, g, option(2), option(3), option(4))) return false;
     dtypes.push_back(group.v.back().scalar_type());
     formed.push_back(i);
-  }
-  if (!form(group, dtypes)) return std::nullopt;
+    return true;
+  };
+  const auto other = [&](size_t i, py::handle t) {
+    out[i] = t;
+    return true;
+  };
+  if (!Named{names, own, rules, holders}.each(weight, other) || !form(group, dtypes))
+    return std::nullopt;
   for (size_t k = 0; k < formed.size(); ++k)
     out[formed[k]] = py::reinterpret_steal<py::object>(THPVariable_Wrap(std::move(group.w[k])));
   return out;

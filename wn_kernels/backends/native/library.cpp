@@ -8,7 +8,9 @@
 // that is itself differentiated is recorded as W, PyTorch's own products, and (dV, dg) of dW.
 
 #include "convolution.h"
+#include "flat.h"
 #include "group.h"
+#include "kept.h"
 #include "launched.h"
 #include "linear.h"
 #include "prepared.h"
@@ -61,12 +63,22 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   PyModule_AddFunctions(m.ptr(), methods);
   m.def("weight_norms", &weight_norms);
   m.def("named_weights", &named_weights);
+  m.def("placed_weights", &placed_weights);
+  py::class_<Layout>(m, "Layout")
+      .def(py::init([](int64_t size, Sizes offsets, std::vector<Sizes> shapes, bool is_zeroed) {
+        return Layout{size, std::move(offsets), std::move(shapes), is_zeroed};
+      }));
+  py::class_<Frozen>(m, "Frozen")
+      .def(py::init<const py::list&, const py::dict&, const py::dict&, const py::dict&>())
+      .def("keep", &Frozen::keep)
+      .def("take", &Frozen::take);
   m.def("layouts", &layouts);
   m.def("addresses", &addresses);
   m.def("empty_like", &wn_kernels::empty_like);
   m.def("record", &record);
   m.def("parameters", &parameters);
   m.def("taking", &taking);
+  m.def("keeping", &keeping);
   m.def(
       "set_callbacks", [](py::object plan, py::object launches, py::object differentiable_grads,
                           py::object weight_grads_backward, std::vector<py::object> norms) {
@@ -87,5 +99,6 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("forget", [] {
     plans().forget();
     launches_memo().forget();
+    ++Kept::changes();
   });
 }
