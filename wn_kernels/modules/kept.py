@@ -11,11 +11,13 @@ none either, so every optimizer's step counts as a write while a block is open.
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
+from torch.compiler import is_compiling
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from ..backends import vendor
@@ -134,6 +136,27 @@ def _can_keep(v: Tensor, g: Tensor, dtype: torch.dtype) -> bool:
         and dtype.is_floating_point
         and not (v.is_cpu and (dtype in vendor.SLOW or vendor.is_wrong_for(dtype, v.ndim)))
     )
+
+
+def forms(layer: Any, names: Sequence[str]) -> list[Tensor]:
+    """Returns what `reading.forms` does. The native library looks whether the kept weights of a
+    layer are still those of an earlier call."""
+    store = None if is_compiling() else layer._store
+    library = None
+    if store is not None and not (layer._is_read or reading.are_cached()):
+        library = native_library()
+    holders = None if library is None else layer._holders()
+    if library is None or store is None or holders is None:
+        return reading.forms(layer, names)
+    arguments = [*names], layer._parameters, layer._rules, holders
+    found = store.frozen and store.frozen.take(*arguments)
+    if found is None:
+        frozen = library.Frozen(*arguments)
+        found = reading.forms(layer, names)
+        if store.blocks and not any(w.requires_grad for w in found):
+            frozen.keep(found)
+            store.frozen = frozen
+    return found
 
 
 # --- for frozen_weights --------------------------------------------------------------------------

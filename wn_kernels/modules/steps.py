@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from .. import functional as WF
 from ..call import PLAIN_TYPES, recorder
-from . import reading
+from . import kept, reading
 
 # A state is one tensor, or the two of an LSTM.
 State = tuple[Tensor, ...]
@@ -85,7 +85,7 @@ def _product(cell: Any, name: str, x: Tensor) -> Any:
 def _formed(cell: Any) -> list[Tensor]:
     """Returns the two weights."""
     normed = cell._normed()
-    found = dict(zip(normed, reading.forms(cell, normed), strict=True))
+    found = dict(zip(normed, kept.forms(cell, normed), strict=True))
     return [found[name] if name in found else getattr(cell, name) for name in _NAMES]
 
 
