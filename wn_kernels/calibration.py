@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 
 from . import functional as WF
 from . import prepare
@@ -26,6 +27,8 @@ IN_MEMORY, IN_CACHE = 2**23, 2**16
 # weight is large enough for the library's own product.
 SQUARE = 768
 OUTPUTS, INPUTS, FEW = 512, 1024, 16
+# The channels, taps and pixels of a convolution.
+CHANNELS, TAPS, PIXELS = 256, 3, 256
 
 
 def _seconds(run: Callable[[], object], repeats: int = 1) -> float:
@@ -65,18 +68,21 @@ def _measured() -> Rates:
     square = _ones(SQUARE, SQUARE)
     v, x, g = _ones(OUTPUTS, INPUTS), _ones(FEW, INPUTS), _ones(OUTPUTS, 1)
     out, few = torch.empty_like(square), _ones(OUTPUTS, FEW)
+    image, kernel = _ones(1, CHANNELS, PIXELS), _ones(CHANNELS, CHANNELS, TAPS)
     tiny, ones = _ones(2, 2), _ones(2, 1)
     with prepare.watching() as calls:
         WF.wn_linear(x, v, g)
     with prepare.fixed(calls[0][0], Plan("native", "scaled", "scaled")):
         own = _seconds(lambda: WF.wn_linear(x, v, g))
     flops = 2.0 * OUTPUTS * INPUTS * FEW
+    convolution = 2.0 * kernel.numel() * PIXELS
     return Rates(
         memory=_bandwidth(IN_MEMORY),
         cache=_bandwidth(IN_CACHE),
         product=2.0 * SQUARE**3 / _seconds(lambda: torch.mm(square, square, out=out)),
         few=flops / _seconds(lambda: torch.mm(v, x.t(), out=few)),
         own=flops / own,
+        convolution=convolution / _seconds(lambda: F.conv1d(image, kernel, padding=TAPS // 2)),
         call=_seconds(lambda: WF.weight_norm(tiny, ones), 20),
     )
 

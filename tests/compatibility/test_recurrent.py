@@ -369,8 +369,8 @@ GAP = 3  # elements between two tensors
 
 @pytest.fixture
 def one_piece(monkeypatch):
-    """Kernels are launched, and tensors lie as if cuDNN ran the layers: one behind the other. Yields
-    the number of calls of the native library that placed them."""
+    """Kernels are launched, and tensors lie as if cuDNN ran the layers: one behind the other.
+    Yields whether the native library placed them, for each call."""
     if reason := native.unavailable():
         pytest.skip(reason)
     library, calls = native_library(), []
@@ -440,8 +440,8 @@ def test_the_library_places_the_tensors(name, one_piece):
         p.requires_grad_(False)
         wide = copy.deepcopy(layer).double()
         with wn_kernels.use_backend("reference"):
-            (right,) = (q for q, r in zip(wide.parameters(), layer.parameters()) if r is p)
-            right.requires_grad_()
+            both = zip(wide.parameters(), layer.parameters(), strict=True)
+            right = next(other for other, own in both if own is p).requires_grad_()
             (expected,) = torch.autograd.grad(loss(wide, x.double()), [right])
         assert_matches(grad, expected, torch.float32, 256, roundings=16)
     assert all(one_piece)

@@ -11,7 +11,7 @@ none either, so every optimizer's step counts as a write while a block is open.
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -76,14 +76,15 @@ class Store:
 
     def _forget_inputs(self) -> None:
         library = native_library()
-        self.take, self.add = (None, None) if library is None else library.keeping()
+        self.take: Callable[..., Any] | None = None
+        self.add: Callable[..., None] | None = None
+        if library is not None:
+            self.take, self.add = library.keeping()
 
     def __reduce__(self) -> tuple:
         return type(None), ()
 
-    def find(
-        self, module: Any, name: str, v: Tensor, g: Tensor, dtype: torch.dtype
-    ) -> Kept | None:
+    def find(self, module: Any, name: str, v: Tensor, g: Tensor, dtype: torch.dtype) -> Kept | None:
         """Returns the kept weight in a dtype, computed if need be, or `None` if the call must not
         use one."""
         if torch.is_grad_enabled() and (v.requires_grad or g.requires_grad):

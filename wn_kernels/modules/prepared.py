@@ -284,12 +284,12 @@ def _kept(
     """Returns the weight that a layer keeps inside `frozen_weights`, or `None` if it forms none for
     this input."""
     is_free = plan.forced() is None
-    if is_free and store.take is not None and (w := store.take(x, v, g)) is not None:
+    take, add = (store.take, store.add) if is_free else (None, None)
+    if take is not None and (w := take(x, v, g)) is not None:
         return None if w is False else w
     if not isinstance(x, Tensor):
         return None
     dtype = WF.product_dtype(x) if torch._C._is_any_autocast_enabled() else x.dtype
-    add = store.add if is_free else None
     # A layer's own kernels may be faster than PyTorch's with a weight that is there.
     if not _pays(store.pays, module, x, v, g, bias, dtype):
         if add is not None:

@@ -63,7 +63,7 @@ def _library(layer: Any) -> Any:
     return native_library()
 
 
-def _by_library(library: Any, layer: Any, arguments: tuple[Any, ...]) -> list[Tensor] | None:
+def _by_library(library: Any, layer: Any, arguments: tuple[Any, ...]) -> Any:
     """Returns the tensors of a layer for this call alone, or `None` if Python has to compute
     them."""
     first = next(iter(layer._parameters.values()), None)

@@ -140,7 +140,8 @@ def aten_convolution(call: Call, conv: Geometry) -> Costs:
     axis = conv.scale_axis(call.dim) if scales_late(call) else "none"
     # A weight of a few MiB stays in cache between two operations.
     weight = w / device.cache if w <= 2**23 else w
-    product = Stage(x + y + weight, _vendors(device, operations, _columns(call, conv)))
+    flops = _vendors(device, operations, _columns(call, conv)) / device.conv
+    product = Stage(x + y + weight, flops)
     forward = {"materialize": [Stage(3 * weight), product]}
     backward = {"materialize": [Stage(2 * weight), product, product, Stage(5 * weight)]}
     if axis in ("output", "whole"):
@@ -286,7 +287,7 @@ def _vendors_convolution(call: Call, conv: Geometry, device: Device) -> list[Sta
     channels = call.v_shape[0] // conv.groups, call.v_shape[1]
     is_odd = min(channels) > 1 and any(c % (limits.VECTOR_BYTES // 4) for c in channels)
     reordered = 2 * weight + (ODD_WEIGHT * w + ODD_IMAGE * (x + y) if is_odd else 0)
-    flops = _padded(call, conv) * operations / CONVOLUTION_EFFICIENCY
+    flops = _padded(call, conv) * operations / (CONVOLUTION_EFFICIENCY * device.conv)
     flops = _vendors(device, flops, _columns(call, conv))
     return [Stage(0, launches=CONVOLUTION_CALLS), Stage(reordered), Stage(moved, flops)]
 

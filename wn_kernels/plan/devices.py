@@ -70,6 +70,7 @@ class Device:
         few: on a CPU, the efficiency of the vendor's products of few columns beside that of others,
             as a multiple of what it is on the processor of the constants.
         own: the same of the native library's products.
+        conv: the same of the vendor's convolutions.
         tf32_rate: operations per second of a float32 matmul in TF32.
         convolution: the constants of convolutions.
     """
@@ -91,6 +92,7 @@ class Device:
     cache: float = 4.0
     few: float = 1.0
     own: float = 1.0
+    conv: float = 1.0
     convolution: Convolution = Convolution()
 
     def rate(self, itemsize: int, tf32: bool = False) -> float:
@@ -118,7 +120,7 @@ def scaled(device: Device, found: rates.Rates | None) -> Device:
 
     narrow, single, double = device.rates
     ratios = (a / b for a, b in zip(found, rates.REFERENCE, strict=True))
-    memory, cache, product, few, own, call = (limited(ratio, _MOST_RATE) for ratio in ratios)
+    memory, cache, product, few, own, conv, call = (limited(r, _MOST_RATE) for r in ratios)
     return replace(
         device,
         name=f"{device.name} as measured",
@@ -128,6 +130,7 @@ def scaled(device: Device, found: rates.Rates | None) -> Device:
         cache=max(1.0, cache / memory * device.cache),
         few=limited(few / product, _MOST_EFFICIENCY),
         own=limited(own / product, _MOST_EFFICIENCY),
+        conv=limited(conv / product, _MOST_EFFICIENCY),
     )
 
 

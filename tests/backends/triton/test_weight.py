@@ -173,12 +173,12 @@ BF16 = torch.bfloat16
         ((512, 512, 3, 3), 0, BF16, "held", 512),
         ((128, 8193), 0, BF16, "walked", 128),  # which a tile of twice its size would hold
         ((600, 40000), 0, BF16, "walked", 600),
-        ((64, 512, 512), 0, torch.float16, "partial", 512),
+        ((64, 512, 512), 0, torch.float16, "partial", 2048),
         ((1024, 1024, 1024), 0, torch.float32, "partial", 16384),
         ((4096, 4096), 1, BF16, "partial", 1024),
         ((768, 48, 128), 2, torch.float32, "partial", 232),
         ((16, 4096), 1, BF16, "held", 256),
-        ((4096, 4096), None, BF16, "partial", 512),
+        ((4096, 4096), None, BF16, "partial", 1024),
     ],
 )
 def test_how_slices_are_shared(shape, dim, dtype, form, programs):

@@ -159,9 +159,7 @@ WALKED = 8
 WAVES = 4
 
 
-def _tile(
-    block_n: int, block_p: int, block_r: int, per_thread: int = PER_THREAD
-) -> SliceConfig:
+def _tile(block_n: int, block_p: int, block_r: int, per_thread: int = PER_THREAD) -> SliceConfig:
     size = block_n * block_p * block_r
     return SliceConfig(block_n, block_p, block_r, min(16, max(1, size // (32 * per_thread))))
 
@@ -192,7 +190,7 @@ def slices(
     # Wide along the middle loop as well, in which another tensor may be contiguous.
     rest = 4096 // abreast
     block_r = min(inner, max(64, rest // middle))
-    # On an H200, more loads in flight for each thread were faster than more threads, up to 64 bytes.
+    # On an H200, more loads in flight for each thread were faster than more threads.
     per_thread = 2 * PER_THREAD if target.is_hopper and itemsize <= 2 else PER_THREAD
     found = _tile(abreast, min(middle, rest // block_r), block_r, per_thread)
     # On Blackwell the tile of a gradient would not fit the registers of half as many warps.
@@ -227,13 +225,16 @@ def splits(config: SliceConfig, blocks_n: int, tiles: int, programs: int, target
     Slices that together leave the cache before their second walk gain nothing from having one
     program each, and even shares end together. There are enough programs for `WAVES`, the last of
     which then leaves little of the machine idle. All programs read `splits²` partial sums of a
-    slice. These take an eighth of its bytes at most, at two bytes an element.
+    slice. These take an eighth of its bytes at most, at two bytes an element, and a quarter where a
+    multiprocessor would have fewer than two programs.
     """
     if tiles <= (WALKED if blocks_n >= programs else 2):
         return 1
-    wanted = WAVES * WARPS_PER_SM // config.num_warps * target.multiprocessors // max(1, blocks_n)
-    most = math.isqrt(tiles * config.size // config.BLOCK_N // 16)
-    return max(1, min(tiles, max(wanted, tiles // WALKED), most))
+    blocks_n, elements = max(1, blocks_n), tiles * config.size // config.BLOCK_N
+    wanted = WAVES * WARPS_PER_SM // config.num_warps * target.multiprocessors // blocks_n
+    wanted = min(max(wanted, tiles // WALKED), math.isqrt(elements // 16))
+    least = min(2 * target.multiprocessors // blocks_n, math.isqrt(elements // 8))
+    return max(1, min(tiles, max(wanted, least)))
 
 
 def finish(itemsize: int) -> FinishConfig:
