@@ -218,19 +218,21 @@ def grouped(n: int, loops: tuple[int, int, int], along_rows: bool, itemsize: int
     return SliceConfig(block_n, rest if middle > 1 else 1, block_r, GROUPED_WARPS)
 
 
-def splits(config: SliceConfig, blocks_n: int, tiles: int, programs: int, target: Target) -> int:
+def splits(
+    config: SliceConfig, blocks_n: int, tiles: int, programs: int, target: Target, sums: int = 1
+) -> int:
     """The programs that share a slice of so many tiles: one where those of other slices, so many
     `programs`, fill the machine, or where there is little to share.
 
     Slices that together leave the cache before their second walk gain nothing from having one
     program each, and even shares end together. There are enough programs for `WAVES`, the last of
-    which then leaves little of the machine idle. All programs read `splits²` partial sums of a
-    slice. These take an eighth of its bytes at most, at two bytes an element, and a quarter where a
-    multiprocessor would have fewer than two programs.
+    which then leaves little of the machine idle. All programs read `sums · splits²` partial sums of
+    a slice. These take an eighth of its bytes at most, at two bytes an element, and a quarter where
+    a multiprocessor would have fewer than two programs.
     """
     if tiles <= (WALKED if blocks_n >= programs else 2):
         return 1
-    blocks_n, elements = max(1, blocks_n), tiles * config.size // config.BLOCK_N
+    blocks_n, elements = max(1, blocks_n), tiles * config.size // config.BLOCK_N // sums
     wanted = WAVES * WARPS_PER_SM // config.num_warps * target.multiprocessors // blocks_n
     wanted = min(max(wanted, tiles // WALKED), math.isqrt(elements // 16))
     least = min(2 * target.multiprocessors // blocks_n, math.isqrt(elements // 8))

@@ -316,7 +316,8 @@ def _abreast(t: Tensor, strides: tuple[int, ...], loops: tuple[int, ...]) -> int
 
 
 class Walk:
-    """How programs share the slices: the grid, and what the kernels of slices take of it.
+    """How programs share the slices: the grid, and what the kernels of slices take of it. A split
+    of a slice leaves so many partial `sums`.
 
     Attributes:
         form: how the sum of a slice comes about (`weight.py`): `"held"`, `"walked"` or `"partial"`.
@@ -330,6 +331,7 @@ class Walk:
         target: Target,
         config: configs.SliceConfig | None,
         splits: int | None,
+        sums: int = 1,
     ) -> None:
         self.slices = slices
         n, loops = slices.n, slices.loops
@@ -343,7 +345,7 @@ class Walk:
         outer, middle, inner = loops
         tiles = outer * cdiv(middle, self.config.BLOCK_P) * cdiv(inner, self.config.BLOCK_R)
         if splits is None:
-            splits = configs.splits(self.config, blocks_n, tiles, programs, target)
+            splits = configs.splits(self.config, blocks_n, tiles, programs, target, sums)
         steps = cdiv(tiles, splits)
         self.splits = max(1, cdiv(tiles, max(1, steps)))
         self.form = "partial" if self.splits > 1 else "held" if steps == 1 else "walked"

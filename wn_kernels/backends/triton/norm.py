@@ -308,7 +308,7 @@ def prepare_slice_norms(
         dense = v.contiguous()
         run_dense = prepare_slice_norms(target, dense, dim, eps, norm, config, splits, counts)
         return lambda v, *ties: run_dense(v.contiguous(), *ties)
-    walk = Walk(slices, [v], target, config, splits)
+    walk = Walk(slices, [v], target, config, splits, 1 + counts)
     n = unallocated(kept_shape(v.shape, dim), scale_dtype(v))
     partials = prepare_partials(walk, target, eps, norm, 0, counts=counts)
     run = Pass("v", *["ties"] * counts)

@@ -370,13 +370,13 @@ def prepare_weight_norm_backward(
             return new_dv(v).copy_(dv), dg
 
         return run_copied
-    walk = Walk(slices, [dv, dw, v], target, config, splits)
+    kinds = 2 if norm == "linf" else 1  # dots, and ties
+    walk = Walk(slices, [dv, dw, v], target, config, splits, kinds)
     run = Pass("dw", "v", "g", "n")
     run.new(dv=dv, dg=g)
     partial = "n"  # which no other form reads
     if walk.form == "partial":
         partial = "partial"
-        kinds = 2 if norm == "linf" else 1  # dots, and ties
         run.new(partial=unallocated((kinds, walk.splits, slices.n), scale_dtype(v)))
         run.call(prepare_partials(walk, target, eps, norm, 1, 2), "dw", "v", "n", partial, partial)
     launch = Launcher(
