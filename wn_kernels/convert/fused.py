@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
 from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import _WeightNorm
@@ -26,6 +27,7 @@ from torch.nn.utils.weight_norm import WeightNorm
 
 from .. import call
 from .. import functional as WF
+from ..backends import native
 from ..call import canonical_dim
 from ..modules import checkpoints, conv, linear, reading, recurrent, removal
 from ..modules.norms import Norm, parts, weights
@@ -120,7 +122,11 @@ class _Fused:
 
     def _operands(self: Any) -> Operands | None:
         """Returns the operands of our `forward`, or `None` if it has to use the weight as a
-        tensor."""
+        tensor. The native library finds them in most modules (`modules.h`)."""
+        if not is_compiling() and _find_operands is not None:
+            found = _find_operands(self, self._rule)
+            if found is not None:
+                return found
         norm = self._norms["weight"]
         holder = self
         if norm.form != "weight_norm":
@@ -266,6 +272,17 @@ class _OwnForward(recurrent.FlatWeights):
         self._flat_weights = recurrent.flat_weights(self)
 
 
+# The native library's function that finds the operands of a layer, since the last class was made.
+_find_operands: Callable[[Any, Any], Operands | None] | None = None
+
+
+def _rule(norm: Norm) -> tuple[Any, ...]:
+    """Returns by what `modules.h` finds the operands of a layer."""
+    holder = None if norm.form == "weight_norm" else Parametrization
+    hooks = _global_forward_pre_hooks, _global_forward_hooks
+    return norm.key_g, norm.key_v, norm.dim, 0.0, norm.norm, holder, hooks
+
+
 def layer_class(base: Any, norms: dict[str, Norm], others: Iterable[str] = ()) -> Any:
     """Returns the class of one fused module.
 
@@ -274,6 +291,9 @@ def layer_class(base: Any, norms: dict[str, Norm], others: Iterable[str] = ()) -
         norms: its weight-normed tensors. Each becomes a property.
         others: its tensors that have parametrizations, but no weight norm.
     """
+    global _find_operands
+    library = native.helpers()
+    _find_operands = None if library is None else library.operands_of
     layer = known_layer(base, *norms)
     methods = dict(vars(_Fused))
     if issubclass(base, nn.RNNBase):
@@ -287,6 +307,7 @@ def layer_class(base: Any, norms: dict[str, Norm], others: Iterable[str] = ()) -
         "_is_read": False,
         "_norms": norms,
         "_rules": {name: (n.key_g, n.key_v, n.dim, 0.0, n.norm) for name, n in norms.items()},
+        "_rule": _rule(norms["weight"]) if "weight" in norms else None,
         "_store": None,
         "_traced": None,
         "_watches": reading.WATCHES,

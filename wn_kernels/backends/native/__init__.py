@@ -19,6 +19,7 @@
     launched.h      the layers that consist of such passes
     prepared.h      how a layer takes the weight that its group has prepared
     kept.h          how it takes one that it keeps
+    modules.h       what a fused layer takes from its module
     library.cpp     the Python bindings
 
 The library is built once for a machine, by the compiler that `torch.compile` also uses there:

@@ -13,6 +13,7 @@
 #include "kept.h"
 #include "launched.h"
 #include "linear.h"
+#include "modules.h"
 #include "prepared.h"
 
 #include <torch/csrc/Exceptions.h>
@@ -42,6 +43,14 @@ PyObject* served(PyObject*, PyObject* const* given, Py_ssize_t count) {
   END_HANDLE_TH_ERRORS
 }
 
+// `layer_operands` for Python: (module, rule) -> a tuple, or None.
+PyObject* operands_of(PyObject*, PyObject* const* given, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  TORCH_CHECK_TYPE(count == 2, "expected 2 arguments, got ", count);
+  return layer_operands(given[0], given[1]).release().ptr();
+  END_HANDLE_TH_ERRORS
+}
+
 template <decltype(computed) serve>
 PyMethodDef method(const char* name) {
   return {name, reinterpret_cast<PyCFunction>(served<serve>), METH_FASTCALL, nullptr};
@@ -59,7 +68,9 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.attr("compiler") = "an unknown compiler";
 #endif
   static PyMethodDef methods[] = {
-      method<computed>("computed"), method<launched>("launched"), {nullptr, nullptr, 0, nullptr}};
+      method<computed>("computed"), method<launched>("launched"),
+      {"operands_of", reinterpret_cast<PyCFunction>(operands_of), METH_FASTCALL, nullptr},
+      {nullptr, nullptr, 0, nullptr}};
   PyModule_AddFunctions(m.ptr(), methods);
   m.def("weight_norms", &weight_norms);
   m.def("named_weights", &named_weights);
