@@ -228,6 +228,22 @@ def test_no_tensor_gets_a_parameter_s_address():
         assert_is_current(layer, x)
 
 
+def test_data_that_comes_back():
+    """The same memory may hold other values later on, without a change of a version counter."""
+    layer, x = made("linear")
+    with torch.no_grad(), frozen_weights(layer):
+        for _ in range(2):
+            assert_is_current(layer, x)
+        first = layer.weight_v.data
+        layer.weight_v.data = 2 * first + 1
+        for _ in range(2):
+            assert_is_current(layer, x)
+        first.copy_(torch.randn_like(first))
+        layer.weight_v.data = first
+        for _ in range(2):
+            assert_is_current(layer, x)
+
+
 def test_a_move():
     """To another dtype and to another device."""
     layer, x = made("conv2d")

@@ -339,6 +339,7 @@ class Walk:
             _abreast(t, strides, loops) for t, strides in zip(tensors, slices.strides, strict=True)
         )
         itemsize = max(t.element_size() for t in tensors)
+        self.is_wide_float = itemsize == 8
         programs = PROGRAMS_PER_SM * target.multiprocessors
         self.config = config or configs.slices(n, loops, abreast, itemsize, programs, target)
         blocks_n = cdiv(n, self.config.BLOCK_N)
@@ -364,7 +365,8 @@ class Walk:
     def finishing(self) -> dict[str, Any]:
         """The arguments of a kernel that turns the sums into results. A split walk leaves a partial
         sum for every split."""
-        block_s = min(next_power_of_2(self.splits), max(1, 2048 // self.config.BLOCK_N))
+        most = 256 if self.is_wide_float else 2048  # that the registers hold beside a tile
+        block_s = min(next_power_of_2(self.splits), max(1, most // self.config.BLOCK_N))
         return {
             **self.arguments,
             "FORM": self.form,
