@@ -18,6 +18,7 @@ from hypothesis import settings
 import bench  # noqa: F401
 from bench.measure import precision
 from bench.stand_in import interpreter
+from tests.releases import IS_CURRENT
 
 if not torch.cuda.is_available() and "ttsem" not in sys.modules:
     os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -36,6 +37,16 @@ os.environ["WN_KERNELS_TABLE"] = os.path.join(os.path.dirname(__file__), "no-suc
 
 settings.register_profile("suite", deadline=None, derandomize=True, print_blob=True)
 settings.load_profile("suite")
+
+
+def pytest_collection_modifyitems(items):
+    """Tools of the developers, and what torch or triton itself does, are those of the releases at
+    hand. The oldest ones are for the package alone."""
+    if IS_CURRENT:
+        return
+    for item in items:
+        if item.get_closest_marker("current"):
+            item.add_marker(pytest.mark.skip(reason="an older release of torch or triton"))
 
 
 @pytest.fixture(autouse=True)

@@ -57,6 +57,7 @@ for setting in json.loads(sys.argv[1]):
 """
 
 
+@pytest.mark.current
 @pytest.mark.skipif(sys.platform == "win32", reason="forks")
 @pytest.mark.filterwarnings("ignore")
 def test_tf32_by_old_and_new_settings():

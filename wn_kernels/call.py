@@ -71,7 +71,7 @@ def canonical_eps(eps: float) -> float:
         ValueError: `eps` is negative, infinite or NaN, or larger than a float32 can be.
     """
     try:
-        if isinstance(eps, str | bytes):
+        if isinstance(eps, (str, bytes)):
             raise TypeError
         value = float(eps)
     except (TypeError, ValueError):

@@ -69,7 +69,7 @@ Options = tuple[tuple[Any, ...], ...]  # every `dim`, `eps`, dtype of `W` and no
 
 def for_each(option: Any, count: int) -> tuple[Any, ...]:
     """Returns an option for each weight: the values of a list or a tuple, or one value repeated."""
-    return tuple(option) if isinstance(option, list | tuple) else (option,) * count
+    return tuple(option) if isinstance(option, (list, tuple)) else (option,) * count
 
 
 def formed(

@@ -14,6 +14,7 @@ kernel that is launched, and fills Triton's cache for a machine with a GPU and t
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import hashlib
 import itertools
@@ -43,6 +44,8 @@ def _built() -> Path:
             flags = ["-shared", "-fPIC", "-O1", f"-Wl,-soname,{SONAME}"]
             subprocess.run(["cc", *flags, "-o", str(fresh), str(SOURCE)], check=True)
             fresh.replace(library)  # at once, for processes that do the same
+    with contextlib.suppress(FileExistsError):  # the name that earlier versions of Triton link
+        (library.parent / "libcuda.so").symlink_to(SONAME)
     return library
 
 

@@ -18,6 +18,7 @@ import wn_kernels
 from tests.comparison import assert_matches, assert_same_bits
 from tests.compatibility import processes
 from tests.compatibility.processes import WORLD
+from tests.releases import IS_CURRENT
 from wn_kernels import parallel
 from wn_kernels.modules import prepared
 
@@ -169,6 +170,8 @@ def tensor_parallel(rank, dim, options):
     for (name, p), q in zip(layer.named_parameters(), twin.parameters(), strict=True):
         assert_matches(p.grad.full_tensor(), q.grad, torch.float32, 64, terms=terms, what=name)
         assert isinstance(p, DTensor)
+    if not IS_CURRENT:  # DTensor communicates in other steps there
+        return
     if dim == (0 if columns else 1):  # the norms are at home
         assert forward.get_total_counts() == 1
         assert backward.get_total_counts() == 0

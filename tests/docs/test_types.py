@@ -69,6 +69,7 @@ def pyright(python, program):
     return sys.executable, "-m", "basedpyright", "--pythonpath", python, program
 
 
+@pytest.mark.current
 @pytest.mark.parametrize("checker", [mypy, pyright])
 def test_a_program_of_a_user(checker, environment, tmp_path):
     """A strict checker accepts it, and reports each of the mistakes in another on its line."""

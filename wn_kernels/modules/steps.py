@@ -42,7 +42,7 @@ def step(cell: Any, input: Any, hx: Any) -> Any:
     if hx is None:
         state: Any = (input.new_zeros(shape),) * count
     else:
-        state = hx if isinstance(hx, tuple | list) else (hx,)
+        state = hx if isinstance(hx, (tuple, list)) else (hx,)
         if len(state) != count or any(not _is_like(t, input) or t.shape != shape for t in state):
             return None
     if kind is nn.RNNCell and cell.nonlinearity not in ("tanh", "relu"):

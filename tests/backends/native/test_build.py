@@ -238,6 +238,7 @@ def test_why_it_is_not_loaded_is_said(copied):
     assert f"{copied} is not loaded: others may write to {copied} (chmod go-w" in done.stdout
 
 
+@pytest.mark.current
 def test_what_is_built_is_the_users_alone(compiler, tmp_path):
     compiler()
     before = os.umask(0)

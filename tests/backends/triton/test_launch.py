@@ -75,6 +75,7 @@ def test_wide():
     assert not is_wide(torch.empty(0, 1 << 40, device="meta"))
 
 
+@pytest.mark.current
 def test_a_launch_without_the_device_is_found():
     """Such a test would fail on a machine with a GPU, and there alone."""
     with pytest.raises(AssertionError, match="a test that launches takes `device`"):

@@ -11,6 +11,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 
+@pytest.mark.current
 def test_a_scalar_of_one_dimension_becomes_an_index():
     from triton.runtime import interpreter as tritons
 

@@ -8,6 +8,7 @@ import sys
 import pytest
 
 
+@pytest.mark.current
 def test_codegen_records(tmp_path):
     """One kernel for every target, in a process of its own: this one may be interpreting."""
     path = tmp_path / "codegen.json"
