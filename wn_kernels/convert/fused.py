@@ -27,12 +27,11 @@ from torch.nn.utils.weight_norm import WeightNorm
 
 from .. import call
 from .. import functional as WF
-from ..backends import native
 from ..call import canonical_dim
 from ..modules import checkpoints, conv, linear, reading, recurrent, removal
 from ..modules.norms import Norm, parts, weights
 from ..modules.weight import NormedWeights, Operands, WeightNormMixin
-from . import originals
+from . import operands, originals
 
 # This maps each layer of torch.nn to ours.
 LAYERS: dict[type[nn.Module], type[NormedWeights]] = {
@@ -123,12 +122,10 @@ class _Fused:
     def _operands(self: Any) -> Operands | None:
         """Returns the operands of our `forward`, or `None` if it has to use the weight as a
         tensor. The native library finds them in most modules (`modules.h`)."""
-        if not is_compiling() and _find_operands is not None:
-            found = _find_operands(self, self._rule)
-            if found is not None:
-                return found
-        norm = self._norms["weight"]
-        holder = self
+        find = None if is_compiling() else operands.find
+        if find is not None and (found := find(self, self._rule)) is not None:
+            return found
+        norm, holder = self._norms["weight"], self
         if norm.form != "weight_norm":
             holder = self._modules["parametrizations"]._modules["weight"]
             if is_claimed(holder):
@@ -146,8 +143,7 @@ class _Fused:
     def _is_claimed(self: Any, name: str) -> bool:
         """Returns whether more than `g` and `v` of the layer determines a weight."""
         norm, holder = self._norms[name], self._holder(name)
-        own = holder._parameters
-        if norm.key_g not in own or norm.key_v not in own:  # one is itself computed, as by pruning
+        if not {norm.key_g, norm.key_v} <= holder._parameters.keys():  # as by pruning
             return True
         return holder is not self and is_claimed(holder)
 
@@ -272,17 +268,6 @@ class _OwnForward(recurrent.FlatWeights):
         self._flat_weights = recurrent.flat_weights(self)
 
 
-# The native library's function that finds the operands of a layer, since the last class was made.
-_find_operands: Callable[[Any, Any], Operands | None] | None = None
-
-
-def _rule(norm: Norm) -> tuple[Any, ...]:
-    """Returns by what `modules.h` finds the operands of a layer."""
-    holder = None if norm.form == "weight_norm" else Parametrization
-    hooks = _global_forward_pre_hooks, _global_forward_hooks
-    return norm.key_g, norm.key_v, norm.dim, 0.0, norm.norm, holder, hooks
-
-
 def layer_class(base: Any, norms: dict[str, Norm], others: Iterable[str] = ()) -> Any:
     """Returns the class of one fused module.
 
@@ -291,9 +276,7 @@ def layer_class(base: Any, norms: dict[str, Norm], others: Iterable[str] = ()) -
         norms: its weight-normed tensors. Each becomes a property.
         others: its tensors that have parametrizations, but no weight norm.
     """
-    global _find_operands
-    library = native.helpers()
-    _find_operands = None if library is None else library.operands_of
+    operands.connect()
     layer = known_layer(base, *norms)
     methods = dict(vars(_Fused))
     if issubclass(base, nn.RNNBase):
@@ -307,7 +290,7 @@ def layer_class(base: Any, norms: dict[str, Norm], others: Iterable[str] = ()) -
         "_is_read": False,
         "_norms": norms,
         "_rules": {name: (n.key_g, n.key_v, n.dim, 0.0, n.norm) for name, n in norms.items()},
-        "_rule": _rule(norms["weight"]) if "weight" in norms else None,
+        "_rule": operands.rule(norms["weight"], Parametrization) if "weight" in norms else None,
         "_store": None,
         "_traced": None,
         "_watches": reading.WATCHES,
