@@ -80,6 +80,7 @@ def _functionals():
         yield getattr(WF, f"wn_conv_transpose{rank}d"), (x, v, torch.rand(6))
 
 
+@pytest.mark.current
 @pytest.mark.parametrize(("function", "arguments"), list(_functionals()))
 def test_functionals(function, arguments):
     """One graph, and one compilation for every batch."""
@@ -98,6 +99,7 @@ def test_functionals(function, arguments):
     assert counter.frame_count == count > 0
 
 
+@pytest.mark.current
 @pytest.mark.parametrize("name", ["linear", "conv2d", "transposed", "fused"])
 def test_beside_hooks_and_reads(name):
     """A user's hook is in the graph, and a read of the weight between calls compiles nothing."""

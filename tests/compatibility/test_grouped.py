@@ -237,6 +237,7 @@ def test_a_checkpoint_of_the_whole_model():
     check(*nets(), run)
 
 
+@pytest.mark.current
 def test_one_compiled_graph():
     plain, grouped = nets()
     graphs = []

@@ -1,6 +1,7 @@
 """Recurrent layers and cells under what the files beside this one try on other layers."""
 
 import copy
+import functools
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -100,6 +101,7 @@ def first(layer, x):
     return result[0] if isinstance(result, tuple) else result
 
 
+@pytest.mark.current
 @pytest.mark.parametrize("name", ["rnn", "gru", "gru cell", "fused cell"])
 def test_one_graph(name):
     """`allow_rnn` lets a compiler trace recurrent layers. PyTorch's own LSTM fails there as well,
@@ -394,8 +396,7 @@ def one_piece(monkeypatch):
     monkeypatch.setattr(flat, "_options", lambda _: ())
     monkeypatch.setattr(flat, "_layout_of_cudnn", layout)
     monkeypatch.setattr(flat, "_layouts", {})
-    counted = Counted()
-    monkeypatch.setattr(recurrent, "native_library", lambda: counted)
+    monkeypatch.setattr(recurrent, "native_library", functools.cache(Counted))
     with wn_kernels.use_backend("triton"):
         yield calls
 
@@ -411,9 +412,7 @@ PLACED = {
 @pytest.mark.parametrize("name", PLACED)
 def test_the_library_places_the_tensors(name, one_piece):
     """All in one piece of memory, biases too. The gradients of both are right."""
-    torch.manual_seed(3)
-    layer = PLACED[name]()
-    x = torch.randn(STEPS, BATCH, INPUTS)
+    layer, x = PLACED[name](), torch.randn(STEPS, BATCH, INPUTS)
     with torch.no_grad():
         for key, p in layer.named_parameters():
             if key.endswith(("_g", "original0")):

@@ -7,6 +7,7 @@ from tests.compatibility.table import PAGE, PROVIDERS, ROWS, line_of
 pytest.importorskip("onnxruntime")
 
 
+@pytest.mark.current
 @pytest.mark.parametrize("title", ROWS)
 def test_the_page_is_true(title):
     line = line_of(title)

@@ -140,6 +140,7 @@ def test_a_whole_group_ends(hangs, tmp_path):
     assert not is_running(child)
 
 
+@pytest.mark.current
 def test_every_section_runs_without_a_gpu(tmp_path):
     """A case of each kind, over the stand-in: kernels are compiled and launched, results written,
     and the table and the page made of them. Only the first three have a process each, as all have
