@@ -1,5 +1,6 @@
 """`frozen_weights`: every weight is computed once, and again where a parameter has changed."""
 
+import contextlib
 import copy
 import gc
 import sys
@@ -14,6 +15,7 @@ from torch.nn.utils import parametrizations
 import wn_kernels
 from tests.comparison import assert_matches, assert_same_bits
 from tests.compatibility.layers import LAYERS, assert_right, gradients, made
+from tests.compatibility.test_recurrent import made as made_recurrent
 from tests.convert.frozen import assert_is_current, right
 from tests.convert.layers import NORMALISE, Doubled, Scaled
 from tests.convert.test_removal import output, subject
@@ -21,6 +23,7 @@ from tests.forms import parts
 from wn_kernels import frozen_weights, plan, use_backend
 from wn_kernels.backends import native
 from wn_kernels.modules import kept as keeping
+from wn_kernels.modules import recurrent
 
 pytestmark = pytest.mark.usefixtures("paying")
 
@@ -107,7 +110,9 @@ def test_a_kept_call_plans_nothing(library, monkeypatch):
             layer(x)
         finally:
             sys.setprofile(None)
-    looks = {"take", "_kept", "forced"} | (set() if library else {"_pays", "Store.find"})
+    looks = {"take", "_kept", "forced"}
+    if not library:
+        looks |= {"are_dense", "lies_as", "_pays", "Store.find"}
     assert called == {"_Convolution.forward", "WeightNormMixin._operands", "like"} | looks
 
 
@@ -226,6 +231,81 @@ def test_no_tensor_gets_a_parameter_s_address():
         others = [torch.empty_like(p) for p in parts(layer) for _ in range(256)]
         assert not addresses & {t.data_ptr() for t in others}
         assert_is_current(layer, x)
+
+
+@pytest.mark.parametrize("library", [True, False])
+@pytest.mark.parametrize("name", ["linear", "lstm", "gru cell"])
+def test_data_that_lies_otherwise(name, library, monkeypatch):
+    """At the same address, without a change of a version counter."""
+    if not library:
+        monkeypatch.setattr(keeping, "native_library", lambda: None)
+        monkeypatch.setattr(recurrent, "native_library", lambda: None)
+    square = {
+        "linear": lambda: wn_kernels.WNLinear(16, 16),
+        "lstm": lambda: wn_kernels.WNLSTM(64, 16),
+        "gru cell": lambda: wn_kernels.WNGRUCell(48, 16),
+    }[name]()
+    key = next(key for key, _ in square.named_parameters() if key.endswith("_v"))
+    x = torch.randn(2, 3, 64) if name == "lstm" else torch.randn(3, 48 if "cell" in name else 16)
+    with torch.no_grad(), frozen_weights(square):
+        for _ in range(2):
+            assert_is_current(square, x)
+        parameter = getattr(square, key)
+        parameter.data = parameter.data.t()
+        for _ in range(2):
+            assert_is_current(square, x)
+
+
+@pytest.mark.parametrize("name", ["linear", "lstm", "gru cell"])
+def test_a_copy_keeps_nothing(name):
+    layer, x = made("linear") if name == "linear" else of_several(name)
+    with torch.no_grad(), frozen_weights(layer):
+        output(layer, x)
+        other = copy.copy(layer)
+        other.eps = 100.0
+        assert other._store is None
+        assert_is_current(other, x)
+        assert_is_current(layer, x)
+
+
+def of_several(name):
+    """A recurrent layer or a cell, and an input."""
+    layer, x = made_recurrent(name)
+    return layer, x[0] if name.endswith("cell") else x
+
+
+@pytest.mark.parametrize("name", ["lstm", "fused", "gru cell", "fused cell"])
+def test_a_write_into_a_weight_of_several(name):
+    """As into that of a layer with one weight: a warning, and the weight is computed again."""
+    layer, x = of_several(name)
+    with torch.no_grad(), frozen_weights(layer):
+        for _ in range(2):
+            right_y = output(layer, x)
+        getattr(layer, layer._normed()[0]).mul_(3)
+        with pytest.warns(UserWarning, match="was written to in place"):
+            y = output(layer, x)
+        assert_same_bits(y, right_y)
+        assert_same_bits(output(layer, x), right_y)
+
+
+@pytest.mark.parametrize("kind", ["sparse", "nested", "meta"])
+def test_inputs_that_a_layer_rejects(kind):
+    """It does so with the same message, whether it has a weight or not."""
+    layer, x = made("linear")
+    wrong = {
+        "sparse": lambda: x.to_sparse(),
+        "nested": lambda: torch.nested.nested_tensor([x, x]),
+        "meta": lambda: x.to("meta"),
+    }[kind]()
+    messages = []
+    for block in (contextlib.nullcontext(), frozen_weights(layer)):
+        with torch.no_grad(), block:
+            for _ in range(2):
+                layer(x)
+                with pytest.raises((TypeError, ValueError)) as raised:
+                    layer(wrong)
+                messages.append(str(raised.value))
+    assert len(set(messages)) == 1
 
 
 def test_data_that_comes_back():

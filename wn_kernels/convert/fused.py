@@ -120,8 +120,7 @@ class _Fused:
         return self._holder("weight")._parameters, norm.key_g, norm.key_v
 
     def _operands(self: Any) -> Operands | None:
-        """Returns the operands of our `forward`, or `None` if it has to use the weight as a
-        tensor. The native library finds them in most modules (`modules.h`)."""
+        """Returns the operands of our `forward`, or `None` if it has to form the weight."""
         find = None if is_compiling() else operands.find
         if find is not None and (found := find(self, self._rule)) is not None:
             return found
@@ -189,8 +188,9 @@ class _Fused:
 
     def __reduce_ex__(self: Any, protocol: Any) -> tuple:
         state, *rest = self.plain.__reduce_ex__(self, protocol)[2:]
+        state = state | {"_store": None}
         if isinstance(self, nn.RNNBase):
-            state = state | {"_flat_weights": [None] * len(self._flat_weights_names)}
+            state["_flat_weights"] = [None] * len(self._flat_weights_names)
         others = [tensor for tensor in parametrized(self) if tensor not in self._norms]
         return _rebuild, (self.plain, self._norms, others), state, *rest
 
@@ -260,9 +260,8 @@ class _Fused:
 
 
 class _OwnForward(recurrent.FlatWeights):
-    """Holds the methods of a fused recurrent layer that has a `forward` of its own. If that calls
-    the `forward` of torch.nn, it finds the weights in a list, which holds them until the next
-    call."""
+    """Holds the methods of a fused recurrent layer that has a `forward` of its own. That of
+    torch.nn finds the weights in a list, which holds them until the next call."""
 
     def _update_flat_weights(self: Any) -> None:
         self._flat_weights = recurrent.flat_weights(self)
@@ -383,6 +382,7 @@ def is_claimed(parametrization: Any) -> bool:
     of_list, of_first = parametrization.__dict__, first.__dict__
     return bool(
         len(parts) > 1
+        or type(parametrization) is not parametrize.ParametrizationList
         or type(first) is not Parametrization
         or of_list["_forward_pre_hooks"]
         or of_list["_forward_hooks"]

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
+from torch.nn.utils.parametrize import ParametrizationList
 
 from ..backends import native
 from ..modules.norms import Norm
@@ -29,4 +30,5 @@ def rule(norm: Norm, parametrization: type) -> tuple[Any, ...]:
     parametrization of this class."""
     holder = None if norm.form == "weight_norm" else parametrization
     hooks = _global_forward_pre_hooks, _global_forward_hooks
-    return norm.key_g, norm.key_v, norm.dim, 0.0, norm.norm, holder, hooks
+    options = norm.dim, 0.0, norm.norm
+    return norm.key_g, norm.key_v, *options, holder, hooks, ParametrizationList

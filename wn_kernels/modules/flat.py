@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.backends.cudnn import rnn
 
 from ..call import PLAIN_TYPES, recorder
+from . import kept
 
 
 class Layout(NamedTuple):
@@ -110,14 +111,14 @@ class Copies(NamedTuple):
         copies: the tensors, in the order of the layer.
         tensors: what they were copied from.
         versions: the sum of the version counters of those.
-        addresses: where the values of those were.
+        memory: tensors that lie as those did.
         is_cast: whether autocast chose the dtype of the copies.
     """
 
     copies: list[Tensor | None]
     tensors: list[Tensor]
     versions: int
-    addresses: list[int]
+    memory: list[Tensor]
     is_cast: bool
 
     @classmethod
@@ -126,8 +127,8 @@ class Copies(NamedTuple):
         given = [t for t in tensors if t is not None]
         if any(t.is_inference() for t in given):
             return None
-        addresses = [t.data_ptr() for t in given]
-        return cls(copies, given, _versions(given), addresses, torch.is_autocast_enabled("cuda"))
+        memory = [t.detach() for t in given]
+        return cls(copies, given, _versions(given), memory, torch.is_autocast_enabled("cuda"))
 
     def are_of(self, tensors: Sequence[Tensor | None]) -> bool:
         """Returns whether these are the copies of such tensors."""
@@ -136,7 +137,7 @@ class Copies(NamedTuple):
             len(given) == len(self.tensors)
             and all(a is b for a, b in zip(given, self.tensors, strict=True))
             and _versions(given) == self.versions
-            and [t.data_ptr() for t in given] == self.addresses
+            and all(map(kept.lies_as, given, self.memory))
             and torch.is_autocast_enabled("cuda") == self.is_cast
         )
 

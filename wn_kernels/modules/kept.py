@@ -33,17 +33,14 @@ class Kept(NamedTuple):
         weight: the weight.
         v, g: the parameters.
         versions: the sum of the three tensors' version counters, which never decrease.
-        v_address, g_address: where the parameters' values were.
         written: the version counter of the weight.
-        memory: tensors that share the parameters' memory of then.
+        memory: tensors that share the parameters' memory of then, and lie as they did.
     """
 
     weight: Tensor
     v: Tensor
     g: Tensor
     versions: int
-    v_address: int
-    g_address: int
     written: int
     memory: tuple[Tensor, Tensor]
 
@@ -101,13 +98,13 @@ class Store:
             weights = self.kept.setdefault(name, {})
         found = weights.get(key)
         if found is not None:
-            weight, kept_v, kept_g, versions, v_address, g_address, written, _ = found
+            weight, kept_v, kept_g, versions, written, memory = found
             if (
                 kept_v is v
                 and kept_g is g
                 and v._version + g._version + weight._version == versions
-                and v.data_ptr() == v_address
-                and g.data_ptr() == g_address
+                and lies_as(v, memory[0])
+                and lies_as(g, memory[1])
             ):
                 return found
             if weight._version != written:
@@ -117,13 +114,20 @@ class Store:
         if not self.blocks or module._is_claimed(name) or not _can_keep(v, g, dtype):
             return None
         # A change that another thread makes meanwhile is noticed by the next call.
-        versions, addresses = v._version + g._version, (v.data_ptr(), g.data_ptr())
+        versions = v._version + g._version
         with torch.inference_mode(False), torch.no_grad():
             memory = v.detach(), g.detach()
             weight = module._form(name, torch.promote_types(v.dtype, dtype)).to(dtype)
         written = weight._version
-        found = weights[key] = Kept(weight, v, g, versions + written, *addresses, written, memory)
+        found = weights[key] = Kept(weight, v, g, versions + written, written, memory)
         return found
+
+
+def lies_as(t: Tensor, other: Tensor) -> bool:
+    """Returns whether the values of two tensors are the same memory, read in the same way."""
+    return (
+        t.data_ptr() == other.data_ptr() and t.shape == other.shape and t.stride() == other.stride()
+    )
 
 
 def _can_keep(v: Tensor, g: Tensor, dtype: torch.dtype) -> bool:

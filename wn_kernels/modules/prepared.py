@@ -287,19 +287,19 @@ def _kept(
     take, add = (store.take, store.add) if is_free else (None, None)
     if take is not None and (w := take(x, v, g)) is not None:
         return None if w is False else w
-    if not isinstance(x, Tensor):
-        return None
+    if not isinstance(x, Tensor) or not prepare.are_dense(x, v, g, bias):
+        return None  # the layer rejects it, as outside of the block
     dtype = WF.product_dtype(x) if torch._C._is_any_autocast_enabled() else x.dtype
     # A layer's own kernels may be faster than PyTorch's with a weight that is there.
     if not _pays(store.pays, module, x, v, g, bias, dtype):
         if add is not None:
-            add(x, v, g, False, 0, 0, 0)
+            add(x, v, g, False, 0, ())
         return None
     found = store.find(module, "weight", v, g, dtype)
     if found is None:
         return None
     if add is not None and store.add is add:
-        add(x, v, g, found.weight, found.versions, found.v_address, found.g_address)
+        add(x, v, g, found.weight, found.versions, found.memory)
     return found.weight
 
 

@@ -95,6 +95,10 @@ class NormedWeights(nn.Module):
         super().__init__(*args, **kwargs)
         self._normalise()
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Returns the attributes of a copy, which keeps no weights of `frozen_weights`."""
+        return {key: value for key, value in self.__dict__.items() if key != "_store"}
+
     def _normalise(self) -> None:
         """Puts the weights that the plain layer's constructor made under weight norm, unless they
         are already."""

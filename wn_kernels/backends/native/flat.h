@@ -158,7 +158,10 @@ class Frozen {
     is_valid_ = is_valid_ && !sources_.empty() && is_on_default_stream(sources_[0].device());
   }
 
-  void keep(py::list tensors) { tensors_ = std::move(tensors); }
+  void keep(py::list tensors) {
+    tensors_ = std::move(tensors);
+    versions_ = versions_of_tensors();
+  }
 
   // The tensors, or nothing if one of the parameters has changed, or if Python has to look at the call.
   std::optional<py::list> take(
@@ -167,7 +170,8 @@ class Frozen {
     const auto same = [&](py::handle t) {
       return next < sources_.size() && sources_[next++].is_still(t);
     };
-    const bool found = is_valid_ && at_changes_ == Kept::changes() &&
+    const bool found = is_valid_ && at_changes_ == Kept::changes() && !tensors_.empty() &&
+        versions_of_tensors() == versions_ &&  // nobody has written into one
         Named{names, own, rules, holders}.each(
             [&](size_t, py::handle v, py::handle g, py::handle) { return same(v) && same(g); },
             [&](size_t, py::handle t) { return same(t); });
@@ -181,15 +185,14 @@ class Frozen {
   struct Source {
     py::object object;
     uint64_t version;
-    uintptr_t address;
+    Place place;
 
     at::Device device() const { return THPVariable_Unpack(object.ptr()).device(); }
 
     bool is_still(py::handle t) const {
       if (!object.is(t)) return false;
       const Tensor& tensor = THPVariable_Unpack(t.ptr());
-      return tensor._version() == version &&
-             reinterpret_cast<uintptr_t>(tensor.data_ptr()) == address &&
+      return tensor._version() == version && place.is_of(tensor) &&
              !(at::GradMode::is_enabled() && tensor.requires_grad());
     }
   };
@@ -197,13 +200,19 @@ class Frozen {
   bool add(py::handle t) {
     const Tensor& tensor = THPVariable_Unpack(t.ptr());
     if (tensor.is_inference()) return false;
-    const auto address = reinterpret_cast<uintptr_t>(tensor.data_ptr());
-    sources_.push_back({py::reinterpret_borrow<py::object>(t), tensor._version(), address});
+    sources_.push_back({py::reinterpret_borrow<py::object>(t), tensor._version(), Place(tensor)});
     memory_.push_back(tensor.detach());
     return true;
   }
 
+  uint64_t versions_of_tensors() const {
+    uint64_t sum = 0;
+    for (const auto t : tensors_) sum += THPVariable_Unpack(t.ptr())._version();
+    return sum;
+  }
+
   bool is_valid_;
+  uint64_t versions_ = 0;
   uint64_t at_changes_ = Kept::changes();
   std::vector<Source> sources_;
   variable_list memory_;  // no other tensor gets these addresses

@@ -18,6 +18,21 @@ inline bool is_on_default_stream(const at::Device& device) {
          c10::impl::VirtualGuardImpl(device.type()).getStream(device).id() == 0;
 }
 
+// Where the values of a tensor are, and how they lie. A change of its `.data` changes one of these.
+struct Place {
+  explicit Place(const Tensor& t)
+      : address(reinterpret_cast<uintptr_t>(t.data_ptr())), sizes(t.sizes().vec()),
+        strides(t.strides().vec()) {}
+
+  bool is_of(const Tensor& t) const {
+    return reinterpret_cast<uintptr_t>(t.data_ptr()) == address && t.sizes() == sizes &&
+           t.strides() == strides;
+  }
+
+  uintptr_t address;
+  Sizes sizes, strides;
+};
+
 class Kept {
  public:
   // Returns what was added for such an input: W, or False if the layer does without it. Returns None
@@ -27,7 +42,7 @@ class Kept {
     if (!describe(x, v, g)) return py::none();
     for (const auto& entry : entries_) {
       if (entry.key != key_) continue;
-      if (entry.w.ptr() == Py_False) return entry.w;
+      if (!entry.v) return py::bool_(false);
       const Tensor &own_v = THPVariable_Unpack(v), &own_g = THPVariable_Unpack(g);
       const Tensor& w = THPVariable_Unpack(entry.w.ptr());
       const bool needs_grad =
@@ -35,22 +50,26 @@ class Kept {
       const bool is_current =
           entry.v.ptr() == v && entry.g.ptr() == g && !own_v.is_inference() && !own_g.is_inference() &&
           uint64_t{own_v._version()} + own_g._version() + w._version() == entry.versions &&
-          reinterpret_cast<uintptr_t>(own_v.data_ptr()) == entry.v_address &&
-          reinterpret_cast<uintptr_t>(own_g.data_ptr()) == entry.g_address;
+          entry.v_place->is_of(own_v) && entry.g_place->is_of(own_g);
       return is_current && !needs_grad ? entry.w : py::none();
     }
     return py::none();
   }
 
-  // Adds W, or False, for such an input. The arguments are (x, v, g, w), the sum of the version
-  // counters of v, g and w, and the addresses of v and g.
+  // Adds W, or False, for such an input. The arguments are (x, v, g, w, versions, memory): the sum of
+  // the version counters of v, g and w, and tensors that lie as v and g did when W was computed.
   void add(PyObject* const* given) {
     if (!describe(given[0], given[1], given[2])) return;
     if (entries_.size() >= kMost_) entries_.clear();
-    const auto held = [&](size_t i) { return py::reinterpret_borrow<py::object>(given[i]); };
-    entries_.push_back(
-        {key_, held(1), held(2), held(3), held(4).cast<uint64_t>(), held(5).cast<uintptr_t>(),
-         held(6).cast<uintptr_t>()});
+    Entry entry{key_};
+    if (given[3] != Py_False) {
+      const auto held = [&](size_t i) { return py::reinterpret_borrow<py::object>(given[i]); };
+      entry.v = held(1), entry.g = held(2), entry.w = held(3);
+      entry.versions = held(4).cast<uint64_t>();
+      entry.v_place.emplace(THPVariable_Unpack(PyTuple_GET_ITEM(given[5], 0)));
+      entry.g_place.emplace(THPVariable_Unpack(PyTuple_GET_ITEM(given[5], 1)));
+    }
+    entries_.push_back(std::move(entry));
   }
 
   // Counts what makes every entry of every layer invalid.
@@ -60,11 +79,12 @@ class Kept {
   }
 
  private:
+  // The layer does without a weight if there is no v.
   struct Entry {
     std::string key;
     py::object v, g, w;
-    uint64_t versions;
-    uintptr_t v_address, g_address;
+    uint64_t versions = 0;
+    std::optional<Place> v_place, g_place;
   };
 
   // Describes an input in `key_`. Returns false for a call that Python has to look at.
@@ -76,7 +96,7 @@ class Kept {
     if (!is_tensor(input) || !is_tensor(v) || !is_tensor(g) || !is_seen_by_nobody()) return false;
     const Tensor& x = THPVariable_Unpack(input);
     const auto device = x.device();
-    if (device != THPVariable_Unpack(v).device() || !x.has_storage()) return false;
+    if (device != THPVariable_Unpack(v).device() || !is_plain(x, device.type())) return false;
     if (!is_on_default_stream(device)) return false;
     key_.clear();
     const auto number = [&](int64_t n) {
@@ -119,7 +139,7 @@ inline py::tuple keeping() {
       reinterpret_cast<PyCFunction>(+[](PyObject* self, PyObject* const* given, Py_ssize_t count)
                                         -> PyObject* {
         HANDLE_TH_ERRORS
-        TORCH_CHECK_TYPE(count == 7, "expected 7 arguments, got ", count);
+        TORCH_CHECK_TYPE(count == 6, "expected 6 arguments, got ", count);
         kept(self)->add(given);
         Py_RETURN_NONE;
         END_HANDLE_TH_ERRORS

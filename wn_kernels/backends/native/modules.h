@@ -44,8 +44,9 @@ inline bool is_bare(PyObject* own, const Names& names) {
 }
 
 // Returns (v, g, bias, dim, eps, norm), or None where Python has to look. `rule` is (key of g, key of
-// v, dim, eps, norm, parametrization, hooks): the class of PyTorch's parametrization if that holds g
-// and v, or None if the module does, and dictionaries of the hooks of all modules.
+// v, dim, eps, norm, parametrization, hooks, list): the class of PyTorch's parametrization if that holds
+// g and v, or None if the module does, dictionaries of the hooks of all modules, and the class of
+// PyTorch's list of parametrizations.
 inline py::object layer_operands(PyObject* module, PyObject* rule) {
   static const auto* const names = new Names;
   const auto option = [&](Py_ssize_t i) { return PyTuple_GET_ITEM(rule, i); };
@@ -56,20 +57,20 @@ inline py::object layer_operands(PyObject* module, PyObject* rule) {
   if (!parameters || (is_read && is_read != Py_False)) return py::none();
   PyObject* holder = parameters;
   if (PyObject* const kind = option(5); kind != Py_None) {
-    PyObject* at = item(own, names->modules);
+    PyObject *at = item(own, names->modules), *list = nullptr;
     for (PyObject* key : {names->parametrizations, names->weight}) {
       PyObject* const child = at ? item(at, key) : nullptr;
-      PyObject* const inner = child ? attributes(child) : nullptr;
+      PyObject* const inner = child && child != Py_None ? attributes(child) : nullptr;
       if (!inner) return py::none();
       at = item(inner, names->modules);
-      holder = inner;
+      list = child, holder = inner;
     }
     // `is_claimed` of convert/fused.py states what must not be there.
     PyObject* const first = at && PyDict_Size(at) == 1 ? item(at, names->first) : nullptr;
     PyObject* const of_first = first && Py_TYPE(first) == reinterpret_cast<PyTypeObject*>(kind)
                                    ? attributes(first)
                                    : nullptr;
-    if (!of_first || !is_bare(holder, *names) || !is_bare(of_first, *names)) return py::none();
+    if (!of_first || Py_TYPE(list) != reinterpret_cast<PyTypeObject*>(option(7)) || !is_bare(holder, *names) || !is_bare(of_first, *names)) return py::none();
     PyObject* const everywhere = option(6);
     for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(everywhere); ++i)
       if (PyDict_Size(PyTuple_GET_ITEM(everywhere, i))) return py::none();
