@@ -17,7 +17,7 @@ from tests.comparison import assert_matches, assert_same_bits
 from tests.compatibility import processes
 from tests.compatibility.processes import WORLD
 from wn_kernels.backends import native
-from wn_kernels.modules import flat, recurrent
+from wn_kernels.modules import flat, kept, recurrent
 from wn_kernels.operators import native_library
 
 STEPS, BATCH, INPUTS, HIDDEN = 4, 2, 6, 8
@@ -396,7 +396,7 @@ def one_piece(monkeypatch):
     monkeypatch.setattr(flat, "_options", lambda _: ())
     monkeypatch.setattr(flat, "_layout_of_cudnn", layout)
     monkeypatch.setattr(flat, "_layouts", {})
-    monkeypatch.setattr(recurrent, "native_library", functools.cache(Counted))
+    monkeypatch.setattr(kept, "native_library", functools.cache(Counted))
     with wn_kernels.use_backend("triton"):
         yield calls
 

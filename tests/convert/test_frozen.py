@@ -23,7 +23,6 @@ from tests.forms import parts
 from wn_kernels import frozen_weights, plan, use_backend
 from wn_kernels.backends import native
 from wn_kernels.modules import kept as keeping
-from wn_kernels.modules import recurrent
 
 pytestmark = pytest.mark.usefixtures("paying")
 
@@ -239,7 +238,6 @@ def test_data_that_lies_otherwise(name, library, monkeypatch):
     """At the same address, without a change of a version counter."""
     if not library:
         monkeypatch.setattr(keeping, "native_library", lambda: None)
-        monkeypatch.setattr(recurrent, "native_library", lambda: None)
     square = {
         "linear": lambda: wn_kernels.WNLinear(16, 16),
         "lstm": lambda: wn_kernels.WNLSTM(64, 16),

@@ -1,8 +1,9 @@
 """This file holds the weights that layers keep inside `frozen_weights`.
 
 A kept weight has no gradient, and serves a forward that needs none with respect to `g` and `v`. It
-is used as long as nothing has changed: `g` and `v` are the same objects, their version counters and
-their addresses are the same, and nobody has written into the weight. Tensors that share the memory
+is used as long as nothing has changed: `g` and `v` are the same objects, their version counters are
+the same, their values are the same memory and are read in the same way, and nobody has written into
+the weight. Tensors that share the memory
 of `g` and `v` are kept as well, so that no other tensor gets their addresses. A write through
 `.data` in place leaves no trace, and cannot be noticed. A step of PyTorch's fused optimizers leaves
 none either, so every optimizer's step counts as a write while a block is open.
@@ -143,17 +144,26 @@ def _can_keep(v: Tensor, g: Tensor, dtype: torch.dtype) -> bool:
     )
 
 
+def library_for(layer: Any, names: list[str]) -> tuple[Any, tuple[Any, ...]] | None:
+    """Returns the native library, and by what it finds the tensors of a layer with these names, or
+    `None` if Python has to look."""
+    if is_compiling() or layer._is_read or reading.are_cached():
+        return None
+    library = native_library()
+    holders = None if library is None else layer._holders()
+    if holders is None:
+        return None
+    return library, (names, layer._parameters, layer._rules, holders)
+
+
 def forms(layer: Any, names: Sequence[str]) -> list[Tensor]:
     """Returns what `reading.forms` does. The native library looks whether the kept weights of a
     layer are still those of an earlier call."""
     store = None if is_compiling() else layer._store
-    library = None
-    if store is not None and not (layer._is_read or reading.are_cached()):
-        library = native_library()
-    holders = None if library is None else layer._holders()
-    if library is None or store is None or holders is None:
+    by = None if store is None else library_for(layer, [*names])
+    if store is None or by is None:
         return reading.forms(layer, names)
-    arguments = [*names], layer._parameters, layer._rules, holders
+    library, arguments = by
     found = store.frozen and store.frozen.take(*arguments)
     if found is None:
         frozen = library.Frozen(*arguments)

@@ -18,8 +18,7 @@ from torch.compiler import is_compiling
 
 from .. import grouped, plan
 from ..call import Norm, recorder
-from ..operators import native_library
-from . import checkpoints, flat, norms, reading, removal, steps
+from . import checkpoints, flat, kept, norms, reading, removal, steps
 from .weight import NormedWeights
 
 if TYPE_CHECKING:
@@ -29,12 +28,10 @@ if TYPE_CHECKING:
 def flat_weights(layer: Any) -> list[Tensor | None]:
     """Returns the tensors of `layer._flat_weights_names`. Those that are weight-normed are computed
     in one call. Where cuDNN runs the layer, all of them lie in one buffer, in its order."""
-    library = _library(layer)
     store = None if is_compiling() else layer._store
-    holders = None if library is None else layer._holders()
     frozen = None
-    if library is not None and holders is not None:
-        arguments = layer._flat_weights_names, layer._parameters, layer._rules, holders
+    if by := kept.library_for(layer, layer._flat_weights_names):
+        library, arguments = by
         if store is None:
             found = _by_library(library, layer, arguments)
         else:
@@ -54,13 +51,6 @@ def flat_weights(layer: Any) -> list[Tensor | None]:
     if keeps:
         places = flat.places(layer, directions, others)
     return flat.gathered(tensors, [places.get(name) for name in names])
-
-
-def _library(layer: Any) -> Any:
-    """Returns the native library if it may find the tensors of a layer for a call, or `None`."""
-    if is_compiling() or layer._is_read or reading.are_cached():
-        return None
-    return native_library()
 
 
 def _by_library(library: Any, layer: Any, arguments: tuple[Any, ...]) -> Any:
@@ -85,9 +75,9 @@ def _kept(layer: Any, frozen: Any, tensors: list[Any], *parts: Any) -> list[Tens
     """Returns the tensors of a layer inside `frozen_weights`, which keeps them where cuDNN takes
     them. `frozen` is what the native library has noted of the parameters, or `None`."""
     store = layer._store
-    kept = store and store.copies
-    if kept and kept.are_of(tensors):
-        copies = kept.copies
+    before = store and store.copies
+    if before and before.are_of(tensors):
+        copies = before.copies
     else:
         with torch.inference_mode(False), torch.no_grad():
             places = flat.places(layer, *parts)

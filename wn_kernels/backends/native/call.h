@@ -16,6 +16,7 @@
 #include <ATen/ATen.h>
 #include <ATen/autocast_mode.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
+#include <torch/csrc/Exceptions.h>
 #include <torch/csrc/autograd/forward_grad.h>
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/jit/frontend/tracer.h>
@@ -102,6 +103,13 @@ struct Operands {
   }
 };
 
+// The item of a dictionary; null if there is none.
+inline PyObject* item(PyObject* dict, PyObject* key) {
+  PyObject* found = PyDict_GetItemWithError(dict, key);
+  if (!found && PyErr_Occurred()) throw py::error_already_set();
+  return found;
+}
+
 // A tensor, no subclass.
 inline bool is_tensor(py::handle object) { return THPVariable_CheckExact(object.ptr()); }
 
@@ -143,6 +151,43 @@ inline std::optional<Operands> launched_operands(
   const bool served = fits(out.v) && fits(out.g) && out.g.is_contiguous() &&
                       (!out.x.defined() || fits(out.x)) && (!out.bias.defined() || fits(out.bias));
   return served ? std::make_optional(std::move(out)) : std::nullopt;
+}
+
+// --- functions of Python -----------------------------------------------------------------------
+
+// These have no table of overloads, as pybind11's functions have, which takes as long as a small
+// allocation.
+
+// A capsule that owns an object.
+template <typename T>
+py::object in_capsule(std::unique_ptr<T> object) {
+  auto capsule = py::reinterpret_steal<py::object>(
+      PyCapsule_New(object.get(), nullptr, [](PyObject* self) {
+        delete static_cast<T*>(PyCapsule_GetPointer(self, nullptr));
+      }));
+  if (!capsule) throw py::error_already_set();
+  object.release();
+  return capsule;
+}
+
+// Calls a method of the object that a capsule owns, with so many arguments.
+template <typename T, auto method, Py_ssize_t arguments>
+PyObject* called(PyObject* capsule, PyObject* const* given, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  TORCH_CHECK_TYPE(count == arguments, "expected ", arguments, " arguments, got ", count);
+  return (static_cast<T*>(PyCapsule_GetPointer(capsule, nullptr))->*method)(given).release().ptr();
+  END_HANDLE_TH_ERRORS
+}
+
+template <typename T, auto method, Py_ssize_t arguments>
+PyMethodDef method_of(const char* name) {
+  return {
+      name, reinterpret_cast<PyCFunction>(called<T, method, arguments>), METH_FASTCALL, nullptr};
+}
+
+// The function of the object in a capsule.
+inline py::object bound(PyMethodDef& method, const py::object& capsule) {
+  return py::reinterpret_steal<py::object>(PyCFunction_New(&method, capsule.ptr()));
 }
 
 // --- what shapes and options decide ------------------------------------------------------------

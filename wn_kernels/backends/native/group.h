@@ -293,11 +293,7 @@ struct Named {
   py::list names;
   py::dict own, rules, holders;
 
-  static py::handle get(py::handle from, py::handle key) {
-    PyObject* found = PyDict_GetItemWithError(from.ptr(), key.ptr());
-    if (!found && PyErr_Occurred()) throw py::error_already_set();
-    return py::handle(found);
-  }
+  static py::handle get(py::handle from, py::handle key) { return item(from.ptr(), key.ptr()); }
 
   // Calls `weight(i, v, g, rule)` for each W and `other(i, t)` for the rest. Returns false if a tensor
   // is missing, or not torch's own, or if one of these does.

@@ -41,7 +41,7 @@ class Kept {
     PyObject *x = given[0], *v = given[1], *g = given[2];
     if (!describe(x, v, g)) return py::none();
     for (const auto& entry : entries_) {
-      if (entry.key != key_) continue;
+      if (entry.key != key_.bytes()) continue;
       if (!entry.v) return py::bool_(false);
       const Tensor &own_v = THPVariable_Unpack(v), &own_g = THPVariable_Unpack(g);
       const Tensor& w = THPVariable_Unpack(entry.w.ptr());
@@ -58,10 +58,10 @@ class Kept {
 
   // Adds W, or False, for such an input. The arguments are (x, v, g, w, versions, memory): the sum of
   // the version counters of v, g and w, and tensors that lie as v and g did when W was computed.
-  void add(PyObject* const* given) {
-    if (!describe(given[0], given[1], given[2])) return;
+  py::object add(PyObject* const* given) {
+    if (!describe(given[0], given[1], given[2])) return py::none();
     if (entries_.size() >= kMost_) entries_.clear();
-    Entry entry{key_};
+    Entry entry{key_.bytes()};
     if (given[3] != Py_False) {
       const auto held = [&](size_t i) { return py::reinterpret_borrow<py::object>(given[i]); };
       entry.v = held(1), entry.g = held(2), entry.w = held(3);
@@ -70,6 +70,7 @@ class Kept {
       entry.g_place.emplace(THPVariable_Unpack(PyTuple_GET_ITEM(given[5], 1)));
     }
     entries_.push_back(std::move(entry));
+    return py::none();
   }
 
   // Counts what makes every entry of every layer invalid.
@@ -98,62 +99,28 @@ class Kept {
     const auto device = x.device();
     if (device != THPVariable_Unpack(v).device() || !is_plain(x, device.type())) return false;
     if (!is_on_default_stream(device)) return false;
-    key_.clear();
-    const auto number = [&](int64_t n) {
-      key_.append(reinterpret_cast<const char*>(&n), sizeof n);
-    };
-    number(static_cast<int64_t>(x.scalar_type()));
     const bool casts = at::autocast::is_autocast_enabled(device.type());
-    number(casts ? static_cast<int64_t>(at::autocast::get_autocast_dtype(device.type())) : -1);
-    number(at::GradMode::is_enabled());
-    for (const int64_t n : x.sizes()) number(n);
-    for (const int64_t n : x.strides()) number(n);
+    key_.clear();
+    key_.number(static_cast<char>(x.scalar_type()));
+    key_.number(casts ? static_cast<int>(at::autocast::get_autocast_dtype(device.type())) : -1);
+    key_.number(at::GradMode::is_enabled());
+    key_.list(x.sizes());
+    key_.list(x.strides());
     return true;
   }
 
   static constexpr size_t kMost_ = 16;
   std::vector<Entry> entries_;
-  std::string key_;
+  Key key_;
   uint64_t changes_ = 0;
 };
 
-// Returns `Kept::take` and `Kept::add` as functions of Python. They have no tables of overloads
-// (library.cpp).
+// Returns `Kept::take` and `Kept::add` as functions of Python.
 inline py::tuple keeping() {
-  static constexpr const char* name = "wn_kernels.Kept";
-  static constexpr auto kept = [](PyObject* self) {
-    return static_cast<Kept*>(PyCapsule_GetPointer(self, name));
-  };
-  static PyMethodDef take = {
-      "take",
-      reinterpret_cast<PyCFunction>(+[](PyObject* self, PyObject* const* given, Py_ssize_t count)
-                                        -> PyObject* {
-        HANDLE_TH_ERRORS
-        TORCH_CHECK_TYPE(count == 3, "expected 3 arguments, got ", count);
-        return kept(self)->take(given).release().ptr();
-        END_HANDLE_TH_ERRORS
-      }),
-      METH_FASTCALL, nullptr};
-  static PyMethodDef add = {
-      "add",
-      reinterpret_cast<PyCFunction>(+[](PyObject* self, PyObject* const* given, Py_ssize_t count)
-                                        -> PyObject* {
-        HANDLE_TH_ERRORS
-        TORCH_CHECK_TYPE(count == 6, "expected 6 arguments, got ", count);
-        kept(self)->add(given);
-        Py_RETURN_NONE;
-        END_HANDLE_TH_ERRORS
-      }),
-      METH_FASTCALL, nullptr};
-  auto entries = std::make_unique<Kept>();
-  const auto capsule = py::reinterpret_steal<py::object>(PyCapsule_New(
-      entries.get(), name, [](PyObject* self) { delete kept(self); }));
-  if (!capsule) throw py::error_already_set();
-  entries.release();
-  const auto function = [&](PyMethodDef* method) {
-    return py::reinterpret_steal<py::object>(PyCFunction_New(method, capsule.ptr()));
-  };
-  return py::make_tuple(function(&take), function(&add));
+  static PyMethodDef take = method_of<Kept, &Kept::take, 3>("take");
+  static PyMethodDef add = method_of<Kept, &Kept::add, 6>("add");
+  const auto entries = in_capsule(std::make_unique<Kept>());
+  return py::make_tuple(bound(take, entries), bound(add, entries));
 }
 
 }  // namespace wn_kernels

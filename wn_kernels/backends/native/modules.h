@@ -8,13 +8,6 @@
 
 namespace wn_kernels {
 
-// The item of a dictionary; null if there is none.
-inline PyObject* item(PyObject* dict, PyObject* key) {
-  PyObject* found = PyDict_GetItemWithError(dict, key);
-  if (!found && PyErr_Occurred()) throw py::error_already_set();
-  return found;
-}
-
 // The attributes of an object. They live as long as the object.
 inline PyObject* attributes(PyObject* object) {
   const auto dict = py::reinterpret_steal<py::object>(PyObject_GenericGetDict(object, nullptr));
@@ -70,7 +63,9 @@ inline py::object layer_operands(PyObject* module, PyObject* rule) {
     PyObject* const of_first = first && Py_TYPE(first) == reinterpret_cast<PyTypeObject*>(kind)
                                    ? attributes(first)
                                    : nullptr;
-    if (!of_first || Py_TYPE(list) != reinterpret_cast<PyTypeObject*>(option(7)) || !is_bare(holder, *names) || !is_bare(of_first, *names)) return py::none();
+    if (!of_first || Py_TYPE(list) != reinterpret_cast<PyTypeObject*>(option(7)) ||
+        !is_bare(holder, *names) || !is_bare(of_first, *names))
+      return py::none();
     PyObject* const everywhere = option(6);
     for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(everywhere); ++i)
       if (PyDict_Size(PyTuple_GET_ITEM(everywhere, i))) return py::none();

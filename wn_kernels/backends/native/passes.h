@@ -218,8 +218,7 @@ struct Step {
     if (const Found* each = found.find(fits)) return each->compiled.get();
     const py::gil_scoped_acquire gil;
     const py::int_ key(unaligned);
-    PyObject* value = PyDict_GetItemWithError(compiled, key.ptr());
-    if (!value && PyErr_Occurred()) throw py::error_already_set();
+    PyObject* value = item(compiled, key.ptr());
     if (!value) return nullptr;
     return found.add(unaligned, std::make_unique<Compiled>(value))->compiled.get();
   }

@@ -31,8 +31,7 @@ inline std::optional<std::tuple<py::list, py::list, std::vector<uint64_t>>> para
     PyObject* tensors[2];  // v, g
     for (const size_t part : {0, 1}) {
       PyObject* key = PyTuple_GET_ITEM(place, 2 - part);
-      PyObject* found = PyDict_GetItemWithError(PyTuple_GET_ITEM(place, 0), key);
-      if (!found && PyErr_Occurred()) throw py::error_already_set();
+      PyObject* found = item(PyTuple_GET_ITEM(place, 0), key);
       if (!found || !is_tensor(found)) return std::nullopt;
       const auto& own = THPVariable_Unpack(found).device();
       if (!device) device = own;
@@ -126,8 +125,7 @@ class Weights {
     key.number(mode_.records);
     key.list(x.sizes());
     const py::bytes bytes(key.bytes());
-    PyObject* found = PyDict_GetItemWithError(known_.ptr(), bytes.ptr());
-    if (!found && PyErr_Occurred()) throw py::error_already_set();
+    PyObject* found = item(known_.ptr(), bytes.ptr());
     const bool answer = found
         ? found == Py_True
         : decide_(bytes, i, py::handle(given[1]), py::handle(given[2]), py::handle(given[3]),
@@ -144,31 +142,15 @@ class Weights {
   py::object decide_;
 };
 
-// Returns `Weights::take` as a function of Python. It has no table of overloads (library.cpp).
+// Returns `Weights::take` as a function of Python.
 inline py::object taking(
     const std::vector<size_t>& indices, py::list v, py::list g, std::vector<uint64_t> versions,
     py::list w, py::bytearray seen, py::dict known, py::object decide) {
-  static constexpr const char* name = "wn_kernels.Weights";
-  static PyMethodDef method = {
-      "take",
-      reinterpret_cast<PyCFunction>(+[](PyObject* self, PyObject* const* given, Py_ssize_t count)
-                                        -> PyObject* {
-        HANDLE_TH_ERRORS
-        TORCH_CHECK_TYPE(count == 5, "expected 5 arguments, got ", count);
-        return static_cast<Weights*>(PyCapsule_GetPointer(self, name))->take(given).release().ptr();
-        END_HANDLE_TH_ERRORS
-      }),
-      METH_FASTCALL, nullptr};
-  auto weights = std::make_unique<Weights>(
+  static PyMethodDef take = method_of<Weights, &Weights::take, 5>("take");
+  const auto weights = in_capsule(std::make_unique<Weights>(
       indices, std::move(v), std::move(g), std::move(versions), std::move(w), std::move(seen),
-      std::move(known), std::move(decide));
-  const auto capsule = py::reinterpret_steal<py::object>(
-      PyCapsule_New(weights.get(), name, [](PyObject* self) {
-        delete static_cast<Weights*>(PyCapsule_GetPointer(self, name));
-      }));
-  if (!capsule) throw py::error_already_set();
-  weights.release();
-  return py::reinterpret_steal<py::object>(PyCFunction_New(&method, capsule.ptr()));
+      std::move(known), std::move(decide)));
+  return bound(take, weights);
 }
 
 }  // namespace wn_kernels
