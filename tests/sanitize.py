@@ -26,7 +26,7 @@ OPTIONS = {
 }
 
 # The files of tests/backends/native that run its kernels.
-TESTED = "native", "linear", "convolution", "weight", "norms"
+TESTED = "native", "linear", "convolution", "weight", "norms", "recurrence"
 BUILD = "import os; from wn_kernels.backends import native; print(native.build()); os._exit(0)"
 
 

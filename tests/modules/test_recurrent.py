@@ -17,7 +17,10 @@ import wn_kernels.functional as WF
 from tests.comparison import DIMS, assert_matches, assert_same_bits, assert_zero
 from tests.convert.layers import NORMALISE
 from tests.library import watch_weights
+from wn_kernels import plan
+from wn_kernels.modules import sequences
 from wn_kernels.modules.weight import NormedWeights
+from wn_kernels.operators import native_library
 
 INPUTS, HIDDEN, BATCH, STEPS = 6, 8, 3, 5
 LAYERS = {
@@ -71,8 +74,8 @@ def widened(layer):
         given.pop("proj_size", None)
     if hasattr(layer, "nonlinearity"):
         given["nonlinearity"] = layer.nonlinearity
-    plain = layer.plain(INPUTS, HIDDEN, **given, dtype=torch.float64).train(layer.training)
-    return plain, parameters, values
+    plain = layer.plain(layer.input_size, layer.hidden_size, **given, dtype=torch.float64)
+    return plain.train(layer.training), parameters, values
 
 
 def wide(argument):
@@ -177,9 +180,14 @@ def test_cells(kind):
 
 @pytest.mark.parametrize("norm", ["l2", "linf"])
 @pytest.mark.parametrize("kind", CELLS)
-def test_a_step_forms_no_weight(kind, norm, monkeypatch):
-    """It takes the product of a layer, unless a weight is kept or cached, or torch.nn's own
-    `forward` has to look at an argument."""
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_step_forms_no_weight(kind, norm, count, monkeypatch):
+    """It takes the products of layers, unless a weight is kept or cached, or torch.nn's own
+    `forward` has to look at an argument. The native library takes the second product itself."""
+    if count == 2:
+        monkeypatch.setattr(sequences, "library_for", lambda x: None)
+    elif native_library() is None:
+        pytest.skip("there is no native library")
     cell = made(kind, norm=norm)
     x, h = torch.randn(BATCH, INPUTS), torch.randn(BATCH, HIDDEN)
     state = (h, h) if "lstm" in kind else h
@@ -189,7 +197,7 @@ def test_a_step_forms_no_weight(kind, norm, monkeypatch):
     of_product = WF.wn_linear
     monkeypatch.setattr(WF, "wn_linear", lambda *a, **k: products.append(1) or of_product(*a, **k))
     cell(x, state)
-    assert (len(products), len(weights)) == (2, 0)
+    assert (len(products), len(weights)) == (count, 0)
     with parametrize.cached():
         assert_matches(flat(cell(x, state))[0], y.double(), torch.float32, 64, roundings=8)
     with torch.no_grad(), wn_kernels.frozen_weights(cell):
@@ -204,7 +212,7 @@ def test_a_step_forms_no_weight(kind, norm, monkeypatch):
             cell(wrong, state)
     with pytest.raises((RuntimeError, ValueError)):
         cell(x, (h[1:], h[1:]) if "lstm" in kind else h[1:])
-    assert len(products) == 2
+    assert len(products) == count
 
 
 @pytest.mark.parametrize("kind", ALL)
@@ -367,6 +375,7 @@ def test_nothing_of_a_call_is_kept(kind):
 @pytest.mark.parametrize("kind", ALL)
 def test_one_call_for_all_weights(kind, monkeypatch):
     calls = watch_weights(monkeypatch)
+    monkeypatch.setattr(plan.sequences, "pays", lambda *size: False)
     layer = made(kind)
     x = torch.randn(STEPS, INPUTS)
     layer(x if isinstance(layer, nn.RNNBase) else x[0])

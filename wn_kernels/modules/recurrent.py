@@ -18,7 +18,7 @@ from torch.compiler import is_compiling
 
 from .. import grouped, plan
 from ..call import Norm, recorder
-from . import checkpoints, flat, kept, norms, reading, removal, steps
+from . import checkpoints, flat, kept, norms, reading, removal, sequences, steps
 from .weight import NormedWeights
 
 if TYPE_CHECKING:
@@ -209,7 +209,8 @@ class _Layer(FlatWeights, RecurrentMixin):
     """Holds the `forward` of the three recurrent layers."""
 
     def forward(self: Any, input: Any, hx: Any = None) -> Any:
-        return self.plain.forward(with_weights(self), input, hx)
+        found = sequences.output(self, input, hx, flat_weights)
+        return self.plain.forward(with_weights(self), input, hx) if found is None else found
 
     def _bake(self, name: str, weight: Tensor | None = None) -> None:
         super()._bake(name, weight)

@@ -3,8 +3,9 @@ themselves, `functional.wn_linear`, instead of two weights and PyTorch's product
 
 A cell uses its weights once, for few rows. The product then reads `V` once and writes no weight,
 and the backward needs none. PyTorch's functions for a whole step take formed weights, so the gates
-are computed here. On a CPU, that is done by the formulas of `torch.nn.LSTMCell`, `GRUCell` and
-`RNNCell`. On a GPU, it is done by the operators which PyTorch's functions call there.
+are computed here. With the native library, a step is a sequence of one (`sequences.py`). Without
+it, a CPU computes them by the formulas of `torch.nn.LSTMCell`, `GRUCell` and `RNNCell`. On a GPU,
+it is done by the operators which PyTorch's functions call there.
 
 Where several steps share the weights, PyTorch's functions get them without torch.nn's `forward`.
 """
@@ -20,8 +21,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import functional as WF
+from ..backends.recurrence import CELLS
 from ..call import PLAIN_TYPES, recorder
-from . import kept, reading
+from . import kept, reading, sequences
 
 # A state is one tensor, or the two of an LSTM.
 State = tuple[Tensor, ...]
@@ -50,6 +52,9 @@ def step(cell: Any, input: Any, hx: Any) -> Any:
     of_kind = _KINDS[kind]
     products = None
     if not reading.is_shared(cell):
+        y = _by_library(cell, of_kind, input, state)
+        if y is not None:
+            return y
         products = [_product(cell, name, input) for name in _NAMES]
     if products is None or None in products:
         return of_kind.whole(cell, input, state, *_formed(cell), cell.bias_ih, cell.bias_hh)
@@ -60,7 +65,28 @@ def step(cell: Any, input: Any, hx: Any) -> Any:
     return (of_kind.gates if input.is_cpu else of_kind.fused)(cell, *gates, *state)
 
 
-_NAMES = ("weight_ih", "weight_hh")
+_NAMES, _BIASES = ("weight_ih", "weight_hh"), ("bias_ih", "bias_hh")
+
+
+def _by_library(cell: Any, of_kind: Kind, x: Tensor, state: State) -> Any:
+    """Returns the state after a step that the native library takes as a sequence, or `None`."""
+    library = sequences.library_for(x)
+    options = library and sequences.shared_options(cell, _NAMES)
+    if not options or not x.numel():
+        return None
+    if cell._is_read:
+        reading.warn_of_writes(cell)
+    of_x, of_h = (
+        sequences.weight_of(cell, name, getattr(cell, bias))
+        for name, bias in zip(_NAMES, _BIASES, strict=True)
+    )
+    number = CELLS.index(of_kind.cell or cell.nonlinearity)
+    start = tuple(t.contiguous() for t in state)
+    found = sequences.run(library, number, False, x.unsqueeze(0), of_x, of_h, start, options)
+    if found is None:
+        return None
+    _, h, c = found
+    return h if c is None else (h, c)
 
 
 def _is_like(t: Any, x: Tensor) -> bool:
@@ -144,18 +170,20 @@ class Kind(NamedTuple):
     """Holds the functions of a kind of cell, which return its state.
 
     Attributes:
+        cell: its name in `backends.recurrence.CELLS`, or an empty one for that of `nonlinearity`.
         whole: the step by PyTorch's function, from two formed weights.
         gates: the gates from the two products on a CPU.
         fused: the same on a GPU.
     """
 
+    cell: str
     whole: Callable[..., Any]
     gates: Callable[..., Any]
     fused: Callable[..., Any]
 
 
 _KINDS: dict[type[nn.Module], Kind] = {
-    nn.LSTMCell: Kind(_whole_lstm, _lstm, _fused_lstm),
-    nn.GRUCell: Kind(_whole_gru, _gru, _fused_gru),
-    nn.RNNCell: Kind(_whole_rnn, _rnn, _rnn),
+    nn.LSTMCell: Kind("lstm", _whole_lstm, _lstm, _fused_lstm),
+    nn.GRUCell: Kind("gru", _whole_gru, _gru, _fused_gru),
+    nn.RNNCell: Kind("", _whole_rnn, _rnn, _rnn),
 }

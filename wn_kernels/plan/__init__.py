@@ -2,10 +2,11 @@
 
 `backend.py` chooses the backend, and `variants.py` chooses the variant. The choice of the variant
 follows measurements (`table.py`) or the cost model (`costs.py`), which uses constants of devices
-(`devices.py`), scaled by the rates of a CPU (`rates.py`).
+(`devices.py`), scaled by the rates of a CPU (`rates.py`). `sequences.py` is the cost model of
+recurrent layers.
 """
 
-from . import costs, devices, rates, table
+from . import costs, devices, rates, sequences, table
 from .backend import (
     BACKENDS,
     ENVIRONMENT_VARIABLE,
@@ -52,6 +53,7 @@ __all__ = [
     "key",
     "prepares",
     "rates",
+    "sequences",
     "serving",
     "shared_seconds",
     "shares",

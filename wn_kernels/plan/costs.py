@@ -101,7 +101,7 @@ def aten_linear(call: Call) -> Costs:
         w /= device.cache
         norms = Stage(2 * w)  # from the cache, they are bound by their arithmetic
     activation = x if call.dim == 1 else y
-    product = Stage(x + y + w, _vendors(device, 2.0 * m * n * k, m))
+    product = Stage(x + y + w, vendors(device, 2.0 * m * n * k, m))
     forward = {"materialize": [Stage(3 * w), product]}
     backward = {"materialize": [Stage(2 * w), product, product, Stage(5 * w)]}
     kept = [product, product, Stage(3 * w)] if aten_weight.keeps_weight(call) else None
@@ -140,7 +140,7 @@ def aten_convolution(call: Call, conv: Geometry) -> Costs:
     axis = conv.scale_axis(call.dim) if scales_late(call) else "none"
     # A weight of a few MiB stays in cache between two operations.
     weight = w / device.cache if w <= 2**23 else w
-    flops = _vendors(device, operations, _columns(call, conv)) / device.conv
+    flops = vendors(device, operations, _columns(call, conv)) / device.conv
     product = Stage(x + y + weight, flops)
     forward = {"materialize": [Stage(3 * weight), product]}
     backward = {"materialize": [Stage(2 * weight), product, product, Stage(5 * weight)]}
@@ -166,7 +166,7 @@ def _columns(call: Call, conv: Geometry) -> int:
     return call.x_shape[0] * math.prod(_smaller_side(call, conv))
 
 
-def _vendors(device: Device, operations: float, columns: int) -> float:
+def vendors(device: Device, operations: float, columns: int) -> float:
     """Returns the operations of PyTorch's product, with those that its efficiency costs on this
     processor if it has few columns."""
     return operations / device.few if columns <= FEW_COLUMNS else operations
@@ -193,7 +193,7 @@ def native_linear(call: Call) -> Costs:
     own, slow = limits.is_own(call), call.x_dtype in vendor.SLOW
     if own or (call.x_dtype == call.v_dtype != torch.float16 and not slow):
         own_operations = operations / device.own
-        product = Stage(x + y + v, own_operations if own else _vendors(device, operations, m))
+        product = Stage(x + y + v, own_operations if own else vendors(device, operations, m))
         forward["scaled"] = [product] if own else [Stage(v), product, Stage(2 * y)]
         finish = Stage(2 * v if own or keeps_product(call) else w + 2 * v)
         backward["scaled"] = [Stage(2 * y), product, product, finish]
@@ -201,7 +201,7 @@ def native_linear(call: Call) -> Costs:
     for name, (slowness, slowness_of_grad), wider in _formed(call):
         formed = wider * w
         form = Stage(v + formed + _pages(formed), launches=FORMED_CALLS)
-        product = Stage(wider * (x + y) + formed, _vendors(device, operations, m))
+        product = Stage(wider * (x + y) + formed, vendors(device, operations, m))
         casts = [Stage(3 * x), Stage(3 * y)] if wider > 1 else []
         forward[name] = [form, Stage(0), *casts, *_slower([product], slowness)]
         grads = _slower([product, product], slowness_of_grad)
@@ -283,12 +283,12 @@ def _vendors_convolution(call: Call, conv: Geometry, device: Device) -> list[Sta
         columns = math.prod(_smaller_side(call, conv))  # every image has a product of its own
         flops = operations / LOOP_EFFICIENCY * _padded_columns(columns) / columns
         calls = Stage(0, launches=LOOP_CALLS * conv.groups)
-        return [calls, Stage(unfold), Stage(moved, _vendors(device, flops, columns))]
+        return [calls, Stage(unfold), Stage(moved, vendors(device, flops, columns))]
     channels = call.v_shape[0] // conv.groups, call.v_shape[1]
     is_odd = min(channels) > 1 and any(c % (limits.VECTOR_BYTES // 4) for c in channels)
     reordered = 2 * weight + (ODD_WEIGHT * w + ODD_IMAGE * (x + y) if is_odd else 0)
     flops = _padded(call, conv) * operations / (CONVOLUTION_EFFICIENCY * device.conv)
-    flops = _vendors(device, flops, _columns(call, conv))
+    flops = vendors(device, flops, _columns(call, conv))
     return [Stage(0, launches=CONVOLUTION_CALLS), Stage(reordered), Stage(moved, flops)]
 
 

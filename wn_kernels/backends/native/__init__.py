@@ -14,6 +14,8 @@
     panels.h        products of a weight with few columns, from one read of the weight
     unfold.h        a convolution over few pixels as such a product
     linear.h, convolution.h
+    cells.h         the units of recurrent cells
+    recurrence.h    a recurrent layer over a sequence
     driver.h        launches by the CUDA driver
     passes.h        prepared launches of Triton's kernels, run without Python
     launched.h      the layers that consist of such passes
@@ -47,7 +49,7 @@ import torch
 
 from ... import cache
 from ...call import NORMS, Call
-from .. import reference, vendor
+from .. import recurrence, reference, vendor
 from . import limits
 
 NAME = "wn_kernels_native"
@@ -202,7 +204,11 @@ def library(*callbacks: Callable[..., tuple | None]) -> Any:
     found = _loaded()[0]
     if found is not _connected:
         if found is not None:
-            derivatives = reference.differentiable_grads, reference.weight_grads_backward
+            derivatives = (
+                reference.differentiable_grads,
+                reference.weight_grads_backward,
+                recurrence.grads,
+            )
             found.set_callbacks(*callbacks, *derivatives, NORMS)
         _connected = found
     return found

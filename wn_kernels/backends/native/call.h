@@ -262,6 +262,9 @@ struct Callbacks {
   // (ddV, ddg, dW, v, g, n, dim, eps, norm) -> the gradients of (dV, dg) with respect to dW, v and g;
   // part of the graph if n is None
   py::object weight_grads_backward;
+  // (cell, reversed, (dy, dh_n, dc_n), (h0, c0, v, g, bias, and x, v, g, bias of the input's product),
+  // eps, norm, needs) -> the gradients of (p, h0, c0, v, g, bias); part of the graph
+  py::object recurrence_grads;
   std::vector<py::object> norms;  // the names of the norms, in the order of `Norm`
 };
 

@@ -15,6 +15,7 @@
 #include "linear.h"
 #include "modules.h"
 #include "prepared.h"
+#include "recurrence.h"
 
 #include <torch/csrc/Exceptions.h>
 
@@ -51,6 +52,14 @@ PyObject* operands_of(PyObject*, PyObject* const* given, Py_ssize_t count) {
   END_HANDLE_TH_ERRORS
 }
 
+// `recurrence` for Python: its 11 arguments -> a tuple, or None.
+PyObject* recurrence_of(PyObject*, PyObject* const* given, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  TORCH_CHECK_TYPE(count == 11, "expected 11 arguments, got ", count);
+  return recurrence(given).release().ptr();
+  END_HANDLE_TH_ERRORS
+}
+
 template <decltype(computed) serve>
 PyMethodDef method(const char* name) {
   return {name, reinterpret_cast<PyCFunction>(served<serve>), METH_FASTCALL, nullptr};
@@ -70,6 +79,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   static PyMethodDef methods[] = {
       method<computed>("computed"), method<launched>("launched"),
       {"operands_of", reinterpret_cast<PyCFunction>(operands_of), METH_FASTCALL, nullptr},
+      {"recurrence", reinterpret_cast<PyCFunction>(recurrence_of), METH_FASTCALL, nullptr},
       {nullptr, nullptr, 0, nullptr}};
   PyModule_AddFunctions(m.ptr(), methods);
   m.def("weight_norms", &weight_norms);
@@ -92,10 +102,11 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("keeping", &keeping);
   m.def(
       "set_callbacks", [](py::object plan, py::object launches, py::object differentiable_grads,
-                          py::object weight_grads_backward, std::vector<py::object> norms) {
+                          py::object weight_grads_backward, py::object recurrence_grads,
+                          std::vector<py::object> norms) {
         callbacks() = {
             std::move(plan), std::move(launches), std::move(differentiable_grads),
-            std::move(weight_grads_backward), std::move(norms)};
+            std::move(weight_grads_backward), std::move(recurrence_grads), std::move(norms)};
       });
   py::class_<Kernel>(m, "Kernel").def(
       "__call__", [](const Kernel& kernel, uintptr_t stream, int device,

@@ -58,6 +58,9 @@ class Panels {
   void zero() {
     for_each(count, columns * kPanel<T>, [&](int64_t i) { clear(i); });
   }
+  void zero(int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) clear(i);
+  }
   // Zeroes the last panel if it is not full.
   void zero_rest() {
     if (full < count) clear(full);
@@ -140,6 +143,11 @@ class Stacked {
   void set(int64_t row, const T* values, T factor = T(1)) {
     T* to = data_.data() + row / R * R * columns_ + row % R;
     for (int64_t j = 0; j < columns_; ++j) to[j * R] = factor * values[j];
+  }
+  // Sets `count` rows of a column.
+  void set_column(int64_t row, int64_t column, const T* values, int64_t count) {
+    for (int64_t i = 0; i < count; ++i)
+      data_[(row + i) / R * R * columns_ + column * R + (row + i) % R] = values[i];
   }
   // Returns the stack that starts at `row`.
   const T* stack(int64_t row) const { return data_.data() + row * columns_; }

@@ -397,6 +397,16 @@ inline Raw<Wide<T>> signs(const T* from) {
     return raw;
 }
 
+// Returns how many elements a vector of T takes that has this count.
+template <typename T>
+inline int64_t width(All) {
+  return Lanes<T>::count;
+}
+template <typename T>
+inline int64_t width(int64_t count) {
+  return count;
+}
+
 // Calls f(i, count) for each vector of `length` elements that are computed in T. It starts at
 // element i.
 template <typename T, typename F>
