@@ -66,7 +66,7 @@ def test_native_half_precision(monkeypatch):
 
     def native(m, k, n, x, v):
         call = Call(torch.Size((m, k)), torch.Size((n, k)), x, v, 0)
-        return *plan.by_cost(call, "native")[1:], limits.is_own(call)
+        return *plan.by_cost(call, "native")[1:], costs.is_own(call)
 
     monkeypatch.setattr(vendor, "SLOW", frozenset({F16}))
     assert native(1, 1024, 1024, BF16, BF16) == ("scaled", "scaled", "", True)

@@ -402,7 +402,10 @@ def plan_native(
     shapes = x.shape, v.shape, g.shape, None if bias is None else bias.shape
     dtypes = x.dtype, v.dtype
     found = _prepare(*shapes, *dtypes, rank, geometry, dim, eps, norm, "native", channels_last)
-    return native.encoded(found.call, found.plan) if found.plan.forward else None
+    if not found.plan.forward:
+        return None
+    is_own = found.call.conv is None and plan.costs.is_own(found.call)
+    return native.encoded(found.call, found.plan, is_own)
 
 
 # --- looking and tuning --------------------------------------------------------------------------

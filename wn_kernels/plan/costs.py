@@ -31,6 +31,9 @@ ODD_WEIGHT, ODD_IMAGE = 1, 3.6
 # bytes, and so it does if it is added to the image. A line of pixels costs this many bytes more.
 LOOP_CALLS, LOOP_EFFICIENCY = 20, 0.9
 LOOP_UNFOLDED, LOOP_FOLDED, LOOP_LINE = 2, 7.5, 300
+# The native library's own products of a linear layer reach this fraction of the rate of PyTorch's
+# product of many columns. To add up the lanes of a sum takes as long as so many columns of `V`.
+OWN_EFFICIENCY, LANES = 0.8, 64
 # The native library's own products of few columns reach this fraction. A sum that they write then
 # costs as much as so many times its bytes, and so does a number of an unfolded image that is
 # written, or added to the image.
@@ -190,10 +193,11 @@ def native_linear(call: Call) -> Costs:
     x, y, w, v = size * m * k, size * m * n, size * n * k, call.v_dtype.itemsize * n * k
     operations = 2.0 * m * n * k
     forward, backward = {}, {}
-    own, slow = limits.is_own(call), call.x_dtype in vendor.SLOW
-    if own or (call.x_dtype == call.v_dtype != torch.float16 and not slow):
-        own_operations = operations / device.own
-        product = Stage(x + y + v, own_operations if own else vendors(device, operations, m))
+    own = is_own(call)
+    if own or _scales_late(call):
+        product = (
+            _own_product(call, device) if own else Stage(x + y + v, vendors(device, operations, m))
+        )
         forward["scaled"] = [product] if own else [Stage(v), product, Stage(2 * y)]
         finish = Stage(2 * v if own or keeps_product(call) else w + 2 * v)
         backward["scaled"] = [Stage(2 * y), product, product, finish]
@@ -207,6 +211,37 @@ def native_linear(call: Call) -> Costs:
         grads = _slower([product, product], slowness_of_grad)
         backward[name] = [form, *casts, *grads, Stage(formed + 2 * v)]
     return Costs(forward, backward, device, device.rate(size))
+
+
+def _scales_late(call: Call) -> bool:
+    """Returns whether the library scales PyTorch's product with `V`."""
+    return call.x_dtype == call.v_dtype != torch.float16 and call.x_dtype not in vendor.SLOW
+
+
+def is_own(call: Call) -> bool:
+    """Returns whether the products of a linear layer's variant `scaled` are the library's own, which
+    need no pass for the norms or the scales. Those with one row always are."""
+    rows = math.prod(call.x_shape[:-1])
+    if rows == 1 or not limits.may_be_own(call) or not _scales_late(call):
+        return rows == 1 or limits.may_be_own(call)
+    device = native()
+    n, k = call.v_shape
+    size = call.x_dtype.itemsize
+    x, y, v = size * rows * k, size * rows * n, size * n * k
+    product = Stage(x + y + v, vendors(device, 2.0 * rows * n * k, rows))
+    candidates = {"own": [_own_product(call, device)], "late": [Stage(v), product, Stage(2 * y)]}
+    return Costs(candidates, {}, device, device.rate(size)).cheapest_forward() == "own"
+
+
+def _own_product(call: Call, device: Device) -> Stage:
+    """Returns the library's own product of a linear layer. Its panels are padded."""
+    n, k = call.v_shape
+    rows = math.prod(call.x_shape[:-1])
+    panel = limits.panel(max(4, call.x_dtype.itemsize))
+    columns = math.ceil(k / panel) * panel + LANES
+    moved = call.x_dtype.itemsize * rows * (k + n) + call.v_dtype.itemsize * n * k
+    efficiency = device.own * (OWN_EFFICIENCY if rows > FEW_COLUMNS else 1.0)
+    return Stage(moved, 2.0 * rows * n * columns / efficiency)
 
 
 def _formed(call: Call) -> list[tuple[str, tuple[float, float], int]]:

@@ -109,9 +109,13 @@ class Costs(NamedTuple):
     def cheapest(self) -> tuple[str, str]:
         """Returns the fastest forward, and the fastest backward that can follow it. The first one
         wins a tie."""
-        forward = self._fastest(self.forward, list(self.forward))
+        forward = self.cheapest_forward()
         follows = [name for name in self.backward if can_follow(forward, name)]
         return forward, self._fastest(self.backward, follows)
+
+    def cheapest_forward(self) -> str:
+        """Returns the fastest forward. The first one wins a tie."""
+        return self._fastest(self.forward, list(self.forward))
 
     def _fastest(self, candidates: dict[str, list[Stage]], names: list[str]) -> str:
         return min(names, key=lambda name: self.seconds(candidates[name]))

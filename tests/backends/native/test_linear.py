@@ -153,7 +153,7 @@ OWN_PRODUCTS = [
     (shape, dtypes)
     for shape in [(1, 600, 500), (1, 2500, 1100), (1, 70, 5000), (5, 600, 500), (32, 700, 900)]
     for dtypes in DTYPES
-    if native.limits.is_own(call_of(shape, dtypes))
+    if costs.is_own(call_of(shape, dtypes))
 ]
 
 

@@ -82,17 +82,17 @@ _VARIANTS = {"materialize": 0, "scaled": 1, "input": 1, "output": 1, "unfold": 2
 _OWN = 4
 
 
-def encoded(call: Call, plan: Any) -> tuple:
-    """Returns a plan in the form that the library reads (`Plan` in call.h)."""
+def encoded(call: Call, plan: Any, is_own: bool) -> tuple:
+    """Returns a plan in the form that the library reads (`Plan` in call.h). `is_own` states whether
+    the products of a linear layer's variant `scaled` are the library's own."""
     sizes: tuple[int, ...] = ()
     adds_bias = False
     if call.conv is not None:
         adds_bias = vendor.adds_bias(call.x_shape, call.v_shape, call.x_dtype, call.conv)
         outputs = call.conv.output_sizes(call.x_shape[2:], call.v_shape[2:])
         sizes = (call.x_shape[0], call.conv.out_channels(call.v_shape), *outputs)
-    own = call.conv is None and limits.is_own(call)
     variants = (
-        _OWN if own and name == "scaled" else _VARIANTS[name]
+        _OWN if is_own and name == "scaled" else _VARIANTS[name]
         for name in (plan.recorded, plan.forward, plan.backward)
     )
     return call.conv, sizes, *variants, bool(plan.keeps), adds_bias

@@ -55,13 +55,15 @@ void epilogue(Tensor& y, const Tensor& p, const Tensor& g, const Tensor& n, cons
   });
 }
 
-// Returns Dᵀ V for a D of few columns.
-inline Tensor few_rows_product(const Tensor& d, const Tensor& v) {
+// Returns (s D)ᵀ V. The rows of D are those of V.
+inline Tensor turned_product(const Tensor& d, const Tensor& s, const Tensor& v) {
   const Tensor out = at::empty({d.size(1), v.size(1)}, d.options());
   with_dtype(v.scalar_type(), [&](auto number) {
     using V = decltype(number);
     Panels<Wide<V>> q(v.size(1), d.size(1));
-    columns_product(q, v.const_data_ptr<V>(), v.size(0), d.const_data_ptr<Wide<V>>());
+    columns_product(
+        q, v.const_data_ptr<V>(), v.size(0), d.const_data_ptr<Wide<V>>(),
+        s.const_data_ptr<Wide<V>>());
     unpack(q, out.mutable_data_ptr<Wide<V>>());
   });
   return out;
@@ -130,12 +132,12 @@ inline Tensor rows_times(const Tensor& d, const Tensor& v) {
   return as(out, d.scalar_type());
 }
 
-// Computes db = sum dY, and scaled = dY s and a = sum dY p if they are given, in one pass over dY.
-// The sums run over the rows.
+// Computes db = sum dY, and scaled = dY s, turned = dYᵀ and a = sum dY p if they are given, in one pass
+// over dY. The sums run over the rows.
 template <typename Y>
 void column_pass(
-    const Tensor& dy, Tensor& db, Tensor& scaled, Tensor& a, const Tensor& p, const Tensor& g,
-    const Tensor& n) {
+    const Tensor& dy, Tensor& db, Tensor& scaled, Tensor& turned, Tensor& a, const Tensor& p,
+    const Tensor& g, const Tensor& n) {
   using T = Wide<Y>;
   const int64_t rows = dy.size(0), columns = dy.size(1);
   const bool scales = scaled.defined(), dots = a.defined();
@@ -144,7 +146,8 @@ void column_pass(
   const auto *gs = scales ? g.const_data_ptr<T>() : nullptr,
              *ns = scales ? n.const_data_ptr<T>() : nullptr,
              *ps = dots ? p.const_data_ptr<T>() : nullptr;
-  auto* out = scales ? scaled.mutable_data_ptr<Y>() : nullptr;
+  auto *out = scales ? scaled.mutable_data_ptr<Y>() : nullptr,
+       *columns_of = turned.defined() ? turned.mutable_data_ptr<Y>() : nullptr;
   auto *dbs = db.mutable_data_ptr<T>(), *as = dots ? a.mutable_data_ptr<T>() : nullptr;
   for_each((columns + kColumns - 1) / kColumns, rows * kColumns, [&](int64_t block) {
     const int64_t begin = block * kColumns, width = std::min(kColumns, columns - begin);
@@ -162,6 +165,8 @@ void column_pass(
         for (int64_t j = 0; j < width; ++j)
           products[j] += static_cast<T>(row[j]) * with[j * p_column];
       }
+      if (columns_of)
+        for (int64_t j = 0; j < width; ++j) columns_of[(begin + j) * rows + m] = row[j];
     }
     std::copy_n(sums, width, dbs + begin);
     if (dots) std::copy_n(products, width, as + begin);
@@ -185,23 +190,39 @@ std::optional<LinearResult> own_forward(
   auto *ys = out.y.mutable_data_ptr<T>(),
        *kept = keeps ? out.product.mutable_data_ptr<T>() : nullptr;
   Norms<T> all(out.n.mutable_data_ptr<T>(), options);
-  const auto finish = [&](int64_t j, const T* p, double partial) {
-    const T s = static_cast<T>(gs[j]) / all.set(j, partial, vs + j * inputs, inputs);
-    for (int64_t m = 0; m < rows; ++m) ys[m * outputs + j] = p[m] * s + (bs ? bs[j] : 0);
-    if (kept) std::copy_n(p, rows, kept + j * rows);
+  const auto scale = [&](int64_t j, double partial) {
+    return static_cast<T>(gs[j]) / all.set(j, partial, vs + j * inputs, inputs);
   };
   if (rows == 1) {
     for_each(outputs, inputs, [&](int64_t j) {
       const auto [partial, product] =
           partial_and_dot(options.norm, vs + j * inputs, xs, inputs);
       const auto p = static_cast<T>(product);
-      finish(j, &p, partial);
+      ys[j] = p * scale(j, partial) + (bs ? bs[j] : 0);
+      if (kept) kept[j] = p;
     });
   } else {
     Panels<T> panels(inputs, rows);
     pack(xs, panels);
     for_each_stack(outputs, panels, [&](int64_t first, int64_t count) {
-      rows_product(vs, first, count, panels, options.norm, finish);
+      rows_product(
+          vs, first, count, panels, options.norm,
+          [&](StackProducts<T>& products, const double* partials) {
+            std::vector<T> scales(count), shifts(count);
+            for (int64_t r = 0; r < count; ++r) scales[r] = scale(first + r, partials[r]);
+            if (bs) std::copy_n(bs + first, count, shifts.data());
+            for (int64_t m = 0; m < rows; ++m)
+              for (int64_t r = 0; r < count; r += kTileRows) {
+                const T* p = products.of(r, m);
+                T* to = ys + m * outputs + first + r;
+                const auto write = [&](int64_t height) {
+                  for (int64_t i = 0; i < height; ++i) to[i] = p[i] * scales[r + i] + shifts[r + i];
+                };
+                count - r < kTileRows ? write(count - r) : write(kTileRows);
+              }
+            for (int64_t r = 0; kept && r < count; ++r)
+              for (int64_t m = 0; m < rows; ++m) kept[(first + r) * rows + m] = *products.of(r, m);
+          });
     });
   }
   return all.in_range() ? std::make_optional(out) : std::nullopt;
@@ -323,28 +344,31 @@ struct Linear : Function<Linear> {
       return out;
     }
     const Tensor dy = as_rows(given.dy).contiguous(), x = as_rows(input);
-    Tensor dx, db, scaled, a;
+    // The products in panels.h take `turned`, with one row for each row of V.
+    Tensor dx, db, scaled, turned, a;
     const auto pass_over = [&](const Tensor& grad) {
       db = at::empty({grad.size(1)}, n.options());
       with_dtype(grad.scalar_type(), [&](auto number) {
-        column_pass<decltype(number)>(grad, db, scaled, a, p, as(g, n.scalar_type()), n);
+        column_pass<decltype(number)>(grad, db, scaled, turned, a, p, as(g, n.scalar_type()), n);
       });
     };
     const bool own = variant == Variant::own;
     if (own || variant == Variant::late) {
       RECORD_FUNCTION("wn_kernels::linear_backward, scaled", {});
       const Tensor grad = own ? as(dy, n.scalar_type()) : dy;
-      scaled = empty_as(grad);
+      if (own && dy.size(0) > 1)
+        turned = at::empty({grad.size(1), grad.size(0)}, grad.options());
+      else
+        scaled = empty_as(grad);
       if (p.defined()) a = at::empty_like(n);
       pass_over(grad);
-      // The products in panels.h take a matrix with one row for each row of V.
-      const Tensor few = own && dy.size(0) > 1 ? scaled.t().contiguous() : Tensor();
-      if (needs_x) dx = few.defined() ? few_rows_product(few, v) : rows_times(scaled, v);
+      const Tensor s = turned.defined() ? as(g, n.scalar_type()).view(-1) / n.view(-1) : Tensor();
+      if (needs_x) dx = turned.defined() ? turned_product(turned, s, v) : rows_times(scaled, v);
       if (p.defined() && !given.dw.defined())
-        std::tie(out[1], out[2]) = grads_from_dots(a, scaled, few, x, v, g, n, options);
+        std::tie(out[1], out[2]) = grads_from_dots(a, scaled, turned, s, x, v, g, n, options);
       else if (needs_weight && own && !given.dw.defined())
-        std::tie(out[1], out[2]) = 
-            own_weight_grads(grad, as(x, n.scalar_type()), v, g, n, options);
+        std::tie(out[1], out[2]) = own_weight_grads(
+            turned.defined() ? turned : grad, as(x, n.scalar_type()), v, g, n, options);
     } else {
       RECORD_FUNCTION(
           variant == Variant::widen ? "wn_kernels::linear_backward, widen"
@@ -379,28 +403,29 @@ struct Linear : Function<Linear> {
   // Computes dV = (dY s)ᵀ x - c u and dg from a = <dW, V>, all in one dtype. dV starts as the last
   // term, and the product is added to it.
   static std::pair<Tensor, Tensor> grads_from_dots(
-      const Tensor& a, const Tensor& scaled, const Tensor& few, const Tensor& x, const Tensor& v,
-      const Tensor& g, const Tensor& n, const NormOptions& options) {
+      const Tensor& a, const Tensor& scaled, const Tensor& turned, const Tensor& s, const Tensor& x,
+      const Tensor& v, const Tensor& g, const Tensor& n, const NormOptions& options) {
     Tensor dv = empty_as(v), dg = empty_as(g);
     const Tensor input = x.contiguous();
     AT_DISPATCH_FLOATING_TYPES(v.scalar_type(), "linear_backward", [&] {
       with_norm(options.norm, [&](auto norm) {
         grads_from_dots<decltype(norm)::value, scalar_t>(
-            dv, dg, a, scaled, few, input, v, g, n, options);
+            dv, dg, a, scaled, turned, s, input, v, g, n, options);
       });
     });
-    if (x.size(0) > 1 && !few.defined()) dv.addmm_(scaled.t(), x);
+    if (x.size(0) > 1 && !turned.defined()) dv.addmm_(scaled.t(), x);
     return {dv, dg};
   }
 
   template <Norm norm, typename T>
   static void grads_from_dots(
-      const Tensor& dv, const Tensor& dg, const Tensor& a, const Tensor& scaled, const Tensor& few,
-      const Tensor& x, const Tensor& v, const Tensor& g, const Tensor& n,
-      const NormOptions& options) {
+      const Tensor& dv, const Tensor& dg, const Tensor& a, const Tensor& scaled,
+      const Tensor& turned, const Tensor& s, const Tensor& x, const Tensor& v, const Tensor& g,
+      const Tensor& n, const NormOptions& options) {
     const auto *vs = v.const_data_ptr<T>(), *gs = g.const_data_ptr<T>(),
                *ns = n.const_data_ptr<T>(), *as = a.const_data_ptr<T>(),
-               *ds = scaled.const_data_ptr<T>(), *xs = x.const_data_ptr<T>();
+               *ds = scaled.defined() ? scaled.const_data_ptr<T>() : nullptr,
+               *xs = x.const_data_ptr<T>();
     auto *dvs = dv.mutable_data_ptr<T>(), *dgs = dg.mutable_data_ptr<T>();
     const int64_t outputs = v.size(0), length = v.size(1);
     std::vector<T> c(outputs);
@@ -412,13 +437,14 @@ struct Linear : Function<Linear> {
       dgs[j] = slope.dg, c[j] = slope.c;
       return ties;
     };
-    if (few.defined()) {
+    if (turned.defined()) {
       Panels<T> panels(length, x.size(0));
       pack(xs, panels);
       for_each_stack(outputs, panels, [&](int64_t first, int64_t count) {
         for (int64_t j = first; j < first + count; ++j) set_slope(j, Ignore{});
         outer_product<norm>(
-            dvs, few.const_data_ptr<T>(), first, count, panels, vs, ns, c.data());
+            dvs, turned.const_data_ptr<T>(), first, count, panels, vs, ns, c.data(),
+            s.const_data_ptr<T>());
       });
       return;
     }
@@ -435,13 +461,13 @@ struct Linear : Function<Linear> {
     });
   }
 
-  // Computes (dV, dg) from dY and x, which have the dtype of n. Rows of dW = dYᵀ x stay in the cache
-  // until their dV is written.
+  // Computes (dV, dg) from d = dYᵀ, as a flat row if it is one, and x, which have the dtype of n. Rows of
+  // dW = d x stay in the cache until their dV is written.
   static std::pair<Tensor, Tensor> own_weight_grads(
-      const Tensor& dy, const Tensor& x, const Tensor& v, const Tensor& g, const Tensor& n,
+      const Tensor& d, const Tensor& x, const Tensor& v, const Tensor& g, const Tensor& n,
       const NormOptions& options) {
     Tensor dv = empty_as(v), dg = empty_as(g);
-    const Tensor d = dy.t().contiguous(), input = x.contiguous();
+    const Tensor input = x.contiguous();
     const int64_t rows = x.size(0), outputs = v.size(0), length = v.size(1);
     with_dtype(v.scalar_type(), [&](auto number) {
       using V = decltype(number);

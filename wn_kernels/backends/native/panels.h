@@ -17,17 +17,19 @@
 #include <cstring>
 #include <memory>
 #include <optional>
+#include <utility>
 #include <vector>
 
 #include "rows.h"
 
 namespace wn_kernels {
 
+// A tile of P = V B takes kTileRows rows and so many columns. Its sums fill one vector of float32.
+constexpr int kTileColumns = kVectorBytes / sizeof(float) / kTileRows;
+
 #if WN_VECTOR_BYTES == 64
-constexpr int kTileColumns = 6;  // the sums, the columns and a row take 31 of 32 registers
 constexpr int kStackedRows = 8;  // each row takes two vectors, and the sums take two
 #else
-constexpr int kTileColumns = 3;  // they take 16 of 16 registers
 constexpr int kStackedRows = 6;
 #endif
 
@@ -159,49 +161,108 @@ class Stacked {
 
 // --- P = V B -------------------------------------------------------------------------------------
 
-// Adds the products of the rows with N columns of B, over some panels, to sums[j][r]. Each sum is a
-// vector, whose lanes are added later.
+// Picks lanes of two vectors that are to be added up. Runs of `run` lanes alternate between the two. The
+// second pick has the other half of the lanes, in the same order.
+template <typename T, size_t run, size_t... lane>
+constexpr Raw<T> pick(bool second, std::index_sequence<lane...>) {
+  constexpr size_t lanes = Lanes<T>::count;
+  const auto from = [=](size_t i) {
+    const size_t in = i % (2 * run), of = in < run ? 0 : lanes;
+    return static_cast<RawNumber<T>>(of + i - in + in % run + (second ? run : 0));
+  };
+  return Raw<T>{from(lane)...};
+}
+
+// Returns the sum of the lanes of each of as many vectors as a vector has lanes. Each level halves their
+// number. The vectors come in the order of reversed bits.
+template <typename T, size_t run = 1>
+inline Vector<T> sums_of_lanes(const Vector<T>* from) {
+  constexpr size_t lanes = Lanes<T>::count, half = lanes / run / 2;
+  if constexpr (half == 0) {
+    return *from;
+  } else {
+    constexpr auto all = std::make_index_sequence<lanes>{};
+    Vector<T> next[half];
+#pragma GCC unroll 8
+    for (size_t i = 0; i < half; ++i)
+      next[i] = __builtin_shuffle(from[i], from[i + half], pick<T, run>(false, all)) +
+                __builtin_shuffle(from[i], from[i + half], pick<T, run>(true, all));
+    return sums_of_lanes<T, 2 * run>(next);
+  }
+}
+
+// Returns a number below `count`, a power of two, with its bits in reverse.
+constexpr int64_t reversed_bits(int64_t number, int64_t count) {
+  int64_t out = 0;
+  for (; count > 1; count /= 2, number /= 2) out = 2 * out + number % 2;
+  return out;
+}
+
+// The products of a tile: kTileRows of each column, one column after the other.
+template <typename T>
+struct TileProducts {
+  alignas(kVectorBytes) T of[kTileColumns * kTileRows];
+};
+
+// Computes the products of the rows with N columns of B, over some panels.
 template <int N, typename V>
-void tile_product(
+inline void tile_product(
     const RowBlock<V, kTileRows>& block, const Panels<Wide<V>>& b, int64_t column, int64_t begin,
-    int64_t end, Vector<Wide<V>>* sums) {
+    int64_t end, TileProducts<Wide<V>>& products) {
   using T = Wide<V>;
   constexpr int64_t lanes = Lanes<T>::count;
-  Vector<T> sum[N][kTileRows];
-#pragma GCC unroll 8
-  for (int j = 0; j < N; ++j)
-#pragma GCC unroll 8
-    for (int r = 0; r < kTileRows; ++r) sum[j][r] = begin ? sums[j * kTileRows + r] : Vector<T>{};
+  constexpr int sets = N * kTileRows < 16 ? 2 : 1;  // few sums would wait for each other
+  // The sums stay in registers until each is one number.
+  Vector<T> sum[sets][kTileColumns * kTileRows] = {};
   const T* from = b.panel(begin) + column * kPanel<T>;
   const int64_t step = b.columns * kPanel<T>;
   block.for_each_panel(begin, end, [&](int64_t, const auto& rows) {
 #pragma GCC unroll 2
-    for (int64_t half = 0; half < kPanel<T>; half += lanes) {
+    for (int64_t half = 0; half < 2; ++half) {
       Vector<T> values[N];
-#pragma GCC unroll 8
-      for (int j = 0; j < N; ++j) values[j] = load(from + j * kPanel<T> + half);
+#pragma GCC unroll 4
+      for (int j = 0; j < N; ++j) values[j] = load(from + j * kPanel<T> + half * lanes);
 #pragma GCC unroll 8
       for (int r = 0; r < kTileRows; ++r) {
-        const Vector<T> value = load(rows[r] + half);
-#pragma GCC unroll 8
-        for (int j = 0; j < N; ++j) sum[j][r] += value * values[j];
+        const Vector<T> value = load(rows[r] + half * lanes);
+#pragma GCC unroll 4
+        for (int j = 0; j < N; ++j) sum[half % sets][j * kTileRows + r] += value * values[j];
       }
     }
     from += step;
   });
-#pragma GCC unroll 8
-  for (int j = 0; j < N; ++j)
-#pragma GCC unroll 8
-    for (int r = 0; r < kTileRows; ++r) sums[j * kTileRows + r] = sum[j][r];
+#pragma GCC unroll 4
+  for (int64_t at = 0; at < N * kTileRows; at += lanes) {
+    Vector<T> ordered[lanes];
+#pragma GCC unroll 16
+    for (int64_t i = 0; i < lanes; ++i) {
+      ordered[reversed_bits(i, lanes)] = sum[0][at + i];
+      if (sets > 1) ordered[reversed_bits(i, lanes)] += sum[1][at + i];
+    }
+    store(products.of + at, sums_of_lanes<T>(ordered));
+  }
 }
 
 template <int N = kTileColumns, typename V>
-void tile_product(
+inline void tile_product(
     int64_t width, const RowBlock<V, kTileRows>& block, const Panels<Wide<V>>& b, int64_t column,
-    int64_t begin, int64_t end, Vector<Wide<V>>* sums) {
+    int64_t begin, int64_t end, TileProducts<Wide<V>>& products) {
   if constexpr (N > 1)
-    if (width < N) return tile_product<N - 1>(width, block, b, column, begin, end, sums);
-  tile_product<N>(block, b, column, begin, end, sums);
+    if (width < N) return tile_product<N - 1>(width, block, b, column, begin, end, products);
+  tile_product<N>(block, b, column, begin, end, products);
+}
+
+// Calls f(column, width, products) for the tiles of a block of rows, over some panels.
+template <typename V, typename F>
+inline void for_each_tile(
+    const RowBlock<V, kTileRows>& block, const Panels<Wide<V>>& b, int64_t begin, int64_t end,
+    const F& f) {
+  for (int64_t column = 0; column < b.columns; column += kTileColumns) {
+    const int64_t width = std::min<int64_t>(kTileColumns, b.columns - column);
+    TileProducts<Wide<V>> products;
+    tile_product(width, block, b, column, begin, end, products);
+    f(column, width, products.of);
+  }
 }
 
 // A B of at most this many bytes stays in a thread's cache from one tile of rows to the next.
@@ -209,16 +270,21 @@ constexpr int64_t kCachedBytes = 3 << 18;
 
 // The sums of the rows that share one pass over a segment of a larger B take at most this many
 // bytes.
-constexpr int64_t kSumBytes = 1 << 17;
+constexpr int64_t kSumBytes = 1 << 13;
+
+// A stack of a smaller B takes at most this many tiles of rows.
+constexpr int64_t kStackedTiles = 4;
 
 // Calls f(first, count) for each stack of rows of V that one thread takes together.
 template <typename T, typename F>
 void for_each_stack(int64_t rows, const Panels<T>& b, const F& f) {
   const int64_t tiles = (rows + kTileRows - 1) / kTileRows, threads = at::get_num_threads();
-  int64_t stack = kTileRows;
+  // The products of a stack fill a cache line for each column, if there are enough stacks.
+  int64_t stack = kTileRows * std::clamp<int64_t>(tiles / (4 * threads), 1, kStackedTiles);
   if (b.length * b.columns * static_cast<int64_t>(sizeof(T)) > kCachedBytes) {
-    const int64_t most = std::max<int64_t>(1, kSumBytes / (kTileRows * kVectorBytes * b.columns));
-    stack *= std::min(most, (tiles + threads - 1) / threads);
+    const int64_t row = b.columns * static_cast<int64_t>(sizeof(T));
+    const int64_t most = std::max<int64_t>(1, kSumBytes / (kTileRows * row));
+    stack = kTileRows * std::min(most, (tiles + threads - 1) / threads);
   }
   for_each((rows + stack - 1) / stack, stack * b.length * b.columns, [&](int64_t i) {
     f(i * stack, std::min(stack, rows - i * stack));
@@ -233,44 +299,58 @@ void for_each_segment(const Panels<T>& b, const F& f) {
     f(begin, std::min(b.count, begin + segment));
 }
 
-// Computes P = V B for some rows and calls finish(j, P_j, partial of V_j) for each. The third argument
-// is zero if no norm is given.
+// The products of a stack of rows: kTileRows of each column, and then those of the next rows.
+template <typename T>
+struct StackProducts {
+  T* of(int64_t row, int64_t column) {
+    return sums.data() + row / kTileRows * kTileRows * columns + column * kTileRows + row % kTileRows;
+  }
+
+  int64_t columns;
+  std::vector<T> sums;
+};
+
+// Computes P = V B for some rows and calls finish(products, partials of their rows). The partials are
+// zero if no norm is given.
 template <typename V, typename Finish>
 void rows_product(
     const V* v, int64_t first, int64_t count, const Panels<Wide<V>>& b, std::optional<Norm> norm,
     const Finish& finish) {
   using T = Wide<V>;
-  const int64_t columns = b.columns, tiles = (columns + kTileColumns - 1) / kTileColumns;
   const V* rows = v + first * b.length;
-  std::vector<RowBlock<V, kTileRows>> blocks;
-  for (int64_t r = 0; r < count; r += kTileRows)
-    blocks.emplace_back(
-        rows + r * b.length, std::min<int64_t>(kTileRows, count - r), b.length, b.count);
-  std::vector<Vector<T>> sums(blocks.size() * columns * kTileRows);
+  const int64_t padded = (count + kTileRows - 1) / kTileRows * kTileRows;
+  StackProducts<T> all{b.columns, std::vector<T>(padded * b.columns)};
   std::vector<double> partials(count);
   for_each_segment(b, [&](int64_t begin, int64_t end) {
     const int64_t at = begin * kPanel<T>, size = std::min(end * kPanel<T>, b.length) - at;
-    for (int64_t i = 0; i < static_cast<int64_t>(blocks.size()); ++i) {
-      for (int64_t tile = 0; tile < tiles; ++tile) {
-        // The widths of the tiles differ by at most one.
-        const int64_t column = tile * columns / tiles, next = (tile + 1) * columns / tiles;
-        tile_product(
-            next - column, blocks[i], b, column, begin, end,
-            sums.data() + (i * columns + column) * kTileRows);
-      }
-      for (int64_t r = i * kTileRows; norm && r < std::min(count, (i + 1) * kTileRows); ++r)
+    for (int64_t top = 0; top < count; top += kTileRows) {
+      const int64_t height = std::min<int64_t>(kTileRows, count - top);
+      const RowBlock<V, kTileRows> block(rows + top * b.length, height, b.length, end);
+      for_each_tile(block, b, begin, end, [&](int64_t column, int64_t width, const T* products) {
+        T* to = all.of(top, column);
+        for (int64_t i = 0; i < width * kTileRows; ++i) to[i] += products[i];
+      });
+      for (int64_t r = top; norm && r < top + height; ++r)
         partials[r] =
             merged(*norm, partials[r], partial(*norm, rows + r * b.length + at, size));
     }
   });
-  std::vector<T> products(columns);
-  for (int64_t r = 0; r < count; ++r) {
-    const auto* from = &sums[r / kTileRows * columns * kTileRows + r % kTileRows];
-    for (int64_t j = 0; j < columns; ++j)
-      products[j] =
-          merged_lanes<Sum, Lanes<T>::count>(reinterpret_cast<const T*>(from + j * kTileRows));
-    finish(first + r, products.data(), partials[r]);
-  }
+  finish(all, partials.data());
+}
+
+// Does the same, and calls finish(j, P_j, partial of V_j) for each row.
+template <typename V, typename Finish>
+void each_row_product(
+    const V* v, int64_t first, int64_t count, const Panels<Wide<V>>& b, std::optional<Norm> norm,
+    const Finish& finish) {
+  using T = Wide<V>;
+  rows_product(v, first, count, b, norm, [&](StackProducts<T>& all, const double* partials) {
+    std::vector<T> products(b.columns);
+    for (int64_t r = 0; r < count; ++r) {
+      for (int64_t j = 0; j < b.columns; ++j) products[j] = *all.of(r, j);
+      finish(first + r, products.data(), partials[r]);
+    }
+  });
 }
 
 // --- Q += Vᵀ D -----------------------------------------------------------------------------------
@@ -317,30 +397,47 @@ void columns_product(
   }
 }
 
-// Computes Q = Vᵀ D.
+// This many bytes of D stay in a thread's cache while all of its panels take them.
+constexpr int64_t kFactorBytes = 1 << 17;
+
+// Computes Q = Vᵀ D. The rows of D may have factors.
 template <typename V>
-void columns_product(Panels<Wide<V>>& q, const V* v, int64_t rows, const Wide<V>* d) {
+void columns_product(
+    Panels<Wide<V>>& q, const V* v, int64_t rows, const Wide<V>* d,
+    const Wide<V>* factors = nullptr) {
   using T = Wide<V>;
-  Stacked<T, kStackedRows> stacked(rows, q.columns);
-  for_each(rows, q.columns, [&](int64_t r) { stacked.set(r, d + r * q.columns); });
+  const int64_t columns = q.columns, row = columns * static_cast<int64_t>(sizeof(T));
+  const int64_t stacks = std::max<int64_t>(1, kFactorBytes / (kStackedRows * row));
+  const int64_t chunk = std::min(stacks * kStackedRows, rows);
+  const int64_t group = panel_group(q.count), groups = (q.count + group - 1) / group;
   q.zero();
-  for_each_panel_group(q, rows * q.columns, [&](int64_t begin, int64_t end) {
-    columns_product(q, begin, end, v, rows, stacked);
-  });
+  at::parallel_for(
+      0, groups, grain(group * kPanel<T> * rows * columns), [&](int64_t begin, int64_t end) {
+        for (int64_t first = 0; first < rows; first += chunk) {
+          const int64_t count = std::min(chunk, rows - first);
+          Stacked<T, kStackedRows> stacked(count, columns);
+          for (int64_t r = 0; r < count; ++r)
+            stacked.set(r, d + (first + r) * columns, factors ? factors[first + r] : T(1));
+          for (int64_t i = begin; i < end; ++i)
+            columns_product(
+                q, i * group, std::min(q.count, (i + 1) * group), v + first * q.length, count, stacked);
+        }
+      });
 }
 
 // --- dW = D Bᵀ -----------------------------------------------------------------------------------
 
 // Computes `count` rows of dW = D Bᵀ from row `first` on. If V is given, it subtracts c u, where u is
-// that of V.
+// that of V, from their products with factors.
 template <Norm norm = Norm::l2, typename T>
 void outer_product(
     T* dw, const T* d, int64_t first, int64_t count, const Panels<T>& b, const T* v = nullptr,
-    const T* n = nullptr, const T* c = nullptr) {
+    const T* n = nullptr, const T* c = nullptr, const T* factors = nullptr) {
   constexpr int64_t lanes = Lanes<T>::count;
   const int64_t columns = b.columns;
   Stacked<T, kTileRows> stacked(count, columns);
-  for (int64_t r = 0; r < count; ++r) stacked.set(r, d + (first + r) * columns);
+  for (int64_t r = 0; r < count; ++r)
+    stacked.set(r, d + (first + r) * columns, factors ? factors[first + r] : T(1));
   const auto tile = [&](int64_t top, int64_t i) {
     Vector<T> sum[kTileRows][2] = {};
     const T *from = b.panel(i), *factor = stacked.stack(top);

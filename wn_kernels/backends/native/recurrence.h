@@ -48,108 +48,6 @@ void for_each_part(const Sequence& of, const F& f) {
 
 // --- forward -------------------------------------------------------------------------------------
 
-// Picks lanes of two vectors that are to be added up. Runs of `run` lanes alternate between the two. The
-// second pick has the other half of the lanes, in the same order.
-template <typename T, size_t run, size_t... lane>
-constexpr Raw<T> pick(bool second, std::index_sequence<lane...>) {
-  constexpr size_t lanes = Lanes<T>::count;
-  const auto from = [=](size_t i) {
-    const size_t in = i % (2 * run), of = in < run ? 0 : lanes;
-    return static_cast<RawNumber<T>>(of + i - in + in % run + (second ? run : 0));
-  };
-  return Raw<T>{from(lane)...};
-}
-
-// Returns the sum of the lanes of each of as many vectors as a vector has lanes. Each level halves their
-// number. The vectors come in the order of reversed bits.
-template <typename T, size_t run = 1>
-inline Vector<T> sums_of_lanes(const Vector<T>* from) {
-  constexpr size_t lanes = Lanes<T>::count, half = lanes / run / 2;
-  if constexpr (half == 0) {
-    return *from;
-  } else {
-    constexpr auto all = std::make_index_sequence<lanes>{};
-    Vector<T> next[half];
-#pragma GCC unroll 8
-    for (size_t i = 0; i < half; ++i)
-      next[i] = __builtin_shuffle(from[i], from[i + half], pick<T, run>(false, all)) +
-                __builtin_shuffle(from[i], from[i + half], pick<T, run>(true, all));
-    return sums_of_lanes<T, 2 * run>(next);
-  }
-}
-
-// Returns a number below `count`, a power of two, with its bits in reverse.
-constexpr int64_t reversed_bits(int64_t number, int64_t count) {
-  int64_t out = 0;
-  for (; count > 1; count /= 2, number /= 2) out = 2 * out + number % 2;
-  return out;
-}
-
-// A tile of the product takes so many columns. Its sums fill one vector of float32.
-constexpr int kStateColumns = kVectorBytes / sizeof(float) / kTileRows;
-
-// Computes the products of a block's rows with N columns of h, one column after the other. Nothing but
-// the products leaves the registers.
-template <int N, typename T>
-inline void state_tile(
-    const RowBlock<T, kTileRows>& block, const Panels<T>& h, int64_t column, T* products) {
-  constexpr int64_t lanes = Lanes<T>::count;
-  constexpr int sets = N * kTileRows < 16 ? 2 : 1;  // few sums would wait for each other
-  Vector<T> sum[sets][kStateColumns * kTileRows] = {};
-  const T* from = h.panel(0) + column * kPanel<T>;
-  const int64_t step = h.columns * kPanel<T>;
-  block.for_each_panel(0, h.count, [&](int64_t, const auto& rows) {
-#pragma GCC unroll 2
-    for (int64_t half = 0; half < 2; ++half) {
-      Vector<T> values[N];
-#pragma GCC unroll 4
-      for (int j = 0; j < N; ++j) values[j] = load(from + j * kPanel<T> + half * lanes);
-#pragma GCC unroll 4
-      for (int r = 0; r < kTileRows; ++r) {
-        const Vector<T> value = load(rows[r] + half * lanes);
-#pragma GCC unroll 4
-        for (int j = 0; j < N; ++j) sum[half % sets][j * kTileRows + r] += value * values[j];
-      }
-    }
-    from += step;
-  });
-#pragma GCC unroll 4
-  for (int64_t begin = 0; begin < N * kTileRows; begin += lanes) {
-    Vector<T> ordered[lanes];
-#pragma GCC unroll 16
-    for (int64_t i = 0; i < lanes; ++i) {
-      ordered[reversed_bits(i, lanes)] = sum[0][begin + i];
-      if (sets > 1) ordered[reversed_bits(i, lanes)] += sum[1][begin + i];
-    }
-    store(products + begin, sums_of_lanes<T>(ordered));
-  }
-}
-
-template <int N = kStateColumns, typename T>
-inline void state_tile(
-    int64_t width, const RowBlock<T, kTileRows>& block, const Panels<T>& h, int64_t column,
-    T* products) {
-  if constexpr (N > 1)
-    if (width < N) return state_tile<N - 1>(width, block, h, column, products);
-  state_tile<N>(block, h, column, products);
-}
-
-// Calls f(row, count, column, products) for the products of V h with some rows, kTileRows of them at
-// most. The columns of h are in panels.
-template <typename T, typename F>
-void product_rows(const T* v, int64_t first, int64_t end, const Panels<T>& h, const F& f) {
-  for (int64_t row = first; row < end; row += kTileRows) {
-    const int64_t count = std::min<int64_t>(kTileRows, end - row);
-    const RowBlock<T, kTileRows> block(v + row * h.length, count, h.length, h.count);
-    for (int64_t column = 0; column < h.columns; column += kStateColumns) {
-      const int64_t width = std::min<int64_t>(kStateColumns, h.columns - column);
-      alignas(kVectorBytes) T products[kStateColumns * kTileRows];
-      state_tile(width, block, h, column, products);
-      for (int64_t j = 0; j < width; ++j) f(row, count, column + j, products + j * kTileRows);
-    }
-  }
-}
-
 // Computes y, c, q and the values of the gates.
 template <Cell cell, typename T>
 void run_forward(const Sequence& of) {
@@ -178,19 +76,25 @@ void run_forward(const Sequence& of) {
       *q = qs ? qs + (of.q.dim() > 2 ? t * batch * units : 0) : nullptr;
     for_each_part<T>(of, [&](int64_t first, int64_t end) {
       for (int64_t gate = 0; gate < gates; ++gate)
-        product_rows(
-            vs, gate * units + first, gate * units + end, from,
-            [&](int64_t j, int64_t count, int64_t b, const T* products) {
+        for (int64_t unit = first; unit < end; unit += kTileRows) {
+          const int64_t j = gate * units + unit, height = std::min<int64_t>(kTileRows, end - unit);
+          const RowBlock<T, kTileRows> block(vs + j * units, height, units, from.count);
+          const auto add = [&](T* to, bool adds, const T* products, int64_t count) {
+            T sums[kTileRows];
+            for (int64_t r = 0; r < count; ++r)
+              sums[r] = (adds ? to[r] : T(0)) + products[r] * scale[j + r] + shift[j + r];
+            std::copy_n(sums, count, to);
+          };
+          const auto finish = [&](int64_t column, int64_t width, const T* products) {
+            for (int64_t b = column; b < column + width; ++b, products += kTileRows) {
               const bool apart = cell == Cell::gru && gate == 2;
-              T* to = apart ? q + b * units + j - 2 * units : p + b * row + j;
-              const auto add = [&](int64_t rows) {
-                T sums[kTileRows];
-                for (int64_t r = 0; r < rows; ++r)
-                  sums[r] = (apart ? T(0) : to[r]) + products[r] * scale[j + r] + shift[j + r];
-                std::copy_n(sums, rows, to);
-              };
-              count == kTileRows ? add(kTileRows) : add(count);
-            });
+              T* to = apart ? q + b * units + unit : p + b * row + j;
+              height == kTileRows ? add(to, !apart, products, kTileRows)
+                                  : add(to, !apart, products, height);
+            }
+          };
+          for_each_tile(block, from, 0, from.count, finish);
+        }
       for (int64_t b = 0; b < batch; ++b)
         for_each_vector<T>(end - first, [&](int64_t i, auto count) {
           const int64_t unit = first + i, at = b * units + unit;
@@ -409,7 +313,8 @@ class Recurrence : public torch::autograd::Node {
                                        : at::cat({start, of.y.narrow(0, 0, steps - 1)});
       const Tensor h = before.flatten(0, 1);
       if (of.g.defined() && own_)
-        std::tie(out[3], out[4]) = Linear::own_weight_grads(dq, h, of.v, of.g, of.n, options_);
+        std::tie(out[3], out[4]) = Linear::own_weight_grads(
+            dq.t().contiguous(), h, of.v, of.g, of.n, options_);
       else
         out[3] = at::mm(dq.t(), h);
       if (of.g.defined() && !own_)

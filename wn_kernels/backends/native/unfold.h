@@ -277,7 +277,7 @@ inline std::optional<std::pair<Tensor, Tensor>> unfolded_forward(
           T* to = ys + (row + j) * pixels;
           for (int64_t t = 0; t < pixels; ++t) to[t] = p[t] * factor + shift;
         };
-        rows_product(from, first, count, panels, norm, finish);
+        each_row_product(from, first, count, panels, norm, finish);
       });
     });
     in_range = all.in_range();
@@ -328,7 +328,7 @@ inline std::tuple<Tensor, Tensor, Tensor> unfolded_backward(
         const auto finish = [&](int64_t j, const T* p, double) {
           scale(outs + (row + j) * pixels, p, scales_taps ? T(1) : ss[row + j], pixels);
         };
-        rows_product(from, first, count, panels, std::nullopt, finish);
+        each_row_product(from, first, count, panels, std::nullopt, finish);
       };
       const auto v_rows = [&](int64_t first, int64_t count) {
         if (scales_taps)
