@@ -16,7 +16,6 @@ from bench.cases import Case as BenchCase
 from tests.comparison import Case
 from wn_kernels import plan, use_backend
 from wn_kernels.backends import tiles, vendor
-from wn_kernels.backends.native import limits
 from wn_kernels.call import NORMS, Call, Geometry
 from wn_kernels.plan import backend, costs, devices, table
 

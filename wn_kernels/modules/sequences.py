@@ -141,7 +141,7 @@ def _pays(layer: Any, cell: int, x: Tensor) -> bool:
     if layer.num_layers > 1:
         inputs.add(directions * layer.hidden_size)
     size = GATES[cell], *x.shape[:2]
-    rest = layer.hidden_size, x.itemsize, recorded
+    rest = layer.hidden_size, x.dtype, recorded
     return all(plan.sequences.pays(CELLS[cell] == "lstm", *size, n, *rest) for n in inputs)
 
 

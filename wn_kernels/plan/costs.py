@@ -194,11 +194,9 @@ def native_linear(call: Call) -> Costs:
     operations = 2.0 * m * n * k
     forward, backward = {}, {}
     own = is_own(call)
-    if own or _scales_late(call):
-        product = (
-            _own_product(call, device) if own else Stage(x + y + v, vendors(device, operations, m))
-        )
-        forward["scaled"] = [product] if own else [Stage(v), product, Stage(2 * y)]
+    if own or _may_be_late(call):
+        forward["scaled"] = _scaled(call, device)["own" if own else "late"]
+        product = max(forward["scaled"], key=lambda stage: stage.operations)
         finish = Stage(2 * v if own or keeps_product(call) else w + 2 * v)
         backward["scaled"] = [Stage(2 * y), product, product, finish]
     # The empty stage is the call of PyTorch's layer with `W`.
@@ -213,35 +211,37 @@ def native_linear(call: Call) -> Costs:
     return Costs(forward, backward, device, device.rate(size))
 
 
-def _scales_late(call: Call) -> bool:
+def _may_be_late(call: Call) -> bool:
     """Returns whether the library scales PyTorch's product with `V`."""
     return call.x_dtype == call.v_dtype != torch.float16 and call.x_dtype not in vendor.SLOW
 
 
 def is_own(call: Call) -> bool:
-    """Returns whether the products of a linear layer's variant `scaled` are the library's own, which
-    need no pass for the norms or the scales. Those with one row always are."""
-    rows = math.prod(call.x_shape[:-1])
-    if rows == 1 or not limits.may_be_own(call) or not _scales_late(call):
-        return rows == 1 or limits.may_be_own(call)
+    """Returns whether the products of a linear layer's variant `scaled` are the library's own.
+    Those of one row always are, and those of some dtypes are the only ones."""
+    if math.prod(call.x_shape[:-1]) == 1:
+        return True
+    if not limits.may_be_own(call) or not _may_be_late(call):
+        return limits.may_be_own(call)
     device = native()
-    n, k = call.v_shape
-    size = call.x_dtype.itemsize
-    x, y, v = size * rows * k, size * rows * n, size * n * k
-    product = Stage(x + y + v, vendors(device, 2.0 * rows * n * k, rows))
-    candidates = {"own": [_own_product(call, device)], "late": [Stage(v), product, Stage(2 * y)]}
-    return Costs(candidates, {}, device, device.rate(size)).cheapest_forward() == "own"
+    rate = device.rate(call.x_dtype.itemsize)
+    return Costs(_scaled(call, device), {}, device, rate).cheapest_forward() == "own"
 
 
-def _own_product(call: Call, device: Device) -> Stage:
-    """Returns the library's own product of a linear layer. Its panels are padded."""
+def _scaled(call: Call, device: Device) -> dict[str, list[Stage]]:
+    """Returns the ways to a product with `V` that is scaled. The library's own product also has the
+    norms and the scales. Its panels are padded. PyTorch's is between two passes."""
     n, k = call.v_shape
     rows = math.prod(call.x_shape[:-1])
-    panel = limits.panel(max(4, call.x_dtype.itemsize))
+    size = call.x_dtype.itemsize
+    y, v = size * rows * n, call.v_dtype.itemsize * n * k
+    moved = size * rows * k + y + v
+    panel = limits.panel(max(4, size))
     columns = math.ceil(k / panel) * panel + LANES
-    moved = call.x_dtype.itemsize * rows * (k + n) + call.v_dtype.itemsize * n * k
     efficiency = device.own * (OWN_EFFICIENCY if rows > FEW_COLUMNS else 1.0)
-    return Stage(moved, 2.0 * rows * n * columns / efficiency)
+    own = Stage(moved, 2.0 * rows * n * columns / efficiency)
+    product = Stage(moved, vendors(device, 2.0 * rows * n * k, rows))
+    return {"own": [own], "late": [Stage(v), product, Stage(2 * y)]}
 
 
 def _formed(call: Call) -> list[tuple[str, tuple[float, float], int]]:

@@ -9,12 +9,17 @@ from __future__ import annotations
 
 import functools
 
+import torch
+
+from ..call import Call
 from . import costs
 from .devices import native
 from .stages import Costs, Stage
 
 # A step of PyTorch's own loop has the overhead of this many stages of the native library.
 STEP_CALLS = 30
+# The gradients of oneDNN's LSTM reach this fraction of the rate of its forward.
+GRADS_EFFICIENCY = 0.7
 
 
 @functools.lru_cache(maxsize=1024)
@@ -25,7 +30,7 @@ def pays(
     batch: int,
     inputs: int,
     units: int,
-    itemsize: int,
+    dtype: torch.dtype,
     recorded: bool,
 ) -> bool:
     """Returns whether the library is the faster way for one direction of a layer.
@@ -35,25 +40,39 @@ def pays(
         recorded: whether there will be a backward.
     """
     device = native()
-    rows, outputs = steps * batch, gates * units
-    of_x, of_h = (2.0 * rows * n * outputs for n in (inputs, units))
-    weights = float(itemsize * (inputs + units) * outputs)
-    moved = itemsize * rows * (inputs + outputs + units)
-    products = costs.vendors(device, of_x, rows)
-    taken = Stage(0, of_h / device.own, launches=steps)
-    stepped = [Stage(weights + moved, products), taken]
+    size, rows, outputs = dtype.itemsize, steps * batch, gates * units
+
+    def layer(columns: int) -> Costs:
+        """Returns the costs of a linear layer over all steps at once."""
+        shapes = torch.Size((rows, columns)), torch.Size((outputs, columns))
+        return costs.native_linear(Call(*shapes, dtype, dtype, 0))
+
+    operations_x, operations_h = (2.0 * rows * n * outputs for n in (inputs, units))
+    weights = float(size * (inputs + units) * outputs)
+    moved = size * rows * (inputs + outputs + units)
+    of_x, of_h = layer(inputs), layer(units)
+    forward, backward = of_x.cheapest()
+    taken = Stage(0, operations_h / device.own, launches=steps)
+    stepped = [*of_x.forward[forward], taken]
     form = Stage(2 * weights, launches=costs.FORMED_CALLS)
     if is_lstm:
+        # Every call copies the weights into a layout of its own.
         rate = costs.CONVOLUTION_EFFICIENCY * device.conv
-        layer = Stage(moved, (of_x + of_h) / rate, launches=costs.CONVOLUTION_CALLS)
-        formed, grads = [form, Stage(2 * weights), layer], [Stage(2 * weights), layer, layer]
+        operations = (operations_x + operations_h) / rate
+        copied = Stage(2 * weights, launches=costs.CONVOLUTION_CALLS)
+        formed = [form, copied, Stage(moved, operations)]
+        grads = [copied, Stage(2 * moved, 2 * operations / GRADS_EFFICIENCY)]
     else:
-        loop = Stage(0, costs.vendors(device, of_h, batch), launches=steps * STEP_CALLS)
-        formed = [form, Stage(weights + moved, products), loop]
-        grads = [Stage(moved, products), Stage(moved, products), loop, loop]
+        product = Stage(weights + moved, costs.vendors(device, operations_x, rows))
+        of_steps = costs.vendors(device, operations_h, batch)
+        loop = Stage(0, of_steps, launches=steps * STEP_CALLS)
+        formed = [form, product, loop]
+        grads = [product, product, loop, loop]
     if recorded:
-        of_weight = Stage(moved, costs.vendors(device, of_h, rows))
-        stepped += [Stage(moved, products), Stage(moved, products), taken, of_weight]
-        formed += grads
-    found = Costs({"stepped": stepped, "formed": formed}, {}, device, device.rate(itemsize))
+        # Of the gradients of the recurrent product, that of its weight is a linear layer's.
+        of_weight = [s for s in of_h.backward[of_h.cheapest()[1]] if s.operations][:1]
+        passes = Stage(3 * weights)
+        stepped += [*of_x.backward[backward], taken, *of_weight, passes]
+        formed += [*grads, passes]
+    found = Costs({"stepped": stepped, "formed": formed}, {}, device, device.rate(size))
     return found.cheapest_forward() == "stepped"

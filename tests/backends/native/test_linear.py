@@ -12,7 +12,7 @@ import wn_kernels.functional as WF
 from tests.backends.native.served import DTYPES, HALF, NARROW, WIDE, check_mask, linear
 from tests.comparison import Case, assert_matches, assert_same_bits
 from tests.planning import planned
-from wn_kernels.backends import native, reference
+from wn_kernels.backends import reference
 from wn_kernels.call import Call
 from wn_kernels.plan import costs
 

@@ -282,8 +282,9 @@ def test_what_is_not_served():
 
 def test_what_the_cost_model_picks():
     """The library serves short sequences of an LSTM, and every other layer."""
-    few, many = ((True, 4, steps, 8, 256, 256, 4, True) for steps in (2, 4096))
-    assert plan.sequences.pays(*few)
-    for steps in (1, 4, 64, 1024):
-        assert plan.sequences.pays(False, 3, steps, 8, 256, 256, 4, True)
-    assert isinstance(plan.sequences.pays(*many), bool)
+    sizes = 8, 256, 256, torch.float32
+    for recorded in (False, True):
+        assert plan.sequences.pays(True, 4, 2, *sizes, recorded)
+        for steps in (1, 4, 64, 1024):
+            assert plan.sequences.pays(False, 3, steps, *sizes, recorded)
+    assert not plan.sequences.pays(True, 4, 4096, *sizes, False)

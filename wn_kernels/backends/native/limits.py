@@ -11,10 +11,10 @@ import torch
 from ...call import NORM_RANGE, Call
 from .. import vendor
 
-# A linear layer in half precision is computed by products of the library's own, which read `V` once,
-# if `x` has 2 to FEW_ROWS rows, and `V` has at least FEW_ROWS_INPUTS columns and FEW_ROWS_ELEMENTS
-# elements. These products are computed in float32. oneDNN's of bfloat16 are faster if `x` has more
-# than FEW_MIXED_ROWS, or if `W` need not be formed for them.
+# A linear layer in half precision is computed by products of the library's own, which read `V`
+# once, if `x` has 2 to FEW_ROWS rows, and `V` has at least FEW_ROWS_INPUTS columns and
+# FEW_ROWS_ELEMENTS elements. These products are computed in float32. oneDNN's of bfloat16 are
+# faster if `x` has more than FEW_MIXED_ROWS, or if `W` need not be formed for them.
 FEW_ROWS = 32
 FEW_MIXED_ROWS = 8
 FEW_ROWS_INPUTS = 512
@@ -36,7 +36,7 @@ VECTOR_BYTES = 64 if torch.backends.cpu.get_cpu_capability() == "AVX512" else 32
 
 
 def may_be_own(call: Call) -> bool:
-    """Returns whether the products of a linear layer's variant `scaled` may be the library's own."""
+    """Returns whether the products of a linear layer may be the library's own."""
     outputs, inputs = call.v_shape
     rows = math.prod(call.x_shape[:-1])
     if call.x_dtype.itemsize > 2:
