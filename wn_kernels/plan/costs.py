@@ -33,19 +33,19 @@ LOOP_CALLS, LOOP_EFFICIENCY = 20, 0.9
 LOOP_UNFOLDED, LOOP_FOLDED, LOOP_LINE = 2, 7.5, 300
 # The native library's own products of a linear layer reach this fraction of the rate of PyTorch's
 # product of many columns. To add up the lanes of a sum takes as long as so many columns of `V`.
-OWN_EFFICIENCY, LANES = 0.8, 64
-# The native library's own products of few columns reach this fraction. A sum that they write then
-# costs as much as so many times its bytes, and so does a number of an unfolded image that is
-# written, or added to the image.
-UNFOLDED_EFFICIENCY = 0.95
-SUMMED, UNFOLDED, FOLDED = 18, 5.5, 2.7
+OWN_EFFICIENCY, LANES = 0.8, 32
+# To pack a number of the input costs so many times its bytes.
+PACKED = 2
+# A number of an unfolded image that is written, or added to the image, costs so many times its
+# bytes.
+UNFOLDED, FOLDED = 5.5, 2.7
 # A run of numbers that is copied costs as much as this many bytes.
 RUN = 20
 # An unfolded forward and backward have the overhead of this many stages more.
 UNFOLD_CALLS, UNFOLD_GRAD_CALLS = 5, 28
 # Forming a `W` for PyTorch's product has the overhead of this many stages in a linear layer. In the
 # forward of a convolution, it costs so many times the bytes of `W`.
-FORMED_CALLS, FORMED = 10, 12
+FORMED_CALLS, FORMED = 2, 12
 # An unfolded input may take this many bytes whatever the size of the weight.
 UNFOLDED_BYTES = 2**18
 # PyTorch's own loops for half precision (`vendor.SLOW`) take this many times as long as a product
@@ -230,18 +230,20 @@ def is_own(call: Call) -> bool:
 
 def _scaled(call: Call, device: Device) -> dict[str, list[Stage]]:
     """Returns the ways to a product with `V` that is scaled. The library's own product also has the
-    norms and the scales. Its panels are padded. PyTorch's is between two passes."""
+    norms and the scales, of panels that are packed and padded. PyTorch's is between two passes."""
     n, k = call.v_shape
     rows = math.prod(call.x_shape[:-1])
     size = call.x_dtype.itemsize
     y, v = size * rows * n, call.v_dtype.itemsize * n * k
     moved = size * rows * k + y + v
     panel = limits.panel(max(4, size))
+    outputs = math.ceil(n / limits.TILE_ROWS) * limits.TILE_ROWS
     columns = math.ceil(k / panel) * panel + LANES
     efficiency = device.own * (OWN_EFFICIENCY if rows > FEW_COLUMNS else 1.0)
-    own = Stage(moved, 2.0 * rows * n * columns / efficiency)
+    packed = PACKED * size * rows * k + RUN * rows * math.ceil(k / panel)
+    own = [Stage(packed, launches=0), Stage(moved, 2.0 * rows * outputs * columns / efficiency)]
     product = Stage(moved, vendors(device, 2.0 * rows * n * k, rows))
-    return {"own": [own], "late": [Stage(v), product, Stage(2 * y)]}
+    return {"own": own, "late": [Stage(v), product, Stage(2 * y)]}
 
 
 def _formed(call: Call) -> list[tuple[str, tuple[float, float], int]]:
@@ -292,8 +294,9 @@ def native_convolution(call: Call, conv: Geometry) -> Costs:
     unfolded = Unfolded.of(call, conv)
     few = size * unfolded.numbers <= max(2 * w, UNFOLDED_BYTES)
     if few and scales_late(call) and not call.channels_last:
+        moved = x + y + weight
         forward["unfold"], backward["unfold"] = unfolded.stages(
-            call, conv, device.own, x, y, weight
+            call, conv, device.own, moved, weight
         )
     return Costs(forward, backward, device, device.rate(size))
 
@@ -359,11 +362,13 @@ class Unfolded(NamedTuple):
         runs: the runs along taps or pixels in which they are copied.
         operations: the operations of a product with it. Its sizes are padded to whole panels and
             tiles.
+        lanes: those that add up the lanes of the sums of such a product.
     """
 
     numbers: float
     runs: float
     operations: float
+    lanes: float
 
     @staticmethod
     def of(call: Call, conv: Geometry) -> Unfolded:
@@ -371,27 +376,28 @@ class Unfolded(NamedTuple):
         taps, columns = call.v_shape[2:], _columns(call, conv)
         numbers = conv.groups * length * columns
         panel, tile = limits.panel(call.x_dtype.itemsize), limits.TILE_ROWS
-        padded = math.ceil(rows / tile) * tile * math.ceil(length / panel) * panel * conv.groups
+        sums = 2.0 * math.ceil(rows / tile) * tile * conv.groups * columns
         run = taps[-1] if taps[-1] >= limits.LONG_LINE else _smaller_side(call, conv)[-1]
-        return Unfolded(numbers, numbers / run, 2.0 * padded * columns)
+        padded = math.ceil(length / panel) * panel
+        return Unfolded(numbers, numbers / run, sums * padded, sums * LANES)
 
     def stages(
-        self, call: Call, conv: Geometry, efficiency: float, x: float, y: float, weight: float
+        self, call: Call, conv: Geometry, efficiency: float, moved: float, weight: float
     ) -> tuple[list[Stage], list[Stage]]:
-        """Returns the forward and the backward. `efficiency` is the device's `own`. `x`, `y` and
-        `weight` are bytes.
+        """Returns the forward and the backward. `efficiency` is the device's `own`. `moved` are the
+        bytes of both images and the weight, and `weight` those of the weight.
 
         The forward of a convolution, and `dX` of a transposed one, unfold an image and multiply it
         by `V`, which gives a sum for each number of the other image. `dX`, and the forward of a
         transposed one, multiply by `Vᵀ` and add the results to an image.
         """
-        size, moved = call.x_dtype.itemsize, x + y + weight
-        product = Stage(moved, self.operations / (UNFOLDED_EFFICIENCY * efficiency))
+        size = call.x_dtype.itemsize
+        product = Stage(moved, self.operations / efficiency)
+        summed = Stage(moved, (self.operations + self.lanes) / efficiency)
         unfold = Stage(UNFOLDED * size * self.numbers + RUN * self.runs)
         fold = Stage(FOLDED * size * self.numbers + RUN * self.runs)
-        sums = Stage(SUMMED * (x if conv.transposed else y), launches=0)
         norms = Stage(0 if call.dim == 0 else weight, launches=UNFOLD_CALLS)
         finish = Stage(weight if call.dim == 0 else 3 * weight, launches=UNFOLD_GRAD_CALLS)
         if conv.transposed:
-            return [norms, product, fold], [unfold, product, sums, product, finish]
-        return [norms, unfold, product, sums], [product, fold, unfold, product, finish]
+            return [norms, product, fold], [unfold, summed, product, finish]
+        return [norms, unfold, summed], [product, fold, unfold, product, finish]
