@@ -19,7 +19,7 @@ from .stages import Costs, Stage
 # A step of PyTorch's own loop has the overhead of this many stages of the native library.
 STEP_CALLS = 30
 # The gradients of oneDNN's LSTM reach this fraction of the rate of its forward.
-GRADS_EFFICIENCY = 0.7
+GRADS_EFFICIENCY = 0.75
 
 
 @functools.lru_cache(maxsize=1024)

@@ -132,6 +132,37 @@ inline Tensor rows_times(const Tensor& d, const Tensor& v) {
   return as(out, d.scalar_type());
 }
 
+// So many rows of a matrix are turned together. The numbers of a column, one after the other, would
+// drive each other's lines out of the cache.
+constexpr int64_t kTurnedRows = 8;
+
+// Writes some columns of a matrix (rows, columns) as rows.
+template <typename T>
+void turn(
+    T* to, const T* from, int64_t rows, int64_t columns, int64_t begin, int64_t width) {
+  for (int64_t m = 0; m < rows; m += kTurnedRows) {
+    const int64_t end = std::min(rows, m + kTurnedRows);
+    for (int64_t j = begin; j < begin + width; ++j)
+      for (int64_t i = m; i < end; ++i) to[j * rows + i] = from[i * columns + j];
+  }
+}
+
+// Returns tᵀ, in memory of its own.
+inline Tensor turned_rows(const Tensor& t) {
+  const int64_t rows = t.size(0), columns = t.size(1);
+  const Tensor out = at::empty({columns, rows}, t.options());
+  with_dtype(t.scalar_type(), [&](auto number) {
+    using T = decltype(number);
+    const auto* from = t.const_data_ptr<T>();
+    auto* to = out.mutable_data_ptr<T>();
+    for_each((columns + kColumns - 1) / kColumns, rows * kColumns, [&](int64_t block) {
+      const int64_t begin = block * kColumns;
+      turn(to, from, rows, columns, begin, std::min(kColumns, columns - begin));
+    });
+  });
+  return out;
+}
+
 // Computes db = sum dY, and scaled = dY s, turned = dYᵀ and a = sum dY p if they are given, in one pass
 // over dY. The sums run over the rows.
 template <typename Y>
@@ -165,9 +196,8 @@ void column_pass(
         for (int64_t j = 0; j < width; ++j)
           products[j] += static_cast<T>(row[j]) * with[j * p_column];
       }
-      if (columns_of)
-        for (int64_t j = 0; j < width; ++j) columns_of[(begin + j) * rows + m] = row[j];
     }
+    if (columns_of) turn(columns_of, dys, rows, columns, begin, width);
     std::copy_n(sums, width, dbs + begin);
     if (dots) std::copy_n(products, width, as + begin);
   });

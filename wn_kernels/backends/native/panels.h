@@ -146,10 +146,19 @@ class Stacked {
     T* to = data_.data() + row / R * R * columns_ + row % R;
     for (int64_t j = 0; j < columns_; ++j) to[j * R] = factor * values[j];
   }
-  // Sets `count` rows of a column.
-  void set_column(int64_t row, int64_t column, const T* values, int64_t count) {
-    for (int64_t i = 0; i < count; ++i)
-      data_[(row + i) / R * R * columns_ + column * R + (row + i) % R] = values[i];
+  // Sets the rows of a column that a vector has values for.
+  template <typename Count>
+  void set_column(int64_t row, int64_t column, Vector<T> values, Count count) {
+    constexpr int64_t lanes = Lanes<T>::count;
+    alignas(kVectorBytes) T all[lanes];
+    store(all, values);
+    const auto at = [&](int64_t i) {
+      return data_.data() + i / R * R * columns_ + column * R + i % R;
+    };
+    if (std::is_same_v<Count, All> && lanes % R == 0 && row % R == 0)
+      for (int64_t i = 0; i < lanes; i += R) std::copy_n(all + i, R, at(row + i));
+    else
+      for (int64_t i = 0; i < width<T>(count); ++i) *at(row + i) = all[i];
   }
   // Returns the stack that starts at `row`.
   const T* stack(int64_t row) const { return data_.data() + row * columns_; }
@@ -368,14 +377,13 @@ void for_each_panel_group(const Panels<T>& q, int64_t rows, const F& f) {
   });
 }
 
-// Computes Q += Vᵀ D for `rows` rows of V and D, and for some panels of Q.
+// Computes Q += Vᵀ D for `rows` rows of V and D, and for some panels and columns of Q.
 template <typename V>
 void columns_product(
-    Panels<Wide<V>>& q, int64_t begin, int64_t end, const V* v, int64_t rows,
-    const Stacked<Wide<V>, kStackedRows>& d) {
+    Panels<Wide<V>>& q, int64_t begin, int64_t end, int64_t left, int64_t right, const V* v,
+    int64_t rows, const Stacked<Wide<V>, kStackedRows>& d) {
   using T = Wide<V>;
   constexpr int64_t lanes = Lanes<T>::count;
-  const int64_t columns = q.columns;
   for (int64_t first = 0; first < rows; first += kStackedRows) {
     const int64_t count = std::min<int64_t>(kStackedRows, rows - first);
     const RowBlock<V, kStackedRows> block(v + first * q.length, count, q.length, end);
@@ -384,9 +392,9 @@ void columns_product(
 #pragma GCC unroll 8
       for (int r = 0; r < kStackedRows; ++r)
         value[r][0] = load(from[r]), value[r][1] = load(from[r] + lanes);
-      T* to = q.panel(i);
-      const T* factor = d.stack(first);
-      for (int64_t j = 0; j < columns; ++j, to += kPanel<T>, factor += kStackedRows) {
+      T* to = q.panel(i) + left * kPanel<T>;
+      const T* factor = d.stack(first) + left * kStackedRows;
+      for (int64_t j = left; j < right; ++j, to += kPanel<T>, factor += kStackedRows) {
         Vector<T> low = load(to), high = load(to + lanes);
 #pragma GCC unroll 8
         for (int r = 0; r < kStackedRows; ++r)
@@ -395,6 +403,20 @@ void columns_product(
       }
     });
   }
+}
+
+// So many columns of a panel stay in the first-level cache.
+constexpr int64_t kPanelColumns = 64;
+
+// Does the same for all columns. Many of them are taken in parts, a panel after the other.
+template <typename V>
+void columns_product(
+    Panels<Wide<V>>& q, int64_t begin, int64_t end, const V* v, int64_t rows,
+    const Stacked<Wide<V>, kStackedRows>& d) {
+  if (q.columns <= kPanelColumns) return columns_product(q, begin, end, 0, q.columns, v, rows, d);
+  for (int64_t i = begin; i < end; ++i)
+    for (int64_t left = 0; left < q.columns; left += kPanelColumns)
+      columns_product(q, i, i + 1, left, std::min(q.columns, left + kPanelColumns), v, rows, d);
 }
 
 // This many bytes of D stay in a thread's cache while all of its panels take them.
@@ -434,20 +456,21 @@ void outer_product(
     T* dw, const T* d, int64_t first, int64_t count, const Panels<T>& b, const T* v = nullptr,
     const T* n = nullptr, const T* c = nullptr, const T* factors = nullptr) {
   constexpr int64_t lanes = Lanes<T>::count;
+  constexpr int tall = kStackedRows;  // fewer reads of B for each product
   const int64_t columns = b.columns;
-  Stacked<T, kTileRows> stacked(count, columns);
+  Stacked<T, tall> stacked(count, columns);
   for (int64_t r = 0; r < count; ++r)
     stacked.set(r, d + (first + r) * columns, factors ? factors[first + r] : T(1));
   const auto tile = [&](int64_t top, int64_t i) {
-    Vector<T> sum[kTileRows][2] = {};
+    Vector<T> sum[tall][2] = {};
     const T *from = b.panel(i), *factor = stacked.stack(top);
-    for (int64_t j = 0; j < columns; ++j, from += kPanel<T>, factor += kTileRows) {
+    for (int64_t j = 0; j < columns; ++j, from += kPanel<T>, factor += tall) {
       const Vector<T> low = load(from), high = load(from + lanes);
 #pragma GCC unroll 8
-      for (int r = 0; r < kTileRows; ++r)
+      for (int r = 0; r < tall; ++r)
         sum[r][0] += low * factor[r], sum[r][1] += high * factor[r];
     }
-    for (int64_t r = top; r < std::min(count, top + kTileRows); ++r) {
+    for (int64_t r = top; r < std::min(count, top + tall); ++r) {
       const int64_t row = first + r, at = row * b.length + i * kPanel<T>;
       const auto write = [&](int64_t l, auto part) {
         const Vector<T> product = sum[r - top][l / lanes];
@@ -461,7 +484,7 @@ void outer_product(
     }
   };
   for_each_segment(b, [&](int64_t begin, int64_t end) {
-    for (int64_t top = 0; top < count; top += kTileRows)
+    for (int64_t top = 0; top < count; top += tall)
       for (int64_t i = begin; i < end; ++i) tile(top, i);
   });
 }

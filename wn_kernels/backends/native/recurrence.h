@@ -190,9 +190,7 @@ void run_backward(
             const int64_t j = k * units + unit;
             store(dp + b * row + j, of_p, count);
             if (dq != dp) store(dq + b * row + j, of_q, count);
-            alignas(kVectorBytes) T values[Lanes<T>::count];
-            store(values, of_q * load(scale + j, count));
-            now.set_column(j, b, values, width<T>(count));
+            now.set_column(j, b, of_q * load(scale + j, count), count);
           };
           Vector<T> passed{};
           if constexpr (cell == Cell::lstm) {
@@ -313,8 +311,8 @@ class Recurrence : public torch::autograd::Node {
                                        : at::cat({start, of.y.narrow(0, 0, steps - 1)});
       const Tensor h = before.flatten(0, 1);
       if (of.g.defined() && own_)
-        std::tie(out[3], out[4]) = Linear::own_weight_grads(
-            dq.t().contiguous(), h, of.v, of.g, of.n, options_);
+        std::tie(out[3], out[4]) =
+            Linear::own_weight_grads(turned_rows(dq), h, of.v, of.g, of.n, options_);
       else
         out[3] = at::mm(dq.t(), h);
       if (of.g.defined() && !own_)
