@@ -236,3 +236,54 @@ def test_the_way_follows_the_cost_model(monkeypatch):
     assert sorted(asked) == [(True, 4, 4, 2, 5, *rest), (True, 4, 4, 2, 40, *rest)]
     assert calls == [12]
     assert sequences.library_for(torch.randn(3)) is native_library()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_outputs_in_place(kind, taken):
+    """The output may be written to and detached, as PyTorch's may be."""
+    for batch_first in (False, True):
+        layer = made(kind, batch_first=batch_first)
+        x = torch.randn(3, 3, 5)
+        y = layer(x)[0]
+        right = torch.autograd.grad(y.relu().sum(), list(layer.parameters()))
+        y = torch.relu_(layer(x)[0])
+        for g, expected in zip(
+            torch.autograd.grad(y.sum(), list(layer.parameters())), right, strict=True
+        ):
+            assert_same_bits(g, expected)
+        assert not layer(x)[0].detach_().requires_grad
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "cell"])
+def test_batched_gradients(kind, taken):
+    layer = wn_kernels.WNGRUCell(5, 20) if kind == "cell" else made(kind)
+    x = torch.randn(*((2,) if kind == "cell" else (4, 2)), 5, requires_grad=True)
+    y = layer(x) if kind == "cell" else layer(x)[0]
+    dy = torch.randn(3, *y.shape)
+    every = torch.autograd.grad(y, x, dy, retain_graph=True, is_grads_batched=True)[0]
+    for batched, one in zip(every, dy, strict=True):
+        alone = torch.autograd.grad(y, x, one, retain_graph=True)[0]
+        assert_matches(batched, alone.double(), torch.float32, 64, roundings=16)
+
+
+def test_numbers_that_were_dropped(taken):
+    """A layer that the library leaves to PyTorch after it has dropped numbers drops the same."""
+    layer = made("gru", num_layers=2, dropout=0.5)
+    plain = folded(layer)
+    turned = layer.weight_hh_l1_v.detach().t().contiguous().t()
+    layer.weight_hh_l1_v = nn.Parameter(turned)
+    x = torch.randn(4, 2, 5)
+    torch.manual_seed(3)
+    right, after = plain.double()(x.double())[0].detach(), torch.rand(1)
+    torch.manual_seed(3)
+    y = layer(x)[0]
+    assert len(taken) == 1
+    assert_same_bits(torch.rand(1), after)
+    assert ((y == 0) == (right == 0)).all()
+
+
+def test_a_sparse_input_of_a_cell():
+    cell = wn_kernels.WNGRUCell(5, 20)
+    x = torch.randn(2, 5).to_sparse()
+    right = folded(cell).double()(x.double()).detach()
+    assert_matches(cell(x), right, torch.float32, 64, roundings=8)

@@ -56,22 +56,26 @@ def output(layer: Any, input: Any, hx: Any, formed: Callable[[Any], list[Any]]) 
         options = None
     weights = _weights(layer, None if options else formed(layer))
     ends: list[tuple[Tensor, ...]] = []
+    drops = layer.dropout and layer.training
+    generator = torch.get_rng_state() if drops else None
     directions = 2 if layer.bidirectional else 1
     for first in range(0, len(weights), directions):
-        if first and layer.dropout and layer.training:
+        if first and drops:
             x = torch.dropout(x, layer.dropout, True)
         found = []
         for at in range(first, first + directions):
             states = tuple(t[at] for t in start)
             result = run(library, cell, at > first, x, *weights[at], states, options)
-            if result is None:
+            if result is None:  # PyTorch's function drops the same numbers
+                if generator is not None:
+                    torch.set_rng_state(generator)
                 return None
             found.append(result[0])
             ends.append(result[1:])
         x = found[0] if directions == 1 else torch.cat(found, 2)
     join = torch.stack if is_batched else torch.cat
     state = tuple(join(t) for t in list(zip(*ends, strict=True))[: len(start)])
-    y = x.transpose(0, 1) if is_turned else x if is_batched else x.squeeze(1)
+    y = x.transpose_(0, 1) if is_turned else x if is_batched else x.squeeze(1)
     return y, state if len(state) > 1 else state[0]
 
 
@@ -79,9 +83,11 @@ def library_for(input: Any) -> Any:
     """Returns the native library if it may go through the steps of such an input, or `None`."""
     if is_compiling() or type(input) not in PLAIN_TYPES or not input.is_cpu or recorder(input):
         return None
-    if input.dtype not in (torch.float32, torch.float64) or torch._C._is_any_autocast_enabled():
+    if input.dtype not in (torch.float32, torch.float64) or input.layout is not torch.strided:
         return None
-    return native_library() if plan.forced() in (None, "native") else None
+    if torch._C._is_any_autocast_enabled() or plan.forced() not in (None, "native"):
+        return None
+    return native_library()
 
 
 def shared_options(layer: Any, names: Iterable[str]) -> Options | None:

@@ -32,7 +32,9 @@ State = tuple[Tensor, ...]
 def step(cell: Any, input: Any, hx: Any) -> Any:
     """Returns what a cell's `forward` returns for a batch, or `None` for a call that torch.nn's
     `forward` has to serve, or to reject."""
-    if type(input) not in PLAIN_TYPES or not (input.is_cpu or input.is_cuda) or recorder(input):
+    if type(input) not in PLAIN_TYPES or input.layout is not torch.strided or recorder(input):
+        return None
+    if not (input.is_cpu or input.is_cuda):
         return None
     if input.ndim != 2 or input.shape[1] != cell.input_size:
         return None

@@ -1,5 +1,6 @@
 """Recurrent layers over a sequence: the native library's steps against those in float64."""
 
+import math
 import random
 
 import pytest
@@ -225,13 +226,12 @@ def test_only_what_is_needed():
     assert not y.requires_grad
 
 
-def test_outputs_that_were_changed():
-    """A backward that needs `y` notices a change of it. A second one needs memory that is kept."""
+def test_operands_that_were_changed():
+    """A backward notices a change of what it needs. A second one needs memory that is kept."""
     t = operands(2, 3, 2, 20)
-    y = run(2, False, t)[0]
-    total = y.sum()
+    total = run(2, False, t)[0].sum()
     with torch.no_grad():
-        y.mul_(2)
+        t["v"].mul_(2)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         total.backward()
     y = run(2, False, t)[0]
@@ -288,3 +288,47 @@ def test_what_the_cost_model_picks():
         for steps in (1, 4, 64, 1024):
             assert plan.sequences.pays(False, 3, steps, *sizes, recorded)
     assert not plan.sequences.pays(True, 4, 4096, *sizes, False)
+
+
+@pytest.mark.parametrize("cell", range(len(CELLS)), ids=CELLS)
+def test_every_nan_stays(cell):
+    """Whatever its bits are."""
+    t = operands(cell, 1, 1, 20) | dict.fromkeys(("g", "g_x", "b", "b_x"))
+    rest = (t[n] for n in ("h", "c", "v", "g", "b"))
+    of_p = tuple(t[n] for n in ("x", "v_x", "g_x", "b_x"))
+    bits = torch.tensor([-1, 0x7FC00001, 0x7F800001, 0x7FC00000] * 5, dtype=torch.int32)
+    p = bits.view(torch.float32).repeat(1, 1, GATES[cell])
+    with torch.no_grad():
+        y = native_library().recurrence(cell, False, p, *rest, 0.0, "l2", of_p)[0]
+    assert y.isnan().all()
+
+
+def test_a_closed_gate_is_zero():
+    """That of a lstm's memory, whatever the memory is."""
+    t = operands(0, 1, 1, 20) | dict.fromkeys(("g", "g_x", "b", "b_x"))
+    p = torch.full((1, 1, 80), -math.inf)
+    rest = (torch.zeros(1, 20), torch.full((1, 20), 1e38), t["v"], None, None)
+    of_p = tuple(t[n] for n in ("x", "v_x", "g_x", "b_x"))
+    with torch.no_grad():
+        _, _, c = native_library().recurrence(0, False, p, *rest, 0.0, "l2", of_p)
+    assert (c == 0).all()
+
+
+def test_what_may_be_written_to():
+    """The backward needs neither the output, nor the bias, nor the inputs."""
+    for cell in range(len(CELLS)):
+        t = operands(cell, 3, 2, 20)
+        names = [n for n in ("h", "v", "g", "b") if t[n] is not None]
+        right = torch.autograd.grad(run(cell, False, t)[0].sum(), [t[n] for n in names])
+        p = product(t).detach()
+        of_p = tuple(t[n] for n in ("x", "v_x", "g_x", "b_x"))
+        rest = (t[n] for n in ("h", "c", "v", "g", "b"))
+        y = native_library().recurrence(cell, False, p, *rest, 0.0, "l2", of_p)[0]
+        total = y.sum()
+        with torch.no_grad():
+            for changed in (y, t["b"], t["x"], t["v_x"]):
+                changed.mul_(2)
+        for g, expected in zip(
+            torch.autograd.grad(total, [t[n] for n in names]), right, strict=True
+        ):
+            assert_same_bits(g, expected)

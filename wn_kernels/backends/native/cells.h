@@ -37,11 +37,12 @@ inline void with_cell(Cell cell, const F& f) {
 
 // --- functions of gates --------------------------------------------------------------------------
 
-// Returns e^x for x from -86 to 88, and the value at the nearer end for another one.
+// Returns e^x for x from -86 to 88, and the value at the nearer end for another one. A NaN stays.
 //
 // x = n ln 2 + r, with ln 2 in two parts, and e^r is the polynomial of Cephes' expf, whose largest
 // error is 1 ulp.
-inline Vector<float> exponential(Vector<float> x) {
+inline Vector<float> exponential(Vector<float> given) {
+  Vector<float> x = given;
   x = x < -86.0f ? Vector<float>{} - 86.0f : x;
   x = x > 88.0f ? Vector<float>{} + 88.0f : x;
   // Adding 1.5 * 2^23 rounds to a whole number, which is then in the lowest bits.
@@ -55,10 +56,13 @@ inline Vector<float> exponential(Vector<float> x) {
        {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f})
     p = multiply_add(p, r, Vector<float>{} + c);
   p = multiply_add(p, r * r, r) + 1.0f;
-  return (Vector<float>)((Raw<float>)p + ((Raw<float>)shifted << 23));
+  const auto scaled = (Vector<float>)((Raw<float>)p + ((Raw<float>)shifted << 23));
+  return given == given ? scaled : given;
 }
 
-inline Vector<float> sigmoid(Vector<float> x) { return 1.0f / (1.0f + exponential(-x)); }
+inline Vector<float> sigmoid(Vector<float> x) {
+  return x < -88.0f ? Vector<float>{} : 1.0f / (1.0f + exponential(-x));
+}
 
 // Returns tanh x: near zero by the polynomial of Cephes' tanhf, and elsewhere as 1 - 2 / (e^2x + 1).
 inline Vector<float> tangent(Vector<float> x) {

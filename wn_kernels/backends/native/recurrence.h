@@ -251,10 +251,9 @@ class Recurrence : public torch::autograd::Node {
   Recurrence(
       const Sequence& of, const InputProduct& input, const NormOptions& options, bool own)
       : cell_(of.cell), reversed_(of.reversed), own_(own), options_(options) {
-    const auto held = [](const Tensor& t) { return t.defined() ? t.detach() : t; };
     const Tensor gates = gates_of(cell_) > 1 ? of.p.variable_data() : Tensor();
     for (const Tensor& t : {of.h0, of.c0, of.v, of.g, of.bias, input[0], input[1], input[2],
-                            input[3], of.n, gates, held(of.y), held(of.c), of.q})
+                            input[3], of.n, gates, of.y, of.c, of.q})
       saved_.emplace_back(t, false);
     sizes_ = of.p.sizes().vec();
   }
@@ -265,8 +264,6 @@ class Recurrence : public torch::autograd::Node {
     if (!std::any_of(grads.begin(), grads.end(), [](const Tensor& t) { return t.defined(); }))
       return out;
     grads.resize(3);
-    variable_list saved;
-    for (auto& each : saved_) saved.push_back(each.unpack());
     const auto needs = [&](size_t i) { return task_should_compute_output(i); };
     const bool plain = std::all_of(
         grads.begin(), grads.end(), [](const Tensor& t) { return !t.defined() || is_plain(t); });
@@ -274,18 +271,20 @@ class Recurrence : public torch::autograd::Node {
       py::gil_scoped_acquire gil;
       std::vector<MaybeTensor> given, tensors;
       for (const Tensor& t : grads) given.push_back(maybe(t));
-      for (size_t i = 0; i < 9; ++i) tensors.push_back(maybe(saved[i]));
+      for (size_t i = 0; i < 9; ++i) tensors.push_back(maybe(saved_[i].unpack()));
       std::vector<bool> needed;
       for (size_t i = 0; i < 6; ++i) needed.push_back(needs(i));
       return as_variables(callbacks().recurrence_grads(
           static_cast<int>(cell_), reversed_, given, tensors, options_.eps,
           as_name(options_.norm), needed));
     }
+    // The bias, and what p was computed from, may have changed. To unpack a tensor may run a forward.
+    const auto saved = [this](size_t i) { return saved_[i].unpack(); };
+    Sequence of{
+        cell_, reversed_, saved(10), saved(0), saved(1), saved(2), saved(3), saved(9), Tensor(),
+        saved(11), saved(12), saved(13)};
     RECORD_FUNCTION("wn_kernels::recurrence_backward", {});
     const BelowAutograd below;
-    Sequence of{
-        cell_, reversed_, saved[10], saved[0], saved[1], saved[2], saved[3], saved[9],
-        saved[4], saved[11], saved[12], saved[13]};
     if (!of.p.defined()) of.p = at::empty(sizes_, of.v.options());  // no gate is read
     SequenceGrads found;
     found.p = at::empty(sizes_, of.v.options());
@@ -391,7 +390,7 @@ inline py::object recurrence(PyObject* const* given) {
     const Tensor rows = of.p.detach().as_strided({of.steps() * of.batch(), units}, {units, 1});
     plan = planned(0, {rows, of.v, of.g, {}}, py::tuple(), py::int_(0), at(8), *norm, false);
   }
-  Tensor h_n, c_n;
+  Tensor y, h_n, c_n;
   {
     py::gil_scoped_release released;
     const BelowAutograd below;
@@ -413,18 +412,19 @@ inline py::object recurrence(PyObject* const* given) {
       const int64_t last = of.reversed ? 0 : of.steps() - 1;
       h_n = of.y.select(0, last).clone();
       if (of.c.defined()) c_n = recorded ? of.c.select(0, last).clone() : of.c;
+      y = recorded ? of.y.clone() : of.y;  // which others may write into
     } else {
       served = false;
     }
   }
   if (!served) return py::none();
   if (recorded) {
-    variable_list outputs{of.y, h_n};
+    variable_list outputs{y, h_n};
     if (c_n.defined()) outputs.push_back(c_n);
     Recurrence::record(
         of, input, options, plan && plan->backward == Variant::own, outputs);
   }
-  return py::make_tuple(of.y, h_n, c_n.defined() ? py::cast(c_n) : py::none());
+  return py::make_tuple(y, h_n, c_n.defined() ? py::cast(c_n) : py::none());
 }
 
 }  // namespace wn_kernels
