@@ -56,7 +56,7 @@ inline Vector<float> exponential(Vector<float> given) {
        {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f})
     p = multiply_add(p, r, Vector<float>{} + c);
   p = multiply_add(p, r * r, r) + 1.0f;
-  const auto scaled = (Vector<float>)((Raw<float>)p + ((Raw<float>)shifted << 23));
+  const auto scaled = (Vector<float>)((WideBits)p + ((WideBits)shifted << 23));
   return given == given ? scaled : given;
 }
 
