@@ -270,9 +270,8 @@ class Operands(NamedTuple):
 
 def rows_of(x: Tensor) -> Tensor:
     """Returns an `x` of shape `(*, K)` as `(M, K)`."""
-    if x.ndim == 2:
-        return x
-    return x.flatten(0, -2) if x.ndim > 2 else x.unsqueeze(0)
+    # A batch of gradients has no `flatten`.
+    return x if x.ndim == 2 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
 
 # The order is `x`, `V`, `g` and the bias.

@@ -117,7 +117,7 @@ def test_one_weight_of_two(kind, norm, taken):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_dropout_is_pytorchs(kind, taken):
-    """The same seed drops the same numbers as a layer of torch.nn with the same weights."""
+    """After the same seed, the layer drops the numbers that torch.nn's layer drops."""
     layer = made(kind, num_layers=3, dropout=0.5, bidirectional=True).double()
     plain = folded(layer)
     x = torch.randn(4, 2, 5, dtype=torch.float64)

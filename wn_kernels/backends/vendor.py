@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from ..call import Geometry
+from ..call import Geometry, rows_of
 
 _plain_backward = torch.ops.aten.convolution_backward.default
 
@@ -170,10 +170,9 @@ def channel_sums(t: Tensor) -> Tensor:
 def linear_grads(dy: Tensor, x: Tensor, w: Tensor, *needs: bool) -> tuple[Any, Any, Any]:
     """Returns the same of the plain linear layer, whose `x` is `(*, K)`."""
     needs_x, needs_weight, needs_bias = needs
-    # A batch of gradients has no `flatten`.
-    rows, inputs = (t.reshape(math.prod(t.shape[:-1]), t.shape[-1]) for t in (dy, x))
+    rows = rows_of(dy)
     return (
         rows.mm(w).view(x.shape) if needs_x else None,
-        rows.t().mm(inputs) if needs_weight else None,
+        rows.t().mm(rows_of(x)) if needs_weight else None,
         rows.sum(0) if needs_bias else None,
     )

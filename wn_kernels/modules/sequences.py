@@ -51,12 +51,12 @@ def output(layer: Any, input: Any, hx: Any, formed: Callable[[Any], list[Any]]) 
     cell = CELLS.index(layer.mode.rpartition("_")[2].lower())
     if start is None or not _pays(layer, cell, x):
         return None
-    options = shared_options(layer, (n for n in layer._flat_weights_names if n[0] == "w"))
-    if reading.is_shared(layer):
-        options = None
+    options = None
+    if not reading.is_shared(layer):
+        options = shared_options(layer, (n for n in layer._flat_weights_names if n[0] == "w"))
     weights = _weights(layer, None if options else formed(layer))
     ends: list[tuple[Tensor, ...]] = []
-    drops = layer.dropout and layer.training
+    drops = layer.dropout and layer.training and layer.num_layers > 1
     generator = torch.get_rng_state() if drops else None
     directions = 2 if layer.bidirectional else 1
     for first in range(0, len(weights), directions):

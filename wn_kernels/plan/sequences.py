@@ -69,7 +69,7 @@ def pays(
         formed = [form, product, loop]
         grads = [product, product, loop, loop]
     if recorded:
-        # Of the gradients of the recurrent product, that of its weight is a linear layer's.
+        # The gradient of the recurrent weight is the product of a linear layer's backward.
         of_weight = [s for s in of_h.backward[of_h.cheapest()[1]] if s.operations][:1]
         passes = Stage(3 * weights)
         stepped += [*of_x.backward[backward], taken, *of_weight, passes]

@@ -58,7 +58,7 @@ def run(cell, is_reversed, t, eps=0.0, norm="l2"):
 
 
 def right(cell, is_reversed, t, eps=0.0, norm="l2"):
-    """The same in float64, and the operands."""
+    """Returns what `run` does, computed in float64, and the operands that it was computed from."""
     wide = {k: None if s is None else s.detach().double().requires_grad_() for k, s in t.items()}
     w = (
         wide["v"]

@@ -16,6 +16,7 @@
 #include <cstdint>
 #include <cstring>
 #include <memory>
+#include <numeric>
 #include <optional>
 #include <utility>
 #include <vector>
@@ -281,19 +282,22 @@ constexpr int64_t kCachedBytes = 3 << 18;
 // bytes.
 constexpr int64_t kSumBytes = 1 << 13;
 
-// A stack of a smaller B takes at most this many tiles of rows.
-constexpr int64_t kStackedTiles = 4;
+// A stack of a smaller B takes at most this many times the least number of rows.
+constexpr int64_t kMostStacked = 2;
+
+// A stack has whole tiles of both P = V B and dW = D Bᵀ.
+constexpr int64_t kStackRows = std::lcm(kTileRows, kStackedRows);
 
 // Calls f(first, count) for each stack of rows of V that one thread takes together.
 template <typename T, typename F>
 void for_each_stack(int64_t rows, const Panels<T>& b, const F& f) {
-  const int64_t tiles = (rows + kTileRows - 1) / kTileRows, threads = at::get_num_threads();
+  const int64_t least = (rows + kStackRows - 1) / kStackRows, threads = at::get_num_threads();
   // The products of a stack fill a cache line for each column, if there are enough stacks.
-  int64_t stack = kTileRows * std::clamp<int64_t>(tiles / (4 * threads), 1, kStackedTiles);
+  int64_t stack = kStackRows * std::clamp<int64_t>(least / (4 * threads), 1, kMostStacked);
   if (b.length * b.columns * static_cast<int64_t>(sizeof(T)) > kCachedBytes) {
     const int64_t row = b.columns * static_cast<int64_t>(sizeof(T));
-    const int64_t most = std::max<int64_t>(1, kSumBytes / (kTileRows * row));
-    stack = kTileRows * std::min(most, (tiles + threads - 1) / threads);
+    const int64_t most = std::max<int64_t>(1, kSumBytes / (kStackRows * row));
+    stack = kStackRows * std::min(most, (least + threads - 1) / threads);
   }
   for_each((rows + stack - 1) / stack, stack * b.length * b.columns, [&](int64_t i) {
     f(i * stack, std::min(stack, rows - i * stack));
@@ -504,9 +508,9 @@ void weight_rows(
     outer_product(dv, d, first, count, b);
     for (int64_t j = first; j < first + count; ++j) finish(dv + j * b.length, j);
   } else {
-    const std::unique_ptr<T[]> dw(new T[kTileRows * b.length]);
-    for (int64_t top = first; top < first + count; top += kTileRows) {
-      const int64_t rows = std::min<int64_t>(kTileRows, first + count - top);
+    const std::unique_ptr<T[]> dw(new T[kStackedRows * b.length]);
+    for (int64_t top = first; top < first + count; top += kStackedRows) {
+      const int64_t rows = std::min<int64_t>(kStackedRows, first + count - top);
       outer_product(dw.get(), d + top * b.columns, 0, rows, b);
       for (int64_t r = 0; r < rows; ++r) finish(dw.get() + r * b.length, top + r);
     }

@@ -309,13 +309,12 @@ class Recurrence : public torch::autograd::Node {
           : reversed_                  ? at::cat({of.y.narrow(0, 1, steps - 1), start})
                                        : at::cat({start, of.y.narrow(0, 0, steps - 1)});
       const Tensor h = before.flatten(0, 1);
-      if (of.g.defined() && own_)
-        std::tie(out[3], out[4]) =
-            Linear::own_weight_grads(turned_rows(dq), h, of.v, of.g, of.n, options_);
-      else
+      if (!of.g.defined())
         out[3] = at::mm(dq.t(), h);
-      if (of.g.defined() && !own_)
-        std::tie(out[3], out[4]) = weight_grads(out[3], of.v, of.g, of.n, options_, true);
+      else
+        std::tie(out[3], out[4]) =
+            own_ ? Linear::own_weight_grads(turned_rows(dq), h, of.v, of.g, of.n, options_)
+                 : weight_grads(at::mm(dq.t(), h), of.v, of.g, of.n, options_, true);
     }
     if (needs(5)) out[5] = bias_grad(dq, 1);
     return out;
@@ -345,7 +344,6 @@ inline py::object recurrence(PyObject* const* given) {
   const auto at = [&](size_t i) { return py::handle(given[i]); };
   if (!is_eager(at::kCPU) || !PyTuple_CheckExact(given[10])) return py::none();
   bool served = true;
-  Tensor of_v;
   const auto tensor = [&](py::handle object, bool optional = false) {
     if (object.is_none()) {
       served &= optional;
@@ -385,11 +383,11 @@ inline py::object recurrence(PyObject* const* given) {
   bool recorded = false;
   for (const Tensor& t : {of.p, of.h0, of.c0, of.v, of.g, of.bias})
     recorded |= at::GradMode::is_enabled() && t.defined() && t.requires_grad();
-  Planned plan;
-  if (recorded && of.g.defined()) {
-    const Tensor rows = of.p.detach().as_strided({of.steps() * of.batch(), units}, {units, 1});
-    plan = planned(0, {rows, of.v, of.g, {}}, py::tuple(), py::int_(0), at(8), *norm, false);
-  }
+  const Sizes state{of.batch(), units}, all{of.steps(), of.batch(), units};
+  of.y = at::empty(all, of.v.options());
+  Planned plan;  // of the linear layer that y would go through: its backward has the same dW
+  if (recorded && of.g.defined())
+    plan = planned(0, {of.y, of.v, of.g, {}}, py::tuple(), py::int_(0), at(8), *norm, false);
   Tensor y, h_n, c_n;
   {
     py::gil_scoped_release released;
@@ -400,8 +398,6 @@ inline py::object recurrence(PyObject* const* given) {
     }
     if (!of.g.defined() || of.n.defined()) {
       RECORD_FUNCTION("wn_kernels::recurrence", {});
-      const Sizes state{of.batch(), units}, all{of.steps(), of.batch(), units};
-      of.y = at::empty(all, of.v.options());
       if (of.cell == Cell::lstm) of.c = recorded ? at::empty(all, of.v.options()) : of.c0.clone();
       if (of.cell == Cell::gru) of.q = at::empty(recorded ? all : state, of.v.options());
       with_cell(of.cell, [&](auto cell) {
