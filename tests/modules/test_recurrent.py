@@ -39,10 +39,10 @@ CELLS = {
 ALL = LAYERS | CELLS
 
 
-def made(kind, **options):
+def made(kind, inputs=INPUTS, units=HIDDEN, **options):
     """A layer whose `g` is not the norm."""
     cls, more = ALL[kind]
-    layer = cls(INPUTS, HIDDEN, **more, **options)
+    layer = cls(inputs, units, **more, **options)
     with torch.no_grad():
         for name, p in layer.named_parameters():
             if name.endswith("_g"):
@@ -123,8 +123,8 @@ def check(layer, *arguments, dtype=torch.float32, seed=None):
 def states(layer, *shape):
     """Initial states for a layer with this batch."""
     count = layer.num_layers * (2 if layer.bidirectional else 1)
-    h = torch.randn(count, *shape, layer.proj_size or HIDDEN)
-    return (h, torch.randn(count, *shape, HIDDEN)) if isinstance(layer, nn.LSTM) else h
+    h = torch.randn(count, *shape, layer.proj_size or layer.hidden_size)
+    return (h, torch.randn(count, *shape, layer.hidden_size)) if isinstance(layer, nn.LSTM) else h
 
 
 @pytest.mark.parametrize("kind", LAYERS)

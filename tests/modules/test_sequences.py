@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+from functools import partial
 
 import pytest
 import torch
@@ -12,7 +13,8 @@ from torch.nn.utils import parametrize
 import wn_kernels
 from tests.comparison import assert_matches, assert_same_bits
 from tests.library import watch_weights
-from tests.modules.test_recurrent import LAYERS, check, flat
+from tests.modules import test_recurrent
+from tests.modules.test_recurrent import LAYERS, check, flat, states
 from wn_kernels import plan
 from wn_kernels.modules import sequences
 from wn_kernels.operators import native_library
@@ -20,6 +22,7 @@ from wn_kernels.operators import native_library
 pytestmark = pytest.mark.skipif(native_library() is None, reason="there is no native library")
 
 KINDS = [kind for kind in LAYERS if kind != "projected"]
+made = partial(test_recurrent.made, inputs=5, units=20)
 
 
 @pytest.fixture
@@ -39,26 +42,10 @@ def taken(monkeypatch):
     return calls
 
 
-def made(kind, inputs=5, units=20, **options):
-    cls, more = LAYERS[kind]
-    layer = cls(inputs, units, **more, **options)
-    with torch.no_grad():
-        for name, p in layer.named_parameters():
-            if name.endswith("_g"):
-                p.mul_(torch.rand_like(p) + 0.5)
-    return layer
-
-
 def folded(layer):
     plain = copy.deepcopy(layer)
     wn_kernels.fold(plain)
     return plain
-
-
-def state_of(layer, batch):
-    count = layer.num_layers * (2 if layer.bidirectional else 1)
-    pair = [torch.randn(count, batch, layer.hidden_size) for _ in range(2)]
-    return tuple(pair) if isinstance(layer, nn.LSTM) else pair[0]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -71,7 +58,7 @@ def test_every_argument(kind, taken, monkeypatch):
         )
         x = torch.randn(*((2, 4) if batch_first else (4, 2)), 5)
         taken.clear()
-        check(layer, x, state_of(layer, 2))
+        check(layer, x, states(layer, 2))
         check(layer, x)
         assert len(taken) == 2 * layers * (1 + both)
     assert weights == []
@@ -82,7 +69,7 @@ def test_shared_weights(kind, taken, monkeypatch):
     """Kept, cached and partly normed weights are formed, and the steps take them."""
     for batch_first in (False, True):
         layer = made(kind, batch_first=batch_first)
-        x, state = torch.randn(3, 3, 5), state_of(layer, 3)
+        x, state = torch.randn(3, 3, 5), states(layer, 3)
         y = flat(layer(x, state))
         wide = [t.detach().double() for t in y]
         taken.clear()
@@ -152,7 +139,7 @@ def test_what_torch_serves(kind, taken):
     """Wrong arguments raise what they raise in torch.nn, and other calls go to its functions."""
     layer = made(kind)
     plain = folded(layer)
-    x, state = torch.randn(4, 2, 5), state_of(layer, 2)
+    x, state = torch.randn(4, 2, 5), states(layer, 2)
     is_lstm = kind == "lstm"
     wrong = [
         (x[..., 1:],),

@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.compiler import is_compiling
 
 from .. import functional as WF
 from .. import plan
@@ -39,7 +38,7 @@ Options = tuple[float, Norm]
 def output(layer: Any, input: Any, hx: Any, formed: Callable[[Any], list[Any]]) -> Any:
     """Returns what a layer's `forward` returns, or `None` for a call that torch.nn's has to serve,
     or to reject. `formed(layer)` returns the tensors of the layer with formed weights."""
-    library = library_for(input)
+    library = library_for(input) if is_usual(input) else None
     if library is None or input.ndim not in (2, 3) or layer.proj_size:
         return None
     if input.shape[-1] != layer.input_size or not input.numel():
@@ -79,15 +78,22 @@ def output(layer: Any, input: Any, hx: Any, formed: Callable[[Any], list[Any]]) 
     return y, state if len(state) > 1 else state[0]
 
 
-def library_for(input: Any) -> Any:
-    """Returns the native library if it may go through the steps of such an input, or `None`."""
-    if is_compiling() or type(input) not in PLAIN_TYPES or not input.is_cpu or recorder(input):
+def is_usual(input: Any) -> bool:
+    """Returns whether an input is a dense tensor of torch's own kind, and nothing records or casts
+    the call."""
+    return (
+        type(input) in PLAIN_TYPES
+        and input.layout is torch.strided
+        and not recorder(input)
+        and not torch._C._is_any_autocast_enabled()
+    )
+
+
+def library_for(input: Tensor) -> Any:
+    """Returns the native library if it may go through the steps of a usual input, or `None`."""
+    if not input.is_cpu or input.dtype not in (torch.float32, torch.float64):
         return None
-    if input.dtype not in (torch.float32, torch.float64) or input.layout is not torch.strided:
-        return None
-    if torch._C._is_any_autocast_enabled() or plan.forced() not in (None, "native"):
-        return None
-    return native_library()
+    return native_library() if plan.forced() in (None, "native") else None
 
 
 def shared_options(layer: Any, names: Iterable[str]) -> Options | None:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from .. import functional as WF
 from ..backends.recurrence import CELLS
-from ..call import PLAIN_TYPES, recorder
+from ..call import PLAIN_TYPES
 from . import kept, reading, sequences
 
 # A state is one tensor, or the two of an LSTM.
@@ -32,13 +32,9 @@ State = tuple[Tensor, ...]
 def step(cell: Any, input: Any, hx: Any) -> Any:
     """Returns what a cell's `forward` returns for a batch, or `None` for a call that torch.nn's
     `forward` has to serve, or to reject."""
-    if type(input) not in PLAIN_TYPES or input.layout is not torch.strided or recorder(input):
-        return None
-    if not (input.is_cpu or input.is_cuda):
+    if not sequences.is_usual(input) or not (input.is_cpu or input.is_cuda):
         return None
     if input.ndim != 2 or input.shape[1] != cell.input_size:
-        return None
-    if torch._C._is_any_autocast_enabled():
         return None
     kind = next(plain for plain in _KINDS if isinstance(cell, plain))
     count = 2 if kind is nn.LSTMCell else 1
