@@ -424,6 +424,7 @@ def forget() -> None:
     global epoch
     epoch += 1
     _memoised.cache_clear()
+    plan.sequences.forget()
     native.forget()
 
 

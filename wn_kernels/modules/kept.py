@@ -3,10 +3,10 @@
 A kept weight has no gradient, and serves a forward that needs none with respect to `g` and `v`. It
 is used as long as nothing has changed: `g` and `v` are the same objects, their version counters are
 the same, their values are the same memory and are read in the same way, and nobody has written into
-the weight. Tensors that share the memory
-of `g` and `v` are kept as well, so that no other tensor gets their addresses. A write through
-`.data` in place leaves no trace, and cannot be noticed. A step of PyTorch's fused optimizers leaves
-none either, so every optimizer's step counts as a write while a block is open.
+the weight. Tensors that share the memory of `g` and `v` are kept as well, so that no other tensor
+gets their addresses. A write through `.data` in place leaves no trace, and cannot be noticed. A
+step of PyTorch's fused optimizers leaves none either, so every optimizer's step counts as a write
+while a block is open.
 """
 
 from __future__ import annotations

@@ -1,5 +1,6 @@
 """Recurrent layers over a sequence: the native library's steps against those in float64."""
 
+import dataclasses
 import math
 import random
 
@@ -8,11 +9,12 @@ import torch
 from torch.autograd import gradcheck, gradgradcheck
 
 from tests.comparison import assert_matches, assert_same_bits
-from wn_kernels import plan
+from wn_kernels import plan, prepare
 from wn_kernels.backends import recurrence, reference
 from wn_kernels.backends.recurrence import CELLS, GATES
 from wn_kernels.call import NORMS
 from wn_kernels.operators import native_library
+from wn_kernels.plan import devices
 
 pytestmark = pytest.mark.usefixtures("forced")
 
@@ -332,3 +334,16 @@ def test_what_may_be_written_to():
             torch.autograd.grad(total, [t[n] for n in names]), right, strict=True
         ):
             assert_same_bits(g, expected)
+
+
+def test_other_rates_are_heeded(monkeypatch):
+    """What was decided before is decided again when plans are forgotten."""
+    size = True, 4, 16, 8, 256, 256, torch.float32, False
+    before = plan.sequences.pays(*size)
+    slow = dataclasses.replace(devices.native(), own=1e-3 if before else 1e3)
+    monkeypatch.setattr(plan.sequences, "native", lambda: slow)
+    assert plan.sequences.pays(*size) == before
+    prepare.forget()
+    assert plan.sequences.pays(*size) != before
+    monkeypatch.undo()
+    prepare.forget()

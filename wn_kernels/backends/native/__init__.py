@@ -11,7 +11,7 @@
     nodes.h         W and its gradients as nodes of the graph
     group.h         the weights of many layers in one call
     flat.h          the tensors of a recurrent layer on a GPU
-    panels.h        products of a weight with few columns, from one read of the weight
+    panels.h        the library's own products, from one read of the weight
     unfold.h        a convolution over few pixels as such a product
     linear.h, convolution.h
     cells.h         the units of recurrent cells
