@@ -10,6 +10,7 @@ from bench.gpu import page
 from docs.drawings.svg import Canvas
 
 ROOT = Path(__file__).parent.parent.parent
+CPU_RESULTS = ROOT / "docs/results/zen5"  # of the CPU that the README's table shows
 KINDS = {"linear": "linear layers", "conv": "convolutions"}
 MODES = {"infer": "inference", "train": "training"}
 
@@ -21,7 +22,7 @@ def _of_processor() -> tuple[str, dict[tuple[str, str], float]]:
     """Returns the name of the CPU and the means of ours over eager, by suite and mode."""
     found = {}
     for suite in KINDS:
-        report = json.loads((ROOT / "docs" / "results" / f"{suite}.json").read_text("utf-8"))
+        report = json.loads((CPU_RESULTS / f"{suite}.json").read_text("utf-8"))
         for mode in MODES:
             found[suite, mode] = report["means"][f"{mode} ours/eager"]
     where = report["environment"]

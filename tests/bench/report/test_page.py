@@ -2,12 +2,12 @@
 
 import json
 import re
-from pathlib import Path
 
 import pytest
 
 from bench import cli, suite
 from bench.report import page
+from docs.drawings import measured
 from tests.bench.layers import TINY
 
 
@@ -133,8 +133,7 @@ def test_readme_table(tmp_path, capsys):
 )
 def test_the_tables_in_the_docs_were_written(file, table, names):
     """From the committed results, by the command."""
-    root = Path(__file__).parents[3]
-    results = [root / "docs" / "results" / f"{name}.json" for name in names]
+    results = [measured.CPU_RESULTS / f"{name}.json" for name in names]
     start, end = page.MARKS
-    written = (root / file).read_text().partition(start)[2].partition(end)[0]
+    written = (measured.ROOT / file).read_text().partition(start)[2].partition(end)[0]
     assert written.strip() == table([json.loads(path.read_text()) for path in results])
