@@ -98,10 +98,10 @@ def test_the_processor_of_the_constants(file):
                 assert found == expected, field
 
 
-SLOW_OWN = REFERENCE._replace(own=REFERENCE.own / 2.5)
+SLOW_OWN = REFERENCE._replace(packed=REFERENCE.packed / 2.5)
 SLOW_FEW = REFERENCE._replace(few=REFERENCE.few / 2.5)
 # A Zen 5, as measured: oneDNN has twice the rate of MKL there.
-ZEN5 = REFERENCE._replace(product=1.07e11, few=9.1e10, own=1.36e11, convolution=2.09e11)
+ZEN5 = REFERENCE._replace(product=1.07e11, few=9.1e10, packed=2.28e11, convolution=2.09e11)
 QUICK_CALLS = REFERENCE._replace(call=REFERENCE.call / 8)
 
 
@@ -131,7 +131,7 @@ def test_what_they_decide(file):
     [
         {},
         {"memory": 1.0},
-        REFERENCE._replace(own=math.nan)._asdict(),
+        REFERENCE._replace(packed=math.nan)._asdict(),
         REFERENCE._replace(call=0.0)._asdict(),
         REFERENCE._replace(few="fast")._asdict(),
         {**REFERENCE._asdict(), "more": 1.0},
@@ -173,7 +173,7 @@ def test_build_measures(file):
 
 
 def test_measured_far_off_counts_within_limits(file):
-    rates.store(REFERENCE._replace(few=REFERENCE.few * 1e6, own=1.0, memory=1.0))
+    rates.store(REFERENCE._replace(few=REFERENCE.few * 1e6, packed=1.0, memory=1.0))
     device = devices.native()
     assert is_close(device.few, 3.0)
     assert is_close(device.own, 1 / 3.0)

@@ -23,10 +23,10 @@ from .plan.rates import Rates
 SECONDS = 0.15
 # Tensors of these numbers of float32 elements are in memory and in the cache.
 IN_MEMORY, IN_CACHE = 2**23, 2**16
-# The sizes of a square product, and of one with a weight of OUTPUTS × INPUTS and few columns. The
-# weight is large enough for the library's own product.
+# The sizes of a square product, and of those with a weight of OUTPUTS × INPUTS and few or many
+# columns. The latter is the library's own.
 SQUARE = 768
-OUTPUTS, INPUTS, FEW = 512, 1024, 16
+OUTPUTS, INPUTS, FEW, MANY = 512, 1024, 16, 128
 # The channels, taps and pixels of a convolution.
 CHANNELS, TAPS, PIXELS = 256, 3, 256
 
@@ -66,22 +66,22 @@ def measure() -> Rates:
 @torch.no_grad()
 def _measured() -> Rates:
     square = _ones(SQUARE, SQUARE)
-    v, x, g = _ones(OUTPUTS, INPUTS), _ones(FEW, INPUTS), _ones(OUTPUTS, 1)
+    v, x, g = _ones(OUTPUTS, INPUTS), _ones(MANY, INPUTS), _ones(OUTPUTS, 1)
     out, few = torch.empty_like(square), _ones(OUTPUTS, FEW)
     image, kernel = _ones(1, CHANNELS, PIXELS), _ones(CHANNELS, CHANNELS, TAPS)
     tiny, ones = _ones(2, 2), _ones(2, 1)
     with prepare.watching() as calls:
         WF.wn_linear(x, v, g)
     with prepare.fixed(calls[0][0], Plan("native", "scaled", "scaled")):
-        own = _seconds(lambda: WF.wn_linear(x, v, g))
-    flops = 2.0 * OUTPUTS * INPUTS * FEW
+        packed = _seconds(lambda: WF.wn_linear(x, v, g))
+    flops = 2.0 * OUTPUTS * INPUTS
     convolution = 2.0 * kernel.numel() * PIXELS
     return Rates(
         memory=_bandwidth(IN_MEMORY),
         cache=_bandwidth(IN_CACHE),
         product=2.0 * SQUARE**3 / _seconds(lambda: torch.mm(square, square, out=out)),
-        few=flops / _seconds(lambda: torch.mm(v, x.t(), out=few)),
-        own=flops / own,
+        few=FEW * flops / _seconds(lambda: torch.mm(v, x[:FEW].t(), out=few)),
+        packed=MANY * flops / packed,
         convolution=convolution / _seconds(lambda: F.conv1d(image, kernel, padding=TAPS // 2)),
         call=_seconds(lambda: WF.weight_norm(tiny, ones), 20),
     )

@@ -31,18 +31,20 @@ ODD_WEIGHT, ODD_IMAGE = 1, 3.6
 # bytes, and so it does if it is added to the image. A line of pixels costs this many bytes more.
 LOOP_CALLS, LOOP_EFFICIENCY = 20, 0.9
 LOOP_UNFOLDED, LOOP_FOLDED, LOOP_LINE = 2, 7.5, 300
-# The native library's own products of a linear layer reach this fraction of the rate of PyTorch's
-# product of many columns. To add up the lanes of a sum takes as long as so many columns of `V`.
-OWN_EFFICIENCY, LANES = 0.8, 32
+# The native library's own products reach these multiples of the rate of PyTorch's product of many
+# columns: those of tiles with few columns, and those of packed rows. To add up the lanes of a
+# tile's sum takes as long as so many columns of `V`, and to pack the rows as so many columns of the
+# product.
+TILE_EFFICIENCY, PACKED_EFFICIENCY, LANES, COPIED = 0.9, 1.2, 32, 7
 # To pack a number of the input costs so many times its bytes.
 PACKED = 2
 # A number of an unfolded image that is written, or added to the image, costs so many times its
 # bytes.
-UNFOLDED, FOLDED = 5.5, 2.7
+UNFOLDED, FOLDED = 4.5, 2.7
 # A run of numbers that is copied costs as much as this many bytes.
 RUN = 20
 # An unfolded forward and backward have the overhead of this many stages more.
-UNFOLD_CALLS, UNFOLD_GRAD_CALLS = 5, 28
+UNFOLD_CALLS, UNFOLD_GRAD_CALLS = 5, 36
 # Forming a `W` for PyTorch's product has the overhead of this many stages in a linear layer. In the
 # forward of a convolution, it costs so many times the bytes of `W`.
 FORMED_CALLS, FORMED = 2, 12
@@ -197,8 +199,13 @@ def native_linear(call: Call) -> Costs:
     if own or _may_be_late(call):
         forward["scaled"] = _scaled(call, device)["own" if own else "late"]
         product = max(forward["scaled"], key=lambda stage: stage.operations)
+        grads = [product, product]
+        if own:
+            rate = PACKED_EFFICIENCY * device.own
+            shared = balanced(n, max(4, size)) / n
+            grads = [product._replace(operations=f * operations / rate) for f in (1, shared)]
         finish = Stage(2 * v if own or keeps_product(call) else w + 2 * v)
-        backward["scaled"] = [Stage(2 * y), product, product, finish]
+        backward["scaled"] = [Stage(2 * y), *grads, finish]
     # The empty stage is the call of PyTorch's layer with `W`.
     for name, (slowness, slowness_of_grad), wider in _formed(call):
         formed = wider * w
@@ -237,13 +244,34 @@ def _scaled(call: Call, device: Device) -> dict[str, list[Stage]]:
     y, v = size * rows * n, call.v_dtype.itemsize * n * k
     moved = size * rows * k + y + v
     panel = limits.panel(max(4, size))
-    outputs = math.ceil(n / limits.TILE_ROWS) * limits.TILE_ROWS
-    columns = math.ceil(k / panel) * panel + LANES
-    efficiency = device.own * (OWN_EFFICIENCY if rows > FEW_COLUMNS else 1.0)
     packed = PACKED * size * rows * k + RUN * rows * math.ceil(k / panel)
-    own = [Stage(packed, launches=0), Stage(moved, 2.0 * rows * outputs * columns / efficiency)]
+    height = n if limits.shares_columns(rows, n) else balanced(n, max(4, size))
+    own = [
+        Stage(packed, launches=0),
+        Stage(moved, rows_product(height, k, rows, max(4, size)) / device.own),
+    ]
     product = Stage(moved, vendors(device, 2.0 * rows * n * k, rows))
     return {"own": own, "late": [Stage(v), product, Stage(2 * y)]}
+
+
+def rows_product(rows: int, length: int, columns: int, itemsize: int) -> float:
+    """Returns the operations of the library's own product of `V`, `(rows, length)`, with a matrix
+    of so many columns, with those that its efficiency costs, and tiles that are not full."""
+    panel = limits.panel(itemsize)
+    if columns < limits.PACKED_COLUMNS and length >= panel:
+        width = math.ceil(length / panel) * panel + LANES
+        return 2.0 * rows * width * columns / TILE_EFFICIENCY
+    return 2.0 * rows * length * (columns + COPIED) / PACKED_EFFICIENCY
+
+
+def balanced(rows: int, itemsize: int) -> int:
+    """Returns how many rows of `V` are computed while the thread with the most of them computes
+    its own. It takes whole vectors of rows, or tiles of a few."""
+    unit = limits.VECTOR_BYTES // itemsize
+    if 2 * rows <= unit:
+        unit = limits.TILE_ROWS
+    threads = torch.get_num_threads()
+    return threads * math.ceil(rows / (threads * unit)) * unit
 
 
 def _formed(call: Call) -> list[tuple[str, tuple[float, float], int]]:
@@ -360,26 +388,27 @@ class Unfolded(NamedTuple):
     Attributes:
         numbers: the elements of the unfolded input.
         runs: the runs along taps or pixels in which they are copied.
-        operations: the operations of a product with it. Its sizes are padded to whole panels and
-            tiles.
-        lanes: those that add up the lanes of the sums of such a product.
+        summed: the operations of a product that sums over it.
+        product: the operations of another product with it. Its sizes are padded to whole panels
+            and tiles.
     """
 
     numbers: float
     runs: float
-    operations: float
-    lanes: float
+    summed: float
+    product: float
 
     @staticmethod
     def of(call: Call, conv: Geometry) -> Unfolded:
         rows, length = call.v_shape[0] // conv.groups, math.prod(call.v_shape[1:])
         taps, columns = call.v_shape[2:], _columns(call, conv)
         numbers = conv.groups * length * columns
-        panel, tile = limits.panel(call.x_dtype.itemsize), limits.TILE_ROWS
-        sums = 2.0 * math.ceil(rows / tile) * tile * conv.groups * columns
+        size = call.x_dtype.itemsize
+        panel, tile = limits.panel(size), limits.TILE_ROWS
+        summed = conv.groups * rows_product(balanced(rows, size), length, columns, size)
+        padded = math.ceil(rows / tile) * tile * math.ceil(length / panel) * panel
         run = taps[-1] if taps[-1] >= limits.LONG_LINE else _smaller_side(call, conv)[-1]
-        padded = math.ceil(length / panel) * panel
-        return Unfolded(numbers, numbers / run, sums * padded, sums * LANES)
+        return Unfolded(numbers, numbers / run, summed, 2.0 * conv.groups * padded * columns)
 
     def stages(
         self, call: Call, conv: Geometry, efficiency: float, moved: float, weight: float
@@ -392,8 +421,8 @@ class Unfolded(NamedTuple):
         transposed one, multiply by `Vᵀ` and add the results to an image.
         """
         size = call.x_dtype.itemsize
-        product = Stage(moved, self.operations / efficiency)
-        summed = Stage(moved, (self.operations + self.lanes) / efficiency)
+        product = Stage(moved, self.product / efficiency)
+        summed = Stage(moved, self.summed / efficiency)
         unfold = Stage(UNFOLDED * size * self.numbers + RUN * self.runs)
         fold = Stage(FOLDED * size * self.numbers + RUN * self.runs)
         norms = Stage(0 if call.dim == 0 else weight, launches=UNFOLD_CALLS)

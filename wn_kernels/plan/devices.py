@@ -120,7 +120,7 @@ def scaled(device: Device, found: rates.Rates | None) -> Device:
 
     narrow, single, double = device.rates
     ratios = (a / b for a, b in zip(found, rates.REFERENCE, strict=True))
-    memory, cache, product, few, own, conv, call = (limited(r, _MOST_RATE) for r in ratios)
+    memory, cache, product, few, packed, conv, call = (limited(r, _MOST_RATE) for r in ratios)
     return replace(
         device,
         name=f"{device.name} as measured",
@@ -129,7 +129,7 @@ def scaled(device: Device, found: rates.Rates | None) -> Device:
         overhead=call * device.overhead,
         cache=max(1.0, cache / memory * device.cache),
         few=limited(few / product, _MOST_EFFICIENCY),
-        own=limited(own / product, _MOST_EFFICIENCY),
+        own=limited(packed / product, _MOST_EFFICIENCY),
         conv=limited(conv / product, _MOST_EFFICIENCY),
     )
 

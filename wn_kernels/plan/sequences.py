@@ -16,10 +16,13 @@ from . import costs
 from .devices import native
 from .stages import Costs, Stage
 
-# A step of PyTorch's own loop has the overhead of this many stages of the native library.
-STEP_CALLS = 30
+# A step of PyTorch's own loop, of oneDNN's LSTM and of the library's steps has the overhead of this
+# many stages of the native library.
+LOOP_CALLS, LSTM_CALLS, STEP_CALLS = 30, 6, 2
+# A number of a gate costs so many times its bytes in the library's forward and backward.
+GATES, GATE_GRADS = 4, 38
 # The gradients of oneDNN's LSTM reach this fraction of the rate of its forward.
-GRADS_EFFICIENCY = 0.75
+GRADS_EFFICIENCY = 0.8
 
 
 @functools.lru_cache(maxsize=1024)
@@ -52,27 +55,32 @@ def pays(
     moved = size * rows * (inputs + outputs + units)
     of_x, of_h = layer(inputs), layer(units)
     forward, backward = of_x.cheapest()
-    taken = Stage(0, operations_h / device.own, launches=steps)
-    stepped = [*of_x.forward[forward], taken]
+    rate_h = costs.PACKED_EFFICIENCY * device.own
+    gate_bytes = float(size * rows * outputs)
+    taken = Stage(0, operations_h / rate_h, launches=steps * STEP_CALLS)
+    packed = Stage(2.0 * size * units * outputs)
+    stepped = [*of_x.forward[forward], packed, taken, Stage(GATES * gate_bytes)]
     form = Stage(2 * weights, launches=costs.FORMED_CALLS)
     if is_lstm:
         # Every call copies the weights into a layout of its own.
         rate = costs.CONVOLUTION_EFFICIENCY * device.conv
         operations = (operations_x + operations_h) / rate
         copied = Stage(2 * weights, launches=costs.CONVOLUTION_CALLS)
-        formed = [form, copied, Stage(moved, operations)]
-        grads = [copied, Stage(2 * moved, 2 * operations / GRADS_EFFICIENCY)]
+        calls = Stage(0, launches=steps * LSTM_CALLS)
+        formed = [form, copied, Stage(moved, operations), calls]
+        grads = [copied, Stage(2 * moved, 2 * operations / GRADS_EFFICIENCY), calls, calls]
     else:
         product = Stage(weights + moved, costs.vendors(device, operations_x, rows))
         of_steps = costs.vendors(device, operations_h, batch)
-        loop = Stage(0, of_steps, launches=steps * STEP_CALLS)
+        loop = Stage(0, of_steps, launches=steps * LOOP_CALLS)
         formed = [form, product, loop]
         grads = [product, product, loop, loop]
     if recorded:
         # The gradient of the recurrent weight is the product of a linear layer's backward.
         of_weight = [s for s in of_h.backward[of_h.cheapest()[1]] if s.operations][:1]
         passes = Stage(3 * weights)
-        stepped += [*of_x.backward[backward], taken, *of_weight, passes]
+        gates = Stage(GATE_GRADS * gate_bytes)
+        stepped += [*of_x.backward[backward], taken, *of_weight, passes, gates]
         formed += [*grads, passes]
     found = Costs({"stepped": stepped, "formed": formed}, {}, device, device.rate(size))
     return found.cheapest_forward() == "stepped"

@@ -13,7 +13,7 @@ from tests.backends.native.served import DTYPES, HALF, NARROW, WIDE, check_mask,
 from tests.comparison import Case, assert_matches, assert_same_bits
 from tests.planning import planned
 from wn_kernels.backends import reference
-from wn_kernels.call import Call
+from wn_kernels.call import NORMS, Call
 from wn_kernels.plan import costs
 
 pytestmark = pytest.mark.usefixtures("forced")
@@ -148,17 +148,41 @@ def test_derivatives_of_linear(m, eps):
     assert gradgradcheck(linear(case), case.leaves())
 
 
-# One row, and few of a large weight: every product is this library's.
+# One row, few of a large weight, as many as make packing its rows worth it, rests of vectors and
+# tiles of these, rows that threads share, and more than are taken at once: every product is this
+# library's.
 OWN_PRODUCTS = [
     (shape, dtypes)
-    for shape in [(1, 600, 500), (1, 2500, 1100), (1, 70, 5000), (5, 600, 500), (32, 700, 900)]
+    for shape in [
+        *[
+            (1, 600, 500),
+            (1, 2500, 1100),
+            (1, 70, 5000),
+            (5, 600, 500),
+            (32, 700, 900),
+            (6, 9, 300),
+        ],
+        *[(31, 640, 257), (33, 1030, 301), (65, 33, 47), (203, 41, 120), (2100, 30, 70)],
+        (1500, 20, 1600),
+    ]
     for dtypes in DTYPES
     if costs.is_own(call_of(shape, dtypes))
 ]
 
 
 @pytest.mark.parametrize(("shape", "dtypes"), OWN_PRODUCTS)
-def test_same_bits_whatever_the_threads(shape, dtypes):
+@pytest.mark.parametrize("norm", NORMS)
+def test_own_products(shape, dtypes, norm):
+    case = Case(*shape, 0, *dtypes)
+    case.take(norm)
+    with planned("scaled", "scaled"):
+        case.check(lambda *inputs: WF.wn_linear(*inputs, norm=norm))
+
+
+@pytest.mark.parametrize(("shape", "dtypes"), OWN_PRODUCTS)
+def test_same_bits_whatever_the_threads(shape, dtypes, monkeypatch):
+    """If the same products are chosen, which may depend on the threads."""
+    monkeypatch.setattr(costs, "is_own", lambda call: True)
     case = Case(*shape, 0, *dtypes)
     threads = torch.get_num_threads()
     found = []
@@ -166,7 +190,8 @@ def test_same_bits_whatever_the_threads(shape, dtypes):
         for count in (1, 2, 3, 8):
             torch.set_num_threads(count)
             leaves = case.leaves()
-            y = WF.wn_linear(*leaves)
+            with planned("scaled", "scaled"):
+                y = WF.wn_linear(*leaves)
             found.append(
                 (WF.weight_norm(*leaves[1:3]), y, *torch.autograd.grad(y, leaves, case.dy))
             )
@@ -182,7 +207,7 @@ def test_no_product_of_a_library(shape, dtypes):
     """Nor a sum, whose bits would be the library's: PyTorch's operations only reshape and copy."""
     case = Case(*shape, 0, *dtypes)
     leaves = case.leaves()
-    with torch.profiler.profile() as profile:
+    with torch.profiler.profile() as profile, planned("scaled", "scaled"):
         y = WF.wn_linear(*leaves)
         torch.autograd.grad(y, leaves, case.dy)
     ran = {event.key for event in profile.key_averages()}

@@ -16,6 +16,7 @@ constexpr int64_t kLeftRows = WN_LEFT_ROWS;
 constexpr int64_t kLeftRowsAlone = WN_LEFT_ROWS_ALONE;
 constexpr int64_t kLongLine = WN_LONG_LINE;
 constexpr int kTileRows = WN_TILE_ROWS;
+constexpr int64_t kPackedColumns = WN_PACKED_COLUMNS;
 constexpr int kVectorBytes = WN_VECTOR_BYTES;
 
 template <typename T>

@@ -21,8 +21,8 @@ FEW_ROWS_INPUTS = 512
 FEW_ROWS_ELEMENTS = 2**18
 # In float32 and float64, the cost model compares them with PyTorch's, for an `x` of at most this
 # many rows and bytes.
-OWN_ROWS = 1024
-OWN_BYTES = 2**22
+OWN_ROWS = 4096
+OWN_BYTES = 2**24
 # `V xᵀ` is faster than `x Vᵀ` if `x` has fewer rows than this. On one thread it also has to have at
 # least LEFT_ROWS_ALONE.
 LEFT_ROWS = 256
@@ -31,6 +31,8 @@ LEFT_ROWS_ALONE = 32
 LONG_LINE = 8
 # A tile of a product with few columns takes this many rows of `V`.
 TILE_ROWS = 4
+# A product of at least this many columns takes copies of the rows of `V`.
+PACKED_COLUMNS = 32
 # A vector register has this many bytes.
 VECTOR_BYTES = 64 if torch.backends.cpu.get_cpu_capability() == "AVX512" else 32
 
@@ -52,6 +54,12 @@ def is_left(rows: int) -> bool:
     """Returns whether PyTorch's product with this many rows has `V` on its left."""
     least = LEFT_ROWS_ALONE if torch.get_num_threads() == 1 else 2
     return least <= rows < LEFT_ROWS
+
+
+def shares_columns(columns: int, rows: int) -> bool:
+    """Returns whether threads share the columns of a linear layer's product with `V`, and not its
+    rows."""
+    return columns > rows and columns >= 2 * PACKED_COLUMNS
 
 
 def panel(itemsize: int) -> int:

@@ -16,7 +16,7 @@
 #include <optional>
 
 #include "nodes.h"
-#include "panels.h"
+#include "products.h"
 
 namespace wn_kernels {
 
@@ -203,6 +203,20 @@ void column_pass(
   });
 }
 
+// So many rows of x, and so many bytes of them, are multiplied together. Their products with a stack of
+// rows of V stay in a thread's cache.
+constexpr int64_t kPartRows = 1024;
+constexpr int64_t kPartBytes = 1 << 22;
+
+// Returns how many parts the rows of x are taken in. If threads share them, there are as many parts for
+// each thread, as far as each part fills tiles of packed rows.
+inline int64_t parts_of(int64_t rows, int64_t row_bytes, bool is_shared) {
+  const int64_t most = std::clamp<int64_t>(kPartBytes / row_bytes, kPackedColumns, kPartRows);
+  const int64_t parts = (rows + most - 1) / most, threads = at::get_num_threads();
+  if (!is_shared) return parts;
+  return std::min((parts + threads - 1) / threads * threads, rows / kPackedColumns);
+}
+
 // Computes y, n and, if it is kept, x Vᵀ by this library's own products, all of them in the dtype of
 // n. It returns nothing if a norm is out of range.
 template <typename V>
@@ -211,15 +225,22 @@ std::optional<LinearResult> own_forward(
     const NormOptions& options, bool keeps) {
   using T = Wide<V>;
   const int64_t rows = x.size(0), outputs = v.size(0), inputs = v.size(1);
+  const bool is_shared = shares_columns(rows, outputs);
   LinearResult out;
+  if (is_shared) {
+    const auto n = norms(v, g, options);
+    if (!n) return std::nullopt;
+    out.n = *n;
+  } else {
+    out.n = empty_norms(v, g);
+  }
   out.y = at::empty({rows, outputs}, x.options());
-  out.n = empty_norms(v, g);
   if (keeps) out.product = at::empty({outputs, rows}, x.options()).t();
   const auto *vs = v.const_data_ptr<V>(), *gs = g.const_data_ptr<V>();
   const auto *xs = x.const_data_ptr<T>(), *bs = bias.defined() ? bias.const_data_ptr<T>() : nullptr;
-  auto *ys = out.y.mutable_data_ptr<T>(),
+  auto *ys = out.y.mutable_data_ptr<T>(), *ns = out.n.mutable_data_ptr<T>(),
        *kept = keeps ? out.product.mutable_data_ptr<T>() : nullptr;
-  Norms<T> all(out.n.mutable_data_ptr<T>(), options);
+  Norms<T> all(ns, options);
   const auto scale = [&](int64_t j, double partial) {
     return static_cast<T>(gs[j]) / all.set(j, partial, vs + j * inputs, inputs);
   };
@@ -231,30 +252,41 @@ std::optional<LinearResult> own_forward(
       ys[j] = p * scale(j, partial) + (bs ? bs[j] : 0);
       if (kept) kept[j] = p;
     });
-  } else {
-    Panels<T> panels(inputs, rows);
-    pack(xs, panels);
-    for_each_stack(outputs, panels, [&](int64_t first, int64_t count) {
-      rows_product(
-          vs, first, count, panels, options.norm,
-          [&](StackProducts<T>& products, const double* partials) {
-            std::vector<T> scales(count), shifts(count);
-            for (int64_t r = 0; r < count; ++r) scales[r] = scale(first + r, partials[r]);
-            if (bs) std::copy_n(bs + first, count, shifts.data());
-            for (int64_t m = 0; m < rows; ++m)
-              for (int64_t r = 0; r < count; r += kTileRows) {
-                const T* p = products.of(r, m);
-                T* to = ys + m * outputs + first + r;
-                const auto write = [&](int64_t height) {
-                  for (int64_t i = 0; i < height; ++i) to[i] = p[i] * scales[r + i] + shifts[r + i];
-                };
-                count - r < kTileRows ? write(count - r) : write(kTileRows);
-              }
-            for (int64_t r = 0; kept && r < count; ++r)
-              for (int64_t m = 0; m < rows; ++m) kept[(first + r) * rows + m] = *products.of(r, m);
-          });
-    });
+    return all.in_range() ? std::make_optional(out) : std::nullopt;
   }
+  const int64_t parts = parts_of(rows, inputs * sizeof(T), is_shared);
+  const int64_t tiles = (rows + kTileColumns - 1) / kTileColumns;  // whole ones, whatever the parts
+  const auto part = [&](int64_t i) {
+    const auto begin = [&](int64_t i) { return std::min(rows, tiles * i / parts * kTileColumns); };
+    const int64_t top = begin(i), height = begin(i + 1) - top;
+    // The first part has the norms as well, if they are not yet known.
+    const auto norm = is_shared || i ? std::nullopt : std::make_optional(options.norm);
+    Panels<T> panels(inputs, height);
+    pack(xs + top * inputs, panels);
+    for_each_stack(outputs, panels, [&](int64_t first, int64_t count) {
+      rows_product(vs, first, count, panels, norm, [&](const T* products, const double* partials) {
+        alignas(kVectorBytes) T scales[kPanel<T>] = {}, shifts[kPanel<T>] = {};
+        for (int64_t r = 0; r < count; ++r)
+          scales[r] = norm ? scale(first + r, partials[r])
+                           : static_cast<T>(gs[first + r]) / ns[first + r];
+        if (bs) std::copy_n(bs + first, count, shifts);
+        for (int64_t m = 0; m < height; ++m) {
+          const T* p = products + m * kPanel<T>;
+          T* to = ys + (top + m) * outputs + first;
+          for_each_vector<T>(count, [&](int64_t r, auto width) {
+            store(to + r, multiply_add(load(p + r), load(scales + r), load(shifts + r)), width);
+          });
+        }
+        for (int64_t r = 0; kept && r < count; ++r)
+          for (int64_t m = 0; m < height; ++m)
+            kept[(first + r) * rows + top + m] = products[m * kPanel<T> + r];
+      });
+    });
+  };
+  if (is_shared)
+    for_each(parts, kGrain, part);
+  else
+    for (int64_t i = 0; i < parts; ++i) part(i);
   return all.in_range() ? std::make_optional(out) : std::nullopt;
 }
 

@@ -22,11 +22,11 @@ namespace wn_kernels {
 struct Sequence {
   Cell cell;
   bool reversed;
-  Tensor p;              // (T, B, gates * H): p_t, and after the forward the values of the gates
+  Tensor p;              // (T, B, gates * H): p_t, and after a recorded forward the values of the gates
   Tensor h0, c0;         // (B, H)
   Tensor v, g, n, bias;  // (gates * H, H); g, and with it n, is undefined if V is the weight
   Tensor y, c;           // (T, B, H): h_t and c_t
-  Tensor q;              // (T, B, H) of a gru: q_t of its third gate
+  Tensor q;              // (T, B, H) of a recorded gru: q_t of its third gate
 
   int64_t steps() const { return p.size(0); }
   int64_t batch() const { return p.size(1); }
@@ -48,9 +48,9 @@ void for_each_part(const Sequence& of, const F& f) {
 
 // --- forward -------------------------------------------------------------------------------------
 
-// Computes y, c, q and the values of the gates.
+// Computes y and c, and q and the values of the gates if they are recorded.
 template <Cell cell, typename T>
-void run_forward(const Sequence& of) {
+void run_forward(const Sequence& of, bool recorded) {
   constexpr int64_t gates = gates_of(cell);
   const int64_t steps = of.steps(), batch = of.batch(), units = of.units(), row = gates * units;
   const Tensor scales = of.scales(),
@@ -66,6 +66,19 @@ void run_forward(const Sequence& of) {
   Panels<T> states[] = {{units, batch}, {units, batch}};
   pack(h0, states[0]);
   states[1].zero_rest();
+  // The rows of V that belong to a panel of units, for each gate.
+  const int64_t panels = states[0].count, block = panels * kPanel<T> * kPanel<T>;
+  const std::unique_ptr<T[]> packed(new T[gates * panels * block]);
+  const auto rows_of = [&](int64_t gate, int64_t unit) {
+    return packed.get() + (gate * panels + unit / kPanel<T>) * block;
+  };
+  for_each_part<T>(of, [&](int64_t first, int64_t end) {
+    for (int64_t gate = 0; gate < gates; ++gate)
+      for (int64_t unit = first; unit < end; unit += kPanel<T>)
+        pack_rows(
+            rows_of(gate, unit), vs + (gate * units + unit) * units,
+            std::min(kPanel<T>, end - unit), units, 0, units, std::nullopt, nullptr);
+  });
   const T *h_before = h0, *c_before = c0;
   for (int64_t step = 0; step < steps; ++step) {
     const int64_t t = of.reversed ? steps - 1 - step : step;
@@ -73,56 +86,53 @@ void run_forward(const Sequence& of) {
     Panels<T>& to = states[1 - step % 2];
     T *p = ps + t * batch * row, *y = ys + t * batch * units,
       *c = cs ? cs + (of.c.dim() > 2 ? t * batch * units : 0) : nullptr,
-      *q = qs ? qs + (of.q.dim() > 2 ? t * batch * units : 0) : nullptr;
+      *q = qs ? qs + t * batch * units : nullptr;
     for_each_part<T>(of, [&](int64_t first, int64_t end) {
-      for (int64_t gate = 0; gate < gates; ++gate)
-        for (int64_t unit = first; unit < end; unit += kTileRows) {
-          const int64_t j = gate * units + unit, height = std::min<int64_t>(kTileRows, end - unit);
-          const RowBlock<T, kTileRows> block(vs + j * units, height, units, from.count);
-          const auto add = [&](T* to, bool adds, const T* products, int64_t count) {
-            T sums[kTileRows];
-            for (int64_t r = 0; r < count; ++r)
-              sums[r] = (adds ? to[r] : T(0)) + products[r] * scale[j + r] + shift[j + r];
-            std::copy_n(sums, count, to);
-          };
-          const auto finish = [&](int64_t column, int64_t width, const T* products) {
-            for (int64_t b = column; b < column + width; ++b, products += kTileRows) {
-              const bool apart = cell == Cell::gru && gate == 2;
-              T* to = apart ? q + b * units + unit : p + b * row + j;
-              height == kTileRows ? add(to, !apart, products, kTileRows)
-                                  : add(to, !apart, products, height);
+      // The products of a panel of units with each gate's rows of V, of which each column of h has kPanel.
+      const int64_t size = batch * kPanel<T>;
+      std::vector<T> products(gates * size);
+      for (int64_t top = first; top < end; top += kPanel<T>) {
+        const int64_t width = std::min(kPanel<T>, end - top);
+        std::fill(products.begin(), products.end(), T(0));
+        for (int64_t k = 0; k < gates; ++k)
+          packed_product(products.data() + k * size, rows_of(k, top), width, from, 0, units);
+        for (int64_t b = 0; b < batch; ++b)
+          for_each_vector<T>(width, [&](int64_t i, auto count) {
+            const int64_t unit = top + i, at = b * units + unit;
+            T* a = p + b * row + unit;
+            const auto of_h = [&](int64_t k) {
+              const T* product = products.data() + k * size + b * kPanel<T> + i;
+              const int64_t j = k * units + unit;
+              return multiply_add(load(product), load(scale + j, count), load(shift + j, count));
+            };
+            const auto gate = [&](int64_t k) { return load(a + k * units, count) + of_h(k); };
+            const auto keep = [&](int64_t k, Vector<T> value) {
+              if (recorded) store(a + k * units, value, count);
+            };
+            Vector<T> h;
+            if constexpr (cell == Cell::lstm) {
+              const auto in = sigmoid(gate(0)), forget = sigmoid(gate(1)), fresh = tangent(gate(2)),
+                         out = sigmoid(gate(3));
+              const auto state = forget * load(c_before + at, count) + in * fresh;
+              h = out * tangent(state);
+              store(c + at, state, count);
+              keep(0, in), keep(1, forget), keep(2, fresh), keep(3, out);
+            } else if constexpr (cell == Cell::gru) {
+              const auto of_fresh = of_h(2);
+              const auto reset = sigmoid(gate(0)), update = sigmoid(gate(1)),
+                         fresh = tangent(load(a + 2 * units, count) + reset * of_fresh);
+              h = fresh + update * (load(h_before + at, count) - fresh);
+              if (recorded) store(q + at, of_fresh, count);
+              keep(0, reset), keep(1, update), keep(2, fresh);
+            } else if constexpr (cell == Cell::tanh) {
+              h = tangent(gate(0));
+            } else {
+              h = gate(0) < T(0) ? Vector<T>{} : gate(0);  // a NaN stays
             }
-          };
-          for_each_tile(block, from, 0, from.count, finish);
-        }
-      for (int64_t b = 0; b < batch; ++b)
-        for_each_vector<T>(end - first, [&](int64_t i, auto count) {
-          const int64_t unit = first + i, at = b * units + unit;
-          T* a = p + b * row + unit;
-          const auto gate = [&](int64_t k) { return load(a + k * units, count); };
-          Vector<T> h;
-          if constexpr (cell == Cell::lstm) {
-            const auto in = sigmoid(gate(0)), forget = sigmoid(gate(1)), fresh = tangent(gate(2)),
-                       out = sigmoid(gate(3));
-            const auto state = forget * load(c_before + at, count) + in * fresh;
-            h = out * tangent(state);
-            store(c + at, state, count);
-            store(a, in, count), store(a + units, forget, count);
-            store(a + 2 * units, fresh, count), store(a + 3 * units, out, count);
-          } else if constexpr (cell == Cell::gru) {
-            const auto reset = sigmoid(gate(0)), update = sigmoid(gate(1)),
-                       fresh = tangent(gate(2) + reset * load(q + at, count));
-            h = fresh + update * (load(h_before + at, count) - fresh);
-            store(a, reset, count), store(a + units, update, count);
-            store(a + 2 * units, fresh, count);
-          } else if constexpr (cell == Cell::tanh) {
-            h = tangent(gate(0));
-          } else {
-            h = gate(0) < T(0) ? Vector<T>{} : gate(0);  // a NaN stays
-          }
-          store(y + at, h, count);
-          store(to.element(unit, b), h, count);
-        });
+            store(y + at, h, count);
+            store(to.element(unit, b), h, count);
+          });
+      }
     });
     h_before = y, c_before = c;
   }
@@ -285,9 +295,13 @@ class Recurrence : public torch::autograd::Node {
         saved(11), saved(12), saved(13)};
     RECORD_FUNCTION("wn_kernels::recurrence_backward", {});
     const BelowAutograd below;
-    if (!of.p.defined()) of.p = at::empty(sizes_, of.v.options());  // no gate is read
     SequenceGrads found;
-    found.p = at::empty(sizes_, of.v.options());
+    // The gates of a step are read before its gradients are written, and by no later backward.
+    const bool last = !torch::autograd::get_current_graph_task_keep_graph();
+    found.p = of.p.defined() && last && !saved_[10].has_hooks()
+                  ? of.p
+                  : at::empty(sizes_, of.v.options());
+    if (!of.p.defined()) of.p = found.p;  // no gate is read
     found.q = cell_ == Cell::gru ? at::empty(sizes_, of.v.options()) : found.p;
     if (needs(1)) found.h0 = at::empty_like(of.h0);
     if (needs(2)) found.c0 = at::empty_like(of.c0);
@@ -338,7 +352,7 @@ class Recurrence : public torch::autograd::Node {
 
 // Computes a recurrent layer in one direction. The arguments are (cell, reversed, p, h0, c0 or None, V,
 // g or None, bias or None, eps, norm, (x, V, g or None, bias or None) of p). It returns (y, h_n, c_n or
-// None), and overwrites p. It returns None, before it changes anything, for a call that it does not
+// None), and overwrites p if it is recorded. It returns None, before it changes anything, for a call that it does not
 // serve.
 inline py::object recurrence(PyObject* const* given) {
   const auto at = [&](size_t i) { return py::handle(given[i]); };
@@ -383,7 +397,7 @@ inline py::object recurrence(PyObject* const* given) {
   bool recorded = false;
   for (const Tensor& t : {of.p, of.h0, of.c0, of.v, of.g, of.bias})
     recorded |= at::GradMode::is_enabled() && t.defined() && t.requires_grad();
-  const Sizes state{of.batch(), units}, all{of.steps(), of.batch(), units};
+  const Sizes all{of.steps(), of.batch(), units};
   of.y = at::empty(all, of.v.options());
   Planned plan;  // of the linear layer that y would go through: its backward has the same dW
   if (recorded && of.g.defined())
@@ -399,10 +413,10 @@ inline py::object recurrence(PyObject* const* given) {
     if (!of.g.defined() || of.n.defined()) {
       RECORD_FUNCTION("wn_kernels::recurrence", {});
       if (of.cell == Cell::lstm) of.c = recorded ? at::empty(all, of.v.options()) : of.c0.clone();
-      if (of.cell == Cell::gru) of.q = at::empty(recorded ? all : state, of.v.options());
+      if (of.cell == Cell::gru && recorded) of.q = at::empty(all, of.v.options());
       with_cell(of.cell, [&](auto cell) {
         AT_DISPATCH_FLOATING_TYPES(dtype, "recurrence", [&] {
-          run_forward<decltype(cell)::value, scalar_t>(of);
+          run_forward<decltype(cell)::value, scalar_t>(of, recorded);
         });
       });
       const int64_t last = of.reversed ? 0 : of.steps() - 1;

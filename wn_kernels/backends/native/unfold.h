@@ -15,7 +15,7 @@
 #include <array>
 #include <utility>
 
-#include "panels.h"
+#include "products.h"
 #include "weight.h"
 
 namespace wn_kernels {
