@@ -79,8 +79,8 @@ def pays(
         # The gradient of the recurrent weight is the product of a linear layer's backward.
         of_weight = [s for s in of_h.backward[of_h.cheapest()[1]] if s.operations][:1]
         passes = Stage(3 * weights)
-        gates = Stage(GATE_GRADS * gate_bytes)
-        stepped += [*of_x.backward[backward], taken, *of_weight, passes, gates]
+        of_gates = Stage(GATE_GRADS * gate_bytes)
+        stepped += [*of_x.backward[backward], taken, *of_weight, passes, of_gates]
         formed += [*grads, passes]
     found = Costs({"stepped": stepped, "formed": formed}, {}, device, device.rate(size))
     return found.cheapest_forward() == "stepped"

@@ -11,7 +11,9 @@
     nodes.h         W and its gradients as nodes of the graph
     group.h         the weights of many layers in one call
     flat.h          the tensors of a recurrent layer on a GPU
-    panels.h        the library's own products, from one read of the weight
+    panels.h        matrices as the library's own products take them
+    rows_product.h  V B, as tiles of a few columns or from packed rows of V
+    products.h      the other products that read the weight once
     unfold.h        a convolution over few pixels as such a product
     linear.h, convolution.h
     cells.h         the units of recurrent cells

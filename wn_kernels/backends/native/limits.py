@@ -11,18 +11,16 @@ import torch
 from ...call import NORM_RANGE, Call
 from .. import vendor
 
-# A linear layer in half precision is computed by products of the library's own, which read `V`
-# once, if `x` has 2 to FEW_ROWS rows, and `V` has at least FEW_ROWS_INPUTS columns and
-# FEW_ROWS_ELEMENTS elements. These products are computed in float32. oneDNN's of bfloat16 are
-# faster if `x` has more than FEW_MIXED_ROWS, or if `W` need not be formed for them.
-FEW_ROWS = 32
-FEW_MIXED_ROWS = 8
-FEW_ROWS_INPUTS = 512
-FEW_ROWS_ELEMENTS = 2**18
-# In float32 and float64, the cost model compares them with PyTorch's, for an `x` of at most this
-# many rows and bytes.
+# The cost model compares the library's own products of a linear layer with PyTorch's, for an `x` of
+# at most so many rows and bytes in the dtype of the products.
 OWN_ROWS = 4096
 OWN_BYTES = 2**24
+# In half precision, `V` must also have at least so many columns and elements. The products are
+# computed in float32, and read `V` once. oneDNN's of bfloat16, if the processor has them, are
+# faster if `x` has more than FEW_MIXED_ROWS, or if `W` need not be formed for them.
+FEW_MIXED_ROWS = 8
+HALF_INPUTS = 512
+HALF_ELEMENTS = 2**18
 # `V xᵀ` is faster than `x Vᵀ` if `x` has fewer rows than this. On one thread it also has to have at
 # least LEFT_ROWS_ALONE.
 LEFT_ROWS = 256
@@ -41,13 +39,15 @@ def may_be_own(call: Call) -> bool:
     """Returns whether the products of a linear layer may be the library's own."""
     outputs, inputs = call.v_shape
     rows = math.prod(call.x_shape[:-1])
-    if call.x_dtype.itemsize > 2:
-        return rows <= OWN_ROWS and rows * inputs * call.x_dtype.itemsize <= OWN_BYTES
-    most = FEW_ROWS
-    if call.x_dtype not in vendor.SLOW:
-        most = FEW_MIXED_ROWS if call.x_dtype != call.v_dtype else 1
-    large = inputs >= FEW_ROWS_INPUTS and outputs * inputs >= FEW_ROWS_ELEMENTS
-    return rows == 1 or (rows <= most and large)
+    if rows == 1:
+        return True
+    most = OWN_ROWS
+    if call.x_dtype.itemsize == 2:
+        if inputs < HALF_INPUTS or outputs * inputs < HALF_ELEMENTS:
+            return False
+        if call.x_dtype not in vendor.SLOW:
+            most = FEW_MIXED_ROWS if call.x_dtype != call.v_dtype else 1
+    return rows <= most and rows * inputs * max(4, call.x_dtype.itemsize) <= OWN_BYTES
 
 
 def is_left(rows: int) -> bool:

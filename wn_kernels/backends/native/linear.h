@@ -1,13 +1,13 @@
 // This file computes the linear layer y = x Wᵀ + b with W = s V. There are four variants:
 //
 //   late         y = (x Vᵀ) s + b,  dX = (dY s) V,  dV = (dY s)ᵀ x - c u, with a = sum dY (x Vᵀ)
-//   own          the same in float32 or float64, for few rows of x; no product comes from a library
+//   own          the same in float32 or float64; no product comes from a library
 //   materialize  W is formed in the forward and in the backward, in the dtype of x
 //   widen        the same in float32, for an x in half precision
 //
 // The late backward computes a from the product x Vᵀ, if the forward kept it. Otherwise it forms dW
 // and computes dV from it. In the variant `own`, x Vᵀ and the norms take one read of V, and so do dX
-// and dV (panels.h). The number of threads does not change a bit of any result.
+// and dV (products.h). The number of threads does not change a bit of any result.
 
 #pragma once
 
@@ -406,7 +406,7 @@ struct Linear : Function<Linear> {
       return out;
     }
     const Tensor dy = as_rows(given.dy).contiguous(), x = as_rows(input);
-    // The products in panels.h take `turned`, with one row for each row of V.
+    // The products in products.h take `turned`, with one row for each row of V.
     Tensor dx, db, scaled, turned, a;
     const auto pass_over = [&](const Tensor& grad) {
       db = at::empty({grad.size(1)}, n.options());

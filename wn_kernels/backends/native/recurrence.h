@@ -1,9 +1,9 @@
 // This file computes a recurrent layer over a sequence, from the products of its inputs.
 //
 // With W = s V, the recurrent product is q_t = s (V h_{t-1}) + b: no W is formed. The gates are
-// functions of p_t = W_ih x_t + b_ih, which is given, and of q_t (cells.h). A step takes one read of V.
-// The threads share the units, each with its gates' rows of V, which stay in its own cache from one step
-// to the next.
+// functions of p_t = W_ih x_t + b_ih, which is given, and of q_t (cells.h). The rows of V are packed
+// once (rows_product.h), and a step takes one read of them. The threads share the units, each with its
+// gates' rows, which stay in its own cache from one step to the next.
 //
 // The backward goes through the steps in reverse. With dq_t, the gradient of q_t,
 //
