@@ -60,8 +60,9 @@ def test_aten_variants():
 
 
 def test_native_half_precision(monkeypatch):
-    """oneDNN's products where there are any, without a `W` in bfloat16; float32 where there are
-    none; few rows by the library itself, where that saves forming `W`."""
+    """oneDNN's products where there are any, without a `W` in bfloat16, and otherwise the library's
+    own in float32, or PyTorch's for more rows; few rows by the library itself, where that saves
+    forming `W`."""
 
     def native(m, k, n, x, v):
         call = Call(torch.Size((m, k)), torch.Size((n, k)), x, v, 0)
@@ -73,10 +74,13 @@ def test_native_half_precision(monkeypatch):
     assert native(8, 4096, 4096, BF16, F32) == ("scaled", "scaled", "", True)
     assert native(64, 4096, 4096, BF16, F32) == (*MATERIALIZE, False)
     for v in (F16, F32):
-        assert native(16, 4096, 4096, F16, v) == ("scaled", "scaled", "", True)
-        assert native(64, 4096, 4096, F16, v) == (*WIDEN, False)
+        for rows in (16, 64, 1024):
+            assert native(rows, 4096, 4096, F16, v) == ("scaled", "scaled", "", True)
+        assert native(8192, 4096, 4096, F16, v) == (*WIDEN, False)
+        assert native(64, 256, 256, F16, v) == (*WIDEN, False)
     monkeypatch.setattr(vendor, "SLOW", frozenset({F16, BF16}))
-    assert native(64, 4096, 4096, BF16, BF16) == (*WIDEN, False)
+    assert native(64, 4096, 4096, BF16, BF16) == ("scaled", "scaled", "", True)
+    assert native(8192, 4096, 4096, BF16, BF16) == (*WIDEN, False)
     monkeypatch.setattr(vendor, "SLOW", frozenset())
     assert native(64, 4096, 4096, F16, F16) == (*MATERIALIZE, False)
     assert native(64, 4096, 4096, BF16, BF16) == ("scaled", "scaled", "", False)

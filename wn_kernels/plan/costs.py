@@ -40,7 +40,7 @@ TILE_EFFICIENCY, PACKED_EFFICIENCY, LANES, COPIED = 0.9, 1.2, 32, 7
 PACKED = 2
 # A number of an unfolded image that is written, or added to the image, costs so many times its
 # bytes.
-UNFOLDED, FOLDED = 4.5, 2.7
+UNFOLDED, FOLDED = 4, 2.7
 # A run of numbers that is copied costs as much as this many bytes.
 RUN = 20
 # An unfolded forward and backward have the overhead of this many stages more.
@@ -201,9 +201,8 @@ def native_linear(call: Call) -> Costs:
         product = max(forward["scaled"], key=lambda stage: stage.operations)
         grads = [product, product]
         if own:
-            rate = PACKED_EFFICIENCY * device.own
-            shared = balanced(n, max(4, size)) / n
-            grads = [product._replace(operations=f * operations / rate) for f in (1, shared)]
+            grad = product._replace(operations=operations / (PACKED_EFFICIENCY * device.own))
+            grads = [grad, grad]
         finish = Stage(2 * v if own or keeps_product(call) else w + 2 * v)
         backward["scaled"] = [Stage(2 * y), *grads, finish]
     # The empty stage is the call of PyTorch's layer with `W`.
@@ -245,10 +244,9 @@ def _scaled(call: Call, device: Device) -> dict[str, list[Stage]]:
     moved = size * rows * k + y + v
     panel = limits.panel(max(4, size))
     packed = PACKED * size * rows * k + RUN * rows * math.ceil(k / panel)
-    height = n if limits.shares_columns(rows, n) else balanced(n, max(4, size))
     own = [
         Stage(packed, launches=0),
-        Stage(moved, rows_product(height, k, rows, max(4, size)) / device.own),
+        Stage(moved, rows_product(n, k, rows, max(4, size)) / device.own),
     ]
     product = Stage(moved, vendors(device, 2.0 * rows * n * k, rows))
     return {"own": own, "late": [Stage(v), product, Stage(2 * y)]}
@@ -257,21 +255,20 @@ def _scaled(call: Call, device: Device) -> dict[str, list[Stage]]:
 def rows_product(rows: int, length: int, columns: int, itemsize: int) -> float:
     """Returns the operations of the library's own product of `V`, `(rows, length)`, with a matrix
     of so many columns, with those that its efficiency costs, and tiles that are not full."""
-    panel = limits.panel(itemsize)
+    rows, panel = padded_rows(rows, itemsize), limits.panel(itemsize)
     if columns < limits.PACKED_COLUMNS and length >= panel:
         width = math.ceil(length / panel) * panel + LANES
         return 2.0 * rows * width * columns / TILE_EFFICIENCY
     return 2.0 * rows * length * (columns + COPIED) / PACKED_EFFICIENCY
 
 
-def balanced(rows: int, itemsize: int) -> int:
-    """Returns how many rows of `V` are computed while the thread with the most of them computes
-    its own. It takes whole vectors of rows, or tiles of a few."""
+def padded_rows(rows: int, itemsize: int) -> int:
+    """Returns how many rows of `V` a product computes. It takes whole vectors of rows, or tiles of a
+    few."""
     unit = limits.VECTOR_BYTES // itemsize
     if 2 * rows <= unit:
         unit = limits.TILE_ROWS
-    threads = torch.get_num_threads()
-    return threads * math.ceil(rows / (threads * unit)) * unit
+    return math.ceil(rows / unit) * unit
 
 
 def _formed(call: Call) -> list[tuple[str, tuple[float, float], int]]:
@@ -405,7 +402,7 @@ class Unfolded(NamedTuple):
         numbers = conv.groups * length * columns
         size = call.x_dtype.itemsize
         panel, tile = limits.panel(size), limits.TILE_ROWS
-        summed = conv.groups * rows_product(balanced(rows, size), length, columns, size)
+        summed = conv.groups * rows_product(rows, length, columns, size)
         padded = math.ceil(rows / tile) * tile * math.ceil(length / panel) * panel
         run = taps[-1] if taps[-1] >= limits.LONG_LINE else _smaller_side(call, conv)[-1]
         return Unfolded(numbers, numbers / run, summed, 2.0 * conv.groups * padded * columns)

@@ -56,12 +56,6 @@ def is_left(rows: int) -> bool:
     return least <= rows < LEFT_ROWS
 
 
-def shares_columns(columns: int, rows: int) -> bool:
-    """Returns whether threads share the columns of a linear layer's product with `V`, and not its
-    rows."""
-    return columns > rows and columns >= 2 * PACKED_COLUMNS
-
-
 def panel(itemsize: int) -> int:
     """Returns how many columns of `V` a panel of a product with few columns takes."""
     return 2 * VECTOR_BYTES // itemsize
