@@ -263,8 +263,8 @@ def rows_product(rows: int, length: int, columns: int, itemsize: int) -> float:
 
 
 def padded_rows(rows: int, itemsize: int) -> int:
-    """Returns how many rows of `V` a product computes. It takes whole vectors of rows, or tiles of a
-    few."""
+    """Returns how many rows of `V` a product computes. It takes whole vectors of rows, or tiles of
+    a few."""
     unit = limits.VECTOR_BYTES // itemsize
     if 2 * rows <= unit:
         unit = limits.TILE_ROWS
