@@ -219,7 +219,7 @@ def test_the_way_follows_the_cost_model(monkeypatch):
     layer = made("lstm", inputs=5, units=20, num_layers=3, bidirectional=True)
     calls = watch_weights(monkeypatch)
     layer(torch.randn(4, 2, 5))
-    rest = (20, torch.float32, True)
+    rest = (20, torch.float32, True, False)
     assert sorted(asked) == [(True, 4, 4, 2, 5, *rest), (True, 4, 4, 2, 40, *rest)]
     assert calls == [12]
     assert sequences.library_for(torch.randn(3)) is native_library()

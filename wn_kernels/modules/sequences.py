@@ -1,7 +1,7 @@
 """This file runs recurrent layers and cells on a CPU without forming a weight.
 
 The products of a layer's inputs are those of one weight-normed linear layer, for all steps at once.
-The native library then goes through the steps, and reads the recurrent weight's direction in each
+The native library then goes through the steps, with a packed copy of the recurrent weight's direction
 (`recurrence.h`). PyTorch's functions for a sequence take formed weights, and copy them. Where those
 are the faster way (`plan/sequences.py`), they stay.
 """
@@ -48,11 +48,13 @@ def output(layer: Any, input: Any, hx: Any, formed: Callable[[Any], list[Any]]) 
     x = input.transpose(0, 1) if is_turned else input if is_batched else input.unsqueeze(1)
     start = _start(layer, x, hx, is_batched)
     cell = CELLS.index(layer.mode.rpartition("_")[2].lower())
-    if start is None or not _pays(layer, cell, x):
+    if start is None:
         return None
     options = None
     if not reading.is_shared(layer):
         options = shared_options(layer, (n for n in layer._flat_weights_names if n[0] == "w"))
+    if not _pays(layer, cell, x, options is None):
+        return None
     weights = _weights(layer, None if options else formed(layer))
     ends: list[tuple[Tensor, ...]] = []
     drops = layer.dropout and layer.training and layer.num_layers > 1
@@ -142,7 +144,7 @@ def run(
     return library.recurrence(cell, is_reversed, p, h, c, *of_h, eps, norm, (x, *of_x))
 
 
-def _pays(layer: Any, cell: int, x: Tensor) -> bool:
+def _pays(layer: Any, cell: int, x: Tensor, is_formed: bool) -> bool:
     """Returns whether the library is the faster way for all storeys together, judged by the first
     and by one of the others."""
     recorded = torch.is_grad_enabled() and (
@@ -153,7 +155,7 @@ def _pays(layer: Any, cell: int, x: Tensor) -> bool:
     if layer.num_layers > 1:
         inputs.add(directions * layer.hidden_size)
     size = GATES[cell], *x.shape[:2]
-    rest = layer.hidden_size, x.dtype, recorded
+    rest = layer.hidden_size, x.dtype, recorded, is_formed
     return all(plan.sequences.pays(CELLS[cell] == "lstm", *size, n, *rest) for n in inputs)
 
 

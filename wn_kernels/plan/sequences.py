@@ -35,12 +35,15 @@ def pays(
     units: int,
     dtype: torch.dtype,
     recorded: bool,
+    is_formed: bool = False,
 ) -> bool:
     """Returns whether the library is the faster way for one direction of a layer.
 
     Args:
         gates: how many a unit has.
         recorded: whether there will be a backward.
+        is_formed: whether the weights are formed in any case. Then the products of the inputs are
+            PyTorch's.
     """
     device = native()
     size, rows, outputs = dtype.itemsize, steps * batch, gates * units
@@ -59,28 +62,30 @@ def pays(
     gate_bytes = float(size * rows * outputs)
     taken = Stage(0, operations_h / rate_h, launches=steps * STEP_CALLS)
     packed = Stage(2.0 * size * units * outputs)
-    stepped = [*of_x.forward[forward], packed, taken, Stage(GATES * gate_bytes)]
-    form = Stage(2 * weights, launches=costs.FORMED_CALLS)
+    product = Stage(weights + moved, costs.vendors(device, operations_x, rows))
+    of_inputs = [product] if is_formed else of_x.forward[forward]
+    stepped = [*of_inputs, packed, taken, Stage(GATES * gate_bytes)]
+    form = [] if is_formed else [Stage(2 * weights, launches=costs.FORMED_CALLS)]
     if is_lstm:
         # Every call copies the weights into a layout of its own.
         rate = costs.CONVOLUTION_EFFICIENCY * device.conv
         operations = (operations_x + operations_h) / rate
         copied = Stage(2 * weights, launches=costs.CONVOLUTION_CALLS)
         calls = Stage(0, launches=steps * LSTM_CALLS)
-        formed = [form, copied, Stage(moved, operations), calls]
+        formed = [*form, copied, Stage(moved, operations), calls]
         grads = [copied, Stage(2 * moved, 2 * operations / GRADS_EFFICIENCY), calls, calls]
     else:
-        product = Stage(weights + moved, costs.vendors(device, operations_x, rows))
         of_steps = costs.vendors(device, operations_h, batch)
         loop = Stage(0, of_steps, launches=steps * LOOP_CALLS)
-        formed = [form, product, loop]
+        formed = [*form, product, loop]
         grads = [product, product, loop, loop]
     if recorded:
         # The gradient of the recurrent weight is the product of a linear layer's backward.
         of_weight = [s for s in of_h.backward[of_h.cheapest()[1]] if s.operations][:1]
         passes = Stage(3 * weights)
         of_gates = Stage(GATE_GRADS * gate_bytes)
-        stepped += [*of_x.backward[backward], taken, *of_weight, passes, of_gates]
+        of_inputs = [product, product] if is_formed else of_x.backward[backward]
+        stepped += [*of_inputs, taken, *of_weight, passes, of_gates]
         formed += [*grads, passes]
     found = Costs({"stepped": stepped, "formed": formed}, {}, device, device.rate(size))
     return found.cheapest_forward() == "stepped"

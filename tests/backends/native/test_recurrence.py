@@ -290,6 +290,10 @@ def test_what_the_cost_model_picks():
         for steps in (1, 4, 64, 1024):
             assert plan.sequences.pays(False, 3, steps, *sizes, recorded)
         assert not plan.sequences.pays(True, 4, 4096, 64, 256, 256, torch.float32, recorded)
+    # Formed weights are nothing that the library would save.
+    wide = True, 4, 64, 32, 256, 256, torch.float32, False
+    assert plan.sequences.pays(*wide)
+    assert not plan.sequences.pays(*wide, is_formed=True)
 
 
 @pytest.mark.parametrize("cell", range(len(CELLS)), ids=CELLS)
