@@ -53,7 +53,8 @@ void for_each_segment(const Panels<T>& b, const F& f) {
     f(begin, std::min(b.count, begin + segment));
 }
 
-// --- few columns
+// --- few columns ---------------------------------------------------------------------------------
+
 // Picks lanes of two vectors that are to be added up. Runs of `run` lanes alternate between the two. The
 // second pick has the other half of the lanes, in the same order.
 template <typename T, size_t run, size_t... lane>
@@ -161,7 +162,8 @@ inline void for_each_tile(
   }
 }
 
-// --- many columns
+// --- many columns --------------------------------------------------------------------------------
+
 // Transposes a square matrix of as many rows as a vector has lanes.
 template <typename T, size_t run = 1>
 inline void transpose(Vector<T>* row) {
@@ -216,8 +218,8 @@ void pack_rows(
   });
 }
 
-// Adds the products of P vectors of packed rows with R columns of B to `to`, for `size` elements from
-// panel `begin` on.
+// Adds the products of P vectors of packed rows with R columns of B to `to`, for `size` elements of the
+// length from panel `begin` on.
 template <int R, int P, typename T>
 inline void packed_tile(
     T* to, const T* packed, const Panels<T>& b, int64_t column, int64_t begin, int64_t size) {
