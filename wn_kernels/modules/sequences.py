@@ -1,9 +1,9 @@
 """This file runs recurrent layers and cells on a CPU without forming a weight.
 
 The products of a layer's inputs are those of one weight-normed linear layer, for all steps at once.
-The native library then goes through the steps, with a packed copy of the recurrent weight's direction
-(`recurrence.h`). PyTorch's functions for a sequence take formed weights, and copy them. Where those
-are the faster way (`plan/sequences.py`), they stay.
+The native library then goes through the steps, with a packed copy of the recurrent weight's
+direction (`recurrence.h`). PyTorch's functions for a sequence take formed weights, and copy them.
+Where those are the faster way (`plan/sequences.py`), they stay.
 """
 
 from __future__ import annotations
