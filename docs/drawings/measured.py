@@ -10,7 +10,8 @@ from bench.gpu import page
 from docs.drawings.svg import Canvas
 
 ROOT = Path(__file__).parent.parent.parent
-CPU_RESULTS = ROOT / "docs/results/zen5"  # of the CPU that the README's table shows
+# This folder has the results of the CPU that the README's table shows.
+CPU_RESULTS = ROOT / "docs/results/zen5"
 KINDS = {"linear": "linear layers", "conv": "convolutions"}
 MODES = {"infer": "inference", "train": "training"}
 

@@ -290,7 +290,7 @@ def test_what_the_cost_model_picks():
         for steps in (1, 4, 64, 1024):
             assert plan.sequences.pays(False, 3, steps, *sizes, recorded)
         assert not plan.sequences.pays(True, 4, 4096, 64, 256, 256, torch.float32, recorded)
-    # Formed weights are nothing that the library would save.
+    # The library saves nothing by its steps if the weights are formed in any case.
     wide = True, 4, 64, 32, 256, 256, torch.float32, False
     assert plan.sequences.pays(*wide)
     assert not plan.sequences.pays(*wide, is_formed=True)
@@ -368,7 +368,7 @@ def test_a_graph_that_is_kept(cell):
 
 
 def test_other_rates_are_heeded(monkeypatch):
-    """What was decided before is decided again when plans are forgotten."""
+    """The way of a layer is chosen anew after the plans are forgotten."""
     size = True, 4, 16, 8, 256, 256, torch.float32, False
     before = plan.sequences.pays(*size)
     slow = dataclasses.replace(devices.native(), own=1e-3 if before else 1e3)

@@ -203,8 +203,8 @@ void column_pass(
   });
 }
 
-// So many rows of x, and so many bytes of them, are multiplied together. Their products with a stack of
-// rows of V stay in a thread's cache.
+// A part of x has at most this many rows and bytes, so that its products with a stack of rows of V stay in
+// a thread's cache.
 constexpr int64_t kPartRows = 1024;
 constexpr int64_t kPartBytes = 1 << 22;
 
@@ -255,7 +255,8 @@ std::optional<LinearResult> own_forward(
     return all.in_range() ? std::make_optional(out) : std::nullopt;
   }
   const int64_t parts = parts_of(rows, inputs * sizeof(T), is_shared);
-  const int64_t tiles = (rows + kTileColumns - 1) / kTileColumns;  // whole ones, whatever the parts
+  // A part begins at a whole tile, so that the number of parts changes no bit.
+  const int64_t tiles = (rows + kTileColumns - 1) / kTileColumns;
   const auto part = [&](int64_t i) {
     const auto begin = [&](int64_t i) { return std::min(rows, tiles * i / parts * kTileColumns); };
     const int64_t top = begin(i), height = begin(i + 1) - top;

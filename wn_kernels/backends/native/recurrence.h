@@ -352,8 +352,8 @@ class Recurrence : public torch::autograd::Node {
 
 // Computes a recurrent layer in one direction. The arguments are (cell, reversed, p, h0, c0 or None, V,
 // g or None, bias or None, eps, norm, (x, V, g or None, bias or None) of p). It returns (y, h_n, c_n or
-// None), and overwrites p if it is recorded. It returns None, before it changes anything, for a call that it does not
-// serve.
+// None), and overwrites p if it is recorded. It returns None, before it changes anything, for a call that
+// it does not serve.
 inline py::object recurrence(PyObject* const* given) {
   const auto at = [&](size_t i) { return py::handle(given[i]); };
   if (!is_eager(at::kCPU) || !PyTuple_CheckExact(given[10])) return py::none();

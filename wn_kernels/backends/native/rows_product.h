@@ -16,7 +16,8 @@ namespace wn_kernels {
 
 // --- stacks of rows ------------------------------------------------------------------------------
 
-// Rows that do not fill a panel would be copied for their tiles as well.
+// Returns whether the rows of V are packed for a product with B. Rows that are shorter than a panel would
+// be copied for tiles as well.
 template <typename T>
 bool is_packed(const Panels<T>& b) {
   return b.columns >= kPackedColumns || b.full == 0;
@@ -181,7 +182,7 @@ inline void transpose(Vector<T>* row) {
   }
 }
 
-// So many sums of a row's terms do not wait for each other.
+// The terms of a row's norm go to this many sums, so that an addition does not wait for the one before.
 constexpr int64_t kParts = 4;
 
 // Copies elements [at, at + size) of at most kPanel rows of V into columns: `to` has kPanel numbers for each
@@ -250,7 +251,8 @@ inline void packed_tile(
     for (int p = 0; p < P; ++p) store(to + j * kPanel<T> + p * lanes, sum[j][p]);
 }
 
-// So many columns of B take P vectors of rows. Their sums leave registers for the other operands.
+// A tile of P vectors of rows has at most this many columns, so that its sums and its operands fit in the
+// registers.
 template <int P>
 constexpr int kWidest = 2 * kStackedRows / P;
 
