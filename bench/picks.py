@@ -109,19 +109,23 @@ def _log_uniform(draw: random.Random, low: int, high: int) -> int:
     return round(low * (high / low) ** draw.random())
 
 
-def random_cases(count: int, seed: int = 0) -> Iterator[Case]:
+def random_cases(
+    count: int, seed: int = 0, times: int = 1, most: float = MOST_OPERATIONS, grain: int = 1
+) -> Iterator[Case]:
     """Yields random layers, as a network might have them: linear ones, convolutions of one and two
-    dimensions, transposed and depthwise ones."""
+    dimensions, transposed and depthwise ones. They have up to `1024 times` channels, which
+    are multiples of `grain`, up to `512 times` rows, and at most `most` operations."""
     draw = random.Random(seed)
     while count:
         kind = draw.choice(["Linear", "Conv1d", "Conv1d", "ConvTranspose1d", "Conv2d"])
-        inputs, outputs = (_log_uniform(draw, 8, 1024) for _ in range(2))
+        drawn = (_log_uniform(draw, 8, 1024 * times) for _ in range(2))
+        inputs, outputs = (max(1, round(size / grain)) * grain for size in drawn)
         batch, options, arguments, x_shape = draw.choice([1, 1, 2, 8]), {}, (), ()
         if kind == "Linear":
-            arguments, x_shape = (inputs, outputs), (_log_uniform(draw, 1, 512), inputs)
+            arguments, x_shape = (inputs, outputs), (_log_uniform(draw, 1, 512 * times), inputs)
         elif kind == "Conv1d":
             taps, dilation = draw.choice([1, 3, 5, 7, 11]), draw.choice([1, 1, 1, 3, 9])
-            if draw.random() < 0.15:
+            if draw.random() < 0.15 and taps > 1:  # a slice of one number has no gradient
                 outputs, options = inputs, {"groups": inputs}
             arguments, x_shape = (
                 (inputs, outputs, taps),
@@ -138,7 +142,7 @@ def random_cases(count: int, seed: int = 0) -> Iterator[Case]:
             options = {"padding": taps // 2, "stride": draw.choice([1, 1, 2])}
         label = f"{kind} {arguments}, {x_shape}"
         case = Case(label, kind, arguments, x_shape, "infer", options)
-        if case.work()[0] <= MOST_OPERATIONS:
+        if case.work()[0] <= most:
             count -= 1
             yield case
 

@@ -420,6 +420,7 @@ def text(run: Run) -> str:
     )
     add("Linear layers", _layers(run, "linear"), faster)
     add("Convolutions", _layers(run, "conv"), faster)
+    add("Random layers", _layers(run, "random"), faster)
     add("Configurations of single kernels", _sweeps(run))
     add(
         "Measured over predicted",

@@ -19,7 +19,7 @@ from typing import Any
 RESULTS, JUNIT, LOG, TABLE = "results.jsonl", "tests.xml", "log.txt", "table.txt"
 
 # Sections whose results are those of a suite.
-TIMED = ("host", "host_python", "models", "linear", "weight_norm", "steps", "conv")
+TIMED = ("host", "host_python", "models", "linear", "weight_norm", "steps", "conv", "random")
 
 # Names of facts.
 COPY, READ, PRODUCT = "copy, bytes/s", "read, bytes/s", " product, operations/s"

@@ -34,15 +34,16 @@ class Section(NamedTuple):
 
 SECTIONS = (
     Section("facts", 9, 6, "bandwidths, and products of random numbers by dtype"),
-    Section("tests", 100, 4, "the kernels' tests"),
+    Section("tests", 80, 4, "the kernels' tests"),
     Section("host", 30, 5, "the processor's time of a call"),
     Section("host_python", 24, 4, "the same without the native library", "host", native=False),
     Section("models", 34, 5, "a whole network"),
-    Section("linear", 64, 10, "linear layers, every path and each kernel alone"),
-    Section("weight_norm", 26, 7, "the operator, beside PyTorch's and a copy"),
+    Section("linear", 60, 8, "linear layers, every path and each kernel alone"),
+    Section("weight_norm", 26, 6, "the operator, beside PyTorch's and a copy"),
     Section("steps", 40, 8, "recurrent layers, second derivatives and a DINO head, by the clock"),
-    Section("conv", 50, 6, "convolutions, every path"),
-    Section("sweep", 34, 4, "configurations beside those that ship"),
+    Section("conv", 44, 5, "convolutions, every path"),
+    Section("random", 44, 5, "random layers of all dtypes, every path", "random_layers"),
+    Section("sweep", 20, 3, "configurations beside those that ship"),
 )
 
 # Seconds after its limit at which a section that has not stopped by itself is killed.

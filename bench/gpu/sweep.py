@@ -89,7 +89,13 @@ def sweeps() -> list[Sweep]:
     parts = {"BLOCK_M": (32, 64, 128), "BLOCK_R": (32, 64), "num_stages": (2, 3)}
     matmul, conv = ("one_pass_kernel", "one_pass", "one_pass"), ("conv_kernel", "packed", "conv")
     grad, owner = ("conv_grad_kernel", "packed", "conv_grad"), "grad_one_pass_kernel"
+    lanes = {"BLOCK_M": (8, 16), "BLOCK_O": (16, 32), "BLOCK_R": (32, 64), "num_stages": (4, 6)}
+    sums = {"BLOCK_M": (16, 32), "BLOCK_R": (16, 32), "num_stages": (2, 3)}
+    single = [_single(few("infer")), _single(middle("infer")), _single(long("infer"))]
     return [
+        Sweep("one-pass forward in float32, 16 rows", single[0], *matmul, lanes),
+        Sweep("one-pass forward in float32, 64 rows", single[1], *matmul, lanes),
+        Sweep("packed convolution in float32, long", single[2], *conv, sums),
         Sweep("packed convolution, long", long("infer"), *conv, tiles),
         Sweep("packed convolution, up", up("infer"), *conv, tiles),
         Sweep("gradient of a convolution, long", long("train"), *grad, parts),
@@ -110,6 +116,10 @@ def _linear(rows: int, mode: str) -> Case:
 def _conv(label: str, mode: str) -> Case:
     case = next(case for case in CONV if case.label.startswith(label) and case.mode == mode)
     return replace(case, dtype="bfloat16", channels_last=True)
+
+
+def _single(case: Case) -> Case:
+    return replace(case, dtype="float32")
 
 
 def _laid_out(case: Case, t: Tensor) -> Tensor:
@@ -247,8 +257,9 @@ def _measure(context: Context, sweep: Sweep) -> None:
         if name == SHIPPED:
             ships, expected = "×".join(map(str, chosen[-1])), _expected(sweep, launches[0])
     stats = context.clock.graphs(runs, context.seconds(), sets[0].operand_bytes())
-    record = {"label": sweep.label, "mode": "sweep", "of": sweep.case.label, "dtype": "bfloat16"}
-    record |= {"kernel": sweep.kernel, "fields": list(sweep.fields), "ships": ships}
+    record = {"label": sweep.label, "mode": "sweep", "of": sweep.case.label}
+    record |= {"dtype": sweep.case.dtype, "kernel": sweep.kernel, "ships": ships}
+    record["fields"] = list(sweep.fields)
     context.result(record, stats, dict.fromkeys(stats, expected), refused=refused)
 
 

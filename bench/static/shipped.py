@@ -168,9 +168,11 @@ def _linear_launches(
         if fits_unscaled(x_dtype, v_dtype):
             backend.linear(x, v, g, bias, dim, 0.0, "scaled", norm=norm)
             backend.linear_backward(dy, x, v, g, n, dim, 0.0, "scaled", needs, norm=norm)
-        few = dim == 0 and m <= one_pass_rows(size)
-        if few and not narrows_range(x_dtype, v_dtype):
+        ieee = x_dtype == torch.float32 and dtype != "tf32"
+        one_pass = dim == 0 and m <= one_pass_rows(size, ieee=ieee)
+        if one_pass and not narrows_range(x_dtype, v_dtype):
             backend.linear(x, v, g, bias, dim, 0.0, "one_pass", norm=norm)
+        few = dim == 0 and m <= one_pass_rows(size)
         many = dim == 0 and not few and x_dtype.itemsize == v_dtype.itemsize == 2
         if (few or many) and x_dtype != torch.float16:
             variant = "one_pass" if few else "scaled"

@@ -123,7 +123,9 @@ def product_launch(tile: Tile, itemsize: int, ieee: bool, architecture: str) -> 
     if long or (tile.BLOCK_M == 128 and architecture == "cuda:80"):
         warps = 8
     deep = 3 if tile.BLOCK_R == 128 and tile.BLOCK_M >= 64 else 4
-    return warps, stages(2 if itemsize == 8 or ieee else deep, architecture)
+    if itemsize == 8 or ieee:
+        deep = 3 if itemsize == 4 and has_lanes(architecture) else 2
+    return warps, stages(deep, architecture)
 
 
 def sharing(steps: int, wanted: int) -> int:
@@ -132,11 +134,13 @@ def sharing(steps: int, wanted: int) -> int:
     return blocks(steps, blocks(steps, wanted)) if steps else 1
 
 
-def parts(steps: int, tiles: int, programs: int) -> int:
+def parts(steps: int, tiles: int, programs: int, is_direct: bool = False) -> int:
     """Returns the parts of a sum of `steps` that one program would take for each of the `tiles`.
     There are as many as fill the machine with four programs for each of its multiprocessors
-    (`programs`), if the addition costs less than the steps that they save."""
-    found = sharing(steps, max(1, min(steps // 2, 4 * programs // max(1, tiles))))
+    (`programs`), if the addition costs less than the steps that they save. Programs of the direct
+    kernel load nothing in advance, and as many as run at a time hide each other's latency."""
+    each = 16 if is_direct else 4
+    found = sharing(steps, max(1, min(steps // 2, each * programs // max(1, tiles))))
     return found if GRAD_STEP * (steps - blocks(steps, found)) >= SUM_STEPS else 1
 
 
@@ -157,18 +161,25 @@ def direct(itemsize: int) -> tuple[int, int]:
     return 32, 64 if itemsize == 2 else 32
 
 
-def one_pass_rows(itemsize: int, grad: bool = False) -> int:
+def one_pass_rows(itemsize: int, grad: bool = False, ieee: bool = False) -> int:
     """Returns for how many rows the one-pass kernels are planned, of the forward or of the weight's
     gradient, which holds them in one tile. `itemsize` is that of the wider of `x` and `V`. A tile
-    of more rows would not fit the registers."""
+    of more rows would not fit the registers. Without tensor cores (`ieee`) the vendor's product
+    takes long for a few rows, so that the forward is planned for more of them."""
     if itemsize > 2:
-        return 32
+        return 64 if ieee and itemsize == 4 and not grad else 32
     return 64 if grad else 256
 
 
 def walked_rows(itemsize: int) -> int:
     """Returns for how many rows one walk over `V` computes `dX` and `dV`. They are in one tile."""
     return 32 if itemsize > 2 else 128
+
+
+def has_lanes(architecture: str) -> bool:
+    """Returns whether products in float32 without TF32 have sums for every r of a step. An AMD's
+    tensor cores multiply numbers in float32."""
+    return not architecture.startswith("hip")
 
 
 # A program of a one-pass forward that shares its r with others walks so many steps at least, and r
@@ -200,6 +211,10 @@ def one_pass(
     deep = stages(4 if itemsize < 8 else 2, architecture)
     is_hopper = architecture == HOPPER
     block_o = 32 if o <= 8192 else 64
+    if itemsize == 4 and ieee and has_lanes(architecture):
+        # A thread's registers hold the sums of a tile: a row and an output for each r.
+        block_m = up_to(m, 4, 8, 16)
+        return Loop(block_m, 32, 256 // block_m if block_m < 16 else 32, 4, stages(5, architecture))
     if itemsize > 2:
         if is_hopper and not ieee:
             return Loop(64, block_o, 64, 4, deep)

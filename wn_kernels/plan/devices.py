@@ -15,7 +15,9 @@ class Convolution:
 
     Attributes:
         step: a step of the loop of our products (`backends/tiles.py`).
+        ieee_step: the same without tensor cores, where `W` has to be turned.
         direct: our kernels for groups of few channels.
+        direct_tap: the same for each tap of a number of the output.
         flat: the factor on a step whose channels have taps of their own, for each dimension.
         ieee: the fraction of the rate that our products reach without tensor cores.
         grad_ieee: the same for the gradient of a weight.
@@ -25,13 +27,17 @@ class Convolution:
         vendor_native: the same for images with channels last, whose layouts stay.
         vendor_native_grad: the same for a gradient.
         vendor_direct: the same for groups of few channels.
+        vendor_number: for each number of its result where groups have few channels.
+        vendor_ieee: the fraction of the rate that it reaches without tensor cores.
         vendor_step: for each of the products that an element of its result sums.
         vendor_native_step: the same for images with channels last.
         vendor_grouped: the fraction of the rate of 16 bits that other groups reach.
     """
 
     step: float = 4e-7
+    ieee_step: float = 7.5e-7
     direct: float = 3e-6
+    direct_tap: float = 7e-13
     flat: float = 2.6
     ieee: float = 0.3
     grad_ieee: float = 0.5
@@ -41,6 +47,8 @@ class Convolution:
     vendor_native: float = 6e-6
     vendor_native_grad: float = 9e-6
     vendor_direct: float = 1.2e-6
+    vendor_number: float = 1.1e-11
+    vendor_ieee: float = 0.6
     vendor_step: float = 4e-9
     vendor_native_step: float = 1.2e-9
     vendor_grouped: float = 1e-2
@@ -64,8 +72,10 @@ class Device:
             forward of a linear layer.
         wide_intake: the same if `V` is wider than 16 bits.
         grad_intake: the same in the one-pass gradient of its weight.
-        ieee: the fraction of the rate that the one-pass forward reaches in float32 without TF32,
-            and in float64.
+        load: seconds that a multiprocessor takes for a load of each thread of a program.
+        ieee_product: seconds that it takes for a product of two numbers in the one-pass forward
+            without tensor cores.
+        lanes_product: the same where every r of a step has sums of its own.
         cache: the bandwidth of a CPU's cache, as a multiple of that of memory.
         few: on a CPU, the efficiency of the vendor's products of few columns beside that of others,
             as a multiple of what it is on the processor of the constants.
@@ -88,7 +98,9 @@ class Device:
     intake: float = 5.5e10
     wide_intake: float = 2.2e10
     grad_intake: float = 7e10
-    ieee: float = 0.07
+    load: float = 2.5e-8
+    ieee_product: float = 7.5e-11
+    lanes_product: float = 1e-11
     cache: float = 4.0
     few: float = 1.0
     own: float = 1.0

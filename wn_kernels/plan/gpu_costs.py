@@ -50,6 +50,21 @@ def _pipelined(
     return Grid(max(1, programs), deep * loaded, max(1, resident))
 
 
+class Loaded(NamedTuple):
+    """A tile of a factor: its elements, their bytes, and the elements of a row in memory."""
+
+    elements: int
+    itemsize: int
+    row: int
+
+
+def _loading(device: Device, warps: int, *loaded: Loaded) -> float:
+    """Returns the time of a step's loads. A load has as many elements as all rows begin at a
+    multiple of, in up to 16 bytes."""
+    loads = sum(t.elements / math.gcd(16 // t.itemsize, t.row) for t in loaded)
+    return loads / (32 * warps) * device.load
+
+
 # --- linear layers -------------------------------------------------------------------------------
 
 # A product of the vendor's takes the overhead of this many launches, since its kernels take longer
@@ -111,7 +126,7 @@ def triton_linear(call: Call, device: Device) -> Costs:
     forward = {"materialize": [form, product]}
     if late:
         forward = {"scaled": [weight_passes(v), product, scale]} | forward
-    few = dim == 0 and m <= tiles.one_pass_rows(size)
+    few = dim == 0 and m <= tiles.one_pass_rows(size, ieee=ieee)
     if few and not narrows_range(call.x_dtype, call.v_dtype):
         forward = {"one_pass": _one_pass(call, m, ieee, device)} | forward
 
@@ -168,9 +183,16 @@ def _one_pass(call: Call, m: int, ieee: bool, device: Device) -> list[Stage]:
     intake = device.intake if size == 2 else device.wide_intake
     parts = (max(4.0, x_size) * m + 4) * n * shares if shares > 1 else 0.0
     moved, y = v_size * n * k + x_size * m * k, x_size * m * n
-    products = 2.0 * m * n * k / device.ieee if ieee else 0.0
+    steps = tiles.blocks(k, loop.BLOCK_R) / shares * max(1.0, blocks / programs)
+    x_tile = Loaded(min(m, loop.BLOCK_M) * loop.BLOCK_R, x_size, k)
+    v_tile = Loaded(loop.BLOCK_O * loop.BLOCK_R, v_size, k)
+    step = _loading(device, loop.num_warps, x_tile, v_tile)
+    if ieee:
+        has_lanes = size == 4 and tiles.has_lanes(device.architecture)
+        product = device.lanes_product if has_lanes else device.ieee_product
+        step = max(step, loop.BLOCK_M * loop.BLOCK_O * loop.BLOCK_R * product)
     grid = _loop(loop, blocks, (x_size, v_size), device)
-    walk = Stage(moved + (parts or y), products, taken_in / intake, 1, grid)
+    walk = Stage(moved + (parts or y), 0.0, max(taken_in / intake, steps * step), 1, grid)
     return [walk, _pass(parts + y, m * n, device)] if parts else [walk]
 
 
@@ -194,8 +216,11 @@ def _weight_product(call: Call, m: int, device: Device) -> Stage:
 
 # --- convolutions --------------------------------------------------------------------------------
 
-# The vendor's convolutions split a sum of more numbers than this.
-VENDOR_LENGTH = 2**13
+# The vendor's convolutions split a sum of more numbers than this, of which one more takes this part
+# of the time.
+VENDOR_LENGTH, VENDOR_SPLIT = 2**13, 0.3
+# The warps that load a step of a product.
+LOADING = 4
 
 
 def triton_convolution(call: Call, conv: Geometry, device: Device) -> Costs:
@@ -224,18 +249,18 @@ def triton_convolution(call: Call, conv: Geometry, device: Device) -> Costs:
 
     forward = {
         "packed": [form, *repack_x, *own.product(conv.transposed)],
-        "materialize": [form, own.vendors(own.length(conv.transposed))],
+        "materialize": [form, own.vendors(*own.vendors_sum(conv.transposed))],
     }
     narrows = narrows_range(call.x_dtype, call.v_dtype)
     if conv.has_small_groups(call.v_shape) and conv.owns_slices(call.dim) and not narrows:
         forward["one_pass"] = [*repack_x, *own.product(False)]
-    vendors_dx = own.vendors(own.length(not conv.transposed), is_grad=True)
+    vendors_dx = own.vendors(*own.vendors_sum(not conv.transposed), is_grad=True)
     bias = Stage(own.y, 0.0, constants.step)  # the sum of `dY` alone
     grad = [*repack_x, *own.gradient(), finish] + ([bias] if conv.transposed else [])
     backward = {
         "packed": [form, *repack_y, *own.product(not conv.transposed), *grad],
         "weight_grad": [form, vendors_dx, *repack_y, *grad],
-        "materialize": [form, vendors_dx, own.vendors(own.small, is_grad=True), bias, finish],
+        "materialize": [form, vendors_dx, own.vendors(own.small, 1, is_grad=True), bias, finish],
     }
     return Costs(forward, backward, device, device.rate(call.x_dtype.itemsize, call.tf32))
 
@@ -274,24 +299,35 @@ class _Products(NamedTuple):
         pixels = batch * math.prod(small), batch * math.prod(phase)
         return cls(call, conv, device, *convolution_sizes(call, conv), *pixels)
 
-    def vendors(self, length: float, is_grad: bool = False) -> Stage:
+    def vendors_sum(self, phased: bool) -> tuple[float, int]:
+        """Returns `length` and `phases` of the vendor's product. It computes all phases as one, and
+        takes longer for a result than the numbers of its phase would. On tensor cores it multiplies
+        the zeros between pixels as well."""
+        phases = math.prod(self.conv.stride) if phased else 1
+        return self.length(phased) * math.sqrt(phases), 1 if self.ieee else phases
+
+    def vendors(self, length: float, phases: int, is_grad: bool = False) -> Stage:
         """Returns one of the vendor's products, each of whose results sums `length` numbers. A call
-        has a fixed time, and the sum is bound by latency, but for a long one, which is split."""
+        has a fixed time, and the sum is bound by latency."""
         call, conv, device = self.call, self.conv, self.device
         constants, moved = device.convolution, self.x + self.y + self.w
         if conv.has_small_groups(call.v_shape):
             converts = 2 * (self.x + self.y) * call.channels_last
-            return Stage(moved + converts, 0.0, constants.vendor_direct, 1 + call.channels_last)
+            numbers = max(self.x, self.y) / self._size * constants.vendor_number
+            least = max(constants.vendor_direct, numbers)
+            return Stage(moved + converts, 0.0, least, 1 + call.channels_last)
         # Few channels are padded.
         as_it_lies = call.channels_last and len(conv.stride) > 1 and call.v_shape[1] >= 16
         least, step = constants.vendor, constants.vendor_step
         if as_it_lies:
             least = constants.vendor_native_grad if is_grad else constants.vendor_native
             step = constants.vendor_native_step
-        least += min(length, VENDOR_LENGTH) * step + 4 * self.w / device.bandwidth
+        longer = VENDOR_SPLIT * max(0.0, length - VENDOR_LENGTH)
+        least += (min(length, VENDOR_LENGTH) + longer) * step + 4 * self.w / device.bandwidth
         if conv.groups > 1:
             least += self.operations / (constants.vendor_grouped * device.rates[0])
-        return Stage(moved, 0.0, least + self.operations / device.rate(self._size, call.tf32))
+        rate = device.rate(self._size, call.tf32) * (constants.vendor_ieee if self.ieee else 1)
+        return Stage(moved, 0.0, least + phases * self.operations / rate)
 
     @property
     def _size(self) -> int:
@@ -312,11 +348,10 @@ class _Products(NamedTuple):
         """Whether tensor cores cannot serve them."""
         return self._size == 8 or (self._size == 4 and not self.call.tf32)
 
-    def _seconds(self, steps: float, ieee: float) -> float:
+    def _seconds(self, steps: float, step: float, ieee: float) -> float:
         """Returns the time of steps of a loop, and of what it computes without tensor cores, where
         it reaches the fraction `ieee` of the rate."""
-        constants = self.device.convolution
-        seconds = steps * constants.step
+        seconds = steps * step
         if self.ieee:
             rate = self.device.rate(self._size) * ieee
             seconds = max(seconds, self.operations / rate)
@@ -341,8 +376,14 @@ class _Products(NamedTuple):
             *(tile.BLOCK_M, tile.BLOCK_O, tile.BLOCK_R),
             *tiles.product_launch(tile, self._size, self.ieee, device.architecture),
         )
-        steps = tile.steps * (constants.flat ** len(conv.stride) if r < 16 else 1)
-        seconds = self._seconds(steps, constants.ieee)
+        step = constants.ieee_step if self.ieee and not phased else constants.step
+        if r < 16:
+            step *= constants.flat ** len(conv.stride)
+        else:
+            a = Loaded(tile.BLOCK_M * tile.BLOCK_R, self._size, r)
+            w = Loaded(tile.BLOCK_O * tile.BLOCK_R, self._size, o if phased else r)
+            step = max(step, _loading(device, LOADING, a, w))
+        seconds = self._seconds(tile.steps, step, constants.ieee)
         found = [Stage(moved, self.operations, seconds, grid=grid)]
         if tile.splits > 1:
             result = self.y if phased == conv.transposed else self.x
@@ -358,11 +399,13 @@ class _Products(NamedTuple):
 
     def _direct(self, moved: float) -> Stage:
         """Returns a launch of groups of few channels. A program has a tile of `x` in flight."""
-        device = self.device
-        tile = math.prod(tiles.direct(self._size))
-        programs = max(1, math.ceil((self.x + self.y) / 2 / self._size / tile))
-        grid = Grid(programs, tile * self._size, THREADS // 128)
-        return Stage(moved, 0.0, device.convolution.direct, grid=grid)
+        device, size = self.device, self._size
+        constants = device.convolution
+        tile = math.prod(tiles.direct(size))
+        programs = max(1, math.ceil((self.x + self.y) / 2 / size / tile))
+        grid = Grid(programs, tile * size, THREADS // 128)
+        taps = min(self.x, self.y) / size * math.prod(self.call.v_shape[1:])
+        return Stage(moved, 0.0, max(constants.direct, constants.direct_tap * taps), grid=grid)
 
     def gradient(self) -> list[Stage]:
         """Returns the launches of the gradient of the weight."""
@@ -385,7 +428,11 @@ class _Products(NamedTuple):
         walked = (step * tiles.blocks(steps, parts) + 1) * waves
         if r < 16 or call.tf32:  # loads of single elements, and a tile that is turned in registers
             walked *= 2
-        seconds = self._seconds(walked, constants.grad_ieee)
+        seconds = self._seconds(walked, constants.step, constants.grad_ieee)
+        if r >= 16:
+            p, q = (Loaded(block_m * b, self._size, c) for b, c in ((block_o, o), (block_r, r)))
+            loading = _loading(device, loop.num_warps, p, q)
+            seconds = max(seconds, tiles.blocks(steps, parts) * waves * loading)
         grid = self._grid(count * parts, block_o, block_r, block_m, *loop[3:])
         found = [Stage(self.x + self.y + parts * dw, self.operations, seconds, grid=grid)]
         if parts > 1:

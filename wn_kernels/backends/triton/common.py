@@ -50,6 +50,15 @@ def offsets(block, BLOCK: tl.constexpr, WIDE: tl.constexpr):
     return first + tl.arange(0, BLOCK)
 
 
+@triton.jit
+def multiple(x, UNIT: tl.constexpr):
+    """`x`, a multiple of UNIT, such that the compiler finds that out, and loads UNIT elements at a
+    time. It finds out by itself about multiples of 16."""
+    if UNIT > 1 and UNIT < 16:
+        x = x // UNIT * UNIT
+    return x
+
+
 # --- norms of slices and their slopes ----------------------------------------------------------
 
 # NORM is one of `call.NORMS`. A part of a slice has a *partial*: the sum of its squares (l2) or of

@@ -23,22 +23,25 @@ from torch import Tensor
 from ...call import Geometry, scale_dtype
 from ..tiles import parts as split_over
 from . import configs, weight
-from .common import dot, finished, offsets
+from .common import dot, finished, multiple, offsets
 from .configs import Target
-from .launch import Launcher, is_wide, product_types, unallocated
+from .launch import Launcher, is_wide, product_types, unallocated, unit
 from .parts import prepare_sum
 from .passes import Pass
 from .pixels import (
     activation_strides,
+    activation_unit,
     as_columns,
     as_rows,
     block_of_taps,
     gathered,
+    in_units,
     pixel_offset,
     split_pixels,
     split_taps,
     tap_offset,
     three,
+    weight_in_units,
     weight_strides,
 )
 
@@ -73,6 +76,7 @@ def conv_grad_kernel(
     ACC: tl.constexpr,
     PRECISION: tl.constexpr,
     WAITS: tl.constexpr,
+    UNITS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_O: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -80,7 +84,13 @@ def conv_grad_kernel(
     """DW[part], a tile of O rows by R channels under one tap, over this part of the M pixels.
 
     FLAT as in `block_of_taps`. DB[part], from its element `first_bias`, is the column sum of P.
+    UNITS are those of the strides of P and of Q, of O and of R (`common.multiple`).
     """
+    stride_p = in_units(stride_p, UNITS[0])
+    stride_q = in_units(stride_q, UNITS[1])
+    O = multiple(O, UNITS[2])
+    R = multiple(R, UNITS[3])
+    stride_w = weight_in_units(stride_w, UNITS[3], PHASED=False)
     part = tl.program_id(1)
     group = tl.program_id(2)
     offs_o = offsets(tl.program_id(0) // tiles_r, BLOCK_O, WIDE)
@@ -223,7 +233,7 @@ def prepare_weight_grad(
         tiles = triton.cdiv(o, config.BLOCK_O) * tiles_r
         rest = groups
     blocks_m = triton.cdiv(m, config.BLOCK_M)
-    parts = split_over(blocks_m, tiles * rest, target.multiprocessors)
+    parts = split_over(blocks_m, tiles * rest, target.multiprocessors, direct)
     steps = triton.cdiv(blocks_m, parts)
     dw = weight.packed(v, scale_dtype(v))
     db = unallocated((first if has_bias else 0,), dy.dtype)
@@ -255,6 +265,7 @@ def prepare_weight_grad(
     else:
         constants |= {"tiles_r": tiles_r, "FLAT": flat, "PRECISION": types["PRECISION"]}
         constants["WAITS"] = target.is_hopper
+        constants["UNITS"] = activation_unit(p), activation_unit(q), unit(o), unit(r)
         launch = Launcher(conv_grad_kernel, target, grid, **constants)
 
     run = Pass("dy", "x")

@@ -38,22 +38,25 @@ from torch import Tensor
 
 from ...call import Geometry, Norm, scale_dtype
 from . import configs
-from .common import as_norm, dot, merged, offsets, partial_of
+from .common import as_norm, dot, merged, multiple, offsets, partial_of
 from .configs import Target
-from .launch import Launcher, acc_type, is_wide, product_types, unallocated
+from .launch import Launcher, acc_type, is_wide, product_types, unallocated, unit
 from .parts import prepare_sum
 from .passes import Pass
 from .pixels import (
     activation_strides,
+    activation_unit,
     as_columns,
     as_rows,
     block_of_taps,
     gathered,
+    in_units,
     pixel_offset,
     split_pixels,
     split_taps,
     tap_offset,
     three,
+    weight_in_units,
     weight_strides,
 )
 
@@ -156,6 +159,9 @@ def conv_kernel(
     WIDE: tl.constexpr,
     ACC: tl.constexpr,
     PRECISION: tl.constexpr,
+    UNITS: tl.constexpr,
+    LANES: tl.constexpr,
+    STAGES: tl.constexpr,
     GROUP: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_O: tl.constexpr,
@@ -165,8 +171,13 @@ def conv_kernel(
 
     C[part] is the sum over one of `splits` parts of the steps. `stride_w` is that of
     (group, o, r, *taps). FLAT walks taps and channels as one axis, for channels too few to fill a
-    block.
+    block. UNITS are those of A's strides, of O and of R (`common.multiple`). LANES: each r of a
+    tile has sums of its own until the loop is over, as in `one_pass_kernel`.
     """
+    stride_a = in_units(stride_a, UNITS[0])
+    O = multiple(O, UNITS[1])
+    R = multiple(R, UNITS[2])
+    stride_w = weight_in_units(stride_w, UNITS[1] if PHASED else UNITS[2], PHASED=PHASED)
     pid = tl.program_id(0)
     part = tl.program_id(1) % splits
     group = tl.program_id(2)
@@ -199,8 +210,8 @@ def conv_kernel(
     r = begin % blocks
     # A phase may have no taps at all.
     j = split_taps(begin // blocks, (count[0], tl.maximum(count[1], 1), tl.maximum(count[2], 1)))
-    acc = tl.zeros((BLOCK_M, BLOCK_O), ACC)
-    for i in range(begin, min(begin + own, steps)):
+    acc = tl.zeros((BLOCK_M, BLOCK_O, BLOCK_R) if LANES else (BLOCK_M, BLOCK_O), ACC)
+    for i in tl.range(begin, min(begin + own, steps), num_stages=STAGES):
         if FLAT:
             taps_of, at_r, mask_r = block_of_taps(i, count, R, FLAT, WIDE, BLOCK_R)
             a_j = as_columns(taps_of)
@@ -217,15 +228,20 @@ def conv_kernel(
         w_at = W + tap_offset(tap_of(w_j, first, step), stride_w)
         if PHASED:
             w_at += at_r[:, None] * stride_w[2] + offs_o[None, :] * stride_w[1]
-            w = tl.load(w_at, mask=mask_r[:, None] & mask_o[None, :], other=0.0)
+            w = tl.trans(tl.load(w_at, mask=mask_r[:, None] & mask_o[None, :], other=0.0))
         else:
             w_at += offs_o[:, None] * stride_w[1] + at_r[None, :] * stride_w[2]
-            w = tl.trans(tl.load(w_at, mask=mask_o[:, None] & mask_r[None, :], other=0.0))
-        acc = dot(a, w, acc, PRECISION)
+            w = tl.load(w_at, mask=mask_o[:, None] & mask_r[None, :], other=0.0)
+        if LANES:
+            acc += a[:, None, :] * w[None, :, :]
+        else:
+            acc = dot(a, tl.trans(w), acc, PRECISION)
         if not FLAT:
             # The next block, or the first one under the next tap. Divisions would take longer than
             # the product does.
             r, j = next_block(r, j, blocks, count)
+    if LANES:
+        acc = tl.sum(acc, axis=2)
 
     if HAS_BIAS:
         acc += tl.load(BIAS + group * O + offs_o, mask=mask_o, other=0.0).to(ACC)[None, :]
@@ -344,6 +360,7 @@ def prepare_product(
         rest = phases * conv.groups
         config = configs.conv(m, o, r, walked, rest, a.element_size(), ieee, target)
     assert isinstance(config, configs.SplitConfig)
+    lanes = configs.has_lanes(a.dtype, tf32, target)
     splits = config.splits
     tiles = triton.cdiv(m, config.BLOCK_M) * triton.cdiv(o, config.BLOCK_O)
     types = product_types(a, tf32)
@@ -364,6 +381,9 @@ def prepare_product(
         FLAT=r < 16 or triton.next_power_of_2(r) < config.BLOCK_R,
         HAS_BIAS=bias is not None and splits == 1,
         WIDE=is_wide(a, w, out),
+        UNITS=(activation_unit(a), unit(o), unit(r)),
+        LANES=lanes,
+        STAGES=config.num_stages if lanes else None,
         GROUP=8,
         **types,
         **config.of_kernel(),

@@ -259,6 +259,11 @@ def is_wide(*tensors: Tensor | None) -> bool:
     return False
 
 
+def unit(*sizes: int) -> int:
+    """The largest power of two, 16 at most, of which all of these are multiples."""
+    return math.gcd(16, *sizes)
+
+
 class Slices(NamedTuple):
     """Tensors of one shape seen as `n` slices over at most three nested reduced loops.
 
@@ -386,13 +391,15 @@ def acc_type(v: Tensor) -> tl.dtype:
 
 
 def sizes(x: Tensor, v: Tensor, dv: Tensor | None = None) -> dict[str, int]:
-    """The sizes and the strides of a linear layer's `x`, `V` and `dV`, as its kernels name them."""
+    """The sizes and the strides of a linear layer's `x`, `V` and `dV`, as its kernels name them.
+    `UNIT` is that of their rows (`common.multiple`)."""
     found = {"M": len(x), "O": len(v), "R": v.shape[1]}
     found |= {"stride_xm": x.stride(0), "stride_xr": x.stride(1)}
     found |= {"stride_vo": v.stride(0), "stride_vr": v.stride(1)}
     if dv is not None:
         found |= {"stride_do": dv.stride(0), "stride_dr": dv.stride(1)}
-    return found
+    rows = (t.stride(0) for t in (x, v, dv) if t is not None)
+    return found | {"UNIT": unit(v.shape[1], *rows)}
 
 
 def kept_product(x: Tensor, v: Tensor, norm: Norm) -> Tensor:

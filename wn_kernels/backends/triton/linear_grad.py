@@ -34,9 +34,9 @@ from torch import Tensor
 from ...call import Norm
 from .. import tiles
 from . import configs
-from .common import cast, dot, finished, offsets, slope, slope_coefficient, tied
+from .common import cast, dot, finished, multiple, offsets, slope, slope_coefficient, tied
 from .configs import Target
-from .launch import Launcher, allocator, is_wide, product_types, sizes, unallocated
+from .launch import Launcher, allocator, is_wide, product_types, sizes, unallocated, unit
 from .parts import prepare_sum
 from .passes import Pass
 
@@ -78,6 +78,7 @@ def grad_one_pass_kernel(
     ACC: tl.constexpr,
     PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
+    UNIT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_O: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -86,6 +87,10 @@ def grad_one_pass_kernel(
 
     DB is the column sum of P (BIAS "owned") or of Q ("walked", by the first program).
     """
+    R = multiple(R, UNIT)
+    stride_qm = multiple(stride_qm, UNIT)
+    stride_vo = multiple(stride_vo, UNIT)
+    stride_do = multiple(stride_do, UNIT)
     pid = tl.program_id(0)
     offs_m = offsets(0 * pid, BLOCK_M, WIDE)
     offs_o = offsets(pid, BLOCK_O, WIDE)
@@ -155,6 +160,7 @@ def grads_kernel(
     PRECISION: tl.constexpr,
     WAITS: tl.constexpr,
     STAGES: tl.constexpr,
+    UNIT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_O: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -164,6 +170,10 @@ def grads_kernel(
     A program has BLOCK_R columns of V and walks `steps` tiles of its rows. Programs that share the
     rows of some columns leave a part of DX each, (M, R).
     """
+    R = multiple(R, UNIT)
+    stride_xm = multiple(stride_xm, UNIT)
+    stride_vo = multiple(stride_vo, UNIT)
+    stride_do = multiple(stride_do, UNIT)
     tiles_r = tl.cdiv(R, BLOCK_R)
     share = tl.program_id(0) // tiles_r
     offs_m = offsets(0 * share, BLOCK_M, WIDE)
@@ -214,11 +224,16 @@ def weight_product_kernel(
     WIDE: tl.constexpr,
     ACC: tl.constexpr,
     PRECISION: tl.constexpr,
+    UNIT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_O: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
     """DV = Sᵀ X - COEF ⊙ u, a tile of V for each program, by steps of BLOCK_M rows. S is dense."""
+    R = multiple(R, UNIT)
+    stride_xm = multiple(stride_xm, UNIT)
+    stride_vo = multiple(stride_vo, UNIT)
+    stride_do = multiple(stride_do, UNIT)
     tiles_r = tl.cdiv(R, BLOCK_R)
     offs_o = offsets(tl.program_id(0) // tiles_r, BLOCK_O, WIDE)
     offs_r = offsets(tl.program_id(0) % tiles_r, BLOCK_R, WIDE)
@@ -304,6 +319,7 @@ def prepare_weight_grad(
         BIAS=("walked" if swaps else "owned") if needs_bias else "",
         WIDE=is_wide(p, q, v, dv),
         STAGES=config.num_stages,
+        UNIT=unit(r, q.stride(0), v_own.stride(0), dv_own.stride(0)),
         **product_types(x, tf32),
         **config._asdict(),
     )

@@ -26,6 +26,7 @@ from .common import (
     merged,
     merged_along,
     merged_ties,
+    multiple,
     offsets,
     partial_of,
     tied,
@@ -106,7 +107,9 @@ def one_pass_kernel(
     ACC: tl.constexpr,
     PRECISION: tl.constexpr,
     WAITS: tl.constexpr,
+    UNIT: tl.constexpr,
     SPLIT: tl.constexpr,
+    STAGES: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_O: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -116,10 +119,15 @@ def one_pass_kernel(
 
     PARTS: programs share the r of a tile, `steps` tiles of it each. They leave the product of their
     share in Y, (shares, M, O), and its partial of each norm in NORMS, (shares, O).
-    SPLIT > 1: so many products of a share of a tile's r each, one to a warp.
+    SPLIT > 1: so many products of a share of a tile's r each, one to a warp. SPLIT = 0: each r of a
+    tile has sums of its own until the loop is over, which takes multiplications and additions of
+    registers alone (`tl.dot` without tensor cores is bound by its loads from shared memory).
     KEEP: P, which lies as Y does, is X Vᵀ. For linf, a row with the ties of each slice comes before
     it; of PARTS these ties follow the partials of all shares.
     """
+    R = multiple(R, UNIT)
+    stride_xm = multiple(stride_xm, UNIT)
+    stride_vo = multiple(stride_vo, UNIT)
     tiles_m = tl.cdiv(M, BLOCK_M)
     tiles = tiles_m * tl.cdiv(O, BLOCK_O)
     share = tl.program_id(0) // tiles
@@ -129,19 +137,22 @@ def one_pass_kernel(
     mask_m = offs_m < M
     mask_o = offs_o < O
     norm_type = NORMS.dtype.element_ty
-    if SPLIT == 1:
+    if SPLIT == 0:
+        acc = tl.zeros((BLOCK_M, BLOCK_O, BLOCK_R), ACC)
+    elif SPLIT == 1:
         acc = tl.zeros((BLOCK_M, BLOCK_O), ACC)
     else:
         acc = tl.zeros((SPLIT, BLOCK_M, BLOCK_O), ACC)
     # Partials of the norms stay inside a thread until the loop is over: no shuffles in it.
-    partials = tl.zeros((BLOCK_O, BLOCK_R // 8), norm_type)
-    ties = tl.zeros((BLOCK_O, BLOCK_R // 8), norm_type)
+    RUN: tl.constexpr = 8 if SPLIT > 0 else 1
+    partials = tl.zeros((BLOCK_O, BLOCK_R // RUN), norm_type)
+    ties = tl.zeros((BLOCK_O, BLOCK_R // RUN), norm_type)
 
     first, end = 0, R
     if PARTS:
         first = share * steps * BLOCK_R
         end = tl.minimum(R, first + steps * BLOCK_R)
-    for start in range(first, end, BLOCK_R):
+    for start in tl.range(first, end, BLOCK_R, num_stages=STAGES):
         offs_r = offsets(start // BLOCK_R, BLOCK_R, WIDE)
         x_at = X + offs_m[:, None] * stride_xm + offs_r[None, :] * stride_xr
         v_at = V + offs_o[:, None] * stride_vo + offs_r[None, :] * stride_vr
@@ -153,20 +164,28 @@ def one_pass_kernel(
             x = tl.load(x_at, mask=mask_m[:, None] & mask_r[None, :], other=0.0)
             v = tl.load(v_at, mask=mask_o[:, None] & mask_r[None, :], other=0.0)
         factor = cast(v, x.dtype)
-        if SPLIT == 1:
+        if SPLIT == 0:
+            acc += x[:, None, :] * factor[None, :, :]
+        elif SPLIT == 1:
             acc = dot(x, tl.trans(factor), acc, PRECISION)
         else:
             factor = tl.reshape(factor, (BLOCK_O, SPLIT, BLOCK_R // SPLIT))
             x = tl.permute(tl.reshape(x, (BLOCK_M, SPLIT, BLOCK_R // SPLIT)), (1, 0, 2))
             acc = dot(x, tl.permute(factor, (1, 2, 0)), acc, PRECISION)
-        single = tl.reshape(partial_of(v.to(norm_type), NORM), (BLOCK_O, BLOCK_R // 8, 8))
-        eight = merged_along(single, 2, NORM)
+        run, ties_of_run = partial_of(v.to(norm_type), NORM), 1.0
+        if RUN > 1:
+            single = tl.reshape(run, (BLOCK_O, BLOCK_R // RUN, RUN))
+            run = merged_along(single, 2, NORM)
+            if KEEP and NORM == "linf":
+                ties_of_run = tl.sum(tied(single, run[:, :, None]), axis=2)
         if KEEP and NORM == "linf":
-            of_eight = tl.sum(tied(single, eight[:, :, None]), axis=2)
-            ties = merged_ties(partials, ties, eight, of_eight)
-        partials = merged(partials, eight, NORM)
-        acc = finished(acc, first, end, WAITS)
-    if SPLIT > 1:
+            ties = merged_ties(partials, ties, run, ties_of_run)
+        partials = merged(partials, run, NORM)
+        if SPLIT > 0:
+            acc = finished(acc, first, end, WAITS)
+    if SPLIT == 0:
+        acc = tl.sum(acc, axis=2)
+    elif SPLIT > 1:
         acc = tl.sum(acc, axis=0)
 
     partial = merged_along(partials, 1, NORM)
@@ -293,6 +312,7 @@ def prepare_one_pass(
         size = max(x.element_size(), v.element_size())
         ieee = x.element_size() >= 4 and not tf32
         config = configs.one_pass(m, o, r, size, ieee, target)
+    split = configs.split(config, x.dtype, tf32, target)
     tiles_r = triton.cdiv(r, config.BLOCK_R)
     shares = tiles.sharing(tiles_r, config.splits)
     steps = triton.cdiv(tiles_r, shares)
@@ -313,7 +333,8 @@ def prepare_one_pass(
         EVEN_R=r % config.BLOCK_R == 0,
         WIDE=is_wide(x, v, parts),
         WAITS=target.is_hopper,
-        SPLIT=configs.split(config, x.element_size()),
+        SPLIT=split,
+        STAGES=None if split else config.num_stages,  # no product tells the compiler what to load
         **types,
         **(options if shares == 1 else options | {"HAS_BIAS": False, "KEEP": counts}),
         **config.of_kernel(),

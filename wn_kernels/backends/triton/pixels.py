@@ -13,8 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import offsets
-from .launch import unallocated
+from .common import multiple, offsets
+from .launch import unallocated, unit
 
 # --- in a kernel -------------------------------------------------------------------------------
 
@@ -69,6 +69,27 @@ def as_columns(j):
 
 
 @triton.jit
+def in_units(stride, UNIT: tl.constexpr):
+    """The strides of an activation whose channels are contiguous; the others are multiples of
+    UNIT."""
+    d, h, w = multiple(stride[2], UNIT), multiple(stride[3], UNIT), multiple(stride[4], UNIT)
+    return (multiple(stride[0], UNIT), stride[1], d, h, w)
+
+
+@triton.jit
+def weight_in_units(stride, UNIT: tl.constexpr, PHASED: tl.constexpr):
+    """The strides of a packed weight whose innermost channels, those of (group, o, r, *taps) that
+    are o if PHASED and r if not, are a multiple of UNIT."""
+    o, r = stride[1], stride[2]
+    if PHASED:
+        r = multiple(r, UNIT)
+    else:
+        o = multiple(o, UNIT)
+    d, h, w = multiple(stride[3], UNIT), multiple(stride[4], UNIT), multiple(stride[5], UNIT)
+    return (multiple(stride[0], UNIT), o, r, d, h, w)
+
+
+@triton.jit
 def pixel_offset(q, stride):
     """Offset of pixels in an activation; `stride` is that of (batch, channel, *sizes)."""
     return q[0] * stride[2] + q[1] * stride[3] + q[2] * stride[4]
@@ -115,6 +136,11 @@ def channels_last(x: Tensor) -> Tensor:
 def activation_strides(x: Tensor) -> tuple[int, ...]:
     """Of (batch, channel, *sizes)."""
     return (x.stride(0), x.stride(1), *three(x.stride()[2:], 0))
+
+
+def activation_unit(x: Tensor) -> int:
+    """The unit of `in_units`."""
+    return unit(x.stride(0), *x.stride()[2:])
 
 
 def weight_strides(v: Tensor, k: int, phased: bool = False) -> tuple[int, ...]:
