@@ -463,7 +463,7 @@ def test_what_takes_the_weight_of_a_group_on_a_gpu(monkeypatch):
     geometry = Geometry((1,), (1,), (1,), False, (0,), 1)
     small, wide = (
         Call(torch.Size((1, n, size)), torch.Size((n, n, 3)), F32, F32, 0, geometry)
-        for n, size in ((16, 64), (256, 800))
+        for n, size in ((16, 64), (256, 3200))
     )
     row = Call(torch.Size((1, 4096)), torch.Size((4096, 4096)), F32, F32, 0)
     large = row._replace(x_shape=torch.Size((8192, 4096)))

@@ -15,7 +15,7 @@ class Convolution:
 
     Attributes:
         step: a step of the loop of our products (`backends/tiles.py`).
-        ieee_step: the same without tensor cores, where `W` has to be turned.
+        ieee_step: the same without tensor cores, where programs hide each other's latency.
         direct: our kernels for groups of few channels.
         direct_tap: the same for each tap of a number of the output.
         flat: the factor on a step whose channels have taps of their own, for each dimension.
@@ -35,7 +35,7 @@ class Convolution:
     """
 
     step: float = 4e-7
-    ieee_step: float = 7.5e-7
+    ieee_step: float = 2e-7
     direct: float = 3e-6
     direct_tap: float = 7e-13
     flat: float = 2.6
@@ -73,9 +73,12 @@ class Device:
         wide_intake: the same if `V` is wider than 16 bits.
         grad_intake: the same in the one-pass gradient of its weight.
         load: seconds that a multiprocessor takes for a load of each thread of a program.
+        single_load: the same of single numbers of 32 bits.
         ieee_product: seconds that it takes for a product of two numbers in the one-pass forward
             without tensor cores.
         lanes_product: the same where every r of a step has sums of its own.
+        lanes_sum: the sum of these at the end.
+        lanes_intake: as `intake`, there.
         cache: the bandwidth of a CPU's cache, as a multiple of that of memory.
         few: on a CPU, the efficiency of the vendor's products of few columns beside that of others,
             as a multiple of what it is on the processor of the constants.
@@ -99,8 +102,11 @@ class Device:
     wide_intake: float = 2.2e10
     grad_intake: float = 7e10
     load: float = 2.5e-8
+    single_load: float = 1.6e-7
     ieee_product: float = 7.5e-11
     lanes_product: float = 1e-11
+    lanes_sum: float = 2.2e-6
+    lanes_intake: float = 3.2e10
     cache: float = 4.0
     few: float = 1.0
     own: float = 1.0

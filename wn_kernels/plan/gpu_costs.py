@@ -61,8 +61,12 @@ class Loaded(NamedTuple):
 def _loading(device: Device, warps: int, *loaded: Loaded) -> float:
     """Returns the time of a step's loads. A load has as many elements as all rows begin at a
     multiple of, in up to 16 bytes."""
-    loads = sum(t.elements / math.gcd(16 // t.itemsize, t.row) for t in loaded)
-    return loads / (32 * warps) * device.load
+    seconds = 0.0
+    for elements, itemsize, row in loaded:
+        wide = math.gcd(16 // itemsize, row)
+        load = device.single_load if wide == 1 and itemsize == 4 else device.load
+        seconds += elements / wide * load
+    return seconds / (32 * warps)
 
 
 # --- linear layers -------------------------------------------------------------------------------
@@ -187,12 +191,14 @@ def _one_pass(call: Call, m: int, ieee: bool, device: Device) -> list[Stage]:
     x_tile = Loaded(min(m, loop.BLOCK_M) * loop.BLOCK_R, x_size, k)
     v_tile = Loaded(loop.BLOCK_O * loop.BLOCK_R, v_size, k)
     step = _loading(device, loop.num_warps, x_tile, v_tile)
-    if ieee:
-        has_lanes = size == 4 and tiles.has_lanes(device.architecture)
-        product = device.lanes_product if has_lanes else device.ieee_product
-        step = max(step, loop.BLOCK_M * loop.BLOCK_O * loop.BLOCK_R * product)
+    last = 0.0
+    if ieee and size == 4 and tiles.has_lanes(device.architecture):
+        step = max(step, loop.BLOCK_M * loop.BLOCK_O * loop.BLOCK_R * device.lanes_product)
+        intake, last = device.lanes_intake, device.lanes_sum
+    elif ieee:
+        step = max(step, loop.BLOCK_M * loop.BLOCK_O * loop.BLOCK_R * device.ieee_product)
     grid = _loop(loop, blocks, (x_size, v_size), device)
-    walk = Stage(moved + (parts or y), 0.0, max(taken_in / intake, steps * step), 1, grid)
+    walk = Stage(moved + (parts or y), 0.0, last + max(taken_in / intake, steps * step), 1, grid)
     return [walk, _pass(parts + y, m * n, device)] if parts else [walk]
 
 
@@ -248,7 +254,7 @@ def triton_convolution(call: Call, conv: Geometry, device: Device) -> Costs:
     )
 
     forward = {
-        "packed": [form, *repack_x, *own.product(conv.transposed)],
+        "packed": [*repack_x, form, *own.product(conv.transposed)],
         "materialize": [form, own.vendors(*own.vendors_sum(conv.transposed))],
     }
     narrows = narrows_range(call.x_dtype, call.v_dtype)
@@ -376,7 +382,10 @@ class _Products(NamedTuple):
             *(tile.BLOCK_M, tile.BLOCK_O, tile.BLOCK_R),
             *tiles.product_launch(tile, self._size, self.ieee, device.architecture),
         )
-        step = constants.ieee_step if self.ieee and not phased else constants.step
+        waves = programs * tile.splits / device.multiprocessors
+        step = constants.step
+        if self.ieee:  # programs that wait for their loads let others compute
+            step = max(constants.ieee_step, step / max(1.0, waves))
         if r < 16:
             step *= constants.flat ** len(conv.stride)
         else:

@@ -172,7 +172,8 @@ def conv_kernel(
     C[part] is the sum over one of `splits` parts of the steps. `stride_w` is that of
     (group, o, r, *taps). FLAT walks taps and channels as one axis, for channels too few to fill a
     block. UNITS are those of A's strides, of O and of R (`common.multiple`). LANES: each r of a
-    tile has sums of its own until the loop is over, as in `one_pass_kernel`.
+    tile has sums of its own until the loop is over, as in `one_pass_kernel`. It is for tiles of W
+    whose contiguous axis is r, since others would be turned in shared memory.
     """
     stride_a = in_units(stride_a, UNITS[0])
     O = multiple(O, UNITS[1])
@@ -228,14 +229,14 @@ def conv_kernel(
         w_at = W + tap_offset(tap_of(w_j, first, step), stride_w)
         if PHASED:
             w_at += at_r[:, None] * stride_w[2] + offs_o[None, :] * stride_w[1]
-            w = tl.trans(tl.load(w_at, mask=mask_r[:, None] & mask_o[None, :], other=0.0))
+            w = tl.load(w_at, mask=mask_r[:, None] & mask_o[None, :], other=0.0)
         else:
             w_at += offs_o[:, None] * stride_w[1] + at_r[None, :] * stride_w[2]
             w = tl.load(w_at, mask=mask_o[:, None] & mask_r[None, :], other=0.0)
         if LANES:
             acc += a[:, None, :] * w[None, :, :]
         else:
-            acc = dot(a, tl.trans(w), acc, PRECISION)
+            acc = dot(a, w if PHASED else tl.trans(w), acc, PRECISION)
         if not FLAT:
             # The next block, or the first one under the next tap. Divisions would take longer than
             # the product does.
@@ -360,7 +361,7 @@ def prepare_product(
         rest = phases * conv.groups
         config = configs.conv(m, o, r, walked, rest, a.element_size(), ieee, target)
     assert isinstance(config, configs.SplitConfig)
-    lanes = configs.has_lanes(a.dtype, tf32, target)
+    lanes = not phased and configs.has_lanes(a.dtype, tf32, target)
     splits = config.splits
     tiles = triton.cdiv(m, config.BLOCK_M) * triton.cdiv(o, config.BLOCK_O)
     types = product_types(a, tf32)
