@@ -102,7 +102,7 @@ class Device:
     wide_intake: float = 2.2e10
     grad_intake: float = 7e10
     load: float = 2.5e-8
-    single_load: float = 1.6e-7
+    single_load: float = 2.2e-7
     ieee_product: float = 7.5e-11
     lanes_product: float = 1e-11
     lanes_sum: float = 2.2e-6

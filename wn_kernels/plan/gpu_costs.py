@@ -149,8 +149,15 @@ def triton_linear(call: Call, device: Device) -> Costs:
         busy = min(device.multiprocessors, programs)
         taken_in = 3 * v / busy + 2 * walked * programs / busy
         products = 8.0 * m * n * k if ieee else 0.0
+        # Two walks over both factors, in a wave of programs or several.
+        row = n if dim == 1 else k
+        factors = Loaded(loop.BLOCK_M * loop.BLOCK_R, x_size, row), Loaded(
+            loop.BLOCK_O * loop.BLOCK_R, v_size, k
+        )
+        steps = 2 * tiles.blocks(row, loop.BLOCK_R) * programs / busy
+        loading = steps * _loading(device, loop.num_warps, *factors)
         least, grid = taken_in / device.grad_intake, _loop(loop, programs, sizes, device)
-        grad = Stage((x + y + 3 * v) / device.passes, products, least, 1, grid)
+        grad = Stage((x + y + 3 * v) / device.passes, products, max(least, loading), 1, grid)
         backward = {"one_pass": [*dx, grad]} | backward
     # Without tensor cores it lost to the vendor's products by more rows than these.
     many = ieee and m > IEEE_ROWS
@@ -188,7 +195,7 @@ def _one_pass(call: Call, m: int, ieee: bool, device: Device) -> list[Stage]:
     parts = (max(4.0, x_size) * m + 4) * n * shares if shares > 1 else 0.0
     moved, y = v_size * n * k + x_size * m * k, x_size * m * n
     steps = tiles.blocks(k, loop.BLOCK_R) / shares * max(1.0, blocks / programs)
-    x_tile = Loaded(min(m, loop.BLOCK_M) * loop.BLOCK_R, x_size, k)
+    x_tile = Loaded(loop.BLOCK_M * loop.BLOCK_R, x_size, k)
     v_tile = Loaded(loop.BLOCK_O * loop.BLOCK_R, v_size, k)
     step = _loading(device, loop.num_warps, x_tile, v_tile)
     last = 0.0
@@ -330,6 +337,9 @@ class _Products(NamedTuple):
             step = constants.vendor_native_step
         longer = VENDOR_SPLIT * max(0.0, length - VENDOR_LENGTH)
         least += (min(length, VENDOR_LENGTH) + longer) * step + 4 * self.w / device.bandwidth
+        is_pointwise = math.prod(call.v_shape[2:]) == 1 and not call.channels_last
+        converted = 0 if is_pointwise else 1 if as_it_lies else 2
+        least += converted * (self.x + self.y) / device.bandwidth
         if conv.groups > 1:
             least += self.operations / (constants.vendor_grouped * device.rates[0])
         rate = device.rate(self._size, call.tf32) * (constants.vendor_ieee if self.ieee else 1)
