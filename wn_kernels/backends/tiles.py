@@ -213,8 +213,8 @@ def one_pass(
     block_o = 32 if o <= 8192 else 64
     if itemsize == 4 and ieee and has_lanes(architecture):
         # A thread's registers hold the sums of a tile: a row and an output for each r.
-        block_m = up_to(m, 4, 8, 16)
-        return Loop(block_m, 32, 256 // block_m if block_m < 16 else 32, 4, stages(5, architecture))
+        block_m, deep = up_to(m, 4, 8, 16), 8 if architecture == "cuda:100" else 5
+        return Loop(block_m, 32, 256 // block_m if block_m < 16 else 32, 4, deep)
     if itemsize > 2:
         if is_hopper and not ieee:
             return Loop(64, block_o, 64, 4, deep)

@@ -151,8 +151,9 @@ def triton_linear(call: Call, device: Device) -> Costs:
         products = 8.0 * m * n * k if ieee else 0.0
         # Two walks over both factors, in a wave of programs or several.
         row = n if dim == 1 else k
-        factors = Loaded(loop.BLOCK_M * loop.BLOCK_R, x_size, row), Loaded(
-            loop.BLOCK_O * loop.BLOCK_R, v_size, k
+        factors = (
+            Loaded(loop.BLOCK_M * loop.BLOCK_R, x_size, row),
+            Loaded(loop.BLOCK_O * loop.BLOCK_R, v_size, k),
         )
         steps = 2 * tiles.blocks(row, loop.BLOCK_R) * programs / busy
         loading = steps * _loading(device, loop.num_warps, *factors)

@@ -91,7 +91,7 @@ def records():
     return [(record.issue_slots, record.shared_traffic) for record in found]
 
 shared = records()
-configs.split = lambda config, itemsize: 1
+configs.split = lambda *_: 1
 print(json.dumps([shared, records()]))
 """
     shared, all_of_x = in_a_process(code)
@@ -119,3 +119,63 @@ print(json.dumps([tiles, found]))
     assert {tile.split("x")[0] for tile in tiles} == {"64", "128", "256"}
     for config, mix in found:
         assert mix.get("tensor core"), config
+
+
+def test_channels_that_are_no_multiples_of_16_are_loaded_widely():
+    """As many at a time as divide all rows, and several steps ahead. Odd ones are loaded one by
+    one."""
+    pytest.importorskip("triton")
+    code = """
+import json
+import torch
+from bench.static import codegen, shipped
+from wn_kernels.backends.triton import conv, launch
+from wn_kernels.call import Geometry
+
+(target,) = (t for t in codegen.TARGETS if t.name == "cuda:90")
+geometry = Geometry((1,), (3,), (1,), False, (0,), 1)
+found = []
+for channels in (24, 100, 34, 33):
+    x = torch.empty(4, 512, channels, dtype=torch.bfloat16, device="meta").movedim(-1, 1)
+    v = torch.empty(channels, channels, 7, dtype=torch.bfloat16, device="meta")
+    g = torch.empty(channels, 1, 1, dtype=torch.bfloat16, device="meta")
+    with launch.recording() as launches:
+        y, n, _ = conv.convolution(x, v, g, None, geometry, 0, 0.0, "packed")
+        dy, needs = torch.empty_like(y), (True,) * 4
+        conv.convolution_backward(dy, x, v, g, n, geometry, 0, 0.0, "packed", needs)
+    for one in launches:
+        if one.kernel.__name__ in ("conv_kernel", "conv_grad_kernel"):
+            record = codegen.inspect(shipped.named(one, "bf16", ""), target)
+            found.append((channels, one.kernel.__name__, record.load_bits))
+print(json.dumps(found))
+"""
+    bits = {24: 128, 100: 64, 34: 32, 33: 16}
+    found = in_a_process(code)
+    assert len(found) == 12  # forward, `dX` and `dV`
+    for channels, kernel, loads in found:
+        assert loads == bits[channels], (channels, kernel)
+
+
+def test_sums_in_registers_need_few_loads_from_shared_memory():
+    """Products in float32 without TF32: nearly all of a step's instructions multiply."""
+    pytest.importorskip("triton")
+    code = """
+import json
+import torch
+from bench.static import codegen, shipped
+from wn_kernels.backends import triton as backend
+from wn_kernels.backends.triton import launch
+
+x, v = (torch.empty(size, 4096, device="meta") for size in (16, 4096))
+with launch.recording() as launches:
+    backend.linear(x, v, v.new_empty(4096, 1), None, 0, 0.0, "one_pass")
+compilation = shipped.named(launches[0], "fp32", "")
+cuda = [target for target in codegen.TARGETS if target.backend == "cuda"]
+found = [codegen.inspect(compilation, target) for target in cuda]
+print(json.dumps([(r.mix, r.spill_bytes) for r in found]))
+"""
+    for mix, spilled in in_a_process(code):
+        # A tile of 16 by 32 by 32, of whose products a Blackwell computes two at a time.
+        assert mix["fp32"] >= 16 * 32 * 32 / 128 / 2
+        assert mix["fp32"] >= 8 * mix["shared memory"]
+        assert not spilled

@@ -109,7 +109,8 @@ inline void tile_product(
     int64_t end, TileProducts<Wide<V>>& products) {
   using T = Wide<V>;
   constexpr int64_t lanes = Lanes<T>::count;
-  constexpr int sets = N * kTileRows < 16 ? 2 : 1;  // few sums would wait for each other
+  // Few sums would wait for each other, and too many would not fit the registers.
+  constexpr int most = kVectorBytes == 64 ? 24 : 12, sets = 2 * N * kTileRows <= most ? 2 : 1;
   // The sums stay in registers until each is one number.
   Vector<T> sum[sets][kTileColumns * kTileRows] = {};
   const T* from = b.panel(begin) + column * kPanel<T>;
