@@ -14,6 +14,7 @@ namespace wn_kernels {
 
 constexpr int64_t kLeftRows = WN_LEFT_ROWS;
 constexpr int64_t kLeftRowsAlone = WN_LEFT_ROWS_ALONE;
+constexpr int64_t kLeftGroup = WN_LEFT_GROUP;
 constexpr int64_t kLongLine = WN_LONG_LINE;
 constexpr int kTileRows = WN_TILE_ROWS;
 constexpr int64_t kPackedColumns = WN_PACKED_COLUMNS;

@@ -21,10 +21,12 @@ OWN_BYTES = 2**24
 FEW_MIXED_ROWS = 8
 HALF_INPUTS = 512
 HALF_ELEMENTS = 2**18
-# `V xᵀ` is faster than `x Vᵀ` if `x` has fewer rows than this. On one thread it also has to have at
-# least LEFT_ROWS_ALONE.
+# `V xᵀ` is faster than `x Vᵀ` if `x` has at least LEFT_ROWS_ALONE rows, and fewer than LEFT_ROWS.
+# Several threads take it for fewer as well, if they are whole groups of LEFT_GROUP, or at most half
+# of one. A rest takes MKL longer than the group.
 LEFT_ROWS = 256
 LEFT_ROWS_ALONE = 32
+LEFT_GROUP = 8
 # An unfolded input is copied along a line of the kernel if the line has at least this many taps.
 LONG_LINE = 8
 # A tile of a product with few columns takes this many rows of `V`.
@@ -52,8 +54,10 @@ def may_be_own(call: Call) -> bool:
 
 def is_left(rows: int) -> bool:
     """Returns whether PyTorch's product with this many rows has `V` on its left."""
-    least = LEFT_ROWS_ALONE if torch.get_num_threads() == 1 else 2
-    return least <= rows < LEFT_ROWS
+    if rows >= LEFT_ROWS_ALONE:
+        return rows < LEFT_ROWS
+    fits = rows <= LEFT_GROUP // 2 or rows % LEFT_GROUP == 0
+    return rows > 1 and fits and torch.get_num_threads() > 1
 
 
 def panel(itemsize: int) -> int:

@@ -291,6 +291,13 @@ std::optional<LinearResult> own_forward(
   return all.in_range() ? std::make_optional(out) : std::nullopt;
 }
 
+// Returns whether the product of so many rows of x has V on its left, as `is_left` of limits.py does.
+inline bool is_left(int64_t rows) {
+  if (rows >= kLeftRowsAlone) return rows < kLeftRows;
+  const bool fits = rows <= kLeftGroup / 2 || rows % kLeftGroup == 0;
+  return rows > 1 && fits && at::get_num_threads() > 1;
+}
+
 inline std::optional<LinearResult> linear_forward(
     const Tensor& x, const Tensor& v, const Tensor& g, const Tensor& bias,
     const NormOptions& options, Variant variant, bool keeps) {
@@ -318,9 +325,7 @@ inline std::optional<LinearResult> linear_forward(
   }
   const auto n = norms(v, g, options);
   if (!n) return std::nullopt;
-  // Float32 products of few rows are faster with V on the left.
-  const int64_t rows = x.size(0), least = at::get_num_threads() == 1 ? kLeftRowsAlone : 1;
-  const bool left = dtype == wide && least <= rows && rows < kLeftRows;
+  const bool left = dtype == wide && is_left(x.size(0));
   const Tensor p = left ? at::mm(v, x.t()).t() : at::mm(x, v.t());
   out = LinearResult{Tensor(), *n, keeps ? p : Tensor()};
   out->y = !keeps && p.is_contiguous() ? p : at::empty(p.sizes(), x.options());
