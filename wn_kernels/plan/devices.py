@@ -77,7 +77,7 @@ class Device:
         ieee_product: seconds that it takes for a product of two numbers in the one-pass forward
             without tensor cores.
         lanes_product: the same where every r of a step has sums of its own.
-        lanes_sum: the sum of these at the end.
+        lanes_sum: the sum of these at the end, for each row of a tile.
         lanes_intake: as `intake`, there.
         cache: the bandwidth of a CPU's cache, as a multiple of that of memory.
         few: on a CPU, the efficiency of the vendor's products of few columns beside that of others,
@@ -102,11 +102,11 @@ class Device:
     wide_intake: float = 2.2e10
     grad_intake: float = 7e10
     load: float = 2.5e-8
-    single_load: float = 2.2e-7
+    single_load: float = 2.5e-7
     ieee_product: float = 7.5e-11
     lanes_product: float = 1e-11
-    lanes_sum: float = 2.2e-6
-    lanes_intake: float = 3.2e10
+    lanes_sum: float = 1.4e-7
+    lanes_intake: float = 4e10
     cache: float = 4.0
     few: float = 1.0
     own: float = 1.0

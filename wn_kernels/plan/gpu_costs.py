@@ -196,13 +196,13 @@ def _one_pass(call: Call, m: int, ieee: bool, device: Device) -> list[Stage]:
     parts = (max(4.0, x_size) * m + 4) * n * shares if shares > 1 else 0.0
     moved, y = v_size * n * k + x_size * m * k, x_size * m * n
     steps = tiles.blocks(k, loop.BLOCK_R) / shares * max(1.0, blocks / programs)
-    x_tile = Loaded(loop.BLOCK_M * loop.BLOCK_R, x_size, k)
-    v_tile = Loaded(loop.BLOCK_O * loop.BLOCK_R, v_size, k)
+    x_tile = Loaded(min(m, loop.BLOCK_M) * loop.BLOCK_R, x_size, k)
+    v_tile = Loaded(min(n, loop.BLOCK_O) * loop.BLOCK_R, v_size, k)
     step = _loading(device, loop.num_warps, x_tile, v_tile)
     last = 0.0
     if ieee and size == 4 and tiles.has_lanes(device.architecture):
         step = max(step, loop.BLOCK_M * loop.BLOCK_O * loop.BLOCK_R * device.lanes_product)
-        intake, last = device.lanes_intake, device.lanes_sum
+        intake, last = device.lanes_intake, device.lanes_sum * loop.BLOCK_M
     elif ieee:
         step = max(step, loop.BLOCK_M * loop.BLOCK_O * loop.BLOCK_R * device.ieee_product)
     grid = _loop(loop, blocks, (x_size, v_size), device)
@@ -338,6 +338,7 @@ class _Products(NamedTuple):
             step = constants.vendor_native_step
         longer = VENDOR_SPLIT * max(0.0, length - VENDOR_LENGTH)
         least += (min(length, VENDOR_LENGTH) + longer) * step + 4 * self.w / device.bandwidth
+        # Images are converted to another layout, but for a matrix product of all channels.
         is_pointwise = math.prod(call.v_shape[2:]) == 1 and not call.channels_last
         converted = 0 if is_pointwise else 1 if as_it_lies else 2
         least += converted * (self.x + self.y) / device.bandwidth

@@ -334,7 +334,7 @@ def prepare_one_pass(
         WIDE=is_wide(x, v, parts),
         WAITS=target.is_hopper,
         SPLIT=split,
-        STAGES=None if split else config.num_stages,  # no product tells the compiler what to load
+        STAGES=None if split else config.num_stages,  # Triton has stages of its own around `tl.dot`
         **types,
         **(options if shares == 1 else options | {"HAS_BIAS": False, "KEEP": counts}),
         **config.of_kernel(),
