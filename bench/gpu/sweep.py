@@ -91,7 +91,7 @@ def sweeps() -> list[Sweep]:
     grad, owner = ("conv_grad_kernel", "packed", "conv_grad"), "grad_one_pass_kernel"
     lanes = {"BLOCK_M": (8, 16), "BLOCK_O": (16, 32), "BLOCK_R": (32, 64), "num_stages": (4, 6)}
     sums = {"BLOCK_M": (16, 32), "BLOCK_R": (16, 32), "num_stages": (2, 3)}
-    single = [_single(few("infer")), _single(middle("infer")), _single(long("infer"))]
+    single = [replace(case("infer"), dtype="float32") for case in (few, middle, long)]
     return [
         Sweep("one-pass forward in float32, 16 rows", single[0], *matmul, lanes),
         Sweep("one-pass forward in float32, 64 rows", single[1], *matmul, lanes),
@@ -116,10 +116,6 @@ def _linear(rows: int, mode: str) -> Case:
 def _conv(label: str, mode: str) -> Case:
     case = next(case for case in CONV if case.label.startswith(label) and case.mode == mode)
     return replace(case, dtype="bfloat16", channels_last=True)
-
-
-def _single(case: Case) -> Case:
-    return replace(case, dtype="float32")
 
 
 def _laid_out(case: Case, t: Tensor) -> Tensor:

@@ -124,7 +124,7 @@ def product_launch(tile: Tile, itemsize: int, ieee: bool, architecture: str) -> 
         warps = 8
     deep = 3 if tile.BLOCK_R == 128 and tile.BLOCK_M >= 64 else 4
     if itemsize == 8 or ieee:
-        deep = 3 if itemsize == 4 and has_lanes(architecture) else 2
+        deep = 3 if has_lanes(itemsize, ieee, architecture) else 2
     return warps, stages(deep, architecture)
 
 
@@ -176,10 +176,10 @@ def walked_rows(itemsize: int) -> int:
     return 32 if itemsize > 2 else 128
 
 
-def has_lanes(architecture: str) -> bool:
-    """Returns whether products in float32 without TF32 have sums for every r of a step. An AMD's
-    tensor cores multiply numbers in float32."""
-    return not architecture.startswith("hip")
+def has_lanes(itemsize: int, ieee: bool, architecture: str) -> bool:
+    """Returns whether every r of a product's step has sums of its own: in float32 without tensor
+    cores. An AMD's multiply such numbers."""
+    return itemsize == 4 and ieee and not architecture.startswith("hip")
 
 
 # A program of a one-pass forward that shares its r with others walks so many steps at least, and r
@@ -211,7 +211,7 @@ def one_pass(
     deep = stages(4 if itemsize < 8 else 2, architecture)
     is_hopper = architecture == HOPPER
     block_o = 32 if o <= 8192 else 64
-    if itemsize == 4 and ieee and has_lanes(architecture):
+    if has_lanes(itemsize, ieee, architecture):
         # A thread's registers hold the sums of a tile: a row and an output for each r.
         block_m, deep = up_to(m, 4, 8, 16), 8 if architecture == "cuda:100" else 5
         return Loop(block_m, 32, 256 // block_m if block_m < 16 else 32, 4, deep)

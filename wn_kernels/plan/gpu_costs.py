@@ -199,12 +199,13 @@ def _one_pass(call: Call, m: int, ieee: bool, device: Device) -> list[Stage]:
     x_tile = Loaded(min(m, loop.BLOCK_M) * loop.BLOCK_R, x_size, k)
     v_tile = Loaded(min(n, loop.BLOCK_O) * loop.BLOCK_R, v_size, k)
     step = _loading(device, loop.num_warps, x_tile, v_tile)
-    last = 0.0
-    if ieee and size == 4 and tiles.has_lanes(device.architecture):
-        step = max(step, loop.BLOCK_M * loop.BLOCK_O * loop.BLOCK_R * device.lanes_product)
+    product = last = 0.0
+    if tiles.has_lanes(size, ieee, device.architecture):
+        product = device.lanes_product
         intake, last = device.lanes_intake, device.lanes_sum * loop.BLOCK_M
     elif ieee:
-        step = max(step, loop.BLOCK_M * loop.BLOCK_O * loop.BLOCK_R * device.ieee_product)
+        product = device.ieee_product
+    step = max(step, loop.BLOCK_M * loop.BLOCK_O * loop.BLOCK_R * product)
     grid = _loop(loop, blocks, (x_size, v_size), device)
     walk = Stage(moved + (parts or y), 0.0, last + max(taken_in / intake, steps * step), 1, grid)
     return [walk, _pass(parts + y, m * n, device)] if parts else [walk]
@@ -233,8 +234,6 @@ def _weight_product(call: Call, m: int, device: Device) -> Stage:
 # The vendor's convolutions split a sum of more numbers than this, of which one more takes this part
 # of the time.
 VENDOR_LENGTH, VENDOR_SPLIT = 2**13, 0.3
-# The warps that load a step of a product.
-LOADING = 4
 
 
 def triton_convolution(call: Call, conv: Geometry, device: Device) -> Costs:
@@ -389,12 +388,10 @@ class _Products(NamedTuple):
             device.multiprocessors,
         )
         programs = tiles.blocks(m, tile.BLOCK_M) * tiles.blocks(o, tile.BLOCK_O) * rest
-        grid = self._grid(
-            programs * tile.splits,
-            *(tile.BLOCK_M, tile.BLOCK_O, tile.BLOCK_R),
-            *tiles.product_launch(tile, self._size, self.ieee, device.architecture),
-        )
-        waves = programs * tile.splits / device.multiprocessors
+        programs *= tile.splits
+        warps, deep = tiles.product_launch(tile, self._size, self.ieee, device.architecture)
+        grid = self._grid(programs, tile.BLOCK_M, tile.BLOCK_O, tile.BLOCK_R, warps, deep)
+        waves = programs / device.multiprocessors
         step = constants.step
         if self.ieee:  # programs that wait for their loads let others compute
             step = max(constants.ieee_step, step / max(1.0, waves))
@@ -403,7 +400,7 @@ class _Products(NamedTuple):
         else:
             a = Loaded(tile.BLOCK_M * tile.BLOCK_R, self._size, r)
             w = Loaded(tile.BLOCK_O * tile.BLOCK_R, self._size, o if phased else r)
-            step = max(step, _loading(device, LOADING, a, w))
+            step = max(step, _loading(device, warps, a, w))
         seconds = self._seconds(tile.steps, step, constants.ieee)
         found = [Stage(moved, self.operations, seconds, grid=grid)]
         if tile.splits > 1:

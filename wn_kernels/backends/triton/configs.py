@@ -256,19 +256,19 @@ def added(m: int) -> ScaleConfig:
     return ScaleConfig(_up_to(m, 1, 4, 16), 64, 4, 1)
 
 
-def has_lanes(dtype: torch.dtype, tf32: bool, target: Target) -> bool:
-    """Returns whether each r of a step of a product has sums of its own."""
-    return dtype == torch.float32 and not tf32 and tiles.has_lanes(target.architecture)
+def has_lanes(itemsize: int, ieee: bool, target: Target) -> bool:
+    """As `tiles.has_lanes`."""
+    return tiles.has_lanes(itemsize, ieee, target.architecture)
 
 
-def split(config: SplitConfig, dtype: torch.dtype, tf32: bool, target: Target) -> int:
-    """The shares of a step that the warps of a matmul take, for an `x` of `dtype`. In a tile of few
-    rows each warp multiplies a share of its own, and reads that share of both factors alone, where
-    otherwise all would read all of `x`; the sums are added when the loop is over. It is 0 where
-    every r of a step has sums of its own."""
-    if has_lanes(dtype, tf32, target):
+def split(config: SplitConfig, itemsize: int, ieee: bool, target: Target) -> int:
+    """The shares of a step that the warps of a matmul take, for an `x` of `itemsize`. In a tile of
+    few rows each warp multiplies a share of its own, and reads that share of both factors alone,
+    where otherwise all would read all of `x`; the sums are added when the loop is over. It is 0
+    where every r of a step has sums of its own."""
+    if has_lanes(itemsize, ieee, target):
         return 0
-    few = config.BLOCK_M <= 32 and dtype.itemsize == 2
+    few = config.BLOCK_M <= 32 and itemsize == 2
     return config.num_warps if few and 16 * config.num_warps <= config.BLOCK_R else 1
 
 

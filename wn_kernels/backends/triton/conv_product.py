@@ -354,14 +354,14 @@ def prepare_product(
         return run.returning("c")
     m, sizes, phases = _pixels(out, conv, phased)
     o, r = (w.shape[0] // conv.groups, w.shape[1])[:: -1 if phased else 1]
+    ieee = a.dtype == torch.float32 and not tf32
     if config is None:
         # Without phases a program walks every tap, with them its share.
         walked = math.prod(w.shape[2:]) / phases
-        ieee = a.dtype == torch.float32 and not tf32
         rest = phases * conv.groups
         config = configs.conv(m, o, r, walked, rest, a.element_size(), ieee, target)
     assert isinstance(config, configs.SplitConfig)
-    lanes = not phased and configs.has_lanes(a.dtype, tf32, target)
+    lanes = not phased and configs.has_lanes(a.element_size(), ieee, target)
     splits = config.splits
     tiles = triton.cdiv(m, config.BLOCK_M) * triton.cdiv(o, config.BLOCK_O)
     types = product_types(a, tf32)

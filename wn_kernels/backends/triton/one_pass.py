@@ -308,11 +308,11 @@ def prepare_one_pass(
     counts = keep and norm == "linf"
     (m, r), o = x.shape, len(v)
     y = unallocated((m, o), x.dtype)
+    ieee = x.element_size() >= 4 and not tf32
     if config is None:  # V's tile is held in its own dtype
         size = max(x.element_size(), v.element_size())
-        ieee = x.element_size() >= 4 and not tf32
         config = configs.one_pass(m, o, r, size, ieee, target)
-    split = configs.split(config, x.dtype, tf32, target)
+    split = configs.split(config, x.element_size(), ieee, target)
     tiles_r = triton.cdiv(r, config.BLOCK_R)
     shares = tiles.sharing(tiles_r, config.splits)
     steps = triton.cdiv(tiles_r, shares)
