@@ -55,14 +55,14 @@ void epilogue(Tensor& y, const Tensor& p, const Tensor& g, const Tensor& n, cons
   });
 }
 
-// Returns (s D)ᵀ V. The rows of D are those of V.
-inline Tensor turned_product(const Tensor& d, const Tensor& s, const Tensor& v) {
-  const Tensor out = at::empty({d.size(1), v.size(1)}, d.options());
+// Returns (D s) V.
+inline Tensor scaled_product(const Tensor& d, const Tensor& s, const Tensor& v) {
+  const Tensor out = at::empty({d.size(0), v.size(1)}, d.options());
   with_dtype(v.scalar_type(), [&](auto number) {
     using V = decltype(number);
-    Panels<Wide<V>> q(v.size(1), d.size(1));
+    Panels<Wide<V>> q(v.size(1), d.size(0));
     columns_product(
-        q, v.const_data_ptr<V>(), v.size(0), d.const_data_ptr<Wide<V>>(),
+        q, v.const_data_ptr<V>(), v.size(0), turned(d.const_data_ptr<Wide<V>>(), d.size(1)),
         s.const_data_ptr<Wide<V>>());
     unpack(q, out.mutable_data_ptr<Wide<V>>());
   });
@@ -132,43 +132,12 @@ inline Tensor rows_times(const Tensor& d, const Tensor& v) {
   return as(out, d.scalar_type());
 }
 
-// So many rows of a matrix are turned together. The numbers of a column, one after the other, would
-// drive each other's lines out of the cache.
-constexpr int64_t kTurnedRows = 8;
-
-// Writes some columns of a matrix (rows, columns) as rows.
-template <typename T>
-void turn(
-    T* to, const T* from, int64_t rows, int64_t columns, int64_t begin, int64_t width) {
-  for (int64_t m = 0; m < rows; m += kTurnedRows) {
-    const int64_t end = std::min(rows, m + kTurnedRows);
-    for (int64_t j = begin; j < begin + width; ++j)
-      for (int64_t i = m; i < end; ++i) to[j * rows + i] = from[i * columns + j];
-  }
-}
-
-// Returns tᵀ, in memory of its own.
-inline Tensor turned_rows(const Tensor& t) {
-  const int64_t rows = t.size(0), columns = t.size(1);
-  const Tensor out = at::empty({columns, rows}, t.options());
-  with_dtype(t.scalar_type(), [&](auto number) {
-    using T = decltype(number);
-    const auto* from = t.const_data_ptr<T>();
-    auto* to = out.mutable_data_ptr<T>();
-    for_each((columns + kColumns - 1) / kColumns, rows * kColumns, [&](int64_t block) {
-      const int64_t begin = block * kColumns;
-      turn(to, from, rows, columns, begin, std::min(kColumns, columns - begin));
-    });
-  });
-  return out;
-}
-
-// Computes db = sum dY, and scaled = dY s, turned = dYᵀ and a = sum dY p if they are given, in one pass
-// over dY. The sums run over the rows.
+// Computes db = sum dY, and scaled = dY s and a = sum dY p if they are given, in one pass over dY. The
+// sums run over the rows.
 template <typename Y>
 void column_pass(
-    const Tensor& dy, Tensor& db, Tensor& scaled, Tensor& turned, Tensor& a, const Tensor& p,
-    const Tensor& g, const Tensor& n) {
+    const Tensor& dy, Tensor& db, Tensor& scaled, Tensor& a, const Tensor& p, const Tensor& g,
+    const Tensor& n) {
   using T = Wide<Y>;
   const int64_t rows = dy.size(0), columns = dy.size(1);
   const bool scales = scaled.defined(), dots = a.defined();
@@ -177,8 +146,7 @@ void column_pass(
   const auto *gs = scales ? g.const_data_ptr<T>() : nullptr,
              *ns = scales ? n.const_data_ptr<T>() : nullptr,
              *ps = dots ? p.const_data_ptr<T>() : nullptr;
-  auto *out = scales ? scaled.mutable_data_ptr<Y>() : nullptr,
-       *columns_of = turned.defined() ? turned.mutable_data_ptr<Y>() : nullptr;
+  auto* out = scales ? scaled.mutable_data_ptr<Y>() : nullptr;
   auto *dbs = db.mutable_data_ptr<T>(), *as = dots ? a.mutable_data_ptr<T>() : nullptr;
   for_each((columns + kColumns - 1) / kColumns, rows * kColumns, [&](int64_t block) {
     const int64_t begin = block * kColumns, width = std::min(kColumns, columns - begin);
@@ -197,7 +165,6 @@ void column_pass(
           products[j] += static_cast<T>(row[j]) * with[j * p_column];
       }
     }
-    if (columns_of) turn(columns_of, dys, rows, columns, begin, width);
     std::copy_n(sums, width, dbs + begin);
     if (dots) std::copy_n(products, width, as + begin);
   });
@@ -412,31 +379,30 @@ struct Linear : Function<Linear> {
       return out;
     }
     const Tensor dy = as_rows(given.dy).contiguous(), x = as_rows(input);
-    // The products in products.h take `turned`, with one row for each row of V.
-    Tensor dx, db, scaled, turned, a;
+    Tensor dx, db, scaled, a;
     const auto pass_over = [&](const Tensor& grad) {
       db = at::empty({grad.size(1)}, n.options());
       with_dtype(grad.scalar_type(), [&](auto number) {
-        column_pass<decltype(number)>(grad, db, scaled, turned, a, p, as(g, n.scalar_type()), n);
+        column_pass<decltype(number)>(grad, db, scaled, a, p, as(g, n.scalar_type()), n);
       });
     };
     const bool own = variant == Variant::own;
     if (own || variant == Variant::late) {
       RECORD_FUNCTION("wn_kernels::linear_backward, scaled", {});
       const Tensor grad = own ? as(dy, n.scalar_type()) : dy;
-      if (own && dy.size(0) > 1)
-        turned = at::empty({grad.size(1), grad.size(0)}, grad.options());
-      else
-        scaled = empty_as(grad);
+      // The products in products.h scale the rows of V themselves.
+      const bool by_products = own && dy.size(0) > 1;
+      if (!by_products) scaled = empty_as(grad);
       if (p.defined()) a = at::empty_like(n);
-      pass_over(grad);
-      const Tensor s = turned.defined() ? as(g, n.scalar_type()).view(-1) / n.view(-1) : Tensor();
-      if (needs_x) dx = turned.defined() ? turned_product(turned, s, v) : rows_times(scaled, v);
+      if (needs_bias || scaled.defined() || a.defined()) pass_over(grad);
+      const Tensor s = by_products ? as(g, n.scalar_type()).view(-1) / n.view(-1) : Tensor();
+      if (needs_x) dx = by_products ? scaled_product(grad, s, v) : rows_times(scaled, v);
       if (p.defined() && !given.dw.defined())
-        std::tie(out[1], out[2]) = grads_from_dots(a, scaled, turned, s, x, v, g, n, options);
+        std::tie(out[1], out[2]) =
+            grads_from_dots(a, by_products ? grad : scaled, s, x, v, g, n, options);
       else if (needs_weight && own && !given.dw.defined())
-        std::tie(out[1], out[2]) = own_weight_grads(
-            turned.defined() ? turned : grad, as(x, n.scalar_type()), v, g, n, options);
+        std::tie(out[1], out[2]) =
+            own_weight_grads(grad, as(x, n.scalar_type()), v, g, n, options);
     } else {
       RECORD_FUNCTION(
           variant == Variant::widen ? "wn_kernels::linear_backward, widen"
@@ -468,32 +434,31 @@ struct Linear : Function<Linear> {
     return w;
   }
 
-  // Computes dV = (dY s)ᵀ x - c u and dg from a = <dW, V>, all in one dtype. dV starts as the last
-  // term, and the product is added to it.
+  // Computes dV = (dY s)ᵀ x - c u and dg from a = <dW, V>, all in one dtype. If s is given, d is dY, and
+  // the product subtracts the last term. Otherwise d is dY s, and dV starts as the last term.
   static std::pair<Tensor, Tensor> grads_from_dots(
-      const Tensor& a, const Tensor& scaled, const Tensor& turned, const Tensor& s, const Tensor& x,
-      const Tensor& v, const Tensor& g, const Tensor& n, const NormOptions& options) {
+      const Tensor& a, const Tensor& d, const Tensor& s, const Tensor& x, const Tensor& v,
+      const Tensor& g, const Tensor& n, const NormOptions& options) {
     Tensor dv = empty_as(v), dg = empty_as(g);
     const Tensor input = x.contiguous();
     AT_DISPATCH_FLOATING_TYPES(v.scalar_type(), "linear_backward", [&] {
       with_norm(options.norm, [&](auto norm) {
         grads_from_dots<decltype(norm)::value, scalar_t>(
-            dv, dg, a, scaled, turned, s, input, v, g, n, options);
+            dv, dg, a, d, s, input, v, g, n, options);
       });
     });
-    if (x.size(0) > 1 && !turned.defined()) dv.addmm_(scaled.t(), x);
+    if (x.size(0) > 1 && !s.defined()) dv.addmm_(d.t(), x);
     return {dv, dg};
   }
 
   template <Norm norm, typename T>
   static void grads_from_dots(
-      const Tensor& dv, const Tensor& dg, const Tensor& a, const Tensor& scaled,
-      const Tensor& turned, const Tensor& s, const Tensor& x, const Tensor& v, const Tensor& g,
-      const Tensor& n, const NormOptions& options) {
+      const Tensor& dv, const Tensor& dg, const Tensor& a, const Tensor& d, const Tensor& s,
+      const Tensor& x, const Tensor& v, const Tensor& g, const Tensor& n,
+      const NormOptions& options) {
     const auto *vs = v.const_data_ptr<T>(), *gs = g.const_data_ptr<T>(),
                *ns = n.const_data_ptr<T>(), *as = a.const_data_ptr<T>(),
-               *ds = scaled.defined() ? scaled.const_data_ptr<T>() : nullptr,
-               *xs = x.const_data_ptr<T>();
+               *ds = d.const_data_ptr<T>(), *xs = x.const_data_ptr<T>();
     auto *dvs = dv.mutable_data_ptr<T>(), *dgs = dg.mutable_data_ptr<T>();
     const int64_t outputs = v.size(0), length = v.size(1);
     std::vector<T> c(outputs);
@@ -505,14 +470,13 @@ struct Linear : Function<Linear> {
       dgs[j] = slope.dg, c[j] = slope.c;
       return ties;
     };
-    if (turned.defined()) {
+    if (s.defined()) {
       Panels<T> panels(length, x.size(0));
       pack(xs, panels);
       for_each_stack(outputs, panels, [&](int64_t first, int64_t count) {
         for (int64_t j = first; j < first + count; ++j) set_slope(j, Ignore{});
         outer_product<norm>(
-            dvs, turned.const_data_ptr<T>(), first, count, panels, vs, ns, c.data(),
-            s.const_data_ptr<T>());
+            dvs, turned(ds, outputs), first, count, panels, vs, ns, c.data(), s.const_data_ptr<T>());
       });
       return;
     }
@@ -529,8 +493,8 @@ struct Linear : Function<Linear> {
     });
   }
 
-  // Computes (dV, dg) from d = dYᵀ, as a flat row if it is one, and x, which have the dtype of n. Rows of
-  // dW = d x stay in the cache until their dV is written.
+  // Computes (dV, dg) from d = dY and x, which have the dtype of n. Rows of dW = dᵀ x stay in the cache
+  // until their dV is written.
   static std::pair<Tensor, Tensor> own_weight_grads(
       const Tensor& d, const Tensor& x, const Tensor& v, const Tensor& g, const Tensor& n,
       const NormOptions& options) {
@@ -563,7 +527,8 @@ struct Linear : Function<Linear> {
       Panels<T> panels(length, rows);
       pack(xs, panels);
       for_each_stack(outputs, panels, [&](int64_t first, int64_t count) {
-        weight_rows(dvs, dgs, ds, vs, gs, ns, options, first, count, panels);
+        weight_rows(
+            dvs, dgs, turned(ds, outputs), vs, gs, ns, options, first, count, panels);
       });
     });
     return {dv, dg};

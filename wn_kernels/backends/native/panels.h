@@ -26,6 +26,26 @@ constexpr int kStackedRows = 6;
 template <typename T>
 constexpr int64_t kPanel = 2 * Lanes<T>::count;
 
+// A matrix in memory, of which either the columns or the rows lie one after the other.
+template <typename T>
+struct Strided {
+  const T* data;
+  int64_t row, column;  // the distances between neighbouring rows and columns, one of which is 1
+
+  const T* at(int64_t i, int64_t j) const { return data + i * row + j * column; }
+  Strided below(int64_t i) const { return {at(i, 0), row, column}; }
+};
+
+// Returns the matrix (rows, columns) that is stored row by row. `turned` returns its transpose.
+template <typename T>
+Strided<T> by_rows(const T* data, int64_t columns) {
+  return {data, columns, 1};
+}
+template <typename T>
+Strided<T> turned(const T* data, int64_t columns) {
+  return {data, 1, columns};
+}
+
 // This class stores a matrix (length, columns) in panels.
 template <typename T>
 class Panels {
@@ -46,9 +66,6 @@ class Panels {
 
   void zero() {
     for_each(count, columns * kPanel<T>, [&](int64_t i) { clear(i); });
-  }
-  void zero(int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) clear(i);
   }
   // Zeroes the last panel if it is not full.
   void zero_rest() {
@@ -133,19 +150,27 @@ class Stacked {
     T* to = data_.data() + row / R * R * columns_ + row % R;
     for (int64_t j = 0; j < columns_; ++j) to[j * R] = factor * values[j];
   }
-  // Sets the rows of a column that a vector has values for.
-  template <typename Count>
-  void set_column(int64_t row, int64_t column, Vector<T> values, Count count) {
-    constexpr int64_t lanes = Lanes<T>::count;
-    alignas(kVectorBytes) T all[lanes];
-    store(all, values);
-    const auto at = [&](int64_t i) {
-      return data_.data() + i / R * R * columns_ + column * R + i % R;
-    };
-    if (std::is_same_v<Count, All> && lanes % R == 0 && row % R == 0)
-      for (int64_t i = 0; i < lanes; i += R) std::copy_n(all + i, R, at(row + i));
-    else
-      for (int64_t i = 0; i < width<T>(count); ++i) *at(row + i) = all[i];
+  // Sets all rows, from `count` rows of D from `first` on. They may have factors.
+  void fill(const Strided<T>& d, int64_t first, int64_t count, const T* factors) {
+    std::vector<T> factor(count, T(1));
+    if (factors) std::copy_n(factors + first, count, factor.data());
+    if (d.column == 1) {
+      for (int64_t r = 0; r < count; ++r) set(r, d.at(first + r, 0), factor[r]);
+      return;
+    }
+    // The rows of a column are neighbours in memory. The processor does not prefetch over the distance of
+    // two columns.
+    constexpr int64_t ahead = 8;
+    for (int64_t j = 0; j < columns_; ++j)
+      for (int64_t top = 0; top < count; top += R) {
+        T* to = data_.data() + top * columns_ + j * R;
+        const T *from = d.at(first + top, j), *with = &factor[top];
+        __builtin_prefetch(d.at(first + top, std::min(j + ahead, columns_ - 1)));
+        if (top + R <= count)
+          for (int64_t r = 0; r < R; ++r) to[r] = with[r] * from[r];
+        else
+          for (int64_t r = 0; r < count - top; ++r) to[r] = with[r] * from[r];
+      }
   }
   // Returns the stack that starts at `row`.
   const T* stack(int64_t row) const { return data_.data() + row * columns_; }

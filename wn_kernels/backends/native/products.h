@@ -5,7 +5,8 @@
 //   columns_product  Q += Vᵀ D        (length, columns)
 //   outer_product    dW = D Bᵀ        (rows, length)
 //
-// V (rows, length) is stored row by row. B and Q (length, columns) are stored in panels.
+// V (rows, length) is stored row by row. B and Q (length, columns) are stored in panels. D (rows, columns)
+// is given by rows or by columns.
 
 #pragma once
 
@@ -76,7 +77,7 @@ constexpr int64_t kFactorBytes = 1 << 17;
 // Computes Q = Vᵀ D. The rows of D may have factors.
 template <typename V>
 void columns_product(
-    Panels<Wide<V>>& q, const V* v, int64_t rows, const Wide<V>* d,
+    Panels<Wide<V>>& q, const V* v, int64_t rows, const Strided<Wide<V>>& d,
     const Wide<V>* factors = nullptr) {
   using T = Wide<V>;
   const int64_t columns = q.columns, row = columns * static_cast<int64_t>(sizeof(T));
@@ -89,8 +90,7 @@ void columns_product(
         for (int64_t first = 0; first < rows; first += chunk) {
           const int64_t count = std::min(chunk, rows - first);
           Stacked<T, kStackedRows> stacked(count, columns);
-          for (int64_t r = 0; r < count; ++r)
-            stacked.set(r, d + (first + r) * columns, factors ? factors[first + r] : T(1));
+          stacked.fill(d, first, count, factors);
           for (int64_t i = begin; i < end; ++i)
             columns_product(
                 q, i * group, std::min(q.count, (i + 1) * group), v + first * q.length, count, stacked);
@@ -104,14 +104,13 @@ void columns_product(
 // that of V, from their products with factors.
 template <Norm norm = Norm::l2, typename T>
 void outer_product(
-    T* dw, const T* d, int64_t first, int64_t count, const Panels<T>& b, const T* v = nullptr,
-    const T* n = nullptr, const T* c = nullptr, const T* factors = nullptr) {
+    T* dw, const Strided<T>& d, int64_t first, int64_t count, const Panels<T>& b,
+    const T* v = nullptr, const T* n = nullptr, const T* c = nullptr, const T* factors = nullptr) {
   constexpr int64_t lanes = Lanes<T>::count;
   constexpr int tall = kStackedRows;  // fewer reads of B for each product
   const int64_t columns = b.columns;
   Stacked<T, tall> stacked(count, columns);
-  for (int64_t r = 0; r < count; ++r)
-    stacked.set(r, d + (first + r) * columns, factors ? factors[first + r] : T(1));
+  stacked.fill(d, first, count, factors);
   const auto tile = [&](int64_t top, int64_t i) {
     Vector<T> sum[tall][2] = {};
     const T *from = b.panel(i), *factor = stacked.stack(top);
@@ -145,7 +144,7 @@ constexpr int64_t kGradBytes = 1 << 18;
 // has its dtype.
 template <typename V>
 void weight_rows(
-    V* dv, V* dg, const Wide<V>* d, const V* v, const V* g, const Wide<V>* n,
+    V* dv, V* dg, const Strided<Wide<V>>& d, const V* v, const V* g, const Wide<V>* n,
     const NormOptions& options, int64_t first, int64_t count, const Panels<Wide<V>>& b) {
   using T = Wide<V>;
   constexpr bool in_place = std::is_same_v<T, V>;
@@ -156,7 +155,7 @@ void weight_rows(
     rows = std::min(most, first + count - top);
     T* dw = formed.get();
     if constexpr (in_place) dw = dv + top * b.length;
-    outer_product(dw, d + top * b.columns, 0, rows, b);
+    outer_product(dw, d.below(top), 0, rows, b);
     for (int64_t j = top; j < top + rows; ++j, dw += b.length) {
       const int64_t at = j * b.length;
       dg[j] = static_cast<V>(weight_grad(dv + at, dw, v + at, g[j], n[j], options, b.length));

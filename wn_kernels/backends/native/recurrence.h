@@ -169,13 +169,34 @@ void run_backward(
   T *dhs = past.mutable_data_ptr<T>(),
     *dcs = past_c.defined() ? past_c.mutable_data_ptr<T>() : nullptr;
   Panels<T> dh(units, batch);
-  using D = Stacked<T, kStackedRows>;
-  D scaled[] = {{row, batch}, {row, batch}};
+  // s dq of each gate, of the step that is computed and of the one before it.
+  using D = std::vector<Panels<T>>;
+  D scaled[2];
+  for (D& each : scaled) {
+    each.reserve(gates);
+    for (int64_t k = 0; k < gates; ++k) each.emplace_back(units, batch);
+  }
+  // All steps read a copy of V: the elements that belong to a panel of units, of one row after the other,
+  // padded with zeros.
+  const std::unique_ptr<T[]> copied(new T[dh.count * row * kPanel<T>]);
+  const auto copy_of = [&](int64_t unit) { return copied.get() + unit * row; };
+  for_each_part<T>(of, [&](int64_t first, int64_t end) {
+    for (int64_t unit = first; unit < end; unit += kPanel<T>) {
+      T* to = copy_of(unit);
+      const int64_t width = std::min(kPanel<T>, end - unit);
+      if (width < kPanel<T>) std::fill_n(to, row * kPanel<T>, T(0));
+      for (int64_t j = 0; j < row; ++j) std::copy_n(vs + j * units + unit, width, to + j * kPanel<T>);
+    }
+  });
   // dh = (s dq) V, for the columns of some units.
   const auto product = [&](int64_t first, int64_t end, const D& d) {
-    const int64_t begin = first / kPanel<T>, last = (end + kPanel<T> - 1) / kPanel<T>;
-    dh.zero(begin, last);
-    columns_product(dh, begin, last, vs, row, d);
+    for (int64_t unit = first; unit < end; unit += kPanel<T>) {
+      T* to = dh.element(unit, 0);
+      std::fill_n(to, batch * kPanel<T>, T(0));
+      for (int64_t k = 0; k < gates; ++k)
+        packed_product(
+            to, copy_of(unit) + k * units * kPanel<T>, std::min(kPanel<T>, end - unit), d[k], 0, units);
+    }
   };
   for (int64_t step = steps - 1; step >= 0; --step) {
     const int64_t t = of.reversed ? steps - 1 - step : step, before = of.reversed ? t + 1 : t - 1;
@@ -200,7 +221,7 @@ void run_backward(
             const int64_t j = k * units + unit;
             store(dp + b * row + j, of_p, count);
             if (dq != dp) store(dq + b * row + j, of_q, count);
-            now.set_column(j, b, of_q * load(scale + j, count), count);
+            store(now[k].element(unit, b), of_q * load(scale + j, count), count);
           };
           Vector<T> passed{};
           if constexpr (cell == Cell::lstm) {
@@ -327,7 +348,7 @@ class Recurrence : public torch::autograd::Node {
         out[3] = at::mm(dq.t(), h);
       else
         std::tie(out[3], out[4]) =
-            own_ ? Linear::own_weight_grads(turned_rows(dq), h, of.v, of.g, of.n, options_)
+            own_ ? Linear::own_weight_grads(dq, h, of.v, of.g, of.n, options_)
                  : weight_grads(at::mm(dq.t(), h), of.v, of.g, of.n, options_, true);
     }
     if (needs(5)) out[5] = bias_grad(dq, 1);

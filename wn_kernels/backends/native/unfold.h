@@ -250,7 +250,7 @@ inline std::optional<std::pair<Tensor, Tensor>> unfolded_forward(
         const int64_t row = i * rows;
         const T *from = vs + row * length, *factors = xs + row * pixels;
         if (scales_taps) {
-          columns_product(panels, from, rows, factors);
+          columns_product(panels, from, rows, by_rows(factors, pixels));
         } else {
           normalised_columns_product(
               panels, from, gs + row, row, rows, factors, options.norm, all);
@@ -321,7 +321,7 @@ inline std::tuple<Tensor, Tensor, Tensor> unfolded_backward(
       const T* from = vs + row * length;
       if (needs_x && !conv.transposed) {
         const auto* d = scaled.const_data_ptr<T>() + row * pixels;
-        columns_product(panels, from, rows, d);
+        columns_product(panels, from, rows, by_rows(d, pixels));
         fold<T>(of, panels, taps, nullptr, outs + at);
       }
       const auto x_rows = [&](int64_t first, int64_t count) {
@@ -331,10 +331,11 @@ inline std::tuple<Tensor, Tensor, Tensor> unfolded_backward(
         each_row_product(from, first, count, panels, std::nullopt, finish);
       };
       const auto v_rows = [&](int64_t first, int64_t count) {
+        const auto d = by_rows(factors, pixels);
         if (scales_taps)
-          outer_product(dvs, factors, row + first, count, panels);
+          outer_product(dvs, d, row + first, count, panels);
         else
-          weight_rows(dvs, dgs, factors, vs, gs, ns, options, row + first, count, panels);
+          weight_rows(dvs, dgs, d, vs, gs, ns, options, row + first, count, panels);
       };
       const bool with_x = needs_x && conv.transposed;
       if (with_x && needs_weight && !scales_taps) {  // both take the same U, so V is read once
