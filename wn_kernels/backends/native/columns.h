@@ -26,7 +26,7 @@ constexpr int64_t kBlockOfRows = 64;
 
 // A thread takes a chunk of blocks, of at least kChunk elements. There are at most kChunks chunks,
 // because every chunk has its own sums, which another thread reads later.
-constexpr int64_t kChunk = 1 << 16;
+constexpr int64_t kChunk = 1 << 15;
 constexpr int64_t kChunks = 8;
 
 // A weight is viewed in the shape (rows, repeats, count, inner). It has `count` slices.
@@ -114,14 +114,14 @@ std::array<std::vector<double>, sizeof...(Merges)> merged_columns(
   const int64_t width = of.width(), blocks = (of.rows + kBlockOfRows - 1) / kBlockOfRows,
                 chunks = std::clamp(of.rows * width / kChunk, int64_t{1}, std::min(blocks, kChunks));
   std::vector<double> all(chunks * N * width);
-  // Merges the results of a column into those of another one, of all results that `all` has.
-  const auto merge_into = [&](double* to, const std::array<double, N>& values) {
-    merge_each<Merges...>([=](size_t k) -> double& { return to[k * width]; }, values);
-  };
-  const auto column = [=](const auto* from) {
-    std::array<double, N> values;
-    for (size_t k = 0; k < N; ++k) values[k] = from[k * width];
-    return values;
+  // Merges the results of `count` columns into those of other ones.
+  const auto merge_into = [=](double* to, const auto* from, int64_t count) {
+    const auto merge_one = [=](auto merge, size_t k) {
+      for (int64_t j = k * width; j < int64_t(k) * width + count; ++j)
+        to[j] = decltype(merge)::merge(to[j], static_cast<double>(from[j]));
+    };
+    size_t k = 0;
+    (merge_one(Merges{}, k++), ...);
   };
   for_each(chunks, of.rows * width / chunks, [&](int64_t chunk) {
     double* results = all.data() + chunk * N * width;
@@ -130,22 +130,25 @@ std::array<std::vector<double>, sizeof...(Merges)> merged_columns(
       const int64_t first = block * kBlockOfRows;
       std::fill(parts.begin(), parts.end(), T(0));
       take(parts.data(), first * width, std::min(kBlockOfRows, of.rows - first));
-      for (int64_t j = 0; j < width; ++j) merge_into(results + j, column(&parts[j]));
+      merge_into(results, parts.data(), width);
     }
   });
   double* results = all.data();
   for (int64_t chunk = 1; chunk < chunks; ++chunk)
-    for (int64_t j = 0; j < width; ++j)
-      merge_into(results + j, column(results + chunk * N * width + j));
-  for (int64_t at = of.step(); at < width; at += of.step())
-    for (int64_t j = 0; j < of.step(); ++j) merge_into(results + j, column(results + at + j));
+    merge_into(results, results + chunk * N * width, width);
+  for (int64_t at = of.step(); at < width; at += of.step()) merge_into(results, results + at, of.step());
   std::array<std::vector<double>, N> out;
-  for (auto& each : out) each.resize(of.count);
-  for (int64_t j = 0; j < of.count; ++j) {
-    double* first = results + j * of.inner;
-    for (int64_t i = 1; i < of.inner; ++i) merge_into(first, column(first + i));
-    for (size_t k = 0; k < N; ++k) out[k][j] = first[k * width];
-  }
+  size_t k = 0;
+  const auto finish = [&](auto merge) {
+    const double* from = results + k * width;
+    out[k].resize(of.count);
+    for (double& each : out[k]) {
+      each = *from++;
+      for (int64_t i = 1; i < of.inner; ++i) each = decltype(merge)::merge(each, *from++);
+    }
+    ++k;
+  };
+  (finish(Merges{}), ...);
   return out;
 }
 

@@ -168,7 +168,7 @@ inline void for_each_tile(
 
 // Transposes a square matrix of as many rows as a vector has lanes.
 template <typename T, size_t run = 1>
-inline void transpose(Vector<T>* row) {
+inline __attribute__((always_inline)) void transpose(Vector<T>* row) {
   constexpr size_t lanes = Lanes<T>::count;
   if constexpr (run < lanes) {
     constexpr auto all = std::make_index_sequence<lanes>{};
