@@ -26,8 +26,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import operators
-from .backends import aten, reference, vendor
-from .call import Call, Geometry, Grads, Needs, Norm, Operands, recorder
+from . import plan as plans
+from .backends import aten, aten_weight, reference, vendor
+from .call import Call, Geometry, Grads, Needs, Norm, Operands, recorder, scale_dtype
 from .plan import Plan
 
 
@@ -128,6 +129,56 @@ def _mend_if_recorded(dw: Tensor) -> None:
 # PyTorch takes the hooks of a node from a tensor.
 _hooked = torch.empty(0)
 _hooked._backward_hooks = OrderedDict({0: _mend_if_recorded})
+
+
+# --- norms ---------------------------------------------------------------------------------------
+
+
+class SliceNorm(torch.autograd.Function):
+    """The norms of the slices of a `V` on a CPU. Their gradient is `dV = dn / d ⊙ u`."""
+
+    @staticmethod
+    def forward(ctx: Any, v: Tensor, dim: int | None, norm: Norm) -> Tensor:
+        n = _slice_norm(v, dim, norm)
+        ctx.save_for_backward(v, n)
+        ctx.options = dim, norm
+        return n.clone()
+
+    @staticmethod
+    def backward(ctx: Any, dn: Tensor) -> tuple[Tensor | None, ...]:
+        v, n = ctx.saved_tensors
+        dim, norm = ctx.options
+        if torch.is_grad_enabled() or recorder(dn):
+            with torch.enable_grad():
+                v = v if v.requires_grad else v.detach().requires_grad_()
+                n = reference.slice_norm(v, dim, norm)
+            options = {"create_graph": torch.is_grad_enabled()}
+            return *torch.autograd.grad(n, v, dn.to(n.dtype), **options), None, None
+        n = torch.where(n == 0, torch.inf, n)
+        u = reference.slope(v, n, norm)
+        s = dn / reference.slope_divisor(u, n, dim, norm)
+        return aten_weight.scaled_weight(u, s, v.dtype), None, None
+
+
+def slice_norm(v: Tensor, dim: int | None, norm: Norm) -> Tensor:
+    """The norms of slices, differentiable. On a CPU they are those of the backends."""
+    if not v.is_cpu or plans.forced() == "reference" or recorder(v) or v.ndim < 2 or not v.numel():
+        return reference.slice_norm(v, dim, norm)
+    if torch.is_grad_enabled() and v.requires_grad:
+        return SliceNorm.apply(v, dim, norm)
+    return _slice_norm(v, dim, norm)
+
+
+def _slice_norm(v: Tensor, dim: int | None, norm: Norm) -> Tensor:
+    n = operators.slice_norm(v, dim, norm) if plans.prepares(v) == "native" else None
+    if n is not None:
+        return n
+    call = Call(torch.Size(()), v.shape, v.dtype, v.dtype, dim, norm=norm)
+    try:
+        n = aten_weight.norms(v, call, look=True)
+    except aten.OutOfRange:
+        return reference.slice_norm(v, dim, norm).to(scale_dtype(v))
+    return n.masked_fill_(n.isinf(), 0.0)
 
 
 # --- a backward that is differentiated -----------------------------------------------------------

@@ -28,8 +28,6 @@ from .call import (
     canonical_dim,
     canonical_norm,
     product_dtype,
-    reduced_dims,
-    scale_dtype,
 )
 from .prepare import are_dense, prepare, reject
 
@@ -129,26 +127,20 @@ def slice_norm(v: Tensor, *, dim: int | None = 0, norm: Norm = "l2") -> Tensor:
     """Returns the norms `‖V_j‖` of every slice along `dim`, in the shape of `g` and in `v`'s dtype.
 
     Those of `norm="l2"` are what `torch.norm_except_dim` returns. The others are the sum of
-    magnitudes (`"l1"`) and the largest magnitude (`"linf"`). Sums are accumulated in float64 on a
-    CPU and a CUDA device, and in float32 or wider elsewhere. The result is differentiable.
+    magnitudes (`"l1"`) and the largest magnitude (`"linf"`). On a CPU they are accumulated as those
+    of `weight_norm`, on a CUDA device in float64, and elsewhere in float32 or wider. The result is
+    differentiable.
 
     Raises:
         TypeError, ValueError: as `weight_norm`.
     """
-    if not are_dense(v, v, v, None):
-        reject(v=v)
-    dim, norm = canonical_dim(dim, v.ndim), canonical_norm(norm)
-    dims = reduced_dims(v.ndim, dim)
-    if not dims:
-        return v.abs()
-    dtype = torch.float64 if v.is_cpu or v.is_cuda else scale_dtype(v)
-    if norm == "l2":
-        n = torch.linalg.vector_norm(v, 2, dims, keepdim=dim is not None, dtype=dtype)
-    elif norm == "l1":
-        n = reference.summed(v.to(dtype).abs(), dim)
-    else:
-        n = reference.largest(v.abs(), dim)
-    return n.to(v.dtype)
+    n = operators.slice_norm(v, dim, norm) if plan.prepares(v) == "native" else None
+    if n is None:
+        if not are_dense(v, v, v, None):
+            reject(v=v)
+        dim, norm = canonical_dim(dim, v.ndim), canonical_norm(norm)
+        n = autograd.slice_norm(v, dim, norm)
+    return n if n.dtype is v.dtype else n.to(v.dtype)
 
 
 def weight_norm(

@@ -55,6 +55,13 @@ def native_library() -> Any:
     return native.library(plan_native, launches)
 
 
+def slice_norm(v: Tensor, dim: int | None, norm: Norm) -> Tensor | None:
+    """Returns the norms of the native library, or `None` if it does not serve the call. The
+    arguments need not have been checked."""
+    library = native_library()
+    return None if library is None else library.slice_norm(v, dim, norm)
+
+
 def is_direct(backend: str, *v: Tensor) -> bool:
     """Whether a backend can be called with these weights without the registered operator."""
     return backend == "aten" or (backend == "triton" and not any(map(recorder, v)))

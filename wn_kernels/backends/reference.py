@@ -66,6 +66,18 @@ def norms(v: Tensor, dim: int | None, eps: float, norm: Norm = "l2") -> Tensor:
     return torch.where(zero | (n <= eps), eps, n) if eps > 0 else torch.where(zero, math.inf, n)
 
 
+def slice_norm(v: Tensor, dim: int | None, norm: Norm) -> Tensor:
+    """Returns the norm of every slice, which is zero for a slice of zeros, with the shape of `g`.
+    Sums are in float64 on a CPU and a CUDA device, and in `scale_dtype(v)` elsewhere."""
+    dims = reduced_dims(v.ndim, dim)
+    if not dims:
+        return v.abs()
+    dtype = torch.float64 if v.is_cpu or v.is_cuda else scale_dtype(v)
+    if norm == "l2":
+        return torch.linalg.vector_norm(v, 2, dims, keepdim=dim is not None, dtype=dtype)
+    return summed(v.to(dtype).abs(), dim) if norm == "l1" else largest(v.abs(), dim)
+
+
 def summed(products: Tensor, dim: int | None) -> Tensor:
     """Returns the sum of every slice, with dimensions kept."""
     if dims := reduced_dims(products.ndim, dim):  # for an empty list, `sum` reduces all dimensions

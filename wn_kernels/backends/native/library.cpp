@@ -60,6 +60,15 @@ PyObject* recurrence_of(PyObject*, PyObject* const* given, Py_ssize_t count) {
   END_HANDLE_TH_ERRORS
 }
 
+// `slice_norm` for Python: (v, dim, norm) -> n, or None.
+PyObject* slice_norm_of(PyObject*, PyObject* const* given, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  TORCH_CHECK_TYPE(count == 3, "expected 3 arguments, got ", count);
+  if (const auto n = slice_norm(given[0], given[1], given[2])) return THPVariable_Wrap(*n);
+  Py_RETURN_NONE;
+  END_HANDLE_TH_ERRORS
+}
+
 template <decltype(computed) serve>
 PyMethodDef method(const char* name) {
   return {name, reinterpret_cast<PyCFunction>(served<serve>), METH_FASTCALL, nullptr};
@@ -80,6 +89,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       method<computed>("computed"), method<launched>("launched"),
       {"operands_of", reinterpret_cast<PyCFunction>(operands_of), METH_FASTCALL, nullptr},
       {"recurrence", reinterpret_cast<PyCFunction>(recurrence_of), METH_FASTCALL, nullptr},
+      {"slice_norm", reinterpret_cast<PyCFunction>(slice_norm_of), METH_FASTCALL, nullptr},
       {nullptr, nullptr, 0, nullptr}};
   PyModule_AddFunctions(m.ptr(), methods);
   m.def("weight_norms", &weight_norms);

@@ -286,4 +286,30 @@ inline MaybeTensor weight_norm(
   return WeightNorm::apply(t->v, t->g, *std::move(result), t->options);
 }
 
+// Returns the norms of V in the shape of g, and zero for a slice of zeros. It serves a V that needs no
+// gradient.
+inline MaybeTensor slice_norm(py::handle v, py::handle dim, py::handle norm) {
+  const auto named = norm_of(norm);
+  if (!named || !is_tensor(v) || !is_seen_by_nobody()) return std::nullopt;
+  const Tensor& t = THPVariable_Unpack(v.ptr());
+  const auto axis = axis_of(dim, t.dim());
+  if (!axis || !is_floating(t.scalar_type()) || !is_plain(t) || t.numel() == 0 || t.dim() < 2 ||
+      (at::GradMode::is_enabled() && t.requires_grad()))
+    return std::nullopt;
+  std::optional<py::gil_scoped_release> released;
+  if (t.numel() > kHeldElements) released.emplace();
+  const BelowAutograd below;
+  Sizes shape;
+  if (*axis >= 0) shape.assign(t.dim(), 1), shape[*axis] = t.size(*axis);
+  const Tensor g = at::empty(shape, t.options());
+  if (!has_slices(t, g)) return std::nullopt;
+  auto n = norms(t, g, {0.0, *named});
+  if (!n) return std::nullopt;
+  AT_DISPATCH_FLOATING_TYPES(n->scalar_type(), "slice_norm", [&] {
+    auto* each = n->mutable_data_ptr<scalar_t>();
+    std::replace(each, each + n->numel(), std::numeric_limits<scalar_t>::infinity(), scalar_t(0));
+  });
+  return n;
+}
+
 }  // namespace wn_kernels
