@@ -1,4 +1,4 @@
-"""The `torch.autograd.Function` of every layer, and that of its weight's gradients.
+"""The `torch.autograd.Function` of every layer, that of its weight's gradients, and that of norms.
 
 First derivatives run on the backend that served the forward. So does a backward that is itself
 being differentiated (`create_graph=True`). It is recorded as `W`, PyTorch's own products with it,
@@ -28,7 +28,7 @@ from torch import Tensor
 from . import operators
 from . import plan as plans
 from .backends import aten, aten_weight, reference, vendor
-from .call import Call, Geometry, Grads, Needs, Norm, Operands, recorder, scale_dtype
+from .call import Call, Geometry, Grads, Needs, Norm, Operands, recorder
 from .plan import Plan
 
 
@@ -135,11 +135,10 @@ _hooked._backward_hooks = OrderedDict({0: _mend_if_recorded})
 
 
 class SliceNorm(torch.autograd.Function):
-    """The norms of the slices of a `V` on a CPU. Their gradient is `dV = dn / d ⊙ u`."""
+    """The norms `n` of the slices of a `V` on a CPU. Their gradient is `dV = dn / d ⊙ u`."""
 
     @staticmethod
-    def forward(ctx: Any, v: Tensor, dim: int | None, norm: Norm) -> Tensor:
-        n = _slice_norm(v, dim, norm)
+    def forward(ctx: Any, v: Tensor, n: Tensor, dim: int | None, norm: Norm) -> Tensor:
         ctx.save_for_backward(v, n)
         ctx.options = dim, norm
         return n.clone()
@@ -153,23 +152,28 @@ class SliceNorm(torch.autograd.Function):
                 v = v if v.requires_grad else v.detach().requires_grad_()
                 n = reference.slice_norm(v, dim, norm)
             options = {"create_graph": torch.is_grad_enabled()}
-            return *torch.autograd.grad(n, v, dn.to(n.dtype), **options), None, None
+            return *torch.autograd.grad(n, v, dn.to(n.dtype), **options), None, None, None
         n = torch.where(n == 0, torch.inf, n)
         u = reference.slope(v, n, norm)
         s = dn / reference.slope_divisor(u, n, dim, norm)
-        return aten_weight.scaled_weight(u, s, v.dtype), None, None
+        return aten_weight.scaled_weight(u, s, v.dtype), None, None, None
 
 
 def slice_norm(v: Tensor, dim: int | None, norm: Norm) -> Tensor:
-    """The norms of slices, differentiable. On a CPU they are those of the backends."""
+    """The norms of slices, differentiable. On a CPU they are those of the backends, if they are in
+    the range of the formulas there."""
     if not v.is_cpu or plans.forced() == "reference" or recorder(v) or v.ndim < 2 or not v.numel():
         return reference.slice_norm(v, dim, norm)
+    with torch.no_grad():
+        n = _slice_norm(v, dim, norm)
+    if n is None:
+        return reference.slice_norm(v, dim, norm)
     if torch.is_grad_enabled() and v.requires_grad:
-        return SliceNorm.apply(v, dim, norm)
-    return _slice_norm(v, dim, norm)
+        return SliceNorm.apply(v, n, dim, norm)
+    return n
 
 
-def _slice_norm(v: Tensor, dim: int | None, norm: Norm) -> Tensor:
+def _slice_norm(v: Tensor, dim: int | None, norm: Norm) -> Tensor | None:
     n = operators.slice_norm(v, dim, norm) if plans.prepares(v) == "native" else None
     if n is not None:
         return n
@@ -177,7 +181,7 @@ def _slice_norm(v: Tensor, dim: int | None, norm: Norm) -> Tensor:
     try:
         n = aten_weight.norms(v, call, look=True)
     except aten.OutOfRange:
-        return reference.slice_norm(v, dim, norm).to(scale_dtype(v))
+        return None
     return n.masked_fill_(n.isinf(), 0.0)
 
 

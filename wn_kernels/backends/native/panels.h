@@ -26,11 +26,11 @@ constexpr int kStackedRows = 6;
 template <typename T>
 constexpr int64_t kPanel = 2 * Lanes<T>::count;
 
-// A matrix in memory, of which either the columns or the rows lie one after the other.
+// This struct describes a matrix in memory. Its rows or its columns lie next to each other.
 template <typename T>
 struct Strided {
   const T* data;
-  int64_t row, column;  // the distances between neighbouring rows and columns, one of which is 1
+  int64_t row, column;  // the steps from a row to the next one, and from a column; one of them is 1
 
   const T* at(int64_t i, int64_t j) const { return data + i * row + j * column; }
   Strided below(int64_t i) const { return {at(i, 0), row, column}; }
@@ -158,8 +158,8 @@ class Stacked {
       for (int64_t r = 0; r < count; ++r) set(r, d.at(first + r, 0), factor[r]);
       return;
     }
-    // The rows of a column are neighbours in memory. The processor does not prefetch over the distance of
-    // two columns.
+    // The rows of a column are neighbours in memory, but the columns may lie a page apart. The processor
+    // does not fetch ahead over such distances.
     constexpr int64_t ahead = 8;
     for (int64_t j = 0; j < columns_; ++j)
       for (int64_t top = 0; top < count; top += R) {

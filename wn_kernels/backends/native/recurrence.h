@@ -169,15 +169,15 @@ void run_backward(
   T *dhs = past.mutable_data_ptr<T>(),
     *dcs = past_c.defined() ? past_c.mutable_data_ptr<T>() : nullptr;
   Panels<T> dh(units, batch);
-  // s dq of each gate, of the step that is computed and of the one before it.
+  // These hold s dq of each gate, for the step that is computed and for the one before.
   using D = std::vector<Panels<T>>;
   D scaled[2];
   for (D& each : scaled) {
     each.reserve(gates);
     for (int64_t k = 0; k < gates; ++k) each.emplace_back(units, batch);
   }
-  // All steps read a copy of V: the elements that belong to a panel of units, of one row after the other,
-  // padded with zeros.
+  // All steps read a copy of V. For each panel of units it has the elements of all rows, one row after the
+  // other, padded with zeros.
   const std::unique_ptr<T[]> copied(new T[dh.count * row * kPanel<T>]);
   const auto copy_of = [&](int64_t unit) { return copied.get() + unit * row; };
   for_each_part<T>(of, [&](int64_t first, int64_t end) {
