@@ -174,7 +174,7 @@ def slice_norm(v: Tensor, dim: int | None, norm: Norm) -> Tensor:
 
 
 def _slice_norm(v: Tensor, dim: int | None, norm: Norm) -> Tensor | None:
-    n = operators.slice_norm(v, dim, norm) if plans.prepares(v) == "native" else None
+    n = operators.slice_norm(v, dim, norm)
     if n is not None:
         return n
     call = Call(torch.Size(()), v.shape, v.dtype, v.dtype, dim, norm=norm)

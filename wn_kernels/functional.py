@@ -134,7 +134,7 @@ def slice_norm(v: Tensor, *, dim: int | None = 0, norm: Norm = "l2") -> Tensor:
     Raises:
         TypeError, ValueError: as `weight_norm`.
     """
-    n = operators.slice_norm(v, dim, norm) if plan.prepares(v) == "native" else None
+    n = operators.slice_norm(v, dim, norm)
     if n is None:
         if not are_dense(v, v, v, None):
             reject(v=v)

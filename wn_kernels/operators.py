@@ -58,7 +58,7 @@ def native_library() -> Any:
 def slice_norm(v: Tensor, dim: int | None, norm: Norm) -> Tensor | None:
     """Returns the norms of the native library, or `None` if it does not serve the call. The
     arguments need not have been checked."""
-    library = native_library()
+    library = native_library() if plans.prepares(v) == "native" else None
     return None if library is None else library.slice_norm(v, dim, norm)
 
 
