@@ -81,10 +81,15 @@ def test_channels_last(variant, weight_too):
     assert grads[1].stride() == case.v.stride()
 
 
-@pytest.mark.parametrize("kind", ["wide", "narrow", "grouped", "up", "up grouped", "positions"])
+UNFOLDED = ["wide", "narrow", "grouped", "up", "up grouped", "positions"]
+WINDOWS = ["lines", "strided lines", "planes", "up lines", "up planes", "scaled taps"]
+
+
+@pytest.mark.parametrize("kind", UNFOLDED + WINDOWS)
 @pytest.mark.parametrize("dtype", WIDE)
 def test_unfolded(kind, dtype):
-    """Weights longer than a segment, whose rows come in several chunks; rests of every tile."""
+    """Weights longer than a segment, whose rows come in several chunks; rests of every tile. Lines
+    of pixels that windows divide, and several in a window."""
     sizes, dim, options = {
         "wide": ((2, 193, 37, (19,), (7,)), 0, {"padding": 3}),
         "narrow": ((3, 150, 9, (5, 4), (3, 9)), 0, {"padding": (1, 4), "stride": (1, 2)}),
@@ -92,6 +97,12 @@ def test_unfolded(kind, dtype):
         "up": ((2, 301, 75, (7,), (16,)), 0, {"transposed": True, "stride": 8}),
         "up grouped": ((1, 300, 120, (9,), (40,)), 0, {"transposed": True, "groups": 3}),
         "positions": ((2, 96, 96, (49,), (40,)), 2, {"groups": 2, "padding": 20}),
+        "lines": ((3, 21, 18, (100,), (7,)), 0, {"padding": 6, "dilation": 2}),
+        "strided lines": ((2, 21, 18, (300,), (5,)), 0, {"padding": 3, "stride": 2}),
+        "planes": ((2, 5, 7, (6, 9, 11), (2, 3, 3)), 0, {"padding": 2, "dilation": (2, 1, 3)}),
+        "up lines": ((3, 19, 22, (90,), (5,)), 0, {"transposed": True, "stride": 3}),
+        "up planes": ((2, 9, 5, (12, 14), (3, 3)), 0, {"transposed": True, "padding": 1}),
+        "scaled taps": ((2, 17, 16, (150,), (16,)), 2, {"padding": 9, "stride": 2}),
     }[kind]
     case = ConvCase(*sizes, dim, dtype, **options)
     with planned("unfold", "unfold"):

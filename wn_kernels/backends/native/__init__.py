@@ -125,6 +125,7 @@ def _flags() -> list[str]:
     parallel = torch.backends.openmp.is_available()
     return [
         "-O3",
+        "-fno-math-errno",  # so that roots are taken in vectors
         *(["-fopenmp", "-DAT_PARALLEL_OPENMP=1"] if parallel else []),
         *_INSTRUCTIONS.get(torch.backends.cpu.get_cpu_capability(), []),
         *limits.definitions(),

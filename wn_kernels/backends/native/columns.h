@@ -8,6 +8,7 @@
 #include <array>
 #include <cstdint>
 #include <functional>
+#include <memory>
 #include <utility>
 #include <vector>
 
@@ -105,15 +106,15 @@ void merge_rows(T* parts, int64_t at, int64_t rows, int64_t columns, const Take&
 }
 
 // Computes reductions over every slice. take(parts, at, rows) merges the rows that start at element
-// `at` into the partial results of each column. Chunks of rows are merged in order, whichever thread
-// took them.
+// `at` into the partial results of each column. Chunks of rows are merged in pairs, these in pairs, and so
+// on, whichever thread took them. A thread merges its own ones, which lie in its cache.
 template <typename T, typename... Merges>
 std::array<std::vector<double>, sizeof...(Merges)> merged_columns(
     const Columns& of, const std::function<void(T*, int64_t, int64_t)>& take) {
   constexpr size_t N = sizeof...(Merges);
   const int64_t width = of.width(), blocks = (of.rows + kBlockOfRows - 1) / kBlockOfRows,
                 chunks = std::clamp(of.rows * width / kChunk, int64_t{1}, std::min(blocks, kChunks));
-  std::vector<double> all(chunks * N * width);
+  const std::unique_ptr<double[]> all(new double[chunks * N * width]);
   // Merges the results of `count` columns into those of other ones.
   const auto merge_into = [=](double* to, const auto* from, int64_t count) {
     const auto merge_one = [=](auto merge, size_t k) {
@@ -123,28 +124,41 @@ std::array<std::vector<double>, sizeof...(Merges)> merged_columns(
     size_t k = 0;
     (merge_one(Merges{}, k++), ...);
   };
-  for_each(chunks, of.rows * width / chunks, [&](int64_t chunk) {
-    double* results = all.data() + chunk * N * width;
+  const std::unique_ptr<bool[]> is_merged(new bool[chunks]());
+  const auto merge_pair = [&](int64_t left, int64_t right) {
+    merge_into(all.get() + left * N * width, all.get() + right * N * width, width);
+    is_merged[right] = true;
+  };
+  at::parallel_for(0, chunks, grain(of.rows * width / chunks), [&](int64_t begin, int64_t end) {
     std::vector<T> parts(N * width);
-    for (int64_t block = chunk * blocks / chunks; block < (chunk + 1) * blocks / chunks; ++block) {
-      const int64_t first = block * kBlockOfRows;
-      std::fill(parts.begin(), parts.end(), T(0));
-      take(parts.data(), first * width, std::min(kBlockOfRows, of.rows - first));
-      merge_into(results, parts.data(), width);
+    for (int64_t chunk = begin; chunk < end; ++chunk) {
+      double* results = all.get() + chunk * N * width;
+      std::fill_n(results, N * width, 0.0);
+      for (int64_t block = chunk * blocks / chunks; block < (chunk + 1) * blocks / chunks; ++block) {
+        const int64_t first = block * kBlockOfRows;
+        std::fill(parts.begin(), parts.end(), T(0));
+        take(parts.data(), first * width, std::min(kBlockOfRows, of.rows - first));
+        merge_into(results, parts.data(), width);
+      }
+      const int64_t next = chunk + 1;
+      for (int64_t half = 1; next % (2 * half) == 0 && next - 2 * half >= begin; half *= 2)
+        merge_pair(next - 2 * half, next - half);
     }
   });
-  double* results = all.data();
-  for (int64_t chunk = 1; chunk < chunks; ++chunk)
-    merge_into(results, results + chunk * N * width, width);
+  for (int64_t half = 1; half < chunks; half *= 2)
+    for (int64_t right = half; right < chunks; right += 2 * half)
+      if (!is_merged[right]) merge_pair(right - half, right);
+  double* results = all.get();
   for (int64_t at = of.step(); at < width; at += of.step()) merge_into(results, results + at, of.step());
   std::array<std::vector<double>, N> out;
   size_t k = 0;
   const auto finish = [&](auto merge) {
     const double* from = results + k * width;
-    out[k].resize(of.count);
-    for (double& each : out[k]) {
-      each = *from++;
-      for (int64_t i = 1; i < of.inner; ++i) each = decltype(merge)::merge(each, *from++);
+    if (of.inner == 1) return out[k++].assign(from, from + of.count);
+    for (int64_t j = 0; j < of.count; ++j, from += of.inner) {
+      double all = *from;
+      for (int64_t i = 1; i < of.inner; ++i) all = decltype(merge)::merge(all, from[i]);
+      out[k].push_back(all);
     }
     ++k;
   };
@@ -190,10 +204,9 @@ class ColumnTies {
         vectors_((width_ + kLanes - 1) / kLanes),
         noted_((whole_ + of.rows % kRowsAtOnce) * vectors_), x_(width_ + kLanes) {
     std::memset(x_.data(), -1, x_.size() * sizeof(V));
-    for (int64_t j = 0; j < width_; ++j) {
-      const auto x = raw_magnitude<V>(n[j]);
-      std::memcpy(&x_[j], &x, sizeof x);
-    }
+    for_each_vector<T>(width_, [&](int64_t j, auto count) {
+      store_raw(&x_[j], raw_magnitudes<V>(load(&n[j], count)), count);
+    });
   }
 
   // Returns <A_j, V_j> of every slice and how many ties it has. It writes to = s a in the tiles without

@@ -28,7 +28,7 @@ LEFT_ROWS = 256
 LEFT_ROWS_ALONE = 32
 LEFT_GROUP = 8
 # An unfolded input is copied along a line of the kernel if the line has at least this many taps.
-LONG_LINE = 8
+LONG_LINE = 16
 # A tile of a product with few columns takes this many rows of `V`.
 TILE_ROWS = 4
 # A product of at least this many columns takes copies of the rows of `V`.

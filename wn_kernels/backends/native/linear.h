@@ -462,7 +462,7 @@ struct Linear : Function<Linear> {
     auto *dvs = dv.mutable_data_ptr<T>(), *dgs = dg.mutable_data_ptr<T>();
     const int64_t outputs = v.size(0), length = v.size(1);
     std::vector<T> c(outputs);
-    // Under linf, write(i) is called for the groups of a long row that have no ties.
+    // Under linf, write(i, count) is called for the groups of a long row that have no ties.
     const auto set_slope = [&](int64_t j, const auto& write) {
       Ties<T> ties;
       if (norm == Norm::linf) ties.find(vs + j * length, ns[j], length, write);
@@ -484,10 +484,11 @@ struct Linear : Function<Linear> {
       const T* row = vs + j * length;
       T* to = dvs + j * length;
       if (x.size(0) == 1) {
-        const auto ties = set_slope(j, scale_group(to, ds[j], xs));
+        const auto ties = set_slope(j, scale_part(to, ds[j], xs));
         difference<norm>(to, xs, row, ns[j], ds[j], c[j], ties, length);
       } else {
-        const auto ties = set_slope(j, [=](int64_t i) { std::fill_n(to + i, kGroup, T(0)); });
+        const auto ties = set_slope(
+            j, [=](int64_t i, int64_t count) { std::fill_n(to + i, count, T(0)); });
         scaled_slope<norm>(to, row, ns[j], -c[j], ties, length);
       }
     });

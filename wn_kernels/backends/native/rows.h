@@ -80,7 +80,8 @@ inline __attribute__((always_inline)) void merge_each(
 }
 
 struct Ignore {
-  void operator()(int64_t) const {}
+  template <typename... Arguments>
+  void operator()(Arguments...) const {}
 };
 
 // Computes reductions over a row, each of which merges its terms. term(i, count) returns a vector of
@@ -180,14 +181,16 @@ std::array<double, 2> partial_and_dot(Norm of, const V* v, const Wide<V>* x, int
 }
 
 // Finds the ties of a row, which are the elements with |v| = n. Under linf they alone have a slope. In a
-// long row they usually lie in few groups. These are noted, and the other groups are written in the same
-// pass, because they do not depend on how many ties there are.
+// long row they usually lie in few groups. These are noted, and the other groups are written before it is
+// known how many ties there are: in half precision in the same pass, and else after it, because a pass that
+// also writes has the memory read less at a time.
 template <typename V>
 class Ties {
   using T = Wide<V>;
 
  public:
-  // Finds them, and calls write(i) for each group of a long row that has none, from element i on.
+  // Finds them, and calls write(i, count) for the groups of a long row that have none: for so many elements
+  // from element i on.
   template <typename Write>
   void find(const V* v, T n, int64_t length, const Write& write) {
     find(v, n, length, write, [=](const auto& look) {
@@ -195,7 +198,7 @@ class Ties {
     });
   }
 
-  // Finds them, and returns <a, v> from the same pass, which calls write(i) likewise.
+  // Finds them, and returns <a, v> from the same pass. It calls write(i, count) likewise.
   template <typename A, typename Write>
   double dot(const A* a, const V* v, T n, int64_t length, const Write& write) {
     double sum = 0;
@@ -211,21 +214,29 @@ class Ties {
 
   int64_t count() const { return count_; }
 
-  // Calls f(begin, end) for the elements that write(i) was not called for.
+  // Calls f(begin, end) for the elements that write() was not called for.
   template <typename F>
   void for_each_rest(const V* v, int64_t length, const F& f) const {
     if (length < kLong) return f(0, length);
-    const int64_t whole = length - length % kGroup;
-    if (size_ <= kFewGroups)
-      for (int64_t k = 0; k < size_; ++k) f(groups_[k], groups_[k] + kGroup);
-    else
-      for (int64_t i = 0; i < whole; i += kGroup)
-        if (any_equal(v + i, x_)) f(i, i + kGroup);
-    f(whole, length);
+    for_each_noted(v, whole(length), [=](int64_t i) { f(i, i + kGroup); });
+    f(whole(length), length);
   }
 
  private:
   static constexpr int64_t kLong = 4 * kGroup, kFewGroups = 128;
+  static constexpr bool kWritesAtOnce = sizeof(V) == 2;
+
+  static int64_t whole(int64_t length) { return length - length % kGroup; }
+
+  // Calls f(i) for the groups with ties, in order.
+  template <typename F>
+  void for_each_noted(const V* v, int64_t whole, const F& f) const {
+    if (size_ <= kFewGroups)
+      for (int64_t k = 0; k < size_; ++k) f(groups_[k]);
+    else
+      for (int64_t i = 0; i < whole; i += kGroup)
+        if (any_equal(v + i, x_)) f(i);
+  }
 
   // pass(look) calls look(i) for every group.
   template <typename Write, typename Pass>
@@ -233,21 +244,30 @@ class Ties {
     // Local variables stay in registers during the pass.
     const auto x = x_ = raw_magnitude<V>(n);
     int64_t count = 0, size = 0;
-    const int64_t whole = length - length % kGroup;
-    for_each_vector<T>(length - whole, [&](int64_t i, auto part) {
-      count += marked(equal(load_raw(v + whole + i, part), x));
+    for_each_vector<T>(length - whole(length), [&](int64_t i, auto part) {
+      count += marked(equal(load_raw(v + whole(length) + i, part), x));
     });
     const auto add = [v, x, &count](int64_t i) { count += count_equal(v + i, x); };
     if (length < kLong)
       pass(add);
     else
       pass([v, x, write, add, groups = groups_, &size](int64_t i) {
-        if (__builtin_expect(!any_equal(v + i, x), 1)) return write(i);
+        if (__builtin_expect(!any_equal(v + i, x), 1)) {
+          if constexpr (kWritesAtOnce) write(i, kGroup);
+          return;
+        }
         if (size < kFewGroups) groups[size] = i;
         ++size;
         add(i);
       });
     count_ = count, size_ = size;
+    if (kWritesAtOnce || length < kLong) return;
+    int64_t at = 0;
+    for_each_noted(v, whole(length), [&](int64_t i) {
+      write(at, i - at);
+      at = i + kGroup;
+    });
+    write(at, whole(length) - at);
   }
 
   RawNumber<V> x_;
@@ -264,13 +284,17 @@ void for_each_left(const Ties<V>& ties, const V* v, int64_t length, const F& f) 
     f(0, length);
 }
 
-// Returns a function that writes to = s a in the group from element i on. `to` may be a.
+// Computes w_j = s_j v_j.
+template <typename W, typename V>
+void scale(W* w, const V* v, Wide<V> s, int64_t length) {
+  for_each_vector<Wide<V>>(
+      length, [=](int64_t i, auto count) { store(w + i, s * load(v + i, count), count); });
+}
+
+// Returns a function that writes to = s a in so many elements from element i on. `to` may be a.
 template <typename To, typename A>
-auto scale_group(To* to, Wide<To> s, const A* a) {
-  return [=](int64_t i) {
-#pragma GCC unroll 8
-    for (int64_t l = i; l < i + kGroup; l += Lanes<Wide<To>>::count) store(to + l, s * load(a + l));
-  };
+auto scale_part(To* to, Wide<To> s, const A* a) {
+  return [=](int64_t i, int64_t count) { scale(to + i, a + i, s, count); };
 }
 
 // Returns <a, v>. If the norm is linf, it finds the ties of v, and writes to = s a in the groups without.
@@ -279,7 +303,7 @@ template <Norm norm, typename To, typename A, typename V>
 double dot_and_scale(
     To* to, Wide<V> s, const A* a, const V* v, Wide<V> n, Ties<V>& ties, int64_t length) {
   if constexpr (norm == Norm::linf)
-    return ties.dot(a, v, n, length, scale_group(to, s, a));
+    return ties.dot(a, v, n, length, scale_part(to, s, a));
   else
     return dot(a, v, length);
 }
@@ -316,10 +340,12 @@ class Norms {
   void set_all(const std::vector<double>& partials, const F& is_zero) {
     const int64_t count = partials.size();
     bool usual = true;
-    for (int64_t j = 0; j < count; ++j) {
-      n_[j] = from(partials[j]);
-      usual &= is_usual(n_[j]);
-    }
+    // The compiler makes vectors of loops that do one thing each.
+    with_norm(norm_, [&](auto norm) {
+      for (int64_t j = 0; j < count; ++j) n_[j] = static_cast<T>(finished(norm, partials[j]));
+    });
+    for (int64_t j = 0; j < count; ++j) n_[j] = std::max(n_[j], eps_);
+    for (int64_t j = 0; j < count; ++j) usual &= is_usual(n_[j]);
     if (!usual)
       for (int64_t j = 0; j < count; ++j) set(j, partials[j], [&] { return is_zero(j); });
   }
@@ -337,11 +363,23 @@ class Norms {
   std::atomic<bool> in_range_{true};
 };
 
-// Computes w_j = s_j v_j.
+// Computes w = s v of numbers that each have their own s. Several vectors are read before they are
+// written.
 template <typename W, typename V>
-void scale(W* w, const V* v, Wide<V> s, int64_t length) {
-  for_each_vector<Wide<V>>(
-      length, [=](int64_t i, auto count) { store(w + i, s * load(v + i, count), count); });
+void scale(W* w, const V* v, const Wide<V>* s, int64_t length) {
+  using T = Wide<V>;
+  constexpr int64_t lanes = Lanes<T>::count, vectors = 8;
+  int64_t i = 0;
+  for (; i + vectors * lanes <= length; i += vectors * lanes) {
+    Vector<T> scaled[vectors];
+#pragma GCC unroll 8
+    for (int64_t k = 0; k < vectors; ++k) scaled[k] = load(s + i + k * lanes) * load(v + i + k * lanes);
+#pragma GCC unroll 8
+    for (int64_t k = 0; k < vectors; ++k) store(w + i + k * lanes, scaled[k]);
+  }
+  for_each_vector<T>(length - i, [=](int64_t j, auto count) {
+    store(w + i + j, load(s + i + j, count) * load(v + i + j, count), count);
+  });
 }
 
 // Whether n was clamped, and is therefore a constant.
@@ -361,13 +399,12 @@ struct Slope {
   T dg, s, c;
 };
 
-// Returns c u for the vector that starts at v. Zeros are rare. Under l1, nothing is needed of a vector
-// without one but its signs.
+// Returns c u for the vector that starts at v. Under l1, nothing is needed of it but its signs and zeros.
 template <Norm norm, typename V, typename N, typename Count>
 inline Vector<Wide<V>> slope_at(Vector<Wide<V>> c, const V* v, N n, Count count) {
-  if constexpr (norm == Norm::l1 && std::is_same_v<Count, All>)
-    if (__builtin_expect(marked(equal(load_raw(v, count), RawNumber<V>{0})) == 0, 1))
-      return with_sign(signs(v), c);
+  if constexpr (norm == Norm::l1 && std::is_same_v<Count, All>) {
+    return with_signs_of(v, c);
+  }
   return times_slope<norm>(c, load(v, count), n);
 }
 

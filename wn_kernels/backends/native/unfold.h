@@ -54,33 +54,6 @@ struct Unfolding {
 
   bool pads() const { return padding != Triple{}; }
 
-  // Calls f(k, column, at, tap, count, along_taps) for every run of a channel's elements. A run
-  // starts at element k of this column of U and at element `at` of the image, and `tap` is its
-  // position in the line of the kernel. It has `count` elements. If the kernel's lines are long, a
-  // run follows a line of the kernel within a panel of `width` elements. Otherwise it follows a
-  // line of pixels.
-  template <int64_t width, typename F>
-  void for_each_run(int64_t channel, const F& f) const {
-    int64_t k = channel * product(taps);
-    for (int64_t a = 0; a < taps[0]; ++a)
-      for (int64_t b = 0; b < taps[1]; ++b, k += taps[2]) {
-        int64_t column = 0;
-        for (int64_t n = 0; n < batch; ++n)
-          for (int64_t z = 0; z < pixels[0]; ++z)
-            for (int64_t y = 0; y < pixels[1]; ++y, column += pixels[2]) {
-              const int64_t plane = z * stride[0] - padding[0] + a * dilation[0],
-                            line = y * stride[1] - padding[1] + b * dilation[1];
-              if (plane < 0 || plane >= sizes[0] || line < 0 || line >= sizes[1]) continue;
-              const int64_t start = ((channel * sizes[0] + plane) * sizes[1] + line) * sizes[2];
-              for_each_run_of_a_line<width>(k, column, n * image() + start, f);
-            }
-      }
-  }
-
-  const int64_t groups, rows, channels, batch;
-  const Triple sizes, pixels, taps, stride, padding, dilation;
-
- private:
   // Returns (begin, end) of the i from 0 to `count` for which 0 <= first + i step < size.
   static std::pair<int64_t, int64_t> within(
       int64_t first, int64_t step, int64_t count, int64_t size) {
@@ -89,48 +62,228 @@ struct Unfolding {
     return {std::min(end, first < 0 ? (step - 1 - first) / step : 0), end};
   }
 
-  template <int64_t width, typename F>
-  void for_each_run_of_a_line(int64_t k, int64_t column, int64_t start, const F& f) const {
-    const int64_t step = dilation[2], pixel = stride[2];
-    if (taps[2] < kLongLine) {
-      for (int64_t c = 0; c < taps[2]; ++c) {
-        const int64_t first = c * step - padding[2];
-        const auto [begin, end] = within(first, pixel, pixels[2], sizes[2]);
-        f(k + c, column + begin, start + first + begin * pixel, c, end - begin, false);
-      }
-      return;
+  const int64_t groups, rows, channels, batch;
+  const Triple sizes, pixels, taps, stride, padding, dilation;
+};
+
+// --- along lines of pixels -----------------------------------------------------------------------
+
+// U is computed in windows of so many columns. A window of as many rows as a vector has lanes is copied
+// from the image row by row, and then turned into a panel in squares. Its inverse adds it to the image.
+constexpr int64_t kWindow = 128;
+template <typename T>
+struct Window {
+  static constexpr int64_t lanes = Lanes<T>::count;
+  alignas(kVectorBytes) T row[lanes][kWindow];
+
+  // `to` is the place of the window's first row and column in a panel.
+  void store_to(T* to, int64_t columns) const {
+    for (int64_t j = 0; j < columns; j += lanes) {
+      Vector<T> t[lanes];
+#pragma GCC unroll 16
+      for (int64_t r = 0; r < lanes; ++r) t[r] = load(row[r] + j);
+      transpose<T>(t);
+#pragma GCC unroll 16
+      for (int64_t k = 0; k < lanes; ++k)
+        if (j + k < columns) store(to + (j + k) * kPanel<T>, t[k]);
     }
-    for (int64_t x = 0; x < pixels[2]; ++x) {
-      const int64_t first = x * pixel - padding[2];
-      auto [c, end] = within(first, step, taps[2], sizes[2]);
-      while (c < end) {
-        const int64_t count = std::min(end - c, width - (k + c) % width);
-        f(k + c, column + x, start + first + c * step, c, count, true);
-        c += count;
-      }
+  }
+  void load_from(const T* from, int64_t columns) {
+    for (int64_t j = 0; j < columns; j += lanes) {
+      Vector<T> t[lanes];
+#pragma GCC unroll 16
+      for (int64_t k = 0; k < lanes; ++k)
+        t[k] = j + k < columns ? load(from + (j + k) * kPanel<T>) : Vector<T>{};
+      transpose<T>(t);
+#pragma GCC unroll 16
+      for (int64_t r = 0; r < lanes; ++r) store(row[r] + j, t[r]);
     }
   }
 };
 
+// Says where the windows of U lie in the image.
+class Windows {
+ public:
+  explicit Windows(const Unfolding& of) : of_(of), parts_((of.columns() + kWindow - 1) / kWindow) {
+    int64_t column = 0;
+    for (int64_t n = 0; n < of.batch; ++n)
+      for (int64_t z = 0; z < of.pixels[0]; ++z)
+        for (int64_t y = 0; y < of.pixels[1]; ++y)
+          for (int64_t x = 0, count; x < of.pixels[2]; x += count, column += count) {
+            count = std::min(of.pixels[2] - x, kWindow - column % kWindow);
+            parts_[column / kWindow].push_back(
+                {n * of.image(), z * of.stride[0], y * of.stride[1], x, x + count, column % kWindow});
+          }
+    for (int64_t tap = 0; tap < of.taps[2]; ++tap)
+      ends_.push_back(
+          of.within(tap * of.dilation[2] - of.padding[2], of.stride[2], of.pixels[2], of.sizes[2]));
+  }
+
+  int64_t count() const { return parts_.size(); }
+  int64_t columns(int64_t window) const {
+    return std::min(kWindow, of_.columns() - window * kWindow);
+  }
+
+  // A row of U is a position of the kernel in a channel. Pixels from begin to end of each line are in the
+  // image, and others are padding.
+  struct Row {
+    int64_t channel, plane, line, tap, begin, end;
+  };
+  // Calls f(r, row) for `count` rows from row k on.
+  template <typename F>
+  void for_each_row(int64_t k, int64_t count, const F& f) const {
+    int64_t channel = k / product(of_.taps), c = k % of_.taps[2], b = k / of_.taps[2] % of_.taps[1],
+            a = k / (of_.taps[1] * of_.taps[2]) % of_.taps[0];
+    for (int64_t r = 0; r < count; ++r) {
+      f(r, Row{channel, a * of_.dilation[0] - of_.padding[0], b * of_.dilation[1] - of_.padding[1], c,
+               ends_[c].first, ends_[c].second});
+      if (++c == of_.taps[2] && (c = 0, ++b == of_.taps[1]) && (b = 0, ++a == of_.taps[0]))
+        a = 0, ++channel;
+    }
+  }
+
+  // Calls f(column, at, count) for each run of a row in a window, which starts at this column of the window
+  // and at element `at` of the image.
+  template <typename F>
+  void for_each_run(int64_t window, const Row& row, const F& f) const {
+    for (const Part& part : parts_[window]) {
+      const int64_t plane = part.plane + row.plane, line = part.line + row.line,
+                    begin = std::max(part.begin, row.begin), end = std::min(part.end, row.end);
+      if (plane < 0 || plane >= of_.sizes[0] || line < 0 || line >= of_.sizes[1] || begin >= end)
+        continue;
+      const int64_t start = ((row.channel * of_.sizes[0] + plane) * of_.sizes[1] + line) * of_.sizes[2],
+                    first = begin * of_.stride[2] + row.tap * of_.dilation[2] - of_.padding[2];
+      f(part.column + begin - part.begin, part.sample + start + first, end - begin);
+    }
+  }
+
+ private:
+  // A part of a line of pixels, from `begin` to `end`: where its sample starts, and the plane and the line
+  // of the image where the kernel's first position lies, without padding.
+  struct Part {
+    int64_t sample, plane, line, begin, end, column;
+  };
+
+  const Unfolding& of_;
+  std::vector<std::vector<Part>> parts_;  // of each window
+  std::vector<std::pair<int64_t, int64_t>> ends_;  // of the pixels in the image, for each tap of a line
+};
+
+template <typename T>
+void unfold_lines(const Unfolding& of, const T* image, const T* s, Panels<T>& u) {
+  constexpr int64_t lanes = Lanes<T>::count;
+  const Windows windows(of);
+  const int64_t step = of.stride[2];
+  for_each(2 * u.count, lanes * u.columns, [&](int64_t i) {
+    T* const panel = u.panel(i / 2) + i % 2 * lanes;
+    const int64_t rows = std::clamp<int64_t>(u.length - i * lanes, 0, lanes);
+    Window<T> window;
+    for (int64_t w = 0; w < windows.count(); ++w) {
+      const int64_t columns = windows.columns(w);
+      for (auto& row : window.row)
+        for_each_vector<T>(columns, [&](int64_t j, auto) { store(row + j, Vector<T>{}); });
+      windows.for_each_row(i * lanes, rows, [&](int64_t r, const Windows::Row& row) {
+        const T factor = s ? s[row.tap] : T(1);
+        windows.for_each_run(w, row, [&](int64_t column, int64_t at, int64_t count) {
+          T* to = window.row[r] + column;
+          const T* from = image + at;
+          if (step > 1)
+            for (int64_t j = 0; j < count; ++j) to[j] = factor * from[j * step];
+          else
+            scale(to, from, factor, count);
+        });
+      });
+      window.store_to(panel + w * kWindow * kPanel<T>, columns);
+    }
+  });
+}
+
+template <typename T>
+void fold_lines(const Unfolding& of, const Panels<T>& q, const T* s, T* image) {
+  constexpr int64_t lanes = Lanes<T>::count;
+  const Windows windows(of);
+  const int64_t taps = product(of.taps), step = of.stride[2];
+  at::parallel_for(0, of.channels, grain(taps * q.columns), [&](int64_t begin, int64_t end) {
+    // A vector of rows may have channels of two threads. Each thread adds its own ones.
+    for (int64_t k = begin * taps / lanes * lanes; k < end * taps; k += lanes) {
+      Window<T> window;
+      for (int64_t w = 0; w < windows.count(); ++w) {
+        window.load_from(q.element(k, w * kWindow), windows.columns(w));
+        windows.for_each_row(k, lanes, [&](int64_t r, const Windows::Row& row) {
+          if (row.channel < begin || row.channel >= end) return;
+          const T factor = s ? s[row.tap] : T(1);
+          windows.for_each_run(w, row, [&](int64_t column, int64_t at, int64_t count) {
+            const T* from = window.row[r] + column;
+            T* to = image + at;
+            if (step > 1 || count < lanes)
+              for (int64_t j = 0; j < count; ++j) to[j * step] += factor * from[j];
+            else
+              for_each_vector<T>(count, [=](int64_t j, auto part) {
+                store(to + j, load(to + j, part) + factor * load(from + j, part), part);
+              });
+          });
+        });
+      }
+    }
+  });
+}
+
+// --- along lines of the kernel -------------------------------------------------------------------
+
+// Returns whether lines of the kernel are copied, and not lines of pixels. The pixels of a long line of the
+// kernel are neighbours, and so are those of lines of pixels without a stride.
+template <typename T>
+bool is_along_taps(const Unfolding& of) {
+  return of.taps[2] >= kLongLine && (of.stride[2] > 1 || of.pixels[2] < Lanes<T>::count);
+}
+
+// Calls f(to, at, tap, count) for every run of a channel's elements along a line of the kernel, within a
+// panel of U. It starts at this element of U, at element `at` of the image, and at this tap of the line.
+template <typename T, typename F>
+void for_each_run_of_taps(const Unfolding& of, int64_t channel, const Panels<T>& u, const F& f) {
+  const int64_t step = of.dilation[2];
+  int64_t k = channel * product(of.taps);
+  for (int64_t a = 0; a < of.taps[0]; ++a)
+    for (int64_t b = 0; b < of.taps[1]; ++b, k += of.taps[2]) {
+      int64_t column = 0;
+      for (int64_t n = 0; n < of.batch; ++n)
+        for (int64_t z = 0; z < of.pixels[0]; ++z)
+          for (int64_t y = 0; y < of.pixels[1]; ++y, column += of.pixels[2]) {
+            const int64_t plane = z * of.stride[0] - of.padding[0] + a * of.dilation[0],
+                          line = y * of.stride[1] - of.padding[1] + b * of.dilation[1];
+            if (plane < 0 || plane >= of.sizes[0] || line < 0 || line >= of.sizes[1]) continue;
+            const int64_t start =
+                n * of.image() + ((channel * of.sizes[0] + plane) * of.sizes[1] + line) * of.sizes[2];
+            for (int64_t x = 0; x < of.pixels[2]; ++x) {
+              const int64_t first = x * of.stride[2] - of.padding[2];
+              auto [c, end] = of.within(first, step, of.taps[2], of.sizes[2]);
+              while (c < end) {
+                const int64_t count = std::min(end - c, kPanel<T> - (k + c) % kPanel<T>);
+                f(u.element(k + c, column + x), start + first + c * step, c, count);
+                c += count;
+              }
+            }
+          }
+    }
+}
+
+// --- U and its adjoint ---------------------------------------------------------------------------
+
 // Computes U from the image of a group. If s is given, each element is multiplied by its tap's s.
 template <typename T>
 void unfold(const Unfolding& of, const T* image, const T* s, Panels<T>& u) {
-  constexpr int64_t width = kPanel<T>;
+  if (!is_along_taps<T>(of)) return unfold_lines(of, image, s, u);
   of.pads() ? u.zero() : u.zero_rest();
+  const int64_t step = of.dilation[2];
   for_each(of.channels, u.length / of.channels * u.columns, [&](int64_t channel) {
-    of.for_each_run<width>(
-        channel,
-        [&](int64_t k, int64_t column, int64_t at, int64_t tap, int64_t count, bool along_taps) {
-          T* to = u.element(k, column);
-          const T* from = image + at;
-          const int64_t step = along_taps ? of.dilation[2] : of.stride[2];
-          if (!along_taps)
-            for (int64_t i = 0; i < count; ++i) to[i * width] = from[i * step] * (s ? s[tap] : 1);
-          else if (s)
-            for (int64_t i = 0; i < count; ++i) to[i] = from[i * step] * s[tap + i];
-          else
-            for (int64_t i = 0; i < count; ++i) to[i] = from[i * step];
-        });
+    for_each_run_of_taps(of, channel, u, [&](const T* place, int64_t at, int64_t tap, int64_t count) {
+      T* to = const_cast<T*>(place);
+      const T* from = image + at;
+      if (s)
+        for (int64_t i = 0; i < count; ++i) to[i] = from[i * step] * s[tap + i];
+      else
+        for (int64_t i = 0; i < count; ++i) to[i] = from[i * step];
+    });
   });
 }
 
@@ -138,25 +291,20 @@ void unfold(const Unfolding& of, const T* image, const T* s, Panels<T>& u) {
 // the place that the element came from. If s is given, each element is multiplied by its tap's s.
 template <typename T>
 void fold(const Unfolding& of, const Panels<T>& q, const T* s, const T* bias, T* image) {
-  constexpr int64_t width = kPanel<T>;
-  const int64_t size = product(of.sizes);
+  const int64_t size = product(of.sizes), step = of.dilation[2];
   for_each(of.channels, q.length / of.channels * q.columns, [&](int64_t channel) {
     for (int64_t n = 0; n < of.batch; ++n)
       std::fill_n(image + n * of.image() + channel * size, size, bias ? bias[channel] : T(0));
-    of.for_each_run<width>(
-        channel,
-        [&](int64_t k, int64_t column, int64_t at, int64_t tap, int64_t count, bool along_taps) {
-          const T* from = q.element(k, column);
-          T* to = image + at;
-          const int64_t step = along_taps ? of.dilation[2] : of.stride[2];
-          if (!along_taps)
-            for (int64_t i = 0; i < count; ++i) to[i * step] += from[i * width] * (s ? s[tap] : 1);
-          else if (s)
-            for (int64_t i = 0; i < count; ++i) to[i * step] += from[i] * s[tap + i];
-          else
-            for (int64_t i = 0; i < count; ++i) to[i * step] += from[i];
-        });
+    if (!is_along_taps<T>(of)) return;
+    for_each_run_of_taps(of, channel, q, [&](const T* from, int64_t at, int64_t tap, int64_t count) {
+      T* to = image + at;
+      if (s)
+        for (int64_t i = 0; i < count; ++i) to[i * step] += from[i] * s[tap + i];
+      else
+        for (int64_t i = 0; i < count; ++i) to[i * step] += from[i];
+    });
   });
+  if (!is_along_taps<T>(of)) fold_lines(of, q, s, image);
 }
 
 // Calls f(i) for every group. If there are enough groups, each gets one thread, so that no thread

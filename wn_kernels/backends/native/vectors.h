@@ -362,6 +362,13 @@ inline Raw<T> narrowed(Vector<Wide<T>> value) {
   }
 }
 
+// Returns the bits of the elements with these magnitudes, or -1, as raw_magnitude() does.
+template <typename T>
+inline Raw<T> raw_magnitudes(Vector<Wide<T>> n) {
+  const Raw<T> raw = narrowed<T>(n);
+  return raw | ~__builtin_convertvector(widened<T>(raw) == n, Raw<T>);
+}
+
 // --- a vector, or the part of one that is left ---------------------------------------------------
 
 template <typename T, typename Count>
@@ -387,14 +394,27 @@ inline Vector<Wide<T>> load_magnitudes(const T* from, Count count) {
   return widened<T>(load_raw(from, count) & std::numeric_limits<RawNumber<T>>::max());
 }
 
-// Returns a vector whose sign bits are those of the elements. Its other bits mean nothing.
+// Returns c with the signs of the elements from here on, and zero for those that are zero.
 template <typename T>
-inline Raw<Wide<T>> signs(const T* from) {
-  const Raw<T> raw = load_raw(from, All{});
+inline Vector<Wide<T>> with_signs_of(const T* from, Vector<Wide<T>> c) {
+  using W = Wide<T>;
+  Raw<W> raw;  // the signs and the magnitudes of 16 bits are those of the same number of 32 bits
   if constexpr (sizeof(T) == 2)
-    return lengthened(raw);
+    raw = lengthened(load_raw(from, All{}));
   else
-    return raw;
+    raw = load_raw(from, All{});
+  const Raw<W> magnitudes = Raw<W>{} + std::numeric_limits<RawNumber<T>>::max(),
+               sign = Raw<W>{} + std::numeric_limits<RawNumber<W>>::min();
+#if WN_VECTOR_BYTES == 64 && defined(__AVX512F__)
+  constexpr int merge = 0x78;  // c ^ (raw & sign)
+  const auto a = (__m512i)c, b = (__m512i)raw, s = (__m512i)sign, m = (__m512i)magnitudes;
+  if constexpr (sizeof(W) == 8)
+    return (Vector<W>)_mm512_maskz_ternarylogic_epi64(_mm512_test_epi64_mask(b, m), a, b, s, merge);
+  else
+    return (Vector<W>)_mm512_maskz_ternarylogic_epi32(_mm512_test_epi32_mask(b, m), a, b, s, merge);
+#else
+  return (Vector<W>)((((Raw<W>)c) ^ (raw & sign)) & ((raw & magnitudes) != 0));
+#endif
 }
 
 // Returns how many elements a vector of T takes that has this count.

@@ -114,10 +114,7 @@ inline Tensor scaled_weight(Tensor w, const Tensor& v, const Tensor& g, const Te
       const auto all = spread(e.of, std::move(each));
       const T* scales = all.data();
       for_each(e.of.rows, width, [=](int64_t i) {
-        const int64_t at = i * width;
-        for_each_vector<T>(width, [=](int64_t j, auto count) {
-          store(ws + at + j, load(scales + j, count) * load(vs + at + j, count), count);
-        });
+        scale(ws + i * width, vs + i * width, scales, width);
       });
     } else {
       for_each(e.count, e.length, [&](int64_t j) {
