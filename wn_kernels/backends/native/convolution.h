@@ -77,17 +77,19 @@ inline Tensor channel_sums(const Tensor& dy, at::ScalarType dtype) {
     using T = Wide<Y>;
     const auto* dys = dy.const_data_ptr<Y>();
     auto* to = out.mutable_data_ptr<T>();
-    for_each(channels, batch * pixels, [=](int64_t channel) {
-      double sum = 0;
-      for (int64_t image = 0; image < batch; ++image) {
-        const Y* row = dys + (image * channels + channel) * pixels;
-        const auto term = [=](int64_t i, auto count) {
-          return std::array<Vector<T>, 1>{load(row + i, count)};
-        };
-        sum += reductions<T, Sum>(pixels, term)[0];
-      }
-      to[channel] = static_cast<T>(sum);
+    // Images are read one after the other, as they lie in memory.
+    std::vector<double> sums(batch * channels);
+    for_each(batch * channels, pixels, [&](int64_t j) {
+      const Y* row = dys + j * pixels;
+      sums[j] = reductions<T, Sum>(pixels, [=](int64_t i, auto count) {
+        return std::array<Vector<T>, 1>{load(row + i, count)};
+      })[0];
     });
+    for (int64_t channel = 0; channel < channels; ++channel) {
+      double sum = 0;
+      for (int64_t image = 0; image < batch; ++image) sum += sums[image * channels + channel];
+      to[channel] = static_cast<T>(sum);
+    }
   });
   return as(out, dtype);
 }

@@ -182,8 +182,9 @@ std::array<double, 2> partial_and_dot(Norm of, const V* v, const Wide<V>* x, int
 
 // Finds the ties of a row, which are the elements with |v| = n. Under linf they alone have a slope. In a
 // long row they usually lie in few groups. These are noted, and the other groups are written before it is
-// known how many ties there are: in half precision in the same pass, and else after it, because a pass that
-// also writes has the memory read less at a time.
+// known how many ties there are. In half precision they are written in the same pass. In other dtypes that
+// pass is bound by the memory, which is read more slowly while results are written, so they are written
+// after it.
 template <typename V>
 class Ties {
   using T = Wide<V>;

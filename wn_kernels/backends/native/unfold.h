@@ -169,6 +169,7 @@ class Windows {
   std::vector<std::pair<int64_t, int64_t>> ends_;  // of the pixels in the image, for each tap of a line
 };
 
+// Computes U from the image of a group, window by window.
 template <typename T>
 void unfold_lines(const Unfolding& of, const T* image, const T* s, Panels<T>& u) {
   constexpr int64_t lanes = Lanes<T>::count;
@@ -198,6 +199,8 @@ void unfold_lines(const Unfolding& of, const T* image, const T* s, Panels<T>& u)
   });
 }
 
+// Adds Q to the image of a group, window by window. The elements of an image are added to in one order,
+// whichever thread does it.
 template <typename T>
 void fold_lines(const Unfolding& of, const Panels<T>& q, const T* s, T* image) {
   constexpr int64_t lanes = Lanes<T>::count;
