@@ -11,6 +11,8 @@
 #include <cstdint>
 #include <cstring>
 #include <memory>
+#include <new>
+#include <utility>
 #include <vector>
 
 #include "rows.h"
@@ -46,16 +48,66 @@ Strided<T> turned(const T* data, int64_t columns) {
   return {data, 1, columns};
 }
 
+// A thread keeps at most this many bytes for the next block.
+constexpr int64_t kKeptBytes = 1 << 21;
+
+// This class holds memory that begins where a vector may. A thread keeps one of the blocks that it has freed.
+// The C library would return it to the system, and the next one would have a page fault for every 4 KiB.
+class Block {
+ public:
+  explicit Block(int64_t bytes) {
+    if (bytes == 0) return;
+    if (auto& kept = of_thread(); kept.bytes_ >= bytes) {
+      swap(kept);
+      return;
+    }
+    data_.reset(static_cast<char*>(::operator new(bytes, std::align_val_t(kVectorBytes))));
+    bytes_ = bytes;
+  }
+  Block(Block&& other) noexcept { swap(other); }
+  ~Block() {
+    if (auto& kept = of_thread(); bytes_ > kept.bytes_ && bytes_ <= kKeptBytes) swap(kept);
+  }
+
+  template <typename T>
+  T* as() const {
+    return reinterpret_cast<T*>(data_.get());
+  }
+
+ private:
+  struct Delete {
+    void operator()(char* data) const { ::operator delete(data, std::align_val_t(kVectorBytes)); }
+  };
+  struct Kept {
+    std::unique_ptr<char, Delete> data_;
+    int64_t bytes_ = 0;
+  };
+  static Kept& of_thread() {
+    static thread_local Kept kept;
+    return kept;
+  }
+
+  template <typename Other>
+  void swap(Other& other) {
+    std::swap(data_, other.data_), std::swap(bytes_, other.bytes_);
+  }
+
+  std::unique_ptr<char, Delete> data_;
+  int64_t bytes_ = 0;
+};
+
 // This class stores a matrix (length, columns) in panels.
 template <typename T>
 class Panels {
  public:
   Panels(int64_t length, int64_t columns)
       : length(length), columns(columns), full(length / kPanel<T>),
-        count((length + kPanel<T> - 1) / kPanel<T>), data_(new T[count * columns * kPanel<T>]) {}
+        count((length + kPanel<T> - 1) / kPanel<T>),
+        step(kPanel<T> * (columns | 1)), memory_(count * step * static_cast<int64_t>(sizeof(T))),
+        data_(memory_.as<T>()) {}
 
-  T* panel(int64_t i) { return data_.get() + i * columns * kPanel<T>; }
-  const T* panel(int64_t i) const { return data_.get() + i * columns * kPanel<T>; }
+  T* panel(int64_t i) { return data_ + i * step; }
+  const T* panel(int64_t i) const { return data_ + i * step; }
 
   T* element(int64_t i, int64_t column) {
     return panel(i / kPanel<T>) + column * kPanel<T> + i % kPanel<T>;
@@ -73,11 +125,15 @@ class Panels {
   }
 
   const int64_t length, columns, full, count;
+  // From a panel to the next one. An even number of columns may have a power of two of bytes, and all
+  // panels would compete for the same lines of the cache.
+  const int64_t step;
 
  private:
   void clear(int64_t i) { std::fill_n(panel(i), columns * kPanel<T>, T(0)); }
 
-  std::unique_ptr<T[]> data_;
+  Block memory_;
+  T* data_;
 };
 
 // `pack` copies a matrix whose columns lie one after the other into panels. `unpack` copies it

@@ -114,7 +114,6 @@ inline void tile_product(
   // The sums stay in registers until each is one number.
   Vector<T> sum[sets][kTileColumns * kTileRows] = {};
   const T* from = b.panel(begin) + column * kPanel<T>;
-  const int64_t step = b.columns * kPanel<T>;
   block.for_each_panel(begin, end, [&](int64_t, const auto& rows) {
 #pragma GCC unroll 2
     for (int64_t half = 0; half < 2; ++half) {
@@ -128,7 +127,7 @@ inline void tile_product(
         for (int j = 0; j < N; ++j) sum[half % sets][j * kTileRows + r] += value * values[j];
       }
     }
-    from += step;
+    from += b.step;
   });
 #pragma GCC unroll 4
   for (int64_t at = 0; at < N * kTileRows; at += lanes) {
@@ -301,12 +300,13 @@ void rows_product(
   const int64_t rest = count % Lanes<T>::count, left = 2 * rest > Lanes<T>::count ? 0 : rest;
   const int64_t copied = is_packed(b) ? count - left : 0;
   const int64_t longest = std::min<int64_t>(b.count * kPanel<T>, kSegmentBytes / sizeof(T));
-  const std::unique_ptr<T[]> packed(copied ? new T[longest * kPanel<T>] : nullptr);
+  const Block memory(copied ? longest * kPanel<T> * static_cast<int64_t>(sizeof(T)) : 0);
+  T* const packed = memory.as<T>();
   for_each_segment(b, [&](int64_t begin, int64_t end) {
     const int64_t at = begin * kPanel<T>, size = std::min(end * kPanel<T>, b.length) - at;
     if (copied) {
-      pack_rows(packed.get(), rows, copied, b.length, at, size, norm, partials.data());
-      packed_product(products.data(), packed.get(), copied, b, begin, size);
+      pack_rows(packed, rows, copied, b.length, at, size, norm, partials.data());
+      packed_product(products.data(), packed, copied, b, begin, size);
     }
     for (int64_t top = copied; top < count; top += kTileRows) {
       const int64_t height = std::min<int64_t>(kTileRows, count - top);
