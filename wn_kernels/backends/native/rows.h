@@ -182,9 +182,9 @@ std::array<double, 2> partial_and_dot(Norm of, const V* v, const Wide<V>* x, int
 
 // Finds the ties of a row, which are the elements with |v| = n. Under linf they alone have a slope. In a
 // long row they usually lie in few groups. These are noted, and the other groups are written before it is
-// known how many ties there are. In half precision they are written in the same pass. In other dtypes that
-// pass is bound by the memory, which is read more slowly while results are written, so they are written
-// after it.
+// known how many ties there are. They are written in the same pass, unless that takes <a, v> in float32 or
+// float64: it is bound by the memory, which is read more slowly while results are written. They are then
+// written after it.
 template <typename V>
 class Ties {
   using T = Wide<V>;
@@ -194,7 +194,7 @@ class Ties {
   // from element i on.
   template <typename Write>
   void find(const V* v, T n, int64_t length, const Write& write) {
-    find(v, n, length, write, [=](const auto& look) {
+    find<true>(v, n, length, write, [=](const auto& look) {
       for (int64_t i = 0; i + kGroup <= length; i += kGroup) look(i);
     });
   }
@@ -203,7 +203,7 @@ class Ties {
   template <typename A, typename Write>
   double dot(const A* a, const V* v, T n, int64_t length, const Write& write) {
     double sum = 0;
-    find(v, n, length, write, [&](const auto& look) {
+    find<sizeof(V) == 2>(v, n, length, write, [&](const auto& look) {
       const auto term = [=](int64_t i, auto count) {
         return std::array<Vector<T>, 1>{load(a + i, count) * load(v + i, count)};
       };
@@ -225,7 +225,6 @@ class Ties {
 
  private:
   static constexpr int64_t kLong = 4 * kGroup, kFewGroups = 128;
-  static constexpr bool kWritesAtOnce = sizeof(V) == 2;
 
   static int64_t whole(int64_t length) { return length - length % kGroup; }
 
@@ -240,7 +239,7 @@ class Ties {
   }
 
   // pass(look) calls look(i) for every group.
-  template <typename Write, typename Pass>
+  template <bool at_once, typename Write, typename Pass>
   void find(const V* v, T n, int64_t length, const Write& write, const Pass& pass) {
     // Local variables stay in registers during the pass.
     const auto x = x_ = raw_magnitude<V>(n);
@@ -254,7 +253,7 @@ class Ties {
     else
       pass([v, x, write, add, groups = groups_, &size](int64_t i) {
         if (__builtin_expect(!any_equal(v + i, x), 1)) {
-          if constexpr (kWritesAtOnce) write(i, kGroup);
+          if constexpr (at_once) write(i, kGroup);
           return;
         }
         if (size < kFewGroups) groups[size] = i;
@@ -262,7 +261,7 @@ class Ties {
         add(i);
       });
     count_ = count, size_ = size;
-    if (kWritesAtOnce || length < kLong) return;
+    if (at_once || length < kLong) return;
     int64_t at = 0;
     for_each_noted(v, whole(length), [&](int64_t i) {
       write(at, i - at);
