@@ -40,7 +40,7 @@ TILE_EFFICIENCY, PACKED_EFFICIENCY, LANES, COPIED = 0.9, 1.2, 32, 7
 PACKED = 2
 # A number of an unfolded image that is written, or added to the image, costs so many times its
 # bytes.
-UNFOLDED, FOLDED = 2.4, 2.7
+UNFOLDED, FOLDED = 3.2, 2.7
 # A run of numbers that is copied costs as much as this many bytes.
 RUN = 20
 # An unfolded forward and backward have the overhead of this many stages more.

@@ -106,8 +106,8 @@ void merge_rows(T* parts, int64_t at, int64_t rows, int64_t columns, const Take&
 }
 
 // Computes reductions over every slice. take(parts, at, rows) merges the rows that start at element
-// `at` into the partial results of each column. Chunks of rows are merged in pairs, these in pairs, and so
-// on, whichever thread took them. A thread merges its own ones, which lie in its cache.
+// `at` into the partial results of each column. Chunks of rows are merged in order, whichever thread
+// took them.
 template <typename T, typename... Merges>
 std::array<std::vector<double>, sizeof...(Merges)> merged_columns(
     const Columns& of, const std::function<void(T*, int64_t, int64_t)>& take) {
@@ -124,31 +124,20 @@ std::array<std::vector<double>, sizeof...(Merges)> merged_columns(
     size_t k = 0;
     (merge_one(Merges{}, k++), ...);
   };
-  const std::unique_ptr<bool[]> is_merged(new bool[chunks]());
-  const auto merge_pair = [&](int64_t left, int64_t right) {
-    merge_into(all.get() + left * N * width, all.get() + right * N * width, width);
-    is_merged[right] = true;
-  };
-  at::parallel_for(0, chunks, grain(of.rows * width / chunks), [&](int64_t begin, int64_t end) {
+  for_each(chunks, of.rows * width / chunks, [&](int64_t chunk) {
+    double* results = all.get() + chunk * N * width;
+    std::fill_n(results, N * width, 0.0);
     std::vector<T> parts(N * width);
-    for (int64_t chunk = begin; chunk < end; ++chunk) {
-      double* results = all.get() + chunk * N * width;
-      std::fill_n(results, N * width, 0.0);
-      for (int64_t block = chunk * blocks / chunks; block < (chunk + 1) * blocks / chunks; ++block) {
-        const int64_t first = block * kBlockOfRows;
-        std::fill(parts.begin(), parts.end(), T(0));
-        take(parts.data(), first * width, std::min(kBlockOfRows, of.rows - first));
-        merge_into(results, parts.data(), width);
-      }
-      const int64_t next = chunk + 1;
-      for (int64_t half = 1; next % (2 * half) == 0 && next - 2 * half >= begin; half *= 2)
-        merge_pair(next - 2 * half, next - half);
+    for (int64_t block = chunk * blocks / chunks; block < (chunk + 1) * blocks / chunks; ++block) {
+      const int64_t first = block * kBlockOfRows;
+      std::fill(parts.begin(), parts.end(), T(0));
+      take(parts.data(), first * width, std::min(kBlockOfRows, of.rows - first));
+      merge_into(results, parts.data(), width);
     }
   });
-  for (int64_t half = 1; half < chunks; half *= 2)
-    for (int64_t right = half; right < chunks; right += 2 * half)
-      if (!is_merged[right]) merge_pair(right - half, right);
   double* results = all.get();
+  for (int64_t chunk = 1; chunk < chunks; ++chunk)
+    merge_into(results, results + chunk * N * width, width);
   for (int64_t at = of.step(); at < width; at += of.step()) merge_into(results, results + at, of.step());
   std::array<std::vector<double>, N> out;
   size_t k = 0;

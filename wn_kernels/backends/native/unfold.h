@@ -242,8 +242,8 @@ bool is_along_taps(const Unfolding& of) {
 
 // Calls f(to, at, tap, count) for every run of a channel's elements along a line of the kernel, within a
 // panel of U. It starts at this element of U, at element `at` of the image, and at this tap of the line.
-template <typename T, typename F>
-void for_each_run_of_taps(const Unfolding& of, int64_t channel, const Panels<T>& u, const F& f) {
+template <typename T, typename Matrix, typename F>
+void for_each_run_of_taps(const Unfolding& of, int64_t channel, Matrix& u, const F& f) {
   const int64_t step = of.dilation[2];
   int64_t k = channel * product(of.taps);
   for (int64_t a = 0; a < of.taps[0]; ++a)
@@ -279,8 +279,7 @@ void unfold(const Unfolding& of, const T* image, const T* s, Panels<T>& u) {
   of.pads() ? u.zero() : u.zero_rest();
   const int64_t step = of.dilation[2];
   for_each(of.channels, u.length / of.channels * u.columns, [&](int64_t channel) {
-    for_each_run_of_taps(of, channel, u, [&](const T* place, int64_t at, int64_t tap, int64_t count) {
-      T* to = const_cast<T*>(place);
+    for_each_run_of_taps<T>(of, channel, u, [&](T* to, int64_t at, int64_t tap, int64_t count) {
       const T* from = image + at;
       if (s)
         for (int64_t i = 0; i < count; ++i) to[i] = from[i * step] * s[tap + i];
@@ -299,7 +298,7 @@ void fold(const Unfolding& of, const Panels<T>& q, const T* s, const T* bias, T*
     for (int64_t n = 0; n < of.batch; ++n)
       std::fill_n(image + n * of.image() + channel * size, size, bias ? bias[channel] : T(0));
     if (!is_along_taps<T>(of)) return;
-    for_each_run_of_taps(of, channel, q, [&](const T* from, int64_t at, int64_t tap, int64_t count) {
+    for_each_run_of_taps<T>(of, channel, q, [&](const T* from, int64_t at, int64_t tap, int64_t count) {
       T* to = image + at;
       if (s)
         for (int64_t i = 0; i < count; ++i) to[i * step] += from[i] * s[tap + i];
