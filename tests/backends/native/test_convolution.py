@@ -83,13 +83,14 @@ def test_channels_last(variant, weight_too):
 
 UNFOLDED = ["wide", "narrow", "grouped", "up", "up grouped", "positions"]
 WINDOWS = ["lines", "strided lines", "planes", "up lines", "up planes", "scaled taps"]
+SHARED = ["shared lines", "shared planes", "shared scaled taps"]
 
 
-@pytest.mark.parametrize("kind", UNFOLDED + WINDOWS)
+@pytest.mark.parametrize("kind", UNFOLDED + WINDOWS + SHARED)
 @pytest.mark.parametrize("dtype", WIDE)
 def test_unfolded(kind, dtype):
     """Weights longer than a segment, whose rows come in several chunks; rests of every tile. Lines
-    of pixels that windows divide, and several in a window."""
+    of pixels that windows divide, and several in a window; threads that share the columns."""
     sizes, dim, options = {
         "wide": ((2, 193, 37, (19,), (7,)), 0, {"padding": 3}),
         "narrow": ((3, 150, 9, (5, 4), (3, 9)), 0, {"padding": (1, 4), "stride": (1, 2)}),
@@ -103,6 +104,9 @@ def test_unfolded(kind, dtype):
         "up lines": ((3, 19, 22, (90,), (5,)), 0, {"transposed": True, "stride": 3}),
         "up planes": ((2, 9, 5, (12, 14), (3, 3)), 0, {"transposed": True, "padding": 1}),
         "scaled taps": ((2, 17, 16, (150,), (16,)), 2, {"padding": 9, "stride": 2}),
+        "shared lines": ((3, 33, 10, (190,), (5,)), 0, {"padding": 4, "dilation": 2}),
+        "shared planes": ((2, 20, 5, (17, 18), (3, 3)), 0, {"padding": 1}),
+        "shared scaled taps": ((1, 35, 6, (530,), (16,)), 2, {"padding": 9}),
     }[kind]
     case = ConvCase(*sizes, dim, dtype, **options)
     with planned("unfold", "unfold"):

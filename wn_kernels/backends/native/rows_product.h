@@ -219,6 +219,8 @@ void pack_rows(
   });
 }
 
+constexpr int64_t kCacheLine = 64;  // bytes
+
 // Adds the products of P vectors of packed rows with R columns of B to `to`, for `size` elements of the
 // length from panel `begin` on.
 template <int R, int P, typename T>
@@ -243,7 +245,14 @@ inline void packed_tile(
       }
     }
   };
-  for (; size >= kPanel<T>; size -= kPanel<T>) add(b.panel(begin++) + column * kPanel<T>, kPanel<T>);
+  for (; size >= kPanel<T>; size -= kPanel<T>) {
+    const T* from = b.panel(begin++) + column * kPanel<T>;
+    // The processor does not fetch ahead over the distance of two panels, which may lie in a slow cache.
+#pragma GCC unroll 32
+    for (int64_t i = 0; i < R * kPanel<T>; i += kCacheLine / sizeof(T))
+      __builtin_prefetch(from + b.step + i);
+    add(from, kPanel<T>);
+  }
   if (size) add(b.panel(begin) + column * kPanel<T>, size);
 #pragma GCC unroll 16
   for (int j = 0; j < R; ++j)

@@ -101,18 +101,24 @@ struct Window {
   }
 };
 
-// Says where the windows of U lie in the image.
+// Says where the windows of `columns` columns of U lie in the image, from column `first` on.
 class Windows {
  public:
-  explicit Windows(const Unfolding& of) : of_(of), parts_((of.columns() + kWindow - 1) / kWindow) {
-    int64_t column = 0;
+  Windows(const Unfolding& of, int64_t first, int64_t columns)
+      : of_(of), columns_(columns), parts_((columns + kWindow - 1) / kWindow) {
+    int64_t column = -first;  // from the first one on
     for (int64_t n = 0; n < of.batch; ++n)
       for (int64_t z = 0; z < of.pixels[0]; ++z)
         for (int64_t y = 0; y < of.pixels[1]; ++y)
           for (int64_t x = 0, count; x < of.pixels[2]; x += count, column += count) {
-            count = std::min(of.pixels[2] - x, kWindow - column % kWindow);
-            parts_[column / kWindow].push_back(
-                {n * of.image(), z * of.stride[0], y * of.stride[1], x, x + count, column % kWindow});
+            count = of.pixels[2] - x;
+            if (column < 0) {
+              count = std::min(count, -column);
+            } else if (column < columns) {
+              count = std::min({count, columns - column, kWindow - column % kWindow});
+              parts_[column / kWindow].push_back(
+                  {n * of.image(), z * of.stride[0], y * of.stride[1], x, x + count, column % kWindow});
+            }
           }
     for (int64_t tap = 0; tap < of.taps[2]; ++tap)
       ends_.push_back(
@@ -121,7 +127,7 @@ class Windows {
 
   int64_t count() const { return parts_.size(); }
   int64_t columns(int64_t window) const {
-    return std::min(kWindow, of_.columns() - window * kWindow);
+    return std::min(kWindow, columns_ - window * kWindow);
   }
 
   // A row of U is a position of the kernel in a channel. Pixels from begin to end of each line are in the
@@ -165,15 +171,16 @@ class Windows {
   };
 
   const Unfolding& of_;
+  const int64_t columns_;
   std::vector<std::vector<Part>> parts_;  // of each window
   std::vector<std::pair<int64_t, int64_t>> ends_;  // of the pixels in the image, for each tap of a line
 };
 
-// Computes U from the image of a group, window by window.
+// Computes columns of U from the image of a group, window by window: those from `first` on.
 template <typename T>
-void unfold_lines(const Unfolding& of, const T* image, const T* s, Panels<T>& u) {
+void unfold_lines(const Unfolding& of, const T* image, const T* s, int64_t first, Panels<T>& u) {
   constexpr int64_t lanes = Lanes<T>::count;
-  const Windows windows(of);
+  const Windows windows(of, first, u.columns);
   const int64_t step = of.stride[2];
   for_each(2 * u.count, lanes * u.columns, [&](int64_t i) {
     T* const panel = u.panel(i / 2) + i % 2 * lanes;
@@ -204,7 +211,7 @@ void unfold_lines(const Unfolding& of, const T* image, const T* s, Panels<T>& u)
 template <typename T>
 void fold_lines(const Unfolding& of, const Panels<T>& q, const T* s, T* image) {
   constexpr int64_t lanes = Lanes<T>::count;
-  const Windows windows(of);
+  const Windows windows(of, 0, q.columns);
   const int64_t taps = product(of.taps), step = of.stride[2];
   at::parallel_for(0, of.channels, grain(taps * q.columns), [&](int64_t begin, int64_t end) {
     // A vector of rows may have channels of two threads. Each thread adds its own ones.
@@ -272,10 +279,11 @@ void for_each_run_of_taps(const Unfolding& of, int64_t channel, Matrix& u, const
 
 // --- U and its adjoint ---------------------------------------------------------------------------
 
-// Computes U from the image of a group. If s is given, each element is multiplied by its tap's s.
+// Computes columns of U from the image of a group, from `first` on. If s is given, each element is
+// multiplied by its tap's s. Lines of the kernel are copied for all columns at once.
 template <typename T>
-void unfold(const Unfolding& of, const T* image, const T* s, Panels<T>& u) {
-  if (!is_along_taps<T>(of)) return unfold_lines(of, image, s, u);
+void unfold(const Unfolding& of, const T* image, const T* s, int64_t first, Panels<T>& u) {
+  if (!is_along_taps<T>(of)) return unfold_lines(of, image, s, first, u);
   of.pads() ? u.zero() : u.zero_rest();
   const int64_t step = of.dilation[2];
   for_each(of.channels, u.length / of.channels * u.columns, [&](int64_t channel) {
@@ -307,6 +315,23 @@ void fold(const Unfolding& of, const Panels<T>& q, const T* s, const T* bias, T*
     });
   });
   if (!is_along_taps<T>(of)) fold_lines(of, q, s, image);
+}
+
+// Threads share the columns of U if each has at least so many, and V has at most so many bytes. Each of them
+// unfolds what it multiplies, so that no thread waits for what another has written, and reads all of V.
+constexpr int64_t kColumnsOfThread = 128;
+constexpr int64_t kWeightOfThread = 1 << 22;
+
+// Calls f(part, first, columns) for the parts that the columns of U are taken in. A part begins at a whole
+// tile, so that the number of parts changes no bit.
+template <typename T, typename F>
+void for_each_part(const Unfolding& of, const F& f) {
+  const int64_t threads = at::get_num_threads(), columns = of.columns();
+  const bool shares = of.groups == 1 && columns >= threads * kColumnsOfThread && !is_along_taps<T>(of) &&
+                      of.rows * of.length() * static_cast<int64_t>(sizeof(T)) <= kWeightOfThread;
+  const int64_t parts = shares ? threads : 1, tiles = (columns + kTileColumns - 1) / kTileColumns;
+  const auto begin = [=](int64_t i) { return std::min(columns, tiles * i / parts * kTileColumns); };
+  for_each(parts, kGrain, [&](int64_t i) { f(i, begin(i), begin(i + 1) - begin(i)); });
 }
 
 // Calls f(i) for every group. If there are enough groups, each gets one thread, so that no thread
@@ -415,19 +440,24 @@ inline std::optional<std::pair<Tensor, Tensor>> unfolded_forward(
     const auto* xs = x.const_data_ptr<T>();
     auto* ys = matrix.mutable_data_ptr<T>();
     for_each_group(of, [&](int64_t i) {
-      Panels<T> panels(length, pixels);
       const int64_t row = i * rows;
-      const T* from = vs + row * length;
-      unfold(of, xs + of.begins(i), taps, panels);
-      for_each_stack(rows, panels, [&](int64_t first, int64_t count) {
-        const auto finish = [&](int64_t j, const T* p, double partial) {
-          const T factor =
-              scales_taps ? T(1) : gs[row + j] / all.set(row + j, partial, from + j * length, length);
-          const T shift = bs ? bs[row + j] : T(0);
-          T* to = ys + (row + j) * pixels;
-          for (int64_t t = 0; t < pixels; ++t) to[t] = p[t] * factor + shift;
-        };
-        each_row_product(from, first, count, panels, norm, finish);
+      const T *from = vs + row * length, *image = xs + of.begins(i);
+      for_each_part<T>(of, [&](int64_t part, int64_t left, int64_t columns) {
+        Panels<T> panels(length, columns);
+        unfold(of, image, taps, left, panels);
+        // Every part computes the norms, and the first one keeps them.
+        std::vector<T> again(part ? rows : 0);
+        Norms<T> passing(again.data(), options), &norms = part ? passing : all;
+        for_each_stack(rows, panels, [&](int64_t first, int64_t count) {
+          const auto finish = [&](int64_t j, const T* p, double partial) {
+            const T factor =
+                scales_taps ? T(1) : gs[row + j] / norms.set(row + j, partial, from + j * length, length);
+            const T shift = bs ? bs[row + j] : T(0);
+            T* to = ys + (row + j) * pixels + left;
+            for (int64_t t = 0; t < columns; ++t) to[t] = p[t] * factor + shift;
+          };
+          each_row_product(from, first, count, panels, norm, finish);
+        });
       });
     });
     in_range = all.in_range();
@@ -489,7 +519,7 @@ inline std::tuple<Tensor, Tensor, Tensor> unfolded_backward(
       };
       const bool with_x = needs_x && conv.transposed;
       if (with_x && needs_weight && !scales_taps) {  // both take the same U, so V is read once
-        unfold<T>(of, images + at, nullptr, panels);
+        unfold<T>(of, images + at, nullptr, 0, panels);
         for_each_stack(rows, panels, [&](int64_t first, int64_t count) {
           x_rows(first, count);
           v_rows(first, count);
@@ -497,11 +527,11 @@ inline std::tuple<Tensor, Tensor, Tensor> unfolded_backward(
         return;
       }
       if (with_x) {
-        unfold(of, images + at, taps, panels);
+        unfold(of, images + at, taps, 0, panels);
         for_each_stack(rows, panels, x_rows);
       }
       if (needs_weight) {
-        unfold<T>(of, images + at, nullptr, panels);
+        unfold<T>(of, images + at, nullptr, 0, panels);
         for_each_stack(rows, panels, v_rows);
       }
     });
