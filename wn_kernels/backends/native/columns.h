@@ -63,6 +63,17 @@ bool is_zero(const V* v, int64_t j, const Columns& of) {
   return true;
 }
 
+// Calls f(row) for all rows, in blocks from the last one to the first: the cache still has what the pass
+// before has read last. The rows of a block come in order, because the processor fetches ahead.
+template <typename F>
+void for_each_row_again(const Columns& of, const F& f) {
+  const int64_t blocks = (of.rows + kBlockOfRows - 1) / kBlockOfRows;
+  at::parallel_for(0, blocks, grain(kBlockOfRows * of.width()), [&](int64_t begin, int64_t end) {
+    for (int64_t first = (end - 1) * kBlockOfRows; first >= begin * kBlockOfRows; first -= kBlockOfRows)
+      for (int64_t row = first; row < std::min(of.rows, first + kBlockOfRows); ++row) f(row);
+  });
+}
+
 // So many rows are taken at once, because every pass loads and stores the results. The rows that are
 // left are taken one by one.
 constexpr int64_t kRowsAtOnce = 4;

@@ -113,7 +113,7 @@ inline Tensor scaled_weight(Tensor w, const Tensor& v, const Tensor& g, const Te
       for (int64_t j = 0; j < e.count; ++j) each[j] = s(j);
       const auto all = spread(e.of, std::move(each));
       const T* scales = all.data();
-      for_each(e.of.rows, width, [=](int64_t i) {
+      for_each_row_again(e.of, [=](int64_t i) {
         scale(ws + i * width, vs + i * width, scales, width);
       });
     } else {
@@ -239,7 +239,7 @@ void weight_grad_columns(
     store(dv + i, multiply_add(load(ss + j, count), load(dw + i, count), minus_cu), count);
   };
   if (ties) return ties->for_each_row(difference);
-  for_each(of.rows, width, [=](int64_t row) {
+  for_each_row_again(of, [=](int64_t row) {
     for_each_vector<T>(
         width, [=](int64_t j, auto count) { difference(row * width + j, j, count); });
   });
