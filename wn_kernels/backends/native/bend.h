@@ -66,7 +66,7 @@ void bend(
     return bend_terms<norm, T>(
         load(ddv + i, count), load(dw + i, count), load(v + i, count), load(ns + j, count));
   };
-  const auto found = column_reductions<T, Sum, Sum, Sum, Sum>(e.of, term);
+  const auto found = column_reductions<T, Sum, Sum, Sum, Sum>(e.of, term, ddv, dw, v);
   std::vector<T> s(e.count), c(e.count), es(e.count), f(e.count);
   for (int64_t j = 0; j < e.count; ++j) {
     const Bend<norm, T> of(

@@ -17,7 +17,8 @@
 namespace wn_kernels {
 
 // These are limits of the width. At least 16 columns fill a vector. Rows narrower than 512 columns
-// are joined. A row has at most 2^14 columns, so that several rows fit in the cache.
+// are joined, and if there are many of them, those narrower than 1024, so that a block of them is worth
+// its merging. A row has at most 2^14 columns, so that several rows fit in the cache.
 constexpr int64_t kFewColumns = 16;
 constexpr int64_t kSomeColumns = 512;
 constexpr int64_t kManyColumns = 1 << 14;
@@ -39,7 +40,8 @@ struct Columns {
 
   // Joins two short rows into one, in which every slice occurs twice, until the row is wide enough.
   void widen() {
-    while (rows % 2 == 0 && width() < kSomeColumns) rows /= 2, repeats *= 2;
+    while (rows % 2 == 0 && width() < (rows > kBlockOfRows ? 2 : 1) * kSomeColumns)
+      rows /= 2, repeats *= 2;
   }
 };
 
@@ -96,8 +98,8 @@ auto merged_terms(const Term& term) {
 
 // Merges the terms of some rows, which start at element `at`, into the partial results of each
 // column. take(at, rows) returns a function of (j, count), which returns the merged terms of the rows
-// that start at element `at`, in the columns from j on.
-template <typename T, typename... Merges, typename Take>
+// that start at element `at`, in the columns from j on. Several rows are taken at once.
+template <int64_t at_once, typename T, typename... Merges, typename Take>
 void merge_rows(T* parts, int64_t at, int64_t rows, int64_t columns, const Take& take) {
   constexpr size_t N = sizeof...(Merges);
   const auto merge = [=](int64_t at, auto rows) {
@@ -111,8 +113,7 @@ void merge_rows(T* parts, int64_t at, int64_t rows, int64_t columns, const Take&
     });
   };
   int64_t row = 0;
-  for (; row + kRowsAtOnce <= rows; row += kRowsAtOnce, at += kRowsAtOnce * columns)
-    merge(at, Rows<kRowsAtOnce>{});
+  for (; row + at_once <= rows; row += at_once, at += at_once * columns) merge(at, Rows<at_once>{});
   for (; row < rows; ++row, at += columns) merge(at, Rows<1>{});
 }
 
@@ -166,17 +167,31 @@ std::array<std::vector<double>, sizeof...(Merges)> merged_columns(
   return out;
 }
 
+// Matrices of more bytes do not stay in the caches. The processor fetches one row after the other ahead,
+// but not several at once. It is told what comes so many bytes later, because it does not look as far
+// beyond what it computes.
+constexpr int64_t kCachedBytes = 1 << 23;
+constexpr int64_t kFetchedBytes = 1 << 14;
+
 // The same, where each reduction merges its terms. term(i, j, count) returns a vector of the terms of
-// each, for the elements from i on, which lie in the columns from j on.
-template <typename T, typename... Merges, typename Term>
+// each, for the elements from i on of the given matrices, which lie in the columns from j on.
+template <typename T, typename... Merges, typename Term, typename... Elements>
 std::array<std::vector<double>, sizeof...(Merges)> column_reductions(
-    const Columns& of, const Term& term) {
+    const Columns& of, const Term& term, const Elements*... matrices) {
   const int64_t width = of.width();
+  const bool is_cached = of.rows * width * int64_t((sizeof(Elements) + ...)) <= kCachedBytes;
   return merged_columns<T, Merges...>(of, [=](T* parts, int64_t at, int64_t rows) {
-    merge_rows<T, Merges...>(parts, at, rows, width, [=](int64_t at, auto rows) {
+    if (is_cached)
+      return merge_rows<kRowsAtOnce, T, Merges...>(parts, at, rows, width, [=](int64_t at, auto rows) {
+        return [=](int64_t j, auto count) {
+          return merged_terms<decltype(rows)::value, Merges...>(
+              [=](int64_t r) { return term(at + r * width + j, j, count); });
+        };
+      });
+    merge_rows<1, T, Merges...>(parts, at, rows, width, [=](int64_t at, auto) {
       return [=](int64_t j, auto count) {
-        return merged_terms<decltype(rows)::value, Merges...>(
-            [=](int64_t r) { return term(at + r * width + j, j, count); });
+        (__builtin_prefetch(matrices + at + j + kFetchedBytes / sizeof(Elements)), ...);
+        return term(at + j, j, count);
       };
     });
   });
@@ -186,9 +201,10 @@ std::array<std::vector<double>, sizeof...(Merges)> column_reductions(
 template <typename A, typename B>
 std::vector<double> column_dots(const A* a, const B* b, const Columns& of) {
   using T = Wide<A>;
-  return column_reductions<T, Sum>(of, [=](int64_t i, int64_t, auto count) {
+  const auto product = [=](int64_t i, int64_t, auto count) {
     return std::array<Vector<T>, 1>{load(a + i, count) * load(b + i, count)};
-  })[0];
+  };
+  return column_reductions<T, Sum>(of, product, a, b)[0];
 }
 
 // Finds the ties of all columns, which are the elements with |v| = n. Under linf they alone have a slope.
@@ -214,7 +230,7 @@ class ColumnTies {
   template <typename A>
   std::array<std::vector<double>, 2> dots_and_scale(V* to, const T* s, const A* a) {
     return merged_columns<T, Sum, Sum>(of_, [&](T* parts, int64_t at, int64_t rows) {
-      merge_rows<T, Sum>(parts, at, rows, width_, [&](int64_t at, auto rows) {
+      merge_rows<kRowsAtOnce, T, Sum>(parts, at, rows, width_, [&](int64_t at, auto rows) {
         constexpr int64_t count_of_rows = decltype(rows)::value;
         auto* noted = &noted_[tile_of(at / width_) * vectors_];
         return [=, ties_of = parts + width_, v = v_ + at, a = a + at, to = to + at, x = x_.data(),
@@ -283,9 +299,10 @@ std::vector<double> column_partials(Norm of_norm, const V* v, const Columns& of)
   std::vector<double> out;
   with_norm(of_norm, [&](auto constant) {
     constexpr Norm norm = decltype(constant)::value;
-    out = column_reductions<T, Merge<norm>>(of, [=](int64_t i, int64_t, auto count) {
+    const auto merged_term = [=](int64_t i, int64_t, auto count) {
       return std::array<Vector<T>, 1>{norm_term<norm>(load(v + i, count))};
-    })[0];
+    };
+    out = column_reductions<T, Merge<norm>>(of, merged_term, v)[0];
   });
   return out;
 }

@@ -363,22 +363,11 @@ class Norms {
   std::atomic<bool> in_range_{true};
 };
 
-// Computes w = s v of numbers that each have their own s. Several vectors are read before they are
-// written.
+// Computes w = s v of numbers that each have their own s.
 template <typename W, typename V>
 void scale(W* w, const V* v, const Wide<V>* s, int64_t length) {
-  using T = Wide<V>;
-  constexpr int64_t lanes = Lanes<T>::count, vectors = 8;
-  int64_t i = 0;
-  for (; i + vectors * lanes <= length; i += vectors * lanes) {
-    Vector<T> scaled[vectors];
-#pragma GCC unroll 8
-    for (int64_t k = 0; k < vectors; ++k) scaled[k] = load(s + i + k * lanes) * load(v + i + k * lanes);
-#pragma GCC unroll 8
-    for (int64_t k = 0; k < vectors; ++k) store(w + i + k * lanes, scaled[k]);
-  }
-  for_each_vector<T>(length - i, [=](int64_t j, auto count) {
-    store(w + i + j, load(s + i + j, count) * load(v + i + j, count), count);
+  for_each_vector<Wide<V>>(length, [=](int64_t i, auto count) {
+    store(w + i, load(s + i, count) * load(v + i, count), count);
   });
 }
 
