@@ -112,10 +112,11 @@ def test_unfolded(sizes, dim, options, norm):
 
 # --- the weight alone ----------------------------------------------------------------------------
 
-# Rows, short and longer than a block; columns; a few columns of each slice; and the whole.
+# Rows, short and longer than a block; columns, of which the last have more than the caches hold; a
+# few columns of each slice; and the whole.
 WEIGHTS = [
     *[((9,), 0), ((40, 3, 3), 0), ((3, 4, 5, 2), 0), ((3, 9000), 0)],
-    *[((300, 40), 1), ((7, 30, 17), 2), ((16, 2, 16), -3), ((5001, 33), 1)],
+    *[((300, 40), 1), ((7, 30, 17), 2), ((16, 2, 16), -3), ((5001, 33), 1), ((4300, 501), 1)],
     *[((70, 5, 4), 1), ((3, 4, 16, 3), -2), ((130, 7), None), ((3, 2, 70, 9), None)],
 ]
 
@@ -265,7 +266,8 @@ def test_same_bits_whatever_the_threads(dtypes, norm):
     for case in cases:
         case.norm = norm
     cases += [taken(Case(*shape, 0, *dtypes), norm) for shape in shapes]
-    weights = [weight((501, 77), 0, dtypes[1], norm), weight((5001, 33), 1, dtypes[1], norm)]
+    shapes = [((501, 77), 0), ((5001, 33), 1), ((4300, 501), 1)]
+    weights = [weight(*shape, dtypes[1], norm) for shape in shapes]
     weights.append((torch.randn(501, 333).to(dtypes[1]).requires_grad_(), weights[0][1], 0))
     threads = torch.get_num_threads()
     found = []
