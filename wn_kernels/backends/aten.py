@@ -55,7 +55,7 @@ from .aten_weight import (
     weight_norm,
     weight_norm_backward,
 )
-from .native.limits import is_left
+from .native.limits import AT_ONCE_BYTES, is_left
 from .vendor import channel_sums, convolution_grads
 
 __all__ = ["OutOfRange", "fused_weight_norm", "layer", "layer_backward"]
@@ -215,18 +215,22 @@ def convolution_backward(
 
     dx = dv = None
     dg: Tensor | None = None
-    if needs_x:
-        if variant == "materialize":  # W is freed before dW is allocated
-            w = scaled_weight(v, s, x.dtype)
+    w: Tensor | None = None
+    if needs_x and variant == "materialize":
+        w = scaled_weight(v, s, x.dtype)
+        if w.nbytes > AT_ONCE_BYTES:  # W is freed before dW is allocated
             dx, _, _ = convolution_grads(dy, x, w, conv, True, False, False)
-            del w
-        elif variant == "output":
-            scaled_dy = dy * conv.per_channel(s, dim, x.ndim)
-            dx, _, _ = convolution_grads(scaled_dy, x, v, conv, True, False, False)
-        else:
-            dx, _, _ = convolution_grads(dy, x, v, conv, True, False, False)
-            dx.mul_(conv.per_channel(s, dim, x.ndim))
-    _, dw, db = convolution_grads(dy, x, v.to(x.dtype), conv, False, needs_weight, needs_bias)
+            w = None
+    elif needs_x and variant == "output":
+        scaled_dy = dy * conv.per_channel(s, dim, x.ndim)
+        dx, _, _ = convolution_grads(scaled_dy, x, v, conv, True, False, False)
+    elif needs_x:
+        dx, _, _ = convolution_grads(dy, x, v, conv, True, False, False)
+        dx.mul_(conv.per_channel(s, dim, x.ndim))
+    if w is None:  # the elements of a weight do not matter to dW
+        _, dw, db = convolution_grads(dy, x, v.to(x.dtype), conv, False, needs_weight, needs_bias)
+    else:
+        dx, dw, db = convolution_grads(dy, x, w, conv, True, needs_weight, needs_bias)
     if needs_weight:
         dv, dg = weight_norm_backward(dw, v, g, n, slices, overwrite=True)
     return dx, dv, dg, db

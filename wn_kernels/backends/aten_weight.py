@@ -30,7 +30,7 @@ LONG_ROW = 32
 # every weight in half precision, which no other operation reads without a copy in float32. They
 # serve wider weights up to 32 MiB of float32. For larger ones the allocator maps fresh pages for
 # every result, and the page faults cost more than the operation saves. A gradient that may take the
-# place of `dW` needs no fresh result, which pays off from 8 MiB on.
+# place of `dW` needs no fresh result, which pays off from 8 MiB on if slices are rows.
 FUSED_MAX = 1 << 23
 IN_PLACE_MIN = 1 << 21
 _FUSED_DTYPES = frozenset((torch.float32, torch.float64, torch.bfloat16, torch.float16))
@@ -300,7 +300,8 @@ def weight_norm_backward(
 ) -> tuple[Tensor, Tensor]:
     """Returns `(dV, dg)` from `dW`, in the dtypes of `V` and `g`. `dV` has `V`'s layout unless `dW`
     may be overwritten."""
-    in_place = overwrite and v.numel() >= IN_PLACE_MIN and v.element_size() > 2
+    is_large = v.numel() >= IN_PLACE_MIN and v.element_size() > 2
+    in_place = overwrite and is_large and slices.dim == 0
     if not in_place and fused_serves(v, g, slices, dw.dtype) and dw.is_contiguous():
         return _fused_grad(dw.to(v.dtype), v, g, n, slices.dim)
     dv = dw if overwrite and dw.dtype is v.dtype else torch.empty_like(v)

@@ -246,13 +246,16 @@ struct Convolution : Function<Convolution> {
         dw = std::get<1>(plain_grads(dy, x, v, conv, false, needs_weight));
       }
     } else {
-      // A W that is formed is freed before dW is allocated.
-      if (needs_x && !w.defined()) {
-        const Tensor formed = scaled_weight(passing_weight(v, dtype), v, g, n);
+      Tensor formed = w;
+      if (needs_x && !w.defined()) formed = scaled_weight(passing_weight(v, dtype), v, g, n);
+      // A large W that is formed is freed before dW is allocated. Otherwise one call takes less time.
+      const bool at_once = w.defined() || bytes_of(v, dtype) <= kAtOnceBytes;
+      if (needs_x && !at_once) {
         out[0] = std::get<0>(plain_grads(dy, x, formed, conv, true, false));
+        formed.reset();
       }
-      auto [dx, found] =
-          plain_grads(dy, x, stand_in(), conv, needs_x && w.defined(), needs_weight);
+      auto [dx, found] = plain_grads(
+          dy, x, formed.defined() ? formed : stand_in(), conv, needs_x && at_once, needs_weight);
       if (dx.defined()) out[0] = dx;
       dw = found;
     }

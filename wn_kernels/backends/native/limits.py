@@ -1,5 +1,5 @@
-"""The thresholds of the native library are stated here. The cost model computes with them, and the
-sources are compiled with them.
+"""The thresholds of the native library are stated here. The cost model and the ATen path compute
+with them, and the sources are compiled with them.
 """
 
 from __future__ import annotations
@@ -33,6 +33,9 @@ LONG_LINE = 16
 TILE_ROWS = 4
 # A product of at least this many columns takes copies of the rows of `V`.
 PACKED_COLUMNS = 32
+# One call computes both gradients of a convolution if `W` has at most this many bytes. A larger `W`
+# is freed before `dW` is allocated.
+AT_ONCE_BYTES = 2**22
 # A vector register has this many bytes.
 VECTOR_BYTES = 64 if torch.backends.cpu.get_cpu_capability() == "AVX512" else 32
 
