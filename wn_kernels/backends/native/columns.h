@@ -17,8 +17,8 @@
 namespace wn_kernels {
 
 // These are limits of the width. At least 16 columns fill a vector. Rows narrower than 512 columns
-// are joined, and if there are many of them, those narrower than 1024, so that a block of them is worth
-// its merging. A row has at most 2^14 columns, so that several rows fit in the cache.
+// are joined, and if enough blocks are left for all chunks, those narrower than 1024, so that a block is
+// worth its merging. A row has at most 2^14 columns, so that several rows fit in the cache.
 constexpr int64_t kFewColumns = 16;
 constexpr int64_t kSomeColumns = 512;
 constexpr int64_t kManyColumns = 1 << 14;
@@ -40,8 +40,8 @@ struct Columns {
 
   // Joins two short rows into one, in which every slice occurs twice, until the row is wide enough.
   void widen() {
-    while (rows % 2 == 0 && width() < (rows > kBlockOfRows ? 2 : 1) * kSomeColumns)
-      rows /= 2, repeats *= 2;
+    const auto widest = [&] { return (rows > 2 * kChunks * kBlockOfRows ? 2 : 1) * kSomeColumns; };
+    while (rows % 2 == 0 && width() < widest()) rows /= 2, repeats *= 2;
   }
 };
 
@@ -69,15 +69,16 @@ bool is_zero(const V* v, int64_t j, const Columns& of) {
 // before has read last. The rows of a block come in order, because the processor fetches ahead.
 template <typename F>
 void for_each_row_again(const Columns& of, const F& f) {
-  const int64_t blocks = (of.rows + kBlockOfRows - 1) / kBlockOfRows;
-  at::parallel_for(0, blocks, grain(kBlockOfRows * of.width()), [&](int64_t begin, int64_t end) {
-    for (int64_t first = (end - 1) * kBlockOfRows; first >= begin * kBlockOfRows; first -= kBlockOfRows)
-      for (int64_t row = first; row < std::min(of.rows, first + kBlockOfRows); ++row) f(row);
+  at::parallel_for(0, of.rows, grain(of.width()), [&](int64_t begin, int64_t end) {
+    for (int64_t last = end, first; last > begin; last = first) {
+      first = std::max(begin, last - kBlockOfRows);
+      for (int64_t row = first; row < last; ++row) f(row);
+    }
   });
 }
 
-// So many rows are taken at once, because every pass loads and stores the results. The rows that are
-// left are taken one by one.
+// So many rows of a matrix in the cache are taken at once, because every pass loads and stores the
+// results. The rows that are left are taken one by one.
 constexpr int64_t kRowsAtOnce = 4;
 template <int64_t rows>
 using Rows = std::integral_constant<int64_t, rows>;
@@ -98,7 +99,7 @@ auto merged_terms(const Term& term) {
 
 // Merges the terms of some rows, which start at element `at`, into the partial results of each
 // column. take(at, rows) returns a function of (j, count), which returns the merged terms of the rows
-// that start at element `at`, in the columns from j on. Several rows are taken at once.
+// that start at element `at`, in the columns from j on. So many rows are taken at once.
 template <int64_t at_once, typename T, typename... Merges, typename Take>
 void merge_rows(T* parts, int64_t at, int64_t rows, int64_t columns, const Take& take) {
   constexpr size_t N = sizeof...(Merges);

@@ -1,5 +1,5 @@
 // A convolution over few pixels is computed as a product of V with the unfolded image U. It reads
-// the weight once.
+// the weight once, or once for each thread if they share the columns of U.
 //
 //   U[(channel, tap), (batch, pixel)] = image[batch, channel, pixel stride - padding + tap dilation]
 //
@@ -317,8 +317,9 @@ void fold(const Unfolding& of, const Panels<T>& q, const T* s, const T* bias, T*
   if (!is_along_taps<T>(of)) fold_lines(of, q, s, image);
 }
 
-// Threads share the columns of U if each has at least so many, and V has at most so many bytes. Each of them
-// unfolds what it multiplies, so that no thread waits for what another has written, and reads all of V.
+// Threads share the columns of U if each has at least so many, V has at most so many bytes, and there is
+// one group, of which lines of pixels are copied. Each of them unfolds what it multiplies, so that no thread
+// waits for what another has written, and reads all of V.
 constexpr int64_t kColumnsOfThread = 128;
 constexpr int64_t kWeightOfThread = 1 << 22;
 
