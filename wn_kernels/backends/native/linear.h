@@ -222,11 +222,7 @@ std::optional<LinearResult> own_forward(
     return all.in_range() ? std::make_optional(out) : std::nullopt;
   }
   const int64_t parts = parts_of(rows, inputs * sizeof(T), is_shared);
-  // A part begins at a whole tile, so that the number of parts changes no bit.
-  const int64_t tiles = (rows + kTileColumns - 1) / kTileColumns;
-  const auto part = [&](int64_t i) {
-    const auto begin = [&](int64_t i) { return std::min(rows, tiles * i / parts * kTileColumns); };
-    const int64_t top = begin(i), height = begin(i + 1) - top;
+  for_each_part(rows, parts, is_shared, [&](int64_t i, int64_t top, int64_t height) {
     // The first part has the norms as well, if they are not yet known.
     const auto norm = is_shared || i ? std::nullopt : std::make_optional(options.norm);
     Panels<T> panels(inputs, height);
@@ -250,11 +246,7 @@ std::optional<LinearResult> own_forward(
             kept[(first + r) * rows + top + m] = products[m * kPanel<T> + r];
       });
     });
-  };
-  if (is_shared)
-    for_each(parts, kGrain, part);
-  else
-    for (int64_t i = 0; i < parts; ++i) part(i);
+  });
   return all.in_range() ? std::make_optional(out) : std::nullopt;
 }
 

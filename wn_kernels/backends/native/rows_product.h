@@ -295,6 +295,19 @@ void packed_product(
 
 // --- all columns ---------------------------------------------------------------------------------
 
+// Calls f(i, first, count) for parts of the columns of B, which threads take if they are shared, and which
+// otherwise come in turn. A part begins at a whole tile, so that the number of parts changes no bit.
+template <typename F>
+void for_each_part(int64_t columns, int64_t parts, bool is_shared, const F& f) {
+  const int64_t tiles = (columns + kTileColumns - 1) / kTileColumns;
+  const auto begin = [=](int64_t i) { return std::min(columns, tiles * i / parts * kTileColumns); };
+  const auto part = [&](int64_t i) { f(i, begin(i), begin(i + 1) - begin(i)); };
+  if (is_shared)
+    for_each(parts, kGrain, part);
+  else
+    for (int64_t i = 0; i < parts; ++i) part(i);
+}
+
 // Computes P = V B for a stack of rows and calls finish(products, partials of the rows). There are kPanel
 // products of each column, one column after the other. The partials are zero if no norm is given.
 template <typename V, typename Finish>

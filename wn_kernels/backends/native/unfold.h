@@ -178,7 +178,7 @@ class Windows {
 
 // Computes columns of U from the image of a group, window by window: those from `first` on.
 template <typename T>
-void unfold_lines(const Unfolding& of, const T* image, const T* s, int64_t first, Panels<T>& u) {
+void unfold_lines(const Unfolding& of, const T* image, const T* s, Panels<T>& u, int64_t first) {
   constexpr int64_t lanes = Lanes<T>::count;
   const Windows windows(of, first, u.columns);
   const int64_t step = of.stride[2];
@@ -282,8 +282,8 @@ void for_each_run_of_taps(const Unfolding& of, int64_t channel, Matrix& u, const
 // Computes columns of U from the image of a group, from `first` on. If s is given, each element is
 // multiplied by its tap's s. Lines of the kernel are copied for all columns at once.
 template <typename T>
-void unfold(const Unfolding& of, const T* image, const T* s, int64_t first, Panels<T>& u) {
-  if (!is_along_taps<T>(of)) return unfold_lines(of, image, s, first, u);
+void unfold(const Unfolding& of, const T* image, const T* s, Panels<T>& u, int64_t first = 0) {
+  if (!is_along_taps<T>(of)) return unfold_lines(of, image, s, u, first);
   of.pads() ? u.zero() : u.zero_rest();
   const int64_t step = of.dilation[2];
   for_each(of.channels, u.length / of.channels * u.columns, [&](int64_t channel) {
@@ -323,16 +323,11 @@ void fold(const Unfolding& of, const Panels<T>& q, const T* s, const T* bias, T*
 constexpr int64_t kColumnsOfThread = 128;
 constexpr int64_t kWeightOfThread = 1 << 22;
 
-// Calls f(part, first, columns) for the parts that the columns of U are taken in. A part begins at a whole
-// tile, so that the number of parts changes no bit.
-template <typename T, typename F>
-void for_each_part(const Unfolding& of, const F& f) {
-  const int64_t threads = at::get_num_threads(), columns = of.columns();
-  const bool shares = of.groups == 1 && columns >= threads * kColumnsOfThread && !is_along_taps<T>(of) &&
-                      of.rows * of.length() * static_cast<int64_t>(sizeof(T)) <= kWeightOfThread;
-  const int64_t parts = shares ? threads : 1, tiles = (columns + kTileColumns - 1) / kTileColumns;
-  const auto begin = [=](int64_t i) { return std::min(columns, tiles * i / parts * kTileColumns); };
-  for_each(parts, kGrain, [&](int64_t i) { f(i, begin(i), begin(i + 1) - begin(i)); });
+template <typename T>
+bool shares_columns(const Unfolding& of) {
+  return of.groups == 1 && of.columns() >= at::get_num_threads() * kColumnsOfThread &&
+         !is_along_taps<T>(of) &&
+         of.rows * of.length() * static_cast<int64_t>(sizeof(T)) <= kWeightOfThread;
 }
 
 // Calls f(i) for every group. If there are enough groups, each gets one thread, so that no thread
@@ -440,12 +435,14 @@ inline std::optional<std::pair<Tensor, Tensor>> unfolded_forward(
     const Tensor matrix = at::empty({v.size(0), pixels}, x.options());
     const auto* xs = x.const_data_ptr<T>();
     auto* ys = matrix.mutable_data_ptr<T>();
+    const bool is_shared = shares_columns<T>(of);
+    const int64_t parts = is_shared ? at::get_num_threads() : 1;
     for_each_group(of, [&](int64_t i) {
       const int64_t row = i * rows;
       const T *from = vs + row * length, *image = xs + of.begins(i);
-      for_each_part<T>(of, [&](int64_t part, int64_t left, int64_t columns) {
+      for_each_part(pixels, parts, is_shared, [&](int64_t part, int64_t left, int64_t columns) {
         Panels<T> panels(length, columns);
-        unfold(of, image, taps, left, panels);
+        unfold(of, image, taps, panels, left);
         // Every part computes the norms, and the first one keeps them.
         std::vector<T> again(part ? rows : 0);
         Norms<T> passing(again.data(), options), &norms = part ? passing : all;
@@ -520,7 +517,7 @@ inline std::tuple<Tensor, Tensor, Tensor> unfolded_backward(
       };
       const bool with_x = needs_x && conv.transposed;
       if (with_x && needs_weight && !scales_taps) {  // both take the same U, so V is read once
-        unfold<T>(of, images + at, nullptr, 0, panels);
+        unfold<T>(of, images + at, nullptr, panels);
         for_each_stack(rows, panels, [&](int64_t first, int64_t count) {
           x_rows(first, count);
           v_rows(first, count);
@@ -528,11 +525,11 @@ inline std::tuple<Tensor, Tensor, Tensor> unfolded_backward(
         return;
       }
       if (with_x) {
-        unfold(of, images + at, taps, 0, panels);
+        unfold(of, images + at, taps, panels);
         for_each_stack(rows, panels, x_rows);
       }
       if (needs_weight) {
-        unfold<T>(of, images + at, nullptr, 0, panels);
+        unfold<T>(of, images + at, nullptr, panels);
         for_each_stack(rows, panels, v_rows);
       }
     });
