@@ -31,13 +31,14 @@ ODD_WEIGHT, ODD_IMAGE = 1, 3.6
 # bytes, and so it does if it is added to the image. A line of pixels costs this many bytes more.
 LOOP_CALLS, LOOP_EFFICIENCY = 20, 0.9
 LOOP_UNFOLDED, LOOP_FOLDED, LOOP_LINE = 2, 7.5, 300
-# The native library's own products reach these multiples of the rate of PyTorch's product of many
-# columns: those of tiles with few columns, and those of packed rows. To add up the lanes of a
-# tile's sum takes as long as so many columns of `V`, and to pack the rows as so many columns of the
-# product.
-TILE_EFFICIENCY, PACKED_EFFICIENCY, LANES, COPIED = 0.9, 1.2, 32, 7
-# To pack a number of the input costs so many times its bytes.
-PACKED = 2
+# The native library's own products reach this multiple of the rate of PyTorch's product of many
+# columns. Columns that do not fill a strip of two vectors take so many times as long as others. To
+# copy a row, or to add up its norm, takes as long as so many columns of the product.
+OWN_EFFICIENCY, SINGLE, NORMED = 1.2, 1.3, 5
+# A tile of few rows takes as long as one of so many.
+LEAST_ROWS = 4
+# To transpose a number of the input costs so many times its bytes.
+TURNED = 2
 # A number of an unfolded image that is written, or added to the image, costs so many times its
 # bytes.
 UNFOLDED, FOLDED = 3.2, 2.7
@@ -201,7 +202,7 @@ def native_linear(call: Call) -> Costs:
         product = max(forward["scaled"], key=lambda stage: stage.operations)
         grads = [product, product]
         if own:
-            grad = product._replace(operations=operations / (PACKED_EFFICIENCY * device.own))
+            grad = product._replace(operations=operations / (OWN_EFFICIENCY * device.own))
             grads = [grad, grad]
         finish = Stage(2 * v if own or keeps_product(call) else w + 2 * v)
         backward["scaled"] = [Stage(2 * y), *grads, finish]
@@ -236,16 +237,14 @@ def is_own(call: Call) -> bool:
 
 def _scaled(call: Call, device: Device) -> dict[str, list[Stage]]:
     """Returns the ways to a product with `V` that is scaled. The library's own product also has the
-    norms and the scales, of panels that are packed and padded. PyTorch's is between two passes."""
+    norms and the scales, of an input that is transposed. PyTorch's is between two passes."""
     n, k = call.v_shape
     rows = math.prod(call.x_shape[:-1])
     size = call.x_dtype.itemsize
     y, v = size * rows * n, call.v_dtype.itemsize * n * k
     moved = size * rows * k + y + v
-    panel = limits.panel(max(4, size))
-    packed = PACKED * size * rows * k + RUN * rows * math.ceil(k / panel)
     own = [
-        Stage(packed, launches=0),
+        Stage(TURNED * size * rows * k, launches=0),
         Stage(moved, rows_product(n, k, rows, max(4, size)) / device.own),
     ]
     product = Stage(moved, vendors(device, 2.0 * rows * n * k, rows))
@@ -255,20 +254,19 @@ def _scaled(call: Call, device: Device) -> dict[str, list[Stage]]:
 def rows_product(rows: int, length: int, columns: int, itemsize: int) -> float:
     """Returns the operations of the library's own product of `V`, `(rows, length)`, with a matrix
     of so many columns, with those that its efficiency costs, and tiles that are not full."""
-    rows, panel = padded_rows(rows, itemsize), limits.panel(itemsize)
-    if columns < limits.PACKED_COLUMNS and length >= panel:
-        width = math.ceil(length / panel) * panel + LANES
-        return 2.0 * rows * width * columns / TILE_EFFICIENCY
-    return 2.0 * rows * length * (columns + COPIED) / PACKED_EFFICIENCY
+    strip = 2 * limits.VECTOR_BYTES // itemsize
+    single = columns % strip
+    if rest := single % (strip // 2):  # their number is padded to a power of two
+        single += 2 ** math.ceil(math.log2(rest)) - rest
+    width = columns // strip * strip + SINGLE * single + NORMED
+    return 2.0 * padded_rows(rows) * length * width / OWN_EFFICIENCY
 
 
-def padded_rows(rows: int, itemsize: int) -> int:
-    """Returns how many rows of `V` a product computes. It takes whole vectors of rows, or tiles of
-    a few."""
-    unit = limits.VECTOR_BYTES // itemsize
-    if 2 * rows <= unit:
-        unit = limits.TILE_ROWS
-    return math.ceil(rows / unit) * unit
+def padded_rows(rows: int) -> int:
+    """Returns how many rows of `V` a product takes as long for. The last ones are in tiles of 4, of
+    2 and of 1."""
+    whole = rows // limits.TILE_ROWS * limits.TILE_ROWS
+    return whole + LEAST_ROWS * (rows - whole).bit_count()
 
 
 def _formed(call: Call) -> list[tuple[str, tuple[float, float], int]]:
@@ -418,7 +416,7 @@ class Unfolded(NamedTuple):
         transposed one, multiply by `Vᵀ` and add the results to an image.
         """
         size = call.x_dtype.itemsize
-        product = Stage(moved, self.product / (PACKED_EFFICIENCY * efficiency))
+        product = Stage(moved, self.product / (OWN_EFFICIENCY * efficiency))
         summed = Stage(moved, self.summed / efficiency)
         unfold = Stage(UNFOLDED * size * self.numbers + RUN * self.runs)
         fold = Stage(FOLDED * size * self.numbers + RUN * self.runs)

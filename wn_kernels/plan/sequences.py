@@ -58,7 +58,7 @@ def pays(
     moved = size * rows * (inputs + outputs + units)
     of_x, of_h = layer(inputs), layer(units)
     forward, backward = of_x.cheapest()
-    rate_h = costs.PACKED_EFFICIENCY * device.own
+    rate_h = costs.OWN_EFFICIENCY * device.own
     gate_bytes = float(size * rows * outputs)
     taken = Stage(0, operations_h / rate_h, launches=steps * STEP_CALLS)
     packed = Stage(2.0 * size * units * outputs)

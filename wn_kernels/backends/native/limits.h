@@ -17,7 +17,7 @@ constexpr int64_t kLeftRowsAlone = WN_LEFT_ROWS_ALONE;
 constexpr int64_t kLeftGroup = WN_LEFT_GROUP;
 constexpr int64_t kLongLine = WN_LONG_LINE;
 constexpr int kTileRows = WN_TILE_ROWS;
-constexpr int64_t kPackedColumns = WN_PACKED_COLUMNS;
+constexpr int64_t kPartColumns = WN_PART_COLUMNS;
 constexpr int64_t kAtOnceBytes = WN_AT_ONCE_BYTES;
 constexpr int kVectorBytes = WN_VECTOR_BYTES;
 

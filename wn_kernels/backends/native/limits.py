@@ -29,15 +29,15 @@ LEFT_ROWS_ALONE = 32
 LEFT_GROUP = 8
 # An unfolded input is copied along a line of the kernel if the line has at least this many taps.
 LONG_LINE = 16
-# A tile of a product with few columns takes this many rows of `V`.
-TILE_ROWS = 4
-# A product of at least this many columns takes copies of the rows of `V`.
-PACKED_COLUMNS = 32
+# A part of the columns of a product has at least so many.
+PART_COLUMNS = 32
 # One call computes both gradients of a convolution if `W` has at most this many bytes. A larger `W`
 # is freed before `dW` is allocated.
 AT_ONCE_BYTES = 2**22
 # A vector register has this many bytes.
 VECTOR_BYTES = 64 if torch.backends.cpu.get_cpu_capability() == "AVX512" else 32
+# A tile of a product takes this many rows of `V`. Its sums and its operands fit in the registers.
+TILE_ROWS = 8 if VECTOR_BYTES == 64 else 4
 
 
 def may_be_own(call: Call) -> bool:

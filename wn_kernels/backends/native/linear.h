@@ -178,10 +178,10 @@ constexpr int64_t kPartBytes = 1 << 22;
 // Returns how many parts the rows of x are taken in. If threads share them, there are as many parts for
 // each thread, as far as each part fills tiles of packed rows.
 inline int64_t parts_of(int64_t rows, int64_t row_bytes, bool is_shared) {
-  const int64_t most = std::clamp<int64_t>(kPartBytes / row_bytes, kPackedColumns, kPartRows);
+  const int64_t most = std::clamp<int64_t>(kPartBytes / row_bytes, kPartColumns, kPartRows);
   const int64_t parts = (rows + most - 1) / most, threads = at::get_num_threads();
   if (!is_shared) return parts;
-  return std::min((parts + threads - 1) / threads * threads, rows / kPackedColumns);
+  return std::min((parts + threads - 1) / threads * threads, rows / kPartColumns);
 }
 
 // Computes y, n and, if it is kept, x Vᵀ by this library's own products, all of them in the dtype of
@@ -222,28 +222,26 @@ std::optional<LinearResult> own_forward(
     return all.in_range() ? std::make_optional(out) : std::nullopt;
   }
   const int64_t parts = parts_of(rows, inputs * sizeof(T), is_shared);
-  for_each_part(rows, parts, is_shared, [&](int64_t i, int64_t top, int64_t height) {
+  for_each_part<T>(rows, parts, is_shared, [&](int64_t i, int64_t top, int64_t height) {
     // The first part has the norms as well, if they are not yet known.
     const auto norm = is_shared || i ? std::nullopt : std::make_optional(options.norm);
-    Panels<T> panels(inputs, height);
-    pack(xs + top * inputs, panels);
-    for_each_stack(outputs, panels, [&](int64_t first, int64_t count) {
-      rows_product(vs, first, count, panels, norm, [&](const T* products, const double* partials) {
-        alignas(kVectorBytes) T scales[kPanel<T>] = {}, shifts[kPanel<T>] = {};
+    Strips<T> strips(inputs, height);
+    strips.fill([=](int64_t k, int64_t m) { return xs + (top + m) * inputs + k; });
+    for_each_stack<T>(outputs, inputs * height, [&](int64_t first, int64_t count) {
+      rows_product(vs, first, count, strips, norm, [&](const T* products, const double* partials) {
+        alignas(kVectorBytes) T scales[kStack<T>] = {}, shifts[kStack<T>] = {};
         for (int64_t r = 0; r < count; ++r)
           scales[r] = norm ? scale(first + r, partials[r])
                            : static_cast<T>(gs[first + r]) / ns[first + r];
         if (bs) std::copy_n(bs + first, count, shifts);
-        for (int64_t m = 0; m < height; ++m) {
-          const T* p = products + m * kPanel<T>;
-          T* to = ys + (top + m) * outputs + first;
-          for_each_vector<T>(count, [&](int64_t r, auto width) {
-            store(to + r, multiply_add(load(p + r), load(scales + r), load(shifts + r)), width);
-          });
-        }
+        for_each_column(
+            products, strips.sums(), count, height,
+            [&](int64_t m, int64_t r, Vector<T> p, auto width) {
+              T* to = ys + (top + m) * outputs + first + r;
+              store(to, multiply_add(p, load(scales + r), load(shifts + r)), width);
+            });
         for (int64_t r = 0; kept && r < count; ++r)
-          for (int64_t m = 0; m < height; ++m)
-            kept[(first + r) * rows + top + m] = products[m * kPanel<T> + r];
+          std::copy_n(products + r * strips.sums(), height, kept + (first + r) * rows + top);
       });
     });
   });
@@ -465,7 +463,7 @@ struct Linear : Function<Linear> {
     if (s.defined()) {
       Panels<T> panels(length, x.size(0));
       pack(xs, panels);
-      for_each_stack(outputs, panels, [&](int64_t first, int64_t count) {
+      for_each_stack<T>(outputs, length * panels.columns, [&](int64_t first, int64_t count) {
         for (int64_t j = first; j < first + count; ++j) set_slope(j, Ignore{});
         outer_product<norm>(
             dvs, turned(ds, outputs), first, count, panels, vs, ns, c.data(), s.const_data_ptr<T>());
@@ -519,7 +517,7 @@ struct Linear : Function<Linear> {
       }
       Panels<T> panels(length, rows);
       pack(xs, panels);
-      for_each_stack(outputs, panels, [&](int64_t first, int64_t count) {
+      for_each_stack<T>(outputs, length * panels.columns, [&](int64_t first, int64_t count) {
         weight_rows(
             dvs, dgs, turned(ds, outputs), vs, gs, ns, options, first, count, panels);
       });

@@ -1,4 +1,4 @@
-// This file stores the factors of the products of a weight (products.h).
+// This file stores the factors of the products of a weight (products.h), in panels or in strips.
 //
 // A panel of a matrix (length, columns) holds kPanel elements of the length for every column, one column
 // after the other. Each vector of a row of V is therefore multiplied by consecutive vectors. The last
@@ -27,6 +27,40 @@ constexpr int kStackedRows = 6;
 
 template <typename T>
 constexpr int64_t kPanel = 2 * Lanes<T>::count;
+
+constexpr int64_t kCacheLine = 64;  // bytes
+
+// Fetches a cache line into the second-level cache.
+inline void prefetch(const void* line) { __builtin_prefetch(line, 0, 2); }
+
+// Picks lanes of two vectors. Runs of `run` lanes alternate between the two. The second pick has the other
+// half of the lanes, in the same order.
+template <typename T, size_t run, size_t... lane>
+constexpr Raw<T> pick(bool second, std::index_sequence<lane...>) {
+  constexpr size_t lanes = Lanes<T>::count;
+  const auto from = [=](size_t i) {
+    const size_t in = i % (2 * run), of = in < run ? 0 : lanes;
+    return static_cast<RawNumber<T>>(of + i - in + in % run + (second ? run : 0));
+  };
+  return Raw<T>{from(lane)...};
+}
+
+// Transposes a square matrix of as many rows as a vector has lanes.
+template <typename T, size_t run = 1>
+inline __attribute__((always_inline)) void transpose(Vector<T>* row) {
+  constexpr size_t lanes = Lanes<T>::count;
+  if constexpr (run < lanes) {
+    constexpr auto all = std::make_index_sequence<lanes>{};
+#pragma GCC unroll 16
+    for (size_t i = 0; i < lanes; ++i) {
+      if (i & run) continue;
+      const Vector<T> a = row[i], b = row[i + run];
+      row[i] = __builtin_shuffle(a, b, pick<T, run>(false, all));
+      row[i + run] = __builtin_shuffle(a, b, pick<T, run>(true, all));
+    }
+    transpose<T, 2 * run>(row);
+  }
+}
 
 // This struct describes a matrix in memory. Its rows or its columns lie next to each other.
 template <typename T>
@@ -155,6 +189,84 @@ void unpack(const Panels<T>& from, T* to) {
       std::copy_n(from.panel(i) + j * kPanel<T>, width, to + j * from.length + at);
   });
 }
+
+// This class stores a matrix (length, columns) in strips. A vector holds one element of the length for as many
+// columns as it has lanes, and a strip holds two such vectors, or one, for every element. The columns that are
+// left share a vector. It holds `run` elements for each of them, one column after the other.
+template <typename T>
+class Strips {
+ public:
+  static constexpr int64_t lanes = Lanes<T>::count;
+
+  Strips(int64_t length, int64_t columns)
+      : length(length), columns(columns), vectors(columns / lanes), rest(columns % lanes),
+        run(rest ? lanes / ceil_to_power(rest) : 1), steps((length + run - 1) / run),
+        memory_((vectors * length + (rest ? steps : 0)) * kVectorBytes), data_(memory_.as<T>()) {
+    if (rest) std::fill_n(of_rest(), steps * lanes, T(0));
+  }
+
+  // The strip that starts at this vector has so many vectors for each element.
+  int64_t width(int64_t vector) const { return std::min<int64_t>(2, vectors - vector); }
+  // The sums of a row have so many numbers.
+  int64_t sums() const { return (vectors + (rest > 0)) * lanes; }
+  T* strip(int64_t vector) { return data_ + vector * length * lanes; }
+  const T* strip(int64_t vector) const { return data_ + vector * length * lanes; }
+  T* of_rest() { return strip(vectors); }
+  const T* of_rest() const { return strip(vectors); }
+
+  // Sets element k of `count` columns from `first` on, which is the first one of a vector.
+  void set(int64_t k, int64_t first, int64_t count, const T* values) {
+    int64_t vector = first / lanes;
+    for (; count >= lanes; count -= lanes, values += lanes) store(place(k, vector++), load(values));
+    T* to = of_rest() + k / run * lanes + k % run;
+    for (int64_t j = 0; j < count; ++j) to[j * run] = values[j];
+  }
+
+  // Copies a matrix. from(k, j) points to elements of column j that lie next to each other, from element k
+  // on, at least up to the next multiple of the lanes.
+  template <typename From>
+  void fill(const From& from) {
+    for_each((length + lanes - 1) / lanes, lanes * columns, [&](int64_t block) {
+      const int64_t k = block * lanes, size = std::min(lanes, length - k);
+      for (int64_t vector = 0; vector < vectors; ++vector) {
+        Vector<T> t[lanes];
+        for (int64_t j = 0; j < lanes; ++j)
+          t[j] = size == lanes ? load(from(k, vector * lanes + j))
+                               : load(from(k, vector * lanes + j), size);
+        transpose<T>(t);
+        for (int64_t i = 0; i < size; ++i) store(place(k + i, vector), t[i]);
+      }
+      for (int64_t j = 0; j < rest; ++j) {
+        const T* values = from(k, vectors * lanes + j);
+        T* to = of_rest() + k / run * lanes + j * run;
+        for (int64_t i = 0; i < size; i += run, to += lanes)
+          std::copy_n(values + i, std::min(run, size - i), to);
+      }
+    });
+  }
+
+  void fill(const Panels<T>& from) {
+    fill([&](int64_t k, int64_t j) { return from.element(k, j); });
+  }
+
+  const int64_t length, columns;
+  const int64_t vectors, rest;  // of columns
+  const int64_t run, steps;     // of the rest
+
+ private:
+  static int64_t ceil_to_power(int64_t count) {
+    int64_t power = 1;
+    while (power < count) power *= 2;
+    return power;
+  }
+  T* place(int64_t k, int64_t vector) {
+    const int64_t first = vector / 2 * 2;
+    return strip(first) + (k * width(first) + vector - first) * lanes;
+  }
+
+  Block memory_;
+  T* data_;
+};
 
 // This class holds R rows of V. It repeats the last row if there are fewer than R. The elements
 // after a row's full panels are copied and padded with zeros.

@@ -39,7 +39,16 @@ void columns_product(
   for (int64_t first = 0; first < rows; first += kStackedRows) {
     const int64_t count = std::min<int64_t>(kStackedRows, rows - first);
     const RowBlock<V, kStackedRows> block(v + first * q.length, count, q.length, end);
+    // The processor does not fetch ahead from rows to those below them.
+    const bool fetches = left == 0 && first + count < rows;
+    const auto fetch = [=, &q](int64_t i, int64_t r) {
+      const V* from = v + std::min(first + kStackedRows + r, rows - 1) * q.length + i * kPanel<T>;
+      for (int64_t k = 0; k < kPanel<T>; k += kCacheLine / sizeof(V)) prefetch(from + k);
+    };
     block.for_each_panel(begin, end, [&](int64_t i, const auto& from) {
+      if (fetches && i < q.full)
+#pragma GCC unroll 8
+        for (int64_t r = 0; r < kStackedRows; ++r) fetch(i, r);
       Vector<T> value[kStackedRows][2];
 #pragma GCC unroll 8
       for (int r = 0; r < kStackedRows; ++r)
@@ -74,6 +83,10 @@ void columns_product(
 // This many bytes of D stay in a thread's cache while all of its panels take them.
 constexpr int64_t kFactorBytes = 1 << 17;
 
+// This many bytes of Q stay in the first-level cache. The more panels a thread takes at once, the longer it
+// reads a row as a stream.
+constexpr int64_t kSumBytes = 24 << 10;
+
 // Computes Q = Vᵀ D. The rows of D may have factors.
 template <typename V>
 void columns_product(
@@ -84,6 +97,7 @@ void columns_product(
   const int64_t stacks = std::max<int64_t>(1, kFactorBytes / (kStackedRows * row));
   const int64_t chunk = std::min(stacks * kStackedRows, rows);
   const int64_t group = panel_group(q.count), groups = (q.count + group - 1) / group;
+  const int64_t at_once = std::max(group, kSumBytes / (kPanel<T> * row));
   q.zero();
   at::parallel_for(
       0, groups, grain(group * kPanel<T> * rows * columns), [&](int64_t begin, int64_t end) {
@@ -91,9 +105,10 @@ void columns_product(
           const int64_t count = std::min(chunk, rows - first);
           Stacked<T, kStackedRows> stacked(count, columns);
           stacked.fill(d, first, count, factors);
-          for (int64_t i = begin; i < end; ++i)
+          const int64_t last = std::min(q.count, end * group);
+          for (int64_t i = begin * group; i < last; i += at_once)
             columns_product(
-                q, i * group, std::min(q.count, (i + 1) * group), v + first * q.length, count, stacked);
+                q, i, std::min(last, i + at_once), v + first * q.length, count, stacked);
         }
       });
 }
@@ -112,29 +127,33 @@ void outer_product(
   Stacked<T, tall> stacked(count, columns);
   stacked.fill(d, first, count, factors);
   const auto tile = [&](int64_t top, int64_t i) {
-    Vector<T> sum[tall][2] = {};
+    Vector<T> low[tall] = {}, high[tall] = {};
     const T *from = b.panel(i), *factor = stacked.stack(top);
     for (int64_t j = 0; j < columns; ++j, from += kPanel<T>, factor += tall) {
-      const Vector<T> low = load(from), high = load(from + lanes);
+      const Vector<T> first_half = load(from), second_half = load(from + lanes);
 #pragma GCC unroll 8
       for (int r = 0; r < tall; ++r)
-        sum[r][0] += low * factor[r], sum[r][1] += high * factor[r];
+        low[r] += first_half * factor[r], high[r] += second_half * factor[r];
     }
-    for (int64_t r = top; r < std::min(count, top + tall); ++r) {
-      const int64_t row = first + r, at = row * b.length + i * kPanel<T>;
-      const auto write = [&](int64_t l, auto part) {
-        const Vector<T> product = sum[r - top][l / lanes];
+    // The loop is unrolled, so that the sums stay in registers.
+#pragma GCC unroll 8
+    for (int r = 0; r < tall; ++r) {
+      if (top + r >= count) break;
+      const int64_t row = first + top + r, at = row * b.length + i * kPanel<T>;
+      const auto write = [&](int64_t l, Vector<T> product, auto part) {
         const auto cu = [&] { return times_slope<norm>(c[row], load(v + at + l, part), n[row]); };
         store(dw + at + l, v ? product - cu() : product, part);
       };
-      if (i < b.full)
-        write(0, All{}), write(lanes, All{});
-      else
-        for_each_vector<T>(b.length - i * kPanel<T>, write);
+      if (const int64_t width = b.length - i * kPanel<T>; width >= kPanel<T>) {
+        write(0, low[r], All{}), write(lanes, high[r], All{});
+      } else {
+        write(0, low[r], std::min(width, lanes));
+        if (width > lanes) write(lanes, high[r], width - lanes);
+      }
     }
   };
-  for (int64_t i = 0; i < b.count; ++i)
-    for (int64_t top = 0; top < count; top += tall) tile(top, i);
+  for (int64_t top = 0; top < count; top += tall)
+    for (int64_t i = 0; i < b.count; ++i) tile(top, i);
 }
 
 // This many bytes of dW stay in a thread's cache until their dV is written.

@@ -2,7 +2,7 @@
 //
 // With W = s V, the recurrent product is q_t = s (V h_{t-1}) + b: no W is formed. The gates are
 // functions of p_t = W_ih x_t + b_ih, which is given, and of q_t (cells.h). The rows of V are packed
-// once (rows_product.h), and a step takes one read of them. The threads share the units, each with its
+// once (packed_rows.h), and a step takes one read of them. The threads share the units, each with its
 // gates' rows, which stay in its own cache from one step to the next.
 //
 // The backward goes through the steps in reverse. With dq_t, the gradient of q_t,
@@ -15,6 +15,7 @@
 
 #include "cells.h"
 #include "linear.h"
+#include "packed_rows.h"
 
 namespace wn_kernels {
 
@@ -77,7 +78,7 @@ void run_forward(const Sequence& of, bool recorded) {
       for (int64_t unit = first; unit < end; unit += kPanel<T>)
         pack_rows(
             rows_of(gate, unit), vs + (gate * units + unit) * units,
-            std::min(kPanel<T>, end - unit), units, 0, units, std::nullopt, nullptr);
+            std::min(kPanel<T>, end - unit), units);
   });
   const T *h_before = h0, *c_before = c0;
   for (int64_t step = 0; step < steps; ++step) {
@@ -95,7 +96,7 @@ void run_forward(const Sequence& of, bool recorded) {
         const int64_t width = std::min(kPanel<T>, end - top);
         std::fill(products.begin(), products.end(), T(0));
         for (int64_t k = 0; k < gates; ++k)
-          packed_product(products.data() + k * size, rows_of(k, top), width, from, 0, units);
+          packed_product(products.data() + k * size, rows_of(k, top), width, from);
         for (int64_t b = 0; b < batch; ++b)
           for_each_vector<T>(width, [&](int64_t i, auto count) {
             const int64_t unit = top + i, at = b * units + unit;
@@ -195,7 +196,7 @@ void run_backward(
       std::fill_n(to, batch * kPanel<T>, T(0));
       for (int64_t k = 0; k < gates; ++k)
         packed_product(
-            to, copy_of(unit) + k * units * kPanel<T>, std::min(kPanel<T>, end - unit), d[k], 0, units);
+            to, copy_of(unit) + k * units * kPanel<T>, std::min(kPanel<T>, end - unit), d[k]);
     }
   };
   for (int64_t step = steps - 1; step >= 0; --step) {

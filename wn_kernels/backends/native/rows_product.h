@@ -1,9 +1,8 @@
-// This file computes P = V B, the products of the rows of a weight, in one of two ways. Both read V once.
+// This file computes P = V B, the products of the rows of a weight. It reads V once, as it lies.
 //
-// With few columns, a tile of rows and columns has a vector of partial sums for each product, whose
-// lanes are added up at the end. With many, the rows are first copied into columns, so that a vector
-// holds the same element of several rows. A vector of sums is then complete, and V is read from the
-// copy, which stays in the cache. The copy is worth its time from kPackedColumns columns on.
+// An element of a row of V is multiplied by a vector of that element of B, for as many columns (Strips). A
+// tile of rows and of a strip of columns has a vector of sums for each row. If few columns are left, a vector
+// has several elements of each of them, and as many sums, which are added up at the end.
 
 #pragma once
 
@@ -14,350 +13,249 @@
 
 namespace wn_kernels {
 
-// --- stacks of rows ------------------------------------------------------------------------------
-
-// Returns whether the rows of V are packed for a product with B. Rows that are shorter than a panel would
-// be copied for tiles as well.
-template <typename T>
-bool is_packed(const Panels<T>& b) {
-  return b.columns >= kPackedColumns || b.full == 0;
-}
-
 // Returns whether threads share the columns of B in a linear layer, and each takes all rows of V. Otherwise
 // they share the rows.
 inline bool shares_columns(int64_t columns, int64_t rows) {
-  return columns > rows && columns >= 2 * kPackedColumns;
+  return columns > rows && columns >= 2 * kPartColumns;
 }
 
-// Calls f(first, count) for stacks of at most kPanel rows of V, each of which one thread takes.
+// A stack of rows has at most so many.
+template <typename T>
+constexpr int64_t kStack = 2 * Lanes<T>::count;
+
+// Calls f(first, count) for stacks of rows of V, each of which one thread takes. A row takes this many
+// multiplications.
 template <typename T, typename F>
-void for_each_stack(int64_t rows, const Panels<T>& b, const F& f) {
-  // Half a stack fills a vector of packed rows, or two tiles.
-  constexpr int64_t lanes = Lanes<T>::count, tiles = std::min<int64_t>(lanes, 2 * kTileRows);
-  const int64_t half = is_packed(b) ? lanes : tiles, length = half * b.length * b.columns;
-  at::parallel_for(0, (rows + half - 1) / half, grain(length), [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; i += 2) {
-      const int64_t last = std::min(std::min(i + 2, end) * half, rows);
-      f(i * half, last - i * half);
+void for_each_stack(int64_t rows, int64_t multiplications, const F& f) {
+  const int64_t tiles = (rows + kTileRows - 1) / kTileRows, grains = grain(kTileRows * multiplications);
+  at::parallel_for(0, tiles, grains, [&](int64_t begin, int64_t end) {
+    constexpr int64_t most = kStack<T> / kTileRows;
+    for (int64_t i = begin; i < end; i += most) {
+      const int64_t last = std::min(std::min(i + most, end) * kTileRows, rows);
+      f(i * kTileRows, last - i * kTileRows);
     }
   });
 }
 
-// This many bytes of each row of a stack are multiplied by all columns before the next ones.
-constexpr int64_t kSegmentBytes = 4096;
-
-// Calls f(first panel, end) for each segment of the panels.
-template <typename T, typename F>
-void for_each_segment(const Panels<T>& b, const F& f) {
-  constexpr int64_t segment = kSegmentBytes / sizeof(T) / kPanel<T>;
-  for (int64_t begin = 0; begin < b.count; begin += segment)
-    f(begin, std::min(b.count, begin + segment));
-}
-
-// --- few columns ---------------------------------------------------------------------------------
-
-// Picks lanes of two vectors that are to be added up. Runs of `run` lanes alternate between the two. The
-// second pick has the other half of the lanes, in the same order.
-template <typename T, size_t run, size_t... lane>
-constexpr Raw<T> pick(bool second, std::index_sequence<lane...>) {
-  constexpr size_t lanes = Lanes<T>::count;
-  const auto from = [=](size_t i) {
-    const size_t in = i % (2 * run), of = in < run ? 0 : lanes;
-    return static_cast<RawNumber<T>>(of + i - in + in % run + (second ? run : 0));
-  };
-  return Raw<T>{from(lane)...};
-}
-
-// Returns the sum of the lanes of each of as many vectors as a vector has lanes. Each level halves their
-// number. The vectors come in the order of reversed bits.
-template <typename T, size_t run = 1>
-inline Vector<T> sums_of_lanes(const Vector<T>* from) {
-  constexpr size_t lanes = Lanes<T>::count, half = lanes / run / 2;
-  if constexpr (half == 0) {
-    return *from;
+// Returns a vector of `run` numbers again and again.
+template <int run, typename T>
+inline Vector<T> repeated(const T* from) {
+  constexpr int bytes = run * sizeof(T);
+  if constexpr (run == 1) {
+    return *from - Vector<T>{};
+  } else if constexpr (bytes == kVectorBytes) {
+    return load(from);
+  } else if constexpr (bytes == 8) {
+    typedef int64_t Numbers __attribute__((vector_size(kVectorBytes)));
+    int64_t number;
+    std::memcpy(&number, from, sizeof number);
+    return (Vector<T>)(number - Numbers{});
+#if WN_VECTOR_BYTES == 64 && defined(__AVX512F__)
+  } else if constexpr (bytes == 16) {
+    return (Vector<T>)_mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+  } else if constexpr (bytes == 32) {
+    return (Vector<T>)_mm512_broadcast_i64x4(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+#elif WN_VECTOR_BYTES == 32 && defined(__AVX2__)
+  } else if constexpr (bytes == 16) {
+    return (Vector<T>)_mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+#endif
   } else {
-    constexpr auto all = std::make_index_sequence<lanes>{};
-    Vector<T> next[half];
-#pragma GCC unroll 8
-    for (size_t i = 0; i < half; ++i)
-      next[i] = __builtin_shuffle(from[i], from[i + half], pick<T, run>(false, all)) +
-                __builtin_shuffle(from[i], from[i + half], pick<T, run>(true, all));
-    return sums_of_lanes<T, 2 * run>(next);
+    alignas(kVectorBytes) T all[Lanes<T>::count];
+    for (int64_t i = 0; i < Lanes<T>::count; i += run) std::copy_n(from, run, all + i);
+    return load(all);
   }
 }
 
-// Returns a number below `count`, a power of two, with its bits in reverse.
-constexpr int64_t reversed_bits(int64_t number, int64_t count) {
-  int64_t out = 0;
-  for (; count > 1; count /= 2, number /= 2) out = 2 * out + number % 2;
-  return out;
+// Adds the products of R rows with C vectors of a strip to sums, which lie so far apart for two rows. So do
+// the rows. A vector has `run` elements of the length. What is read next lies `ahead` of the strip.
+template <int R, int C, int run, typename T>
+inline void strip_tile(
+    T* to, int64_t sums, const T* rows, int64_t row, const T* strip, int64_t steps, int64_t ahead) {
+  constexpr int64_t lanes = Lanes<T>::count;
+  Vector<T> sum[R][C];
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 2
+    for (int c = 0; c < C; ++c) sum[r][c] = load(to + r * sums + c * lanes);
+  for (; steps > 0; --steps, strip += C * lanes, rows += run) {
+    Vector<T> values[C];
+#pragma GCC unroll 2
+    for (int c = 0; c < C; ++c) values[c] = load(strip + c * lanes);
+    for (int c = 0; C > 1 && c < C; ++c) __builtin_prefetch(strip + ahead + c * lanes);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+      const Vector<T> factor = repeated<run>(rows + r * row);
+#pragma GCC unroll 2
+      for (int c = 0; c < C; ++c) sum[r][c] = multiply_add(factor, values[c], sum[r][c]);
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 2
+    for (int c = 0; c < C; ++c) store(to + r * sums + c * lanes, sum[r][c]);
 }
 
-// A tile takes kTileRows rows and so many columns. Its sums fill one vector of float32.
-constexpr int kTileColumns = kVectorBytes / sizeof(float) / kTileRows;
+// Does the same for any number of rows.
+template <int C, int run, int R = kTileRows, typename T>
+void strip_product(
+    int64_t count, T* to, int64_t sums, const T* rows, int64_t row, const T* strip, int64_t steps,
+    int64_t ahead = 0) {
+  for (; count >= R; count -= R, to += R * sums, rows += R * row)
+    strip_tile<R, C, run>(to, sums, rows, row, strip, steps, ahead);
+  if constexpr (R > 1)
+    if (count) strip_product<C, run, R / 2>(count, to, sums, rows, row, strip, steps, ahead);
+}
 
-// The products of a tile: kTileRows of each column, one column after the other.
+// Calls f with a power of two from 1 to `most` as a constant.
+template <int most, typename F>
+void with_power(int64_t power, const F& f) {
+  if constexpr (most > 1)
+    if (power < most) return with_power<most / 2>(power, f);
+  f(std::integral_constant<int, most>{});
+}
+
+// This many bytes of each row of a stack are multiplied by all columns before the next ones. As many elements
+// of a strip stay in the first-level cache.
+constexpr int64_t kSegmentBytes = 1 << 9;
+
+// Holds the terms of the norms of a stack of rows, in vectors that are merged after every block.
 template <typename T>
-struct TileProducts {
-  alignas(kVectorBytes) T of[kTileColumns * kTileRows];
+class StackTerms {
+ public:
+  // Adds elements [at, at + size) of rows that lie so far apart.
+  void add(Norm of, const T* rows, int64_t row, int64_t count, int64_t at, int64_t size) {
+    if (at % kBlock == 0) merge(of, count);
+    with_norm(of, [&](auto constant) {
+      constexpr Norm norm = decltype(constant)::value;
+      for (int64_t r = 0; r < count; ++r, rows += row) {
+        Vector<T> parts[kParts_] = {terms_[r]};
+        int64_t k = 0;
+        for (; k + kParts_ * lanes_ <= size; k += kParts_ * lanes_)
+#pragma GCC unroll 4
+          for (int64_t i = 0; i < kParts_; ++i)
+            parts[i] = Merge<norm>::merge(parts[i], norm_term<norm>(load(rows + k + i * lanes_)));
+        for_each_vector<T>(size - k, [&](int64_t i, auto width) {
+          parts[0] = Merge<norm>::merge(parts[0], norm_term<norm>(load(rows + k + i, width)));
+        });
+        terms_[r] = Merge<norm>::merge(
+            Merge<norm>::merge(parts[0], parts[1]), Merge<norm>::merge(parts[2], parts[3]));
+      }
+    });
+  }
+  // Returns the partials of the rows. They are zero if nothing was added.
+  const double* partials(Norm of, int64_t count) {
+    merge(of, count);
+    return partials_.data();
+  }
+
+ private:
+  static constexpr int64_t lanes_ = Lanes<T>::count, kParts_ = 4;
+
+  void merge(Norm of, int64_t count) {
+    with_norm(of, [&](auto constant) {
+      using Merge = wn_kernels::Merge<decltype(constant)::value>;
+      for (int64_t r = 0; r < count; ++r) {
+        const double part = merged_lanes<Merge, lanes_>(reinterpret_cast<const T*>(&terms_[r]));
+        partials_[r] = merged(of, partials_[r], part);
+        terms_[r] = Vector<T>{};
+      }
+    });
+  }
+
+  std::array<Vector<T>, kStack<T>> terms_{};
+  std::array<double, kStack<T>> partials_{};
 };
 
-// Computes the products of the rows with N columns of B, over some panels.
-template <int N, typename V>
-inline void tile_product(
-    const RowBlock<V, kTileRows>& block, const Panels<Wide<V>>& b, int64_t column, int64_t begin,
-    int64_t end, TileProducts<Wide<V>>& products) {
+// Computes P = V B for a stack of rows and calls finish(products, partials of the rows). A row of products
+// has b.sums() numbers, of which the first ones are those of the columns. The partials are zero if no norm
+// is given.
+template <typename V, typename Finish>
+void rows_product(
+    const V* v, int64_t first, int64_t count, const Strips<Wide<V>>& b, std::optional<Norm> norm,
+    const Finish& finish) {
   using T = Wide<V>;
-  constexpr int64_t lanes = Lanes<T>::count;
-  // Few sums would wait for each other, and too many would not fit the registers.
-  constexpr int most = kVectorBytes == 64 ? 24 : 12, sets = 2 * N * kTileRows <= most ? 2 : 1;
-  // The sums stay in registers until each is one number.
-  Vector<T> sum[sets][kTileColumns * kTileRows] = {};
-  const T* from = b.panel(begin) + column * kPanel<T>;
-  block.for_each_panel(begin, end, [&](int64_t, const auto& rows) {
-#pragma GCC unroll 2
-    for (int64_t half = 0; half < 2; ++half) {
-      Vector<T> values[N];
-#pragma GCC unroll 4
-      for (int j = 0; j < N; ++j) values[j] = load(from + j * kPanel<T> + half * lanes);
-#pragma GCC unroll 8
-      for (int r = 0; r < kTileRows; ++r) {
-        const Vector<T> value = load(rows[r] + half * lanes);
-#pragma GCC unroll 4
-        for (int j = 0; j < N; ++j) sum[half % sets][j * kTileRows + r] += value * values[j];
+  constexpr int64_t lanes = Lanes<T>::count, segment = kSegmentBytes / sizeof(T);
+  // The rows of a copy do not compete for the same lines of the cache.
+  constexpr int64_t copied_row = segment + lanes;
+  const int64_t sums = b.sums();
+  const V* rows = v + first * b.length;
+  std::vector<T> products(count * sums);
+  StackTerms<T> terms;
+  alignas(kVectorBytes) T copy[kStack<T> * copied_row];
+  for (int64_t at = 0; at < b.length; at += segment) {
+    const int64_t size = std::min(segment, b.length - at), steps = (size + b.run - 1) / b.run;
+    const T* from = copy;
+    int64_t row = copied_row;
+    if constexpr (std::is_same_v<V, T>)
+      if (size % b.run == 0) from = rows + at, row = b.length;
+    if (from == copy)
+      for (int64_t r = 0; r < count; ++r) {
+        T* to = copy + r * copied_row;
+        // Zeros follow the last element.
+        for_each_vector<T>(size, [&](int64_t i, auto width) {
+          store(to + i, load(rows + r * b.length + at + i, width));
+        });
       }
+    if (norm) terms.add(*norm, from, row, count, at, size);
+    T* to = products.data();
+    for (int64_t vector = 0, width; vector < b.vectors; vector += width, to += width * lanes) {
+      width = b.width(vector);
+      const T* strip = b.strip(vector) + at * width * lanes;
+      const int64_t ahead = vector + width < b.vectors ? width * lanes * b.length : 0;
+      if (width == 2)
+        strip_product<2, 1>(count, to, sums, from, row, strip, size, ahead);
+      else
+        strip_product<1, 1>(count, to, sums, from, row, strip, size);
     }
-    from += b.step;
-  });
-#pragma GCC unroll 4
-  for (int64_t at = 0; at < N * kTileRows; at += lanes) {
-    Vector<T> ordered[lanes];
-#pragma GCC unroll 16
-    for (int64_t i = 0; i < lanes; ++i) {
-      ordered[reversed_bits(i, lanes)] = sum[0][at + i];
-      if (sets > 1) ordered[reversed_bits(i, lanes)] += sum[1][at + i];
-    }
-    store(products.of + at, sums_of_lanes<T>(ordered));
-  }
-}
-
-template <int N = kTileColumns, typename V>
-inline void tile_product(
-    int64_t width, const RowBlock<V, kTileRows>& block, const Panels<Wide<V>>& b, int64_t column,
-    int64_t begin, int64_t end, TileProducts<Wide<V>>& products) {
-  if constexpr (N > 1)
-    if (width < N) return tile_product<N - 1>(width, block, b, column, begin, end, products);
-  tile_product<N>(block, b, column, begin, end, products);
-}
-
-// Calls f(column, width, products) for the tiles of a block of rows, over some panels.
-template <typename V, typename F>
-inline void for_each_tile(
-    const RowBlock<V, kTileRows>& block, const Panels<Wide<V>>& b, int64_t begin, int64_t end,
-    const F& f) {
-  for (int64_t column = 0; column < b.columns; column += kTileColumns) {
-    const int64_t width = std::min<int64_t>(kTileColumns, b.columns - column);
-    TileProducts<Wide<V>> products;
-    tile_product(width, block, b, column, begin, end, products);
-    f(column, width, products.of);
-  }
-}
-
-// --- many columns --------------------------------------------------------------------------------
-
-// Transposes a square matrix of as many rows as a vector has lanes.
-template <typename T, size_t run = 1>
-inline __attribute__((always_inline)) void transpose(Vector<T>* row) {
-  constexpr size_t lanes = Lanes<T>::count;
-  if constexpr (run < lanes) {
-    constexpr auto all = std::make_index_sequence<lanes>{};
-#pragma GCC unroll 16
-    for (size_t i = 0; i < lanes; ++i) {
-      if (i & run) continue;
-      const Vector<T> a = row[i], b = row[i + run];
-      row[i] = __builtin_shuffle(a, b, pick<T, run>(false, all));
-      row[i + run] = __builtin_shuffle(a, b, pick<T, run>(true, all));
-    }
-    transpose<T, 2 * run>(row);
-  }
-}
-
-// The terms of a row's norm go to this many sums, so that an addition does not wait for the one before.
-constexpr int64_t kParts = 4;
-
-// Copies elements [at, at + size) of at most kPanel rows of V into columns: `to` has kPanel numbers for each
-// element, of whole panels. If a norm is given, it merges the terms of the rows into their partials.
-template <typename V>
-void pack_rows(
-    Wide<V>* to, const V* v, int64_t count, int64_t length, int64_t at, int64_t size,
-    std::optional<Norm> given, double* partials) {
-  using T = Wide<V>;
-  constexpr int64_t lanes = Lanes<T>::count;
-  with_norm(given.value_or(Norm::l2), [&](auto constant) {
-    constexpr Norm norm = decltype(constant)::value;
-    using Merge = wn_kernels::Merge<norm>;
-    for (int64_t top = 0; top < count; top += lanes) {
-      const V* row[lanes];
-      for (int64_t r = 0; r < lanes; ++r) row[r] = v + std::min(top + r, count - 1) * length + at;
-      Vector<T> part[kParts] = {};
-      for_each_vector<T>(size, [&](int64_t i, auto width) {
-        Vector<T> t[lanes];
-#pragma GCC unroll 16
-        for (int64_t r = 0; r < lanes; ++r) t[r] = load(row[r] + i, width);
-        transpose<T>(t);
-#pragma GCC unroll 16
-        for (int64_t k = 0; k < lanes; ++k) {
-          part[k % kParts] = Merge::merge(part[k % kParts], norm_term<norm>(t[k]));
-          store(to + (i + k) * kPanel<T> + top, t[k]);
-        }
+    if (b.rest)
+      with_power<lanes>(b.run, [&](auto run) {
+        const T* strip = b.of_rest() + at / run * lanes;
+        strip_product<1, run>(count, to, sums, from, row, strip, steps);
       });
-      alignas(kVectorBytes) T all[lanes];
-      store(all, Merge::merge(Merge::merge(part[0], part[1]), Merge::merge(part[2], part[3])));
-      for (int64_t r = top; given && r < std::min(count, top + lanes); ++r)
-        partials[r] = merged(norm, partials[r], all[r - top]);
-    }
-  });
-}
-
-constexpr int64_t kCacheLine = 64;  // bytes
-
-// Adds the products of P vectors of packed rows with R columns of B to `to`, for `size` elements of the
-// length from panel `begin` on.
-template <int R, int P, typename T>
-inline void packed_tile(
-    T* to, const T* packed, const Panels<T>& b, int64_t column, int64_t begin, int64_t size) {
-  constexpr int64_t lanes = Lanes<T>::count;
-  Vector<T> sum[R][P];
-#pragma GCC unroll 16
-  for (int j = 0; j < R; ++j)
-#pragma GCC unroll 2
-    for (int p = 0; p < P; ++p) sum[j][p] = load(to + j * kPanel<T> + p * lanes);
-  const auto add = [&](const T* from, int64_t count) {
-    for (int64_t k = 0; k < count; ++k, packed += kPanel<T>) {
-      Vector<T> value[P];
-#pragma GCC unroll 2
-      for (int p = 0; p < P; ++p) value[p] = load(packed + p * lanes);
-#pragma GCC unroll 16
-      for (int j = 0; j < R; ++j) {
-        const Vector<T> factor = from[j * kPanel<T> + k] - Vector<T>{};
-#pragma GCC unroll 2
-        for (int p = 0; p < P; ++p) sum[j][p] = multiply_add(value[p], factor, sum[j][p]);
+  }
+  if (b.run > 1)
+    for (int64_t r = 0; r < count; ++r) {
+      T* to = products.data() + r * sums + b.vectors * lanes;
+      for (int64_t j = 0; j < b.rest; ++j) {
+        T sum = 0;
+        for (int64_t i = 0; i < b.run; ++i) sum += to[j * b.run + i];
+        to[j] = sum;
       }
     }
-  };
-  for (; size >= kPanel<T>; size -= kPanel<T>) {
-    const T* from = b.panel(begin++) + column * kPanel<T>;
-    // The processor does not fetch ahead over the distance of two panels, which may lie in a slow cache.
-#pragma GCC unroll 32
-    for (int64_t i = 0; i < R * kPanel<T>; i += kCacheLine / sizeof(T))
-      __builtin_prefetch(from + b.step + i);
-    add(from, kPanel<T>);
-  }
-  if (size) add(b.panel(begin) + column * kPanel<T>, size);
-#pragma GCC unroll 16
-  for (int j = 0; j < R; ++j)
-#pragma GCC unroll 2
-    for (int p = 0; p < P; ++p) store(to + j * kPanel<T> + p * lanes, sum[j][p]);
+  finish(products.data(), terms.partials(norm.value_or(Norm::l2), count));
 }
 
-// A tile of P vectors of rows has at most this many columns, so that its sums and its operands fit in the
-// registers.
-template <int P>
-constexpr int kWidest = 2 * kStackedRows / P;
-
-template <int P, int R = kWidest<P>, typename T>
-inline void packed_tile(
-    int64_t width, T* to, const T* packed, const Panels<T>& b, int64_t column, int64_t begin,
-    int64_t size) {
-  if constexpr (R > 1)
-    if (width < R) return packed_tile<P, R - 1>(width, to, packed, b, column, begin, size);
-  packed_tile<R, P>(to, packed, b, column, begin, size);
-}
-
-// Adds the products of so many packed rows with all columns of B to `to`.
-template <typename T>
-void packed_product(
-    T* to, const T* packed, int64_t count, const Panels<T>& b, int64_t begin, int64_t size) {
-  const auto tiles = [&](auto vectors) {
-    constexpr int P = decltype(vectors)::value;
-    // All tiles have nearly as many columns.
-    int64_t left = (b.columns + kWidest<P> - 1) / kWidest<P>;
-    for (int64_t column = 0, width; column < b.columns; column += width, --left) {
-      width = (b.columns - column + left - 1) / left;
-      packed_tile<P>(width, to + column * kPanel<T>, packed, b, column, begin, size);
+// Calls f(column, row, products, width) for vectors of `width` products of a column, from this row on.
+template <typename T, typename F>
+void for_each_column(
+    const T* products, int64_t sums, int64_t rows, int64_t columns, const F& f) {
+  constexpr int64_t lanes = Lanes<T>::count;
+  for (int64_t left = 0; left < columns; left += lanes)
+    for (int64_t top = 0; top < rows; top += lanes) {
+      Vector<T> t[lanes];
+      for (int64_t r = 0; r < lanes; ++r)
+        t[r] = load(products + std::min(top + r, rows - 1) * sums + left);
+      transpose<T>(t);
+      for (int64_t j = 0; j < std::min(lanes, columns - left); ++j)
+        if (top + lanes <= rows)
+          f(left + j, top, t[j], All{});
+        else
+          f(left + j, top, t[j], rows - top);
     }
-  };
-  if (count > Lanes<T>::count)
-    tiles(std::integral_constant<int, 2>{});
-  else
-    tiles(std::integral_constant<int, 1>{});
 }
-
-// --- all columns ---------------------------------------------------------------------------------
 
 // Calls f(i, first, count) for parts of the columns of B, which threads take if they are shared, and which
-// otherwise come in turn. A part begins at a whole tile, so that the number of parts changes no bit.
-template <typename F>
+// otherwise come in turn. A part begins at a whole vector, so that the number of parts changes no bit.
+template <typename T, typename F>
 void for_each_part(int64_t columns, int64_t parts, bool is_shared, const F& f) {
-  const int64_t tiles = (columns + kTileColumns - 1) / kTileColumns;
-  const auto begin = [=](int64_t i) { return std::min(columns, tiles * i / parts * kTileColumns); };
+  constexpr int64_t lanes = Lanes<T>::count;
+  const int64_t vectors = (columns + lanes - 1) / lanes;
+  const auto begin = [=](int64_t i) { return std::min(columns, vectors * i / parts * lanes); };
   const auto part = [&](int64_t i) { f(i, begin(i), begin(i + 1) - begin(i)); };
   if (is_shared)
     for_each(parts, kGrain, part);
   else
     for (int64_t i = 0; i < parts; ++i) part(i);
-}
-
-// Computes P = V B for a stack of rows and calls finish(products, partials of the rows). There are kPanel
-// products of each column, one column after the other. The partials are zero if no norm is given.
-template <typename V, typename Finish>
-void rows_product(
-    const V* v, int64_t first, int64_t count, const Panels<Wide<V>>& b, std::optional<Norm> norm,
-    const Finish& finish) {
-  using T = Wide<V>;
-  const V* rows = v + first * b.length;
-  std::vector<T> products(b.columns * kPanel<T>);
-  std::array<double, kPanel<T>> partials{};
-  // Rows that would fill no more than half of a vector are not packed.
-  const int64_t rest = count % Lanes<T>::count, left = 2 * rest > Lanes<T>::count ? 0 : rest;
-  const int64_t copied = is_packed(b) ? count - left : 0;
-  const int64_t longest = std::min<int64_t>(b.count * kPanel<T>, kSegmentBytes / sizeof(T));
-  const Block memory(copied ? longest * kPanel<T> * static_cast<int64_t>(sizeof(T)) : 0);
-  T* const packed = memory.as<T>();
-  for_each_segment(b, [&](int64_t begin, int64_t end) {
-    const int64_t at = begin * kPanel<T>, size = std::min(end * kPanel<T>, b.length) - at;
-    if (copied) {
-      pack_rows(packed, rows, copied, b.length, at, size, norm, partials.data());
-      packed_product(products.data(), packed, copied, b, begin, size);
-    }
-    for (int64_t top = copied; top < count; top += kTileRows) {
-      const int64_t height = std::min<int64_t>(kTileRows, count - top);
-      const RowBlock<V, kTileRows> block(rows + top * b.length, height, b.length, end);
-      for_each_tile(block, b, begin, end, [&](int64_t column, int64_t width, const T* tile) {
-        T* to = products.data() + column * kPanel<T> + top;
-        for (int64_t j = 0; j < width; ++j, to += kPanel<T>, tile += kTileRows)
-          for (int r = 0; r < kTileRows; ++r) to[r] += tile[r];
-      });
-    }
-    for (int64_t r = copied; norm && r < count; ++r)
-      partials[r] = merged(*norm, partials[r], partial(*norm, rows + r * b.length + at, size));
-  });
-  finish(products.data(), partials.data());
-}
-
-// Does the same, and calls finish(j, P_j, partial of V_j) for each row.
-template <typename V, typename Finish>
-void each_row_product(
-    const V* v, int64_t first, int64_t count, const Panels<Wide<V>>& b, std::optional<Norm> norm,
-    const Finish& finish) {
-  using T = Wide<V>;
-  rows_product(v, first, count, b, norm, [&](const T* all, const double* partials) {
-    std::vector<T> products(b.columns);
-    for (int64_t r = 0; r < count; ++r) {
-      for (int64_t j = 0; j < b.columns; ++j) products[j] = all[j * kPanel<T> + r];
-      finish(first + r, products.data(), partials[r]);
-    }
-  });
 }
 
 }  // namespace wn_kernels

@@ -76,8 +76,9 @@ struct Window {
   static constexpr int64_t lanes = Lanes<T>::count;
   alignas(kVectorBytes) T row[lanes][kWindow];
 
-  // `to` is the place of the window's first row and column in a panel.
-  void store_to(T* to, int64_t columns) const {
+  // Copies `count` rows and `columns` columns to U, whose rows from k on and columns from `left` on they are.
+  void store_to(Panels<T>& u, int64_t k, int64_t, int64_t left, int64_t columns) const {
+    T* const to = u.element(k, left);
     for (int64_t j = 0; j < columns; j += lanes) {
       Vector<T> t[lanes];
 #pragma GCC unroll 16
@@ -87,6 +88,9 @@ struct Window {
       for (int64_t k = 0; k < lanes; ++k)
         if (j + k < columns) store(to + (j + k) * kPanel<T>, t[k]);
     }
+  }
+  void store_to(Strips<T>& u, int64_t k, int64_t count, int64_t left, int64_t columns) const {
+    for (int64_t r = 0; r < count; ++r) u.set(k + r, left, columns, row[r]);
   }
   void load_from(const T* from, int64_t columns) {
     for (int64_t j = 0; j < columns; j += lanes) {
@@ -177,13 +181,14 @@ class Windows {
 };
 
 // Computes columns of U from the image of a group, window by window: those from `first` on.
-template <typename T>
-void unfold_lines(const Unfolding& of, const T* image, const T* s, Panels<T>& u, int64_t first) {
+template <typename T, typename Matrix>
+void unfold_lines(const Unfolding& of, const T* image, const T* s, Matrix& u, int64_t first) {
   constexpr int64_t lanes = Lanes<T>::count;
   const Windows windows(of, first, u.columns);
   const int64_t step = of.stride[2];
-  for_each(2 * u.count, lanes * u.columns, [&](int64_t i) {
-    T* const panel = u.panel(i / 2) + i % 2 * lanes;
+  // The panels of U have an even number of vectors of rows.
+  const int64_t panels = (u.length + kPanel<T> - 1) / kPanel<T>;
+  for_each(2 * panels, lanes * u.columns, [&](int64_t i) {
     const int64_t rows = std::clamp<int64_t>(u.length - i * lanes, 0, lanes);
     Window<T> window;
     for (int64_t w = 0; w < windows.count(); ++w) {
@@ -201,7 +206,7 @@ void unfold_lines(const Unfolding& of, const T* image, const T* s, Panels<T>& u,
             scale(to, from, factor, count);
         });
       });
-      window.store_to(panel + w * kWindow * kPanel<T>, columns);
+      window.store_to(u, i * lanes, rows, w * kWindow, columns);
     }
   });
 }
@@ -295,6 +300,14 @@ void unfold(const Unfolding& of, const T* image, const T* s, Panels<T>& u, int64
         for (int64_t i = 0; i < count; ++i) to[i] = from[i * step];
     });
   });
+}
+
+template <typename T>
+void unfold(const Unfolding& of, const T* image, const T* s, Strips<T>& u, int64_t first = 0) {
+  if (!is_along_taps<T>(of)) return unfold_lines(of, image, s, u, first);
+  Panels<T> panels(u.length, u.columns);
+  unfold(of, image, s, panels, first);
+  u.fill(panels);
 }
 
 // Computes the image of a group. It starts from the channel's bias and adds every element of Q to
@@ -440,21 +453,24 @@ inline std::optional<std::pair<Tensor, Tensor>> unfolded_forward(
     for_each_group(of, [&](int64_t i) {
       const int64_t row = i * rows;
       const T *from = vs + row * length, *image = xs + of.begins(i);
-      for_each_part(pixels, parts, is_shared, [&](int64_t part, int64_t left, int64_t columns) {
-        Panels<T> panels(length, columns);
-        unfold(of, image, taps, panels, left);
+      for_each_part<T>(pixels, parts, is_shared, [&](int64_t part, int64_t left, int64_t columns) {
+        Strips<T> strips(length, columns);
+        unfold(of, image, taps, strips, left);
         // Every part computes the norms, and the first one keeps them.
         std::vector<T> again(part ? rows : 0);
         Norms<T> passing(again.data(), options), &norms = part ? passing : all;
-        for_each_stack(rows, panels, [&](int64_t first, int64_t count) {
-          const auto finish = [&](int64_t j, const T* p, double partial) {
-            const T factor =
-                scales_taps ? T(1) : gs[row + j] / norms.set(row + j, partial, from + j * length, length);
-            const T shift = bs ? bs[row + j] : T(0);
-            T* to = ys + (row + j) * pixels + left;
-            for (int64_t t = 0; t < columns; ++t) to[t] = p[t] * factor + shift;
+        for_each_stack<T>(rows, length * columns, [&](int64_t first, int64_t count) {
+          const auto finish = [&](const T* p, const double* partials) {
+            for (int64_t j = first; j < first + count; ++j, p += strips.sums()) {
+              const T* slice = from + j * length;
+              const T factor =
+                  scales_taps ? T(1) : gs[row + j] / norms.set(row + j, partials[j - first], slice, length);
+              const T shift = bs ? bs[row + j] : T(0);
+              T* to = ys + (row + j) * pixels + left;
+              for (int64_t t = 0; t < columns; ++t) to[t] = p[t] * factor + shift;
+            }
           };
-          each_row_product(from, first, count, panels, norm, finish);
+          rows_product(from, first, count, strips, norm, finish);
         });
       });
     });
@@ -502,11 +518,11 @@ inline std::tuple<Tensor, Tensor, Tensor> unfolded_backward(
         columns_product(panels, from, rows, by_rows(d, pixels));
         fold<T>(of, panels, taps, nullptr, outs + at);
       }
-      const auto x_rows = [&](int64_t first, int64_t count) {
-        const auto finish = [&](int64_t j, const T* p, double) {
-          scale(outs + (row + j) * pixels, p, scales_taps ? T(1) : ss[row + j], pixels);
-        };
-        each_row_product(from, first, count, panels, std::nullopt, finish);
+      const auto x_rows = [&](const Strips<T>& strips, int64_t first, int64_t count) {
+        rows_product(from, first, count, strips, std::nullopt, [&](const T* p, const double*) {
+          for (int64_t j = row + first; j < row + first + count; ++j, p += strips.sums())
+            scale(outs + j * pixels, p, scales_taps ? T(1) : ss[j], pixels);
+        });
       };
       const auto v_rows = [&](int64_t first, int64_t count) {
         const auto d = by_rows(factors, pixels);
@@ -516,22 +532,21 @@ inline std::tuple<Tensor, Tensor, Tensor> unfolded_backward(
           weight_rows(dvs, dgs, d, vs, gs, ns, options, row + first, count, panels);
       };
       const bool with_x = needs_x && conv.transposed;
-      if (with_x && needs_weight && !scales_taps) {  // both take the same U, so V is read once
-        unfold<T>(of, images + at, nullptr, panels);
-        for_each_stack(rows, panels, [&](int64_t first, int64_t count) {
-          x_rows(first, count);
-          v_rows(first, count);
-        });
-        return;
-      }
+      if (needs_weight) unfold<T>(of, images + at, nullptr, panels);
       if (with_x) {
-        unfold(of, images + at, taps, panels);
-        for_each_stack(rows, panels, x_rows);
+        Strips<T> strips(length, pixels);
+        const bool at_once = needs_weight && !scales_taps;  // both take the same U, so V is read once
+        if (at_once)
+          strips.fill(panels);
+        else
+          unfold(of, images + at, taps, strips);
+        for_each_stack<T>(rows, length * pixels, [&](int64_t first, int64_t count) {
+          x_rows(strips, first, count);
+          if (at_once) v_rows(first, count);
+        });
+        if (at_once) return;
       }
-      if (needs_weight) {
-        unfold<T>(of, images + at, nullptr, panels);
-        for_each_stack(rows, panels, v_rows);
-      }
+      if (needs_weight) for_each_stack<T>(rows, length * pixels, v_rows);
     });
     if (needs_x) dx = conv.transposed ? from_matrix(out, x.sizes()) : out;
   });
