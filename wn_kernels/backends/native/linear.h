@@ -173,7 +173,7 @@ void column_pass(
 // A part of x has at most this many rows and bytes, so that its products with a stack of rows of V stay in
 // a thread's cache.
 constexpr int64_t kPartRows = 1024;
-constexpr int64_t kPartBytes = 1 << 22;
+constexpr int64_t kPartBytes = 1 << 20;
 
 // Returns how many parts the rows of x are taken in. If threads share them, there are as many parts for
 // each thread, as far as each part fills tiles of packed rows.

@@ -7,7 +7,6 @@
 #pragma once
 
 #include <algorithm>
-#include <array>
 #include <cstdint>
 #include <cstring>
 #include <memory>
@@ -29,9 +28,6 @@ template <typename T>
 constexpr int64_t kPanel = 2 * Lanes<T>::count;
 
 constexpr int64_t kCacheLine = 64;  // bytes
-
-// Fetches a cache line into the second-level cache.
-inline void prefetch(const void* line) { __builtin_prefetch(line, 0, 2); }
 
 // Picks lanes of two vectors. Runs of `run` lanes alternate between the two. The second pick has the other
 // half of the lanes, in the same order.
@@ -266,44 +262,6 @@ class Strips {
 
   Block memory_;
   T* data_;
-};
-
-// This class holds R rows of V. It repeats the last row if there are fewer than R. The elements
-// after a row's full panels are copied and padded with zeros.
-template <typename V, int R>
-class RowBlock {
- public:
-  using Rows = std::array<const V*, R>;
-
-  // The block serves the panels before `end`.
-  RowBlock(const V* v, int64_t count, int64_t length, int64_t end) : full_(length / kWidth_) {
-    for (int r = 0; r < R; ++r) {
-      row_[r] = v + std::min<int64_t>(r, count - 1) * length;
-      if (end <= full_) continue;
-      std::fill_n(rest_[r], kWidth_, V{});
-      std::copy(row_[r] + full_ * kWidth_, row_[r] + length, rest_[r]);
-    }
-  }
-
-  // Calls f(i, rows) for the panels from begin to end. `rows` points to the elements of panel i.
-  template <typename F>
-  void for_each_panel(int64_t begin, int64_t end, const F& f) const {
-    Rows at = row_;
-    for (auto& row : at) row += begin * kWidth_;
-    for (int64_t i = begin; i < end; ++i) {
-      if (i == full_)
-        for (int r = 0; r < R; ++r) at[r] = rest_[r];
-      f(i, at);
-      for (auto& row : at) row += kWidth_;
-    }
-  }
-
- private:
-  static constexpr int64_t kWidth_ = kPanel<Wide<V>>;
-
-  int64_t full_;
-  Rows row_;
-  V rest_[R][kWidth_];
 };
 
 // This class stores D in stacks of R rows. Within a stack the columns lie one after the other. The

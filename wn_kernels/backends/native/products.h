@@ -29,63 +29,66 @@ void for_each_panel_group(const Panels<T>& q, int64_t rows, const F& f) {
   });
 }
 
-// Computes Q += Vᵀ D for `rows` rows of V and D, and for some panels and columns of Q.
-template <typename V>
-void columns_product(
-    Panels<Wide<V>>& q, int64_t begin, int64_t end, int64_t left, int64_t right, const V* v,
-    int64_t rows, const Stacked<Wide<V>, kStackedRows>& d) {
-  using T = Wide<V>;
-  constexpr int64_t lanes = Lanes<T>::count;
-  for (int64_t first = 0; first < rows; first += kStackedRows) {
-    const int64_t count = std::min<int64_t>(kStackedRows, rows - first);
-    const RowBlock<V, kStackedRows> block(v + first * q.length, count, q.length, end);
-    // The processor does not fetch ahead from rows to those below them.
-    const bool fetches = left == 0 && first + count < rows;
-    const auto fetch = [=, &q](int64_t i, int64_t r) {
-      const V* from = v + std::min(first + kStackedRows + r, rows - 1) * q.length + i * kPanel<T>;
-      for (int64_t k = 0; k < kPanel<T>; k += kCacheLine / sizeof(V)) prefetch(from + k);
-    };
-    block.for_each_panel(begin, end, [&](int64_t i, const auto& from) {
-      if (fetches && i < q.full)
-#pragma GCC unroll 8
-        for (int64_t r = 0; r < kStackedRows; ++r) fetch(i, r);
-      Vector<T> value[kStackedRows][2];
-#pragma GCC unroll 8
-      for (int r = 0; r < kStackedRows; ++r)
-        value[r][0] = load(from[r]), value[r][1] = load(from[r] + lanes);
-      T* to = q.panel(i) + left * kPanel<T>;
-      const T* factor = d.stack(first) + left * kStackedRows;
-      for (int64_t j = left; j < right; ++j, to += kPanel<T>, factor += kStackedRows) {
-        Vector<T> low = load(to), high = load(to + lanes);
-#pragma GCC unroll 8
-        for (int r = 0; r < kStackedRows; ++r)
-          low += value[r][0] * factor[r], high += value[r][1] * factor[r];
-        store(to, low), store(to + lanes, high);
-      }
-    });
+// This class stores the transpose of some rows of D, which may have factors.
+template <typename T>
+class Turned {
+ public:
+  Turned(int64_t rows, int64_t columns) : row_(rows | 1), data_(columns * row_) {}
+
+  void set(int64_t row, const T* values, int64_t columns, T factor) {
+    for (int64_t j = 0; j < columns; ++j) data_[j * row_ + row] = factor * values[j];
   }
-}
+  void fill(const Strided<T>& d, int64_t first, int64_t rows, int64_t columns, const T* factors) {
+    if (d.column == 1) {
+      for (int64_t r = 0; r < rows; ++r)
+        set(r, d.at(first + r, 0), columns, factors ? factors[first + r] : T(1));
+      return;
+    }
+    for (int64_t j = 0; j < columns; ++j) {
+      const T* from = d.at(first, j);
+      T* to = data_.data() + j * row_;
+      if (factors)
+        for (int64_t r = 0; r < rows; ++r) to[r] = factors[first + r] * from[r];
+      else
+        std::copy_n(from, rows, to);
+    }
+  }
+  // The elements of a column of D from this row on. So far apart are those of two columns.
+  const T* from(int64_t row) const { return data_.data() + row; }
+  int64_t row() const { return row_; }
 
-// So many columns of a panel stay in the first-level cache.
-constexpr int64_t kPanelColumns = 64;
+ private:
+  int64_t row_;
+  std::vector<T> data_;
+};
 
-// Does the same for all columns. Many of them are taken in parts, a panel after the other.
+// So many rows of a panel of V are read for some columns of D after the other.
+constexpr int64_t kRowsOfPanel = 64;
+
+// Computes Q += Vᵀ D for `rows` rows of V and D, and for some panels of Q.
 template <typename V>
 void columns_product(
     Panels<Wide<V>>& q, int64_t begin, int64_t end, const V* v, int64_t rows,
-    const Stacked<Wide<V>, kStackedRows>& d) {
-  if (q.columns <= kPanelColumns) return columns_product(q, begin, end, 0, q.columns, v, rows, d);
-  for (int64_t i = begin; i < end; ++i)
-    for (int64_t left = 0; left < q.columns; left += kPanelColumns)
-      columns_product(q, i, i + 1, left, std::min(q.columns, left + kPanelColumns), v, rows, d);
+    const Turned<Wide<V>>& d) {
+  using T = Wide<V>;
+  for (int64_t first = 0; first < rows; first += kRowsOfPanel, v += kRowsOfPanel * q.length) {
+    const int64_t count = std::min(kRowsOfPanel, rows - first);
+    const auto add = [&](int64_t i, const Strip<V>& strip) {
+      strip_product<2, 1>(q.columns, q.panel(i), kPanel<T>, d.from(first), d.row(), strip, count);
+    };
+    for (int64_t i = begin; i < std::min(end, q.full); ++i)
+      add(i, {v + i * kPanel<T>, q.length, kPanel<T>});
+    if (end <= q.full) continue;
+    V padded[kRowsOfPanel * kPanel<T>] = {};
+    const int64_t at = q.full * kPanel<T>;
+    for (int64_t r = 0; r < count; ++r)
+      std::copy_n(v + r * q.length + at, q.length - at, padded + r * kPanel<T>);
+    add(q.full, {padded, kPanel<T>});
+  }
 }
 
 // This many bytes of D stay in a thread's cache while all of its panels take them.
 constexpr int64_t kFactorBytes = 1 << 17;
-
-// This many bytes of Q stay in the first-level cache. The more panels a thread takes at once, the longer it
-// reads a row as a stream.
-constexpr int64_t kSumBytes = 24 << 10;
 
 // Computes Q = Vᵀ D. The rows of D may have factors.
 template <typename V>
@@ -94,21 +97,17 @@ void columns_product(
     const Wide<V>* factors = nullptr) {
   using T = Wide<V>;
   const int64_t columns = q.columns, row = columns * static_cast<int64_t>(sizeof(T));
-  const int64_t stacks = std::max<int64_t>(1, kFactorBytes / (kStackedRows * row));
-  const int64_t chunk = std::min(stacks * kStackedRows, rows);
+  const int64_t chunk = std::min(rows, std::max(kRowsOfPanel, kFactorBytes / row));
   const int64_t group = panel_group(q.count), groups = (q.count + group - 1) / group;
-  const int64_t at_once = std::max(group, kSumBytes / (kPanel<T> * row));
   q.zero();
   at::parallel_for(
       0, groups, grain(group * kPanel<T> * rows * columns), [&](int64_t begin, int64_t end) {
+        Turned<T> turned(chunk, columns);
         for (int64_t first = 0; first < rows; first += chunk) {
           const int64_t count = std::min(chunk, rows - first);
-          Stacked<T, kStackedRows> stacked(count, columns);
-          stacked.fill(d, first, count, factors);
-          const int64_t last = std::min(q.count, end * group);
-          for (int64_t i = begin * group; i < last; i += at_once)
-            columns_product(
-                q, i, std::min(last, i + at_once), v + first * q.length, count, stacked);
+          turned.fill(d, first, count, columns, factors);
+          columns_product(
+              q, begin * group, std::min(q.count, end * group), v + first * q.length, count, turned);
         }
       });
 }

@@ -66,22 +66,31 @@ inline Vector<T> repeated(const T* from) {
   }
 }
 
+// This struct says where C vectors of the columns of a matrix lie. From one element of the length to the next
+// they are `step` numbers apart. What is read after them lies `ahead` of them.
+template <typename B>
+struct Strip {
+  const B* data;
+  int64_t step, ahead = 0;
+};
+
 // Adds the products of R rows with C vectors of a strip to sums, which lie so far apart for two rows. So do
-// the rows. A vector has `run` elements of the length. What is read next lies `ahead` of the strip.
-template <int R, int C, int run, typename T>
+// the rows. A vector has `run` elements of the length.
+template <int R, int C, int run, typename T, typename B>
 inline void strip_tile(
-    T* to, int64_t sums, const T* rows, int64_t row, const T* strip, int64_t steps, int64_t ahead) {
+    T* to, int64_t sums, const T* rows, int64_t row, const Strip<B>& strip, int64_t steps) {
   constexpr int64_t lanes = Lanes<T>::count;
   Vector<T> sum[R][C];
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 2
     for (int c = 0; c < C; ++c) sum[r][c] = load(to + r * sums + c * lanes);
-  for (; steps > 0; --steps, strip += C * lanes, rows += run) {
+  const B* from = strip.data;
+  for (; steps > 0; --steps, from += strip.step, rows += run) {
     Vector<T> values[C];
 #pragma GCC unroll 2
-    for (int c = 0; c < C; ++c) values[c] = load(strip + c * lanes);
-    for (int c = 0; C > 1 && c < C; ++c) __builtin_prefetch(strip + ahead + c * lanes);
+    for (int c = 0; c < C; ++c) values[c] = load(from + c * lanes);
+    for (int c = 0; C > 1 && c < C; ++c) __builtin_prefetch(from + strip.ahead + c * lanes);
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
       const Vector<T> factor = repeated<run>(rows + r * row);
@@ -96,14 +105,14 @@ inline void strip_tile(
 }
 
 // Does the same for any number of rows.
-template <int C, int run, int R = kTileRows, typename T>
+template <int C, int run, int R = kTileRows, typename T, typename B>
 void strip_product(
-    int64_t count, T* to, int64_t sums, const T* rows, int64_t row, const T* strip, int64_t steps,
-    int64_t ahead = 0) {
+    int64_t count, T* to, int64_t sums, const T* rows, int64_t row, const Strip<B>& strip,
+    int64_t steps) {
   for (; count >= R; count -= R, to += R * sums, rows += R * row)
-    strip_tile<R, C, run>(to, sums, rows, row, strip, steps, ahead);
+    strip_tile<R, C, run>(to, sums, rows, row, strip, steps);
   if constexpr (R > 1)
-    if (count) strip_product<C, run, R / 2>(count, to, sums, rows, row, strip, steps, ahead);
+    if (count) strip_product<C, run, R / 2>(count, to, sums, rows, row, strip, steps);
 }
 
 // Calls f with a power of two from 1 to `most` as a constant.
@@ -200,16 +209,16 @@ void rows_product(
     T* to = products.data();
     for (int64_t vector = 0, width; vector < b.vectors; vector += width, to += width * lanes) {
       width = b.width(vector);
-      const T* strip = b.strip(vector) + at * width * lanes;
-      const int64_t ahead = vector + width < b.vectors ? width * lanes * b.length : 0;
+      const int64_t step = width * lanes, ahead = vector + width < b.vectors ? step * b.length : 0;
+      const Strip<T> strip{b.strip(vector) + at * step, step, ahead};
       if (width == 2)
-        strip_product<2, 1>(count, to, sums, from, row, strip, size, ahead);
+        strip_product<2, 1>(count, to, sums, from, row, strip, size);
       else
         strip_product<1, 1>(count, to, sums, from, row, strip, size);
     }
     if (b.rest)
       with_power<lanes>(b.run, [&](auto run) {
-        const T* strip = b.of_rest() + at / run * lanes;
+        const Strip<T> strip{b.of_rest() + at / run * lanes, lanes};
         strip_product<1, run>(count, to, sums, from, row, strip, steps);
       });
   }

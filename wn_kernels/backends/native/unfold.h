@@ -384,7 +384,7 @@ void normalised_columns_product(
   for (int64_t first = 0; first < rows; first += chunk) {
     const int64_t count = std::min(chunk, rows - first);
     const T* from = v + first * length;
-    Stacked<T, kStackedRows> scaled(count, q.columns);
+    Turned<T> scaled(count, q.columns);
     // The thread that computes the partials of some columns has them in its cache for the product.
     for_each_panel_group(q, count, [&](int64_t begin, int64_t end) {
       const int64_t at = begin * kPanel<T>, width = std::min(end * kPanel<T>, length) - at;
@@ -396,7 +396,7 @@ void normalised_columns_product(
       for (int64_t i = 0; i < groups; ++i) all = merged(norm, all, partials[i * chunk + r]);
       const int64_t row = first + r;
       const T s = g[row] / norms.set(first_row + row, all, from + r * length, length);
-      scaled.set(r, x + row * q.columns, s);
+      scaled.set(r, x + row * q.columns, q.columns, s);
     }
     for_each_panel_group(q, count * q.columns, [&](int64_t begin, int64_t end) {
       columns_product(q, begin, end, from, count, scaled);
