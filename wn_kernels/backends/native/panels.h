@@ -41,21 +41,29 @@ constexpr Raw<T> pick(bool second, std::index_sequence<lane...>) {
   return Raw<T>{from(lane)...};
 }
 
-// Transposes a square matrix of as many rows as a vector has lanes.
-template <typename T, size_t run = 1>
+// Transposes a square matrix whose elements are `size` numbers. A row fills a vector.
+template <typename T, size_t size = 1, size_t run = size>
 inline __attribute__((always_inline)) void transpose(Vector<T>* row) {
-  constexpr size_t lanes = Lanes<T>::count;
+  constexpr size_t lanes = Lanes<T>::count, other = run / size;
   if constexpr (run < lanes) {
     constexpr auto all = std::make_index_sequence<lanes>{};
 #pragma GCC unroll 16
-    for (size_t i = 0; i < lanes; ++i) {
-      if (i & run) continue;
-      const Vector<T> a = row[i], b = row[i + run];
+    for (size_t i = 0; i < lanes / size; ++i) {
+      if (i & other) continue;
+      const Vector<T> a = row[i], b = row[i + other];
       row[i] = __builtin_shuffle(a, b, pick<T, run>(false, all));
-      row[i + run] = __builtin_shuffle(a, b, pick<T, run>(true, all));
+      row[i + other] = __builtin_shuffle(a, b, pick<T, run>(true, all));
     }
-    transpose<T, 2 * run>(row);
+    transpose<T, size, 2 * run>(row);
   }
+}
+
+// Calls f with a power of two from 1 to `most` as a constant.
+template <int most, typename F>
+void with_power(int64_t power, const F& f) {
+  if constexpr (most > 1)
+    if (power < most) return with_power<most / 2>(power, f);
+  f(std::integral_constant<int, most>{});
 }
 
 // This struct describes a matrix in memory. Its rows or its columns lie next to each other.
@@ -197,9 +205,7 @@ class Strips {
   Strips(int64_t length, int64_t columns)
       : length(length), columns(columns), vectors(columns / lanes), rest(columns % lanes),
         run(rest ? lanes / ceil_to_power(rest) : 1), steps((length + run - 1) / run),
-        memory_((vectors * length + (rest ? steps : 0)) * kVectorBytes), data_(memory_.as<T>()) {
-    if (rest) std::fill_n(of_rest(), steps * lanes, T(0));
-  }
+        memory_((vectors * length + (rest ? steps : 0)) * kVectorBytes), data_(memory_.as<T>()) {}
 
   // The strip that starts at this vector has so many vectors for each element.
   int64_t width(int64_t vector) const { return std::min<int64_t>(2, vectors - vector); }
@@ -210,6 +216,8 @@ class Strips {
   T* of_rest() { return strip(vectors); }
   const T* of_rest() const { return strip(vectors); }
 
+  // Zeroes what set() leaves of the vectors of the rest.
+  void zero_rest() { std::fill_n(of_rest(), rest ? steps * lanes : 0, T(0)); }
   // Sets element k of `count` columns from `first` on, which is the first one of a vector.
   void set(int64_t k, int64_t first, int64_t count, const T* values) {
     int64_t vector = first / lanes;
@@ -224,23 +232,26 @@ class Strips {
   void fill(const From& from) {
     for_each((length + lanes - 1) / lanes, lanes * columns, [&](int64_t block) {
       const int64_t k = block * lanes, size = std::min(lanes, length - k);
+      const auto values = [&](int64_t j) {
+        return size == lanes ? load(from(k, j)) : load(from(k, j), size);
+      };
       for (int64_t vector = 0; vector < vectors; ++vector) {
         Vector<T> t[lanes];
-        for (int64_t j = 0; j < lanes; ++j)
-          t[j] = size == lanes ? load(from(k, vector * lanes + j))
-                               : load(from(k, vector * lanes + j), size);
+        for (int64_t j = 0; j < lanes; ++j) t[j] = values(vector * lanes + j);
         transpose<T>(t);
         for (int64_t i = 0; i < size; ++i) store(place(k + i, vector), t[i]);
       }
-      for (int64_t j = 0; j < rest; ++j) {
-        const T* values = from(k, vectors * lanes + j);
-        T* to = of_rest() + k / run * lanes + j * run;
-        for (int64_t i = 0; i < size; i += run, to += lanes)
-          std::copy_n(values + i, std::min(run, size - i), to);
-      }
+      if (rest == 0) return;
+      with_power<lanes>(run, [&](auto constant) {
+        constexpr int run = constant;
+        Vector<T> t[lanes / run] = {};
+        for (int64_t j = 0; j < rest; ++j) t[j] = values(vectors * lanes + j);
+        transpose<T, run>(t);
+        T* to = of_rest() + k / run * lanes;
+        for (int64_t i = 0; i * run < size; ++i) store(to + i * lanes, t[i]);
+      });
     });
   }
-
   void fill(const Panels<T>& from) {
     fill([&](int64_t k, int64_t j) { return from.element(k, j); });
   }

@@ -66,6 +66,25 @@ inline Vector<T> repeated(const T* from) {
   }
 }
 
+// Returns every second lane, from this one on, in the first half of a vector.
+template <typename T, size_t... lane>
+inline Vector<T> every_second(Vector<T> v, size_t from, std::index_sequence<lane...>) {
+  constexpr size_t lanes = sizeof...(lane);
+  return __builtin_shuffle(v, Raw<T>{static_cast<RawNumber<T>>((2 * lane + from) % lanes)...});
+}
+
+// Returns the sums of `run` neighbouring lanes, one after the other.
+template <int run, typename Value>
+inline Value sums_of_runs(Value v) {
+  if constexpr (run == 1) {
+    return v;
+  } else {
+    using T = std::remove_reference_t<decltype(v[0])>;
+    constexpr auto all = std::make_index_sequence<Lanes<T>::count>{};
+    return sums_of_runs<run / 2>(every_second<T>(v, 0, all) + every_second<T>(v, 1, all));
+  }
+}
+
 // This struct says where C vectors of the columns of a matrix lie. From one element of the length to the next
 // they are `step` numbers apart. What is read after them lies `ahead` of them.
 template <typename B>
@@ -115,14 +134,6 @@ void strip_product(
     if (count) strip_product<C, run, R / 2>(count, to, sums, rows, row, strip, steps);
 }
 
-// Calls f with a power of two from 1 to `most` as a constant.
-template <int most, typename F>
-void with_power(int64_t power, const F& f) {
-  if constexpr (most > 1)
-    if (power < most) return with_power<most / 2>(power, f);
-  f(std::integral_constant<int, most>{});
-}
-
 // This many bytes of each row of a stack are multiplied by all columns before the next ones. As many elements
 // of a strip stay in the first-level cache.
 constexpr int64_t kSegmentBytes = 1 << 9;
@@ -133,7 +144,7 @@ class StackTerms {
  public:
   // Adds elements [at, at + size) of rows that lie so far apart.
   void add(Norm of, const T* rows, int64_t row, int64_t count, int64_t at, int64_t size) {
-    if (at % kBlock == 0) merge(of, count);
+    if (at > 0 && at % kBlock == 0) merge(of, count);
     with_norm(of, [&](auto constant) {
       constexpr Norm norm = decltype(constant)::value;
       for (int64_t r = 0; r < count; ++r, rows += row) {
@@ -223,14 +234,10 @@ void rows_product(
       });
   }
   if (b.run > 1)
-    for (int64_t r = 0; r < count; ++r) {
-      T* to = products.data() + r * sums + b.vectors * lanes;
-      for (int64_t j = 0; j < b.rest; ++j) {
-        T sum = 0;
-        for (int64_t i = 0; i < b.run; ++i) sum += to[j * b.run + i];
-        to[j] = sum;
-      }
-    }
+    with_power<lanes>(b.run, [&](auto run) {
+      T* to = products.data() + b.vectors * lanes;
+      for (int64_t r = 0; r < count; ++r, to += sums) store(to, sums_of_runs<run>(load(to)));
+    });
   finish(products.data(), terms.partials(norm.value_or(Norm::l2), count));
 }
 

@@ -186,7 +186,8 @@ void unfold_lines(const Unfolding& of, const T* image, const T* s, Matrix& u, in
   constexpr int64_t lanes = Lanes<T>::count;
   const Windows windows(of, first, u.columns);
   const int64_t step = of.stride[2];
-  // The panels of U have an even number of vectors of rows.
+  u.zero_rest();
+  // Panels have an even number of vectors of rows.
   const int64_t panels = (u.length + kPanel<T> - 1) / kPanel<T>;
   for_each(2 * panels, lanes * u.columns, [&](int64_t i) {
     const int64_t rows = std::clamp<int64_t>(u.length - i * lanes, 0, lanes);
