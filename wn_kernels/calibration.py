@@ -1,4 +1,4 @@
-"""This file measures the rates of the processor (`plan/rates.py`), in about a second.
+"""This file measures the rates of the processor (`plan/rates.py`), in a little more than a second.
 
 One thread runs, and only the time that it has run counts, so that other processes hardly change a
 rate. Each is the best of many short runs.
@@ -15,7 +15,7 @@ import torch.nn.functional as F
 
 from . import functional as WF
 from . import prepare
-from .backends import native
+from .backends import native, vendor
 from .plan import Plan, rates
 from .plan.rates import Rates
 
@@ -75,14 +75,24 @@ def _measured() -> Rates:
     with prepare.fixed(calls[0][0], Plan("native", "scaled", "scaled")):
         packed = _seconds(lambda: WF.wn_linear(x, v, g))
     flops = 2.0 * OUTPUTS * INPUTS
+    product = 2.0 * SQUARE**3 / _seconds(lambda: torch.mm(square, square, out=out))
+
+    def half(dtype: torch.dtype) -> float:
+        if dtype in vendor.SLOW:
+            return product
+        a, b = v.to(dtype), x.to(dtype).t()
+        return MANY * flops / _seconds(lambda: torch.mm(a, b))
+
     convolution = 2.0 * kernel.numel() * PIXELS
     return Rates(
         memory=_bandwidth(IN_MEMORY),
         cache=_bandwidth(IN_CACHE),
-        product=2.0 * SQUARE**3 / _seconds(lambda: torch.mm(square, square, out=out)),
+        product=product,
         few=FEW * flops / _seconds(lambda: torch.mm(v, x[:FEW].t(), out=few)),
         packed=MANY * flops / packed,
         convolution=convolution / _seconds(lambda: F.conv1d(image, kernel, padding=TAPS // 2)),
+        bfloat16=half(torch.bfloat16),
+        float16=half(torch.float16),
         call=_seconds(lambda: WF.weight_norm(tiny, ones), 20),
     )
 

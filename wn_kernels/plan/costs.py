@@ -18,6 +18,7 @@ from ..backends.native import limits
 from ..call import Call, Geometry
 from .devices import Device, cpu, gpu, native
 from .gpu_costs import triton_convolution, triton_linear
+from .rates import find
 from .stages import Costs, Stage, convolution_sizes, keeps_product
 
 # oneDNN's convolution, and each of its gradients, has the overhead of this many stages of the
@@ -51,6 +52,9 @@ UNFOLD_CALLS, UNFOLD_GRAD_CALLS = 5, 36
 FORMED_CALLS, FORMED = 2, 12
 # An unfolded input may take this many bytes whatever the size of the weight.
 UNFOLDED_BYTES = 2**18
+# If the rates of oneDNN's products in half precision are not known, the library's own products serve
+# at most so many rows, and only if `W` would have to be formed for oneDNN's.
+FEW_MIXED_ROWS = 8
 # PyTorch's own loops for half precision (`vendor.SLOW`) take this many times as long as a product
 # in float32, in the forward and in the backward.
 SLOW_FORWARD, SLOW_BACKWARD = 4, 50
@@ -97,7 +101,7 @@ def aten_linear(call: Call) -> Costs:
     operations, which matters most for small layers. A step that keeps `W` has no backward in
     Python.
     """
-    device = cpu()
+    device = cpu(call.x_dtype)
     n, k = call.v_shape
     m = math.prod(call.x_shape[:-1])
     size = call.x_dtype.itemsize
@@ -140,7 +144,7 @@ def aten_convolution(call: Call, conv: Geometry) -> Costs:
     scaled `dY` and `⟨dW, V⟩` needs the unscaled one. If the input is scaled, the dots come from `x`
     and `dX` instead of the weight's gradient, and one pass over `dV` completes it.
     """
-    device = cpu()
+    device = cpu(call.x_dtype)
     size = call.x_dtype.itemsize
     x, y, w, operations = convolution_sizes(call, conv)
     axis = conv.scale_axis(call.dim) if scales_late(call) else "none"
@@ -189,7 +193,7 @@ def native_linear(call: Call) -> Costs:
     in float32 from a `V` of any dtype. Otherwise `scaled` needs one dtype, which must not be
     float16, and a product of oneDNN. `widen` forms `W` in float32 for an `x` in half precision.
     """
-    device = native()
+    device = native(call.x_dtype)
     n, k = call.v_shape
     m = math.prod(call.x_shape[:-1])
     size = call.x_dtype.itemsize
@@ -202,7 +206,7 @@ def native_linear(call: Call) -> Costs:
         product = max(forward["scaled"], key=lambda stage: stage.operations)
         grads = [product, product]
         if own:
-            grad = product._replace(operations=operations / (OWN_EFFICIENCY * device.own))
+            grad = product._replace(operations=operations / _own_efficiency(call, device))
             grads = [grad, grad]
         finish = Stage(2 * v if own or keeps_product(call) else w + 2 * v)
         backward["scaled"] = [Stage(2 * y), *grads, finish]
@@ -226,11 +230,14 @@ def _may_be_late(call: Call) -> bool:
 def is_own(call: Call) -> bool:
     """Returns whether the products of a linear layer's variant `scaled` are the library's own.
     Those of one row always are, and those of some dtypes are the only ones."""
-    if math.prod(call.x_shape[:-1]) == 1:
+    rows = math.prod(call.x_shape[:-1])
+    if rows == 1:
         return True
+    if call.x_dtype.itemsize == 2 and call.x_dtype not in vendor.SLOW and find() is None:
+        return rows <= FEW_MIXED_ROWS and call.x_dtype != call.v_dtype and limits.may_be_own(call)
     if not limits.may_be_own(call) or not _may_be_late(call):
         return limits.may_be_own(call)
-    device = native()
+    device = native(call.x_dtype)
     rate = device.rate(call.x_dtype.itemsize)
     return Costs(_scaled(call, device), {}, device, rate).cheapest_forward() == "own"
 
@@ -243,12 +250,21 @@ def _scaled(call: Call, device: Device) -> dict[str, list[Stage]]:
     size = call.x_dtype.itemsize
     y, v = size * rows * n, call.v_dtype.itemsize * n * k
     moved = size * rows * k + y + v
+    operations = rows_product(n, k, rows, max(4, size))
     own = [
         Stage(TURNED * size * rows * k, launches=0),
-        Stage(moved, rows_product(n, k, rows, max(4, size)) / device.own),
+        Stage(moved, operations / _own_efficiency(call, device)),
     ]
     product = Stage(moved, vendors(device, 2.0 * rows * n * k, rows))
     return {"own": own, "late": [Stage(v), product, Stage(2 * y)]}
+
+
+def _own_efficiency(call: Call, device: Device) -> float:
+    """Returns the rate of the library's own products as a multiple of the device's for this dtype.
+    Those of half precision are computed in float32."""
+    size = call.x_dtype.itemsize
+    wide = device.rate(max(4, size)) / device.rate(size)
+    return OWN_EFFICIENCY * device.own * wide
 
 
 def rows_product(rows: int, length: int, columns: int, itemsize: int) -> float:
@@ -259,7 +275,7 @@ def rows_product(rows: int, length: int, columns: int, itemsize: int) -> float:
     if rest := single % (strip // 2):  # their number is padded to a power of two
         single += 2 ** math.ceil(math.log2(rest)) - rest
     width = columns // strip * strip + SINGLE * single + NORMED
-    return 2.0 * padded_rows(rows) * length * width / OWN_EFFICIENCY
+    return 2.0 * padded_rows(rows) * length * width
 
 
 def padded_rows(rows: int) -> int:
@@ -293,7 +309,7 @@ def native_convolution(call: Call, conv: Geometry) -> Costs:
     with one read of `V`. It suits a large weight over few pixels. It is a candidate if those
     numbers are few, or not many more than the weight's.
     """
-    device = native()
+    device = native(call.x_dtype)
     size = call.x_dtype.itemsize
     x, y, w, _ = convolution_sizes(call, conv)
     weight = w / device.cache if w <= CACHED else w
@@ -417,7 +433,7 @@ class Unfolded(NamedTuple):
         """
         size = call.x_dtype.itemsize
         product = Stage(moved, self.product / (OWN_EFFICIENCY * efficiency))
-        summed = Stage(moved, self.summed / efficiency)
+        summed = Stage(moved, self.summed / (OWN_EFFICIENCY * efficiency))
         unfold = Stage(UNFOLDED * size * self.numbers + RUN * self.runs)
         fold = Stage(FOLDED * size * self.numbers + RUN * self.runs)
         norms = Stage(0 if call.dim == 0 else weight, launches=UNFOLD_CALLS)

@@ -128,8 +128,9 @@ NATIVE = replace(CPU, overhead=1e-6)
 _MOST_RATE, _MOST_EFFICIENCY = 64.0, 3.0
 
 
-def scaled(device: Device, found: rates.Rates | None) -> Device:
-    """Returns the constants of a CPU for a processor of these rates."""
+def scaled(device: Device, found: rates.Rates | None, dtype: torch.dtype = torch.float32) -> Device:
+    """Returns the constants of a CPU for a processor of these rates. The rate of 16 bits is that of
+    bfloat16, unless `dtype` is float16."""
     if found is None:
         return device
 
@@ -137,13 +138,14 @@ def scaled(device: Device, found: rates.Rates | None) -> Device:
         return min(max(ratio, 1 / most), most)
 
     narrow, single, double = device.rates
-    ratios = (a / b for a, b in zip(found, rates.REFERENCE, strict=True))
-    memory, cache, product, few, packed, conv, call = (limited(r, _MOST_RATE) for r in ratios)
+    ratios = (limited(a / b, _MOST_RATE) for a, b in zip(found, rates.REFERENCE, strict=True))
+    memory, cache, product, few, packed, conv, bfloat16, float16, call = ratios
+    half = float16 if dtype == torch.float16 else bfloat16
     return replace(
         device,
         name=f"{device.name} as measured",
         bandwidth=memory * device.bandwidth,
-        rates=(product * narrow, product * single, product * double),
+        rates=(half * narrow, product * single, product * double),
         overhead=call * device.overhead,
         cache=max(1.0, cache / memory * device.cache),
         few=limited(few / product, _MOST_EFFICIENCY),
@@ -152,14 +154,14 @@ def scaled(device: Device, found: rates.Rates | None) -> Device:
     )
 
 
-def cpu() -> Device:
-    """Returns the constants of the ATen path on this processor."""
-    return scaled(CPU, rates.find())
+def cpu(dtype: torch.dtype = torch.float32) -> Device:
+    """Returns the constants of the ATen path on this processor, for products in this dtype."""
+    return scaled(CPU, rates.find(), dtype)
 
 
-def native() -> Device:
-    """Returns the constants of the native library on this processor."""
-    return scaled(NATIVE, rates.find())
+def native(dtype: torch.dtype = torch.float32) -> Device:
+    """Returns the constants of the native library on this processor, likewise."""
+    return scaled(NATIVE, rates.find(), dtype)
 
 
 # The constants of the H200 were measured (docs/results/gpu-h200), except for the rate of float64,

@@ -40,6 +40,8 @@ class Rates(NamedTuple):
         few: operations of PyTorch's product of a matrix with few columns.
         packed: operations of the native library's product of a matrix with many columns.
         convolution: operations of PyTorch's convolution, by oneDNN.
+        bfloat16, float16: operations of PyTorch's product of a matrix with many columns in these
+            dtypes, by oneDNN; those of `product` if oneDNN does not compute it.
         call: seconds of a call of the native library that does next to nothing.
     """
 
@@ -49,6 +51,8 @@ class Rates(NamedTuple):
     few: float
     packed: float
     convolution: float
+    bfloat16: float
+    float16: float
     call: float
 
     def __str__(self) -> str:
@@ -56,7 +60,8 @@ class Rates(NamedTuple):
             f"{self.memory / 1e9:.0f} GB/s from memory, {self.cache / 1e9:.0f} from the cache; "
             f"products {self.product / 1e9:.0f} Gflop/s, with few columns {self.few / 1e9:.0f}, "
             f"the library's own {self.packed / 1e9:.0f}; convolutions {self.convolution / 1e9:.0f} "
-            f"Gflop/s; a call {self.call * 1e6:.1f} µs"
+            f"Gflop/s; products in bfloat16 {self.bfloat16 / 1e9:.0f}, in float16 "
+            f"{self.float16 / 1e9:.0f}; a call {self.call * 1e6:.1f} µs"
         )
 
     def is_valid(self) -> bool:
@@ -66,8 +71,9 @@ class Rates(NamedTuple):
 
 # Those of an AMD EPYC (Zen 4) with AVX-512, by torch 2.13. That of packed rows follows from the
 # rate of few columns there, 77 Gflop/s, and from both on a Zen 5. That of the convolution follows
-# from those of the constants that were fitted there (`costs.CONVOLUTION_EFFICIENCY`).
-REFERENCE = Rates(2.2e10, 6.4e10, 9.6e10, 7.55e10, 1.23e11, 1.0e11, 2.09e-6)
+# from those of the constants that were fitted there (`costs.CONVOLUTION_EFFICIENCY`). Those of half
+# precision were not measured there; the constants take them for those of float32.
+REFERENCE = Rates(2.2e10, 6.4e10, 9.6e10, 7.55e10, 1.23e11, 1.0e11, 9.6e10, 9.6e10, 2.09e-6)
 
 
 def location() -> Path | None:

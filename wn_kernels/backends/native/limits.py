@@ -9,16 +9,13 @@ import math
 import torch
 
 from ...call import NORM_RANGE, Call
-from .. import vendor
 
 # The cost model compares the library's own products of a linear layer with PyTorch's, for an `x` of
 # at most so many rows and bytes in the dtype of the products.
 OWN_ROWS = 4096
 OWN_BYTES = 2**24
 # In half precision, `V` must also have at least so many columns and elements. The products are
-# computed in float32, and read `V` once. oneDNN's of bfloat16, if the processor has them, are
-# faster if `x` has more than FEW_MIXED_ROWS, or if `W` need not be formed for them.
-FEW_MIXED_ROWS = 8
+# computed in float32, and read `V` once.
 HALF_INPUTS = 512
 HALF_ELEMENTS = 2**18
 # `V xᵀ` is faster than `x Vᵀ` if `x` has at least LEFT_ROWS_ALONE rows, and fewer than LEFT_ROWS.
@@ -46,13 +43,10 @@ def may_be_own(call: Call) -> bool:
     rows = math.prod(call.x_shape[:-1])
     if rows == 1:
         return True
-    most = OWN_ROWS
-    if call.x_dtype.itemsize == 2:
-        if inputs < HALF_INPUTS or outputs * inputs < HALF_ELEMENTS:
-            return False
-        if call.x_dtype not in vendor.SLOW:
-            most = FEW_MIXED_ROWS if call.x_dtype != call.v_dtype else 1
-    return rows <= most and rows * inputs * max(4, call.x_dtype.itemsize) <= OWN_BYTES
+    size = call.x_dtype.itemsize
+    if size == 2 and (inputs < HALF_INPUTS or outputs * inputs < HALF_ELEMENTS):
+        return False
+    return rows <= OWN_ROWS and rows * inputs * max(4, size) <= OWN_BYTES
 
 
 def is_left(rows: int) -> bool:
