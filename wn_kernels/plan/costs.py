@@ -52,8 +52,8 @@ UNFOLD_CALLS, UNFOLD_GRAD_CALLS = 5, 36
 FORMED_CALLS, FORMED = 2, 12
 # An unfolded input may take this many bytes whatever the size of the weight.
 UNFOLDED_BYTES = 2**18
-# If the rates of oneDNN's products in half precision are not known, the library's own products serve
-# at most so many rows, and only if `W` would have to be formed for oneDNN's.
+# If the rates of oneDNN's products in half precision are not known, the library's own serve at most
+# so many rows, and only if `W` would have to be formed for oneDNN's.
 FEW_MIXED_ROWS = 8
 # PyTorch's own loops for half precision (`vendor.SLOW`) take this many times as long as a product
 # in float32, in the forward and in the backward.
