@@ -12,10 +12,11 @@ import torch
 import wn_kernels
 from tests.comparison import is_close
 from tests.test_plan import conv1d
-from wn_kernels import WNLinear, calibration, prepare
+from wn_kernels import WNLinear, calibration, plan, prepare
 from wn_kernels.__main__ import info
-from wn_kernels.backends import native
-from wn_kernels.plan import devices, rates
+from wn_kernels.backends import native, vendor
+from wn_kernels.call import Call
+from wn_kernels.plan import costs, devices, rates
 from wn_kernels.plan.rates import REFERENCE
 
 
@@ -124,6 +125,24 @@ def test_what_they_decide(file):
     quick = devices.native()
     assert is_close(quick.overhead, devices.NATIVE.overhead / 8)
     assert is_close(slow.few, 1 / 2.5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("v", ["half", torch.float32])
+def test_what_the_rates_of_half_precision_decide(file, monkeypatch, dtype, v):
+    """The library's own products serve as many rows as it is faster for than oneDNN."""
+    monkeypatch.setattr(vendor, "SLOW", frozenset())
+
+    def picked(rate):
+        rates.store(REFERENCE._replace(**{str(dtype).removeprefix("torch."): rate}))
+        prepare.forget()
+        call = Call(torch.Size((64, 1024)), torch.Size((1024, 1024)), dtype, dtype, 0)
+        if v != "half":
+            call = call._replace(v_dtype=v)
+        return plan.by_cost(call, "native").forward == "scaled" and costs.is_own(call)
+
+    assert picked(REFERENCE.product)
+    assert not picked(20 * REFERENCE.product)  # that of AMX
 
 
 @pytest.mark.parametrize(

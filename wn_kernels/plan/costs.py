@@ -35,14 +35,14 @@ LOOP_UNFOLDED, LOOP_FOLDED, LOOP_LINE = 2, 7.5, 300
 # The native library's own products reach this multiple of the rate of PyTorch's product of many
 # columns. Columns that do not fill a strip of two vectors take so many times as long as others. To
 # copy a row, or to add up its norm, takes as long as so many columns of the product.
-OWN_EFFICIENCY, SINGLE, NORMED = 1.2, 1.3, 5
+OWN_EFFICIENCY, SINGLE, NORMED = 1.25, 1.3, 5
 # A tile of few rows takes as long as one of so many.
 LEAST_ROWS = 4
 # To transpose a number of the input costs so many times its bytes.
 TURNED = 2
 # A number of an unfolded image that is written, or added to the image, costs so many times its
 # bytes.
-UNFOLDED, FOLDED = 3.2, 2.7
+UNFOLDED, FOLDED = 2, 2.7
 # A run of numbers that is copied costs as much as this many bytes.
 RUN = 20
 # An unfolded forward and backward have the overhead of this many stages more.

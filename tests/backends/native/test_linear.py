@@ -148,9 +148,9 @@ def test_derivatives_of_linear(m, eps):
     assert gradgradcheck(linear(case), case.leaves())
 
 
-# One row, few of a large weight, as many as make packing its rows worth it, rests of vectors and
-# tiles of these, rows that threads share, and more than are taken at once: every product is this
-# library's.
+# One row, few of a large weight, every rest of a vector with lengths that are no multiple of what
+# it holds of each column, rests of tiles, rows that threads share, and more than are taken at once:
+# every product is this library's.
 OWN_PRODUCTS = [
     (shape, dtypes)
     for shape in [
@@ -164,6 +164,7 @@ OWN_PRODUCTS = [
         ],
         *[(31, 640, 257), (33, 1030, 301), (65, 33, 47), (203, 41, 120), (2100, 30, 70)],
         (1500, 20, 1600),
+        *[(2, 41, 700), (3, 77, 330), (7, 210, 97), (9, 129, 171), (17, 255, 83), (40, 517, 66)],
     ]
     for dtypes in DTYPES
     if costs.is_own(call_of(shape, dtypes))
