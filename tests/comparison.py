@@ -171,8 +171,10 @@ class LayerCase(ABC):
         grads = iter(rest)
         self.y = y.detach()
         self.grads = [None if t is None else next(grads) for t in wide]
-        # dg sums products as large as dW; dV is a difference of terms as large as s ⊙ dW.
-        self.terms = {"dg": dw.norm().item(), "dv": (scale * dw).norm().item()}
+        # dg sums products as large as dW, and db sums dY, whose elements may cancel; dV is a
+        # difference of terms as large as s ⊙ dW.
+        sizes = {"dg": dw, "db": self.dy, "dv": scale * dw}
+        self.terms = {name: terms.double().norm().item() for name, terms in sizes.items()}
 
     def take(self, norm: Norm) -> None:
         """Takes another norm, for a `V` whose slices have largest elements of both signs, if they

@@ -279,10 +279,14 @@ def rows_product(rows: int, length: int, columns: int, itemsize: int) -> float:
 
 
 def padded_rows(rows: int) -> int:
-    """Returns how many rows of `V` a product takes as long for. The last ones are in tiles of 4, of
-    2 and of 1."""
-    whole = rows // limits.TILE_ROWS * limits.TILE_ROWS
-    return whole + LEAST_ROWS * (rows - whole).bit_count()
+    """Returns how many rows of `V` a product takes as long for. Those that do not fill a tile are
+    in tiles of half as many rows, and so on."""
+    taken, height = 0, limits.TILE_ROWS
+    while rows:
+        tiles, rows = divmod(rows, height)
+        taken += tiles * max(height, LEAST_ROWS)
+        height //= 2
+    return taken
 
 
 def _formed(call: Call) -> list[tuple[str, tuple[float, float], int]]:

@@ -34,7 +34,7 @@ AT_ONCE_BYTES = 2**22
 # A vector register has this many bytes.
 VECTOR_BYTES = 64 if torch.backends.cpu.get_cpu_capability() == "AVX512" else 32
 # A tile of a product takes this many rows of `V`. Its sums and its operands fit in the registers.
-TILE_ROWS = 8 if VECTOR_BYTES == 64 else 4
+TILE_ROWS = 8 if VECTOR_BYTES == 64 else 6
 
 
 def may_be_own(call: Call) -> bool:
