@@ -11,7 +11,7 @@ from docs.drawings.svg import Canvas
 
 ROOT = Path(__file__).parent.parent.parent
 # This folder has the results of the CPU that the README's table shows.
-CPU_RESULTS = ROOT / "docs/results/zen5"
+CPU_RESULTS = ROOT / "docs/results/emerald-rapids"
 KINDS = {"linear": "linear layers", "conv": "convolutions"}
 MODES = {"infer": "inference", "train": "training"}
 
