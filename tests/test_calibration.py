@@ -128,17 +128,16 @@ def test_what_they_decide(file):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("v", ["half", torch.float32])
-def test_what_the_rates_of_half_precision_decide(file, monkeypatch, dtype, v):
+@pytest.mark.parametrize("is_mixed", [False, True])
+def test_what_the_rates_of_half_precision_decide(file, monkeypatch, dtype, is_mixed):
     """The library's own products serve as many rows as it is faster for than oneDNN."""
     monkeypatch.setattr(vendor, "SLOW", frozenset())
 
     def picked(rate):
         rates.store(REFERENCE._replace(**{str(dtype).removeprefix("torch."): rate}))
         prepare.forget()
-        call = Call(torch.Size((64, 1024)), torch.Size((1024, 1024)), dtype, dtype, 0)
-        if v != "half":
-            call = call._replace(v_dtype=v)
+        of_v = torch.float32 if is_mixed else dtype
+        call = Call(torch.Size((64, 1024)), torch.Size((1024, 1024)), dtype, of_v, 0)
         return plan.by_cost(call, "native").forward == "scaled" and costs.is_own(call)
 
     assert picked(REFERENCE.product)

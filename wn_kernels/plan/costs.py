@@ -16,9 +16,9 @@ import torch
 from ..backends import aten_weight, vendor
 from ..backends.native import limits
 from ..call import Call, Geometry
+from . import rates
 from .devices import Device, cpu, gpu, native
 from .gpu_costs import triton_convolution, triton_linear
-from .rates import find
 from .stages import Costs, Stage, convolution_sizes, keeps_product
 
 # oneDNN's convolution, and each of its gradients, has the overhead of this many stages of the
@@ -233,7 +233,7 @@ def is_own(call: Call) -> bool:
     rows = math.prod(call.x_shape[:-1])
     if rows == 1:
         return True
-    if call.x_dtype.itemsize == 2 and call.x_dtype not in vendor.SLOW and find() is None:
+    if call.x_dtype.itemsize == 2 and call.x_dtype not in vendor.SLOW and rates.find() is None:
         return rows <= FEW_MIXED_ROWS and call.x_dtype != call.v_dtype and limits.may_be_own(call)
     if not limits.may_be_own(call) or not _may_be_late(call):
         return limits.may_be_own(call)
