@@ -99,7 +99,8 @@ auto merged_terms(const Term& term) {
 
 // Merges the terms of some rows, which start at element `at`, into the partial results of each
 // column. take(at, rows) returns a function of (j, count), which returns the merged terms of the rows
-// that start at element `at`, in the columns from j on. It is called for `at_once` rows, and for single ones that are left.
+// that start at element `at`, in the columns from j on. It is called for `at_once` rows, and for single
+// ones that are left.
 template <int64_t at_once, typename T, typename... Merges, typename Take>
 void merge_rows(T* parts, int64_t at, int64_t rows, int64_t columns, const Take& take) {
   constexpr size_t N = sizeof...(Merges);

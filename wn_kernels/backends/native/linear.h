@@ -176,7 +176,7 @@ constexpr int64_t kPartRows = 1024;
 constexpr int64_t kPartBytes = 1 << 20;
 
 // Returns how many parts the rows of x are taken in. If threads share them, there are as many parts for
-// each thread, as far as each part fills tiles of packed rows.
+// each thread, as far as each part has kPartColumns rows.
 inline int64_t parts_of(int64_t rows, int64_t row_bytes, bool is_shared) {
   const int64_t most = std::clamp<int64_t>(kPartBytes / row_bytes, kPartColumns, kPartRows);
   const int64_t parts = (rows + most - 1) / most, threads = at::get_num_threads();

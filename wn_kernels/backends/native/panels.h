@@ -218,7 +218,8 @@ class Strips {
 
   // Zeroes what set() leaves of the vectors of the rest.
   void zero_rest() { std::fill_n(of_rest(), rest ? steps * lanes : 0, T(0)); }
-  // Sets element k of `count` columns from `first` on, which is the first one of a vector.
+  // Sets element k of `count` columns from `first` on, which is the first one of a vector. They fill whole
+  // vectors, unless they are the last ones.
   void set(int64_t k, int64_t first, int64_t count, const T* values) {
     int64_t vector = first / lanes;
     for (; count >= lanes; count -= lanes, values += lanes) store(place(k, vector++), load(values));
